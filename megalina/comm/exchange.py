@@ -1,0 +1,100 @@
+"""Exchanges: what goes on the wire, each as a start and a wait.
+
+Without a group there is nobody to talk to: the value itself is what arrives.  A `Pending` keeps its buffers alive until
+it is awaited, and drops them then.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalina.mesh import Axis
+
+
+class Pending:
+    """Something on the wire."""
+
+    __slots__ = ("_finish", "_work")
+
+    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor]):
+        self._work: dist.Work | None = work
+        self._finish: Callable[[], Tensor] | None = finish
+
+    def wait(self) -> Tensor:
+        """What arrived.  On CUDA the current stream waits, not the host."""
+        assert self._finish is not None, "awaited twice"
+        if self._work is not None:
+            self._work.wait()
+        out = self._finish()
+        self._work = self._finish = None
+        return out
+
+
+def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Pending:
+    """Rows `x` [sum(send), ...], the next `send[r]` of them to rank r of the axis; arrives as [sum(receive), ...]."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    x = x.contiguous()
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+
+
+def start_gather(x: Tensor, axis: Axis) -> Pending:
+    """[n, ...] of each rank, arrives as [size x n, ...]."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    x = x.contiguous()
+    out = x.new_empty(len(x) * axis.size, *x.shape[1:])
+    work = _all_gather(out, x, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+
+
+def start_scatter(x: Tensor, axis: Axis) -> Pending:
+    """The sum of all ranks' [size x n, ...], of which rank r gets the r-th [n, ...]."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    x = x.contiguous()
+    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter costs a whole all-reduce
+        parts = torch.empty_like(x)
+        work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
+        return Pending(work, lambda keep=x: parts.view(axis.size, -1, *x.shape[1:]).sum(0))  # type: ignore[misc]
+    out = x.new_empty(len(x) // axis.size, *x.shape[1:])
+    work = _reduce_scatter(out, x, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+
+
+def start_sum(x: Tensor, axis: Axis) -> Pending:
+    """The sum over the ranks of the axis; `x` is left as it is."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    out = x.clone(memory_format=torch.contiguous_format)
+    return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out)
+
+
+def start_sum_in_place(flat: Tensor, axis: Axis) -> Pending:
+    """`flat` becomes its sum over the ranks of the axis."""
+    work = None if axis.group is None else dist.all_reduce(flat, group=axis.group, async_op=True)
+    return Pending(work, lambda: flat)
+
+
+def start_scatter_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
+    """`own`, this rank's part of `flat`, becomes its sum over the ranks of the axis; the other parts are then void."""
+    pending = start_scatter(flat, axis)
+    return Pending(None, lambda: own.copy_(pending.wait()) if axis.group is not None else own)
+
+
+def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
+    """`flat` is filled with every rank's `own` part."""
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    mine = own.clone()
+    work = _all_gather(flat, mine, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=mine: flat)  # type: ignore[misc]
+
+
+# torch 2.13 renamed both; older ones have only the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

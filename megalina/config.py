@@ -1,0 +1,181 @@
+"""The schema of everything in `conf/`: one dataclass a group, one comment a field.
+
+Not frozen: Hydra writes into structured configs while it composes.  `OmegaConf.to_object` turns the composed
+config into these once, in main; nothing below main sees a Hydra object.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"  # run folder: config.yaml, metrics.jsonl, checkpoints/, report.html
+
+
+@dataclass(slots=True, kw_only=True)
+class LaunchConfig:
+    ranks: int = 1  # local processes to start; ignored under torchrun and Slurm, which say it themselves
+    dry_run: bool = False  # check the configuration, print layout and sizes, start nothing
+    device: str = "auto"  # auto | cpu | cuda
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    name: str = "tiny"  # for logs and reports
+    num_layers: int = 2  # blocks of attention and MLP
+    d_model: int = 64  # width of the residual stream
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 4  # fewer than num_heads: grouped-query attention
+    head_dim: int = 0  # 0: d_model / num_heads
+    num_experts: int = 4  # routed experts a MoE layer
+    d_ff: int = 128  # hidden width of one routed expert
+    dense_layers_first: int = 0  # this many layers at the bottom have a dense MLP
+    moe_every: int = 1  # after those, every n-th layer is MoE (the last of each n), the others dense
+    dense_d_ff: int = 0  # hidden width of dense layers; 0: top_k x d_ff (as many active parameters as a MoE layer)
+    shared_d_ff: int = 0  # total hidden width of shared experts, which every token visits; 0: none
+    activation: str = "swiglu"  # swiglu | gelu | relu
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-5  # added to the variance
+    positions: str = "rope"  # rope | learned
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    max_positions: int = 0  # longest sequence; 0: train.seq_len
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    bias: bool = False  # biases in attention and MLPs (experts included)
+    tie_embeddings: bool = True  # the output matrix is the token embedding
+    vocab_size: int = 0  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
+    init_std: float = 0.02  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
+    dropout: float = 0.0  # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
+
+
+@dataclass(slots=True, kw_only=True)
+class RouterConfig:
+    kind: str = "topk"  # topk | sigmoid | group_limited | noisy_topk | hash | expert_choice
+    top_k: int = 2  # experts a token (expert_choice: on average)
+    renormalize: bool = True  # the selected weights of a token sum to one
+    scale: float = 1.0  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
+    group: str = "sequence"  # sequence | micro_batch | global: which tokens share capacity and balance
+    capacity_factor: float = 0.0  # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
+    drop: str = "position"  # position | probability: who is dropped beyond capacity
+    balance_loss: float = 0.01  # weight of the load-balance loss
+    z_loss: float = 0.0  # weight of the router z-loss
+    bias_update_rate: float = 0.0  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
+    num_groups: int = 1  # group_limited: experts are cut into this many groups
+    groups_per_token: int = 1  # group_limited: a token's experts come from this many groups
+    noise_std: float = 0.0  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    tp: int = 1  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
+    ep: int = 1  # expert parallel: experts are cut this many ways; world = edp x ep x tp
+    sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
+    zero: int = 0  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
+
+
+@dataclass(slots=True, kw_only=True)
+class StrategyConfig:
+    name: str = "eager"  # eager: a bucket of gradients goes on the wire as soon as its last gradient is there
+    gradient_piece_mb: float = 0.0  # buckets are cut into pieces of at most this size; 0: whole buckets
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    name: str = "adamw"  # adamw | sgd
+    lr: float = 1e-3  # peak learning rate
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of their squares
+    eps: float = 1e-8  # AdamW: added to the root of that mean
+    weight_decay: float = 0.1  # on matrices; not on norms, biases and embeddings of positions
+    clip_norm: float = 1.0  # gradients are scaled down to this global norm; 0: never
+    implementation: str = "auto"  # auto | torch | apex: NVIDIA Apex's FusedAdam where it is installed and on CUDA
+
+
+@dataclass(slots=True, kw_only=True)
+class ScheduleConfig:
+    name: str = "cosine"  # cosine | wsd | linear | constant
+    warmup_steps: int = 0  # linear warm-up from 0 in steps ...
+    warmup_tokens: int = 0  # ... or in tokens (only one of the two)
+    min_ratio: float = 0.1  # the last learning rate, as a share of the peak
+    decay_fraction: float = 0.2  # wsd: this share of the steps decays at the end
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    steps: int = 100  # length of the run; schedules span it whatever exit_step says
+    global_batch_size: int = 8  # sequences a step, over all ranks
+    micro_batch_size: int = 2  # sequences a forward pass on one data-parallel rank
+    seq_len: int = 128  # tokens a sequence
+    dtype: str = "float32"  # float32 | bfloat16 (float32 master weights and gradients) | float64
+    seed: int = 1234  # of weights, order of the samples, dropout and noise
+    recompute: str = "none"  # none | selective (attention and experts) | full: activations computed again in backward
+    eval_interval: int = 50  # steps between validations; 0: only at the end
+    eval_sequences: int = 64  # sequences of one validation
+    resume: str = "auto"  # auto: the newest checkpoint of run.dir, if any | none | PATH of a checkpoint
+    init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
+    exit_step: int = 0  # save and stop after this step; 0: run to the end
+    max_minutes: float = 0.0  # save and stop after this time; 0: no limit
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    interval: int = 0  # steps between checkpoints; 0: only at the end
+    keep_last: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints at multiples of this many steps are kept for ever; 0: none
+    async_save: bool = False  # write in the background while training goes on
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    kind: str = "stdlib"  # stdlib: Python source of this interpreter's standard library | prose: its documentation | indexed: .bin/.idx
+    prefix: str = ""  # indexed: PREFIX of PREFIX.bin and PREFIX.idx
+    blend: list[str] = field(default_factory=list)  # weights and corpora in turn: [0.7, stdlib, 0.3, PREFIX]; instead of prefix
+    tokenizer: str = ""  # indexed: sentencepiece .model or Hugging Face tokenizer.json; empty: token ids only, no text samples
+    vocab_size: int = 4096  # stdlib, prose: pieces of the tokenizer that is trained (an upper limit)
+    split: str = "969,30,1"  # shares of documents for training, validation, test
+    cache_dir: str = ".cache/megalina"  # prepared corpora and index files
+    reset_positions: bool = True  # positions start anew at document ends
+    reset_attention: bool = True  # tokens don't attend to earlier documents of their sequence
+    mask_eod: bool = False  # no loss where the input is an end of document
+
+
+@dataclass(slots=True, kw_only=True)
+class WandbConfig:
+    mode: str = "offline"  # offline | online | disabled
+    project: str = "megalina"  # W&B project
+    group: str = ""  # runs of one experiment
+    tags: list[str] = field(default_factory=list)  # labels to filter by
+    name: str = ""  # empty: the name of the run folder
+
+
+@dataclass(slots=True, kw_only=True)
+class TrackerConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = True  # event files in the run folder
+    image_interval: int = 100  # steps between expert-load images in W&B; 0: only at the end
+    progress: str = "auto"  # auto: a live bar on a terminal, else a line now and then | plain | none
+    samples: int = 3  # texts that the trained model writes for the report; 0: none
+    sample_tokens: int = 120  # length of each
+
+
+@dataclass(slots=True, kw_only=True)
+class ClusterConfig:
+    name: str = "local"  # for logs and reports
+    peak_tflops: float = 0.0  # dense peak of one device in the run's dtype, for MFU; 0: looked up (GPU) or measured (CPU)
+    timeout_s: float = 600.0  # a collective that takes longer ends the job
+
+
+@dataclass(slots=True, kw_only=True)
+class PretrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,86 @@
+"""The mesh: the ranks of a job cut along named axes.
+
+world = edp x ep x tp, tp innermost (the fastest links).  Dense parameters are copied over dp = edp x ep.  An expert
+sits on one ep coordinate and is copied over edp x tp, since every tp rank dispatches its own share of the tokens.
+Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
+keep one order.  `group` None means nobody to talk to.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """This rank's row along one axis: `ranks` are global ranks, `rank` this one's place among them."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """All axes of one job, as this rank sees them."""
+
+    world: Axis  # all ranks: norms, statistics, gradients of what is copied over tp too
+    tp: Axis
+    ep: Axis  # tokens
+    counts: Axis  # the ranks of ep again: split sizes travel apart from tokens
+    edp: Axis
+    dp: Axis  # dense gradients
+    copies: Axis  # edp x tp, the ranks that hold the same experts: expert gradients
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"edp": self.edp.size, "ep": self.ep.size, "tp": self.tp.size}
+
+
+def rows(shape: dict[str, int]) -> dict[str, list[list[int]]]:
+    """The rows of global ranks along each axis, for `shape` {"edp": .., "ep": .., "tp": ..}; needs no process group."""
+    grid = torch.arange(shape["edp"] * shape["ep"] * shape["tp"]).view(shape["edp"], shape["ep"], shape["tp"])
+
+    def along(*dims: int) -> list[list[int]]:
+        others = [d for d in range(3) if d not in dims]
+        size = math.prod(grid.shape[d] for d in dims)
+        return grid.permute(*others, *dims).reshape(-1, size).tolist()
+
+    return {
+        "world": along(0, 1, 2),
+        "tp": along(2),
+        "ep": along(1),
+        "counts": along(1),
+        "edp": along(0),
+        "dp": along(0, 1),
+        "copies": along(0, 2),
+    }
+
+
+def build_mesh(*, tp: int = 1, ep: int = 1) -> Mesh:
+    """Cut the world that `torch.distributed` was initialised with (or the single process, if it was not).
+
+    ValueError where tp x ep does not divide the world size.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % (tp * ep):
+        raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
+    me = dist.get_rank() if dist.is_initialized() else 0
+
+    def axis(name: str, table: list[list[int]]) -> Axis:  # every rank makes every group, in the same order
+        mine = Axis(name)
+        for row in table:
+            group = dist.new_group(row) if len(row) > 1 else None
+            if me in row:
+                mine = Axis(name, tuple(row), row.index(me), group)
+        return mine
+
+    tables = rows({"edp": world // (tp * ep), "ep": ep, "tp": tp})
+    return Mesh(**{name: axis(name, table) for name, table in tables.items()})

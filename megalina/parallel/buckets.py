@@ -1,0 +1,105 @@
+"""Buckets: gradients, and with ZeRO-1 parameters, in flat memory, so that any piece of them is a slice.
+
+A parameter's `grad` and `main_grad` are views of the bucket: nothing is copied before a reduction.  Gradients are kept
+in float32 (float64 for float64 models), also under bfloat16 parameters.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalina.mesh import Axis
+from megalina.model.init import spec_of
+from megalina.step.passes import cuts
+from megalina.step.program import BucketSpec
+
+ALIGNMENT = 16  # elements; grouped matrix products want rows at multiples of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter's place in its bucket."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSlice:
+    """A contiguous part of a bucket that this rank updates."""
+
+    start: int
+    stop: int
+    decay: bool  # weight decay applies to all of it
+
+
+class Bucket:
+    """The parameters of one group.  `axis`: the ranks over which its gradients are summed."""
+
+    def __init__(self, name: str, members: Sequence[tuple[str, nn.Parameter]], axis: Axis, *, sharded: bool, piece: int | None):
+        self.name, self.axis = name, axis
+        self.sharded = sharded and axis.size > 1
+        decayed_first = sorted(members, key=lambda m: not spec_of(m[1]).decay)
+        self.members: list[Member] = []
+        stop = decayed = 0
+        for member, p in decayed_first:
+            start, stop = stop, stop + p.numel()
+            self.members.append(Member(member, p, start, stop))
+            stop = -(-stop // ALIGNMENT) * ALIGNMENT
+            if spec_of(p).decay:
+                decayed = stop
+        grain = ALIGNMENT * (axis.size if self.sharded else 1)  # every piece must fall into equal shares
+        self.numel = -(-stop // grain) * grain
+        self.piece = None if piece is None else max(grain, piece // grain * grain)
+        first = decayed_first[0][1]
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.grad = torch.zeros(self.numel, dtype=self.dtype, device=first.device)
+        self.param = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
+        for m in self.members:
+            flat = self.param[m.start : m.stop]
+            flat.copy_(m.parameter.detach().flatten())
+            m.parameter.data = flat.view(m.parameter.shape)
+            grad = self.grad[m.start : m.stop].view(m.parameter.shape)
+            if m.parameter.dtype != self.dtype:
+                m.parameter.grad_dtype = self.dtype  # type: ignore[attr-defined]
+            m.parameter.grad = grad
+            m.parameter.main_grad = grad  # type: ignore[attr-defined]
+        self.slices = list(self._own_slices(decayed))
+
+    @property
+    def spec(self) -> BucketSpec:
+        return BucketSpec(self.numel, self.axis.name, self.sharded, self.piece)
+
+    @property
+    def pieces(self) -> Sequence[tuple[int, int]]:
+        return cuts(self.numel, self.piece)
+
+    def own(self, piece: tuple[int, int]) -> slice:
+        """This rank's share of a piece."""
+        start, stop = piece
+        if not self.sharded:
+            return slice(start, stop)
+        width = (stop - start) // self.axis.size
+        return slice(start + self.axis.rank * width, start + (self.axis.rank + 1) * width)
+
+    def square_sum(self) -> Tensor:
+        """Sum of squares of this rank's gradients, so that the sum over the world counts each element once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.grad.device)
+        for s in self.slices:
+            own = self.grad[s.start : s.stop]
+            total += torch.dot(own, own)
+        # under tp and ep the other ranks hold other elements; along the bucket's own axis they hold the same ones
+        return total if self.sharded else total / self.axis.size
+
+    def _own_slices(self, decayed: int) -> Iterator[FlatSlice]:
+        for piece in self.pieces:
+            own = self.own(piece)
+            middle = min(max(decayed, own.start), own.stop)
+            if own.start < middle:
+                yield FlatSlice(own.start, middle, True)
+            if middle < own.stop:
+                yield FlatSlice(middle, own.stop, False)

@@ -1,0 +1,53 @@
+"""The dispatcher: from how many rows each expert gets here to how many rows go to and come from each rank.
+
+Experts sit in blocks: rank r of the ep axis holds the r-th E / ep of them.  Rows travel sorted by expert, so that what
+goes to one rank is contiguous; what arrives is sorted by (source rank, expert) and is regrouped by expert.
+
+R ranks of the ep axis, e experts on each.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megalina.model.permute import regroup_index, reorder
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many rows travel, and how arrived rows are ordered."""
+
+    send_R: list[int]  # rows to each rank
+    receive_R: list[int]  # rows from each rank
+    count_e: list[int]  # rows for each expert that is here
+    index_N: Tensor | None  # arrived rows in the order of experts; None: they are in that order already
+    inverse_N: Tensor | None
+
+    def splits(self, outward: bool) -> tuple[list[int], list[int]]:
+        """(send, receive) of the way to the experts, or of the way back."""
+        return (self.send_R, self.receive_R) if outward else (self.receive_R, self.send_R)
+
+
+def sizes_of(sent_E: Tensor, received_E: Tensor, ranks: int) -> Sizes:
+    """From this rank's rows for each expert, and (source rank, expert here) rows that come, both int64 [E]."""
+    count_RE = received_E.view(ranks, -1)
+    send_R = sent_E.view(ranks, -1).sum(1).tolist()
+    counts = count_RE.tolist()
+    index_N = inverse_N = None
+    if ranks > 1 and count_RE.shape[1] > 1:
+        index_N, inverse_N = regroup_index(counts, sent_E.device)
+    return Sizes(send_R, [sum(row) for row in counts], [sum(column) for column in zip(*counts, strict=True)], index_N, inverse_N)
+
+
+def by_expert(arrived_ND: Tensor, sizes: Sizes) -> Tensor:
+    """Arrived rows in the order of experts."""
+    if sizes.index_N is None or sizes.inverse_N is None:
+        return arrived_ND
+    return reorder(arrived_ND, sizes.index_N, sizes.inverse_N)
+
+
+def by_source(rows_ND: Tensor, sizes: Sizes) -> Tensor:
+    """The way back: rows in the order of experts become sorted by source rank again."""
+    if sizes.index_N is None or sizes.inverse_N is None:
+        return rows_ND
+    return reorder(rows_ND, sizes.inverse_N, sizes.index_N)

@@ -1,0 +1,230 @@
+"""The functions of compute stages: a model's pieces, bound to this rank's place in the mesh.
+
+A function takes the values that its stage reads, in order, and returns those that it writes, in order.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.mesh import Mesh
+from megalina.model.gpt import GPT
+from megalina.model.layers import ALL, Layer
+from megalina.model.permute import RowOrder
+from megalina.parallel.buckets import Bucket
+from megalina.parallel.dispatcher import Sizes, by_expert, by_source
+from megalina.step.program import Stage
+
+NUM_SUMS = 5  # of a step's measure: loss, balance, z, squares of gradients, wishes to stop; then the loads of each MoE layer
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks know at the end of a step, before anything is updated.  Losses are means a token."""
+
+    loss: float  # nats, without auxiliary terms
+    balance_loss: float  # mean over MoE layers, unweighted; 1 at perfect balance
+    z_loss: float  # mean over MoE layers, unweighted
+    grad_norm: float  # over all parameters, before clipping
+    grad_scale: float  # what the update multiplies gradients by
+    finite: bool  # False: the step is skipped, on all ranks alike
+    loss_tokens: int
+    valid_tokens: int
+    stop: bool  # some rank was asked to stop after this step
+    loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
+
+
+class StageFunctions:
+    """`functions(stage)` for the executor.
+
+    `update(name, verdict)` updates a bucket.  `wish_to_stop()` is asked once a step on each rank; one wish is enough,
+    and all ranks learn of it in the same step.
+    """
+
+    def __init__(
+        self,
+        gpt: GPT,
+        mesh: Mesh,
+        buckets: dict[str, Bucket],
+        *,
+        sequence: bool,
+        clip_norm: float,
+        update: Callable[[str, Verdict], None],
+        wish_to_stop: Callable[[], bool],
+    ):
+        self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
+        self.wish_to_stop = wish_to_stop
+        self.router = gpt.router
+        self.cut_activations = sequence and mesh.tp.size > 1
+        self.first_word = mesh.tp.rank * len(gpt.embedding)
+
+    def __call__(self, stage: Stage) -> Callable[..., Any]:
+        if stage.name.startswith("update "):
+            return partial(self._update, stage.name.removeprefix("update "))
+        named = getattr(self, f"_{stage.name}")
+        return partial(named, self.gpt.layers[stage.layer]) if stage.layer >= 0 else named
+
+    def own(self, batch: Batch) -> slice:
+        """This rank's 1/tp of a micro-batch's tokens."""
+        tp = self.mesh.tp
+        if tp.size == 1:
+            return ALL
+        width = batch.tokens_BS.numel() // tp.size
+        return slice(tp.rank * width, (tp.rank + 1) * width)
+
+    def _held(self, batch: Batch) -> slice:
+        """The tokens whose activations this rank has between attention and MLP."""
+        return self.own(batch) if self.cut_activations else ALL
+
+    # embedding
+    def _embed(self, batch: Batch) -> Tensor:
+        if self.mesh.tp.size > 1:
+            return self.gpt.embed(batch, self.first_word)
+        return self.gpt.place(self.gpt.embed(batch), batch)
+
+    def _positions(self, embedded: Tensor, batch: Batch) -> Tensor:
+        return self.gpt.place(embedded, batch, self._held(batch))
+
+    # attention and dense MLP
+    def _attention(self, layer: Layer, x: Tensor, batch: Batch) -> Tensor:
+        return layer.attend(x, batch)
+
+    def _attention_norm(self, layer: Layer, x: Tensor) -> Tensor:
+        return layer.attention_norm(x)
+
+    def _attention_heads(self, layer: Layer, n: Tensor, batch: Batch) -> Tensor:
+        return layer.attention(n, batch)
+
+    def _attention_residual(self, layer: Layer, x: Tensor, added: Tensor, batch: Batch) -> Tensor:
+        return layer.attention_residual(x, added, batch, self._held(batch))
+
+    def _mlp(self, layer: Layer, h: Tensor, batch: Batch) -> Tensor:
+        return layer.feed(h, batch)
+
+    def _mlp_norm(self, layer: Layer, h: Tensor) -> Tensor:
+        return layer.mlp_norm(h)
+
+    def _mlp_hidden(self, layer: Layer, n: Tensor, batch: Batch) -> Tensor:
+        return layer.mlp(n)
+
+    def _mlp_residual(self, layer: Layer, h: Tensor, added: Tensor, batch: Batch) -> Tensor:
+        return layer.mlp_residual(h, added, batch, self._held(batch))
+
+    # mixture of experts
+    def _slice(self, layer: Layer, h: Tensor) -> Tensor:
+        width = len(h) // self.mesh.tp.size
+        return h[self.mesh.tp.rank * width : (self.mesh.tp.rank + 1) * width].clone()
+
+    def _route(self, layer: Layer, h: Tensor, batch: Batch) -> tuple[Any, ...]:
+        n, logits = layer.score(h)
+        routed = layer.select(n, logits, logits.detach(), batch)
+        return routed if layer.shared is None else (n, *routed)
+
+    def _score(self, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n, logits = layer.score(h)
+        return n, logits, logits.detach()
+
+    def _select(self, layer: Layer, n: Tensor, logits: Tensor, all_logits: Tensor, batch: Batch) -> tuple[Any, ...]:
+        return layer.select(n, logits, all_logits, batch, self.own(batch))
+
+    def _shared(self, layer: Layer, n: Tensor) -> Tensor:
+        return layer.share(n)
+
+    def _experts(self, layer: Layer, got: Tensor, sizes: Sizes) -> Tensor:
+        return by_source(layer.experts(by_expert(got, sizes), sizes.count_e), sizes)
+
+    def _mix(self, layer: Layer, h: Tensor, back: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        shared, order, batch = rest if len(rest) == 3 else (None, *rest)
+        assert isinstance(order, RowOrder)
+        return layer.mix(h, back, weight, shared, order, batch, self.own(batch))
+
+    # losses
+    def _loads(self, *loads: Tensor) -> Tensor:
+        return torch.stack(loads)
+
+    def _balance(self, *probs_and_loads: Any) -> Tensor:
+        *probs, loads = probs_and_loads
+        return self.gpt.balance_of_all(probs, loads)
+
+    def _head_norm(self, x: Tensor) -> Tensor:
+        return self.gpt.final_norm(x)
+
+    def _logits(self, n: Tensor, batch: Batch) -> Tensor:
+        return self.gpt.stat(n, batch, self.first_word)
+
+    def _loss(self, x: Tensor, batch: Batch) -> Tensor:
+        if self.mesh.tp.size == 1:
+            return self.gpt.loss(self.gpt.stat(self.gpt.final_norm(x), batch).unsqueeze(0), batch)
+        return self.gpt.loss(x.view(self.mesh.tp.size, -1, 2), batch, self.own(batch))
+
+    # without autograd
+    def _sizes(self, *batches: Batch) -> Tensor:
+        loss_tokens = torch.stack([b.loss_mask_BS.sum() for b in batches]).sum()
+        valid_tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
+        return torch.stack([loss_tokens, valid_tokens]).double()
+
+    def _seed(self, divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of what is minimised with respect to each loss, in the order of `megalina.step.passes.losses_of`."""
+        per_loss, per_valid = (1.0 / divisor.clamp(min=1)).unbind()
+        weights = {"z": self.router.z_loss * per_valid, "balance": self.router.balance_loss * per_valid, "loss": per_loss}
+        return tuple(weights[kind].to(value.dtype) for kind, value in zip(self._kinds(), losses, strict=True))
+
+    def _kinds(self) -> list[str]:
+        layers = len(self.gpt.moe_layers)
+        if self.router.group == "global" and layers:
+            return ["z"] * layers + ["balance", "loss"]
+        return ["balance", "z"] * layers + ["loss"]
+
+    def _measure(self, *values: Any) -> Tensor:
+        """float64: sums of losses and squares over this rank, and its loads."""
+        losses, loads = values[: len(values) - len(self.buckets)], []
+        sums = dict.fromkeys(("loss", "balance", "z"), torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device))
+        kinds: list[str] = []
+        for value in losses:
+            if value.dtype == torch.int64:
+                loads.append(value)
+                continue
+            kinds = kinds or self._kinds()
+            kind = kinds.pop(0)
+            sums[kind] = sums[kind] + value.double()
+        squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
+        layers = len(self.gpt.moe_layers)
+        load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
+        wish = squares.new_tensor(float(self.wish_to_stop()))
+        return torch.cat([torch.stack([sums["loss"], sums["balance"], sums["z"], squares, wish]), load])
+
+    def _verdict(self, measured: Tensor, divisor: Tensor) -> Verdict:
+        loss_tokens, valid_tokens = (int(v) for v in divisor.tolist())
+        loss, balance, z, squares, wishes = measured[:NUM_SUMS].tolist()
+        layers = max(len(self.gpt.moe_layers), 1)
+        norm = squares**0.5
+        scale = min(1.0, self.clip_norm / (norm + 1e-6)) if self.clip_norm > 0 else 1.0
+        valid = max(valid_tokens, 1)
+        mean_loss = loss / max(loss_tokens, 1)
+        loads = measured[NUM_SUMS:].long().view(len(self.gpt.moe_layers), -1).cpu()
+        finite = all(map(math.isfinite, (loss, balance, z, norm)))
+        return Verdict(
+            loss=mean_loss,
+            balance_loss=balance / valid / layers,
+            z_loss=z / valid / layers,
+            grad_norm=norm,
+            grad_scale=scale,
+            finite=finite,
+            loss_tokens=loss_tokens,
+            valid_tokens=valid_tokens,
+            stop=wishes > 0,
+            loads=loads,
+        )
+
+    def _update(self, name: str, gradient: Tensor, verdict: Verdict) -> None:
+        self.update(name, verdict)
+
+    def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
+        """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
+        return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])

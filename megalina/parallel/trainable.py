@@ -1,0 +1,85 @@
+"""A model that is ready to train on this rank: its shard, its buckets, and the executors of its programs."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.config import PretrainConfig
+from megalina.mesh import Mesh
+from megalina.model.gpt import GPT
+from megalina.parallel.buckets import Bucket
+from megalina.parallel.executor import Executor
+from megalina.parallel.functions import StageFunctions, Verdict
+from megalina.parallel.shard import axis_of_group, build_shard, parameter_groups, shape_of
+from megalina.step.strategy import evaluation, training_step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+Update = Callable[[str, Verdict], None]
+
+
+class Trainable:
+    """`step` and `evaluate` run programs; everything else is state that others read."""
+
+    def __init__(self, config: PretrainConfig, mesh: Mesh, *, vocab_size: int, device: torch.device, wish_to_stop: Callable[[], bool]):
+        train, parallel = config.train, config.parallel
+        dtype = DTYPES[train.dtype]
+        self.mesh, self.micro_batch_size = mesh, train.micro_batch_size
+        self.gpt: GPT = build_shard(
+            config.model,
+            config.router,
+            mesh,
+            vocab_size=vocab_size,
+            max_positions=config.model.max_positions or train.seq_len,
+            seed=train.seed,
+            dtype=dtype,
+            device=device,
+        )
+        shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
+        main_bytes = 8 if dtype == torch.float64 else 4
+        piece_mb = config.strategy.gradient_piece_mb
+        piece = int(piece_mb * 2**20) // main_bytes if piece_mb else None
+        self.buckets = {
+            name: Bucket(name, members, getattr(mesh, axis_of_group(name)), sharded=parallel.zero == 1, piece=piece)
+            for name, members in parameter_groups(self.gpt, shape).items()
+        }
+        specs = {name: bucket.spec for name, bucket in self.buckets.items()}
+        self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
+        self.program = training_step(
+            config.strategy.name, shape, specs, micro_batches=self.micro_batches, recompute_mode=train.recompute
+        )
+        self._update: Update | None = None
+        functions = StageFunctions(
+            self.gpt,
+            mesh,
+            self.buckets,
+            sequence=parallel.sequence,
+            clip_norm=config.optim.clip_norm,
+            update=self._updated,
+            wish_to_stop=wish_to_stop,
+        )
+        self._verdict: Verdict | None = None
+        self._training = Executor(self.program, functions, mesh, self.buckets)
+        self._evaluation = Executor(evaluation(shape, specs), functions, mesh, self.buckets)
+
+    def step(self, batch: Batch, update: Update) -> Verdict:
+        """One training step on this rank's sequences; `update(bucket, verdict)` is called for each bucket."""
+        self.gpt.train()
+        self._update = update
+        parts = batch.split(self.micro_batch_size)
+        assert len(parts) == self.micro_batches
+        self._training.run({f"#batch.-.{i}": part for i, part in enumerate(parts)})
+        assert self._verdict is not None
+        return self._verdict
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """float64 [2]: sum of losses in nats and number of tokens they are of, over the world."""
+        self.gpt.eval()
+        out: Tensor = self._evaluation.run({"#batch.-.0": batch})["#loss.-.0"]
+        return out
+
+    def _updated(self, name: str, verdict: Verdict) -> None:
+        assert self._update is not None
+        self._verdict = verdict
+        self._update(name, verdict)

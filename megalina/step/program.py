@@ -1,0 +1,194 @@
+"""A program: one training step as a list of stages, the same on every rank.  No torch, no rank, no clock.
+
+A stage reads and writes named values.  `rows.2.0` is `rows` of layer 2, part 0; `-` stands for no layer.
+
+- `h.2.0'` is the gradient of `h.2.0`.  It may have several writers, which add up; its reader comes after them all.
+- `#order.2.0` has no gradient.
+- `rows>.2.0` is `rows.2.0` on the wire.
+- A parameter group (`dense.2`) is a value too: forward reads it, backward adds to `dense.2'`.
+
+Under tensor parallelism a value is either cut along the tokens or copied, and what flows back for a copied one is a
+*part* of its gradient: the sum over tp is the whole.  So a sum over tp mirrors itself, gather mirrors scatter, and all
+parameters that are copied over tp are summed over it, whatever the layout of activations.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+
+class Kind(Enum):
+    COMPUTE = auto()
+    START = auto()  # something goes on the wire
+    WAIT = auto()  # it has arrived; every wait is a stage
+
+
+class Op(Enum):
+    """What is sent."""
+
+    TOKENS = auto()  # uneven all-to-all of rows; its mirror is the same with the sizes swapped
+    COUNTS = auto()  # all-to-all of split sizes; the host needs the result
+    GATHER = auto()  # all-gather along the first dimension; mirror: SCATTER
+    SCATTER = auto()  # reduce-scatter along the first dimension; mirror: GATHER
+    SUM = auto()  # all-reduce of a value; mirror: SUM
+    GRADS = auto()  # a piece of a gradient bucket: all-reduce, or reduce-scatter where the bucket is sharded
+    PARAMS = auto()  # a piece of a sharded bucket's parameters: all-gather
+
+
+MIRRORED_OP = {Op.GATHER: Op.SCATTER, Op.SCATTER: Op.GATHER}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One line of a program."""
+
+    phase: str  # F forward; B backward; U without autograd: sizes, seeds, norm, update
+    kind: Kind
+    name: str  # which function, which exchange, which bucket
+    layer: int = -1
+    part: str = "0"  # which micro-batch, or slice of it
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()  # those with a gradient come first
+    uses: tuple[str, ...] = ()  # parameter groups
+    op: Op | None = None  # of START and WAIT
+    axis: str = ""  # START and WAIT: the axis of the mesh along which it is sent
+    piece: tuple[int, int] = (0, 0)  # GRADS, PARAMS: elements of the bucket
+    recompute: bool = False  # activations are dropped after forward and computed again in backward
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """The same for a forward stage and its mirror."""
+        return self.name, self.layer, self.part
+
+    @property
+    def tag(self) -> str:
+        """For people: `F:dispatch>.2.0`."""
+        arrow = {Kind.START: ">", Kind.WAIT: "<"}.get(self.kind, "")
+        layer = "-" if self.layer < 0 else str(self.layer)
+        cut = f"[{self.piece[0]}:{self.piece[1]}]" if self.piece[1] else ""
+        return f"{self.phase}:{self.name}{arrow}.{layer}.{self.part}{cut}"
+
+
+Program = tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSpec:
+    """What a program must know about a flat bucket of gradients."""
+
+    numel: int  # with padding
+    axis: str  # its gradients are summed along this axis of the mesh
+    sharded: bool = False  # ZeRO-1
+    piece: int | None = None  # it goes on the wire in pieces of at most so many elements; shards belong to pieces
+
+
+def has_gradient(value: str) -> bool:
+    return value[0] != "#"
+
+
+def gradient(value: str) -> str:
+    return value + "'"
+
+
+def is_mirrored(stage: Stage) -> bool:
+    """Whether a forward stage has a backward stage."""
+    return stage.phase == "F" and any(map(has_gradient, stage.writes))
+
+
+def mirror(stage: Stage) -> Stage:
+    """The backward stage: reads and writes swap, so the exchange that was waited for is the one that starts."""
+    swap = {Kind.START: Kind.WAIT, Kind.WAIT: Kind.START, Kind.COMPUTE: Kind.COMPUTE}
+    return replace(
+        stage,
+        phase="B",
+        kind=swap[stage.kind],
+        op=MIRRORED_OP.get(stage.op, stage.op) if stage.op else None,
+        reads=tuple(gradient(v) for v in stage.writes if has_gradient(v)) + tuple(v for v in stage.reads if not has_gradient(v)),
+        writes=tuple(gradient(v) for v in stage.reads if has_gradient(v)),
+    )
+
+
+def backward(forward: Program) -> Program:
+    return tuple(mirror(s) for s in reversed(forward) if is_mirrored(s))
+
+
+def reads_of(stage: Stage) -> tuple[str, ...]:
+    """All that a stage needs: values, parameters, and what its forward stage kept."""
+    kept = (f"kept {stage.key}",) if stage.phase == "B" and stage.kind is Kind.COMPUTE else ()
+    return stage.reads + kept + (stage.uses if stage.phase in "FB" else ())
+
+
+def writes_of(stage: Stage) -> tuple[str, ...]:
+    """All that a stage leaves behind: values, what it keeps for backward, gradients of parameters."""
+    kept = (f"kept {stage.key}",) if stage.phase == "F" and stage.kind is Kind.COMPUTE else ()
+    return stage.writes + kept + (tuple(map(gradient, stage.uses)) if stage.phase == "B" else ())
+
+
+def check(program: Program, given: Collection[str], buckets: Mapping[str, BucketSpec]) -> None:
+    """Raise ValueError unless the step is complete and in order.
+
+    A program that passes can't deadlock: every rank holds this very list, so each group's collectives start in one
+    order, and every wait is for something started before.  `given`: values that exist before the step, parameter
+    groups among them.  Without backward stages (evaluation) only order and waits are checked.
+    """
+    writers: dict[str, list[int]] = defaultdict(list)
+    for i, stage in enumerate(program):
+        for value in writes_of(stage):
+            writers[value].append(i)
+    _check_order(program, given, writers)
+    _check_waits(program)
+    if any(s.phase == "B" for s in program):
+        _check_backward(program)
+        _check_buckets(program, buckets)
+
+
+def _check_order(program: Program, given: Collection[str], writers: Mapping[str, list[int]]) -> None:
+    for i, stage in enumerate(program):
+        for value in reads_of(stage):
+            if value not in writers and value not in given:
+                raise ValueError(f"{stage.tag} reads {value}, which nobody writes")
+            if late := [program[j].tag for j in writers.get(value, ()) if j >= i]:
+                raise ValueError(f"{stage.tag} reads {value} before it is written by {', '.join(late)}")
+    for value, places in writers.items():
+        if len(places) > 1 and not _may_have_many_writers(value, program[places[0]]):
+            raise ValueError(f"{value} is written by {', '.join(program[i].tag for i in places)}; only gradients add up")
+    seen: set[tuple] = set()
+    for stage in program:
+        same = (stage.phase, stage.kind, stage.op, stage.key, stage.piece)
+        if same in seen:
+            raise ValueError(f"{stage.tag} occurs twice")
+        seen.add(same)
+
+
+def _may_have_many_writers(value: str, first: Stage) -> bool:
+    return "'" in value or first.op in (Op.GRADS, Op.PARAMS)
+
+
+def _check_waits(program: Program) -> None:
+    awaited = {v for s in program if s.kind is Kind.WAIT for v in s.reads}
+    if lost := [s.tag for s in program if s.kind is Kind.START and not awaited & set(s.writes)]:
+        raise ValueError(f"nobody waits for {', '.join(lost)}")
+
+
+def _check_backward(program: Program) -> None:
+    present = {(s.phase, s.kind, s.key) for s in program}
+    if missing := [s.tag for s in program if is_mirrored(s) and ("B", mirror(s).kind, s.key) not in present]:
+        raise ValueError(f"no backward for {', '.join(missing)}")
+    extra = {s.key for s in program if s.phase == "B" and s.kind is Kind.COMPUTE} - {s.key for s in program if s.phase == "F"}
+    if extra:
+        raise ValueError(f"backward without forward: {sorted(extra)}")
+    updated = {s.name for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
+    if idle := {f"update {u}" for s in program for u in s.uses} - updated:
+        raise ValueError(f"missing: {', '.join(sorted(idle))}")
+
+
+def _check_buckets(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
+    for op in (Op.GRADS, Op.PARAMS):
+        for name, bucket in buckets.items():
+            if op is Op.PARAMS and not bucket.sharded:
+                continue
+            pieces = sorted(s.piece for s in program if s.op is op and s.name == name and s.kind is Kind.START)
+            ends = [0, *(stop for _, stop in pieces)]
+            if [start for start, _ in pieces] != ends[:-1] or ends[-1] != bucket.numel:
+                raise ValueError(f"{op.name} of {name} ({bucket.numel} elements) does not go out exactly once: {pieces}")

@@ -1,0 +1,45 @@
+"""Ranks for tests: N gloo processes that run a list of jobs and hand back what each gave, then end."""
+
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`work(*arguments)` on each of `world` ranks; their results in order.  RuntimeError with the traceback of the first that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        mp.spawn(_rank, (world, port, folder, work, arguments), nprocs=world)
+        results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+    for rank, (ok, value) in enumerate(results):
+        if not ok:
+            raise RuntimeError(f"rank {rank} of {world}:\n{value}")
+    return [value for _, value in results]
+
+
+def _rank(rank: int, world: int, port: int, folder: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        result = True, work(*arguments)
+    except Exception:  # noqa: BLE001  the parent raises it
+        result = False, traceback.format_exc()
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
+    if result[0]:
+        dist.barrier()
+        dist.destroy_process_group()
+    else:
+        os._exit(0)  # the others may be waiting for this rank; they end at their time-out

@@ -1,0 +1,144 @@
+"""The checker refuses what is wrong and accepts what is right; the builder's lists hold what they should."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from megalina.step.forward import Shape, plain
+from megalina.step.passes import cuts, losses_of
+from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, check, reads_of, writes_of
+from megalina.step.strategy import evaluation, given, training_step
+
+SHAPES = {
+    "one device": Shape(moe=(True, True)),
+    "dense first, shared experts": Shape(moe=(False, True), shared_experts=True),
+    "tensor parallel": Shape(moe=(False, True), tp=True, shared_experts=True),
+    "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
+    "global balance": Shape(moe=(True, True), global_balance=True),
+}
+
+
+def buckets_of(shape: Shape, *, sharded: bool = True, piece: int | None = 40) -> dict[str, BucketSpec]:
+    names = dict.fromkeys(u for s in plain(shape) for u in s.uses)
+    return {n: BucketSpec(64, "dp", sharded, piece) for n in names}
+
+
+def example(name: str = "dense first, shared experts", micro_batches: int = 1) -> tuple[Program, set[str], dict[str, BucketSpec]]:
+    shape = SHAPES[name]
+    buckets = buckets_of(shape)
+    program = training_step("eager", shape, buckets, micro_batches=micro_batches, recompute_mode="none")
+    return program, given(micro_batches, buckets), buckets
+
+
+def refused(program: Program, have: set[str], buckets: dict[str, BucketSpec]) -> bool:
+    try:
+        check(program, have, buckets)
+    except ValueError:
+        return True
+    return False
+
+
+def legal_orders(program: Program, count: int) -> Iterator[Program]:
+    """Other orders of the same stages that respect every read."""
+    writers: dict[str, set[int]] = {}
+    for i, stage in enumerate(program):
+        for value in writes_of(stage):
+            writers.setdefault(value, set()).add(i)
+    needs = [set().union(*(writers.get(v, set()) for v in reads_of(s))) for s in program]
+    for seed in range(count):
+        rng, done, left, out = random.Random(seed), set[int](), list(range(len(program))), []
+        while left:
+            i = rng.choice([i for i in left if needs[i] <= done])
+            left.remove(i)
+            done.add(i)
+            out.append(program[i])
+        yield tuple(out)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_every_shape_has_a_complete_program(name: str, micro_batches: int, recompute: str) -> None:
+    shape = SHAPES[name]
+    buckets = buckets_of(shape)
+    program = training_step("eager", shape, buckets, micro_batches=micro_batches, recompute_mode=recompute)
+    assert sum(s.name == "seed" for s in program) == micro_batches
+    assert (recompute == "none") == (not any(s.recompute for s in program))
+    evaluation(shape, buckets)
+
+
+def test_each_dropped_stage_is_refused() -> None:
+    program, have, buckets = example()
+    assert not refused(program, have, buckets)
+    assert [s.tag for i, s in enumerate(program) if not refused(program[:i] + program[i + 1 :], have, buckets)] == []
+
+
+def test_each_doubled_stage_is_refused() -> None:
+    program, have, buckets = example()
+    assert [s.tag for i, s in enumerate(program) if not refused(program[:i] + (s,) + program[i:], have, buckets)] == []
+
+
+def test_neighbours_may_swap_exactly_if_neither_needs_the_other() -> None:
+    program, have, buckets = example("tensor parallel")
+    needed = 0
+    for i, (first, second) in enumerate(zip(program, program[1:], strict=False)):
+        swapped = program[:i] + (second, first) + program[i + 2 :]
+        depends = bool(set(writes_of(first)) & set(reads_of(second)))
+        assert refused(swapped, have, buckets) == depends, (first.tag, second.tag)
+        needed += depends
+    assert needed > len(program) // 3
+
+
+def test_legal_orders_are_accepted() -> None:
+    program, have, buckets = example("tensor parallel", micro_batches=2)
+    for order in legal_orders(program, 20):
+        assert order != program
+        check(order, have, buckets)
+
+
+def test_a_bucket_waits_for_the_last_use_of_a_tied_embedding() -> None:
+    program, _, _ = example()
+    uses = [i for i, s in enumerate(program) if s.phase == "B" and "embedding" in s.uses]
+    start = next(i for i, s in enumerate(program) if s.op is Op.GRADS and s.name == "embedding")
+    assert len(uses) == 2 and uses[-1] < start
+
+
+def test_accumulation_reduces_each_bucket_once_after_the_last_micro_batch() -> None:
+    program, _, buckets = example("one device", micro_batches=3)
+    first_start = min(i for i, s in enumerate(program) if s.op is Op.GRADS)
+    assert all(s.part == "2" for s in program[first_start:] if s.phase == "B" and s.kind is Kind.COMPUTE)
+    starts = [s for s in program if s.op is Op.GRADS and s.kind is Kind.START]
+    assert len(starts) == sum(len(cuts(b.numel, b.piece)) for b in buckets.values())
+
+
+def test_exchanges_are_never_recomputed() -> None:
+    shape = SHAPES["tensor parallel"]
+    program = training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="full")
+    assert not any(s.recompute for s in program if s.kind is not Kind.COMPUTE)
+    plain_starts = [s.tag for s in training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="none") if s.kind is Kind.START]
+    assert [s.tag for s in program if s.kind is Kind.START] == plain_starts
+
+
+def test_shared_experts_run_under_the_dispatch() -> None:
+    tags = [s.tag for s in plain(SHAPES["dense first, shared experts"]) if s.layer == 1]
+    assert tags.index("F:dispatch>.1.0") < tags.index("F:shared.1.0") < tags.index("F:dispatch<.1.0")
+
+
+def test_every_loss_is_seeded() -> None:
+    forward = plain(SHAPES["global balance"])
+    assert losses_of(forward) == ("z.0.0", "z.1.0", "global_aux.-.0", "loss.-.0")
+
+
+def test_an_unknown_strategy_is_named() -> None:
+    shape = SHAPES["one device"]
+    with pytest.raises(ValueError, match="'lyna': choose one of eager"):
+        training_step("lyna", shape, buckets_of(shape), micro_batches=1, recompute_mode="none")
+
+
+def test_a_start_that_nobody_awaits_is_named() -> None:
+    program, have, buckets = example()
+    lost = Stage("F", Kind.START, "gossip", reads=("x.0.0",), writes=("x>.0.0",), op=Op.TOKENS, axis="ep")
+    at = next(i for i, s in enumerate(program) if "x.0.0" in s.writes) + 1
+    with pytest.raises(ValueError, match="nobody waits for F:gossip>"):
+        check(program[:at] + (lost,) + program[at:], have, buckets)
