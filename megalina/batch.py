@@ -1,6 +1,8 @@
 """A batch: the tokens of some sequences and what must be known about each.  B sequences, S tokens a sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,13 @@ class Batch:
     sample_B: Tensor  # int64, number of the sequence since the start of training: seeds dropout and noise
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in self._values()))
+        return self._map(lambda v: v.to(device, non_blocking=True))
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into batches of `size` sequences each."""
-        columns = [v if v is None else v.split(size) for v in self._values()]
-        return [Batch(*(c if c is None else c[i] for c in columns)) for i in range(-(-len(self.tokens_BS) // size))]
+        return [self._map(lambda v, i=i: v[i : i + size]) for i in range(0, len(self.tokens_BS), size)]  # type: ignore[misc]
 
-    def _values(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return Batch(**changed)

@@ -126,7 +126,7 @@ class CheckpointConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    kind: str = "stdlib"  # stdlib: Python source of this interpreter's standard library | prose: its documentation | indexed: .bin/.idx
+    kind: str = "stdlib"  # stdlib: source of the interpreter's standard library | prose: its documentation | indexed: .bin/.idx
     prefix: str = ""  # indexed: PREFIX of PREFIX.bin and PREFIX.idx
     blend: list[str] = field(default_factory=list)  # weights and corpora in turn: [0.7, stdlib, 0.3, PREFIX]; instead of prefix
     tokenizer: str = ""  # indexed: sentencepiece .model or Hugging Face tokenizer.json; empty: token ids only, no text samples

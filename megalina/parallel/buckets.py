@@ -65,7 +65,7 @@ class Bucket:
             m.parameter.data = flat.view(m.parameter.shape)
             grad = self.grad[m.start : m.stop].view(m.parameter.shape)
             if m.parameter.dtype != self.dtype:
-                m.parameter.grad_dtype = self.dtype  # type: ignore[attr-defined]
+                m.parameter.grad_dtype = self.dtype
             m.parameter.grad = grad
             m.parameter.main_grad = grad  # type: ignore[attr-defined]
         self.slices = list(self._own_slices(decayed))

@@ -7,14 +7,8 @@ from megalina.config import ModelConfig, RouterConfig
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, Spec, initialise, spec_of
-from megalina.model.layers import is_moe
+from megalina.parameters import is_moe_layer, padded_vocab_size
 from megalina.step.forward import Shape
-
-
-def padded_vocabulary(vocab_size: int, tp: int) -> int:
-    """The vocabulary, padded to a multiple of 128 x tp, so that it can be cut and its products are aligned."""
-    multiple = 128 * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def cut_of(mesh: Mesh) -> Cut:
@@ -33,7 +27,7 @@ def build_shard(
     device: torch.device | str = "cpu",
 ) -> GPT:
     """This rank's part of the model, with initial values that don't depend on the layout."""
-    padded = padded_vocabulary(vocab_size, mesh.tp.size)
+    padded = padded_vocab_size(vocab_size, mesh.tp.size)
     gpt = GPT(model, router, vocab_size=vocab_size, max_positions=max_positions, seed=seed, padded_vocab=padded)
     initialise(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))
     return gpt
@@ -41,13 +35,14 @@ def build_shard(
 
 def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
     """What a program must know of the model and the layout."""
+    moe = tuple(is_moe_layer(model, i) for i in range(model.num_layers))
     return Shape(
-        moe=is_moe(model),
+        moe=moe,
         shared_experts=model.shared_d_ff > 0,
         tied=model.tie_embeddings,
         tp=tp > 1,
         sequence=sequence,
-        global_balance=router.group == "global" and any(is_moe(model)),
+        global_balance=router.group == "global" and any(moe),
     )
 
 

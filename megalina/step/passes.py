@@ -110,9 +110,9 @@ def _pieces(name: str, bucket: BucketSpec, op: Op) -> tuple[list[Stage], list[St
     starts, waits = [], []
     for cut in cuts(bucket.numel, bucket.piece):
         wire = f"{reads}>{cut[0]}"
-        common = {"op": op, "axis": bucket.axis, "piece": cut}
-        starts.append(Stage(phase, Kind.START, name, reads=(reads,), writes=(wire,), **common))
-        waits.append(Stage(phase, Kind.WAIT, name, reads=(wire,), writes=(done,), **common))
+        start = Stage(phase, Kind.START, name, reads=(reads,), writes=(wire,), op=op, axis=bucket.axis, piece=cut)
+        starts.append(start)
+        waits.append(replace(start, kind=Kind.WAIT, reads=(wire,), writes=(done,)))
     return starts, waits
 
 

@@ -1,0 +1,48 @@
+# make pretrain   from a fresh clone to a trained model and its report
+# Every target makes .venv first when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Tests start ranks of their own, so two workers fill two cores; a module stays on one worker, for the ranks it keeps.
+PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope
+SOURCES := $(wildcard megalina pretrain_gpt_moe.py tools benchmarks tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv pretrain test test-full lint docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(READY)  ## set up the Python environment, nothing else
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "megalina needs Python 3.11 or newer as $(PYTHON); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $@
+
+pretrain: $(READY)  ## train a GPT-MoE on real text (some minutes), ends with report.html
+	$(BIN)/python pretrain_gpt_moe.py experiment=laptop
+
+lint: $(READY)  ## style, import contracts, types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint  ## lint, then the tests
+	$(PYTEST)
+
+test-full: lint  ## lint, then all tests, the slow ones included
+	$(PYTEST) -m '' --timeout 1800
+
+docs: $(READY)  ## write docs/config.md from the schema
+	$(BIN)/python tools/write_config_docs.py
+
+clean:  ## remove .venv and all caches; runs and data stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

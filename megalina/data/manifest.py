@@ -1,0 +1,33 @@
+"""A manifest: which tokenizer made an indexed dataset, in PREFIX.json beside it (the format itself has no place for that)."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    tokenizer: str  # its path when the dataset was made
+    tokenizer_sha256: str
+    vocab_size: int
+    documents: int
+    tokens: int
+
+    def write(self, prefix: str | Path) -> None:
+        Path(f"{prefix}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """None where there is none, as for datasets that other programs made."""
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        return None
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None  # a file of that name that something else wrote
+
+
+def tokenizer_sha256(path: str) -> str:
+    return hashlib.sha256(b"bytes" if path == "bytes" else Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,256 @@
+"""The local ranks of a job: plain subprocesses that start together, end together and leave nothing behind.
+
+Under torchrun or Slurm the ranks are there already; `joined` says which one this process is.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_S = 0.05
+GRACE_S = 1.0  # after a failure the other ranks have this long to end by themselves, then they are killed
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TAIL_LINES = 40
+# What a rank says when another one is gone: it is not the one to blame.
+CONSEQUENCES = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|DistNetworkError|DistBackendError|recvValue failed"
+)
+
+
+class RankFailed(RuntimeError):
+    """A rank ended by itself with an error; the message has its number and its traceback."""
+
+
+class Stopped(RuntimeError):
+    """The job was asked to stop by a signal, and did."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """This process among ranks that something else has started."""
+
+    launcher: str  # torchrun | slurm
+    rank: int
+    world: int
+    local_rank: int
+    local_ranks: int
+    address: str
+    port: int
+
+    def environment(self) -> dict[str, str]:
+        """The variables that torchrun sets and torch.distributed reads."""
+        return rank_environment(self.rank, self.world, self.local_rank, self.local_ranks, self.address, self.port)
+
+
+def rank_environment(rank: int, world: int, local_rank: int, local_ranks: int, address: str, port: int) -> dict[str, str]:
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_ranks,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def joined(environ: Mapping[str, str]) -> Member | None:
+    """Which rank this process is under torchrun or srun; None: nobody has started ranks, we do."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        world = int(environ["WORLD_SIZE"])
+        return Member(
+            "torchrun",
+            rank=int(environ["RANK"]),
+            world=world,
+            local_rank=int(environ.get("LOCAL_RANK", 0)),
+            local_ranks=int(environ.get("LOCAL_WORLD_SIZE", world)),
+            address=environ.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environ.get("MASTER_PORT", 29500)),
+        )
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
+        tasks = re.match(r"\d+", environ.get("SLURM_TASKS_PER_NODE", environ["SLURM_NTASKS"]))
+        return Member(
+            "slurm",
+            rank=int(environ["SLURM_PROCID"]),
+            world=int(environ["SLURM_NTASKS"]),
+            local_rank=int(environ.get("SLURM_LOCALID", 0)),
+            local_ranks=int(tasks.group()) if tasks else 1,
+            address=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", "127.0.0.1")),
+            # Jobs that share a node must not share a port: it follows from the job's number.
+            port=int(environ.get("MASTER_PORT", 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
+        )
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: "gpu[003-006,9],cpu1" -> "gpu003"."""
+    bracketed = re.match(r"([^,\[]*)\[(\d+)[^\]]*\]([^,]*)", nodes)
+    return "".join(bracketed.groups()) if bracketed else nodes.split(",")[0]
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_ranks(command: Sequence[str], *, ranks: int, logs: Path) -> None:
+    """Runs `command` once a rank and returns when all have ended well.
+
+    Rank 0 writes to our stdout and stderr, the others to logs/rank_N.log; a rank may leave its traceback beside it.
+    Raises RankFailed as soon as one fails, and Stopped after SIGINT, SIGTERM or SIGHUP, which all reach the ranks as SIGTERM;
+    a second signal kills them.  In every case no process is left.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    for rank in range(ranks):
+        traceback_path(logs, rank).unlink(missing_ok=True)
+    port = _free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    with _signals() as received:
+        try:
+            for rank in range(ranks):
+                processes.append(_start(command, rank, ranks, port, logs))
+            failed = _wait(processes, received)
+            if failed:
+                failed |= _others(processes)
+                if not received:
+                    raise RankFailed(_blame(failed, logs, ranks))
+            if received:
+                raise Stopped(received[0])
+        finally:
+            _kill(processes)
+
+
+def traceback_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.traceback"
+
+
+def _start(command: Sequence[str], rank: int, ranks: int, port: int, logs: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, **rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port)}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+    if Path("/sys/class/net/lo").exists():
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve on a laptop
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    with ExitStack() as stack:
+        log = None if rank == 0 else stack.enter_context(open(logs / f"rank_{rank}.log", "wb"))
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; a rank's own children can be ended with it
+            preexec_fn=_die_with_parent(),
+        )
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """For the child between fork and exec: it is killed when we die, even by SIGKILL.  Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def arm() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it died before prctl
+            os._exit(1)
+
+    return arm
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the numbers of the signals that ask us to stop."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    for number in caught:
+        signal.signal(number, lambda signum, _: received.append(signum))
+    try:
+        yield received
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]", received: Sequence[int]) -> dict[int, int]:
+    """Until all have ended, one has failed or a second signal came: {rank: exit code} of those that failed."""
+    forwarded = False
+    while len(received) < 2:
+        codes = [process.poll() for process in processes]
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed or None not in codes:
+            return failed
+        if received and not forwarded:
+            print(f"{signal.Signals(received[0]).name}: the ranks finish their step and save; once more to kill", file=sys.stderr)
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            forwarded = True
+        time.sleep(POLL_S)
+    return {}
+
+
+def _others(processes: "Sequence[subprocess.Popen[bytes]]") -> dict[int, int]:
+    """Waits a little, as the others notice that one is gone: {rank: exit code} of those that failed as well.
+
+    They get no signal: it could cut short the one that is about to say what went wrong first.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(POLL_S)
+    codes = {rank: process.poll() for rank, process in enumerate(processes)}
+    return {rank: code for rank, code in codes.items() if code}
+
+
+def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Kills what is left of every rank and of its children."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # nothing of it is left
+        finally:
+            process.wait()
+
+
+def _blame(failed: Mapping[int, int], logs: Path, ranks: int) -> str:
+    """The message about the rank that failed for a reason of its own, if that can be told; else about the first one."""
+    texts = {rank: _last_words(logs, rank) for rank in failed}
+    own = [rank for rank, text in texts.items() if failed[rank] < 0 or not CONSEQUENCES.search(text[-2000:])]
+    rank = (own or list(failed))[0]
+    code = failed[rank]
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    if code == -signal.SIGKILL:
+        how += " (out of memory?)"
+    return f"rank {rank} of {ranks} {how}; the job was ended\n{texts[rank]}".rstrip()
+
+
+def _last_words(logs: Path, rank: int) -> str:
+    for path in (traceback_path(logs, rank), logs / f"rank_{rank}.log"):
+        if path.is_file() and (rank > 0 or path == traceback_path(logs, rank)):
+            lines = path.read_text(errors="replace").splitlines()
+            return "\n".join(f"[rank {rank}] {line}" for line in lines[-TAIL_LINES:])
+    return ""  # rank 0 has written to our stderr
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

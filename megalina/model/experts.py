@@ -1,0 +1,202 @@
+"""The expert MLPs: rows sorted by expert go through the two matrices of their expert, as one autograd node.
+
+Shapes: N rows, E experts, D model width, F hidden width, H = 2F for swiglu (gate rows first, then up), else F.
+Gradients of parameters with `main_grad` are added there, see linear.py.  Saved for backward: the rows and what the first
+matrix gave (H numbers a row); the activation is computed again, which costs less than its memory traffic.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megalina.model.activation import activate, activate_backward, input_width
+from megalina.model.linear import add_outer, add_rows, main_grad
+
+
+def expert_mlp(
+    x_ND: Tensor,
+    count_E: list[int],
+    w1_EHD: Tensor,
+    w2_EDF: Tensor,
+    b1_EH: Tensor | None = None,
+    b2_ED: Tensor | None = None,
+    *,
+    activation: str,
+) -> Tensor:
+    """Rows sorted by expert, `count_E` of them each; returns [N, D].  An expert without a row gets a zero gradient."""
+    if sum(count_E) != x_ND.shape[0] or len(count_E) != w1_EHD.shape[0]:
+        raise ValueError(
+            f"counts of {len(count_E)} experts sum to {sum(count_E)}, got {x_ND.shape[0]} rows and {w1_EHD.shape[0]} experts"
+        )
+    return _ExpertMlp.apply(x_ND, w1_EHD, w2_EDF, b1_EH, b2_ED, count_E, activation)
+
+
+def mlp(
+    x: Tensor, w1_HD: Tensor, w2_DF: Tensor, b1_H: Tensor | None = None, b2_D: Tensor | None = None, *, activation: str
+) -> Tensor:
+    """The MLP of a dense layer or of the shared experts: one expert that every row visits.  Any leading dims."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    return _ExpertMlp.apply(x_ND, w1_HD, w2_DF, b1_H, b2_D, [x_ND.shape[0]], activation).view(x.shape)
+
+
+def use_grouped_gemm(x_ND: Tensor, w1_EHD: Tensor, w2_EDF: Tensor) -> bool:
+    """Whether `F.grouped_mm` runs these experts: on CUDA, in bfloat16, with strides in multiples of 16 bytes.
+
+    On CPU it is itself a loop, and one that can't write into memory it is given.
+    """
+    aligned = all(width % 8 == 0 for width in (w1_EHD.shape[-2], w1_EHD.shape[-1], w2_EDF.shape[-1]))
+    return x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and aligned and x_ND.shape[0] > 0
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """Weights of one MLP may come without the expert dimension."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, count_E: list[int], activation: str
+    ) -> Tensor:
+        w1_EHD, w2_EDF, b1_EH, b2_ED = (_experts(w1, 3), _experts(w2, 3), _experts(b1, 2), _experts(b2, 2))
+        assert w1_EHD is not None and w2_EDF is not None
+        assert w1_EHD.shape[1] == input_width(activation, w2_EDF.shape[2])
+        ctx.grouped = use_grouped_gemm(x_ND, w1_EHD, w2_EDF)
+        run = _forward_grouped if ctx.grouped else _forward_loop
+        y_ND, h_NH = run(x_ND, count_E, w1_EHD, w2_EDF, b1_EH, b2_ED, activation)
+        ctx.save_for_backward(x_ND, h_NH, w1, w2)
+        ctx.main_grads = [main_grad(p) for p in (w1, w2, b1, b2)]
+        ctx.shapes = [None if p is None else p.shape for p in (w1, w2, b1, b2)]
+        ctx.count_E, ctx.activation = count_E, activation
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, h_NH, w1, w2 = ctx.saved_tensors
+        returned: list[Tensor | None] = [None] * 4  # gradients that autograd gets
+        grads: list[Tensor | None] = [None] * 4  # [E, ...], where to add
+        for i, (needed, buffer, shape) in enumerate(zip(ctx.needs_input_grad[1:5], ctx.main_grads, ctx.shapes, strict=True)):
+            if needed:
+                if buffer is None:
+                    buffer = returned[i] = w1.new_zeros(shape)
+                grads[i] = _experts(buffer, 3 if i < 2 else 2)
+        run = _backward_grouped if ctx.grouped else _backward_loop
+        w1_EHD, w2_EDF = _experts(w1, 3), _experts(w2, 3)
+        assert w1_EHD is not None and w2_EDF is not None
+        dx_ND = run(dy_ND.contiguous(), x_ND, h_NH, ctx.count_E, w1_EHD, w2_EDF, grads, ctx.activation, ctx.needs_input_grad[0])
+        return dx_ND, *returned, None, None
+
+
+def _experts(parameter: Tensor | None, dims: int) -> Tensor | None:
+    return parameter if parameter is None or parameter.dim() == dims else parameter.unsqueeze(0)
+
+
+def _forward_loop(
+    x_ND: Tensor, count_E: list[int], w1_EHD: Tensor, w2_EDF: Tensor, b1_EH: Tensor | None, b2_ED: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    h_NH = x_ND.new_empty(x_ND.shape[0], w1_EHD.shape[1])
+    y_ND = torch.empty_like(x_ND)
+    scratch_NF = x_ND.new_empty(max(count_E), w2_EDF.shape[2])  # stays in cache between the two GEMMs
+    start = 0
+    for e, count in enumerate(count_E):
+        if count:
+            rows = slice(start, start + count)
+            h_nH, a_nF = h_NH[rows], scratch_NF[:count]
+            _project(x_ND[rows], w1_EHD[e], None if b1_EH is None else b1_EH[e], h_nH)
+            activate(h_nH, activation, a_nF)
+            _project(a_nF, w2_EDF[e], None if b2_ED is None else b2_ED[e], y_ND[rows])
+        start += count
+    return y_ND, h_NH
+
+
+def _project(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None, out_NF: Tensor) -> None:
+    if bias_F is None:
+        torch.mm(x_ND, weight_FD.t(), out=out_NF)
+    else:
+        torch.addmm(bias_F, x_ND, weight_FD.t(), out=out_NF)
+
+
+def _backward_loop(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    h_NH: Tensor,
+    count_E: list[int],
+    w1_EHD: Tensor,
+    w2_EDF: Tensor,
+    grads: list[Tensor | None],
+    activation: str,
+    needs_dx: bool,
+) -> Tensor | None:
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    dx_ND = torch.empty_like(x_ND) if needs_dx else None
+    most = max(count_E)
+    a_scratch_NF, da_scratch_NF = x_ND.new_empty(2, most, w2_EDF.shape[2]).unbind()
+    dh_scratch_NH = x_ND.new_empty(most, w1_EHD.shape[1])
+    start = 0
+    for e, count in enumerate(count_E):
+        if count:
+            rows = slice(start, start + count)
+            dy_nD, h_nH = dy_ND[rows], h_NH[rows]
+            a_nF, da_nF, dh_nH = a_scratch_NF[:count], da_scratch_NF[:count], dh_scratch_NH[:count]
+            torch.mm(dy_nD, w2_EDF[e], out=da_nF)
+            activate_backward(da_nF, h_nH, activation, dh_nH, a_nF)
+            if w2_grad is not None:
+                add_outer(w2_grad[e], dy_nD, a_nF)
+            if b2_grad is not None:
+                add_rows(b2_grad[e], dy_nD)
+            if w1_grad is not None:
+                add_outer(w1_grad[e], dh_nH, x_ND[rows])
+            if b1_grad is not None:
+                add_rows(b1_grad[e], dh_nH)
+            if dx_ND is not None:
+                torch.mm(dh_nH, w1_EHD[e], out=dx_ND[rows])
+        start += count
+    return dx_ND
+
+
+def _forward_grouped(
+    x_ND: Tensor, count_E: list[int], w1_EHD: Tensor, w2_EDF: Tensor, b1_EH: Tensor | None, b2_ED: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    count, end = _count_and_end(count_E, x_ND.device)
+    h_NH = F.grouped_mm(x_ND, w1_EHD.transpose(1, 2), offs=end)
+    if b1_EH is not None:
+        h_NH.add_(b1_EH.repeat_interleave(count, dim=0, output_size=len(x_ND)))
+    a_NF = h_NH.new_empty(len(x_ND), w2_EDF.shape[2])
+    activate(h_NH, activation, a_NF)
+    y_ND = F.grouped_mm(a_NF, w2_EDF.transpose(1, 2), offs=end)
+    if b2_ED is not None:
+        y_ND.add_(b2_ED.repeat_interleave(count, dim=0, output_size=len(x_ND)))
+    return y_ND, h_NH
+
+
+def _backward_grouped(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    h_NH: Tensor,
+    count_E: list[int],
+    w1_EHD: Tensor,
+    w2_EDF: Tensor,
+    grads: list[Tensor | None],
+    activation: str,
+    needs_dx: bool,
+) -> Tensor | None:
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    _, end = _count_and_end(count_E, x_ND.device)
+    da_NF = F.grouped_mm(dy_ND, w2_EDF, offs=end)
+    dh_NH, a_NF = torch.empty_like(h_NH), torch.empty_like(da_NF)
+    activate_backward(da_NF, h_NH, activation, dh_NH, a_NF)
+    if w2_grad is not None:
+        w2_grad.add_(F.grouped_mm(dy_ND.t(), a_NF, offs=end))
+    if w1_grad is not None:
+        w1_grad.add_(F.grouped_mm(dh_NH.t(), x_ND, offs=end))
+    for grad, rows in ((b1_grad, dh_NH), (b2_grad, dy_ND)):
+        if grad is not None:
+            for e, part in enumerate(rows.split(count_E)):
+                add_rows(grad[e], part)
+    return F.grouped_mm(dh_NH, w1_EHD, offs=end) if needs_dx else None
+
+
+def _count_and_end(count_E: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    count = torch.tensor(count_E)
+    return count.to(device, non_blocking=True), count.cumsum(0).to(torch.int32).to(device, non_blocking=True)

@@ -1,0 +1,103 @@
+"""Initial values of parameters, and what else is known of each: its shape on one device and how layouts cut it.
+
+A model is built on the meta device, without memory.  `initialise` then fills each parameter with values that are a
+function of (seed, name, expert): the same on every layout, and a rank draws no expert but its own.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Of a parameter, as `parameter.spec`."""
+
+    shape: tuple[int, ...]  # on one device
+    std: float | None  # of the initial normal distribution; 0: zeros, None: ones
+    sharded: Mapping[str, int] = field(default_factory=dict)  # axis of the mesh -> the dimension of `shape` that it cuts evenly
+    decay: bool = True  # weight decay applies
+    dims: int = 0  # > 0: held with so many dimensions, the leading ones merged, as its matrix product wants it
+    rows: int = 0  # > 0: only this many rows along dimension 0 are real, the rest is padding (zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """This rank's place along the axes that cut parameters: axis -> (rank, size)."""
+
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def of(self, spec: Spec) -> dict[int, slice]:
+        """dimension -> the indices that this rank holds."""
+        out = {}
+        for axis, dim in spec.sharded.items():
+            rank, size = self.places.get(axis, (0, 1))
+            width = spec.shape[dim] // size
+            assert width * size == spec.shape[dim], (spec, axis, size)
+            out[dim] = slice(rank * width, (rank + 1) * width)
+        return out
+
+    def local(self, whole: Tensor, spec: Spec) -> Tensor:
+        """This rank's part of a whole tensor (a view)."""
+        indices = self.of(spec)
+        return whole[tuple(indices.get(d, slice(None)) for d in range(whole.dim()))]
+
+
+def parameter(
+    *shape: int, std: float | None, sharded: Mapping[str, int] | None = None, dims: int = 0, rows: int = 0, decay: bool = True
+) -> nn.Parameter:
+    """A parameter without memory, with its spec: `parameter(E, F, D, std=0.02, sharded={"ep": 0})`."""
+    spec = Spec(tuple(shape), std, sharded or {}, decay and len(shape) > 1, dims, rows)
+    out = nn.Parameter(torch.empty(_held(spec.shape, dims), device="meta"))
+    out.spec = spec  # type: ignore[attr-defined]
+    return out
+
+
+def spec_of(p: Tensor) -> Spec:
+    return p.spec  # type: ignore[attr-defined]
+
+
+def initialise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", cut: Cut = Cut()) -> None:
+    """Replace every parameter of `model` (on meta) by this rank's part with its initial values."""
+    for module_name, module in model.named_modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            full = f"{module_name}.{name}" if module_name else name
+            spec = spec_of(old)
+            local = _initial(full, spec, seed, cut)
+            new = nn.Parameter(local.reshape(_held(local.shape, spec.dims)).to(device, dtype))
+            new.spec = spec  # type: ignore[attr-defined]
+            module.register_parameter(name, new)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                raise RuntimeError(f"buffer {name} has no values")
+            module._buffers[name] = buffer.to(device)
+
+
+def _held(shape: torch.Size | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    split = len(shape) - dims + 1 if dims else 1
+    return (math.prod(shape[:split]), *shape[split:])
+
+
+def _initial(name: str, spec: Spec, seed: int, cut: Cut) -> Tensor:
+    if not spec.std:
+        indices = cut.of(spec)
+        shape = [indices[d].stop - indices[d].start if d in indices else n for d, n in enumerate(spec.shape)]
+        return torch.ones(shape) if spec.std is None else torch.zeros(shape)
+    if "ep" in spec.sharded:  # one generator an expert
+        experts = cut.of(spec)[spec.sharded["ep"]]
+        rest = Spec(spec.shape[1:], spec.std, {a: d - 1 for a, d in spec.sharded.items() if a != "ep"})
+        return torch.stack([cut.local(_normal(f"{name}.{e}", rest, seed), rest) for e in range(experts.start, experts.stop)])
+    return cut.local(_normal(name, spec, seed), spec).clone()
+
+
+def _normal(name: str, spec: Spec, seed: int) -> Tensor:
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
+    rows = spec.rows or spec.shape[0]
+    values = torch.empty(rows, *spec.shape[1:]).normal_(0.0, spec.std or 0.0, generator=torch.Generator().manual_seed(number))
+    padding = spec.shape[0] - rows  # drawn apart, so that padding changes nothing
+    return torch.cat([values, values.new_zeros(padding, *spec.shape[1:])]) if padding else values

@@ -1,0 +1,56 @@
+"""Selection: which experts a token goes to, given the scores.  Decisions only: nothing here has a gradient.
+
+A tokens, E experts, K experts a token, B groups of S tokens each (A = B x S).
+"""
+
+import torch
+from torch import Tensor
+
+from megalina.model.noise import uniform
+
+
+def highest(score_AE: Tensor, k: int) -> Tensor:
+    """[A, k] int64: columns of the k highest scores, falling; equal scores in order of their column.
+
+    `torch.topk` leaves the order of equal scores open; `torch.max` gives the first of them, and k rounds cost no more.
+    """
+    rest_AE = score_AE.clone() if k > 1 else score_AE
+    columns = []
+    for i in range(k):
+        columns.append(rest_AE.max(dim=1, keepdim=True).indices)
+        if i < k - 1:
+            rest_AE.scatter_(1, columns[-1], float("-inf"))
+    return torch.cat(columns, dim=1)
+
+
+def best_groups(score_AE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+    """The scores with -inf outside each token's best groups of experts, a group being worth its two best experts.
+
+    Source: DeepSeek-V3 technical report (2024), section 2.1.2.
+    """
+    num_tokens, num_experts = score_AE.shape
+    grouped = score_AE.view(num_tokens, num_groups, num_experts // num_groups)
+    worth = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
+    shut = torch.ones_like(worth, dtype=torch.bool).scatter_(1, highest(worth, groups_per_token), False)
+    return grouped.masked_fill(shut[:, :, None], float("-inf")).view(num_tokens, num_experts)
+
+
+def hashed(token_A: Tensor, layer: int, k: int, num_experts: int) -> Tensor:
+    """[A, k] int64, distinct experts a token: those with the highest hash of (token id, layer, expert).
+
+    Source: Roller et al., "Hash layers for large sparse models" (2021); the seed plays no part, so a checkpoint
+    routes the same wherever it is loaded.
+    """
+    return highest(uniform(0, layer, "hash", token_A, torch.zeros_like(token_A), num_experts), k)
+
+
+def taken_by_experts(score_BSE: Tensor, valid_BS: Tensor, capacity_B: Tensor) -> Tensor:
+    """[B, S, E] bool: each expert takes the `capacity_B[b]` tokens of group b that score highest, earlier ones first.
+
+    Source: Zhou et al., "Mixture-of-experts with expert choice routing" (2022).
+    """
+    valid_BS1 = valid_BS[:, :, None]
+    order_BSE = score_BSE.masked_fill(~valid_BS1, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    place_S1 = torch.arange(score_BSE.shape[1], device=score_BSE.device)[:, None]
+    taken_BSE = (place_S1 < capacity_B[:, None, None]).expand_as(order_BSE)
+    return torch.empty_like(order_BSE, dtype=torch.bool).scatter_(1, order_BSE, taken_BSE) & valid_BS1

@@ -1,0 +1,55 @@
+"""The closing of a run: what the trained model writes, the report, and the summary."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megalina.config import PretrainConfig
+from megalina.data.source import TokenData
+from megalina.generate import generate
+from megalina.train.report import Sample, write_report
+from megalina.train.restored import restore
+
+logger = logging.getLogger("megalina")
+PROMPT_TOKENS = 24
+TEMPERATURE, TOP_P = 0.8, 0.95
+
+
+def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> list[Sample]:
+    """Continuations of validation texts, by the model of `checkpoint`; none where there is no tokenizer or no validation
+    text, or where the router looks at later tokens (says so in the log)."""
+    if not config.tracker.samples or data.tokenizer is None or data.valid is None:
+        return []
+    restored = restore(checkpoint)
+    samples = []
+    length = min(PROMPT_TOKENS, config.train.seq_len // 2)
+    try:
+        for i in range(config.tracker.samples):
+            prompt = data.valid.batch(i, 1).tokens_BS[0, :length].tolist()
+            tokens = generate(
+                restored.gpt,
+                prompt,
+                max_tokens=config.tracker.sample_tokens,
+                max_positions=restored.max_positions,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                seed=i,
+                stop_token=data.tokenizer.eod,
+            )
+            samples.append(Sample(data.tokenizer.decode(prompt), data.tokenizer.decode([t for t in tokens if t != data.tokenizer.eod])))
+    except ValueError as error:
+        logger.warning("no samples in the report: %s", error)
+    return samples
+
+
+def close_run(
+    config: PretrainConfig, data: TokenData, *, checkpoint: Path | None, summary: dict[str, Any]
+) -> None:
+    """Rank 0 writes the report of what is in the run folder; whatever fails here is logged and does not fail the run."""
+    run_dir = Path(config.run.dir)
+    try:
+        samples = write_samples(config, data, checkpoint) if checkpoint is not None else []
+        path = write_report(run_dir, samples=samples, summary=summary)
+        logger.info("report: %s", path)
+    except Exception:  # noqa: BLE001  the model is trained and saved
+        logger.exception("the report could not be written; try tools/write_report.py %s", run_dir)

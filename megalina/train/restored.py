@@ -1,0 +1,49 @@
+"""A restored model: the weights of a checkpoint of any layout, on one device, without a process group."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megalina.config import ModelConfig, RouterConfig
+from megalina.model.gpt import GPT
+from megalina.model.init import initialise, spec_of
+from megalina.train.checkpoint import read_tensors, read_values
+from megalina.train.run_state import MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    gpt: GPT
+    max_positions: int
+    tokenizer_path: str  # "" where the data had none
+    step: int
+
+
+def restore(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Restored:
+    """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
+    what else is in the batch) and no noise is added.  ValueError if the folder holds no checkpoint."""
+    values = read_values(path)
+    config = values["config"]
+    max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]
+    router = RouterConfig(**config["router"])
+    if router.kind != "expert_choice":
+        router = replace(router, capacity_factor=0.0)
+    gpt = GPT(
+        ModelConfig(**config["model"]),
+        router,
+        vocab_size=values["vocab_size"],
+        max_positions=max_positions,
+        seed=config["train"]["seed"],
+    )
+    names = [name for name, _ in gpt.named_parameters()] + [n for n, _ in gpt.named_buffers() if n.endswith("bias_E")]
+    whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
+    initialise(gpt, seed=0, dtype=dtype, device=device)
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            p.copy_(whole[name].reshape(spec_of(p).shape).view(p.shape))
+        for name, buffer in gpt.named_buffers():
+            if name in whole:
+                buffer.copy_(whole[name])
+    gpt.eval()
+    return Restored(gpt, max_positions, values["tokenizer_path"], values["step"])

@@ -1,0 +1,358 @@
+"""The check of a configuration: every mistake that can be seen without data, tensors or other ranks is one ValueError.
+
+`check_config` is pure.  `check_machine` and `check_paths` take facts of this machine, so that a test can make them up.
+"""
+
+import difflib
+import math
+import netrc
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from urllib.parse import urlparse
+
+from megalina.config import DataConfig, PretrainConfig
+
+MAX_RANKS_A_CORE = 64
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "launch.device": ("auto", "cpu", "cuda"),
+    "model.activation": ("swiglu", "gelu", "relu"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.positions": ("rope", "learned"),
+    "router.kind": ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"),
+    "router.group": ("sequence", "micro_batch", "global"),
+    "router.drop": ("position", "probability"),
+    "strategy.name": ("eager",),
+    "optim.name": ("adamw", "sgd"),
+    "optim.implementation": ("auto", "torch", "apex"),
+    "schedule.name": ("cosine", "wsd", "linear", "constant"),
+    "train.dtype": ("float32", "bfloat16", "float64"),
+    "train.recompute": ("none", "selective", "full"),
+    "data.kind": ("stdlib", "prose", "indexed"),
+    "tracker.wandb.mode": ("offline", "online", "disabled"),
+    "tracker.progress": ("auto", "plain", "none"),
+}
+
+# Smallest and largest value; every number of the schema has a row.
+POSITIVE = 5e-324  # the smallest float above zero
+RANGES: dict[str, tuple[float, float]] = {
+    "launch.ranks": (1, math.inf),
+    "model.num_layers": (1, math.inf),
+    "model.d_model": (1, math.inf),
+    "model.num_heads": (1, math.inf),
+    "model.num_kv_heads": (1, math.inf),
+    "model.head_dim": (0, math.inf),
+    "model.num_experts": (1, math.inf),
+    "model.d_ff": (1, math.inf),
+    "model.dense_layers_first": (0, math.inf),
+    "model.moe_every": (1, math.inf),
+    "model.dense_d_ff": (0, math.inf),
+    "model.shared_d_ff": (0, math.inf),
+    "model.norm_eps": (0, math.inf),
+    "model.rope_theta": (POSITIVE, math.inf),
+    "model.max_positions": (0, math.inf),
+    "model.vocab_size": (0, math.inf),
+    "model.init_std": (0, math.inf),
+    "model.dropout": (0, 1 - 2**-53),
+    "router.top_k": (1, math.inf),
+    "router.scale": (POSITIVE, math.inf),
+    "router.capacity_factor": (0, math.inf),
+    "router.balance_loss": (0, math.inf),
+    "router.z_loss": (0, math.inf),
+    "router.bias_update_rate": (0, math.inf),
+    "router.num_groups": (1, math.inf),
+    "router.groups_per_token": (1, math.inf),
+    "router.noise_std": (0, math.inf),
+    "parallel.tp": (1, math.inf),
+    "parallel.ep": (1, math.inf),
+    "parallel.zero": (0, 1),
+    "strategy.gradient_piece_mb": (0, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.beta1": (0, 1 - 2**-53),
+    "optim.beta2": (0, 1 - 2**-53),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_norm": (0, math.inf),
+    "schedule.warmup_steps": (0, math.inf),
+    "schedule.warmup_tokens": (0, math.inf),
+    "schedule.min_ratio": (0, 1),
+    "schedule.decay_fraction": (0, 1),
+    "train.steps": (1, math.inf),
+    "train.global_batch_size": (1, math.inf),
+    "train.micro_batch_size": (1, math.inf),
+    "train.seq_len": (1, math.inf),
+    "train.seed": (0, 2**63 - 1),
+    "train.eval_interval": (0, math.inf),
+    "train.eval_sequences": (1, math.inf),
+    "train.exit_step": (0, math.inf),
+    "train.max_minutes": (0, math.inf),
+    "checkpoint.interval": (0, math.inf),
+    "checkpoint.keep_last": (1, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "data.vocab_size": (1, math.inf),
+    "tracker.image_interval": (0, math.inf),
+    "tracker.samples": (0, math.inf),
+    "tracker.sample_tokens": (1, math.inf),
+    "cluster.peak_tflops": (0, math.inf),
+    "cluster.timeout_s": (POSITIVE, math.inf),
+}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ " (did you mean ...?)" with the nearest of `words`, or nothing when none is near."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def check_config(config: PretrainConfig, world: int) -> None:
+    """Raises ValueError, one line with the numbers and what to change, if `world` ranks can't run `config`."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_model(config)
+    _check_router(config)
+    _check_layout(config, world)
+    _check_batch(config, world)
+    _check_length(config)
+    _check_data(config.data)
+
+
+def check_machine(config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int, wandb_key: bool) -> None:
+    """Raises ValueError if this machine can't start `local_ranks` ranks of `config`; `wandb_key`: W&B can log in."""
+    if local_ranks > MAX_RANKS_A_CORE * num_cores:
+        raise ValueError(
+            f"launch.ranks ({local_ranks}) is more than {MAX_RANKS_A_CORE} ranks for each of {num_cores} cores: "
+            "start fewer, or look at the layout with launch.dry_run=true"
+        )
+    if config.launch.device == "cuda" and num_gpus == 0:
+        raise ValueError("launch.device=cuda, but torch sees no GPU: set launch.device=cpu, or install a CUDA build of torch")
+    if config.launch.device != "cpu" and 0 < num_gpus < local_ranks:
+        raise ValueError(
+            f"{local_ranks} local ranks need as many GPUs, torch sees {num_gpus}: "
+            f"set launch.ranks={num_gpus}, or launch.device=cpu"
+        )
+    if config.train.dtype == "float64" and config.optim.implementation == "apex":
+        raise ValueError("optim.implementation=apex has no float64: set optim.implementation=torch")
+    if config.tracker.wandb.mode == "online" and not wandb_key:
+        raise ValueError(
+            "tracker.wandb.mode=online needs a key: set WANDB_API_KEY or run `wandb login`, "
+            "or stay offline with tracker.wandb.mode=offline"
+        )
+
+
+def check_paths(config: PretrainConfig) -> None:
+    """Raises ValueError if run.dir can't be written, or a checkpoint that is named isn't there."""
+    folder = Path(config.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"run.dir={config.run.dir}: {folder} is a file, not a folder: choose another run.dir")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
+    resume, init_from = config.train.resume, config.train.init_from
+    for name, path in (("train.resume", "" if resume in ("auto", "none") else resume), ("train.init_from", init_from)):
+        if path and not Path(path).is_dir():
+            raise ValueError(f"{name}={path}: there is no such folder; a checkpoint is RUN_DIR/checkpoints/step_00000100")
+
+
+def advice(config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int) -> list[str]:
+    """What is allowed but probably not meant, one line each."""
+    lines = []
+    on_cpu = config.launch.device == "cpu" or num_gpus == 0
+    if on_cpu and local_ranks > num_cores:
+        lines.append(f"{local_ranks} ranks share {num_cores} cores: right, but slow")
+    warmup = config.schedule.warmup_steps
+    if warmup >= config.train.steps:
+        lines.append(
+            f"schedule.warmup_steps ({warmup}) is not below train.steps ({config.train.steps}): the peak is never reached"
+        )
+    if config.launch.device != "cuda" and on_cpu and config.train.dtype == "bfloat16":
+        lines.append("train.dtype=bfloat16 on a CPU: right, but often slower than float32")
+    return lines
+
+
+def has_wandb_key(environ: Mapping[str, str], home: Path) -> bool:
+    """Whether W&B finds a key in the environment or in the netrc file that `wandb login` writes."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in (Path(environ["NETRC"]),) if environ.get("NETRC") else (home / ".netrc", home / "_netrc"):
+        if path.is_file():
+            try:
+                return netrc.netrc(path).authenticators(host) is not None
+            except netrc.NetrcParseError as error:
+                raise ValueError(f"{path} can't be read as a netrc file ({error}): repair it, or set WANDB_API_KEY") from error
+    return False
+
+
+def value_at(config: object, key: str) -> object:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _check_choices(config: PretrainConfig) -> None:
+    for key, choices in CHOICES.items():
+        value = str(value_at(config, key))
+        if value not in choices:
+            raise ValueError(f"{key}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _check_numbers(config: PretrainConfig) -> None:
+    for key, (low, high) in RANGES.items():
+        value = value_at(config, key)
+        assert isinstance(value, int | float)
+        if not math.isfinite(value):
+            raise ValueError(f"{key}={value} must be a finite number")
+        if not low <= value <= high:
+            least = "above 0" if low == POSITIVE else f"at least {low:g}"
+            most = "" if high == math.inf else " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {high:g}"
+            raise ValueError(f"{key}={value} must be {least}{most}")
+
+
+def _check_model(config: PretrainConfig) -> None:
+    model = config.model
+    if model.head_dim == 0 and model.d_model % model.num_heads:
+        raise ValueError(
+            f"model.num_heads ({model.num_heads}) must divide model.d_model ({model.d_model}): change one, or give model.head_dim"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise ValueError(f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads})")
+    head_dim = model.head_dim or model.d_model // model.num_heads
+    if model.positions == "rope" and head_dim % 2:
+        raise ValueError(
+            f"model.positions=rope needs an even head size, not {head_dim}: change model.head_dim or model.num_heads"
+        )
+    if model.dense_layers_first > model.num_layers:
+        raise ValueError(
+            f"model.dense_layers_first ({model.dense_layers_first}) is more than model.num_layers ({model.num_layers}): lower it"
+        )
+    if model.max_positions and config.train.seq_len > model.max_positions:
+        raise ValueError(
+            f"train.seq_len ({config.train.seq_len}) is more than model.max_positions ({model.max_positions}): "
+            "shorten the sequences or raise model.max_positions"
+        )
+
+
+def _check_router(config: PretrainConfig) -> None:
+    router, num_experts = config.router, config.model.num_experts
+    if router.top_k > num_experts:
+        raise ValueError(f"router.top_k ({router.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
+    if router.kind == "group_limited":
+        if num_experts % router.num_groups:
+            raise ValueError(f"router.num_groups ({router.num_groups}) must divide model.num_experts ({num_experts})")
+        if router.groups_per_token > router.num_groups:
+            raise ValueError(
+                f"router.groups_per_token ({router.groups_per_token}) is more than router.num_groups ({router.num_groups})"
+            )
+        within = router.groups_per_token * num_experts // router.num_groups
+        if router.top_k > within:
+            raise ValueError(
+                f"router.top_k ({router.top_k}) is more than the {within} experts of router.groups_per_token "
+                f"({router.groups_per_token}) of router.num_groups ({router.num_groups}) groups: raise router.groups_per_token"
+            )
+    elif router.num_groups > 1 or router.groups_per_token > 1:
+        raise ValueError(f"router.num_groups ({router.num_groups}) works with router=group_limited alone, not with {router.kind}")
+    if router.bias_update_rate and router.kind not in ("sigmoid", "group_limited"):
+        raise ValueError(
+            f"router.bias_update_rate ({router.bias_update_rate:g}) works with router=sigmoid or group_limited, "
+            f"not with {router.kind}"
+        )
+    if router.noise_std and router.kind != "noisy_topk":
+        raise ValueError(f"router.noise_std ({router.noise_std:g}) works with router=noisy_topk alone, not with {router.kind}")
+    if router.group == "global":
+        if router.capacity_factor or router.kind == "expert_choice":
+            choice = router.kind == "expert_choice"
+            what = "router=expert_choice" if choice else f"router.capacity_factor={router.capacity_factor:g}"
+            raise ValueError(
+                f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
+                "before any token is sent; set router.group=sequence or micro_batch"
+            )
+
+
+def _check_layout(config: PretrainConfig, world: int) -> None:
+    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
+    if world % (tp * ep):
+        raise ValueError(
+            f"parallel.tp ({tp}) x parallel.ep ({ep}) must divide the number of ranks ({world}): "
+            f"use a multiple of {tp * ep} ranks, or smaller parallel.tp or parallel.ep"
+        )
+    if model.num_experts % ep:
+        raise ValueError(f"parallel.ep ({ep}) must divide model.num_experts ({model.num_experts})")
+    dense = model.dense_layers_first > 0 or model.moe_every > 1
+    cut = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "train.seq_len": config.train.seq_len,
+        "model.dense_d_ff": (model.dense_d_ff or config.router.top_k * model.d_ff) if dense else 0,
+        "model.shared_d_ff": model.shared_d_ff,
+    }
+    for name, size in cut.items():
+        if size % tp:
+            raise ValueError(f"parallel.tp ({tp}) must divide {name} ({size})")
+
+
+def _check_batch(config: PretrainConfig, world: int) -> None:
+    tp, batch, micro = config.parallel.tp, config.train.global_batch_size, config.train.micro_batch_size
+    dp = world // tp
+    if batch % (micro * dp):
+        below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
+        near = f"{below} or {above}" if below else f"{above}"
+        micros = [m for m in range(min(micro, batch // dp), 0, -1) if batch % (m * dp) == 0]
+        smaller = f", or train.micro_batch_size to {micros[0]}" if micros else ""
+        raise ValueError(
+            f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro}) x {dp} data-parallel "
+            f"ranks ({world} ranks / parallel.tp {tp}) = {micro * dp}: set it to {near}{smaller}"
+        )
+    if config.router.group == "global" and batch > micro * dp:
+        raise ValueError(
+            f"router.group=global can't be exact with gradient accumulation ({batch // (micro * dp)} micro-batches a step): "
+            f"set train.micro_batch_size={batch // dp}, or router.group=sequence"
+        )
+
+
+def _check_length(config: PretrainConfig) -> None:
+    train, schedule = config.train, config.schedule
+    if train.exit_step > train.steps:
+        raise ValueError(f"train.exit_step ({train.exit_step}) is beyond train.steps ({train.steps})")
+    if schedule.warmup_steps and schedule.warmup_tokens:
+        raise ValueError(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.warmup_tokens ({schedule.warmup_tokens}) "
+            "exclude each other: set one of them to 0"
+        )
+    if train.init_from and train.resume not in ("auto", "none"):
+        raise ValueError(f"train.init_from={train.init_from} and train.resume={train.resume} exclude each other: give one")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.kind == "indexed" and not data.prefix and not data.blend:
+        raise ValueError("data=indexed needs data.prefix=PREFIX (of PREFIX.bin and PREFIX.idx) or data.blend=[WEIGHT,CORPUS,...]")
+    if data.prefix and data.blend:
+        raise ValueError(f"data.prefix={data.prefix} and data.blend exclude each other: put the prefix into the blend")
+    if data.prefix and data.kind != "indexed":
+        raise ValueError(f"data.prefix={data.prefix} needs data=indexed, not data={data.kind}")
+    if len(data.blend) % 2:
+        raise ValueError(
+            f"data.blend has {len(data.blend)} entries: weights and corpora must take turns, as in [0.7,stdlib,0.3,PREFIX]"
+        )
+    total = 0.0
+    for text, corpus in zip(data.blend[::2], data.blend[1::2], strict=True):
+        weight = _number(text, f"data.blend: the weight of {corpus}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"data.blend: the weight of {corpus} is {text}; weights must be finite and not negative")
+        total += weight
+    if data.blend and total <= 0:
+        raise ValueError("data.blend: all weights are zero; give at least one corpus a positive weight")
+    shares = [_number(text, f"data.split={data.split}: a share") for text in data.split.split(",")]
+    if len(shares) > 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or shares[0] <= 0:
+        raise ValueError(
+            f"data.split={data.split} must be shares of training, validation, test as 969,30,1: none negative, the first not 0"
+        )
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{what} is {text!r}, not a number") from None

@@ -1,0 +1,259 @@
+"""Pretrains a GPT mixture-of-experts model: composes the configuration, checks it, starts or joins the ranks.
+
+python pretrain_gpt_moe.py --help
+"""
+
+import fcntl
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megalina import launch, validate, worker
+from megalina.config import PretrainConfig, RunConfig
+from megalina.dry_run import describe
+
+CONF = Path(__file__).resolve().parent / "conf"
+BAD_INPUT = 2  # exit code
+WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
+ConfigStore.instance().store(name="schema", node=PretrainConfig)
+
+
+@hydra.main(config_path=str(CONF), config_name="pretrain", version_base="1.3")
+def main(cfg: DictConfig) -> float:
+    """One run: a sweep calls it once a job.  Returns the final validation loss, which Hydra's optimising sweepers want."""
+    hydra_cfg = HydraConfig.get()
+    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    overrides = OmegaConf.to_container(hydra_cfg.overrides.task)  # as typed: references in them are not resolved
+    assert isinstance(overrides, list)
+    try:
+        if not sweeping and Path(hydra_cfg.runtime.output_dir) != Path.cwd():
+            raise ValueError(f"hydra.run.dir={hydra_cfg.run.dir}: the run folder is set by run.dir")
+        if sweeping and OmegaConf.to_container(cfg.run)["dir"] == RunConfig().dir:  # type: ignore[index, call-overload]
+            cfg.run.dir = os.path.relpath(hydra_cfg.runtime.output_dir)
+        config = worker.load_config(OmegaConf.to_yaml(cfg, resolve=True))
+        member = launch.joined(os.environ)
+        if sweeping and member is not None:
+            raise ValueError(f"-m under {member.launcher}: a sweep starts its ranks itself; run it without, with launch.ranks=N")
+        if config.launch.dry_run:
+            return _dry_run(config, member)
+        if member is not None:
+            return _join(config, member, overrides)
+        return _launch(config, overrides, sweeping=sweeping)
+    except launch.Stopped as error:  # of a sweep too: its other jobs are not started
+        _say(str(error))
+        sys.exit(128 + error.signum)
+    except (ValueError, OmegaConfBaseException, OSError, launch.RankFailed) as error:
+        line, code = _verdict(error)
+        _say(f"job {hydra_cfg.job.num}: {line}" if sweeping else line)
+        if sweeping:
+            raise  # the jobs that follow are run all the same
+        sys.exit(code)
+
+
+def check(config: PretrainConfig, *, world: int, local_ranks: int) -> None:
+    """Everything that can be known before a rank starts, the data included; ValueError, or a warning on stderr."""
+    validate.check_config(config, world)
+    import torch  # seconds; --help and mistakes in the configuration don't need it
+
+    num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
+    if launch.joined(os.environ) and num_gpus == 1:
+        local_ranks = 1  # srun --gpus-per-task=1 shows every rank its own GPU alone
+    num_cores = launch.num_cores()
+    validate.check_machine(
+        config,
+        local_ranks=local_ranks,
+        num_cores=num_cores,
+        num_gpus=num_gpus,
+        wandb_key=validate.has_wandb_key(os.environ, Path.home()),
+    )
+    validate.check_paths(config)
+    for line in validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus):
+        _say(f"warning: {line}")
+
+
+def check_data(config: PretrainConfig) -> int:
+    """Prepares the data if that has to be done, and returns the size of its vocabulary; ValueError if the model's is smaller."""
+    from megalina.data.source import open_data
+
+    vocab_size = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed).vocab_size
+    if config.model.vocab_size and vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({config.model.vocab_size}) is below the {vocab_size} pieces of the data: "
+            "set model.vocab_size=0 to follow the data, or take the tokenizer that belongs to the model"
+        )
+    return config.model.vocab_size or vocab_size
+
+
+def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
+    world = member.world if member else config.launch.ranks
+    validate.check_config(config, world)
+    validate.check_paths(config)
+    # Only data that needs no preparation is opened: nothing is written.
+    vocab_size = check_data(config) if config.data.prefix else config.model.vocab_size or config.data.vocab_size
+    if member is None or member.rank == 0:
+        print(describe(config, world, vocab_size=vocab_size), flush=True)
+    return float("nan")
+
+
+def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> float:
+    ranks, run_dir = config.launch.ranks, Path(config.run.dir)
+    check(config, world=ranks, local_ranks=ranks)
+    with _run_folder(config, overrides, sweeping=sweeping):
+        summary_path = run_dir / "summary.json"
+        summary_path.unlink(missing_ok=True)
+        try:
+            launch.run_ranks([*WORKER, str(run_dir / "config.yaml")], ranks=ranks, logs=run_dir / "logs")
+        finally:
+            if summary_path.exists():  # also when a signal has ended the run early
+                print(summary_path.read_text().strip(), flush=True)
+        return _val_loss(json.loads(summary_path.read_text()))
+
+
+def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -> float:
+    from megalina.agreement import Agreement
+
+    os.environ.update(member.environment())
+    agreement = Agreement(
+        member,
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        timeout_s=config.cluster.timeout_s,
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+    if member.rank > 0:
+        agreed = agreement.take(config)
+        if agreed is None:
+            sys.exit(BAD_INPUT)  # rank 0 says why
+        return _val_loss(_train(agreed))
+    with ExitStack() as stack:
+        try:
+            check(config, world=member.world, local_ranks=member.local_ranks)
+            stack.enter_context(_run_folder(config, overrides, sweeping=False))
+        except (ValueError, OSError):
+            agreement.refuse()
+            raise
+        agreement.offer(config)
+        summary = _train(config)
+    print((Path(config.run.dir) / "summary.json").read_text().strip(), flush=True)
+    return _val_loss(summary)
+
+
+def _train(config: PretrainConfig) -> dict[str, Any]:
+    from megalina.train.trainer import train
+
+    return worker.work(config, train)
+
+
+@contextmanager
+def _run_folder(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> Iterator[None]:
+    """The run folder, locked, with config.yaml and Hydra's overrides in it, once the data is known to be good."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(run_dir / ".lock", "w") as lock:
+            _lock(lock, run_dir)
+            saved = run_dir / ".hydra" / "overrides.yaml"
+            if sweeping and saved.exists() and OmegaConf.to_container(OmegaConf.load(saved)) != overrides:
+                raise ValueError(
+                    f"run.dir={run_dir} holds a job with other overrides: leave run.dir out of a sweep, "
+                    "or give hydra.sweep.dir=FOLDER"
+                )
+            check_data(config)
+            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            saved.parent.mkdir(exist_ok=True)
+            saved.write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+            yield
+    finally:
+        if {path.name for path in run_dir.iterdir()} <= {".lock"}:  # nothing came of it: leave no trace
+            (run_dir / ".lock").unlink(missing_ok=True)
+            run_dir.rmdir()
+
+
+def _lock(lock: IO[str], run_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"run.dir={run_dir}: another job is running there; choose another run.dir or wait for it") from error
+
+
+def _val_loss(summary: dict[str, Any]) -> float:
+    return float("nan") if summary.get("val_loss") is None else float(summary["val_loss"])
+
+
+def explain(error: BaseException, arguments: list[str]) -> str:
+    """One line that says what to change, also for the errors of Hydra and OmegaConf."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause)
+    key = match[1] if (match := re.search(r"full_key: ([\w.]+)", text)) else ""
+    if unknown := re.search(r"Key '([^']*)' not in '(\w+)'", text):
+        key = key or unknown[1]
+        keys = _keys(PretrainConfig)
+        same_name = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
+        hint = f" (did you mean {' or '.join(same_name)}?)" if same_name else validate.nearest(key, keys)
+        return f"there is no setting {key}{hint}; see --help"
+    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
+        group, option = missing.groups()
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        hint = validate.nearest(option, options)
+        return f"{group}={option}: there is no such file in conf/{group}{hint}; there are {', '.join(options)}"
+    if "Config group override must be a string" in text:
+        given = [argument.split("=", 1) for argument in arguments if "=" in argument]
+        wrong = [(g, option) for g, option in given if (CONF / g).is_dir() and not (CONF / g / f"{option}.yaml").exists()]
+        return "; ".join(f"{g}={option}: {g} wants the name of a file in conf/{g}" for g, option in wrong) or text
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or text}; run.dir and data.cache_dir must be folders that can be written"
+    noise = re.compile(r"\s*(full_key|reference_type|object_type|See https)")
+    line = " ".join(line.strip() for line in text.splitlines() if line.strip() and not noise.match(line))
+    return f"{key}: {line}" if key and key not in line else line
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, groups included."""
+    found = []
+    for field in fields(schema):
+        found.append(prefix + field.name)
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            found += _keys(field.type, f"{prefix}{field.name}.")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
+    if isinstance(error, launch.RankFailed):
+        return str(error), 1
+    return explain(error, sys.argv[1:]), BAD_INPUT
+
+
+def run() -> None:
+    """The command: mistakes of the configuration become one line and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on in place of printing them
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, launch.RankFailed) as error:
+        line, code = _verdict(error)
+        _say(line)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,361 @@
+"""The files in conf/: they compose, they fit, they have the published sizes; and the command says what is wrong."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import pretrain_gpt_moe
+from megalina.config import PretrainConfig
+from megalina.dry_run import axis_groups, describe
+from megalina.model.gpt import GPT
+from megalina.parameters import ParameterCounts, count_parameters, is_moe_layer, padded_vocab_size
+from megalina.validate import check_config
+from megalina.worker import load_config
+from tools import write_config_docs
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+MODELS = [path.stem for path in FILES if path.parent.name == "model"]
+
+
+def composed(*overrides: str) -> PretrainConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
+
+
+# files
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_composes_and_passes_the_checks(path: Path) -> None:
+    group, name = path.parent.name, path.stem
+    extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
+    config = composed(f"{group}={name}", *extra)
+    check_config(config, config.launch.ranks)
+    if group in ("model", "strategy", "optim", "schedule", "cluster"):
+        part = getattr(config, group)
+        assert part.name == name or (group, name) == ("cluster", "h100")
+
+
+def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:
+    for router in [path.stem for path in FILES if path.parent.name == "router"]:
+        config = composed("model=tiny", f"router={router}")
+        assert (config.data.vocab_size, config.model.vocab_size) == (512, 0)
+        check_config(config, 1)
+        for tp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
+            config.parallel.tp, config.parallel.ep = tp, ep
+            check_config(config, 4)
+
+
+def test_a_router_keeps_what_the_model_says_unless_it_is_about_that() -> None:
+    olmoe = composed("model=olmoe_1b_7b")
+    assert (olmoe.router.kind, olmoe.router.top_k, olmoe.router.renormalize) == ("topk", 8, False)
+    assert composed("model=qwen3_30b_a3b", "router=topk_raw").router.renormalize is False
+    assert composed("model=qwen3_30b_a3b", "router.top_k=4").router.top_k == 4
+
+
+def test_an_experiment_is_a_recipe_on_top_of_the_groups() -> None:
+    config = composed("experiment=laptop", "train.steps=7")
+    assert (config.model.name, config.launch.ranks, config.parallel.ep, config.train.steps) == ("laptop", 2, 2, 7)
+    for path in (ROOT / "conf" / "experiment").glob("*.yaml"):
+        head = path.read_text().splitlines()
+        assert head[0] == "# @package _global_"
+        assert any(line.startswith("#") and f"pretrain_gpt_moe.py experiment={path.stem}" in line for line in head)
+
+
+def test_the_configuration_survives_its_yaml() -> None:
+    config = composed("data=blend", "optim.eps=1e-12", "tracker.wandb.tags=[a,1]")
+    assert config.data.blend == ["0.7", "stdlib", "0.3", "prose"]
+    assert load_config(OmegaConf.to_yaml(OmegaConf.structured(config))) == config
+
+
+def test_the_documentation_is_current() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == write_config_docs.document(), "run python tools/write_config_docs.py"
+
+
+# sizes
+
+PUBLISHED = {  # total and active parameters as the model cards round them
+    "olmoe_1b_7b": ("6.9", "1.3"),
+    "mixtral_8x7b": ("46.7", "12.9"),
+    "qwen3_30b_a3b": ("30.5", "3.3"),
+}
+
+
+def counts_of(name: str) -> tuple[PretrainConfig, ParameterCounts]:
+    config = composed(f"model={name}")
+    sizes = {"vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
+    return config, count_parameters(config.model, config.router, **sizes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_sizes(name: str) -> None:
+    _, counts = counts_of(name)
+    total, active = PUBLISHED[name]
+    assert f"{counts.total / 1e9:.1f}" == total
+    assert abs(counts.active / 1e9 - float(active)) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "published_m"), [(12, 4, 117), (24, 4, 233), (36, 4, 349), (12, 16, 419), (24, 16, 838), (36, 16, 1255)]
+)
+def test_lina_models_have_their_published_sizes(layers: int, experts: int, published_m: float) -> None:
+    config, counts = counts_of(f"lina_{layers}l_{experts}e")
+    relative = layers * config.model.d_model**2  # Transformer-XL's fifth matrix
+    assert (counts.without_embeddings + relative) / 1e6 == pytest.approx(published_m, rel=0.005)
+    assert counts.num_moe_layers == layers
+
+
+def test_gpt2_without_moe_has_124_million_parameters() -> None:
+    config = composed("model=gpt2_moe", "model.dense_layers_first=12")
+    counts = count_parameters(config.model, config.router, vocab_size=50257, seq_len=1024)
+    assert counts.total == 124_439_808  # the published checkpoint
+    _, moe = counts_of("gpt2_moe")
+    assert moe.total - counts.total == 6 * (7 * moe.expert + 8 * 768)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("model.bias=true", "model.norm=layernorm"), ("model.activation=relu", "model.qk_norm=true")]
+)
+def test_counts_are_those_of_matrices_written_out(settings: tuple[str, ...]) -> None:
+    shape = ("model.num_kv_heads=2", "model.shared_d_ff=32", "model.moe_every=2", "model.num_layers=4")
+    config = composed("model=tiny", *shape, *settings)
+    model = config.model
+    bias, gates = model.bias, 2 if model.activation == "swiglu" else 1
+    norm = [(64,), (64,)] if model.norm == "layernorm" else [(64,)]
+
+    def mlp(width: int) -> list[tuple[int, ...]]:
+        return [(64, width)] * gates + [(width, 64)] + ([(width,)] * gates + [(64,)]) * bias
+
+    attention: list[tuple[int, ...]] = [(64, 64), (64, 32), (64, 32), (64, 64)]
+    attention += [(64,), (32,), (32,), (64,)] * bias + [(16,), (16,)] * model.qk_norm
+    dense_layer = attention + norm * 2 + mlp(2 * 128)
+    moe_layer = attention + norm * 2 + mlp(32) + [(64, 4)] + mlp(128) * 4
+    shapes = [(512, 64), *norm, *dense_layer, *moe_layer, *dense_layer, *moe_layer]
+    counts = count_parameters(model, config.router, vocab_size=512, seq_len=128)
+    assert counts.total == sum(map(math.prod, shapes))
+    assert counts.total - counts.active == 2 * 2 * counts.expert
+    assert [is_moe_layer(model, layer) for layer in range(4)] == [False, True, False, True]
+
+
+VARIANTS = (
+    "router=hash",
+    "model.bias=true",
+    "model.activation=gelu",
+    "model.shared_d_ff=64",
+    "model.moe_every=2",
+    "model.norm=layernorm",
+    "model.qk_norm=true",
+    "model.tie_embeddings=false",
+    "model.dense_layers_first=1",
+)
+
+
+@pytest.mark.parametrize("override", [*(f"model={name}" for name in MODELS), *VARIANTS])
+def test_counts_are_those_of_the_model_built_without_memory(override: str) -> None:
+    config = composed(override)
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    positions = config.model.max_positions or config.train.seq_len
+    with torch.device("meta"):
+        model = GPT(config.model, config.router, vocab_size=vocab_size, max_positions=positions, seed=0)
+    counts = count_parameters(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
+    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_vocabulary_is_padded_on_each_tensor_parallel_rank() -> None:
+    cases = {(1, 1): 128, (128, 1): 128, (129, 1): 256, (129, 4): 512, (50257, 1): 50304}
+    assert {case: padded_vocab_size(*case) for case in cases} == cases
+
+
+# the dry run
+
+
+def test_every_rank_is_in_one_group_of_each_axis() -> None:
+    for world, tp, ep in ((8, 2, 2), (4, 4, 1), (6, 1, 3), (1, 1, 1)):
+        for groups in axis_groups(world, tp=tp, ep=ep).values():
+            assert sorted(rank for group in groups for rank in group) == list(range(world))
+    assert axis_groups(8, tp=2, ep=2) == {
+        "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "ep": [[0, 2], [1, 3], [4, 6], [5, 7]],
+        "edp": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "dp": [[0, 2, 4, 6], [1, 3, 5, 7]],
+    }
+
+
+def test_a_dry_run_tells_layout_and_sizes() -> None:
+    config = composed("model=mixtral_8x7b", "parallel.tp=8", "parallel.ep=8", "train.global_batch_size=64")
+    text = describe(config, 64, vocab_size=32000)
+    assert "64 ranks = edp 1 x ep 8 x tp 8" in text
+    assert "46,7" in text
+    assert "4 x 2 sequences on each of 8 data-parallel ranks" in text
+
+
+# the command, in this process
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs pretrain_gpt_moe with ranks that only write a summary: (exit code, stdout lines, stderr)."""
+    rank = tmp_path / "fake_rank.py"
+    rank.write_text(
+        "import sys\nfrom megalina.worker import main\n"
+        "def train(config):\n"
+        "    if config.optim.lr > 1: raise FloatingPointError('too fast')\n"
+        "    return dict(run_dir=config.run.dir, steps=config.train.steps, val_loss=config.optim.lr, top=float('inf'))\n"
+        "sys.exit(main(sys.argv[1:], train))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain_gpt_moe, "WORKER", (sys.executable, str(rank)))
+    monkeypatch.setattr(pretrain_gpt_moe, "check_data", lambda config: 512)
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *arguments])
+        code = 0
+        try:
+            pretrain_gpt_moe.run()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "there is no setting optim.lrr (did you mean optim.lr?); see --help"),
+        ("lr=1", "there is no setting lr (did you mean optim.lr?); see --help"),
+        ("+zz=1", "there is no setting zz; see --help"),
+        ("+train.stepz=1", "there is no setting train.stepz (did you mean train.steps?); see --help"),
+        ("modle=tiny", "there is no setting modle (did you mean model?); see --help"),
+        ("experiment=lapto", "experiment=lapto: there is no such file in conf/experiment (did you mean laptop?); there are "),
+        ("router=3", "router=3: router wants the name of a file in conf/router"),
+        ("router.kind=3", "router.kind=3 is not one of topk, "),
+        ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
+        ("model.num_layers=2.5", "model.num_layers: Value '2.5' of type 'float' could not be converted to Integer"),
+        ("train.steps=null", "field 'train.steps' is not Optional"),
+        ("optim.lr=${optim.rate}", "optim.lr: Interpolation key 'optim.rate' not found"),
+        ("optim.lr", "Error parsing override 'optim.lr' missing EQUAL at '<EOF>'"),
+        ("parallel.ep=3", "parallel.tp (1) x parallel.ep (3) must divide the number of ranks (1)"),
+        ("run.dir=fake_rank.py/run", "run.dir=fake_rank.py/run: "),
+        ("run.dir=/proc/nothing", "/proc/nothing: No such file or directory; run.dir and data.cache_dir must be folders"),
+        ("hydra.run.dir=here", "hydra.run.dir=here: the run folder is set by run.dir"),
+        ("launch.ranks=100000", "launch.ranks (100000) is more than 64 ranks for each of "),
+        ("tracker.wandb.mode=onlin", "tracker.wandb.mode=onlin is not one of offline, online, disabled (did you mean online?)"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path: Path, override: str, message: str) -> None:
+    more = ["train.global_batch_size=200000"] if override.startswith("launch.ranks") else []
+    code, out, err = command(override, *more)
+    assert (code, out) == (2, [])
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("here",)] == ["fake_rank.py"]
+
+
+def test_bad_data_leaves_no_folder(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: PretrainConfig) -> int:
+        raise ValueError("the data is no good")
+
+    monkeypatch.setattr(pretrain_gpt_moe, "check_data", refuse)
+    assert command("run.dir=a/b") == (2, [], "the data is no good\n")
+    assert not (tmp_path / "a" / "b").exists()
+
+
+def test_a_run_leaves_its_configuration_and_ends_with_one_json_line(command, tmp_path: Path) -> None:
+    code, out, err = command("run.dir=here", "optim.lr=0.5", "launch.ranks=2", "parallel.ep=2")
+    assert (code, err) == (0, "")
+    assert json.loads(out[-1]) == {"run_dir": "here", "steps": 100, "val_loss": 0.5, "top": None}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {".hydra", ".lock", "config.yaml", "logs", "summary.json"}
+    assert load_config((tmp_path / "here" / "config.yaml").read_text()).optim.lr == 0.5
+    assert "optim.lr=0.5" in (tmp_path / "here" / ".hydra" / "overrides.yaml").read_text()
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_rank_that_raises_gives_its_traceback_and_exit_code_1(command) -> None:
+    code, out, err = command("run.dir=here", "optim.lr=2")
+    assert (code, out) == (1, [])
+    assert "FloatingPointError: too fast" in err
+
+
+def test_a_folder_in_use_is_refused(command, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    holder = "import fcntl, time; f = open('here/.lock', 'w'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        code, _, err = command("run.dir=here")
+        process.kill()
+    assert code == 2
+    assert err.startswith("run.dir=here: another job is running there")
+    assert command("run.dir=here")[0] == 0
+
+
+def test_a_sweep_has_one_run_folder_a_job_and_survives_a_failure(command, tmp_path: Path) -> None:
+    code, out, err = command("-m", "hydra.sweep.dir=sweep", "router=topk,hash", "optim.lr=2,0.5")
+    assert code == 1
+    assert [json.loads(line)["run_dir"] for line in out if line.startswith("{")] == ["sweep/1", "sweep/3"]
+    assert err.count("job 0: rank 0 of 1 failed") == 1
+    configs = [load_config((tmp_path / "sweep" / job / "config.yaml").read_text()) for job in "0123"]
+    settings = [(config.router.kind, config.optim.lr) for config in configs]
+    assert settings == [("topk", 2), ("topk", 0.5), ("hash", 2), ("hash", 0.5)]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "1", "2", "3", "multirun.yaml"}
+
+
+def test_bad_input_of_one_job_does_not_stop_a_sweep(command) -> None:
+    code, out, err = command("-m", "hydra.sweep.dir=sweep", "parallel.ep=3,1")
+    assert code == 2
+    assert [json.loads(line)["run_dir"] for line in out if line.startswith("{")] == ["sweep/1"]
+    assert "job 0: parallel.tp (1) x parallel.ep (3) must divide" in err
+
+
+def test_the_jobs_of_a_sweep_may_not_share_a_folder(command, tmp_path: Path) -> None:
+    code, _, err = command("-m", "run.dir=here", "optim.lr=0.1,0.2")
+    assert code == 2
+    assert "run.dir=here holds a job with other overrides" in err
+    assert command("-m", "run.dir=run_${optim.lr}", "optim.lr=0.1,0.2")[0] == 0
+    assert (tmp_path / "run_0.1" / "config.yaml").exists()
+
+
+def test_a_dry_run_starts_and_writes_nothing(command, tmp_path: Path) -> None:
+    code, out, err = command("launch.dry_run=true", "launch.ranks=100000", "train.global_batch_size=200000")
+    assert (code, err) == (0, "")
+    assert any("100000 ranks = edp 100000 x ep 1 x tp 1" in line for line in out)
+    assert [path.name for path in tmp_path.iterdir()] == ["fake_rank.py"]
+
+
+def test_help_names_the_groups_and_the_settings(tmp_path: Path) -> None:
+    """In a process of its own, from another folder, as a user starts it."""
+    script = [sys.executable, str(ROOT / "pretrain_gpt_moe.py")]
+    done = subprocess.run([*script, "--help"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ}, timeout=60)
+    assert done.returncode == 0
+    assert f"model: {', '.join(MODELS)}" in done.stdout
+    for word in ("experiment=laptop", "train.exit_step", "--multirun", "num_kv_heads: 4", "torchrun", "docs/cluster.md"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_more_pieces_than_the_model_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Data:
+        vocab_size = 600
+
+    monkeypatch.setitem(sys.modules, "megalina.data.source", SimpleNamespace(open_data=lambda data, seq_len, seed: Data))
+    assert pretrain_gpt_moe.check_data(composed("model.vocab_size=0")) == 600
+    assert pretrain_gpt_moe.check_data(composed("model.vocab_size=1000")) == 1000
+    with pytest.raises(ValueError, match=r"model.vocab_size \(512\) is below the 600 pieces of the data: set model.vocab_size=0"):
+        pretrain_gpt_moe.check_data(composed("model.vocab_size=512"))

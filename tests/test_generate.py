@@ -1,0 +1,80 @@
+"""Generation with a KV cache equals the whole forward pass, token by token."""
+
+import pytest
+import torch
+
+from megalina.batch import Batch
+from megalina.config import ModelConfig, RouterConfig
+from megalina.generate import generate
+from megalina.model.gpt import GPT
+from megalina.model.init import initialise
+
+VOCABULARY, POSITIONS = 150, 32
+
+
+def small(router: RouterConfig | None = None, **model: object) -> GPT:
+    config = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=16, init_std=0.3, **model)  # type: ignore[arg-type]
+    gpt = GPT(config, router or RouterConfig(), vocab_size=VOCABULARY, max_positions=POSITIONS, seed=1)
+    initialise(gpt, seed=1, dtype=torch.float64)
+    return gpt
+
+
+def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
+    """Logits of the last token, without a cache."""
+    token_BS = torch.tensor([tokens])
+    everything = torch.ones_like(token_BS, dtype=torch.bool)
+    batch = Batch(token_BS, token_BS, everything, everything, torch.arange(len(tokens))[None], None, torch.zeros(1, dtype=torch.int64))
+    gpt.eval()
+    with torch.no_grad():
+        return gpt.logits(gpt.hidden(batch)[0][-1:])[0]
+
+
+@pytest.mark.parametrize("model", [{}, {"positions": "learned", "norm": "layernorm", "bias": True}, {"shared_d_ff": 8, "qk_norm": True}])
+def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:
+    gpt = small(**model)
+    tokens = [3, 5, 7]
+    for chosen in generate(gpt, [3, 5, 7], max_tokens=12, max_positions=POSITIONS, temperature=0.0):
+        assert chosen == int(whole_forward(gpt, tokens).argmax())
+        tokens.append(chosen)
+    assert len(tokens) == 15
+
+
+def test_the_same_seed_writes_the_same_text() -> None:
+    gpt = small()
+
+    def write(seed: int) -> list[int]:
+        return list(generate(gpt, [1], max_tokens=20, max_positions=POSITIONS, temperature=1.0, top_p=0.9, seed=seed))
+
+    assert write(1) == write(1) != write(2)
+
+
+def test_a_tiny_top_p_is_the_likeliest_token() -> None:
+    gpt = small()
+    greedy = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0))
+    assert list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, top_p=1e-9)) == greedy
+
+
+def test_it_ends_at_the_stop_token_and_at_the_last_position() -> None:
+    gpt = small()
+    greedy = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0))
+    stop = greedy[3]
+    stopped = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0, stop_token=stop))
+    assert stopped == greedy[: greedy.index(stop) + 1]
+    assert len(list(generate(gpt, [1] * 30, max_tokens=10, max_positions=POSITIONS))) == 2
+
+
+def test_a_router_that_looks_ahead_is_refused() -> None:
+    gpt = small(RouterConfig(kind="expert_choice"))
+    with pytest.raises(ValueError, match="looks at later tokens"):
+        next(generate(gpt, [1], max_tokens=1, max_positions=POSITIONS))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_senseless_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        next(generate(small(), [1], max_tokens=1, max_positions=POSITIONS, **wrong))  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_fills_all_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="32 tokens, but the model reads at most 32"):
+        next(generate(small(), [1] * 32, max_tokens=1, max_positions=POSITIONS))

@@ -1,0 +1,76 @@
+"""Let a checkpoint of any layout write on from a prompt, on one process.
+
+    python tools/generate.py RUN/checkpoints/step_00000200 --prompt "def main():"
+    python tools/generate.py RUN --prompt "class " --temperature 0        # the newest checkpoint of a run
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalina.data.tokenizer import open_tokenizer
+from megalina.generate import generate
+from megalina.train.restored import restore
+from megalina.train.resume import newest_checkpoint
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
+    parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
+    parser.add_argument("--max-tokens", type=int, default=200, help="tokens to write (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability (default 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    path = options.checkpoint
+    if (path / "checkpoints").is_dir():
+        newest = newest_checkpoint(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"{path} has no checkpoint yet")
+        path = newest
+    restored = restore(path, device=options.device)
+    tokenizer_path = options.tokenizer or restored.tokenizer_path
+    if not tokenizer_path:
+        raise ValueError(f"{path} was trained on token ids without a tokenizer; name one with --tokenizer")
+    tokenizer = open_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size != restored.gpt.vocab_size:
+        raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model {restored.gpt.vocab_size}: name its own with --tokenizer")
+    written = tokenizer.encode(options.prompt) or [tokenizer.eod]
+    sys.stdout.write(options.prompt)
+    shown = tokenizer.decode(written)
+    tokens = generate(
+        restored.gpt,
+        list(written),
+        max_tokens=options.max_tokens,
+        max_positions=restored.max_positions,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop_token=tokenizer.eod,
+    )
+    for token in tokens:
+        if token == tokenizer.eod:
+            break
+        written.append(token)
+        text = tokenizer.decode(written)
+        if not text.endswith("\ufffd"):  # else the bytes of a character are still incomplete
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,32 @@
+"""Rebuild a run's W&B folder from metrics.jsonl: W&B writes in blocks, so a run ended by kill -9 has lost what it logged.
+
+python tools/rebuild_wandb.py RUN_DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from megalina.config import WandbConfig
+from megalina.train.wandb_run import rebuild
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a whole offline W&B run of RUN_DIR from metrics.jsonl and config.yaml.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    args = parser.parse_args(argv)
+    try:
+        config = yaml.safe_load((args.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        wandb_config = WandbConfig(**{**config["tracker"]["wandb"], "mode": "offline"})
+        folder = rebuild(wandb_config, run_dir=args.run_dir, run_config=config)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{folder} holds the whole run; upload it with: wandb sync {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

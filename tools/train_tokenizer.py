@@ -1,0 +1,41 @@
+"""Train a sentencepiece tokenizer on your own text.
+
+    python tools/train_tokenizer.py --input corpus.jsonl notes/ --output-prefix my --vocab-size 8192
+
+writes my.model, from which every text comes back exactly as it was.  A small text gets fewer pieces.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalina.data.bpe import train_bpe
+from megalina.data.documents import find_sources, read_texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders")
+    parser.add_argument("--output-prefix", required=True, help="PREFIX of PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, an upper limit")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="where the text is in JSON lines and parquet rows (default: text)"
+    )
+    parser.add_argument("--sample-mb", type=float, default=100.0, help="a random sample of at most this much text (default: 100)")
+    options = parser.parse_args()
+    path = Path(f"{options.output_prefix}.model")
+    try:
+        if options.sample_mb <= 0:
+            raise ValueError(f"--sample-mb must be positive, not {options.sample_mb}")
+        texts = read_texts(find_sources(options.input), options.json_keys)
+        pieces = train_bpe(texts, vocab_size=options.vocab_size, path=path, sample_mb=options.sample_mb)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    note = f" ({options.vocab_size} asked for, the text has no more)" if pieces < options.vocab_size else ""
+    print(f"{path}: {pieces} pieces{note}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

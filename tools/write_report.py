@@ -1,0 +1,26 @@
+"""Write a run's report.html again, from its run folder (also of a run that was killed, or is still going).
+
+python tools/write_report.py RUN_DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalina.train.report import rebuild_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html again from metrics.jsonl and config.yaml.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    args = parser.parse_args(argv)
+    try:
+        print(rebuild_report(args.run_dir))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
