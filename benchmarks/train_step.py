@@ -1,0 +1,339 @@
+"""How fast and how large a training step is, at model=bench (d 512, 8 experts, top-2, 4 layers, batch 4 x 512, float32).
+
+    python benchmarks/train_step.py --json train_step.json
+
+Three parts, each interleaved round by round so that a noisy machine disturbs all variants alike; medians, with spread:
+
+1. One process, all cores: our step (the program, run by the executor) against Hugging Face's MixtralForCausalLM with the
+   same weights, its `grouped_mm` experts and SDPA; forward, backward, gradient clipping and torch's fused AdamW on both
+   sides, nothing compiled.  Beside it the best matrix product rate that torch reaches on this machine.
+2. Peak memory of one process over what it must hold: weights, gradients, optimizer, and the activations as estimated
+   below.
+3. Two expert-parallel ranks with one thread each against one rank with one thread, same global batch.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+
+from megalina.batch import Batch
+from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, TrainConfig
+from megalina.mesh import build_mesh
+from megalina.model.init import spec_of
+from megalina.parallel.trainable import Trainable
+from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.model_flops import model_flops
+from megalina.train.throughput import peak_memory_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+SEQUENCES, LENGTH, LEARNING_RATE = 4, 512, 1e-4
+MATMULS = [(2048, 512, 1024), (2048, 1024, 512), (512, 512, 2048), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 2048, 512)]
+
+
+def bench_config(*, ep: int = 1) -> PretrainConfig:
+    """conf/model/bench.yaml with everything else at its default."""
+    model = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "bench.yaml").read_text()))
+    return PretrainConfig(
+        model=model,
+        parallel=ParallelConfig(ep=ep),
+        optim=OptimConfig(lr=LEARNING_RATE),
+        train=TrainConfig(global_batch_size=SEQUENCES, micro_batch_size=SEQUENCES // ep, seq_len=LENGTH),
+    )
+
+
+def batch_of(step: int, vocab_size: int) -> Batch:
+    """Random tokens; the last position has no label, as in Hugging Face's loss."""
+    tokens = torch.randint(0, vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+    labels = tokens.roll(-1, 1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    position = torch.arange(LENGTH).repeat(SEQUENCES, 1)
+    return Batch(tokens, labels, mask, torch.ones_like(mask), position, None, torch.arange(SEQUENCES) + step * SEQUENCES)
+
+
+class Ours:
+    """A training step of this rank."""
+
+    def __init__(self, config: PretrainConfig):
+        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep)
+        device = torch.device("cpu")
+        self.config, self.vocab_size = config, config.model.vocab_size
+        self.trainable = Trainable(config, self.mesh, vocab_size=self.vocab_size, device=device, wish_to_stop=lambda: False)
+        self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
+        self.load_max_over_mean = 0.0
+
+    def step(self, number: int) -> float:
+        own = SEQUENCES // self.mesh.dp.size
+        batch = batch_of(number, self.vocab_size).split(own)[self.mesh.dp.rank]
+        verdict = self.trainable.step(batch, self.optimizer.update)
+        chosen_LE = verdict.loads[:, :-1].double()
+        self.load_max_over_mean = (chosen_LE.amax(1) / chosen_LE.mean(1)).mean().item()
+        return verdict.loss
+
+
+class HuggingFace:
+    """The same step by transformers, with its best experts implementation on this machine's kind."""
+
+    def __init__(self, config: PretrainConfig, experts: str):
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        m = config.model
+        self.vocab_size, self.clip_norm = m.vocab_size, config.optim.clip_norm
+        self.model: nn.Module = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=m.vocab_size,
+                hidden_size=m.d_model,
+                intermediate_size=m.d_ff,
+                num_hidden_layers=m.num_layers,
+                num_attention_heads=m.num_heads,
+                num_key_value_heads=m.num_kv_heads,
+                num_local_experts=m.num_experts,
+                num_experts_per_tok=config.router.top_k,
+                max_position_embeddings=LENGTH,
+                rms_norm_eps=m.norm_eps,
+                rope_theta=m.rope_theta,
+                tie_word_embeddings=False,
+                output_router_logits=False,
+                use_cache=False,
+                attn_implementation="sdpa",
+                experts_implementation=experts,
+            )
+        )
+        self.model.train()
+        o = config.optim
+        settings: dict[str, Any] = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **settings)
+
+    def copy_from(self, ours: Ours) -> None:
+        """Our weights, under transformers' names."""
+        names = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm.weight": "model.norm.weight"}
+        inside = {
+            "attention_norm.weight": "input_layernorm.weight",
+            "attention.q": "self_attn.q_proj.weight",
+            "attention.k": "self_attn.k_proj.weight",
+            "attention.v": "self_attn.v_proj.weight",
+            "attention.proj": "self_attn.o_proj.weight",
+            "mlp_norm.weight": "post_attention_layernorm.weight",
+            "router.weight": "mlp.gate.weight",
+            "experts.w1": "mlp.experts.gate_up_proj",
+            "experts.w2": "mlp.experts.down_proj",
+        }
+        theirs = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, p in ours.trainable.gpt.named_parameters():
+                if name.startswith("layers."):
+                    _, layer, rest = name.split(".", 2)
+                    target = f"model.layers.{layer}.{inside[rest]}"
+                else:
+                    target = names[name]
+                theirs.pop(target).copy_(p.view(spec_of(p).shape))
+        assert not theirs, f"not copied: {list(theirs)}"
+
+    def step(self, number: int) -> float:
+        tokens = batch_of(number, self.vocab_size).tokens_BS
+        self.optimizer.zero_grad(set_to_none=True)
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        self.optimizer.step()
+        return loss.item()
+
+
+def timed_s(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def matmul_flops() -> float:
+    """The best rate of any of the shapes, one timing each."""
+    best = 0.0
+    for n, k, m in MATMULS:
+        a, b, out = torch.randn(n, k), torch.randn(k, m), torch.empty(n, m)
+        torch.mm(a, b, out=out)
+        best = max(best, max(2 * n * k * m / timed_s(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(5)))  # type: ignore[misc]
+    return best
+
+
+def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
+    config = bench_config()
+    ours = Ours(config)
+    theirs = {name: HuggingFace(config, name) for name in ("grouped_mm",)}
+    for model in theirs.values():
+        model.copy_from(ours)
+    first = {"ours": ours.step(0)} | {name: model.step(0) for name, model in theirs.items()}
+    for name, loss in first.items():
+        if abs(loss - first["ours"]) > 1e-4:
+            raise RuntimeError(f"not the same work: first loss {first['ours']} here, {loss} by {name}")
+    runners: dict[str, Callable[[int], float]] = {"ours": ours.step} | {name: model.step for name, model in theirs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    ratios: list[float] = []
+    peaks: list[float] = []
+    fractions: dict[str, list[float]] = {name: [] for name in runners}
+    flops = model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=LENGTH).per_token * SEQUENCES * LENGTH
+    number = 1
+    for run in range(rounds + 1):
+        round_s: dict[str, list[float]] = {name: [] for name in runners}
+        rates = []
+        for _ in range(steps):
+            for name, step in runners.items():
+                round_s[name].append(timed_s(lambda step=step, number=number: step(number)))  # type: ignore[misc]
+            rates.append(matmul_flops())
+            number += 1
+        if run == 0:
+            continue  # warm-up
+        median = {name: statistics.median(values) for name, values in round_s.items()}
+        peaks.append(max(rates))
+        for name in runners:
+            times[name].append(median[name])
+            fractions[name].append(flops / median[name] / peaks[-1])
+        ratios.append(min(median[name] for name in theirs) / median["ours"])
+        print(f"round {run}/{rounds}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in median.items()), file=sys.stderr, flush=True)
+    return {
+        "first_loss": first,
+        "step_s": {name: summary(values) for name, values in times.items()},
+        "tokens_per_s": {name: SEQUENCES * LENGTH / statistics.median(values) for name, values in times.items()},
+        "ratio_to_hf_mixtral": statistics.median(ratios),
+        "ratio_to_hf_mixtral_spread": summary(ratios),
+        "matmul_peak_gflops": {k: v / 1e9 for k, v in summary(peaks).items()},
+        "model_gflops_a_step": flops / 1e9,
+        "fraction_of_matmul_peak": statistics.median(fractions["ours"]),
+        "fraction_of_matmul_peak_spread": {name: summary(values) for name, values in fractions.items()},
+        "load_max_over_mean": ours.load_max_over_mean,
+    }
+
+
+def activation_bytes(config: PretrainConfig) -> int:
+    """The estimate: what one step must keep for backward, and the largest things it needs at once.
+
+    A layer and token keeps, in numbers: 7 x width of residuals, norms and attention's projections and output, queries, keys
+    and values twice (before and after their rotation), and for each of its experts the row, its place in the sum, and the
+    first matrix's output.  At the end: the logits and their gradient.
+    """
+    m, k = config.model, config.router.top_k
+    head = m.d_model // m.num_heads
+    attention = 7 * m.d_model + 2 * (m.num_heads + 2 * m.num_kv_heads) * head
+    experts = k * (3 * m.d_model + 2 * m.d_ff)
+    tokens = SEQUENCES * LENGTH
+    return 4 * tokens * (m.num_layers * (attention + experts) + 2 * m.vocab_size)
+
+
+def memory_worker() -> None:
+    """In a process of its own: what steps add to what the interpreter and libraries need."""
+    torch.mm(torch.randn(512, 512), torch.randn(512, 512))
+    start = peak_memory_bytes(torch.device("cpu"))
+    config = bench_config()
+    ours = Ours(config)
+    for number in range(6):
+        ours.step(number)
+    weights = sum(b.numel * 4 for b in ours.trainable.buckets.values())
+    activations = activation_bytes(config)
+    peak = peak_memory_bytes(torch.device("cpu")) - start
+    print(json.dumps({"state_bytes": 4 * weights, "activation_bytes": activations, "peak_bytes": peak}))
+
+
+def memory() -> dict[str, Any]:
+    found = json.loads(run_worker("memory", threads=os.cpu_count() or 1))
+    found["peak_over_estimate"] = found["peak_bytes"] / (found["state_bytes"] + found["activation_bytes"])
+    return found
+
+
+def ranks_worker(steps: int) -> None:
+    """One of the ranks of part 3; rank 0 prints the times of its steps."""
+    world = int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        dist.init_process_group("gloo")
+    ours = Ours(bench_config(ep=world))
+    times = [timed_s(lambda n=n: ours.step(n)) for n in range(steps + 2)][2:]  # type: ignore[misc]
+    if os.environ["RANK"] == "0":
+        print(json.dumps(times))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run_worker(*arguments: str, threads: int, environment: dict[str, str] | None = None) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)} | (environment or {})
+    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def run_ranks(world: int, steps: int) -> list[float]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(world)}
+    command = [sys.executable, __file__, "--worker", "ranks", str(steps)]
+    with tempfile.TemporaryFile("w+") as errors:
+        ranks = [subprocess.Popen(command, env=env | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=errors, text=True) for r in range(world)]
+        outputs = [rank.communicate()[0] for rank in ranks]
+        if any(rank.returncode for rank in ranks):
+            errors.seek(0)
+            raise RuntimeError(errors.read())
+    times: list[float] = json.loads(outputs[0].strip().splitlines()[-1])
+    return times
+
+
+def two_ranks(rounds: int, steps: int) -> dict[str, Any]:
+    speedups, medians = [], []
+    for run in range(rounds):
+        one, two = (statistics.median(run_ranks(world, steps)) for world in (1, 2))
+        speedups.append(one / two)
+        medians.append((one, two))
+        print(f"ranks {run + 1}/{rounds}: one {one * 1e3:.0f} ms, two {two * 1e3:.0f} ms", file=sys.stderr, flush=True)
+    return {
+        "two_rank_speedup": statistics.median(speedups),
+        "two_rank_speedup_spread": summary(speedups),
+        "one_rank_step_s": statistics.median(m[0] for m in medians),
+        "two_rank_step_s": statistics.median(m[1] for m in medians),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of part 1 (default 7)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each variant a round (default 3)")
+    parser.add_argument("--rank-rounds", type=int, default=5, help="rounds of part 3 (default 5)")
+    parser.add_argument("--parts", default="step,memory,ranks", help="which parts (default step,memory,ranks)")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return memory_worker() if options.worker[0] == "memory" else ranks_worker(int(options.worker[1]))
+    parts = options.parts.split(",")
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if "memory" in parts:
+        found |= memory()
+    if "ranks" in parts:
+        found |= two_ranks(options.rank_rounds, 6)
+    if "step" in parts:
+        found |= against_hugging_face(options.rounds, options.steps)
+    text = json.dumps(found, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()
