@@ -78,6 +78,17 @@ def initialise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch
             module._buffers[name] = buffer.to(device)
 
 
+def local_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of this rank's part in the dimensions of the spec."""
+    spec = spec_of(parameter)
+    if not spec.dims:
+        return tuple(parameter.shape)
+    shape, ranks = list(spec.shape), math.prod(spec.shape) // parameter.numel()
+    for dim in spec.sharded.values():  # the dimensions that are merged in memory are cut along one axis at the most
+        shape[dim] //= ranks
+    return tuple(shape)
+
+
 def _held(shape: torch.Size | tuple[int, ...], dims: int) -> tuple[int, ...]:
     split = len(shape) - dims + 1 if dims else 1
     return (math.prod(shape[:split]), *shape[split:])

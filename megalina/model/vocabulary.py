@@ -28,34 +28,38 @@ def cross_entropy(stat_RT2: Tensor) -> Tensor:
 
 
 class _VocabularyStat(torch.autograd.Function):
+    """Keeps the probabilities, not the logits: one pass over them is the whole backward."""
+
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, label_T: Tensor, words: int) -> Tensor:
-        real = logits_TV[:, :words]
-        real = real.float() if real.dtype in (torch.bfloat16, torch.float16) else real
-        if words == 0:  # all padding
-            lse_T = real.new_full((len(real),), float("-inf"))
-        else:
-            lse_T = torch.logsumexp(real, 1)
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        real_Tw = logits_TV[:, :words]
         here_T = (label_T >= 0) & (label_T < words)
         index_T1 = label_T.clamp(0, max(words - 1, 0)).unsqueeze(1)
-        target_T = torch.where(here_T, real.gather(1, index_T1).squeeze(1), 0.0) if words else torch.zeros_like(lse_T)
-        ctx.save_for_backward(logits_TV, lse_T, here_T, index_T1)
-        ctx.words = words
+        if words:
+            prob_Tw = torch.softmax(real_Tw, 1, dtype=wide)
+            most_T1, word_T1 = real_Tw.max(1, keepdim=True)
+            # the likeliest word's probability is at least 1 / words, so its logarithm is safe
+            lse_T = (most_T1.to(wide) - prob_Tw.gather(1, word_T1).log()).squeeze(1)
+            target_T = real_Tw.gather(1, index_T1).squeeze(1).to(wide).where(here_T, 0.0)
+        else:  # all padding
+            prob_Tw = logits_TV.new_zeros(len(logits_TV), 0, dtype=wide)
+            lse_T = prob_Tw.new_full((len(prob_Tw),), float("-inf"))
+            target_T = torch.zeros_like(lse_T)
+        ctx.save_for_backward(prob_Tw, here_T, index_T1)
+        ctx.shape, ctx.dtype = logits_TV.shape, logits_TV.dtype
         return torch.stack([lse_T, target_T], 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dstat_T2: Tensor) -> tuple[Tensor, None, None]:
-        logits_TV, lse_T, here_T, index_T1 = ctx.saved_tensors
-        words = ctx.words
-        grad_TV = torch.empty_like(logits_TV)
-        grad_TV[:, words:] = 0
+        prob_Tw, here_T, index_T1 = ctx.saved_tensors
+        words = prob_Tw.shape[1]
+        grad_Tw = prob_Tw * dstat_T2[:, :1]
         if words:
-            real = grad_TV[:, :words]
-            wide = real if real.dtype == dstat_T2.dtype else torch.empty_like(real, dtype=dstat_T2.dtype)
-            torch.sub(logits_TV[:, :words], lse_T.unsqueeze(1), out=wide)
-            wide.exp_().mul_(dstat_T2[:, :1])
-            wide.scatter_add_(1, index_T1, torch.where(here_T, dstat_T2[:, 1], 0.0).unsqueeze(1))
-            if wide is not real:
-                real.copy_(wide)
+            grad_Tw.scatter_add_(1, index_T1, dstat_T2[:, 1].where(here_T, 0.0).unsqueeze(1))
+        if grad_Tw.shape == ctx.shape and grad_Tw.dtype == ctx.dtype:
+            return grad_Tw, None, None
+        grad_TV = grad_Tw.new_zeros(ctx.shape, dtype=ctx.dtype)
+        grad_TV[:, :words] = grad_Tw
         return grad_TV, None, None

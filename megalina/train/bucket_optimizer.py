@@ -1,15 +1,15 @@
 """The optimizer of all buckets: updates one when its stage comes, and knows its state by parameter for checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from megalina.config import OptimConfig
+from megalina.model.init import local_shape, spec_of
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.functions import Verdict
-from megalina.parallel.reshard import gathered, members_of, scatter
 from megalina.train.optim import FlatOptimizer, FlatTensor
+from megalina.train.slice import Slice
 
 
 class BucketOptimizer:
@@ -35,7 +35,13 @@ class BucketOptimizer:
 
     @property
     def step_count(self) -> int:
+        """Updates so far; skipped steps don't count."""
         return next(iter(self._optimizers.values())).step_count
+
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        for optimizer in self._optimizers.values():
+            optimizer.step_count = value
 
     def update(self, name: str, verdict: Verdict) -> None:
         """The stage `update NAME` of a program.  A step that isn't finite changes nothing."""
@@ -45,39 +51,46 @@ class BucketOptimizer:
             self._to_parameters(name)
         bucket.grad.zero_()
 
-    def state(self) -> dict[str, Tensor]:
-        """Name -> tensor in the dimensions of the parameter's spec: `exp_avg/NAME` and so on, `master/NAME` where the
-        parameters are of lower precision.  A collective with ZeRO-1."""
-        out = {}
+    def slices(self) -> dict[str, Sequence[Slice]]:
+        """What this rank holds of the state, by name: `exp_avg/PARAMETER` and so on, `master/PARAMETER` where the
+        parameters are of lower precision.  Views: what is read into them is the state."""
+        held: dict[str, list[Slice]] = {}
         for name, bucket in self.buckets.items():
-            for kind, slices in self._slices(name).items():
-                out.update({f"{kind}/{m.name}": values for m, values in members_of(bucket, gathered(bucket, slices))})
+            states = [dict(self._optimizers[name].state(i)) for i in range(len(bucket.slices))]
+            if bucket.param.dtype != bucket.dtype:
+                for state, master in zip(states, self._masters[name], strict=True):
+                    state["master"] = master
+            for i, state in enumerate(states):
+                for kind, flat in state.items():
+                    for parameter, piece in _pieces(bucket, i, flat):
+                        held.setdefault(f"{kind}/{parameter}", []).append(piece)
+        out: dict[str, Sequence[Slice]] = {**held}
         return out
-
-    def load(self, state: Mapping[str, Tensor], step_count: int) -> None:
-        """Take what `state` gave, in any layout with the same parameters on this rank."""
-        for name, bucket in self.buckets.items():
-            for kind, slices in self._slices(name).items():
-                flat = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.grad.device)
-                for member, values in members_of(bucket, flat):
-                    values.copy_(state[f"{kind}/{member.name}"])
-                scatter(bucket, flat, slices)
-            self._optimizers[name].step_count = step_count
-            self._to_parameters(name)
 
     def masters_from_parameters(self) -> None:
         """After the parameters were set from outside."""
         for name, bucket in self.buckets.items():
-            scatter(bucket, bucket.param, self._masters[name])
-
-    def _slices(self, name: str) -> dict[str, list[Tensor]]:
-        optimizer, bucket = self._optimizers[name], self.buckets[name]
-        states = [optimizer.state(i) for i in range(len(bucket.slices))]
-        kinds = {kind: [s[kind] for s in states] for kind in (states[0] if states else ())}
-        return kinds if bucket.param.dtype == bucket.dtype else kinds | {"master": self._masters[name]}
+            for place, master in zip(bucket.slices, self._masters[name], strict=True):
+                master.copy_(bucket.param[place.start : place.stop])
 
     def _to_parameters(self, name: str) -> None:
         bucket = self.buckets[name]
         if bucket.param.dtype != bucket.dtype:
             for place, master in zip(bucket.slices, self._masters[name], strict=True):
                 bucket.param[place.start : place.stop].copy_(master)
+
+
+def _pieces(bucket: Bucket, index: int, flat: Tensor) -> Iterator[tuple[str, Slice]]:
+    """The parts of parameters that one of this rank's slices of a bucket holds; one that holds nothing of a parameter gives
+    an empty piece, so that every rank knows of every parameter of its buckets."""
+    place = bucket.slices[index]
+    for m in bucket.members:
+        spec = spec_of(m.parameter)
+        start, stop = max(place.start, m.start), min(place.stop, m.stop)
+        if start >= stop:
+            start = stop = m.start
+            values = flat[:0]
+        else:
+            values = flat[start - place.start : stop - place.start]
+        length = {0: spec.rows} if spec.rows else {}
+        yield m.name, Slice(values, spec.sharded, shape=local_shape(m.parameter), start=start - m.start, length=length)

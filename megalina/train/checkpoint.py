@@ -6,7 +6,7 @@ moment leaves the older ones as they are; what it left half-written is removed a
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,8 +51,8 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._on_first_rank(self._recover)
 
-    def save(self, step: int, tensors: Mapping[str, Slice], values: dict) -> None:
-        """Save `tensors`, which together hold each whole tensor, and `values`, anything that JSON can hold.
+    def save(self, step: int, tensors: Mapping[str, Slice | Sequence[Slice]], values: dict) -> None:
+        """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`, anything that JSON can hold.
 
         RuntimeError where a rank can't write (from the next `save` or `wait`, if asynchronous)."""
         self.wait()
@@ -80,7 +80,7 @@ class Checkpoints:
             dist.broadcast_object_list(found, src=self._mesh.world.ranks[0], group=self._group)
         return found[0]
 
-    def load(self, path: Path, tensors: Mapping[str, Slice], *, prefix: str = "") -> dict:
+    def load(self, path: Path, tensors: Mapping[str, Slice | Sequence[Slice]], *, prefix: str = "") -> dict:
         """Fill `tensors` in place, whatever the layout and types they were saved in; returns the values.
 
         ValueError, before anything is changed, where the checkpoint's tensors (those whose names start with `prefix`)
@@ -89,16 +89,17 @@ class Checkpoints:
         self.wait()
         description = read_description(path)
         saved = {name: tuple(t["shape"]) for name, t in description["tensors"].items() if name.startswith(prefix)}
-        _check_same(path, saved, {name: whole_shape(part, self._mesh) for name, part in tensors.items()})
+        _check_same(path, saved, {name: whole_shape(_list(part)[0], self._mesh) for name, part in tensors.items()})
         read_into(path, {name: self._part(part, copy=False) for name, part in tensors.items()})
         values: dict = description["values"]
         return values
 
-    def _part(self, part: Slice, *, copy: bool) -> Part:
-        cut = boxes(part, self._mesh)
+    def _part(self, part: Slice | Sequence[Slice], *, copy: bool) -> Part:
+        slices = _list(part)
+        cut = [box for one in slices for box in boxes(one, self._mesh)]
         if copy:
             cut = [Box(box.offsets, box.data.detach().to("cpu", copy=True)) for box in cut]
-        return Part(whole_shape(part, self._mesh), part.local.dtype, cut)
+        return Part(whole_shape(slices[0], self._mesh), slices[0].local.dtype, cut)
 
     def _write(self, step: int, parts: Mapping[str, Part], values_json: str) -> None:
         final = self._folder / f"step_{step:08d}"
@@ -159,6 +160,10 @@ class Checkpoints:
 
     def _hidden(self, path: Path, suffix: str) -> Path:
         return path.with_name(f".{path.name}{suffix}")
+
+
+def _list(part: Slice | Sequence[Slice]) -> Sequence[Slice]:
+    return [part] if isinstance(part, Slice) else part
 
 
 def read_values(path: Path) -> dict:

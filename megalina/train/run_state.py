@@ -5,22 +5,18 @@ random is a function of the seed and of how many sequences were consumed, so the
 and of all random numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from megalina.comm.exchange import start_gather
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
-from megalina.model.init import Spec, spec_of
-from megalina.parallel.reshard import in_spec_shape
+from megalina.model.init import local_shape, spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.checkpoint import Checkpoints, Slice
+from megalina.train.checkpoint import Checkpoints
 from megalina.train.load_watch import LoadWatch
+from megalina.train.slice import Slice
 
 MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 
@@ -67,69 +63,31 @@ class RunState:
             "tokenizer_path": self.tokenizer_path,
             "config": asdict(self.config),
         }
-        self.checkpoints.save(self.step, self._slices(self._tensors()), values)
+        self.checkpoints.save(self.step, self._model() | self.optimizer.slices(), values)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, of any layout of the same model."""
-        tensors = self._tensors()
-        slices = self._slices(tensors)
-        values = self.checkpoints.load(path, slices)
-        self._from_slices(tensors, slices)
-        self._fill_model(tensors)
-        self.optimizer.load(tensors, values["optimizer_steps"])
+        values = self.checkpoints.load(path, self._model() | self.optimizer.slices())
+        self.optimizer.step_count = values["optimizer_steps"]
         self.step, self.tokens, self.skipped_steps = values["step"], values["tokens"], values["skipped_steps"]
         self.val_loss = values["val_loss"]
         self.watch.load(values["last_step_of_experts"])
 
     def load_weights(self, path: Path) -> None:
         """Only the weights and router biases; step and optimizer stay as they are."""
-        tensors = self._tensors(weights_only=True)
-        slices = self._slices(tensors)
-        self.checkpoints.load(path, slices, prefix=MODEL)
-        self._from_slices(tensors, slices)
-        self._fill_model(tensors)
+        self.checkpoints.load(path, self._model(), prefix=MODEL)
         self.optimizer.masters_from_parameters()
 
-    # this rank's tensors by name, in the dimensions that layouts cut
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.trainable.gpt.named_parameters())
-
-    def _biases(self) -> dict[str, Tensor]:
-        layers = ((i, layer) for i, layer in enumerate(self.trainable.gpt.layers) if layer.is_moe)
-        return {f"{MODEL}layers.{i}.router.bias_E": layer.router.bias_E for i, layer in layers if layer.router.bias_E is not None}
-
-    def _tensors(self, *, weights_only: bool = False) -> dict[str, Tensor]:
-        out = {f"{MODEL}{name}": in_spec_shape(p.detach().flatten(), p) for name, p in self._parameters().items()}
-        out |= self._biases()
-        return out if weights_only else out | self.optimizer.state()
-
-    def _spec(self, name: str) -> Spec | None:
-        parameter = self._parameters().get(name.rpartition("/")[2])
-        return None if parameter is None else spec_of(parameter)
-
-    def _slices(self, tensors: Mapping[str, Tensor]) -> dict[str, Slice]:
-        out = {}
-        for name, local in tensors.items():
-            spec = self._spec(name)
-            if spec is None:
-                out[name] = Slice(local, {})
-            elif spec.rows:  # the vocabulary's padding depends on tp, so it is not saved
-                out[name] = Slice(start_gather(local, self.mesh.tp).wait()[: spec.rows].clone(), {})
-            else:
-                out[name] = Slice(local, spec.sharded)
+    def _model(self) -> dict[str, Sequence[Slice]]:
+        """This rank's part of the model's state, as views."""
+        gpt = self.trainable.gpt
+        out: dict[str, Sequence[Slice]] = {}
+        for name, p in gpt.named_parameters():
+            spec = spec_of(p)
+            length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
+            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, length=length)]
+        for i in gpt.moe_layers:
+            bias_E = gpt.layers[i].router.bias_E
+            if bias_E is not None:
+                out[f"{MODEL}layers.{i}.router.bias_E"] = [Slice(bias_E, {})]
         return out
-
-    def _from_slices(self, tensors: dict[str, Tensor], slices: Mapping[str, Slice]) -> None:
-        """The rows of the vocabulary that are here, out of the whole of it."""
-        for name, local in tensors.items():
-            spec = self._spec(name)
-            if spec is not None and spec.rows:
-                first = self.mesh.tp.rank * len(local)
-                mine = slices[name].local[first : first + len(local)]
-                local.zero_()
-                local[: len(mine)] = mine
-
-    def _fill_model(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in self._parameters().items():
-                p.copy_(tensors[f"{MODEL}{name}"].view(p.shape))

@@ -1,0 +1,146 @@
+"""A small run: the trainer's loop on a few thousand random tokens, without launcher, report or trackers."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalina.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PretrainConfig,
+    RouterConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackerConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from megalina.data.indexed import IndexedWriter
+from megalina.data.source import open_data
+from megalina.train.checkpoint import read_tensors, read_values
+from megalina.train.trainer import Run
+
+VOCABULARY, LENGTH = 300, 16  # padded to 384 rows with tp = 1, to 512 with tp = 2 and 4
+GROUPS = {
+    "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 4, "d_ff": 16},
+    "router": {"balance_loss": 0.05, "z_loss": 0.01},
+    "parallel": {},
+    "optim": {"lr": 3e-3},
+    "schedule": {"warmup_steps": 2},
+    "train": {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": LENGTH, "eval_interval": 0, "eval_sequences": 7},
+    "checkpoint": {"keep_last": 100},
+}
+SCHEMA = {
+    "model": ModelConfig,
+    "router": RouterConfig,
+    "parallel": ParallelConfig,
+    "optim": OptimConfig,
+    "schedule": ScheduleConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+
+def write_tokens(prefix: Path) -> None:
+    """Documents of 5 to 60 tokens in which some words often follow each other, so that there is something to learn."""
+    random = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document([VOCABULARY - 1, 0, 1])
+        for _ in range(200):
+            start, count = int(random.integers(VOCABULARY)), int(random.integers(5, 60))
+            writer.add_document((start + np.arange(count) * 7 + random.integers(0, 3, count)) % VOCABULARY)
+
+
+def config_of(folder: Path, run: str, **settings: Any) -> PretrainConfig:
+    """`config_of(folder, "a", ep=2, steps=8)`: each key is set in the group that has it; the tokens are in `folder`."""
+    groups = {name: dict(values) for name, values in GROUPS.items()}
+    for key, value in settings.items():
+        owners = [name for name, schema in SCHEMA.items() if key in schema.__dataclass_fields__ and key != "name"]
+        assert len(owners) == 1, (key, owners)
+        groups[owners[0]][key] = value
+    prefix = folder / "tokens"
+    if not Path(f"{prefix}.idx").exists():
+        write_tokens(prefix)
+    return PretrainConfig(
+        run=RunConfig(dir=str(folder / run)),
+        launch=LaunchConfig(device="cpu"),
+        data=DataConfig(kind="indexed", prefix=str(prefix), cache_dir=str(folder / "cache"), split="80,20"),
+        tracker=TrackerConfig(wandb=WandbConfig(mode="disabled"), tensorboard=False, progress="none", samples=0),
+        cluster=ClusterConfig(peak_tflops=1.0),
+        **{name: SCHEMA[name](**values) for name, values in groups.items()},
+    )
+
+
+@dataclass
+class Recorder:
+    """A tracker that remembers; `after[step](run)` is called when that step is logged."""
+
+    after: dict[int, Callable[[Run], None]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    run: Run | None = None
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.records.append(dict(record))
+        if (action := self.after.get(record["step"])) is not None:
+            assert self.run is not None
+            action(self.run)
+
+    def finish(self, *, failed: bool) -> None:
+        assert not failed
+
+    def of(self, key: str) -> list[Any]:
+        return [r[key] for r in self.records]
+
+
+def start(config: PretrainConfig, point: Path | None = None, after: dict[int, Callable[[Run], None]] | None = None) -> Run:
+    """A run on the ranks that there are, ready for `loop`; its tracker, on every rank, is a `Recorder`."""
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    recorder = Recorder(after or {})
+    run = recorder.run = Run(config, data, device=torch.device("cpu"), tracker=recorder)  # type: ignore[arg-type]
+    run.begin(point)
+    return run
+
+
+def records_of(config: PretrainConfig, point: Path | None = None, after: dict[int, Callable[[Run], None]] | None = None) -> Recorder:
+    """Run to its end."""
+    run = start(config, point, after)
+    run.loop()
+    recorder = run.tracker
+    assert isinstance(recorder, Recorder)
+    recorder.run = None
+    return recorder
+
+
+def checkpoint(config: PretrainConfig, step: int) -> Path:
+    return Path(config.run.dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def steps_kept(config: PretrainConfig) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (Path(config.run.dir) / "checkpoints").iterdir())
+
+
+def same_checkpoints(a: Path, b: Path) -> list[str]:
+    """What differs in two checkpoints, bit by bit; the configuration that is saved with them does not count."""
+    first, second = read_tensors(a), read_tensors(b)
+    values = [{k: v for k, v in read_values(p).items() if k != "config"} for p in (a, b)]
+    names = [n for n in first if n not in second or first[n].dtype != second[n].dtype or not torch.equal(first[n], second[n])]
+    return names + [n for n in second if n not in first] + [k for k in values[0] if values[0][k] != values[1].get(k)]
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.trainable.gpt.named_parameters()}
+
+
+def forget(config: PretrainConfig) -> None:
+    shutil.rmtree(config.run.dir, ignore_errors=True)
