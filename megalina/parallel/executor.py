@@ -43,7 +43,11 @@ class Executor:
         """Run the program once; returns the values that nobody read."""
         self._values, self._kept = dict(given), {}
         for run, stage, function, dead in self._lines:
-            run(stage, function)
+            try:
+                run(stage, function)
+            except Exception as error:
+                error.add_note(f"in stage {stage.tag}")
+                raise
             for value in dead:
                 self._values.pop(value, None)
         assert not self._kept, "forward stages without backward"

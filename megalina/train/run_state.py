@@ -37,6 +37,7 @@ class RunState:
         self.tokenizer_path = tokenizer_path
         self.config, self.mesh, self.trainable, self.optimizer, self.watch = config, mesh, trainable, optimizer, watch
         self.step = 0
+        self.consumed_samples = 0  # sequences: where the data goes on
         self.tokens = 0  # positions with a loss, so far
         self.skipped_steps = 0
         self.val_loss: float | None = None
@@ -53,7 +54,7 @@ class RunState:
         """Write a checkpoint of this step; all ranks together."""
         values = {
             "step": self.step,
-            "consumed_samples": self.step * self.config.train.global_batch_size,
+            "consumed_samples": self.consumed_samples,
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.step_count,
             "skipped_steps": self.skipped_steps,
@@ -69,7 +70,8 @@ class RunState:
         """Go on from a checkpoint, of any layout of the same model."""
         values = self.checkpoints.load(path, self._model() | self.optimizer.slices())
         self.optimizer.step_count = values["optimizer_steps"]
-        self.step, self.tokens, self.skipped_steps = values["step"], values["tokens"], values["skipped_steps"]
+        self.step, self.consumed_samples = values["step"], values["consumed_samples"]
+        self.tokens, self.skipped_steps = values["tokens"], values["skipped_steps"]
         self.val_loss = values["val_loss"]
         self.watch.load(values["last_step_of_experts"])
 

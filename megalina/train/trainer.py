@@ -63,7 +63,11 @@ def train(config: PretrainConfig) -> dict[str, Any]:
             )
         run = Run(config, data, device=device, tracker=tracker)
         run.begin(start)
-        run.loop()
+        try:
+            run.loop()
+        except Exception as error:
+            error.add_note(f"rank {rank} of {world}, in step {run.state.step + 1}")
+            raise
         summary = run.close()
         failed = False
     finally:
@@ -190,10 +194,11 @@ class Run:
             total_steps=train.steps,
             tokens_per_step=train.global_batch_size * train.seq_len,
         )
-        first = (step - 1) * train.global_batch_size + self.first_sample
+        first = state.consumed_samples + self.first_sample
         batch: Batch = self.data.train.batch(first, self.own_samples).to(self.device)
         verdict = self.trainable.step(batch, self.optimizer.update)
         state.step, state.tokens = step, state.tokens + verdict.loss_tokens
+        state.consumed_samples += train.global_batch_size
         if verdict.finite:
             for layer, load in zip(self.trainable.gpt.moe_layers, verdict.loads, strict=True):
                 router = self.trainable.gpt.layers[layer].router
@@ -210,7 +215,7 @@ class Run:
         tokens_per_s = self._tokens_per_s(step_s)
         return {
             "step": state.step,
-            "consumed_samples": state.step * self.config.train.global_batch_size,
+            "consumed_samples": state.consumed_samples,
             "tokens": state.tokens,
             "loss": verdict.loss,
             "aux_loss": verdict.balance_loss,
