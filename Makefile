@@ -10,7 +10,7 @@ PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope
 SOURCES := $(wildcard megalina pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv pretrain test test-full lint docs clean
+.PHONY: help .venv pretrain test test-full lint benchmark docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test: lint  ## lint, then the tests
 
 test-full: lint  ## lint, then all tests, the slow ones included
 	$(PYTEST) -m '' --timeout 1800
+
+benchmark: $(READY)  ## speed and memory against peers (about 10 minutes, on an idle machine)
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/preprocess.py
 
 docs: $(READY)  ## write docs/config.md from the schema
 	$(BIN)/python tools/write_config_docs.py
