@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +44,8 @@ def main(cfg: DictConfig) -> float:
         if not sweeping and Path(hydra_cfg.runtime.output_dir) != Path.cwd():
             raise ValueError(f"hydra.run.dir={hydra_cfg.run.dir}: the run folder is set by run.dir")
         if sweeping and OmegaConf.to_container(cfg.run)["dir"] == RunConfig().dir:  # type: ignore[index, call-overload]
-            cfg.run.dir = os.path.relpath(hydra_cfg.runtime.output_dir)
+            folder = Path(hydra_cfg.runtime.output_dir)
+            cfg.run.dir = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
         config = worker.load_config(OmegaConf.to_yaml(cfg, resolve=True))
         member = launch.joined(os.environ)
         if sweeping and member is not None:
@@ -64,8 +66,8 @@ def main(cfg: DictConfig) -> float:
         sys.exit(code)
 
 
-def check(config: PretrainConfig, *, world: int, local_ranks: int) -> None:
-    """Everything that can be known before a rank starts, the data included; ValueError, or a warning on stderr."""
+def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
+    """Everything but data and checkpoints that can be known before a rank starts: ValueError, or warnings."""
     validate.check_config(config, world)
     import torch  # seconds; --help and mistakes in the configuration don't need it
 
@@ -78,11 +80,11 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> None:
         local_ranks=local_ranks,
         num_cores=num_cores,
         num_gpus=num_gpus,
+        apex=find_spec("amp_C") is not None and find_spec("apex") is not None,
         wandb_key=validate.has_wandb_key(os.environ, Path.home()),
     )
     validate.check_paths(config)
-    for line in validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus):
-        _say(f"warning: {line}")
+    return validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus)
 
 
 def check_data(config: PretrainConfig) -> int:
@@ -98,6 +100,15 @@ def check_data(config: PretrainConfig) -> int:
     return config.model.vocab_size or vocab_size
 
 
+def check_checkpoint(config: PretrainConfig, *, vocab_size: int) -> None:
+    """ValueError if the run would start from a checkpoint that isn't of this model, or must not start because of one."""
+    named = config.train.init_from or config.train.resume not in ("auto", "none")
+    if named or (Path(config.run.dir) / "checkpoints").is_dir():
+        from megalina.train.fit import check_start  # a second that a new run need not wait for
+
+        check_start(config, vocab_size=vocab_size)
+
+
 def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
     world = member.world if member else config.launch.ranks
     validate.check_config(config, world)
@@ -111,8 +122,9 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
 
 def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> float:
     ranks, run_dir = config.launch.ranks, Path(config.run.dir)
-    check(config, world=ranks, local_ranks=ranks)
+    warnings = check(config, world=ranks, local_ranks=ranks)
     with _run_folder(config, overrides, sweeping=sweeping):
+        _warn(warnings)
         summary_path = run_dir / "summary.json"
         summary_path.unlink(missing_ok=True)
         try:
@@ -140,8 +152,9 @@ def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -
         return _val_loss(_train(agreed))
     with ExitStack() as stack:
         try:
-            check(config, world=member.world, local_ranks=member.local_ranks)
+            warnings = check(config, world=member.world, local_ranks=member.local_ranks)
             stack.enter_context(_run_folder(config, overrides, sweeping=False))
+            _warn(warnings)
         except (ValueError, OSError):
             agreement.refuse()
             raise
@@ -171,7 +184,7 @@ def _run_folder(config: PretrainConfig, overrides: list[str], *, sweeping: bool)
                     f"run.dir={run_dir} holds a job with other overrides: leave run.dir out of a sweep, "
                     "or give hydra.sweep.dir=FOLDER"
                 )
-            check_data(config)
+            check_checkpoint(config, vocab_size=check_data(config))
             (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
@@ -201,6 +214,8 @@ def explain(error: BaseException, arguments: list[str]) -> str:
     if unknown := re.search(r"Key '([^']*)' not in '(\w+)'", text):
         key = key or unknown[1]
         keys = _keys(PretrainConfig)
+        typed = [argument.split("=")[0].lstrip("+~") for argument in arguments]
+        key = next((name for name in typed if name.startswith(f"{key}.")), key)
         same_name = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
         hint = f" (did you mean {' or '.join(same_name)}?)" if same_name else validate.nearest(key, keys)
         return f"there is no setting {key}{hint}; see --help"
@@ -233,6 +248,12 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _warn(lines: list[str]) -> None:
+    """Once nothing is wrong: a mistake is to be the only line."""
+    for line in lines:
+        _say(f"warning: {line}")
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:

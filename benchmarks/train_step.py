@@ -188,7 +188,11 @@ def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
     ratios: list[float] = []
     peaks: list[float] = []
     fractions: dict[str, list[float]] = {name: [] for name in runners}
-    flops = model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=LENGTH).per_token * SEQUENCES * LENGTH
+    flops = (
+        model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=LENGTH).per_token
+        * SEQUENCES
+        * LENGTH
+    )
     number = 1
     for run in range(rounds + 1):
         round_s: dict[str, list[float]] = {name: [] for name in runners}
@@ -206,7 +210,9 @@ def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
             times[name].append(median[name])
             fractions[name].append(flops / median[name] / peaks[-1])
         ratios.append(min(median[name] for name in theirs) / median["ours"])
-        print(f"round {run}/{rounds}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in median.items()), file=sys.stderr, flush=True)
+        print(
+            f"round {run}/{rounds}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in median.items()), file=sys.stderr, flush=True
+        )
     return {
         "first_loss": first,
         "step_s": {name: summary(values) for name, values in times.items()},
@@ -271,7 +277,9 @@ def ranks_worker(steps: int) -> None:
 
 def run_worker(*arguments: str, threads: int, environment: dict[str, str] | None = None) -> str:
     env = os.environ | {"OMP_NUM_THREADS": str(threads)} | (environment or {})
-    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", *arguments], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout.strip().splitlines()[-1]
@@ -281,7 +289,10 @@ def run_ranks(world: int, steps: int) -> list[float]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(world)}
     command = [sys.executable, __file__, "--worker", "ranks", str(steps)]
     with tempfile.TemporaryFile("w+") as errors:
-        ranks = [subprocess.Popen(command, env=env | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=errors, text=True) for r in range(world)]
+        ranks = [
+            subprocess.Popen(command, env=env | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=errors, text=True)
+            for r in range(world)
+        ]
         outputs = [rank.communicate()[0] for rank in ranks]
         if any(rank.returncode for rank in ranks):
             errors.seek(0)

@@ -53,7 +53,7 @@ class RouterConfig:
     top_k: int = 2  # experts a token (expert_choice: on average)
     renormalize: bool = True  # the selected weights of a token sum to one
     scale: float = 1.0  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
-    group: str = "sequence"  # sequence | micro_batch | global: which tokens share capacity and balance
+    group: str = "sequence"  # tokens that share capacity and balance: sequence | micro_batch | global (balance loss alone)
     capacity_factor: float = 0.0  # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
     drop: str = "position"  # position | probability: who is dropped beyond capacity
     balance_loss: float = 0.01  # weight of the load-balance loss

@@ -20,9 +20,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_token: int | None = None,
+    num_ids: int | None = None,
 ) -> Iterator[int]:
     """The tokens after `prompt`, as they come; ends after `max_tokens`, at `stop_token`, or at `max_positions` in all.
 
+    `num_ids`: of the tokenizer, where the model has more.
     `temperature` 0 takes the likeliest token.  `top_p`: only the likeliest tokens that together have this probability.
     The same seed gives the same text.  ValueError where generation would not be what training was: a router that looks
     at later tokens.
@@ -30,7 +32,9 @@ def generate(
     if not prompt:
         raise ValueError("the prompt has no token; give at least one (the end-of-document token starts a new document)")
     if len(prompt) >= max_positions:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, but the model reads at most {max_positions} (max_positions); shorten it")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, but the model reads at most {max_positions} (max_positions); shorten it"
+        )
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: choose 0 (likeliest token) or a positive number")
     if not 0.0 < top_p <= 1.0:
@@ -39,11 +43,12 @@ def generate(
     random = torch.Generator().manual_seed(seed)
     past = [KeyValues() for _ in gpt.layers]
     tokens, position = list(prompt), 0
+    limit = min(gpt.vocab_size, num_ids or gpt.vocab_size)
     gpt.eval()
     for _ in range(min(max_tokens, max_positions - len(prompt))):
         with torch.inference_mode():
             n_TD, _ = gpt.hidden(_batch(tokens, position, gpt.embedding.device), past)
-            logits_V = gpt.logits(n_TD[-1:])[0, : gpt.vocab_size].double().cpu()
+            logits_V = gpt.logits(n_TD[-1:])[0, :limit].double().cpu()
         position += len(tokens)
         chosen = _choose(logits_V, temperature, top_p, random)
         yield chosen

@@ -8,6 +8,7 @@ keep one order.  `group` None means nobody to talk to.
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,20 +65,22 @@ def rows(shape: dict[str, int]) -> dict[str, list[list[int]]]:
     }
 
 
-def build_mesh(*, tp: int = 1, ep: int = 1) -> Mesh:
+def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> Mesh:
     """Cut the world that `torch.distributed` was initialised with (or the single process, if it was not).
 
+    `timeout_s`: a collective that takes longer is an error.  Groups don't inherit the world's; None is torch's default.
     ValueError where tp x ep does not divide the world size.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % (tp * ep):
         raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
     me = dist.get_rank() if dist.is_initialized() else 0
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
 
     def axis(name: str, table: list[list[int]]) -> Axis:  # every rank makes every group, in the same order
         mine = Axis(name)
         for row in table:
-            group = dist.new_group(row) if len(row) > 1 else None
+            group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
             if me in row:
                 mine = Axis(name, tuple(row), row.index(me), group)
         return mine

@@ -117,8 +117,12 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_data(config.data)
 
 
-def check_machine(config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int, wandb_key: bool) -> None:
-    """Raises ValueError if this machine can't start `local_ranks` ranks of `config`; `wandb_key`: W&B can log in."""
+def check_machine(
+    config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int, apex: bool, wandb_key: bool
+) -> None:
+    """Raises ValueError if this machine can't start `local_ranks` ranks of `config`.
+
+    `apex`: NVIDIA's package is installed with its kernels; `wandb_key`: W&B can log in."""
     if local_ranks > MAX_RANKS_A_CORE * num_cores:
         raise ValueError(
             f"launch.ranks ({local_ranks}) is more than {MAX_RANKS_A_CORE} ranks for each of {num_cores} cores: "
@@ -131,8 +135,15 @@ def check_machine(config: PretrainConfig, *, local_ranks: int, num_cores: int, n
             f"{local_ranks} local ranks need as many GPUs, torch sees {num_gpus}: "
             f"set launch.ranks={num_gpus}, or launch.device=cpu"
         )
-    if config.train.dtype == "float64" and config.optim.implementation == "apex":
-        raise ValueError("optim.implementation=apex has no float64: set optim.implementation=torch")
+    if config.optim.implementation == "apex":
+        obstacles = {
+            f"has no {config.optim.name}": config.optim.name != "adamw",
+            "has no float64": config.train.dtype == "float64",
+            "needs GPUs": config.launch.device == "cpu" or num_gpus == 0,
+            "needs NVIDIA Apex with its CUDA extensions, which isn't installed": not apex,
+        }
+        for obstacle in (text for text, found in obstacles.items() if found):
+            raise ValueError(f"optim.implementation=apex {obstacle}: set optim.implementation=torch")
     if config.tracker.wandb.mode == "online" and not wandb_key:
         raise ValueError(
             "tracker.wandb.mode=online needs a key: set WANDB_API_KEY or run `wandb login`, "
@@ -151,6 +162,8 @@ def check_paths(config: PretrainConfig) -> None:
         raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
     resume, init_from = config.train.resume, config.train.init_from
     for name, path in (("train.resume", "" if resume in ("auto", "none") else resume), ("train.init_from", init_from)):
+        if (Path(path) / "checkpoints").is_dir() and path:
+            raise ValueError(f"{name}={path} is a run folder: give one of its checkpoints, as {path}/checkpoints/step_00000100")
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path}: there is no such folder; a checkpoint is RUN_DIR/checkpoints/step_00000100")
 

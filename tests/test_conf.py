@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import pretrain_gpt_moe
 from megalina.config import PretrainConfig
 from megalina.dry_run import axis_groups, describe
 from megalina.model.gpt import GPT
+from megalina.model.init import spec_of
 from megalina.parameters import ParameterCounts, count_parameters, is_moe_layer, padded_vocab_size
 from megalina.validate import check_config
 from megalina.worker import load_config
@@ -238,6 +240,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optm.lr=1", "there is no setting optm.lr (did you mean optim.lr?); see --help"),
         ("optim.lrr=1", "there is no setting optim.lrr (did you mean optim.lr?); see --help"),
         ("lr=1", "there is no setting lr (did you mean optim.lr?); see --help"),
         ("+zz=1", "there is no setting zz; see --help"),
@@ -359,3 +362,53 @@ def test_data_of_more_pieces_than_the_model_has_is_refused(monkeypatch: pytest.M
     assert pretrain_gpt_moe.check_data(composed("model.vocab_size=1000")) == 1000
     with pytest.raises(ValueError, match=r"model.vocab_size \(512\) is below the 600 pieces of the data: set model.vocab_size=0"):
         pretrain_gpt_moe.check_data(composed("model.vocab_size=512"))
+
+
+# checkpoints
+
+
+def saved_checkpoint(path: Path, config: PretrainConfig, vocab_size: int) -> Path:
+    """A checkpoint's description, without its weights."""
+    gpt = GPT(config.model, config.router, vocab_size=vocab_size, max_positions=config.train.seq_len, seed=0)
+    tensors = {f"model/{name}": {"shape": list(spec_of(p).shape), "dtype": "float32"} for name, p in gpt.named_parameters()}
+    tensors |= {f"exp_avg/{name}": {"shape": [1], "dtype": "float32"} for name, _ in gpt.named_parameters()}
+    path.mkdir(parents=True)
+    (path / ".metadata").touch()
+    values = {"step": int(path.name[5:]), "config": asdict(config)}
+    (path / "values.json").write_text(json.dumps({"values": values, "tensors": tensors}))
+    return path
+
+
+@pytest.mark.parametrize("setting", ["train.init_from", "train.resume"])
+def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, tmp_path: Path, setting: str) -> None:
+    path = saved_checkpoint(tmp_path / "old" / "step_00000020", composed("model=tiny"), 512)
+    code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"{setting}={path}")
+    assert (code, out, err.count("\n")) == (2, [], 1)
+    assert "is of another model" in err
+    assert "model/layers.0.experts.w1: [4, 256, 64] in the checkpoint, [4, 128, 64] here" in err
+    assert not (tmp_path / "new").exists()
+    code, _, err = command("model=tiny", "model.num_layers=3", "run.dir=new", f"{setting}={path}")
+    assert (code, "model/layers.2.attention.q: absent in the checkpoint, [64, 64] here" in err) == (2, True)
+    assert command("model=tiny", "run.dir=new", f"{setting}={path}")[0] == 0
+
+
+def test_a_run_folder_with_another_models_checkpoints_is_refused(command, tmp_path: Path) -> None:
+    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+    code, _, err = command("model.num_experts=8", "run.dir=here")
+    assert (code, "model/layers.0.router.weight: [4, 64] in the checkpoint, [8, 64] here" in err) == (2, True)
+    code, _, err = command("train.resume=none", "run.dir=here")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("train.resume=none, but here has a checkpoint of step 20: choose another run.dir")
+    assert command("run.dir=here")[0] == 0
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(command, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert command("train.init_from=nothing")[::2] == (2, "nothing is not a complete checkpoint: it has no values.json\n")
+
+
+def test_a_warning_does_not_hide_a_mistake(command, tmp_path: Path) -> None:
+    many = ("launch.ranks=16", "train.global_batch_size=32", "model=tiny")
+    assert "warning: 16 ranks share" in command(*many, "run.dir=good")[2]
+    saved_checkpoint(tmp_path / "bad" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+    assert command(*many, "run.dir=bad", "model.num_experts=8")[2].startswith("checkpoint bad/")

@@ -23,13 +23,17 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
     """Logits of the last token, without a cache."""
     token_BS = torch.tensor([tokens])
     everything = torch.ones_like(token_BS, dtype=torch.bool)
-    batch = Batch(token_BS, token_BS, everything, everything, torch.arange(len(tokens))[None], None, torch.zeros(1, dtype=torch.int64))
+    batch = Batch(
+        token_BS, token_BS, everything, everything, torch.arange(len(tokens))[None], None, torch.zeros(1, dtype=torch.int64)
+    )
     gpt.eval()
     with torch.no_grad():
         return gpt.logits(gpt.hidden(batch)[0][-1:])[0]
 
 
-@pytest.mark.parametrize("model", [{}, {"positions": "learned", "norm": "layernorm", "bias": True}, {"shared_d_ff": 8, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "model", [{}, {"positions": "learned", "norm": "layernorm", "bias": True}, {"shared_d_ff": 8, "qk_norm": True}]
+)
 def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:
     gpt = small(**model)
     tokens = [3, 5, 7]
@@ -78,3 +82,9 @@ def test_senseless_settings_are_refused(wrong: dict[str, float]) -> None:
 def test_a_prompt_that_fills_all_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="32 tokens, but the model reads at most 32"):
         next(generate(small(), [1] * 32, max_tokens=1, max_positions=POSITIONS))
+
+
+def test_an_id_that_the_tokenizer_lacks_is_never_written() -> None:
+    gpt, few = small(), 20
+    tokens = list(generate(gpt, [1], max_tokens=25, max_positions=POSITIONS, temperature=2.0, num_ids=few))
+    assert max(tokens) < few <= max(generate(gpt, [1], max_tokens=25, max_positions=POSITIONS, temperature=2.0))

@@ -143,7 +143,7 @@ def test_global_balance_without_accumulation_is_good() -> None:
     check_config(changed(router__group="global", train__micro_batch_size=8), 1)
 
 
-MACHINE = {"local_ranks": 1, "num_cores": 2, "num_gpus": 0, "wandb_key": False}
+MACHINE = {"local_ranks": 1, "num_cores": 2, "num_gpus": 0, "apex": False, "wandb_key": False}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,9 @@ MACHINE = {"local_ranks": 1, "num_cores": 2, "num_gpus": 0, "wandb_key": False}
         ({}, {"local_ranks": 4, "num_gpus": 2}, "4 local ranks need as many GPUs, torch sees 2: set launch.ranks=2"),
         ({"tracker__wandb__mode": "online"}, {}, "stay offline with tracker.wandb.mode=offline"),
         ({"optim__implementation": "apex", "train__dtype": "float64"}, {}, "apex has no float64"),
+        ({"optim__implementation": "apex", "optim__name": "sgd"}, {}, "apex has no sgd: set optim.implementation=torch"),
+        ({"optim__implementation": "apex"}, {"apex": True}, "apex needs GPUs"),
+        ({"optim__implementation": "apex"}, {"num_gpus": 1}, "needs NVIDIA Apex with its CUDA extensions, which isn't"),
     ],
 )
 def test_what_this_machine_cannot_do(settings: dict[str, object], machine: dict[str, int], message: str) -> None:
@@ -162,8 +165,9 @@ def test_what_this_machine_cannot_do(settings: dict[str, object], machine: dict[
 
 
 def test_what_this_machine_can_do() -> None:
-    check_machine(changed(tracker__wandb__mode="online"), local_ranks=128, num_cores=2, num_gpus=0, wandb_key=True)
-    check_machine(changed(launch__device="cpu"), local_ranks=4, num_cores=2, num_gpus=2, wandb_key=False)
+    check_machine(changed(tracker__wandb__mode="online"), **{**MACHINE, "local_ranks": 128, "wandb_key": True})  # type: ignore[arg-type]
+    check_machine(changed(launch__device="cpu"), **{**MACHINE, "local_ranks": 4, "num_gpus": 2})  # type: ignore[arg-type]
+    check_machine(changed(optim__implementation="apex"), **{**MACHINE, "num_gpus": 1, "apex": True})  # type: ignore[arg-type]
 
 
 def test_more_ranks_than_cores_is_a_warning_with_both_numbers() -> None:
@@ -184,6 +188,9 @@ def test_paths_are_checked(tmp_path: Path) -> None:
         check_paths(changed(run__dir=str(tmp_path / "file" / "run")))
     with pytest.raises(ValueError, match="train.resume=nowhere: there is no such folder"):
         check_paths(changed(run__dir=str(tmp_path), train__resume="nowhere"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run is a run folder: give one of its checkpoints"):
+        check_paths(changed(run__dir=str(tmp_path), train__init_from=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="train.init_from=nowhere: there is no such folder"):
         check_paths(changed(run__dir=str(tmp_path), train__init_from="nowhere"))
 

@@ -6,7 +6,10 @@
 
 import argparse
 import sys
+from itertools import chain, islice
 from pathlib import Path
+
+import torch
 
 from megalina.data.tokenizer import open_tokenizer
 from megalina.generate import generate
@@ -20,15 +23,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens to write (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this total probability (default 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="of the likeliest tokens with this total probability (default 0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     path = options.checkpoint
     if (path / "checkpoints").is_dir():
         newest = newest_checkpoint(path / "checkpoints")
@@ -40,10 +49,12 @@ def main() -> int:
     if not tokenizer_path:
         raise ValueError(f"{path} was trained on token ids without a tokenizer; name one with --tokenizer")
     tokenizer = open_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size != restored.gpt.vocab_size:
-        raise ValueError(f"{tokenizer_path} has {tokenizer.vocab_size} ids, the model {restored.gpt.vocab_size}: name its own with --tokenizer")
+    ids, words = tokenizer.vocab_size, restored.gpt.vocab_size
+    if ids > words or (ids < words and restored.gpt.config.vocab_size == 0):  # only model.vocab_size makes room for more
+        raise ValueError(
+            f"{tokenizer_path} has {ids} ids, the model {words}: give the tokenizer it was trained with as --tokenizer"
+        )
     written = tokenizer.encode(options.prompt) or [tokenizer.eod]
-    sys.stdout.write(options.prompt)
     shown = tokenizer.decode(written)
     tokens = generate(
         restored.gpt,
@@ -54,8 +65,11 @@ def main() -> int:
         top_p=options.top_p,
         seed=options.seed,
         stop_token=tokenizer.eod,
+        num_ids=tokenizer.vocab_size,
     )
-    for token in tokens:
+    first = list(islice(tokens, 1))  # before anything is shown: what is wrong comes out here
+    sys.stdout.write(options.prompt)
+    for token in chain(first, tokens):
         if token == tokenizer.eod:
             break
         written.append(token)

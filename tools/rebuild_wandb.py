@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     args = parser.parse_args(argv)
     try:
+        if not (args.run_dir / "config.yaml").is_file():
+            raise ValueError(f"{args.run_dir} is no run folder: it has no config.yaml")
         config = yaml.safe_load((args.run_dir / "config.yaml").read_text(encoding="utf-8"))
         wandb_config = WandbConfig(**{**config["tracker"]["wandb"], "mode": "offline"})
         folder = rebuild(wandb_config, run_dir=args.run_dir, run_config=config)

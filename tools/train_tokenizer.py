@@ -29,7 +29,10 @@ def main() -> int:
             raise ValueError(f"--sample-mb must be positive, not {options.sample_mb}")
         texts = read_texts(find_sources(options.input), options.json_keys)
         pieces = train_bpe(texts, vocab_size=options.vocab_size, path=path, sample_mb=options.sample_mb)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; choose another --input or --output-prefix", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     note = f" ({options.vocab_size} asked for, the text has no more)" if pieces < options.vocab_size else ""

@@ -3,6 +3,7 @@
 python tools/write_config_docs.py
 """
 
+import argparse
 import ast
 from pathlib import Path
 
@@ -24,6 +25,7 @@ Of the published models, DeepSeek-V2-Lite has no file: its multi-head latent att
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Write docs/config.md from megalina/config.py and conf/.").parse_args()
     path = ROOT / "docs" / "config.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(document())

@@ -39,7 +39,9 @@ class GPT(nn.Module):
 
     layers: Sequence[Layer]  # an nn.ModuleList
 
-    def __init__(self, config: ModelConfig, router: RouterConfig, *, vocab_size: int, max_positions: int, seed: int, padded_vocab: int = 0):
+    def __init__(
+        self, config: ModelConfig, router: RouterConfig, *, vocab_size: int, max_positions: int, seed: int, padded_vocab: int = 0
+    ):
         super().__init__()
         self.config, self.router, self.seed, self.vocab_size = config, router, seed, vocab_size
         self.padded_vocab = padded_vocab or vocab_size

@@ -201,7 +201,14 @@ class Layer(nn.Module):
         return permute(n_TD, order), routing.weight_TK, balance, routing.z, order, load
 
     def mix(
-        self, h_TD: Tensor, back_ND: Tensor, weight_TK: Tensor, shared_TD: Tensor | None, order: RowOrder, batch: Batch, own: slice = ALL
+        self,
+        h_TD: Tensor,
+        back_ND: Tensor,
+        weight_TK: Tensor,
+        shared_TD: Tensor | None,
+        order: RowOrder,
+        batch: Batch,
+        own: slice = ALL,
     ) -> Tensor:
         """The residual plus each token's experts by weight, plus the shared experts."""
         if shared_TD is None and not (self.rate and self.training):

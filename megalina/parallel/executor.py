@@ -32,7 +32,9 @@ class Executor:
         last = {v: i for i, s in enumerate(program) for v in s.reads}
         self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str]]] = []
         for i, stage in enumerate(program):
-            run = getattr(self, f"_{stage.kind.name.lower()}_{stage.phase}" if stage.kind is Kind.COMPUTE else f"_{stage.kind.name.lower()}")
+            run = getattr(
+                self, f"_{stage.kind.name.lower()}_{stage.phase}" if stage.kind is Kind.COMPUTE else f"_{stage.kind.name.lower()}"
+            )
             function = functions(stage) if stage.kind is Kind.COMPUTE else None
             self._lines.append((run, stage, function, [v for v in stage.reads if last[v] == i]))
         self._values: dict[str, Any] = {}
@@ -141,4 +143,6 @@ def _outputs(function: Callable[..., Any], arguments: list[Any], graph: bool) ->
 
 
 def _edges(stage: Stage, outputs: tuple[Any, ...]) -> list[GradientEdge | None]:
-    return [get_gradient_edge(o) if o.requires_grad else None for n, o in zip(stage.writes, outputs, strict=True) if has_gradient(n)]
+    return [
+        get_gradient_edge(o) if o.requires_grad else None for n, o in zip(stage.writes, outputs, strict=True) if has_gradient(n)
+    ]

@@ -22,7 +22,9 @@ Update = Callable[[str, Verdict], None]
 class Trainable:
     """`step` and `evaluate` run programs; everything else is state that others read."""
 
-    def __init__(self, config: PretrainConfig, mesh: Mesh, *, vocab_size: int, device: torch.device, wish_to_stop: Callable[[], bool]):
+    def __init__(
+        self, config: PretrainConfig, mesh: Mesh, *, vocab_size: int, device: torch.device, wish_to_stop: Callable[[], bool]
+    ):
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
         self.mesh, self.micro_batch_size = mesh, train.micro_batch_size

@@ -88,7 +88,9 @@ def _between(shape: Shape, layer: int, name: str, x: str, n: str, out: str, *use
     stages = [_compute(f"{name}_norm", layer, x, n, shape.copied(layer))]
     if shape.sequence:
         stages += _exchange(f"{name}_gather", layer, Op.GATHER, "tp", n, whole)
-    stages.append(_compute(f"{name}_heads" if name == "attention" else f"{name}_hidden", layer, f"{whole} #batch", f"{out}_part", *uses))
+    stages.append(
+        _compute(f"{name}_heads" if name == "attention" else f"{name}_hidden", layer, f"{whole} #batch", f"{out}_part", *uses)
+    )
     stages += _exchange(f"{name}_sum", layer, Op.SCATTER if shape.sequence else Op.SUM, "tp", f"{out}_part", out)
     return stages
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Protocol
+
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import RECOMPUTED, finish, place_gradients, recompute, step
 from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, check
@@ -17,8 +18,7 @@ def eager(shape: Shape, buckets: Mapping[str, BucketSpec], *, micro_batches: int
     """Every collective starts as soon as its input is there."""
     forward = recompute(plain(shape), RECOMPUTED[recompute_mode])
     program = place_gradients(step(forward, micro_batches), buckets)
-    program = finish(program, buckets)
-    return program
+    return finish(program, buckets)
 
 
 STRATEGIES: Mapping[str, Strategy] = {"eager": eager}  # `strategy.name`; each has a file in conf/strategy/

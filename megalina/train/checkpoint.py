@@ -52,7 +52,8 @@ class Checkpoints:
         self._on_first_rank(self._recover)
 
     def save(self, step: int, tensors: Mapping[str, Slice | Sequence[Slice]], values: dict) -> None:
-        """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`, anything that JSON can hold.
+        """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`,
+        anything that JSON can hold.
 
         RuntimeError where a rank can't write (from the next `save` or `wait`, if asynchronous)."""
         self.wait()
@@ -89,7 +90,7 @@ class Checkpoints:
         self.wait()
         description = read_description(path)
         saved = {name: tuple(t["shape"]) for name, t in description["tensors"].items() if name.startswith(prefix)}
-        _check_same(path, saved, {name: whole_shape(_list(part)[0], self._mesh) for name, part in tensors.items()})
+        check_same(path, saved, {name: whole_shape(_list(part)[0], self._mesh) for name, part in tensors.items()})
         read_into(path, {name: self._part(part, copy=False) for name, part in tensors.items()})
         values: dict = description["values"]
         return values
@@ -185,7 +186,8 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
     return tensors
 
 
-def _check_same(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_same(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError that names the first tensors that differ in name or shape."""
     different = []
     for name in [*wanted, *(n for n in saved if n not in wanted)]:
         there, here = saved.get(name), wanted.get(name)
@@ -195,4 +197,5 @@ def _check_same(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mappin
             different.append(f"{name}: {there_text} in the checkpoint, {here_text} here")
     if different:
         more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
-        raise ValueError(f"checkpoint {path} is of another model or optimizer: {'; '.join(different[:3])}{more}")
+        names = "; ".join(different[:3])
+        raise ValueError(f"checkpoint {path} is of another model or optimizer: {names}{more}; use its settings")

@@ -35,8 +35,11 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
                 top_p=TOP_P,
                 seed=i,
                 stop_token=data.tokenizer.eod,
+                num_ids=data.tokenizer.vocab_size,
             )
-            samples.append(Sample(data.tokenizer.decode(prompt), data.tokenizer.decode([t for t in tokens if t != data.tokenizer.eod])))
+            samples.append(
+                Sample(data.tokenizer.decode(prompt), data.tokenizer.decode([t for t in tokens if t != data.tokenizer.eod]))
+            )
     except ValueError as error:
         logger.warning("no samples in the report: %s", error)
     return samples
@@ -51,5 +54,5 @@ def close_run(
         samples = write_samples(config, data, checkpoint) if checkpoint is not None else []
         path = write_report(run_dir, samples=samples, summary=summary)
         logger.info("report: %s", path)
-    except Exception:  # noqa: BLE001  the model is trained and saved
+    except Exception:
         logger.exception("the report could not be written; try tools/write_report.py %s", run_dir)

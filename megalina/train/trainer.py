@@ -94,14 +94,15 @@ class Run:
 
     def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device, tracker: Tracker | None):
         self.config, self.data, self.device, self.tracker = config, data, device, tracker
-        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep)
+        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep, timeout_s=config.cluster.timeout_s)
         self.is_first = self.mesh.world.rank == 0
         wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
-        self.trainable = Trainable(config, self.mesh, vocab_size=data.vocab_size, device=device, wish_to_stop=wish)
+        vocab_size = config.model.vocab_size or data.vocab_size  # the model may have more than the tokenizer
+        self.trainable = Trainable(config, self.mesh, vocab_size=vocab_size, device=device, wish_to_stop=wish)
         self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
         self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
         self.state = RunState(config, self.mesh, self.trainable, self.optimizer, self.watch, tokenizer_path=data.tokenizer_path)
-        self.flops = model_flops(config.model, config.router, vocab_size=data.vocab_size, seq_len=config.train.seq_len)
+        self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
         self.first_sample, self.own_samples = self._share(config.train.global_batch_size)
         self._step_s: list[float] = []
@@ -162,7 +163,9 @@ class Run:
     def close(self) -> dict[str, Any]:
         """The report, on rank 0, and the summary."""
         train, state = self.config.train, self.state
-        tokens_per_s = self._tokens_per_s(statistics.median(self._step_s[WARM_UP_STEPS:] or self._step_s)) if self._step_s else None
+        tokens_per_s = (
+            self._tokens_per_s(statistics.median(self._step_s[WARM_UP_STEPS:] or self._step_s)) if self._step_s else None
+        )
         summary = {
             "run_dir": str(Path(self.config.run.dir)),
             "steps": state.step,

@@ -46,6 +46,7 @@ class Case:
     optimizer: str = "sgd"
     model: tuple[tuple[str, Any], ...] = ()
     router: tuple[tuple[str, Any], ...] = ()
+    one_word: bool = False  # the text is one word again and again: with a hash router one expert gets every token
 
     @property
     def reference(self) -> "Case":
@@ -85,10 +86,12 @@ def config_of(case: Case) -> PretrainConfig:
 
 
 @cache
-def text(step: int) -> Batch:
+def text(step: int, one_word: bool) -> Batch:
     """The global batch of a step: documents, masked labels, padding."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+    if one_word:
+        tokens.fill_(5)
     document = torch.rand(SEQUENCES, LENGTH, generator=generator).lt(0.2).long().cumsum(1)
     mask = torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.2
     valid = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
@@ -119,7 +122,7 @@ def one_process(case: Case) -> Outcome:
     else:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     for step in range(STEPS):
-        parts = [text(step)] if config.router.group == "global" else text(step).split(case.micro_batch)
+        parts = [text(step, case.one_word)] if config.router.group == "global" else text(step, case.one_word).split(case.micro_batch)
         tokens = sum(int(b.loss_mask_BS.sum()) for b in parts)
         valid = sum(int(b.valid_BS.sum()) for b in parts)
         loss, chosen = 0.0, torch.zeros(len(gpt.moe_layers), config.model.num_experts, dtype=torch.int64)
@@ -163,7 +166,7 @@ def on_ranks(case: Case, reference: Outcome) -> dict[str, float]:
                 _compare_gradients(name, trainable, mesh, reference, errors)
             optimizer.update(name, verdict)
 
-        verdict = trainable.step(rows(text(step), mesh.dp.rank * own, own), update)
+        verdict = trainable.step(rows(text(step, case.one_word), mesh.dp.rank * own, own), update)
         errors[f"loss {step}"] = abs(verdict.loss - reference.losses[step])
         errors[f"norm {step}"] = abs(verdict.grad_norm - reference.norms[step])
         for layer, load in zip(trainable.gpt.moe_layers, verdict.loads, strict=True):

@@ -111,6 +111,12 @@ def test_one_rank_equals_one_process() -> None:
     assert differences(pairwise(1)) == []
 
 
+def test_ranks_without_a_single_token_take_part() -> None:
+    router = (("kind", "hash"), ("top_k", 1))
+    cases = [Case(4, tp, ep, sequence, zero=1, router=router, one_word=True) for tp, ep, sequence in LAYOUTS[4] if ep > 1]
+    assert run_on_ranks(4, differences, cases) == [[]] * 4
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     cases = pairwise(world)

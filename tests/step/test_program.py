@@ -116,7 +116,11 @@ def test_exchanges_are_never_recomputed() -> None:
     shape = SHAPES["tensor parallel"]
     program = training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="full")
     assert not any(s.recompute for s in program if s.kind is not Kind.COMPUTE)
-    plain_starts = [s.tag for s in training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="none") if s.kind is Kind.START]
+    plain_starts = [
+        s.tag
+        for s in training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="none")
+        if s.kind is Kind.START
+    ]
     assert [s.tag for s in program if s.kind is Kind.START] == plain_starts
 
 

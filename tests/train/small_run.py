@@ -1,6 +1,5 @@
 """A small run: the trainer's loop on a few thousand random tokens, without launcher, report or trackers."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalina.batch import Batch
 from megalina.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -30,6 +30,7 @@ from megalina.data.source import open_data
 from megalina.train.checkpoint import read_tensors, read_values
 from megalina.train.trainer import Run
 
+Actions = dict[int, Callable[[Run], None]]  # after a step has been logged
 VOCABULARY, LENGTH = 300, 16  # padded to 384 rows with tp = 1, to 512 with tp = 2 and 4
 GROUPS = {
     "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 4, "d_ff": 16},
@@ -37,9 +38,11 @@ GROUPS = {
     "parallel": {},
     "optim": {"lr": 3e-3},
     "schedule": {"warmup_steps": 2},
-    "train": {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": LENGTH, "eval_interval": 0, "eval_sequences": 7},
+    "train": {
+        "steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": LENGTH, "eval_interval": 0, "eval_sequences": 7,
+    },
     "checkpoint": {"keep_last": 100},
-}
+}  # fmt: skip
 SCHEMA = {
     "model": ModelConfig,
     "router": RouterConfig,
@@ -62,19 +65,19 @@ def write_tokens(prefix: Path) -> None:
 
 
 def config_of(folder: Path, run: str, **settings: Any) -> PretrainConfig:
-    """`config_of(folder, "a", ep=2, steps=8)`: each key is set in the group that has it; the tokens are in `folder`."""
+    """`config_of(folder, "a", ep=2, steps=8)`: each key goes to the group that has it.
+
+    `write_tokens` has written FOLDER/tokens."""
     groups = {name: dict(values) for name, values in GROUPS.items()}
     for key, value in settings.items():
         owners = [name for name, schema in SCHEMA.items() if key in schema.__dataclass_fields__ and key != "name"]
         assert len(owners) == 1, (key, owners)
         groups[owners[0]][key] = value
-    prefix = folder / "tokens"
-    if not Path(f"{prefix}.idx").exists():
-        write_tokens(prefix)
+    (folder / run).mkdir(exist_ok=True)
     return PretrainConfig(
         run=RunConfig(dir=str(folder / run)),
         launch=LaunchConfig(device="cpu"),
-        data=DataConfig(kind="indexed", prefix=str(prefix), cache_dir=str(folder / "cache"), split="80,20"),
+        data=DataConfig(kind="indexed", prefix=str(folder / "tokens"), cache_dir=str(folder / "cache"), split="80,20"),
         tracker=TrackerConfig(wandb=WandbConfig(mode="disabled"), tensorboard=False, progress="none", samples=0),
         cluster=ClusterConfig(peak_tflops=1.0),
         **{name: SCHEMA[name](**values) for name, values in groups.items()},
@@ -85,7 +88,7 @@ def config_of(folder: Path, run: str, **settings: Any) -> PretrainConfig:
 class Recorder:
     """A tracker that remembers; `after[step](run)` is called when that step is logged."""
 
-    after: dict[int, Callable[[Run], None]] = field(default_factory=dict)
+    after: Actions = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     run: Run | None = None
 
@@ -102,9 +105,8 @@ class Recorder:
         return [r[key] for r in self.records]
 
 
-def start(config: PretrainConfig, point: Path | None = None, after: dict[int, Callable[[Run], None]] | None = None) -> Run:
+def start(config: PretrainConfig, point: Path | None = None, after: Actions | None = None) -> Run:
     """A run on the ranks that there are, ready for `loop`; its tracker, on every rank, is a `Recorder`."""
-    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     recorder = Recorder(after or {})
     run = recorder.run = Run(config, data, device=torch.device("cpu"), tracker=recorder)  # type: ignore[arg-type]
@@ -112,7 +114,7 @@ def start(config: PretrainConfig, point: Path | None = None, after: dict[int, Ca
     return run
 
 
-def records_of(config: PretrainConfig, point: Path | None = None, after: dict[int, Callable[[Run], None]] | None = None) -> Recorder:
+def records_of(config: PretrainConfig, point: Path | None = None, after: Actions | None = None) -> Recorder:
     """Run to its end."""
     run = start(config, point, after)
     run.loop()
@@ -142,5 +144,11 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.trainable.gpt.named_parameters()}
 
 
-def forget(config: PretrainConfig) -> None:
-    shutil.rmtree(config.run.dir, ignore_errors=True)
+def random_batch(sequences: int = 8, *, first: int = 0, length: int = LENGTH) -> Batch:
+    """Sequences `first`, `first` + 1, ... of random words, each a function of its number."""
+    words = [
+        torch.randint(0, VOCABULARY, (length + 1,), generator=torch.Generator().manual_seed(first + i)) for i in range(sequences)
+    ]
+    tokens, every = torch.stack(words), torch.ones(sequences, length, dtype=torch.bool)
+    position = torch.arange(length).repeat(sequences, 1)
+    return Batch(tokens[:, :-1], tokens[:, 1:], every, every, position, None, torch.arange(first, first + sequences))

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from megalina.train.checkpoint import read_tensors, read_values
+from megalina.train.trainer import Run
 from tests.parallel.ranks import run_on_ranks
-from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, start
+from tests.train.small_run import Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
 SAVED, STEPS = 3, 6
 KINDS: dict[str, dict[str, Any]] = {
     "tied, float64": {"dtype": "float64"},
     "untied with router bias, float64": {
-        "dtype": "float64", "kind": "sigmoid", "bias_update_rate": 0.01, "tie_embeddings": False, "bias": True, "norm": "layernorm",
-        "positions": "learned", "dense_layers_first": 1, "shared_d_ff": 8,
+        "dtype": "float64", "kind": "sigmoid", "bias_update_rate": 0.01, "tie_embeddings": False, "bias": True,
+        "norm": "layernorm", "positions": "learned", "dense_layers_first": 1, "shared_d_ff": 8,
     },
     "tied, float32": {"dtype": "float32"},
     "router bias, bfloat16": {"dtype": "bfloat16", "kind": "sigmoid", "bias_update_rate": 0.01, "tie_embeddings": False},
@@ -28,6 +29,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "heads": {"tp": 4, "zero": 1, "recompute": "full"},
     "data": {"zero": 1, "micro_batch_size": 1},
 }
+FLOAT64 = list(KINDS)[:2]
+CASES = [
+    *((kind, layout) for kind in FLOAT64 for layout in LAYOUTS),
+    ("tied, float32", "mixed"),
+    ("router bias, bfloat16", "mixed"),
+    ("router bias, bfloat16", "heads"),
+]
+CHANGES = [(FLOAT64[0], "heads", "mixed"), (FLOAT64[1], "mixed", "experts"), (FLOAT64[1], "data", "heads")]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-3}  # of a loss of about 5.7, relative
 
 
@@ -40,41 +49,43 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def on_one_rank(folder: Path, kind: str, run: str, point: Path | None = None, **settings: Any) -> list[float]:
-    config = config_of(folder, run, interval=1, steps=STEPS, **KINDS[kind], **settings)
-    return records_of(config, point).of("loss")
+def finish(run: Run) -> list[float]:
+    run.loop()
+    assert isinstance(run.tracker, Recorder)
+    return run.tracker.of("loss")
 
 
 def on_four_ranks(folder: Path) -> dict[str, Any]:
-    """From the checkpoints of one rank, in every layout; and from what each layout wrote, in the next one."""
+    """From the checkpoints of one rank, in every layout; and from what one layout wrote, in another."""
     out: dict[str, Any] = {}
-    for kind, model in KINDS.items():
-        for layout, parallel in LAYOUTS.items():
-            config = config_of(folder, f"{kind} {layout}", interval=1, steps=STEPS, **model, **parallel)
-            first = checkpoint(config_of(folder, f"{kind} one"), SAVED)
-            run = start(config, first)
-            run.state.save()  # as it was read: nothing may be lost on the way through a layout
-            out[f"losses {kind} {layout}"] = records_of(config, checkpoint(config, SAVED)).of("loss")
-        previous = list(LAYOUTS)[-1]
-        for layout, parallel in LAYOUTS.items():
-            config = config_of(folder, f"{kind} {previous} {layout}", interval=100, steps=STEPS, **model, **parallel)
-            point = checkpoint(config_of(folder, f"{kind} {previous}"), SAVED + 1)
-            out[f"next {kind} {layout}"] = records_of(config, point).of("loss")
-            previous = layout
+    for kind, layout in CASES:
+        config = config_of(folder, f"{kind} {layout}", interval=SAVED + 1, steps=STEPS, **KINDS[kind], **LAYOUTS[layout])
+        run = start(config, checkpoint(config_of(folder, f"{kind} one"), SAVED))
+        run.state.save()  # as it was read: nothing may be lost on the way through a layout
+        out[f"{kind} {layout}"] = finish(run)
+    for kind, layout, other in CHANGES:
+        config = config_of(folder, f"{kind} {layout} {other}", steps=STEPS, **KINDS[kind], **LAYOUTS[other])
+        point = checkpoint(config_of(folder, f"{kind} {layout}"), SAVED + 1)
+        out[f"{kind} {layout} {other}"] = records_of(config, point).of("loss")
     return out
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("layouts")
+    path = tmp_path_factory.mktemp("layouts")
+    write_tokens(path / "tokens")
+    return path
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, list[float]]:
-    """Losses of the uninterrupted runs on one rank; their checkpoints of every step stay."""
+    """Losses of the uninterrupted runs on one rank; their checkpoints stay."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    losses = {kind: on_one_rank(folder, kind, f"{kind} one") for kind in KINDS}
+    losses = {
+        kind: records_of(config_of(folder, f"{kind} one", interval=SAVED, steps=STEPS, **model)).of("loss")
+        for kind, model in KINDS.items()
+    }
     torch.set_num_threads(before)
     return losses
 
@@ -91,36 +102,38 @@ def close(got: list[float], want: list[float], kind: str) -> bool:
     return len(got) == len(want) and all(abs(a - b) <= tolerance * abs(b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_one_rank_goes_on_in_any_layout(kind: str, whole: dict[str, list[float]], cut: dict[str, Any]) -> None:
-    for layout in LAYOUTS:
-        assert close(cut[f"losses {kind} {layout}"], whole[kind][SAVED:], kind), layout
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_a_run_of_one_rank_goes_on_in_any_layout(
+    kind: str, layout: str, whole: dict[str, list[float]], cut: dict[str, Any]
+) -> None:
+    assert close(cut[f"{kind} {layout}"], whole[kind][SAVED:], kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_from_each_layout_to_the_next(kind: str, whole: dict[str, list[float]], cut: dict[str, Any]) -> None:
-    for layout in LAYOUTS:
-        assert close(cut[f"next {kind} {layout}"], whole[kind][SAVED + 1 :], kind), layout
+@pytest.mark.parametrize(("kind", "layout", "other"), CHANGES)
+def test_a_run_goes_from_layout_to_layout(
+    kind: str, layout: str, other: str, whole: dict[str, list[float]], cut: dict[str, Any]
+) -> None:
+    assert close(cut[f"{kind} {layout} {other}"], whole[kind][SAVED + 1 :], kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_many_ranks_goes_on_on_one(kind: str, folder: Path, whole: dict[str, list[float]], cut: dict[str, Any]) -> None:
-    for layout in ("mixed", "experts"):
-        point = checkpoint(config_of(folder, f"{kind} {layout}"), SAVED + 1)
-        losses = on_one_rank(folder, kind, f"{kind} back from {layout}", point, micro_batch_size=4)
-        assert close(losses, whole[kind][SAVED + 1 :], kind), layout
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_a_run_of_many_ranks_goes_on_on_one(
+    kind: str, layout: str, folder: Path, whole: dict[str, list[float]], cut: dict[str, Any]
+) -> None:
+    config = config_of(folder, f"{kind} back from {layout}", steps=STEPS, micro_batch_size=4, **KINDS[kind])
+    point = checkpoint(config_of(folder, f"{kind} {layout}"), SAVED + 1)
+    assert close(records_of(config, point).of("loss"), whole[kind][SAVED + 1 :], kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_bit_is_lost_on_the_way_through_a_layout(kind: str, folder: Path, cut: dict[str, Any]) -> None:
-    one = checkpoint(config_of(folder, f"{kind} one"), SAVED)
-    for layout in LAYOUTS:
-        assert same_checkpoints(one, checkpoint(config_of(folder, f"{kind} {layout}"), SAVED)) == [], layout
+@pytest.mark.parametrize(("kind", "layout"), CASES)
+def test_no_bit_is_lost_on_the_way_through_a_layout(kind: str, layout: str, folder: Path, cut: dict[str, Any]) -> None:
+    one, many = (checkpoint(config_of(folder, f"{kind} {run}"), SAVED) for run in ("one", layout))
+    assert same_checkpoints(one, many) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_in_the_same_layout_changes_no_bit(kind: str, folder: Path, whole: dict[str, list[float]]) -> None:
-    config = config_of(folder, f"{kind} again", interval=100, steps=STEPS, **KINDS[kind])
+    config = config_of(folder, f"{kind} again", steps=STEPS, **KINDS[kind])
     one = config_of(folder, f"{kind} one")
     assert records_of(config, checkpoint(one, SAVED)).of("loss") == whole[kind][SAVED:]
     assert same_checkpoints(checkpoint(config, STEPS), checkpoint(one, STEPS)) == []
@@ -133,7 +146,10 @@ def test_a_checkpoint_holds_moments_masters_biases_and_no_padding(folder: Path, 
     weights = [name.removeprefix("model/") for name in tensors if name.startswith("model/") and "bias_E" not in name]
     for name in weights:
         for kind in ("exp_avg", "exp_avg_sq", "master"):
-            assert tensors[f"{kind}/{name}"].shape == tensors[f"model/{name}"].shape and tensors[f"{kind}/{name}"].dtype == torch.float32
+            assert (
+                tensors[f"{kind}/{name}"].shape == tensors[f"model/{name}"].shape
+                and tensors[f"{kind}/{name}"].dtype == torch.float32
+            )
         assert torch.equal(tensors[f"master/{name}"].bfloat16(), tensors[f"model/{name}"])
         assert tensors[f"exp_avg_sq/{name}"].min() >= 0 and tensors[f"exp_avg_sq/{name}"].max() > 0, name
     assert tensors["model/embedding"].shape == (300, 32) and tensors["model/layers.0.experts.w1"].shape == (4, 32, 32)

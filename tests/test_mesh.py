@@ -1,0 +1,67 @@
+"""The mesh cuts the world into rows that tile it, and names who holds copies of what."""
+
+import itertools
+import math
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalina.mesh import Axis, build_mesh, rows
+from tests.parallel.ranks import run_on_ranks
+
+SHAPES = [{"edp": edp, "ep": ep, "tp": tp} for edp, ep, tp in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))]
+
+
+def place(rank: int, shape: dict[str, int]) -> dict[str, int]:
+    """Coordinates of a rank, by division: tp is innermost, edp outermost."""
+    return {"tp": rank % shape["tp"], "ep": rank // shape["tp"] % shape["ep"], "edp": rank // (shape["tp"] * shape["ep"])}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_axis_tiles_the_world_with_rows_that_differ_along_it_alone(shape: dict[str, int]) -> None:
+    along = {"world": "edp ep tp", "tp": "tp", "ep": "ep", "counts": "ep", "edp": "edp", "dp": "edp ep", "copies": "edp tp"}
+    tables = rows(shape)
+    assert tables.keys() == along.keys()
+    for name, table in tables.items():
+        free = along[name].split()
+        assert sorted(itertools.chain(*table)) == list(range(math.prod(shape.values())))
+        for row in table:
+            assert len(row) == math.prod(shape[axis] for axis in free) and row == sorted(row)
+            fixed = [{k: v for k, v in place(rank, shape).items() if k not in free} for rank in row]
+            assert all(f == fixed[0] for f in fixed)
+
+
+def test_tensor_parallel_ranks_are_neighbours() -> None:
+    assert rows({"edp": 2, "ep": 2, "tp": 2})["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert rows({"edp": 2, "ep": 2, "tp": 2})["copies"] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_a_single_process_has_nobody_to_talk_to() -> None:
+    mesh = build_mesh()
+    assert mesh.shape == {"edp": 1, "ep": 1, "tp": 1}
+    for name in ("world", "tp", "ep", "counts", "edp", "dp", "copies"):
+        assert getattr(mesh, name) == Axis(name)
+
+
+def test_a_world_that_cannot_be_cut_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"tp \(2\) x ep \(3\) = 6 must divide the world size \(1\)"):
+        build_mesh(tp=2, ep=3)
+
+
+def wait_for_a_silent_rank() -> tuple[float, str]:
+    """On rank 0: seconds until a collective in which rank 1 takes no part gives up, and why."""
+    mesh = build_mesh(ep=2, timeout_s=0.5)
+    started_s, why = time.monotonic(), ""
+    if mesh.world.rank == 0:
+        try:
+            dist.all_reduce(torch.ones(3), group=mesh.ep.group)
+        except RuntimeError as error:
+            why = str(error)
+    return time.monotonic() - started_s, why
+
+
+def test_a_collective_that_a_rank_stays_away_from_ends_at_the_time_out() -> None:
+    (waited_s, why), _ = run_on_ranks(2, wait_for_a_silent_rank)
+    assert "imed out" in why and 0.4 < waited_s < 20
