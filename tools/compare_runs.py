@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from megalina.train.comparison import curves, find_runs, rows, table
+from megalina.track.comparison import curves, find_runs, rows, table
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Let a checkpoint of any layout write on from a prompt, on one process.
 
-    python tools/generate.py RUN/checkpoints/step_00000200 --prompt "def main():"
-    python tools/generate.py RUN --prompt "class " --temperature 0        # the newest checkpoint of a run
+python tools/generate.py RUN/checkpoints/step_00000200 --prompt "def main():"
+python tools/generate.py RUN --prompt "class " --temperature 0        # the newest checkpoint of a run
 """
 
 import argparse

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from megalina.config import WandbConfig
-from megalina.train.wandb_run import rebuild
+from megalina.track.wandb_run import rebuild
 
 
 def main(argv: list[str] | None = None) -> int:

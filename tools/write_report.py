@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalina.train.report import rebuild_report
+from megalina.track.report import rebuild_report
 
 
 def main(argv: list[str] | None = None) -> int:

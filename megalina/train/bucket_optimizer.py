@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from megalina.checkpoint.slice import Slice
 from megalina.config import OptimConfig
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.functions import Verdict
 from megalina.train.optim import FlatOptimizer, FlatTensor
-from megalina.train.slice import Slice
 
 
 class BucketOptimizer:

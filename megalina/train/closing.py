@@ -7,7 +7,7 @@ from typing import Any
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.generate import generate
-from megalina.train.report import Sample, write_report
+from megalina.track.report import Sample, write_report
 from megalina.train.restored import restore
 
 logger = logging.getLogger("megalina")
@@ -45,9 +45,7 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
     return samples
 
 
-def close_run(
-    config: PretrainConfig, data: TokenData, *, checkpoint: Path | None, summary: dict[str, Any]
-) -> None:
+def close_run(config: PretrainConfig, data: TokenData, *, checkpoint: Path | None, summary: dict[str, Any]) -> None:
     """Rank 0 writes the report of what is in the run folder; whatever fails here is logged and does not fail the run."""
     run_dir = Path(config.run.dir)
     try:

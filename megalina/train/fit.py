@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from megalina.checkpoint.checkpoints import check_same
+from megalina.checkpoint.files import read_description
 from megalina.config import PretrainConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
-from megalina.train.checkpoint import check_same
-from megalina.train.checkpoint_files import read_description
 from megalina.train.resume import newest_checkpoint, resume_point
 from megalina.train.run_state import MODEL
 

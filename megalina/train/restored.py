@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialise, spec_of
-from megalina.train.checkpoint import read_tensors, read_values
 from megalina.train.run_state import MODEL
 
 

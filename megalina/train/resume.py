@@ -4,9 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import is_complete
 from megalina.config import PretrainConfig
-from megalina.train.checkpoint import read_values
-from megalina.train.checkpoint_files import is_complete
 
 # What makes another run of it: other numbers, or other data.  Everything else may change (layout, length, learning rate).
 SAME = ("model", "router", "data", "train.seed", "train.seq_len", "optim.name")

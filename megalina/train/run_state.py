@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megalina.checkpoint.checkpoints import Checkpoints
+from megalina.checkpoint.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.checkpoint import Checkpoints
 from megalina.train.load_watch import LoadWatch
-from megalina.train.slice import Slice
 
 MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 

@@ -17,23 +17,23 @@ import torch
 import torch.distributed as dist
 
 from megalina.batch import Batch
+from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.mesh import build_mesh
 from megalina.parallel.functions import Verdict
 from megalina.parallel.trainable import DTYPES, Trainable
+from megalina.track.progress import Progress
+from megalina.track.tracker import Tracker, open_trackers
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.checkpoint import read_values
 from megalina.train.closing import close_run
 from megalina.train.load_watch import LoadWatch
 from megalina.train.model_flops import model_flops, peak_flops
-from megalina.train.progress import Progress
 from megalina.train.resume import newest_checkpoint, resume_point
 from megalina.train.run_state import RunState
 from megalina.train.schedule import learning_rate
 from megalina.train.stop import StopWish
 from megalina.train.throughput import mfu, peak_memory_bytes
-from megalina.train.tracker import Tracker, open_trackers
 
 logger = logging.getLogger("megalina")
 WARM_UP_STEPS = 3  # the first steps of a process are left out of the median speed

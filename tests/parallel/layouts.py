@@ -122,21 +122,27 @@ def one_process(case: Case) -> Outcome:
     else:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     for step in range(STEPS):
-        parts = [text(step, case.one_word)] if config.router.group == "global" else text(step, case.one_word).split(case.micro_batch)
+        parts = (
+            [text(step, case.one_word)] if config.router.group == "global" else text(step, case.one_word).split(case.micro_batch)
+        )
         tokens = sum(int(b.loss_mask_BS.sum()) for b in parts)
         valid = sum(int(b.valid_BS.sum()) for b in parts)
         loss, chosen = 0.0, torch.zeros(len(gpt.moe_layers), config.model.num_experts, dtype=torch.int64)
         optimizer.zero_grad(set_to_none=False)
         for batch in parts:
             found = gpt(batch)
-            whole = found.loss / tokens + config.router.balance_loss * found.balance / valid + config.router.z_loss * found.z / valid
+            whole = (
+                found.loss / tokens + config.router.balance_loss * found.balance / valid + config.router.z_loss * found.z / valid
+            )
             whole.backward()
             loss += found.loss.item() / tokens
             chosen += torch.stack(found.loads)[:, :-1]
         out.losses.append(loss)
         if step == 0:
             out.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
-        out.norms.append(torch.nn.utils.clip_grad_norm_([p for p in gpt.parameters() if p.grad is not None], optim.clip_norm).item())
+        out.norms.append(
+            torch.nn.utils.clip_grad_norm_([p for p in gpt.parameters() if p.grad is not None], optim.clip_norm).item()
+        )
         optimizer.step()
         for layer, counts in zip(gpt.moe_layers, chosen, strict=True):
             if gpt.layers[layer].router.bias_E is not None:

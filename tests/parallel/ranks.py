@@ -16,17 +16,24 @@ import torch.multiprocessing as mp
 
 
 def run_on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(*arguments)` on each of `world` ranks; their results in order.  RuntimeError with the traceback of the first that fails."""
+    """`work(*arguments)` on each rank; their results in order.  RuntimeError with the traceback of the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        mp.spawn(_rank, (world, port, folder, work, arguments), nprocs=world)
-        results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
-    for rank, (ok, value) in enumerate(results):
+        died: Exception | None = None
+        try:
+            mp.spawn(_rank, (world, port, folder, work, arguments), nprocs=world)  # ends the others when one fails
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            died = error
+        files = {rank: Path(folder) / str(rank) for rank in range(world)}
+        results = {rank: pickle.loads(file.read_bytes()) for rank, file in files.items() if file.exists()}
+    for rank, (ok, value) in results.items():
         if not ok:
             raise RuntimeError(f"rank {rank} of {world}:\n{value}")
-    return [value for _, value in results]
+    if died is not None:
+        raise died
+    return [value for _, value in results.values()]
 
 
 def _rank(rank: int, world: int, port: int, folder: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
@@ -42,4 +49,4 @@ def _rank(rank: int, world: int, port: int, folder: str, work: Callable[..., Any
         dist.barrier()
         dist.destroy_process_group()
     else:
-        os._exit(0)  # the others may be waiting for this rank; they end at their time-out
+        os._exit(1)  # the others may be waiting for this rank

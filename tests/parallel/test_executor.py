@@ -298,7 +298,8 @@ def test_the_wire_sees_the_starts_of_the_list_in_their_order(two_ranks: list[dic
 
 
 def test_memory_does_not_grow_over_a_hundred_steps(two_ranks: list[dict[str, Any]]) -> None:
-    """One activation of a micro-batch, 64 KiB, kept at each step would be 6 MiB."""
+    """One activation of a micro-batch, 64 KiB, kept at each step would be 100 tensors and 6 MiB.  The thread of the last
+    exchange may still hold its tensors when they are counted."""
     for rank in two_ranks:
-        assert rank["growth"]["tensors"] <= 0
+        assert rank["growth"]["tensors"] < 10
         assert rank["growth"]["bytes"] < 3 * 2**20

@@ -28,7 +28,13 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "capacity": {"capacity_factor": 0.8},
     "capacity by probability": {"capacity_factor": 0.8, "drop": "probability", "group": "micro_batch"},
     "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01},
-    "group limited": {"kind": "group_limited", "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.01, "capacity_factor": 1.0},
+    "group limited": {
+        "kind": "group_limited",
+        "num_groups": 2,
+        "groups_per_token": 1,
+        "bias_update_rate": 0.01,
+        "capacity_factor": 1.0,
+    },
     "expert choice": {"kind": "expert_choice"},
     "noisy": {"kind": "noisy_topk", "noise_std": 0.5},
     "hash": {"kind": "hash"},
@@ -66,7 +72,11 @@ def full_product(world: int) -> list[Case]:
 def pairwise(world: int) -> list[Case]:
     """Greedy: rows are added until every pair of choices occurs together somewhere."""
     options = [LAYOUTS[world], *CHOICES.values()]
-    missing = {((i, a), (j, b)) for i, j in itertools.combinations(range(len(options)), 2) for a, b in itertools.product(options[i], options[j])}
+    missing = {
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(options)), 2)
+        for a, b in itertools.product(options[i], options[j])
+    }
     out = []
     while missing:
         row: dict[int, Any] = dict(min(missing, key=repr))
@@ -89,7 +99,11 @@ def differences(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         errors = on_ranks(case, references[case.reference])
         limit = TOLERANCE[case.optimizer]
-        checked = {k: v for k, v in errors.items() if case.optimizer == "sgd" or k.startswith("loss") or k.endswith(" 0") or "gradient" in k}
+        checked = {
+            k: v
+            for k, v in errors.items()
+            if case.optimizer == "sgd" or k.startswith("loss") or k.endswith(" 0") or "gradient" in k
+        }
         wrong = {k: v for k, v in checked.items() if not v < (limit if k.startswith(("loss", "weight")) else 1e-12)}
         if wrong:
             out.append(f"{case}: {wrong}")

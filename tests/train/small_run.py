@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megalina.batch import Batch
+from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -27,7 +28,6 @@ from megalina.config import (
 )
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
-from megalina.train.checkpoint import read_tensors, read_values
 from megalina.train.trainer import Run
 
 Actions = dict[int, Callable[[Run], None]]  # after a step has been logged

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.config import PretrainConfig
-from megalina.train.checkpoint import read_tensors, read_values
 from megalina.train.trainer import Run, train
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from megalina.train.expert_load import LoadHistory
+from megalina.track.expert_load import LoadHistory
 
 FULL_COLOUR_LOG2 = 2.0  # a quarter and four times the balanced load
 LEVELS = 65  # odd: the middle one is balance

@@ -18,7 +18,7 @@ from megalina.config import (
     TrainConfig,
     WandbConfig,
 )
-from megalina.train.tracker import Tracker, open_trackers
+from megalina.track.tracker import Tracker, open_trackers
 
 UNIGRAM_LOSS = 6.3
 

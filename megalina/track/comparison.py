@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from megalina.train.metrics import Record, read_metrics
-from megalina.train.svg_chart import smoothed
+from megalina.track.metrics import Record, read_metrics
+from megalina.track.svg_chart import smoothed
 
 NOT_A_DIFFERENCE = ("run.", "tracker.", "data.cache_dir")  # where it lies and how it is watched
 NOT_RUNS = ("wandb", "tensorboard", "checkpoints")

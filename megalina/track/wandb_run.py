@@ -12,8 +12,8 @@ import numpy as np
 import wandb
 
 from megalina.config import WandbConfig
-from megalina.train.expert_load import LoadHistory, layer_numbers
-from megalina.train.metrics import Record, read_metrics, scalars
+from megalina.track.expert_load import LoadHistory, layer_numbers
+from megalina.track.metrics import Record, read_metrics, scalars
 
 
 def run_id(run_dir: Path) -> str:

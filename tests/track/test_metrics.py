@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megalina.train.metrics import MAX_LAYERS_AS_KEYS, MetricsFile, json_record, read_metrics, scalars
+from megalina.track.metrics import MAX_LAYERS_AS_KEYS, MetricsFile, json_record, read_metrics, scalars
 
 
 def write_steps(path, steps, *, resumed_step=0, loss=0.0):
@@ -83,7 +83,7 @@ def test_a_file_that_was_being_rewritten_is_the_old_one_until_the_new_one_is_who
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megalina.train.metrics.os.replace", killed)
+    monkeypatch.setattr("megalina.track.metrics.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(path, resumed_step=2)
     assert path.read_bytes() == before

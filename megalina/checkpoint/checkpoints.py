@@ -8,14 +8,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalina.mesh import Mesh
-from megalina.train.checkpoint_files import (
+from megalina.checkpoint.files import (
     Part,
     is_complete,
     read_description,
@@ -24,8 +24,10 @@ from megalina.train.checkpoint_files import (
     write_tensors,
     write_values,
 )
-from megalina.train.slice import Box, Slice, boxes, whole_shape
+from megalina.checkpoint.slice import Box, Slice, boxes, whole_shape
+from megalina.mesh import Mesh
 
+_TIMEOUT = timedelta(minutes=30)  # ranks may write for a long time, to a slow disk
 _PARTIAL = ".partial"  # being written or being removed: never of use
 _REPLACED = ".replaced"  # an older checkpoint of a step that is saved again: of use until the new one has its name
 
@@ -46,7 +48,8 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         # A group of its own: a save in the background would mix its collectives with the training's.
-        self._group = dist.new_group(list(mesh.world.ranks), backend="gloo") if mesh.world.size > 1 else None
+        group = dist.new_group(list(mesh.world.ranks), backend="gloo", timeout=_TIMEOUT) if mesh.world.size > 1 else None
+        self._group = group
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
         self._on_first_rank(self._recover)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from megalina.train.metrics import MetricsFile, read_metrics
-from megalina.train.tracker import Background, RunTracker
-from megalina.train.wandb_run import read_history
-from tests.train.fake_run import config_of, records_of, start, write_run
+from megalina.track.metrics import MetricsFile, read_metrics
+from megalina.track.tracker import Background, RunTracker
+from megalina.track.wandb_run import read_history
+from tests.track.fake_run import config_of, records_of, start, write_run
 from tools.rebuild_wandb import main as rebuild_wandb
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_a_run_that_continues_is_one_wandb_run_whose_newest_steps_count(tmp_path
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-from tests.train.fake_run import config_of, records_of, start
+from tests.track.fake_run import config_of, records_of, start
 
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))  # as the trainer does: finish the step, then leave

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from megalina.train.expert_load import LoadHistory
+from megalina.track.expert_load import LoadHistory
 
 
 class TensorBoardRun:

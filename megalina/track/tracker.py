@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megalina.config import TrackerConfig
-from megalina.train.expert_load import LoadHistory, keep_snapshot, layer_numbers, short_shares
-from megalina.train.load_map import load_figure
-from megalina.train.metrics import MetricsFile, Record, json_record, read_metrics, scalars
+from megalina.track.expert_load import LoadHistory, keep_snapshot, layer_numbers, short_shares
+from megalina.track.load_map import load_figure
+from megalina.track.metrics import MetricsFile, Record, json_record, read_metrics, scalars
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def open_trackers(tracker: TrackerConfig, *, run_dir: Path, config: dict[str, An
     if tracker.wandb.mode != "disabled":
 
         def open_wandb() -> Backend:
-            from megalina.train.wandb_run import WandbRun  # a second of import, and a broken install must not fail the run
+            from megalina.track.wandb_run import WandbRun  # a second of import, and a broken install must not fail the run
 
             return WandbRun(tracker.wandb, run_dir=run_dir, run_config=config)
 
@@ -208,7 +208,7 @@ def open_trackers(tracker: TrackerConfig, *, run_dir: Path, config: dict[str, An
     if tracker.tensorboard:
 
         def open_tensorboard() -> Backend:
-            from megalina.train.tensorboard_run import TensorBoardRun
+            from megalina.track.tensorboard_run import TensorBoardRun
 
             return TensorBoardRun(run_dir, resumed_step=resumed_step)
 

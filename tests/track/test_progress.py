@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from megalina.train.progress import LINE_EVERY_S, Progress, duration
+from megalina.track.progress import LINE_EVERY_S, Progress, duration
 
 
 class Terminal(io.StringIO):

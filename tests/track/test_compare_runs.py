@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from megalina.train.comparison import differing, find_runs
-from tests.train.fake_run import write_run
+from megalina.track.comparison import differing, find_runs
+from tests.track.fake_run import write_run
 from tools.compare_runs import main
 
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalina.checkpoint.checkpoints import Checkpoints, read_tensors, read_values
+from megalina.checkpoint.files import Part, read_into
+from megalina.checkpoint.slice import Slice, boxes, span, whole_shape
 from megalina.mesh import Axis, Mesh, build_mesh, rows
-from megalina.train.checkpoint import Checkpoints, read_tensors, read_values
-from megalina.train.checkpoint_files import Part, read_into
-from megalina.train.slice import Slice, boxes, span, whole_shape
 from tests.parallel.ranks import run_on_ranks
 
 WHOLE = {

@@ -5,8 +5,8 @@ from html import escape
 
 import numpy as np
 
-from megalina.train.expert_load import LoadHistory
-from megalina.train.load_map import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, colour_levels, data_uri
+from megalina.track.expert_load import LoadHistory
+from megalina.track.load_map import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, colour_levels, data_uri
 
 
 def load_strips(history: LoadHistory, numbers: Sequence[int]) -> str:

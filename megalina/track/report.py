@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from megalina.train.expert_load import LoadHistory, layer_numbers
-from megalina.train.load_strips import load_strips
-from megalina.train.metrics import Record, read_metrics
-from megalina.train.progress import duration
-from megalina.train.report_style import STYLE
-from megalina.train.svg_chart import Reference, Series, legend, line_chart, short, smoothed
+from megalina.track.expert_load import LoadHistory, layer_numbers
+from megalina.track.load_strips import load_strips
+from megalina.track.metrics import Record, read_metrics
+from megalina.track.progress import duration
+from megalina.track.report_style import STYLE
+from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
 
