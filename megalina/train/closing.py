@@ -24,8 +24,8 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
     samples = []
     length = min(PROMPT_TOKENS, config.train.seq_len // 2)
     try:
-        for i in range(config.tracker.samples):
-            prompt = data.valid.batch(i, 1).tokens_BS[0, :length].tolist()
+        for i in range(config.tracker.samples):  # from all over the validation text
+            prompt = data.valid.batch(i * data.valid.num_sequences // config.tracker.samples, 1).tokens_BS[0, :length].tolist()
             tokens = generate(
                 restored.gpt,
                 prompt,
