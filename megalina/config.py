@@ -153,7 +153,7 @@ class TrackerConfig:
     tensorboard: bool = True  # event files in the run folder
     image_interval: int = 100  # steps between expert-load images in W&B; 0: only at the end
     progress: str = "auto"  # auto: a live bar on a terminal, else a line now and then | plain | none
-    samples: int = 3  # texts that the trained model writes for the report; 0: none
+    samples: int = 3  # texts that the trained model (of up to 2 G parameters) writes for the report; 0: none
     sample_tokens: int = 120  # length of each
 
 

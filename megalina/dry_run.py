@@ -36,7 +36,7 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
         f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}; "
-        f"dense parameters are reduced over dp {dp}, experts over edp {edp}",
+        f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
     ]
     for name, groups in axis_groups(world, tp=tp, ep=ep).items():
         lines.append(f"  {name:<8} {len(groups)} x {len(groups[0])} ranks: {_some(groups)}")

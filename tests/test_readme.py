@@ -57,6 +57,18 @@ def test_every_flag_of_the_readme_is_one_of_the_tool(tool: str) -> None:
             assert flag in help_text, (tool, flag)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pretrain" in c and " -m " not in c and "data/" not in c])
+def test_every_configuration_of_the_readme_passes_the_checks(command: str) -> None:
+    overrides = command.replace("\\", " ").split()[2:]
+    checked = subprocess.run(
+        [sys.executable, ROOT / "pretrain_gpt_moe.py", *overrides, "launch.dry_run=true", "tracker.wandb.mode=disabled"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
 def test_the_two_commands_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("pretrain", "test", "benchmark"):

@@ -7,18 +7,24 @@ from typing import Any
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.generate import generate
+from megalina.parameters import count_parameters
 from megalina.track.report import Sample, write_report
 from megalina.train.restored import restore
 
 logger = logging.getLogger("megalina")
 PROMPT_TOKENS = 24
 TEMPERATURE, TOP_P = 0.8, 0.95
+MOST_PARAMETERS = 2_000_000_000  # rank 0 holds the whole model in float32 in host memory, while the other ranks wait
 
 
 def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> list[Sample]:
     """Continuations of validation texts, by the model of `checkpoint`; none where there is no tokenizer or no validation
     text, or where the router looks at later tokens (says so in the log)."""
     if not config.tracker.samples or data.tokenizer is None or data.valid is None:
+        return []
+    total = count_parameters(config.model, config.router, vocab_size=data.vocab_size, seq_len=config.train.seq_len).total
+    if total > MOST_PARAMETERS:
+        logger.warning("no samples in the report: %.1f G parameters; use tools/generate.py %s", total / 1e9, checkpoint)
         return []
     restored = restore(checkpoint)
     samples = []
