@@ -140,7 +140,7 @@ class HuggingFace:
                     target = f"model.layers.{layer}.{inside[rest]}"
                 else:
                     target = names[name]
-                theirs.pop(target).copy_(p.view(spec_of(p).shape))
+                theirs.pop(target).copy_(p[: spec_of(p).rows or len(p)])  # without the padding of the vocabulary
         assert not theirs, f"not copied: {list(theirs)}"
 
     def step(self, number: int) -> float:

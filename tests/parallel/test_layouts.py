@@ -71,7 +71,8 @@ def full_product(world: int) -> list[Case]:
     product = itertools.product(LAYOUTS[world], *(CHOICES[k] for k in crossed))
     cases = []
     for layout, *chosen in product:
-        cases.append(case_of(world, layout, dict(zip(crossed, chosen, strict=True)) | {k: next(turn) for k, turn in turns.items()}))
+        rest = {k: next(turn) for k, turn in turns.items()}
+        cases.append(case_of(world, layout, dict(zip(crossed, chosen, strict=True)) | rest))
     return list(dict.fromkeys(cases))
 
 
