@@ -231,15 +231,15 @@ def activation_bytes(config: PretrainConfig) -> int:
     """The estimate: what one step must keep for backward, and the largest things it needs at once.
 
     A layer and token keeps, in numbers: 7 x width of residuals, norms and attention's projections and output, queries, keys
-    and values twice (before and after their rotation), and for each of its experts the row, its place in the sum, and the
-    first matrix's output.  At the end: the logits and their gradient.
+    and values twice (before and after their rotation), half a row of attention weights a head, and for each of its experts the
+    row, its place in the sum, and the first matrix's output.  At the end: the logits, in whose memory their gradient is made.
     """
     m, k = config.model, config.router.top_k
     head = m.d_model // m.num_heads
-    attention = 7 * m.d_model + 2 * (m.num_heads + 2 * m.num_kv_heads) * head
+    attention = 7 * m.d_model + 2 * (m.num_heads + 2 * m.num_kv_heads) * head + m.num_heads * LENGTH // 2
     experts = k * (3 * m.d_model + 2 * m.d_ff)
     tokens = SEQUENCES * LENGTH
-    return 4 * tokens * (m.num_layers * (attention + experts) + 2 * m.vocab_size)
+    return 4 * tokens * (m.num_layers * (attention + experts) + m.vocab_size)
 
 
 def memory_worker() -> None:

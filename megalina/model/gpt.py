@@ -21,7 +21,7 @@ from megalina.model.layers import ALL, KeyValues, Layer, Norm, Rotary, head_dim,
 from megalina.model.linear import linear
 from megalina.model.noise import dropout
 from megalina.model.rope import rope_table
-from megalina.model.vocabulary import cross_entropy, vocabulary_stat
+from megalina.model.vocabulary import cross_entropy, head_stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,10 @@ class GPT(nn.Module):
         return linear(n_TD, self.embedding if self.head is None else self.head)
 
     def stat(self, n_TD: Tensor, batch: Batch, first_word: int = 0) -> Tensor:
-        """[T, 2], see `vocabulary_stat`."""
-        logits_TV = self.logits(n_TD)
-        words = min(max(self.vocab_size - first_word, 0), logits_TV.shape[1])
-        return vocabulary_stat(logits_TV, batch.labels_BS.flatten() - first_word, words)
+        """[T, 2], see `head_stat`."""
+        head_VD = self.embedding if self.head is None else self.head
+        words = min(max(self.vocab_size - first_word, 0), len(head_VD))
+        return head_stat(n_TD, head_VD, batch.labels_BS.flatten() - first_word, words)
 
     def loss(self, stat_RA2: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
         """Scalar: the sum of the own tokens' cross entropies, from each rank's statistics of all tokens."""

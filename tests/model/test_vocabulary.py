@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalina.model.vocabulary import cross_entropy, vocabulary_stat
+from megalina.model.vocabulary import cross_entropy, head_stat
 
 WORDS, PADDED, TOKENS = 13, 16, 9
 
@@ -19,12 +19,18 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return logits_TV.to(dtype).requires_grad_(), torch.randint(0, WORDS, (TOKENS,), generator=generator)
 
 
+def stat_of(logits_TV: Tensor, begin: int, end: int, label_T: Tensor, words: int) -> Tensor:
+    """Of words begin .. end - 1: the logits are their own head's input."""
+    head_VD = torch.eye(logits_TV.shape[1], dtype=logits_TV.dtype)[begin:end]
+    return head_stat(logits_TV, head_VD, label_T, words)
+
+
 def cut_loss(logits_TV: Tensor, label_T: Tensor, ranks: int) -> Tensor:
     width = PADDED // ranks
     stats = []
     for r in range(ranks):
         words = min(max(WORDS - r * width, 0), width)
-        stats.append(vocabulary_stat(logits_TV[:, r * width : (r + 1) * width], label_T - r * width, words))
+        stats.append(stat_of(logits_TV, r * width, (r + 1) * width, label_T - r * width, words))
     return cross_entropy(torch.stack(stats))
 
 
@@ -69,6 +75,28 @@ def test_bfloat16_logits_are_summed_in_float32_and_get_bfloat16_gradients() -> N
 
 def test_large_logits_do_not_overflow() -> None:
     logits_TV = torch.tensor([[1e4, 1e4 - 1, -1e4, 0.0]], requires_grad=True)
-    loss = cross_entropy(vocabulary_stat(logits_TV, torch.tensor([1]), 4).unsqueeze(0))
+    loss = cross_entropy(stat_of(logits_TV, 0, 4, torch.tensor([1]), 4).unsqueeze(0))
     loss.sum().backward()
     assert loss.item() == pytest.approx(1.3132617, abs=1e-3) and logits_TV.grad is not None and logits_TV.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_weight_gradient_goes_to_its_buffer_and_adds_up(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    n_TD = torch.randn(TOKENS, 8, generator=generator, dtype=torch.float64).to(dtype)
+    weight_VD = torch.randn(PADDED, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    label_T = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    (want,) = torch.autograd.grad(cross_entropy(head_stat(n_TD, weight_VD, label_T, WORDS).unsqueeze(0)).sum(), weight_VD)
+    buffer = torch.ones(PADDED, 8, dtype=torch.promote_types(dtype, torch.float32))
+    weight_VD.main_grad = buffer  # type: ignore[attr-defined]
+    cross_entropy(head_stat(n_TD, weight_VD, label_T, WORDS).unsqueeze(0)).sum().backward()
+    assert weight_VD.grad is None
+    torch.testing.assert_close(buffer, 1 + want.to(buffer.dtype), rtol=1e-14, atol=1e-14)
+
+
+def test_a_second_backward_through_the_same_graph_gives_the_same() -> None:
+    logits_TV, label_T = example()
+    loss = cut_loss(logits_TV, label_T, 2).sum()
+    (first,) = torch.autograd.grad(loss, logits_TV, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits_TV)
+    torch.testing.assert_close(second, first, rtol=1e-14, atol=1e-14)
