@@ -1,4 +1,4 @@
-"""The closing of a run: what the trained model writes, the report, and the summary."""
+"""The closing of a run: texts that the trained model writes, and the report."""
 
 import logging
 from pathlib import Path
@@ -58,5 +58,5 @@ def close_run(config: PretrainConfig, data: TokenData, *, checkpoint: Path | Non
         samples = write_samples(config, data, checkpoint) if checkpoint is not None else []
         path = write_report(run_dir, samples=samples, summary=summary)
         logger.info("report: %s", path)
-    except Exception:
+    except Exception:  # whatever it is: the model is trained and saved, and the log says what went wrong
         logger.exception("the report could not be written; try tools/write_report.py %s", run_dir)
