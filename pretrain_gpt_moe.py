@@ -102,7 +102,7 @@ def check_data(config: PretrainConfig) -> int:
 
 def check_checkpoint(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run would start from a checkpoint that isn't of this model, or must not start because of one."""
-    named = config.train.init_from or config.train.resume not in ("auto", "none")
+    named = config.train.init_from or config.train.resume not in ("auto", "verify", "none")
     if named or (Path(config.run.dir) / "checkpoints").is_dir():
         from megalina.train.fit import check_start  # a second that a new run need not wait for
 

@@ -17,6 +17,7 @@ class LaunchConfig:
     ranks: int = 1  # local processes to start; ignored under torchrun and Slurm, which say it themselves
     dry_run: bool = False  # check the configuration, print layout and sizes, start nothing
     device: str = "auto"  # auto | cpu | cuda
+    restarts: int = 0  # when a rank is lost, start all again from the newest checkpoint, at most this often
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,10 +111,12 @@ class TrainConfig:
     recompute: str = "none"  # none | selective (attention and experts) | full: activations computed again in backward
     eval_interval: int = 50  # steps between validations; 0: only at the end
     eval_sequences: int = 64  # sequences of one validation
-    resume: str = "auto"  # auto: the newest checkpoint of run.dir, if any | none | PATH of a checkpoint
+    resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
     init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
     exit_step: int = 0  # save and stop after this step; 0: run to the end
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
+    ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit
+    deterministic: bool = False  # only kernels that give the same bits each time (on CPU all do), else an error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,6 +139,7 @@ class DataConfig:
     reset_positions: bool = True  # positions start anew at document ends
     reset_attention: bool = True  # tokens don't attend to earlier documents of their sequence
     mask_eod: bool = False  # no loss where the input is an end of document
+    skip_samples: list[int] = field(default_factory=list)  # FIRST,STOP,...: training sequences, by number, that are passed over
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,6 +159,21 @@ class TrackerConfig:
     progress: str = "auto"  # auto: a live bar on a terminal, else a line now and then | plain | none
     samples: int = 3  # texts that the trained model (of up to 2 G parameters) writes for the report; 0: none
     sample_tokens: int = 120  # length of each
+
+
+@dataclass(slots=True, kw_only=True)
+class GuardConfig:
+    spike: str = "none"  # a loss that jumps up: none | skip: no update | rewind: to the last checkpoint, and past the data since
+    window: int = 64  # losses of so many steps are the measure; no verdict before a quarter of them is there
+    threshold: float = 8.0  # a spike is this many robust deviations (1.4826 x median deviation) above the median ...
+    min_rise: float = 0.2  # ... and this many nats
+    max_rewinds: int = 10  # more of them end the run
+    min_entropy: float = 0.3  # a layer whose load has less entropy (1: even) is warned about; 0: never
+
+
+@dataclass(slots=True, kw_only=True)
+class HangConfig:
+    timeout_s: float = 120.0  # a step in which a rank stands still for so long ends the job and explains it; 0: never
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,3 +198,5 @@ class PretrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    hang: HangConfig = field(default_factory=HangConfig)

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.name": ("cosine", "wsd", "linear", "constant"),
     "train.dtype": ("float32", "bfloat16", "float64"),
     "train.recompute": ("none", "selective", "full"),
+    "guard.spike": ("none", "skip", "rewind"),
     "data.kind": ("stdlib", "prose", "indexed"),
     "tracker.wandb.mode": ("offline", "online", "disabled"),
     "tracker.progress": ("auto", "plain", "none"),
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 POSITIVE = 5e-324  # the smallest float above zero
 RANGES: dict[str, tuple[float, float]] = {
     "launch.ranks": (1, math.inf),
+    "launch.restarts": (0, math.inf),
     "model.num_layers": (1, math.inf),
     "model.d_model": (1, math.inf),
     "model.num_heads": (1, math.inf),
@@ -91,6 +93,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_last": (1, math.inf),
     "checkpoint.keep_every": (0, math.inf),
     "data.vocab_size": (1, math.inf),
+    "guard.window": (8, math.inf),
+    "guard.threshold": (POSITIVE, math.inf),
+    "guard.min_rise": (0, math.inf),
+    "guard.max_rewinds": (0, math.inf),
+    "guard.min_entropy": (0, 1),
+    "hang.timeout_s": (0, math.inf),
     "tracker.image_interval": (0, math.inf),
     "tracker.samples": (0, math.inf),
     "tracker.sample_tokens": (1, math.inf),
@@ -161,7 +169,7 @@ def check_paths(config: PretrainConfig) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
     resume, init_from = config.train.resume, config.train.init_from
-    for name, path in (("train.resume", "" if resume in ("auto", "none") else resume), ("train.init_from", init_from)):
+    for name, path in (("train.resume", "" if resume in ("auto", "verify", "none") else resume), ("train.init_from", init_from)):
         if (Path(path) / "checkpoints").is_dir() and path:
             raise ValueError(f"{name}={path} is a run folder: give one of its checkpoints, as {path}/checkpoints/step_00000100")
         if path and not Path(path).is_dir():
@@ -334,7 +342,7 @@ def _check_length(config: PretrainConfig) -> None:
             f"schedule.warmup_steps ({schedule.warmup_steps}) and schedule.warmup_tokens ({schedule.warmup_tokens}) "
             "exclude each other: set one of them to 0"
         )
-    if train.init_from and train.resume not in ("auto", "none"):
+    if train.init_from and train.resume not in ("auto", "verify", "none"):
         raise ValueError(f"train.init_from={train.init_from} and train.resume={train.resume} exclude each other: give one")
 
 
@@ -361,6 +369,14 @@ def _check_data(data: DataConfig) -> None:
     if len(shares) > 3 or not all(math.isfinite(s) and s >= 0 for s in shares) or shares[0] <= 0:
         raise ValueError(
             f"data.split={data.split} must be shares of training, validation, test as 969,30,1: none negative, the first not 0"
+        )
+    _check_skip(data.skip_samples)
+
+
+def _check_skip(ends: list[int]) -> None:
+    if len(ends) % 2 or sorted(ends) != ends or (ends and ends[0] < 0) or any(a == b for a, b in zip(ends[::2], ends[1::2])):
+        raise ValueError(
+            f"data.skip_samples={ends} must be pairs FIRST,STOP of training sequences in rising order, as [640,704,1280,1344]"
         )
 
 

@@ -10,9 +10,10 @@ from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.executor import Executor
+from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import StageFunctions, Verdict
 from megalina.parallel.shard import axis_of_group, build_shard, parameter_groups, shape_of
+from megalina.step.program import Program
 from megalina.step.strategy import evaluation, training_step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -62,8 +63,16 @@ class Trainable:
             wish_to_stop=wish_to_stop,
         )
         self._verdict: Verdict | None = None
+        self.functions: Functions = functions
         self._training = Executor(self.program, functions, mesh, self.buckets)
         self._evaluation = Executor(evaluation(shape, specs), functions, mesh, self.buckets)
+
+    def run_with(self, program: Program, functions: Functions) -> None:
+        """From now on a training step is this program with these functions: an observer of values, another schedule.
+
+        The caller answers for the program: it must be one that `check` accepts, and the same on every rank."""
+        self.program, self.functions = program, functions
+        self._training = Executor(program, functions, self.mesh, self.buckets)
 
     def step(self, batch: Batch, update: Update) -> Verdict:
         """One training step on this rank's sequences; `update(bucket, verdict)` is called for each bucket."""

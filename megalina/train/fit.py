@@ -15,7 +15,7 @@ def check_start(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run can't start from the checkpoint that it would: another model (names the first tensors that
     differ), another run, one in the way, or one that isn't complete."""
     newest = newest_checkpoint(Path(config.run.dir) / "checkpoints") if config.train.resume == "auto" else None
-    named = config.train.init_from if config.train.resume in ("auto", "none") else config.train.resume
+    named = config.train.init_from if config.train.resume in ("auto", "verify", "none") else config.train.resume
     start = newest or (Path(named) if named else None)
     if start is not None:
         check_fit(start, config, vocab_size=vocab_size)

@@ -10,7 +10,7 @@ from megalina.config import PretrainConfig
 
 # What makes another run of it: other numbers, or other data.  Everything else may change (layout, length, learning rate).
 SAME = ("model", "router", "data", "train.seed", "train.seq_len", "optim.name")
-FREE = ("model.name", "data.cache_dir", "data.tokenizer")
+FREE = ("model.name", "data.cache_dir", "data.tokenizer", "data.skip_samples")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -32,7 +32,7 @@ def resume_point(config: PretrainConfig) -> Path | None:
                 "choose another run.dir, remove its checkpoints, or go on with train.resume=auto"
             )
         return None
-    point = newest if config.train.resume == "auto" else Path(config.train.resume)
+    point = newest if config.train.resume in ("auto", "verify") else Path(config.train.resume)
     if point is not None:
         check_same_run(point, read_values(point)["config"], config)
     return point
