@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
 from megalina.config import PretrainConfig, RunConfig
+from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
+from megalina.restart import later_starts
 
 CONF = Path(__file__).resolve().parent / "conf"
 BAD_INPUT = 2  # exit code
@@ -47,6 +49,7 @@ def main(cfg: DictConfig) -> float:
             folder = Path(hydra_cfg.runtime.output_dir)
             cfg.run.dir = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
         config = worker.load_config(OmegaConf.to_yaml(cfg, resolve=True))
+        refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         if sweeping and member is not None:
             raise ValueError(f"-m under {member.launcher}: a sweep starts its ranks itself; run it without, with launch.ranks=N")
@@ -128,7 +131,14 @@ def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> 
         summary_path = run_dir / "summary.json"
         summary_path.unlink(missing_ok=True)
         try:
-            launch.run_ranks([*WORKER, str(run_dir / "config.yaml")], ranks=ranks, logs=run_dir / "logs")
+            command, restarts = [*WORKER, str(run_dir / "config.yaml")], config.launch.restarts
+            next_start = later_starts(run_dir / "checkpoints", config.train.resume)
+
+            def again() -> tuple[list[str], str]:
+                resume, origin = next_start()
+                return [*command, resume], origin
+
+            launch.run_with_restarts(command, ranks=ranks, logs=run_dir / "logs", restarts=restarts, again=again)
         finally:
             if summary_path.exists():  # also when a signal has ended the run early
                 print(summary_path.read_text().strip(), flush=True)
@@ -247,7 +257,7 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(masked(line, find_credentials(os.environ, Path.home())), file=sys.stderr, flush=True)
 
 
 def _warn(lines: list[str]) -> None:
@@ -267,8 +277,10 @@ def run() -> None:
     """The command: mistakes of the configuration become one line and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on in place of printing them
     try:
+        typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
+        refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
         main()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError, launch.RankFailed) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
         line, code = _verdict(error)
         _say(line)
         sys.exit(code)

@@ -167,7 +167,7 @@ class GuardConfig:
     window: int = 64  # losses of so many steps are the measure; no verdict before a quarter of them is there
     threshold: float = 8.0  # a spike is this many robust deviations (1.4826 x median deviation) above the median ...
     min_rise: float = 0.2  # ... and this many nats
-    max_rewinds: int = 10  # more of them end the run
+    max_spikes: int = 10  # more in a row (rewind: more since the last checkpoint was saved) end the run
     min_entropy: float = 0.3  # a layer whose load has less entropy (1: even) is warned about; 0: never
 
 

@@ -17,18 +17,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalina.blame import RankFailed, blame
+from megalina.rank_files import files_of
+
 POLL_S = 0.05
 GRACE_S = 1.0  # after a failure the other ranks have this long to end by themselves, then they are killed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-TAIL_LINES = 40
-# What a rank says when another one is gone: it is not the one to blame.
-CONSEQUENCES = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|DistNetworkError|DistBackendError|recvValue failed"
-)
-
-
-class RankFailed(RuntimeError):
-    """A rank ended by itself with an error; the message has its number and its traceback."""
 
 
 class Stopped(RuntimeError):
@@ -115,27 +109,60 @@ def run_ranks(command: Sequence[str], *, ranks: int, logs: Path) -> None:
     a second signal kills them.  In every case no process is left.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for rank in range(ranks):
-        traceback_path(logs, rank).unlink(missing_ok=True)
+    _sweep(logs, ranks)
     port = _free_port()
     processes: list[subprocess.Popen[bytes]] = []
     with _signals() as received:
         try:
             for rank in range(ranks):
                 processes.append(_start(command, rank, ranks, port, logs))
-            failed = _wait(processes, received)
-            if failed:
-                failed |= _others(processes)
+            first = _wait(processes, received)
+            if first:
+                failed = first | _others(processes)
                 if not received:
-                    raise RankFailed(_blame(failed, logs, ranks))
+                    raise blame(first, failed, logs, ranks)
             if received:
                 raise Stopped(received[0])
         finally:
             _kill(processes)
 
 
-def traceback_path(logs: Path, rank: int) -> Path:
-    return logs / f"rank_{rank}.traceback"
+def run_with_restarts(
+    command: Sequence[str], *, ranks: int, logs: Path, restarts: int, again: Callable[[], tuple[Sequence[str], str]]
+) -> None:
+    """`run_ranks`, and when a rank is lost all ranks again, at most `restarts` times; what it raises the last time.
+
+    `again()`: the command of another start, and from where it goes on, in words.  What the ranks of a failed start have
+    written is moved to logs/start_N.  A signal to stop is no reason for another start, nor are settings that were refused."""
+    for start in range(1, restarts + 2):
+        try:
+            run_ranks(command, ranks=ranks, logs=logs)
+            return
+        except RankFailed as error:
+            if start > restarts or not error.again:
+                raise
+            print(error, file=sys.stderr)
+        aside = _set_aside(logs, ranks)
+        command, origin = again()
+        print(f"start {start + 1} of {restarts + 1}, {origin}; logs of the failed one: {aside}", file=sys.stderr, flush=True)
+
+
+def _sweep(logs: Path, ranks: int) -> None:
+    """Files of an earlier command would be taken for those of this one."""
+    stale = [path for rank in range(ranks) for path in files_of(logs, rank)]
+    for path in [*stale, *logs.glob("hang_rank_*.txt")]:
+        path.unlink(missing_ok=True)
+
+
+def _set_aside(logs: Path, ranks: int) -> Path:
+    number = next(n for n in range(1, 10**6) if not (logs / f"start_{n}").exists())
+    folder = logs / f"start_{number}"
+    folder.mkdir()
+    for rank in range(ranks):
+        for path in files_of(logs, rank):
+            if path.exists():
+                path.rename(folder / path.name)
+    return folder
 
 
 def _start(command: Sequence[str], rank: int, ranks: int, port: int, logs: Path) -> "subprocess.Popen[bytes]":
@@ -228,26 +255,6 @@ def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             continue  # nothing of it is left
         finally:
             process.wait()
-
-
-def _blame(failed: Mapping[int, int], logs: Path, ranks: int) -> str:
-    """The message about the rank that failed for a reason of its own, if that can be told; else about the first one."""
-    texts = {rank: _last_words(logs, rank) for rank in failed}
-    own = [rank for rank, text in texts.items() if failed[rank] < 0 or not CONSEQUENCES.search(text[-2000:])]
-    rank = (own or list(failed))[0]
-    code = failed[rank]
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    if code == -signal.SIGKILL:
-        how += " (out of memory?)"
-    return f"rank {rank} of {ranks} {how}; the job was ended\n{texts[rank]}".rstrip()
-
-
-def _last_words(logs: Path, rank: int) -> str:
-    for path in (traceback_path(logs, rank), logs / f"rank_{rank}.log"):
-        if path.is_file() and (rank > 0 or path == traceback_path(logs, rank)):
-            lines = path.read_text(errors="replace").splitlines()
-            return "\n".join(f"[rank {rank}] {line}" for line in lines[-TAIL_LINES:])
-    return ""  # rank 0 has written to our stderr
 
 
 def _free_port() -> int:

@@ -7,11 +7,13 @@ keep one order.  `group` None means nobody to talk to.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from megalina.collective_log import CollectiveLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    log: CollectiveLog = field(default_factory=lambda: CollectiveLog(0), compare=False)  # of this rank's collectives, on all axes
 
     @property
     def size(self) -> int:
@@ -39,6 +42,11 @@ class Mesh:
     edp: Axis
     dp: Axis  # dense gradients
     copies: Axis  # edp x tp, the ranks that hold the same experts: expert gradients
+
+    @property
+    def log(self) -> CollectiveLog:
+        """One log for all axes."""
+        return self.world.log
 
     @property
     def shape(self) -> dict[str, int]:
@@ -76,13 +84,14 @@ def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> M
         raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    log = CollectiveLog(me)
 
     def axis(name: str, table: list[list[int]]) -> Axis:  # every rank makes every group, in the same order
-        mine = Axis(name)
+        mine = Axis(name, log=log)
         for row in table:
             group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
             if me in row:
-                mine = Axis(name, tuple(row), row.index(me), group)
+                mine = Axis(name, tuple(row), row.index(me), group, log)
         return mine
 
     tables = rows({"edp": world // (tp * ep), "ep": ep, "tp": tp})

@@ -37,73 +37,76 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Smallest and largest value; every number of the schema has a row.
 POSITIVE = 5e-324  # the smallest float above zero
+LARGEST_FLOAT = 3e38  # float32 holds no more
+LARGEST_SIZE = 2**31 - 1  # of a dimension
+LARGEST_COUNT = 2**53  # metrics are floats, which count no further
 RANGES: dict[str, tuple[float, float]] = {
-    "launch.ranks": (1, math.inf),
-    "launch.restarts": (0, math.inf),
-    "model.num_layers": (1, math.inf),
-    "model.d_model": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "model.num_kv_heads": (1, math.inf),
-    "model.head_dim": (0, math.inf),
-    "model.num_experts": (1, math.inf),
-    "model.d_ff": (1, math.inf),
-    "model.dense_layers_first": (0, math.inf),
-    "model.moe_every": (1, math.inf),
-    "model.dense_d_ff": (0, math.inf),
-    "model.shared_d_ff": (0, math.inf),
-    "model.norm_eps": (0, math.inf),
-    "model.rope_theta": (POSITIVE, math.inf),
-    "model.max_positions": (0, math.inf),
-    "model.vocab_size": (0, math.inf),
-    "model.init_std": (0, math.inf),
+    "launch.ranks": (1, 1_000_000),
+    "launch.restarts": (0, LARGEST_COUNT),
+    "model.num_layers": (1, 100_000),
+    "model.d_model": (1, LARGEST_SIZE),
+    "model.num_heads": (1, LARGEST_SIZE),
+    "model.num_kv_heads": (1, LARGEST_SIZE),
+    "model.head_dim": (0, LARGEST_SIZE),
+    "model.num_experts": (1, 1 << 20),
+    "model.d_ff": (1, LARGEST_SIZE),
+    "model.dense_layers_first": (0, LARGEST_SIZE),
+    "model.moe_every": (1, LARGEST_SIZE),
+    "model.dense_d_ff": (0, LARGEST_SIZE),
+    "model.shared_d_ff": (0, LARGEST_SIZE),
+    "model.norm_eps": (0, LARGEST_FLOAT),
+    "model.rope_theta": (POSITIVE, LARGEST_FLOAT),
+    "model.max_positions": (0, LARGEST_SIZE),
+    "model.vocab_size": (0, LARGEST_SIZE),
+    "model.init_std": (0, LARGEST_FLOAT),
     "model.dropout": (0, 1 - 2**-53),
-    "router.top_k": (1, math.inf),
-    "router.scale": (POSITIVE, math.inf),
-    "router.capacity_factor": (0, math.inf),
-    "router.balance_loss": (0, math.inf),
-    "router.z_loss": (0, math.inf),
-    "router.bias_update_rate": (0, math.inf),
-    "router.num_groups": (1, math.inf),
-    "router.groups_per_token": (1, math.inf),
-    "router.noise_std": (0, math.inf),
-    "parallel.tp": (1, math.inf),
-    "parallel.ep": (1, math.inf),
+    "router.top_k": (1, LARGEST_SIZE),
+    "router.scale": (POSITIVE, LARGEST_FLOAT),
+    "router.capacity_factor": (0, 1e6),
+    "router.balance_loss": (0, LARGEST_FLOAT),
+    "router.z_loss": (0, LARGEST_FLOAT),
+    "router.bias_update_rate": (0, LARGEST_FLOAT),
+    "router.num_groups": (1, LARGEST_SIZE),
+    "router.groups_per_token": (1, LARGEST_SIZE),
+    "router.noise_std": (0, LARGEST_FLOAT),
+    "parallel.tp": (1, LARGEST_SIZE),
+    "parallel.ep": (1, LARGEST_SIZE),
     "parallel.zero": (0, 1),
-    "strategy.gradient_piece_mb": (0, math.inf),
-    "optim.lr": (0, math.inf),
+    "strategy.gradient_piece_mb": (0, 1e9),
+    "optim.lr": (0, LARGEST_FLOAT),
     "optim.beta1": (0, 1 - 2**-53),
     "optim.beta2": (0, 1 - 2**-53),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_norm": (0, math.inf),
-    "schedule.warmup_steps": (0, math.inf),
-    "schedule.warmup_tokens": (0, math.inf),
+    "optim.eps": (0, LARGEST_FLOAT),
+    "optim.weight_decay": (0, LARGEST_FLOAT),
+    "optim.clip_norm": (0, LARGEST_FLOAT),
+    "schedule.warmup_steps": (0, LARGEST_COUNT),
+    "schedule.warmup_tokens": (0, LARGEST_COUNT),
     "schedule.min_ratio": (0, 1),
     "schedule.decay_fraction": (0, 1),
-    "train.steps": (1, math.inf),
-    "train.global_batch_size": (1, math.inf),
-    "train.micro_batch_size": (1, math.inf),
-    "train.seq_len": (1, math.inf),
+    "train.steps": (1, LARGEST_COUNT),
+    "train.global_batch_size": (1, 1 << 24),
+    "train.micro_batch_size": (1, 1 << 24),
+    "train.seq_len": (1, LARGEST_SIZE),
     "train.seed": (0, 2**63 - 1),
-    "train.eval_interval": (0, math.inf),
-    "train.eval_sequences": (1, math.inf),
-    "train.exit_step": (0, math.inf),
-    "train.max_minutes": (0, math.inf),
-    "checkpoint.interval": (0, math.inf),
-    "checkpoint.keep_last": (1, math.inf),
-    "checkpoint.keep_every": (0, math.inf),
-    "data.vocab_size": (1, math.inf),
-    "guard.window": (8, math.inf),
-    "guard.threshold": (POSITIVE, math.inf),
-    "guard.min_rise": (0, math.inf),
-    "guard.max_rewinds": (0, math.inf),
+    "train.eval_interval": (0, LARGEST_COUNT),
+    "train.eval_sequences": (1, LARGEST_SIZE),
+    "train.exit_step": (0, LARGEST_COUNT),
+    "train.max_minutes": (0, 1e9),
+    "checkpoint.interval": (0, LARGEST_COUNT),
+    "checkpoint.keep_last": (1, LARGEST_COUNT),
+    "checkpoint.keep_every": (0, LARGEST_COUNT),
+    "data.vocab_size": (1, 1 << 24),
+    "guard.window": (8, LARGEST_SIZE),
+    "guard.threshold": (POSITIVE, LARGEST_FLOAT),
+    "guard.min_rise": (0, LARGEST_FLOAT),
+    "guard.max_spikes": (0, LARGEST_COUNT),
     "guard.min_entropy": (0, 1),
-    "hang.timeout_s": (0, math.inf),
-    "tracker.image_interval": (0, math.inf),
-    "tracker.samples": (0, math.inf),
-    "tracker.sample_tokens": (1, math.inf),
-    "cluster.peak_tflops": (0, math.inf),
-    "cluster.timeout_s": (POSITIVE, math.inf),
+    "hang.timeout_s": (0, 1e9),
+    "tracker.image_interval": (0, LARGEST_COUNT),
+    "tracker.samples": (0, LARGEST_SIZE),
+    "tracker.sample_tokens": (1, LARGEST_SIZE),
+    "cluster.peak_tflops": (0, LARGEST_FLOAT),
+    "cluster.timeout_s": (POSITIVE, 1e9),
 }
 
 
@@ -201,7 +204,7 @@ def has_wandb_key(environ: Mapping[str, str], home: Path) -> bool:
         if path.is_file():
             try:
                 return netrc.netrc(path).authenticators(host) is not None
-            except netrc.NetrcParseError as error:
+            except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} can't be read as a netrc file ({error}): repair it, or set WANDB_API_KEY") from error
     return False
 
@@ -224,11 +227,11 @@ def _check_numbers(config: PretrainConfig) -> None:
     for key, (low, high) in RANGES.items():
         value = value_at(config, key)
         assert isinstance(value, int | float)
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} must be a finite number")
         if not low <= value <= high:
             least = "above 0" if low == POSITIVE else f"at least {low:g}"
-            most = "" if high == math.inf else " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {high:g}"
+            most = " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {high:g}"
             raise ValueError(f"{key}={value} must be {least}{most}")
 
 
@@ -320,8 +323,8 @@ def _check_batch(config: PretrainConfig, world: int) -> None:
     if batch % (micro * dp):
         below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
         near = f"{below} or {above}" if below else f"{above}"
-        micros = [m for m in range(min(micro, batch // dp), 0, -1) if batch % (m * dp) == 0]
-        smaller = f", or train.micro_batch_size to {micros[0]}" if micros else ""
+        fits = next((m for m in range(min(micro, batch // dp), 0, -1) if batch % (m * dp) == 0), 0)
+        smaller = f", or train.micro_batch_size to {fits}" if fits else ""
         raise ValueError(
             f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro}) x {dp} data-parallel "
             f"ranks ({world} ranks / parallel.tp {tp}) = {micro * dp}: set it to {near}{smaller}"
@@ -347,6 +350,8 @@ def _check_length(config: PretrainConfig) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
+    if not all(isinstance(entry, str) for entry in data.blend):  # omegaconf lets lists in lists pass
+        raise ValueError(f"data.blend={data.blend} must be a list of words, as [0.7,stdlib,0.3,PREFIX]")
     if data.kind == "indexed" and not data.prefix and not data.blend:
         raise ValueError("data=indexed needs data.prefix=PREFIX (of PREFIX.bin and PREFIX.idx) or data.blend=[WEIGHT,CORPUS,...]")
     if data.prefix and data.blend:
@@ -374,7 +379,8 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_skip(ends: list[int]) -> None:
-    if len(ends) % 2 or sorted(ends) != ends or (ends and ends[0] < 0) or any(a == b for a, b in zip(ends[::2], ends[1::2])):
+    odd = len(ends) % 2 or not all(isinstance(end, int) for end in ends)
+    if odd or sorted(ends) != ends or (ends and ends[0] < 0) or any(a == b for a, b in zip(ends[::2], ends[1::2], strict=True)):
         raise ValueError(
             f"data.skip_samples={ends} must be pairs FIRST,STOP of training sequences in rising order, as [640,704,1280,1344]"
         )

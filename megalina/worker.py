@@ -10,18 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from megalina.config import PretrainConfig
-from megalina.launch import traceback_path
+from megalina.credentials import text_values
+from megalina.rank_files import REFUSED, traceback_path
 
 Train = Callable[[PretrainConfig], dict[str, Any]]
 
 
 def load_config(text: str) -> PretrainConfig:
-    """The configuration in the YAML `text`; omegaconf's errors for unknown keys and wrong types."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(text)))
+    """The configuration in the YAML `text`, every reference in it resolved.
+
+    omegaconf's errors for unknown keys and wrong types, ValueError for what isn't such a text at all."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(text)))
+    except (yaml.YAMLError, OverflowError, RecursionError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split("full_key")[0].split())
+        raise ValueError(f"the configuration can't be read: {reason}") from error
     assert isinstance(config, PretrainConfig)
+    for key, value in text_values(config).items():
+        if "${" in value:  # the next one who reads it would resolve it, when nobody looks at it any more
+            raise ValueError(f"{key} is still a reference after it was resolved: take the backslashes away")
     return config
 
 
@@ -42,14 +53,19 @@ def work(config: PretrainConfig, train: Train) -> dict[str, Any]:
 
 
 def main(arguments: list[str], train: Train) -> int:
-    """The rank's process under our own launcher, which shows the traceback of the rank that failed first."""
-    path = Path(arguments[0])
+    """The rank's process under our own launcher, which shows the traceback of the rank that failed first.
+
+    `arguments`: the path of config.yaml, and in a start after the first one what train.resume is now."""
+    path, *resume = arguments
     faulthandler.enable()
     try:
-        work(load_config(path.read_text()), train)
-    except Exception:  # noqa: BLE001  the launcher shows it
-        traceback_path(path.parent / "logs", int(os.environ["RANK"])).write_text(traceback.format_exc())
-        return 1
+        config = load_config(Path(path).read_text())
+        if resume:
+            config.train.resume = resume[0]
+        work(config, train)
+    except Exception as error:  # noqa: BLE001  the launcher shows it
+        traceback_path(Path(path).parent / "logs", int(os.environ["RANK"])).write_text(traceback.format_exc())
+        return REFUSED if isinstance(error, ValueError) else 1
     return 0
 
 

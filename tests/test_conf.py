@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import pretrain_gpt_moe
+from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.config import PretrainConfig
 from megalina.dry_run import axis_groups, describe
 from megalina.model.gpt import GPT
@@ -376,6 +377,7 @@ def saved_checkpoint(path: Path, config: PretrainConfig, vocab_size: int) -> Pat
     (path / ".metadata").touch()
     values = {"step": int(path.name[5:]), "config": asdict(config)}
     (path / "values.json").write_text(json.dumps({"values": values, "tensors": tensors}))
+    write_sums(path, {p.name: sum_of(p) for p in list(path.iterdir())})
     return path
 
 

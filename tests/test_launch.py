@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = """
 import sys
 from pathlib import Path
-from megalina.launch import RankFailed, Stopped, run_ranks
+from megalina.launch import RankFailed, Stopped, run_ranks, run_with_restarts
 here = Path(__file__).parent
 try:
     run_ranks([sys.executable, str(here / "rank.py")], ranks=int(sys.argv[1]), logs=here / "logs")
@@ -34,7 +34,7 @@ except Stopped as error:
 class Job:
     """A launcher with its ranks; `rank_code` is what each rank runs, after RANK is read into `rank`."""
 
-    def __init__(self, folder: Path, rank_code: str, ranks: int = 3):
+    def __init__(self, folder: Path, rank_code: str, ranks: int = 3, launcher: str = LAUNCHER):
         self.folder, self.ranks = folder, ranks
         start = (
             "import os, signal, sys, time\nfrom pathlib import Path\n"
@@ -44,7 +44,7 @@ class Job:
             "    os.rename(here / f'part.{rank}', here / f'pid.{rank}')\n"
         )
         (folder / "rank.py").write_text(start + textwrap.dedent(rank_code))
-        (folder / "launcher.py").write_text(LAUNCHER)
+        (folder / "launcher.py").write_text(launcher)
         self.process = subprocess.Popen(
             [sys.executable, str(folder / "launcher.py"), str(ranks)],
             stdout=subprocess.PIPE,
@@ -202,6 +202,67 @@ def test_killing_the_launcher_leaves_no_rank(tmp_path: Path) -> None:
     job.process.kill()
     assert job.finish()[0] == -signal.SIGKILL
     wait_until_gone(pids)
+
+
+RESTARTER = LAUNCHER.replace("run_ranks(", "run_with_restarts(").replace(
+    'logs=here / "logs")',
+    'logs=here / "logs", restarts=2, again=lambda: ([sys.executable, str(here / "rank.py"), "later"], "from here"))',
+)
+FIRST_START_ONLY = "later = len(sys.argv) > 1\n(here / f'started.{rank}.{later}').touch()\n"
+
+
+def test_a_lost_rank_starts_all_again_and_what_was_written_is_kept(tmp_path: Path) -> None:
+    code = "print('words of', rank, flush=True)\nif rank == 1 and not later: time.sleep(1); os.kill(os.getpid(), 9)"
+    rc, _, err = Job(tmp_path, FIRST_START_ONLY + code, launcher=RESTARTER).finish()
+    assert rc == 0
+    assert err.count("rank 1 of 3 was ended by SIGKILL") == 1
+    assert err.count("start 2 of 3, from here; logs of the failed one: ") == 1
+    assert (tmp_path / "logs" / "start_1" / "rank_2.log").read_text() == "words of 2\n"
+    assert (tmp_path / "logs" / "rank_2.log").read_text() == "words of 2\n"
+    assert len(list(tmp_path.glob("started.*.True"))) == 3
+
+
+def test_the_last_start_that_fails_ends_the_job(tmp_path: Path) -> None:
+    rc, _, err = Job(tmp_path, "if rank == 2: raise KeyError('again')\ntime.sleep(60)", launcher=RESTARTER).finish()
+    assert rc == 1
+    assert (err.count("start 2 of 3"), err.count("start 3 of 3"), err.count("start 4")) == (1, 1, 0)
+    assert err.count("KeyError: 'again'") == 3
+
+
+def test_settings_that_are_refused_are_not_tried_again(tmp_path: Path) -> None:
+    rc, _, err = Job(tmp_path, "if rank == 1: sys.exit(2)\ntime.sleep(60)", launcher=RESTARTER).finish()
+    assert rc == 1
+    assert "start 2" not in err
+
+
+def test_a_signal_is_no_reason_to_start_again(tmp_path: Path) -> None:
+    job = Job(tmp_path, SLEEP, launcher=RESTARTER)
+    pids = job.wait_until_ready()
+    job.process.send_signal(signal.SIGTERM)
+    rc, _, err = job.finish()
+    assert rc == 143
+    assert "start 2" not in err
+    wait_until_gone(pids)
+
+
+def test_the_message_says_where_each_rank_was(tmp_path: Path) -> None:
+    code = """
+    from megalina.collective_log import Position
+    from megalina.rank_files import position_path
+    position = Position()
+    position.mirror(position_path(here / "logs", rank))
+    position.step = 7
+    position.enter("F:experts.1.0" if rank == 1 else "F:combine<.1.0", rank != 1)
+    ready()
+    if rank == 1:
+        while len(list(here.glob("pid.[0-9]"))) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    """
+    err = Job(tmp_path, code).finish()[2]
+    assert "rank 1 of 3 was ended by SIGKILL (out of memory?) in step 7, stage F:experts.1.0" in err
+    assert "ranks 0, 2 were in step 7, stage F:combine<.1.0" in err
 
 
 def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:

@@ -1,34 +1,34 @@
 """The checkpoints of a run: one folder a step, each complete or not there, loadable in any layout.
 
 RUN/checkpoints/step_00000020/ is written under a hidden name and renamed when all of it is on disk.  A kill at any
-moment leaves the older ones as they are; what it left half-written is removed at the next start.
+moment leaves the older ones as they are; what it left half-written is removed at the next start.  A disk that is full
+fails the save and nothing else.  One that is damaged is passed over, by all ranks alike, and named.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalina.checkpoint.files import (
-    Part,
-    is_complete,
-    read_description,
-    read_into,
-    sync_folder,
-    write_tensors,
-    write_values,
-)
+from megalina.checkpoint.checksums import Sum, damaged
+from megalina.checkpoint.files import Part, Stored, is_complete, read_description
 from megalina.checkpoint.slice import Box, Slice, boxes, whole_shape
+from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest, write_tensors
 from megalina.mesh import Mesh
 
+T = TypeVar("T")
+
+logger = logging.getLogger("megalina")
 _TIMEOUT = timedelta(minutes=30)  # ranks may write for a long time, to a slow disk
 _PARTIAL = ".partial"  # being written or being removed: never of use
+_DAMAGED = ".damaged"  # set aside: never of use, never removed
 _REPLACED = ".replaced"  # an older checkpoint of a step that is saved again: of use until the new one has its name
 
 
@@ -52,21 +52,32 @@ class Checkpoints:
         self._group = group
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
-        self._on_first_rank(self._recover)
+        self._good: Path | None = None  # found to be so, and not loaded yet
+        self._passed_over: set[Path] = set()  # damaged ones, which neither count nor evict others
+        problem = self._on_first_rank(self._recover)
+        if problem is not None:
+            raise RuntimeError(f"can't clear up {folder}: {problem}")
 
     def save(self, step: int, tensors: Mapping[str, Slice | Sequence[Slice]], values: dict) -> None:
         """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`,
         anything that JSON can hold.
 
-        RuntimeError where a rank can't write (from the next `save` or `wait`, if asynchronous)."""
-        self.wait()
+        SaveFailed, on all ranks, where one can't write: what was written is removed, older checkpoints stay.  An
+        asynchronous save raises it from the next `save`, which is under way nevertheless, or from `wait`."""
         values_json = json.dumps(values)
         copy = self._thread is not None
+        failed: SaveFailed | None = None
+        try:
+            self.wait()
+        except SaveFailed as error:  # the one before: no reason not to try again
+            failed = error
         parts = {name: self._part(part, copy=copy) for name, part in tensors.items()}
         if self._thread is None:
             self._write(step, parts, values_json)
         else:
             self._pending = self._thread.submit(self._write, step, parts, values_json)
+        if failed is not None:
+            raise failed
 
     def wait(self) -> None:
         """Until the asynchronous save, if one is under way, is complete; raises what it raised."""
@@ -77,26 +88,42 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The complete checkpoint of the highest step; the same on all ranks."""
         self.wait()
-        found: list[Path | None] = [None]
-        if self._mesh.world.rank == 0:
-            found[0] = max(self._complete(), default=None)
-        if self._group is not None:
-            dist.broadcast_object_list(found, src=self._mesh.world.ranks[0], group=self._group)
-        return found[0]
+        return self._from_first_rank(max(self._complete(), default=None) if self._mesh.world.rank == 0 else None)
+
+    def first_good(self, candidates: Sequence[Path]) -> Path | None:
+        """The first of `candidates` (rank 0's count) in which no file is missing or damaged; None where there are none.
+
+        Each rank reads a share of the files, and all decide alike.  What is passed over is named in a warning and, if it
+        is in this folder, set aside as NAME.damaged.  ValueError where all are damaged: it names them."""
+        self.wait()
+        passed: dict[Path, list[str]] = {}
+        for path in self._from_first_rank(list(candidates)):
+            found = self._damage(path)
+            if not found:
+                if self._mesh.world.rank == 0:
+                    self._set_aside(passed, path)
+                self._good = path
+                return path
+            passed[path] = found
+        if passed:
+            raise ValueError(all_damaged(passed))
+        return None
 
     def load(self, path: Path, tensors: Mapping[str, Slice | Sequence[Slice]], *, prefix: str = "") -> dict:
         """Fill `tensors` in place, whatever the layout and types they were saved in; returns the values.
 
-        ValueError, before anything is changed, where the checkpoint's tensors (those whose names start with `prefix`)
-        are not these ones in name and shape.
+        ValueError, before anything is changed, where a file is damaged (found by all ranks together, unless `first_good`
+        has just done so), and where the checkpoint's tensors (those whose names start with `prefix`) are not these ones
+        in name and shape.
         """
-        self.wait()
-        description = read_description(path)
-        saved = {name: tuple(t["shape"]) for name, t in description["tensors"].items() if name.startswith(prefix)}
+        if self._good != path:
+            self.first_good([path])
+        self._good = None
+        stored = Stored(path, checked=True)
+        saved = {name: shape for name, (shape, _) in stored.listing.items() if name.startswith(prefix)}
         check_same(path, saved, {name: whole_shape(_list(part)[0], self._mesh) for name, part in tensors.items()})
-        read_into(path, {name: self._part(part, copy=False) for name, part in tensors.items()})
-        values: dict = description["values"]
-        return values
+        stored.read_into({name: self._part(part, copy=False) for name, part in tensors.items()})
+        return stored.values
 
     def _part(self, part: Slice | Sequence[Slice], *, copy: bool) -> Part:
         slices = _list(part)
@@ -107,42 +134,121 @@ class Checkpoints:
 
     def _write(self, step: int, parts: Mapping[str, Part], values_json: str) -> None:
         final = self._folder / f"step_{step:08d}"
-        partial = self._hidden(final, _PARTIAL)
+        partial, replaced = self._hidden(final, _PARTIAL), self._hidden(final, _REPLACED)
+        try:
+            self._save_on_first_rank(final, lambda: self._prepare(partial))
+            listing, own = write_tensors(partial, parts, self._group)
+            sums = self._gathered(own)
 
-        def prepare() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            def make_current() -> None:
+                write_rest(partial, values_json, listing, sums)
+                if final.exists():
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    final.rename(replaced)
+                partial.rename(final)
+                sync_folder(self._folder)
 
-        self._on_first_rank(prepare)
-        listing = write_tensors(partial, parts, self._group)
+            self._save_on_first_rank(final, make_current)
+        except SaveFailed as error:  # on all ranks: none of them is writing any more
+            if self._mesh.world.rank == 0:
+                self._tidy(lambda: self._undo(final))
+            raise SaveFailed(final, error.rank, error.reason) from error
+        if self._mesh.world.rank == 0:
+            self._tidy(lambda: self._make_room(final))
 
-        def make_current() -> None:
-            write_values(partial, values_json, listing)
-            replaced = self._hidden(final, _REPLACED)
+    def _prepare(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _undo(self, final: Path) -> None:
+        """Remove what a save that failed has left: it may be what fills the disk."""
+        partial, replaced = self._hidden(final, _PARTIAL), self._hidden(final, _REPLACED)
+        if replaced.exists():  # the older one of the same step takes its place again
             if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            sync_folder(self._folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._prune(final)
+                final.rename(partial)
+            replaced.rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
 
-        self._on_first_rank(make_current)
+    def _make_room(self, current: Path) -> None:
+        """Remove what the newest checkpoint makes superfluous."""
+        self._passed_over.discard(current)
+        shutil.rmtree(self._hidden(current, _REPLACED), ignore_errors=True)
+        for path in self._complete()[: -self._keep_last]:
+            step = int(path.name[5:])
+            if path != current and not (self._keep_every and step % self._keep_every == 0):
+                hidden = self._hidden(path, _PARTIAL)
+                path.rename(hidden)  # at once: one that is half removed must not look complete
+                shutil.rmtree(hidden)
 
-    def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0; all ranks go on once it is done, or raise what it met."""
-        problem: list[str | None] = [None]
+    def _tidy(self, action: Callable[[], None]) -> None:
+        """Rank 0 runs `action`; what can't be removed is no reason to fail a save."""
+        try:
+            action()
+        except OSError as error:
+            logger.warning("checkpoints in %s: something old could not be removed: %s", self._folder, error)
+
+    def _save_on_first_rank(self, final: Path, action: Callable[[], None]) -> None:
+        problem = self._on_first_rank(action)
+        if problem is not None:
+            raise SaveFailed(final, 0, problem)
+
+    def _on_first_rank(self, action: Callable[[], None]) -> str | None:
+        """Run `action` on rank 0; all ranks go on once it is done, and hear alike what the disk said against it.
+
+        RuntimeError, on all ranks, where something else went wrong."""
+        problem: str | None = None
+        is_disk = True
         if self._mesh.world.rank == 0:
             try:
                 action()
-            except OSError as error:
-                problem[0] = str(error)
+            except Exception as error:  # noqa: BLE001  the others wait to hear of it
+                problem, is_disk = str(error) or type(error).__name__, isinstance(error, OSError)
+        problem, is_disk = self._from_first_rank((problem, is_disk))
+        if not is_disk:
+            raise RuntimeError(f"rank 0, with checkpoints in {self._folder}: {problem}")
+        return problem
+
+    def _from_first_rank(self, value: T) -> T:
+        found = [value]
         if self._group is not None:
-            dist.broadcast_object_list(problem, src=self._mesh.world.ranks[0], group=self._group)
-        if problem[0] is not None:
-            raise RuntimeError(f"can't write checkpoints in {self._folder}: {problem[0]}")
+            dist.broadcast_object_list(found, src=self._mesh.world.ranks[0], group=self._group)
+        return found[0]
+
+    def _gathered(self, own: Mapping[str, Sum]) -> dict[str, Sum]:
+        """The sums of all ranks' files."""
+        if self._group is None:
+            return dict(own)
+        everyone: list[Mapping[str, Sum]] = [{}] * self._mesh.world.size
+        dist.all_gather_object(everyone, own, group=self._group)
+        return {name: sum_ for sums in everyone for name, sum_ in sums.items()}
+
+    def _damage(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint, found by all ranks together."""
+        world = self._mesh.world
+        try:
+            own = damaged(path, (world.rank, world.size))
+        except OSError as error:  # the others are told, whatever it is
+            own = [f"it can't be read: {error}"]
+        everyone = [own] * world.size
+        if self._group is not None:
+            dist.all_gather_object(everyone, own, group=self._group)
+        return list(dict.fromkeys(reason for found in everyone for reason in found))
+
+    def _set_aside(self, passed: Mapping[Path, list[str]], good: Path) -> None:
+        for path, found in passed.items():
+            logger.warning("checkpoint %s is damaged and passed over for %s: %s", path, good.name, "; ".join(found))
+            if path.parent == self._folder:
+                self._passed_over.add(path)
+                aside = path.with_name(path.name + _DAMAGED)
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "_")
+                try:
+                    path.rename(aside)
+                except OSError as error:
+                    logger.warning("it could not be renamed to %s: %s", aside.name, error)
 
     def _complete(self) -> list[Path]:
-        return sorted(p for p in self._folder.glob("step_*") if p.name[5:].isdigit() and is_complete(p))
+        return [p for p in reversed(newest_first(self._folder)) if is_complete(p) and p not in self._passed_over]
 
     def _recover(self) -> None:
         for path in self._folder.glob(f".step_*{_REPLACED}"):
@@ -154,20 +260,25 @@ class Checkpoints:
         for path in self._folder.glob(f".step_*{_PARTIAL}"):
             shutil.rmtree(path)
 
-    def _prune(self, current: Path) -> None:
-        for path in self._complete()[: -self._keep_last]:
-            step = int(path.name[5:])
-            if path != current and not (self._keep_every and step % self._keep_every == 0):
-                hidden = self._hidden(path, _PARTIAL)
-                path.rename(hidden)  # at once: one that is half removed must not look complete
-                shutil.rmtree(hidden)
-
     def _hidden(self, path: Path, suffix: str) -> Path:
         return path.with_name(f".{path.name}{suffix}")
 
 
 def _list(part: Slice | Sequence[Slice]) -> Sequence[Slice]:
     return [part] if isinstance(part, Slice) else part
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder `checkpoints`, whole or not, from the highest step down."""
+    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def all_damaged(found: Mapping[Path, Sequence[str]]) -> str:
+    """The message for checkpoints of which none is any good."""
+    each = "; ".join(f"{path}: {', '.join(reasons)}" for path, reasons in found.items())
+    if len(found) == 1:
+        return f"checkpoint {each}; it is damaged or incomplete: choose another one"
+    return f"all {len(found)} checkpoints are damaged or incomplete ({each}): name another one, or choose another run.dir"
 
 
 def read_values(path: Path) -> dict:
@@ -177,16 +288,15 @@ def read_values(path: Path) -> dict:
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint, all or those of `names`, on the CPU; needs no process group."""
-    listing = read_description(path)["tensors"]
-    wanted = list(listing) if names is None else list(names)
-    missing = [name for name in wanted if name not in listing]
+    """Whole tensors of a checkpoint, all or those of `names`, on the CPU; needs no process group.
+
+    ValueError where there is no such tensor, or a file that is read is damaged."""
+    stored = Stored(path)
+    wanted = list(stored.listing) if names is None else list(names)
+    missing = [name for name in wanted if name not in stored.listing]
     if missing:
         raise ValueError(f"checkpoint {path} has no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing)")
-    tensors = {name: torch.empty(listing[name]["shape"], dtype=getattr(torch, listing[name]["dtype"])) for name in wanted}
-    parts = {name: Part(tuple(t.shape), t.dtype, [Box((0,) * t.dim(), t)]) for name, t in tensors.items()}
-    read_into(path, parts)
-    return tensors
+    return {name: stored.tensor(name) for name in wanted}
 
 
 def check_same(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,39 +1,31 @@
-"""The files of one checkpoint: tensors in the format of torch.distributed.checkpoint, everything else in values.json.
+"""The files of one checkpoint, read: tensors in the format of torch.distributed.checkpoint, all else in values.json.
 
 `.metadata` says which box of which tensor is where in the `*.distcp` files.  It is a pickle, as torch defines the
 format; only the types that torch's writer puts there are accepted when it is read.  Tensors are read with torch's
-`weights_only` unpickler.
+`weights_only` unpickler.  No file is read before its checksum was found right.
 """
 
 import dataclasses
 import json
-import os
+import math
 import pickle
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megalina.checkpoint.checksums import METADATA, SUMS, VALUES, check_files, check_inside, read_checked, read_sums
+from megalina.checkpoint.metadata_pickle import read_pickle
 from megalina.checkpoint.slice import Box
 
-VALUES = "values.json"
-_METADATA = ".metadata"
+MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,28 +35,6 @@ class Part:
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
     boxes: list[Box]
-
-
-class _Saver(DefaultSavePlanner):
-    """Plans the saving of boxes; torch's planner keeps one of several copies and checks that boxes fill each tensor."""
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._parts = parts
-        self._data = {MetadataIndex(name, box.offsets): box.data for name, part in parts.items() for box in part.boxes}
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, part in self._parts.items():
-            for box in part.boxes:
-                chunk = ChunkStorageMetadata(torch.Size(box.offsets), box.data.size())
-                data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=part.dtype), size=torch.Size(part.shape))
-                items.append(WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._data[index].detach()
 
 
 class _Loader(DefaultLoadPlanner):
@@ -78,119 +48,161 @@ class _Loader(DefaultLoadPlanner):
         return self._data[index].detach()
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    _ALLOWED = {
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath", "WindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},  # their home in Python 3.13
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "MetadataIndex",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        },
-    }
+class Stored:
+    """The tensors of a complete checkpoint folder, read piece by piece; needs no process group.
 
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name not in self._ALLOWED.get(module, ()) and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
-        return super().find_class(module, name)
+    Each file is checked against its checksum before the first tensor is taken from it, unless `checked` says that this
+    has been done.  ValueError where files are damaged or contradict each other, before anything is changed."""
 
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
+        self.path = path
+        self._checked = set(read_sums(path)) if checked and is_complete(path) else set()
+        description = read_description(path)
+        self.values: dict[str, Any] = description["values"]
+        self.metadata = read_metadata(path)
+        self.listing = {n: (tuple(t["shape"]), _dtype(path, n, t["dtype"])) for n, t in description["tensors"].items()}
+        for name, (shape, dtype) in self.listing.items():
+            entry = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{path / METADATA} is damaged: {VALUES} names tensor {name}, and it does not")
+            if tuple(entry.size) != shape or entry.properties.dtype != dtype:
+                there, here = f"{list(entry.size)} {entry.properties.dtype}", f"{list(shape)} {dtype}"
+                raise ValueError(f"{path / METADATA} is damaged: tensor {name} is {there} there and {here} in {VALUES}")
+            if not all(_is_shape(list(cut)) and len(cut) == len(shape) for c in entry.chunks for cut in (c.offsets, c.sizes)):
+                raise ValueError(f"{path / METADATA} is damaged: tensor {name} has boxes that are none")
 
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _METADATA).open("rb") as file:
-            metadata: Metadata = _RestrictedUnpickler(file).load()
-        return metadata
+    def num_bytes(self, name: str) -> int:
+        shape, dtype = self.listing[name]
+        return math.prod(shape) * dtype.itemsize
 
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        shape, dtype = self.listing[name]
+        return self.box(name, (0,) * len(shape), shape, dtype)
 
-def write_tensors(path: Path, parts: Mapping[str, Part], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Write the parts of all ranks of `group` into the folder `path`, synced to disk; returns what values.json says of
-    them.  RuntimeError on all ranks alike where one can't write, or where the parts don't make whole tensors."""
-    writer = dcp.FileSystemWriter(path, sync_files=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
-            metadata = dcp.save({}, storage_writer=writer, planner=_Saver(parts), process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # not an Exception: nobody would catch it
-        reasons = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
-        raise RuntimeError(f"can't write checkpoint {path}: {reasons}") from error
-    return {
-        name: {"shape": list(entry.size), "dtype": str(entry.properties.dtype).removeprefix("torch.")}
-        for name, entry in sorted(metadata.state_dict_metadata.items())
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A box of a tensor, converted to `dtype`, on the CPU."""
+        stored = sum(self.info(name, chunk).length for chunk in self.chunks(name))
+        if self.num_bytes(name) > stored:  # before memory is taken for it
+            raise ValueError(f"{self.path} is damaged: {stored} bytes can't hold tensor {name} {list(self.listing[name][0])}")
+        out = torch.empty(sizes, dtype=dtype)
+        self.read_into({name: Part(self.listing[name][0], dtype, [Box(offsets, out)])})
+        return out
 
+    def chunks(self, name: str) -> list[ChunkStorageMetadata]:
+        """The boxes in which a tensor is stored."""
+        entry = self.metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.chunks
 
-def write_values(path: Path, values_json: str, tensors: Mapping[str, Any]) -> None:
-    """Write values.json and make the whole folder durable."""
-    with (path / VALUES).open("w") as file:
-        json.dump({"values": json.loads(values_json), "tensors": tensors}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path)
+    def info(self, name: str, chunk: ChunkStorageMetadata) -> Any:
+        """Where a box is stored: relative_path, offset and length in bytes."""
+        return self._at(MetadataIndex(name, chunk.offsets))
 
+    def read_into(self, parts: Mapping[str, Part]) -> None:
+        """Fill the boxes of `parts`, converting types; their names and shapes must be the checkpoint's."""
+        items: list[ReadItem] = []
+        for name, part in parts.items():
+            if self.listing.get(name, ((), None))[0] != part.shape or name not in self.listing:
+                raise ValueError(f"checkpoint {self.path} has no tensor {name} {list(part.shape)}")
+            entry = self.metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            chunks = [ChunkStorageMetadata(torch.Size(box.offsets), box.data.size()) for box in part.boxes]
+            found = create_read_items_for_chunk_list(name, entry, chunks)
+            wanted, there = sum(box.data.numel() for box in part.boxes), sum(math.prod(item.lengths) for item in found)
+            if wanted != there:
+                raise ValueError(f"{self.path / METADATA} is damaged: of {wanted} elements of tensor {name} it has {there}")
+            items += found
+        self._check([self._at(item.storage_index) for item in items])
+        reader = dcp.FileSystemReader(self.path)
+        reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        try:
+            reader.read_data(LoadPlan(items), _Loader(parts)).wait()
+        except Exception as error:  # torch stumbles over a damaged file in many ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"a tensor file of {self.path} is damaged: {reason}") from error
 
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable: a file's own sync doesn't cover its entry."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _at(self, index: MetadataIndex) -> Any:
+        info = self.metadata.storage_data.get(index)
+        if info is None:
+            raise ValueError(f"{self.path / METADATA} is damaged: it doesn't say where {index.fqn} {list(index.offset or ())} is")
+        return info
+
+    def _check(self, needed: Iterable[Any]) -> None:
+        ends: dict[str, int] = {}
+        for info in needed:
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name in ends:
+            check_inside(self.path, name, str(self.path / METADATA))
+        check_files(self.path, sorted(set(ends) - self._checked))
+        self._checked |= set(ends)
+        for name, end in sorted(ends.items()):
+            size = (self.path / name).stat().st_size
+            if size < end:
+                raise ValueError(f"{self.path / name} is damaged: it has {size} bytes and should have at least {end}")
 
 
 def is_complete(path: Path) -> bool:
-    return (path / VALUES).is_file() and (path / _METADATA).is_file()
+    """Whether all is there that is written last; says nothing of damage."""
+    return all((path / name).is_file() for name in (VALUES, METADATA, SUMS))
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """values.json: {"values": .., "tensors": {name: {"shape": .., "dtype": ..}}}; ValueError where there is none."""
+    """values.json: {"values": .., "tensors": {name: {"shape": .., "dtype": ..}}}; ValueError where there is none, or it
+    is damaged."""
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path}: give the folder of one, such as RUN/checkpoints/step_00000020")
-    if not is_complete(path):
-        missing = VALUES if not (path / VALUES).is_file() else _METADATA
-        raise ValueError(f"{path} is not a complete checkpoint: it has no {missing}")
+    for name in (VALUES, METADATA, SUMS):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a complete checkpoint: it has no {name}")
+    data = read_checked(path, VALUES)
     try:
-        description: dict[str, Any] = json.loads((path / VALUES).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / VALUES} is damaged: {error}") from error
+        description: dict[str, Any] = json.loads(data)
+        good = isinstance(description["values"], dict)
+        for tensor in description["tensors"].values():
+            good = good and isinstance(tensor["dtype"], str) and _is_shape(tensor["shape"])
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / VALUES} is damaged: {type(error).__name__} {error}") from error
+    if not good:
+        raise ValueError(f"{path / VALUES} is damaged: it has no values, or a tensor without shape and dtype")
     return description
 
 
-def read_into(path: Path, parts: Mapping[str, Part]) -> None:
+def read_metadata(path: Path) -> Metadata:
+    """`.metadata`, checked; ValueError where it is damaged, holds what has no place in it, or names files outside."""
+    file = path / METADATA
+    data = read_checked(path, METADATA)
+    try:
+        metadata = read_pickle(data)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "storage_data", None), dict):
+        raise ValueError(f"{file} is damaged: it is not the metadata of a checkpoint")
+    names = set()
+    for info in metadata.storage_data.values():
+        where = [getattr(info, key, None) for key in ("offset", "length")]
+        if not isinstance(getattr(info, "relative_path", None), str) or not _is_shape(where):
+            raise ValueError(f"{file} is damaged: it has no file, offset and length for a tensor")
+        names.add(info.relative_path)
+    for name in sorted(names):
+        check_inside(path, name, str(file))
+    return metadata
+
+
+def read_into(path: Path, parts: Mapping[str, Part], *, checked: bool = False) -> None:
     """Fill the boxes of `parts` from the checkpoint, converting types; their names and shapes must be the checkpoint's.
 
-    Each process reads what it needs, without talking to others.  ValueError, before anything is changed, where files
-    are damaged or missing."""
-    reader = _Reader(path)
-    try:
-        metadata = reader.read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path / _METADATA} is damaged: {error}") from error
-    items: list[ReadItem] = []
-    for name, part in parts.items():
-        entry = metadata.state_dict_metadata.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{path / _METADATA} is damaged: {VALUES} names tensor {name}, and it does not")
-        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), box.data.size()) for box in part.boxes]
-        items += create_read_items_for_chunk_list(name, entry, chunks)
-    _check_sizes(path, [metadata.storage_data[item.storage_index] for item in items])
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(LoadPlan(items), _Loader(parts)).wait()
+    Each process reads what it needs, without talking to others, and checks the files that it reads from, unless they
+    are `checked`.  ValueError, before anything is changed, where files are damaged or missing."""
+    Stored(path, checked=checked).read_into(parts)
 
 
-def _check_sizes(path: Path, needed: Iterable[Any]) -> None:
-    ends: dict[str, int] = {}
-    for info in needed:
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        size = (path / name).stat().st_size if (path / name).is_file() else 0
-        if size < end:
-            raise ValueError(f"{path / name} is damaged: it has {size} bytes and should have at least {end}")
+def _dtype(path: Path, tensor: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{path / VALUES} is damaged: tensor {tensor} has the dtype {name!r}")
+    return dtype
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)

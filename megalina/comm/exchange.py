@@ -1,7 +1,7 @@
 """Exchanges: what goes on the wire, each as a start and a wait.
 
 Without a group there is nobody to talk to: the value itself is what arrives.  A `Pending` keeps its buffers alive until
-it is awaited, and drops them then.
+it is awaited, and drops them then.  Each collective enters the axis' log as it is submitted.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,7 @@ def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis)
         return Pending(None, lambda: x)
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:])
+    _enter("all-to-all", x, axis, send, receive)
     work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
     return Pending(work, lambda keep=x: out)  # type: ignore[misc]
 
@@ -48,6 +49,7 @@ def start_gather(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, lambda: x)
     x = x.contiguous()
     out = x.new_empty(len(x) * axis.size, *x.shape[1:])
+    _enter("gather", x, axis)
     work = _all_gather(out, x, group=axis.group, async_op=True)
     return Pending(work, lambda keep=x: out)  # type: ignore[misc]
 
@@ -57,6 +59,7 @@ def start_scatter(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(None, lambda: x)
     x = x.contiguous()
+    _enter("scatter", x, axis)
     if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter costs a whole all-reduce
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
@@ -71,13 +74,16 @@ def start_sum(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(None, lambda: x)
     out = x.clone(memory_format=torch.contiguous_format)
+    _enter("sum", x, axis)
     return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out)
 
 
 def start_sum_in_place(flat: Tensor, axis: Axis) -> Pending:
     """`flat` becomes its sum over the ranks of the axis."""
-    work = None if axis.group is None else dist.all_reduce(flat, group=axis.group, async_op=True)
-    return Pending(work, lambda: flat)
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    _enter("sum", flat, axis)
+    return Pending(dist.all_reduce(flat, group=axis.group, async_op=True), lambda: flat)
 
 
 def start_scatter_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
@@ -91,8 +97,15 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(None, lambda: flat)
     mine = own.clone()
+    _enter("gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat)  # type: ignore[misc]
+
+
+def _enter(kind: str, x: Tensor, axis: Axis, send: list[int] | None = None, receive: list[int] | None = None) -> None:
+    """All-to-alls have sizes of their own on each rank, all else has equal ones."""
+    count = len(x) if send is None else None
+    axis.log.submit(axis.name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send or (), receive or ())
 
 
 # torch 2.13 renamed both; older ones have only the old names

@@ -11,6 +11,7 @@ import numpy as np
 from megalina.data.cache import Arrays, cached_arrays
 
 _BLOCK = 1 << 16  # samples; the counts at each block's begin are kept, so that no order starts from the very first sample again
+_ARRAYS = ("corpus", "within_corpus", "counts_after")
 
 
 class Blend:
@@ -35,10 +36,11 @@ class Blend:
         known = number
         while known > 0 and not self._entry(known).is_dir():
             known -= 1
-        block = cached_arrays(self._entry(known), lambda: _block(self._weights, 0, [0] * len(self._weights)))
+        block = cached_arrays(self._entry(known), _ARRAYS, lambda: _block(self._weights, 0, [0] * len(self._weights)))
         for following in range(known + 1, number + 1):
             counts = block["counts_after"].tolist()
-            block = cached_arrays(self._entry(following), lambda: _block(self._weights, following * _BLOCK, counts))  # noqa: B023
+            first = following * _BLOCK
+            block = cached_arrays(self._entry(following), _ARRAYS, lambda: _block(self._weights, first, counts))  # noqa: B023
         return block
 
     def _entry(self, number: int) -> Path:

@@ -9,7 +9,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,25 @@ def _publish(new: Path, folder: Path) -> None:
         shutil.rmtree(new)  # a host whose locks this file system doesn't share was faster; the contents are the same
 
 
-def cached_arrays(folder: Path, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays that `build()` returns, kept as .npy files of the entry and memory-mapped."""
+def cached_arrays(folder: Path, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays `names`, which `build()` returns, kept as .npy files of the entry and memory-mapped.
+
+    ValueError where a file is missing, cut off or no array.
+    """
 
     def write(new: Path) -> None:
         for name, array in build().items():
             np.save(new / f"{name}.npy", array)
 
     entry = cache_entry(folder, write)
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(entry.glob("*.npy"))}
+    return {name: _array(entry / f"{name}.npy") for name in names}
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        array = np.load(path, mmap_mode="r")  # never a pickle: numpy refuses them unless told otherwise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {path.parent}, it is made again") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is damaged (it is an archive): remove {path.parent}, it is made again")
+    return array

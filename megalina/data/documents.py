@@ -6,14 +6,17 @@ Reading is cheap (bytes are cut, nothing is parsed), so that one process feeds m
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 _CHUNK_BYTES = 1 << 20
 _MAX_DOCUMENTS = 4096  # a chunk: keeps the tokens of very short documents together
+_MAX_LINE_BYTES = 1 << 28  # a few kB of a compressed file can be a line that no memory holds
+_MAX_TEXT_BYTES = (1 << 31) - (1 << 16)  # an indexed dataset counts the tokens of a sequence in 31 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,13 @@ def texts(chunk: Chunk, keys: Sequence[str]) -> list[list[str]]:
             continue
         try:
             record = json.loads(raw)
-        except ValueError as error:
-            raise ValueError(f"{_place(chunk, i)} is not JSON ({error}): {raw[:60]!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{_place(chunk, i)} is not JSON that can be read ({error}): {raw[:60]!r}") from error
         for key, column in zip(keys, found, strict=True):
             value = record.get(key) if isinstance(record, dict) else None
             if not isinstance(value, str):
-                has = f"has keys {', '.join(list(record)[:8])}" if isinstance(record, dict) else f"is a {type(record).__name__}"
+                names = ", ".join(ascii(name)[1:-1][:40] for name in list(record)[:8]) if isinstance(record, dict) else ""
+                has = f"has keys {names}" if isinstance(record, dict) else f"is a {type(record).__name__}"
                 raise ValueError(f"{_place(chunk, i)} has no text under {key!r} (it {has}): set --json-keys")
             column.append(value if value.isascii() else value.encode("utf-8", "replace").decode())  # a lone surrogate becomes "?"
     return found
@@ -123,6 +127,13 @@ def _is_lines(source: Source) -> bool:
 
 
 def _read_text(source: Source) -> Iterator[Chunk]:
+    num_bytes = Path(source.path).stat().st_size
+    if num_bytes > _MAX_TEXT_BYTES:
+        if not source.required and _is_binary(source.path):
+            return
+        raise ValueError(
+            f"{source.path} has {num_bytes} bytes, and one document at most {_MAX_TEXT_BYTES}: cut it, or make it JSON lines"
+        )
     raw = Path(source.path).read_bytes()
     if source.required:
         _decoded(raw, source.path)
@@ -136,7 +147,7 @@ def _read_lines(source: Source) -> Iterator[Chunk]:
         stream = _decompressed(file, source.path)
         if source.start > 0:  # a line belongs to the part that it begins in
             file.seek(source.start - 1)
-            file.readline()
+            _skip_line(file)
         begin, first_line = file.tell(), 1
         lines: list[bytes] = []
         size = 0
@@ -145,16 +156,19 @@ def _read_lines(source: Source) -> Iterator[Chunk]:
         compressed = stream is not file
         try:
             while compressed or at < source.stop:
-                line = stream.readline()
+                line = stream.readline(_MAX_LINE_BYTES + 1)
                 if not line:
                     break
+                if len(line) > _MAX_LINE_BYTES:
+                    place = _place(Chunk(source, True, first_line, [], 0), len(lines))
+                    raise ValueError(f"{place} has more than {_MAX_LINE_BYTES} bytes: cut that document")
                 lines.append(line)
                 size += len(line)
                 at = file.tell() if compressed else at + len(line)
                 if size >= _CHUNK_BYTES or len(lines) == _MAX_DOCUMENTS:
                     yield Chunk(source, True, first_line, lines, at - before)
                     first_line, lines, size, before = first_line + len(lines), [], 0, at
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{source.path} can't be decompressed after line {first_line + len(lines) - 1}: {error}") from error
         if lines:
             yield Chunk(source, True, first_line, lines, at - before)
@@ -168,27 +182,52 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
             import zstandard
         except ImportError as error:
             raise ValueError(f"{path} needs the package zstandard: pip install zstandard") from error
-        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return io.BufferedReader(_Zstandard(reader, zstandard.ZstdError), 1 << 20)
+        return io.BufferedReader(_Zstandard(file, zstandard.ZstdDecompressor(), zstandard.ZstdError), 1 << 20)
     return file
 
 
 class _Zstandard(io.RawIOBase):
-    """The package's reader as a raw stream, its own error type turned into OSError like gzip's."""
+    """A file of zstd frames as a raw stream.
 
-    def __init__(self, reader: IO[bytes], error_type: type[Exception]) -> None:
-        self._reader, self._error_type = reader, error_type
+    The package's own stream takes a file that was cut off for one that ends there.  Its error type becomes OSError, like gzip's.
+    """
+
+    _PIECE_BYTES = 4096  # becomes at most 128 MiB, whatever the file claims
+
+    def __init__(self, file: IO[bytes], decompressor: Any, error_type: type[Exception]) -> None:
+        self._file, self._decompressor, self._error_type = file, decompressor, error_type
+        self._frame: Any = None  # None: between frames
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            piece = self._file.read(self._PIECE_BYTES)
+            if not piece:
+                if self._frame is not None:
+                    raise OSError("the file ended before the end of its zstd frame")
+                return 0
+            self._ready = memoryview(self._decompressed(piece))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompressed(self, piece: bytes) -> bytes:
+        data = []
         try:
-            data = self._reader.read(len(buffer))
+            while piece:
+                if self._frame is None:
+                    self._frame = self._decompressor.decompressobj(write_size=1 << 15)
+                data.append(self._frame.decompress(piece))
+                piece = b""
+                if self._frame.eof:
+                    piece, self._frame = self._frame.unused_data, None
         except self._error_type as error:
             raise OSError(str(error)) from error
-        buffer[: len(data)] = data
-        return len(data)
+        return data[0] if len(data) == 1 else b"".join(data)
 
 
 def _read_parquet(source: Source) -> Iterator[Chunk]:
@@ -197,17 +236,30 @@ def _read_parquet(source: Source) -> Iterator[Chunk]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{source.path} needs the package pyarrow: pip install pyarrow") from error
+    done = 0
     try:
         file = pyarrow.parquet.ParquetFile(source.path)
         columns = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.large_string())]
-        rows, done = max(1, file.metadata.num_rows), 0
+        rows = max(1, file.metadata.num_rows)
         for table in file.iter_batches(batch_size=256, columns=columns):
             raws = [json.dumps(row).encode() for row in table.to_pylist()]
             before = (source.stop - source.start) * done // rows
             yield Chunk(source, True, done + 1, raws, (source.stop - source.start) * (done + len(raws)) // rows - before)
             done += len(raws)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{source.path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # of the package, OSError is most of them
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source.path} is not a readable parquet file, after row {done}: {said}") from error
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    """In pieces: a line may be longer than the memory."""
+    while (piece := file.readline(1 << 20)) and not piece.endswith(b"\n"):
+        pass
+
+
+def _is_binary(path: str) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" in file.read(8192)
 
 
 def _decoded(raw: bytes, path: str) -> str:
@@ -230,7 +282,7 @@ def _place(chunk: Chunk, index: int) -> str:
     if chunk.source.start > 0:  # only now, for the message, is it worth counting the lines of other parts
         with open(chunk.source.path, "rb") as file:
             file.seek(chunk.source.start - 1)
-            file.readline()
+            _skip_line(file)
             begin = file.tell()
             file.seek(0)
             while file.tell() < begin:

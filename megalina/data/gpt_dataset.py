@@ -21,6 +21,7 @@ from megalina.data.cache import Arrays, cached_arrays
 from megalina.data.indexed import IndexedDataset
 
 _DOCUMENTS, _SEQUENCES = 0, 1  # which of an epoch's two shuffles
+_ARRAYS = ("order", "begins", "shuffle")
 _KEPT_FROM = 1 << 16  # documents and sequences: smaller indices are made in a few ms, faster than a file is opened
 
 
@@ -116,7 +117,8 @@ class GPTDataset:
                 self._indices.pop(next(iter(self._indices)))
             entries = self._copies * (self._span.last_document - self._span.first_document) + self.num_sequences
             keep = entries >= _KEPT_FROM
-            self._indices[epoch] = cached_arrays(self._folder(epoch), lambda: self._build(epoch)) if keep else self._build(epoch)
+            folder, build = self._folder(epoch), lambda: self._build(epoch)
+            self._indices[epoch] = cached_arrays(folder, _ARRAYS, build) if keep else build()
         return self._indices[epoch]
 
     def _build(self, epoch: int) -> Arrays:

@@ -4,6 +4,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
+
+_MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,14 @@ class Manifest:
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """None where there is none, as for datasets that other programs made."""
     path = Path(f"{prefix}.json")
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return None
     try:
-        return Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
         return None  # a file of that name that something else wrote
+    kinds = get_type_hints(Manifest).items()
+    return manifest if all(type(getattr(manifest, name)) is kind for name, kind in kinds) else None
 
 
 def tokenizer_sha256(path: str) -> str:

@@ -89,6 +89,7 @@ def preprocess(
         raise ValueError(f"a key is named twice in {' '.join(recipe.json_keys)}: name each once")
     tokenizer = open_tokenizer(recipe.tokenizer)
     prefixes = output_prefixes(output_prefix, recipe.json_keys)
+    _spare_inputs([*(source.path for source in sources), recipe.tokenizer], prefixes)
     if partitions == 1:
         totals = _write(sources, prefixes, recipe, workers, advance)
     else:
@@ -101,6 +102,15 @@ def preprocess(
         sha256 = tokenizer_sha256(recipe.tokenizer)
         Manifest(recipe.tokenizer, sha256, tokenizer.vocab_size, total.documents, total.tokens).write(prefix)
     return totals
+
+
+def _spare_inputs(inputs: Iterable[str], prefixes: Iterable[str]) -> None:
+    """ValueError where an output would replace an input, as PREFIX.json of corpus.json with the prefix corpus."""
+    read = {os.path.realpath(path) for path in inputs}
+    for prefix in prefixes:
+        for suffix in (".bin", ".idx", ".json", ".bin.partial", ".idx.partial"):
+            if os.path.realpath(prefix + suffix) in read:
+                raise ValueError(f"the output {prefix}{suffix} would replace an input: choose another output prefix")
 
 
 def _write(sources: Iterable[Source], prefixes: list[str], recipe: Recipe, workers: int, advance: Advance) -> list[Totals]:

@@ -20,7 +20,7 @@ from megalina.data.gpt_dataset import GPTDataset, Span, split_documents
 from megalina.data.indexed import IndexedDataset
 from megalina.data.manifest import read_manifest, tokenizer_sha256
 from megalina.data.statistics import entropy, frequencies, max_id
-from megalina.data.tokenizer import Tokenizer, open_tokenizer
+from megalina.data.tokenizer import MAX_VOCABULARY, Tokenizer, open_tokenizer
 
 _VALIDATION_SEED = 0  # runs of any seed are validated on the same sequences
 
@@ -112,6 +112,11 @@ def open_data(data: DataConfig, *, seq_len: int, seed: int) -> TokenData:
     if tokenizer is not None:
         for dataset, largest_id in zip(datasets, largest, strict=True):
             _check_vocabulary(dataset, largest_id, tokenizer, tokenizer_path)
+    for dataset, largest_id in zip(datasets, largest, strict=True):
+        if largest_id >= MAX_VOCABULARY:  # tables of that size follow
+            raise ValueError(
+                f"{dataset.prefix}.bin holds the token id {largest_id}, at most {MAX_VOCABULARY} ids are possible: write it again"
+            )
     vocab_size = tokenizer.vocab_size if tokenizer else max(largest) + 1
     splits = [split_documents(dataset, shares) for dataset in datasets]
 

@@ -18,7 +18,7 @@ _KEPT_FROM = 1 << 24  # tokens: smaller corpora are read faster than it is worth
 
 def max_id(dataset: IndexedDataset, cache_dir: Path) -> int:
     """The largest id in the whole dataset.  ValueError where one is negative."""
-    found = _cached(dataset, "max", cache_dir, lambda: _extremes(dataset.tokens))
+    found = _cached(dataset, "max", "extremes", cache_dir, lambda: _extremes(dataset.tokens))
     if found["extremes"][0] < 0:
         raise ValueError(f"{dataset.prefix}.bin holds the token id {found['extremes'][0]}: ids are not negative; write it again")
     return int(found["extremes"][1])
@@ -27,7 +27,7 @@ def max_id(dataset: IndexedDataset, cache_dir: Path) -> int:
 def frequencies(dataset: IndexedDataset, span: Span, num_ids: int, cache_dir: Path) -> npt.NDArray[np.float64]:
     """Share of each id below `num_ids` among the tokens of the span (of more than 2^28 tokens, among an even sample)."""
     tokens = dataset.tokens[span.first_token : span.last_token]
-    found = _cached(dataset, f"counts {span} {num_ids}", cache_dir, lambda: _counts(tokens, num_ids))
+    found = _cached(dataset, f"counts {span} {num_ids}", "counts", cache_dir, lambda: _counts(tokens, num_ids))
     return np.asarray(found["counts"] / found["counts"].sum())
 
 
@@ -50,10 +50,10 @@ def _counts(tokens: npt.NDArray[Any], num_ids: int) -> Arrays:
     return {"counts": counts}
 
 
-def _cached(dataset: IndexedDataset, what: str, cache_dir: Path, build: Any) -> Arrays:
+def _cached(dataset: IndexedDataset, what: str, name: str, cache_dir: Path, build: Any) -> Arrays:
     if dataset.num_tokens < _KEPT_FROM:
         arrays: Arrays = build()
         return arrays
     path = Path(f"{dataset.prefix}.bin").resolve()
     facts = (str(path), path.stat().st_size, path.stat().st_mtime_ns, what)
-    return cached_arrays(cache_dir / f"statistics-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", build)
+    return cached_arrays(cache_dir / f"statistics-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}", [name], build)

@@ -10,6 +10,7 @@ from typing import Protocol
 import sentencepiece
 
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character, so a real one would come back as a space
+MAX_VOCABULARY = 1 << 24  # ids; a table of more of them is more likely a damaged file than a vocabulary
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<end_of_sentence>")
 
 
@@ -95,6 +96,8 @@ class HuggingFaceTokenizer:
             raise ValueError(f"{path} has no token that ends a document (none of {', '.join(_END_NAMES)}): add one of them")
         self.eod: int = ends[0]
         self.vocab_size: int = max(vocab.values()) + 1
+        if self.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"{path} has the token id {self.vocab_size - 1}: at most {MAX_VOCABULARY} ids are possible")
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

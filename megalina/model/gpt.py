@@ -125,8 +125,8 @@ class GPT(nn.Module):
             balance = sum((b for b, _, _ in routed), zero)
         return Losses(loss, balance, sum((z for _, z, _ in routed), zero), loads)
 
-    def balance_of_all(self, prob_LE: Sequence[Tensor], load_LE1: Tensor) -> Tensor:
-        """The balance loss over all ranks: own sums of probabilities, and everybody's loads."""
-        chosen_LE = load_LE1[:, :-1]
+    def balance_of_all(self, prob_LE: Sequence[Tensor], load_LE: Tensor) -> Tensor:
+        """The balance loss over all ranks: own sums of probabilities, and everybody's loads (columns beyond E don't count)."""
+        chosen_LE = load_LE[:, : self.config.num_experts]
         valid = chosen_LE[0].sum() // self.router.top_k
         return global_balance(torch.stack(list(prob_LE)), chosen_LE, valid, self.router.top_k)

@@ -30,13 +30,14 @@ class Executor:
     def __init__(self, program: Program, functions: Functions, mesh: Mesh, buckets: Mapping[str, Bucket]):
         self.program, self.mesh, self.buckets = program, mesh, buckets
         last = {v: i for i, s in enumerate(program) for v in s.reads}
-        self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str]]] = []
+        self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str], str, bool]] = []
         for i, stage in enumerate(program):
             run = getattr(
                 self, f"_{stage.kind.name.lower()}_{stage.phase}" if stage.kind is Kind.COMPUTE else f"_{stage.kind.name.lower()}"
             )
             function = functions(stage) if stage.kind is Kind.COMPUTE else None
-            self._lines.append((run, stage, function, [v for v in stage.reads if last[v] == i]))
+            dead = [v for v in stage.reads if last[v] == i]
+            self._lines.append((run, stage, function, dead, stage.tag, stage.kind is Kind.WAIT))
         self._values: dict[str, Any] = {}
         self._kept: dict[tuple[str, int, str], Kept] = {}
         self._autograd = any(s.phase == "B" for s in program)
@@ -44,14 +45,17 @@ class Executor:
     def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Run the program once; returns the values that nobody read."""
         self._values, self._kept = dict(given), {}
-        for run, stage, function, dead in self._lines:
+        position = self.mesh.log.position
+        for run, stage, function, dead, tag, waits in self._lines:
+            position.enter(tag, waits)
             try:
                 run(stage, function)
             except Exception as error:
-                error.add_note(f"in stage {stage.tag}")
+                error.add_note(f"in stage {tag}")
                 raise
             for value in dead:
                 self._values.pop(value, None)
+        position.leave()
         assert not self._kept, "forward stages without backward"
         out, self._values = self._values, {}
         return out

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.collective_log import NUM_RIDERS, agree
 from megalina.mesh import Mesh
+from megalina.model.digest import LIMBS, routing_digest, tokens_digest
 from megalina.model.gpt import GPT
-from megalina.model.layers import ALL, Layer
+from megalina.model.layers import ALL, Layer, places
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.dispatcher import Sizes, by_expert, by_source
 from megalina.step.program import Stage
 
-NUM_SUMS = 5  # of a step's measure: loss, balance, z, squares of gradients, wishes to stop; then the loads of each MoE layer
+# A step's measure, float64, summed over the world: these sums, the riders of the log of collectives, each MoE layer's load.
+NUM_SUMS = 5  # loss, balance, z, squares of gradients, wishes to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +37,30 @@ class Verdict:
     grad_norm: float  # over all parameters, before clipping
     grad_scale: float  # what the update multiplies gradients by
     finite: bool  # False: the step is skipped, on all ranks alike
+    spike: bool  # the guard refuses this loss: the step is skipped, on all ranks alike
     loss_tokens: int
     valid_tokens: int
     stop: bool  # some rank was asked to stop after this step
     loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
+    tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
+    routing_digests: tuple[int, ...]  # 64 bits a MoE layer, of the step's routing decisions; 0 without ledger
+
+    @property
+    def updates(self) -> bool:
+        """Whether the step changes the weights."""
+        return self.finite and not self.spike
+
+
+class CollectivesDiffer(RuntimeError):
+    """The ranks have not submitted the same collectives in this step; nothing was updated."""
 
 
 class StageFunctions:
     """`functions(stage)` for the executor.
 
     `update(name, verdict)` updates a bucket.  `wish_to_stop()` is asked once a step on each rank; one wish is enough,
-    and all ranks learn of it in the same step.
+    and all ranks learn of it in the same step.  `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where
+    the ranks' collectives differ, says how.
     """
 
     def __init__(
@@ -57,7 +73,12 @@ class StageFunctions:
         clip_norm: float,
         update: Callable[[str, Verdict], None],
         wish_to_stop: Callable[[], bool],
+        is_spike: Callable[[float], bool],
+        explain: Callable[[], str],
+        ledger: bool,
     ):
+        self.is_spike, self.explain, self.ledger = is_spike, explain, ledger
+        self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
         self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
         self.wish_to_stop = wish_to_stop
         self.router = gpt.router
@@ -123,7 +144,7 @@ class StageFunctions:
 
     def _route(self, layer: Layer, h: Tensor, batch: Batch) -> tuple[Any, ...]:
         n, logits = layer.score(h)
-        routed = layer.select(n, logits, logits.detach(), batch)
+        routed = self._with_digest(layer.select(n, logits, logits.detach(), batch), batch)
         return routed if layer.shared is None else (n, *routed)
 
     def _score(self, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +152,13 @@ class StageFunctions:
         return n, logits, logits.detach()
 
     def _select(self, layer: Layer, n: Tensor, logits: Tensor, all_logits: Tensor, batch: Batch) -> tuple[Any, ...]:
-        return layer.select(n, logits, all_logits, batch, self.own(batch))
+        return self._with_digest(layer.select(n, logits, all_logits, batch, self.own(batch)), batch)
+
+    def _with_digest(self, selected: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
+        """The load, last of what was selected, gets two more numbers: [E + 1 + LIMBS]."""
+        *rest, order, load = selected
+        digest = routing_digest(order, *places(batch, self.own(batch))) if self.ledger else load.new_zeros(LIMBS)
+        return *rest, order, torch.cat([load, digest])
 
     def _shared(self, layer: Layer, n: Tensor) -> Tensor:
         return layer.share(n)
@@ -167,11 +194,12 @@ class StageFunctions:
     def _sizes(self, *batches: Batch) -> Tensor:
         loss_tokens = torch.stack([b.loss_mask_BS.sum() for b in batches]).sum()
         valid_tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
-        return torch.stack([loss_tokens, valid_tokens]).double()
+        digest = torch.stack([tokens_digest(b) if self.ledger else loss_tokens.new_zeros(LIMBS) for b in batches]).sum(0)
+        return torch.cat([torch.stack([loss_tokens, valid_tokens]), digest]).double()
 
     def _seed(self, divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
         """The gradient of what is minimised with respect to each loss, in the order of `megalina.step.passes.losses_of`."""
-        per_loss, per_valid = (1.0 / divisor.clamp(min=1)).unbind()
+        per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
         weights = {"z": self.router.z_loss * per_valid, "balance": self.router.balance_loss * per_valid, "loss": per_loss}
         return tuple(weights[kind].to(value.dtype) for kind, value in zip(self._kinds(), losses, strict=True))
 
@@ -196,18 +224,20 @@ class StageFunctions:
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
-        wish = squares.new_tensor(float(self.wish_to_stop()))
-        return torch.cat([torch.stack([sums["loss"], sums["balance"], sums["z"], squares, wish]), load])
+        own = squares.new_tensor([float(self.wish_to_stop()), *self.mesh.log.riders()])
+        return torch.cat([torch.stack([sums["loss"], sums["balance"], sums["z"], squares]), own, load])
 
     def _verdict(self, measured: Tensor, divisor: Tensor) -> Verdict:
-        loss_tokens, valid_tokens = (int(v) for v in divisor.tolist())
-        loss, balance, z, squares, wishes = measured[:NUM_SUMS].tolist()
+        loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
+        loss, balance, z, squares, wishes, *riders = measured[: NUM_SUMS + NUM_RIDERS].tolist()
+        if not agree(riders, self.mesh.world.size):
+            raise CollectivesDiffer(self.explain())
         layers = max(len(self.gpt.moe_layers), 1)
         norm = squares**0.5
         scale = min(1.0, self.clip_norm / (norm + 1e-6)) if self.clip_norm > 0 else 1.0
         valid = max(valid_tokens, 1)
         mean_loss = loss / max(loss_tokens, 1)
-        loads = measured[NUM_SUMS:].long().view(len(self.gpt.moe_layers), -1).cpu()
+        loads = measured[NUM_SUMS + NUM_RIDERS :].long().view(len(self.gpt.moe_layers), -1).cpu()
         finite = all(map(math.isfinite, (loss, balance, z, norm)))
         return Verdict(
             loss=mean_loss,
@@ -216,15 +246,26 @@ class StageFunctions:
             grad_norm=norm,
             grad_scale=scale,
             finite=finite,
+            spike=finite and self.is_spike(mean_loss),
             loss_tokens=loss_tokens,
             valid_tokens=valid_tokens,
             stop=wishes > 0,
-            loads=loads,
+            loads=loads[:, :-LIMBS],
+            tokens_digest=_joined(batch_digest),
+            routing_digests=tuple(map(_joined, loads[:, -LIMBS:].tolist())),
         )
 
     def _update(self, name: str, gradient: Tensor, verdict: Verdict) -> None:
+        if not verdict.finite:  # the optimizer is about to clear the gradients
+            bucket = self.buckets[name]
+            self.non_finite += [m.name for m in bucket.members if not bucket.grad[m.start : m.stop].isfinite().all()]
         self.update(name, verdict)
 
     def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
         """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
         return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
+
+
+def _joined(limbs: list[int]) -> int:
+    """A 64-bit digest of sums of its limbs."""
+    return (limbs[0] & 0xFFFFFFFF) | (limbs[1] & 0xFFFFFFFF) << 32

@@ -24,7 +24,15 @@ class Trainable:
     """`step` and `evaluate` run programs; everything else is state that others read."""
 
     def __init__(
-        self, config: PretrainConfig, mesh: Mesh, *, vocab_size: int, device: torch.device, wish_to_stop: Callable[[], bool]
+        self,
+        config: PretrainConfig,
+        mesh: Mesh,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        wish_to_stop: Callable[[], bool],
+        is_spike: Callable[[float], bool] = lambda loss: False,
+        explain: Callable[[], str] = lambda: "the ranks did not submit the same collectives in this step",
     ):
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
@@ -61,11 +69,16 @@ class Trainable:
             clip_norm=config.optim.clip_norm,
             update=self._updated,
             wish_to_stop=wish_to_stop,
+            is_spike=is_spike,
+            explain=explain,
+            ledger=train.ledger,
         )
         self._verdict: Verdict | None = None
         self.functions: Functions = functions
         self._training = Executor(self.program, functions, mesh, self.buckets)
-        self._evaluation = Executor(evaluation(shape, specs), functions, mesh, self.buckets)
+        self.evaluation_program = evaluation(shape, specs)
+        self._evaluation = Executor(self.evaluation_program, functions, mesh, self.buckets)
+        self.stage_functions = functions
 
     def run_with(self, program: Program, functions: Functions) -> None:
         """From now on a training step is this program with these functions: an observer of values, another schedule.

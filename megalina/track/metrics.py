@@ -16,6 +16,8 @@ Record = dict[str, Any]
 
 PER_LAYER = ("load_max_over_mean", "load_entropy", "dropped_fraction", "dead_experts")  # lists, a number a MoE layer
 MAX_LAYERS_AS_KEYS = 64
+_NUMBERS = ("loss", "grad_norm", "val_loss", "lr", "tokens_per_s")  # or None; all that reads the file counts on it
+_LAST_STEP = 2**63 - 1
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +69,12 @@ def scalars(record: Mapping[str, Any], layer_numbers: Callable[[int], list[int]]
 def _parse(line: str) -> Record | None:
     """The record of a line; None: the line holds none."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = json.loads(line, parse_constant=lambda name: None)  # another program's NaN: as our own writer has it
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= _LAST_STEP:
+        return None
+    return record if all(isinstance(record.get(key), int | float | None) for key in _NUMBERS) else None
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -108,6 +112,12 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget the records after `step`."""
+        self._file.close()
+        self._keep_until(step)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def _keep_until(self, last_step: int) -> None:
         """Rewrite the file beside itself and swap: killed at any point, one of the two is whole."""

@@ -29,6 +29,9 @@ class Tracker(Protocol):
 
     def images(self, step: int, figures: dict[str, Figure]) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to after `step`: metrics.jsonl forgets what came later; W&B and TensorBoard keep both."""
+
     def finish(self, *, failed: bool) -> None:
         """Write out what is queued, wait for it at most a minute.  The tracker takes nothing afterwards."""
 
@@ -152,6 +155,15 @@ class RunTracker:
         pictures = {name: Picture(lambda figure=figure: figure, self._drawing) for name, figure in figures.items()}  # type: ignore[misc]
         for backend in self._backends:
             backend.do(lambda opened: opened.images(step, {name: picture.pixels() for name, picture in pictures.items()}))
+
+    def rewind(self, step: int) -> None:
+        self._snapshots = [record for record in self._snapshots if record["step"] <= step]
+        if self._file is not None:
+            try:
+                self._file.rewind(step)
+            except OSError as error:
+                logger.warning("%s is not written any more (%s)", self._file.path, error)
+                self._file = None
 
     def finish(self, *, failed: bool) -> None:
         self._show_expert_load()

@@ -44,9 +44,9 @@ class BucketOptimizer:
             optimizer.step_count = value
 
     def update(self, name: str, verdict: Verdict) -> None:
-        """The stage `update NAME` of a program.  A step that isn't finite changes nothing."""
+        """The stage `update NAME` of a program.  A step that isn't finite, or that the guard refuses, changes nothing."""
         bucket = self.buckets[name]
-        if verdict.finite:
+        if verdict.updates:
             self._optimizers[name].step(lr=self.lr, grad_scale=verdict.grad_scale)
             self._to_parameters(name)
         bucket.grad.zero_()

@@ -26,10 +26,10 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
     if total > MOST_PARAMETERS:
         logger.warning("no samples in the report: %.1f G parameters; use tools/generate.py %s", total / 1e9, checkpoint)
         return []
-    restored = restore(checkpoint)
     samples = []
     length = min(PROMPT_TOKENS, config.train.seq_len // 2)
     try:
+        restored = restore(checkpoint)
         for i in range(config.tracker.samples):  # from all over the validation text
             prompt = data.valid.batch(i * data.valid.num_sequences // config.tracker.samples, 1).tokens_BS[0, :length].tolist()
             tokens = generate(

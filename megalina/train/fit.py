@@ -2,23 +2,27 @@
 
 from pathlib import Path
 
-from megalina.checkpoint.checkpoints import check_same
-from megalina.checkpoint.files import read_description
+from megalina.checkpoint.checkpoints import all_damaged, check_same
+from megalina.checkpoint.checksums import damaged
+from megalina.checkpoint.files import MODEL, read_description
 from megalina.config import PretrainConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
-from megalina.train.resume import newest_checkpoint, resume_point
-from megalina.train.run_state import MODEL
+from megalina.train.resume import resume_candidates, resume_point
 
 
 def check_start(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run can't start from the checkpoint that it would: another model (names the first tensors that
-    differ), another run, one in the way, or one that isn't complete."""
-    newest = newest_checkpoint(Path(config.run.dir) / "checkpoints") if config.train.resume == "auto" else None
-    named = config.train.init_from if config.train.resume in ("auto", "verify", "none") else config.train.resume
-    start = newest or (Path(named) if named else None)
+    differ), another run, one in the way, or one that isn't complete or is
+    damaged."""
+    there = [] if config.train.resume == "none" else resume_candidates(config)
+    start = next((path for path in there if not damaged(path, tensors=False)), None)
+    if not there and config.train.init_from:
+        start = Path(config.train.init_from)
     if start is not None:
         check_fit(start, config, vocab_size=vocab_size)
+        if found := damaged(start, tensors=False):
+            raise ValueError(all_damaged({start: found}))
     resume_point(config)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from megalina.checkpoint.checkpoints import read_tensors, read_values
+from megalina.checkpoint.files import MODEL
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialise, spec_of
-from megalina.train.run_state import MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class Restored:
 
 def restore(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Restored:
     """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
-    what else is in the batch) and no noise is added.  ValueError if the folder holds no checkpoint."""
+    what else is in the batch) and no noise is added.  ValueError if the folder holds no checkpoint, or a
+    damaged file."""
     values = read_values(path)
     config = values["config"]
     max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]

@@ -1,10 +1,14 @@
-"""The resume point: which checkpoint a run goes on from, and whether it is of the same run."""
+"""The resume point: which checkpoint a run goes on from, and whether it is of the same run.
+
+The newest is taken whose files are all as they were written.  What one process can see at no cost (small files, sizes)
+is looked at before ranks start, the rest by all ranks together."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, newest_first, read_values
+from megalina.checkpoint.checksums import damaged
 from megalina.checkpoint.files import is_complete
 from megalina.config import PretrainConfig
 
@@ -14,25 +18,48 @@ FREE = ("model.name", "data.cache_dir", "data.tokenizer", "data.skip_samples")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in RUN/checkpoints, if there is one."""
-    return max((p for p in folder.glob("step_*") if p.name[5:].isdigit() and is_complete(p)), default=None)
+    """The complete checkpoint of the highest step in RUN/checkpoints, if there is one; it may be damaged."""
+    return next((path for path in newest_first(folder) if is_complete(path)), None)
+
+
+def resume_candidates(config: PretrainConfig) -> list[Path]:
+    """The checkpoints to go on from, the best first, whole or not; none: start anew.
+
+    ValueError where one is in the way of a run that is to start anew.  Needs no process group."""
+    there = newest_first(Path(config.run.dir) / "checkpoints")
+    if config.train.resume == "none":
+        if there:
+            raise ValueError(
+                f"train.resume=none, but {config.run.dir} has a checkpoint of step {int(there[0].name[5:])}: "
+                "choose another run.dir, remove its checkpoints, or go on with train.resume=auto"
+            )
+        return []
+    return there if config.train.resume in ("auto", "verify") else [Path(config.train.resume)]
 
 
 def resume_point(config: PretrainConfig) -> Path | None:
-    """The checkpoint to go on from; None: start anew.
+    """The checkpoint to go on from, as far as one process can tell; None: start anew.
 
-    ValueError where there is none to be found, where one is in the way, and where it is of a run with another model or
-    other data: a run that silently goes on with other text has no name.  Needs no process group.
+    Of the tensors' files only the sizes are looked at.  ValueError where there is none to be found or all are damaged,
+    where one is in the way, and where it is of a run with another model or other data: a run that silently goes on with
+    other text has no name.  Needs no process group.
     """
-    newest = newest_checkpoint(Path(config.run.dir) / "checkpoints")
-    if config.train.resume == "none":
-        if newest is not None:
-            raise ValueError(
-                f"train.resume=none, but {config.run.dir} has a checkpoint of step {read_values(newest)['step']}: "
-                "choose another run.dir, remove its checkpoints, or go on with train.resume=auto"
-            )
-        return None
-    point = newest if config.train.resume in ("auto", "verify") else Path(config.train.resume)
+    found = {}
+    for path in resume_candidates(config):
+        found[path] = damaged(path, tensors=False)
+        if not found[path]:
+            check_same_run(path, read_values(path)["config"], config)
+            return path
+    if found:
+        raise ValueError(all_damaged(found))
+    return None
+
+
+def agreed_resume_point(config: PretrainConfig, checkpoints: Checkpoints) -> Path | None:
+    """As `resume_point`, with all files checked, each rank a share; all ranks call it and are given the same.
+
+    Damaged checkpoints are passed over with a warning; ValueError as there."""
+    point = checkpoints.first_good(resume_candidates(config))
     if point is not None:
         check_same_run(point, read_values(point)["config"], config)
     return point

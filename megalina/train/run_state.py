@@ -5,19 +5,28 @@ random is a function of the seed and of how many sequences were consumed, so the
 and of all random numbers.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.slice import Slice
+from megalina.checkpoint.writing import SaveFailed
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.ledger import Ledger
 from megalina.train.load_watch import LoadWatch
+from megalina.train.sample_windows import Window, pairs
+from megalina.train.spike_guard import SpikeGuard
 
+logger = logging.getLogger("megalina")
 MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 
 
@@ -31,15 +40,23 @@ class RunState:
         trainable: Trainable,
         optimizer: BucketOptimizer,
         watch: LoadWatch,
+        guard: SpikeGuard,
+        ledger: Ledger,
         *,
         tokenizer_path: str,
     ):
         self.tokenizer_path = tokenizer_path
         self.config, self.mesh, self.trainable, self.optimizer, self.watch = config, mesh, trainable, optimizer, watch
+        self.guard, self.ledger = guard, ledger
         self.step = 0
         self.consumed_samples = 0  # sequences: where the data goes on
         self.tokens = 0  # positions with a loss, so far
         self.skipped_steps = 0
+        self.rewinds = 0
+        self.spikes = 0  # in a row; with guard.spike=rewind since the last save
+        self.windows: list[Window] = pairs(config.data.skip_samples)  # sequences to pass over
+        self.failed_saves = 0
+        self.saved_step = -1  # of the last save that was begun and has not failed
         self.val_loss: float | None = None
         options = config.checkpoint
         self.checkpoints = Checkpoints(
@@ -51,7 +68,7 @@ class RunState:
         )
 
     def save(self) -> None:
-        """Write a checkpoint of this step; all ranks together."""
+        """Write a checkpoint of this step; all ranks together.  One that fails is counted, and the run goes on."""
         values = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -62,17 +79,74 @@ class RunState:
             "last_step_of_experts": self.watch.state(),
             "vocab_size": self.trainable.gpt.vocab_size,
             "tokenizer_path": self.tokenizer_path,
+            "rewinds": self.rewinds,
+            "skipped_samples": self.windows,
+            "guard_losses": self.guard.state(),
+            "ledger": self.ledger.lines(),
+            "arithmetic": self.arithmetic(),
             "config": asdict(self.config),
         }
-        self.checkpoints.save(self.step, self._model() | self.optimizer.slices(), values)
+        self.saved_step = self.step
+        self._try(lambda: self.checkpoints.save(self.step, self.tensors(), values))
+        self.ledger.saved()
+        if self.config.guard.spike == "rewind":
+            self.spikes = 0
+
+    def wait(self) -> None:
+        """Until an asynchronous save is done."""
+        self._try(self.checkpoints.wait)
+
+    def close(self) -> None:
+        """The last save must succeed: it is tried once more.  SaveFailed, on all ranks, where it can't be."""
+        self.wait()
+        if self.saved_step != self.step:
+            self.save()
+            self.wait()
+        if self.saved_step != self.step:
+            raise RuntimeError(
+                f"the state after step {self.step} could not be saved in {self.config.run.dir}/checkpoints (see the warnings): "
+                "make room on the disk and run the same command again; it goes on from the newest checkpoint that is there"
+            )
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except SaveFailed as error:
+            self.failed_saves += 1
+            self.saved_step = -1
+            if self.mesh.world.rank == 0:
+                logger.warning("warning: %s; older checkpoints are kept, the run goes on", error)
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What rounding depends on: where all of it is equal, two runs are equal to the last bit."""
+        train, device = self.config.train, self.trainable.gpt.embedding.device
+        return {
+            "mesh": self.mesh.shape,
+            "parallel": asdict(self.config.parallel),
+            "strategy": asdict(self.config.strategy),
+            "batch": [train.global_batch_size, train.micro_batch_size],
+            "recompute": train.recompute,
+            "dtype": train.dtype,
+            "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def tensors(self) -> dict[str, Sequence[Slice]]:
+        """This rank's part of all that is saved, as views."""
+        return self._model() | self.optimizer.slices()
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, of any layout of the same model."""
-        values = self.checkpoints.load(path, self._model() | self.optimizer.slices())
+        values = self.checkpoints.load(path, self.tensors())
         self.optimizer.step_count = values["optimizer_steps"]
         self.step, self.consumed_samples = values["step"], values["consumed_samples"]
         self.tokens, self.skipped_steps = values["tokens"], values["skipped_steps"]
-        self.val_loss = values["val_loss"]
+        self.rewinds, self.val_loss, self.saved_step = values["rewinds"], values["val_loss"], values["step"]
+        known = {*self.windows, *((first, stop) for first, stop in values["skipped_samples"])}
+        self.windows = sorted(known)
+        self.guard.load(values["guard_losses"])
+        self.ledger.load(values["ledger"])
         self.watch.load(values["last_step_of_experts"])
 
     def load_weights(self, path: Path) -> None:

@@ -25,13 +25,21 @@ from megalina.parallel.functions import Verdict
 from megalina.parallel.trainable import DTYPES, Trainable
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
+from megalina.train import flight_recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.closing import close_run
+from megalina.train.determinism import make_deterministic
+from megalina.train.doctor import Doctor
+from megalina.train.ledger import Ledger, Line, RandomState, line_of
 from megalina.train.load_watch import LoadWatch
 from megalina.train.model_flops import model_flops, peak_flops
-from megalina.train.resume import newest_checkpoint, resume_point
+from megalina.train.recovery import meet_spike, name_non_finite, saved_before
+from megalina.train.replay import replay
+from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
 from megalina.train.run_state import RunState
+from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
+from megalina.train.spike_guard import SpikeGuard
 from megalina.train.stop import StopWish
 from megalina.train.throughput import mfu, peak_memory_bytes
 
@@ -45,34 +53,53 @@ def train(config: PretrainConfig) -> dict[str, Any]:
     torchrun's environment variables say which rank this is (none: a single process).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if config.train.deterministic:
+        make_deterministic()
     device = choose_device(config.launch.device)
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
-    start = resume_point(config)
     tracker = None
+    expected = None
     if rank == 0:  # before the first collective, so that a slow tracker keeps nobody waiting inside one
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        resumed = read_values(start)["step"] if start else 0
-        tracker = open_trackers(config.tracker, run_dir=Path(config.run.dir), config=asdict(config), resumed_step=resumed)
-    failed = True
+        expected = resume_point(config)
+        resumed_step = read_values(expected)["step"] if expected else 0
+        tracker = open_trackers(config.tracker, run_dir=Path(config.run.dir), config=asdict(config), resumed_step=resumed_step)
+    failed, doctor = True, None
     try:
+        if device.type == "cuda":
+            flight_recorder.prepare(os.environ, Path(config.run.dir) / "logs")
         if world > 1:
+            timeout = timedelta(seconds=config.cluster.timeout_s)
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store keeps the addresses of lost ranks
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(seconds=config.cluster.timeout_s),
+                store=dist.PrefixStore(f"attempt_{attempt}", store),
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         run = Run(config, data, device=device, tracker=tracker)
-        run.begin(start)
+        doctor = run.doctor
+        doctor.start()
         try:
+            start = agreed_resume_point(config, run.state.checkpoints)
+            run.begin(start)
+            if tracker is not None and start != expected:  # a file of tensors is damaged
+                tracker.rewind(run.state.step)
             run.loop()
         except Exception as error:
             error.add_note(f"rank {rank} of {world}, in step {run.state.step + 1}")
+            doctor.stop(error)
             raise
         summary = run.close()
         failed = False
     finally:
         if tracker is not None:
             tracker.finish(failed=failed)
+        if doctor is not None:
+            doctor.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
     return summary
@@ -98,10 +125,28 @@ class Run:
         self.is_first = self.mesh.world.rank == 0
         wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         vocab_size = config.model.vocab_size or data.vocab_size  # the model may have more than the tokenizer
-        self.trainable = Trainable(config, self.mesh, vocab_size=vocab_size, device=device, wish_to_stop=wish)
+        guard = SpikeGuard(config.guard)
+        self.doctor = Doctor(
+            self.mesh.log,
+            world=self.mesh.world.size,
+            rank=self.mesh.world.rank,
+            timeout_s=config.hang.timeout_s,
+            folder=Path(config.run.dir) / "logs",
+        )
+        self.trainable = Trainable(
+            config,
+            self.mesh,
+            vocab_size=vocab_size,
+            device=device,
+            wish_to_stop=wish,
+            is_spike=guard.is_spike,
+            explain=self.doctor.explain,
+        )
         self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
         self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
-        self.state = RunState(config, self.mesh, self.trainable, self.optimizer, self.watch, tokenizer_path=data.tokenizer_path)
+        self.state = RunState(
+            config, self.mesh, self.trainable, self.optimizer, self.watch, guard, Ledger(), tokenizer_path=data.tokenizer_path
+        )
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
         self.first_sample, self.own_samples = self._share(config.train.global_batch_size)
@@ -110,10 +155,15 @@ class Run:
 
     def begin(self, start: Path | None) -> None:
         """Take the state of the checkpoint `start`, or the weights of `train.init_from`."""
-        if start is not None:
+        if start is not None and self.config.train.resume == "verify":
+            step = read_values(start)["step"]
+            replay(self, start, self.state.checkpoints.first_good(saved_before(start.parent, step)))
+        elif start is not None:
             self.state.load(start)
         elif self.config.train.init_from:
             self.state.load_weights(Path(self.config.train.init_from))
+        if self.is_first and self.config.train.ledger:
+            self.state.ledger.open(Path(self.config.run.dir), self.state.step)
         if self.is_first:
             logger.info("data: %s", self.data.description)
             logger.info("%s", self._describe())
@@ -129,7 +179,15 @@ class Run:
         with progress:
             while state.step < last_step:
                 step = state.step + 1
-                record, stop = self._one_step(step)
+                started_s = time.perf_counter()
+                verdict, _ = self.compute(step)
+                step_s = time.perf_counter() - started_s
+                if verdict.spike and meet_spike(self, verdict, state.consumed_samples):
+                    continue
+                if not verdict.finite:
+                    name_non_finite(self, self._batch, verdict)
+                self._step_s.append(step_s)
+                record, stop = self._step_record(verdict, step_s), verdict.stop
                 if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                     state.val_loss = record["val_loss"] = self.validate()
                 if self.tracker is not None:
@@ -142,7 +200,8 @@ class Run:
                     if self.is_first:
                         logger.info("stopped after step %d as asked; the same command goes on from there", step)
                     break
-        state.checkpoints.wait()
+        if state.saved_step >= 0 or state.failed_saves:
+            state.close()
 
     def validate(self) -> float | None:
         """Mean loss in nats over the first `train.eval_sequences` of the validation text; None without such text."""
@@ -177,6 +236,8 @@ class Run:
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s) if tokens_per_s else None,
             "skipped_steps": state.skipped_steps,
+            "rewinds": state.rewinds,
+            "failed_saves": state.failed_saves,
             "dead_experts": sum(self._record.get("dead_experts", [])),
             "total_params": self.flops.total_params,
             "active_params": self.flops.active_params,
@@ -187,9 +248,10 @@ class Run:
             close_run(self.config, self.data, checkpoint=checkpoint, summary=summary)
         return summary
 
-    def _one_step(self, step: int) -> tuple[dict[str, Any], bool]:
+    def compute(self, step: int) -> tuple[Verdict, Line]:
+        """One step, with its entry in the ledger; nothing is logged or saved."""
         train, state = self.config.train, self.state
-        started_s = time.perf_counter()
+        self.mesh.log.position.step = step
         self.optimizer.lr = learning_rate(
             self.config.schedule,
             peak=self.config.optim.lr,
@@ -197,25 +259,36 @@ class Run:
             total_steps=train.steps,
             tokens_per_step=train.global_batch_size * train.seq_len,
         )
-        first = state.consumed_samples + self.first_sample
-        batch: Batch = self.data.train.batch(first, self.own_samples).to(self.device)
-        verdict = self.trainable.step(batch, self.optimizer.update)
+        first = after(state.consumed_samples, train.global_batch_size, state.windows)
+        self._batch: Batch = self.data.train.batch(first + self.first_sample, self.own_samples).to(self.device)
+        random = RandomState()
+        verdict = self.trainable.step(self._batch, self.optimizer.update)
         state.step, state.tokens = step, state.tokens + verdict.loss_tokens
-        state.consumed_samples += train.global_batch_size
-        if verdict.finite:
+        state.consumed_samples = first + train.global_batch_size
+        if verdict.updates:
+            state.guard.accept(verdict.loss)
+            if self.config.guard.spike == "skip":
+                state.spikes = 0
             for layer, load in zip(self.trainable.gpt.moe_layers, verdict.loads, strict=True):
                 router = self.trainable.gpt.layers[layer].router
                 if router.bias_E is not None:
                     router.update_bias(load[:-1].to(self.device))
         else:
             state.skipped_steps += 1
-        step_s = time.perf_counter() - started_s
-        self._step_s.append(step_s)
-        return self._step_record(verdict, step_s), verdict.stop
+        digest = random.digest(seed=train.seed, first_sample=first)
+        line = line_of(verdict, step=step, first_sample=first, count=train.global_batch_size, random=digest)
+        if train.ledger:
+            state.ledger.add(line)
+        return verdict, line
 
     def _step_record(self, verdict: Verdict, step_s: float) -> dict[str, Any]:
         state = self.state
         tokens_per_s = self._tokens_per_s(step_s)
+        load = self.watch.report(state.step, verdict.loads)
+        if self.is_first:
+            layers, least = self.trainable.gpt.moe_layers, self.config.guard.min_entropy
+            for line in self.watch.warnings(load, moe_layers=layers, min_entropy=least):
+                logger.warning("warning: step %d: %s", state.step, line)
         return {
             "step": state.step,
             "consumed_samples": state.consumed_samples,
@@ -229,8 +302,10 @@ class Run:
             "mfu": self._mfu(tokens_per_s),
             "step_s": step_s,
             "skipped_steps": state.skipped_steps,
+            "rewinds": state.rewinds,
+            "failed_saves": state.failed_saves,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
-            **asdict(self.watch.report(state.step, verdict.loads)),
+            **asdict(load),
         }
 
     def _tokens_per_s(self, step_s: float) -> float:

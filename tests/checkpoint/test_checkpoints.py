@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megalina.checkpoint.checkpoints import Checkpoints, read_tensors, read_values
+from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
 from megalina.checkpoint.files import Part, read_into
 from megalina.checkpoint.slice import Slice, boxes, span, whole_shape
+from megalina.checkpoint.writing import SaveFailed
 from megalina.mesh import Axis, Mesh, build_mesh, rows
 from tests.parallel.ranks import run_on_ranks
 
@@ -161,10 +163,12 @@ def failing_rank_fails_all(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if mesh.world.rank == mesh.world.size - 1:
                 patch.setattr(dcp.FileSystemWriter, "write_data", disk_full)
-            with pytest.raises(RuntimeError, match=rf"rank {mesh.world.size - 1}: .*no space left"):
+            with pytest.raises(SaveFailed, match=rf"step_00000002 .*rank {mesh.world.size - 1}: .*no space left") as caught:
                 there.save(2, slices(mesh, zero=False), VALUES)
                 there.wait()
+        assert caught.value.rank == mesh.world.size - 1 and caught.value.path == root / "step_00000002"
         assert there.newest() == root / "step_00000001"
+        assert names(root) == ["step_00000001"]  # what was written is gone: `newest` has come after it on rank 0
 
 
 def holes_are_refused(root: Path) -> None:
@@ -243,6 +247,11 @@ def save_one(folder: Path, step: int, value: float = 0.0, **settings: Any) -> Ch
     return there
 
 
+def sign(path: Path) -> None:
+    """Give a checkpoint the checksums of the files that it has now, as one who plants something would."""
+    write_sums(path, {p.name: sum_of(p) for p in path.iterdir() if p.name != SUMS})
+
+
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
@@ -275,14 +284,18 @@ def test_incomplete_and_missing_checkpoints_are_named(tmp_path: Path) -> None:
     mine = {"w": Slice(torch.full((3,), 9.0), {})}
     data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="damaged: it has .* bytes"):
+    with pytest.raises(ValueError, match=r"step_00000001: __0_0.distcp: it has \d+ bytes, not \d+"):
         checkpoints(tmp_path, ONE).load(path, mine)
     (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:50])
-    with pytest.raises(ValueError, match="metadata is damaged"):
+    with pytest.raises(ValueError, match=r"\.metadata: it has 50 bytes"):
         checkpoints(tmp_path, ONE).load(path, mine)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged: it has 50 bytes"):
+        read_tensors(path)
     (path / ".metadata").unlink()
-    with pytest.raises(ValueError, match="not a complete checkpoint: it has no .metadata"):
+    with pytest.raises(ValueError, match=r"\.metadata: there is no such file"):
         checkpoints(tmp_path, ONE).load(path, mine)
+    with pytest.raises(ValueError, match="not a complete checkpoint: it has no .metadata"):
+        read_tensors(path)
     assert checkpoints(tmp_path, ONE).newest() is None
     assert mine["w"].local.tolist() == [9.0] * 3
 
@@ -296,6 +309,9 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(trap),)
 
     (tmp_path / "step_00000001" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="metadata is damaged: it has"):
+        read_tensors(tmp_path / "step_00000001")
+    sign(tmp_path / "step_00000001")
     with pytest.raises(ValueError, match="mkdir has no place"):
         read_tensors(tmp_path / "step_00000001")
     assert not trap.exists()
@@ -310,10 +326,10 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
 def test_nothing_older_goes_before_the_newer_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_one(tmp_path, 1, keep_last=1)
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", disk_full)
-    with pytest.raises(RuntimeError, match="no space left"):
+    with pytest.raises(SaveFailed, match="no space left"):
         save_one(tmp_path, 2, keep_last=1)
     assert checkpoints(tmp_path, ONE).newest() == tmp_path / "step_00000001"
-    assert names(tmp_path) == ["step_00000001"]  # the half-written one is gone at the next start
+    assert names(tmp_path) == ["step_00000001"]
     monkeypatch.undo()
     save_one(tmp_path, 2, keep_last=1)
     assert names(tmp_path) == ["step_00000002"]
@@ -352,18 +368,21 @@ def test_a_kill_between_renames_loses_nothing(tmp_path: Path, monkeypatch: pytes
     assert not [n for n in names(tmp_path) if n.startswith(".")]
 
 
-def dies_while_saving(root: Path) -> None:
+def dies_while_saving(root: Path, asynchronous: bool) -> None:
     mesh = build_mesh(tp=1, ep=2)
-    there = checkpoints(root, mesh)
+    there = checkpoints(root, mesh, asynchronous=asynchronous)
     there.save(10, slices(mesh, zero=False), VALUES)
+    there.wait()
     if mesh.world.rank == 1:
-        dcp.FileSystemWriter.write_data = lambda *_: os._exit(9)  # type: ignore[method-assign, assignment, return-value]
+        dcp.FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), 9)  # type: ignore[method-assign, assignment, return-value]
     there.save(20, slices(mesh, zero=False), VALUES)
+    there.wait()
 
 
-def test_a_rank_killed_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="exit code 9"):
-        run_on_ranks(2, dies_while_saving, tmp_path)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_killed_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    with pytest.raises(Exception, match="SIGKILL|closed|reset"):  # what is noticed first: the death, or a broken connection
+        run_on_ranks(2, dies_while_saving, tmp_path, asynchronous)
     assert ".step_00000020.partial" in names(tmp_path)
     there = checkpoints(tmp_path, ONE)
     path = there.newest()

@@ -70,7 +70,7 @@ def test_a_build_that_raises_can_be_tried_again(tmp_path: Path) -> None:
 def test_arrays_are_built_once_and_mapped(tmp_path: Path) -> None:
     calls = []
     for _ in range(2):
-        arrays = cached_arrays(tmp_path / "entry", lambda: calls.append(1) or {"a": np.arange(5)})  # type: ignore[func-returns-value]
+        arrays = cached_arrays(tmp_path / "entry", ["a"], lambda: calls.append(1) or {"a": np.arange(5)})  # type: ignore[func-returns-value]
         assert isinstance(arrays["a"], np.memmap) and arrays["a"].tolist() == [0, 1, 2, 3, 4]
     assert len(calls) == 1
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalina.comm import exchange
 from megalina.mesh import Mesh, build_mesh
+from megalina.model.digest import LIMBS
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Kind, Op, Program, Stage, backward
@@ -217,7 +218,8 @@ def expected_calls(trainable: Trainable) -> dict[str, list[tuple[str, int | None
     """What the list says, for gloo, where a reduce-scatter is an all-to-all; None: as many as the tokens decide."""
     experts, width = GROUPS["model"]["num_experts"], GROUPS["model"]["d_model"]
     tokens = trainable.micro_batch_size * LENGTH
-    elements = {"counts": experts, "divisor": 2, "stat_gather": 2 * tokens, "scores": tokens // trainable.mesh.tp.size * experts}
+    scores = tokens // trainable.mesh.tp.size * experts
+    elements = {"counts": experts, "divisor": 2 + LIMBS, "stat_gather": 2 * tokens, "scores": scores}
     out: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
     for s in trainable.program:
         axis = getattr(trainable.mesh, s.axis) if s.kind is Kind.START else None

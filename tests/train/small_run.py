@@ -98,6 +98,9 @@ class Recorder:
             assert self.run is not None
             action(self.run)
 
+    def rewind(self, step: int) -> None:
+        self.records = [record for record in self.records if record["step"] <= step]
+
     def finish(self, *, failed: bool) -> None:
         assert not failed
 
@@ -133,9 +136,9 @@ def steps_kept(config: PretrainConfig) -> list[int]:
 
 
 def same_checkpoints(a: Path, b: Path) -> list[str]:
-    """What differs in two checkpoints, bit by bit; the configuration that is saved with them does not count."""
+    """What differs in two checkpoints, bit by bit; the configurations that are saved with them do not count."""
     first, second = read_tensors(a), read_tensors(b)
-    values = [{k: v for k, v in read_values(p).items() if k != "config"} for p in (a, b)]
+    values = [{k: v for k, v in read_values(p).items() if k not in ("config", "arithmetic")} for p in (a, b)]
     names = [n for n in first if n not in second or first[n].dtype != second[n].dtype or not torch.equal(first[n], second[n])]
     return names + [n for n in second if n not in first] + [k for k in values[0] if values[0][k] != values[1].get(k)]
 

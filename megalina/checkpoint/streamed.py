@@ -1,0 +1,91 @@
+"""A streamed checkpoint: written by one process, one tensor at a time in memory, into any number of tensor files."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalina.checkpoint.files import Part, Stored
+from megalina.checkpoint.slice import Box, span
+from megalina.checkpoint.writing import Fetch, sync_folder, write_rest, write_streamed
+
+Listing = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name: shape of the whole tensor, type
+
+
+def write_checkpoint(path: Path, values: Mapping[str, Any], listing: Listing, fetch: Fetch, *, files: int = 1) -> None:
+    """Write the checkpoint folder `path`, which must not be there; `fetch` gives the data of a box of a tensor.
+
+    The tensors lie one after the other in `files` tensor files of the same size, whole but for those at the cuts.
+    ValueError for a number of files below 1; OSError where it can't be written: nothing of it stays."""
+    if files < 1:
+        raise ValueError(f"a checkpoint has at least 1 tensor file, not {files}")
+    with published(path) as partial:
+        partial.mkdir(parents=True)
+        tensors, sums = write_streamed(partial, _shares(listing, files), fetch)
+        write_rest(partial, json.dumps(values), tensors, sums)
+
+
+def rewrite(source: Path, target: Path, *, files: int) -> None:
+    """Write the checkpoint `source` again as `target`, with as many tensor files as `files` ranks would write."""
+    stored = Stored(source)
+    write_checkpoint(target, stored.values, stored.listing, from_stored(stored), files=files)
+
+
+def from_stored(stored: Stored, prefix: str = "") -> Fetch:
+    """The data of boxes as a checkpoint has it, where its tensors' names begin with `prefix`."""
+
+    def fetch(name: str, box: Box) -> torch.Tensor:
+        return stored.box(prefix + name, box.offsets, tuple(box.data.shape), box.data.dtype)
+
+    return fetch
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write a file or folder under; it gets its name when all of it is there.
+
+    ValueError if there is something of that name already."""
+    if path.exists():
+        raise ValueError(f"{path} is there already: remove it, or choose another name")
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        partial.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _shares(listing: Listing, files: int) -> list[dict[str, Part]]:
+    """Which boxes go to which file: tensor after tensor in the order of the names, cut where a file has its share."""
+    total = sum(_numel(shape) * dtype.itemsize for shape, dtype in listing.values())
+    cuts = [total * i // files for i in range(files + 1)]
+    shares: list[dict[str, Part]] = [{} for _ in range(files)]
+    position = 0  # in bytes
+    for name in sorted(listing):
+        shape, dtype = listing[name]
+        count = _numel(shape)
+        ends = [min(count, max(0, -((position - cut) // dtype.itemsize))) for cut in cuts]  # elements before each cut
+        for share, start, stop in zip(shares, ends, ends[1:]):
+            boxes = [Box(o, torch.empty(sizes, dtype=dtype, device="meta")) for o, sizes in span(shape, start, stop)]
+            if boxes:
+                share[name] = Part(shape, dtype, boxes)
+        position += count * dtype.itemsize
+    return shares
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,100 @@
+"""Recovery: what a run does about a step whose loss or gradient can't be trusted."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalina.batch import Batch
+from megalina.checkpoint.files import is_complete
+from megalina.comm.objects import everybodys
+from megalina.parallel.functions import Verdict
+from megalina.parallel.non_finite import first_bad_stage
+
+if TYPE_CHECKING:
+    from megalina.train.trainer import Run
+
+logger = logging.getLogger("megalina")
+
+
+class SpikesGoOn(RuntimeError):
+    """The guard has met too many spikes."""
+
+
+def name_non_finite(run: "Run", batch: Batch, verdict: Verdict) -> None:
+    """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
+    functions = run.trainable.stage_functions
+    names, functions.non_finite = functions.non_finite, []
+    stages, gradients = zip(*everybodys(run.mesh, (first_bad_stage(run.trainable, batch), names)), strict=True)
+    if not run.is_first:
+        return
+    bad = sorted({name for own in gradients for name in own}, key=_backward_order(run))
+    place, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(stages))
+    if tag:
+        where = f"the first is the output of stage {tag} on rank {rank}"
+    elif bad:
+        where = "every value of the forward pass is finite, so it arose in backward"
+    else:
+        where = "the sum of squares of the gradients is not"
+    parameters = f"; gradients: {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "") if bad else ""
+    logger.warning(
+        "warning: step %d is skipped on all ranks: loss %g, gradient norm %g; not finite: %s%s",
+        *(run.state.step, verdict.loss, verdict.grad_norm, where, parameters),
+    )
+
+
+def meet_spike(run: "Run", verdict: Verdict, stop_sample: int) -> bool:
+    """The step with this verdict, whose sequences end before `stop_sample`, was refused; returns whether the run was taken
+    back.  SpikesGoOn, on all ranks, after `guard.max_spikes` of them."""
+    state, guard = run.state, run.config.guard
+    state.spikes += 1
+    what = (
+        f"loss {verdict.loss:.4f} at step {state.step} is {state.guard.rise(verdict.loss):.2f} nats above the median of the "
+        f"last {len(state.guard.state())}, {state.guard.score(verdict.loss):.1f} robust deviations "
+        f"(guard.threshold {guard.threshold:g})"
+    )
+    if state.spikes > guard.max_spikes:
+        raise SpikesGoOn(
+            f"{what}; it is spike {state.spikes} "
+            + ("since the last checkpoint" if guard.spike == "rewind" else "in a row")
+            + f" and guard.max_spikes is {guard.max_spikes}: look at the text (ledger.jsonl has each step's sequences), "
+            "lower optim.lr, or raise guard.threshold"
+        )
+    point = None
+    if guard.spike == "rewind":
+        state.wait()
+        point = state.checkpoints.first_good(saved_before(Path(run.config.run.dir) / "checkpoints", state.step))
+    if point is None:
+        if run.is_first:
+            why = "; there is no checkpoint to go back to yet" if guard.spike == "rewind" else ""
+            logger.warning("warning: spike: %s; its update is left out%s", what, why)
+        return False
+    spikes, rewinds, step = state.spikes, state.rewinds + 1, state.step
+    windows = state.windows
+    state.load(point)
+    window = (state.consumed_samples, stop_sample)
+    state.windows = sorted({*windows, window})
+    state.spikes, state.rewinds = spikes, rewinds
+    state.ledger.rewind(state.step)
+    event = {"step": state.step, "event": "rewind", "from_step": step, "skipped_samples": window, "loss_hex": verdict.loss.hex()}
+    state.ledger.event(event)
+    if run.tracker is not None:
+        run.tracker.rewind(state.step)
+    if run.is_first:
+        logger.warning(
+            "warning: spike: %s; back to step %d, past sequences %d to %d (the same run without them: data.skip_samples=[%d,%d])",
+            *(what, state.step, window[0], window[1] - 1, *window),
+        )
+    return True
+
+
+def saved_before(folder: Path, step: int) -> list[Path]:
+    """The complete checkpoints of earlier steps, newest first."""
+    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and is_complete(p) and int(p.name[5:]) < step]
+    return sorted(found, reverse=True)
+
+
+def _backward_order(run: "Run") -> Callable[[str], int]:
+    """Backward meets the last layers first, so what is last in the model's order is where it began."""
+    order = {name: i for i, (name, _) in enumerate(run.trainable.gpt.named_parameters())}
+    return lambda name: -order.get(name, 0)

@@ -1,0 +1,67 @@
+"""Bugs in the forward pass."""
+
+from torch import Tensor
+
+from megalina.config import PretrainConfig
+from megalina.model.layers import ALL
+from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Stage
+from megalina.verify.bugs.change import Function, around
+
+
+def bias_added_tp_times(trainable: Trainable, config: PretrainConfig) -> None:
+    more = trainable.mesh.tp.size - 1
+
+    def of(stage: Stage, function: Function) -> Function:
+        if stage.name not in ("attention_residual", "mlp_residual"):
+            return function
+        layer = trainable.gpt.layers[stage.layer]
+        bias = layer.attention.proj_bias if stage.name == "attention_residual" else layer.mlp.b2
+        assert bias is not None
+        return lambda x, added, batch: function(x, added + more * bias, batch)
+
+    around(trainable, of)
+
+
+def capacity_per_chunk(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.moe_layers:
+        router = trainable.gpt.layers[layer].router
+        router.forward = _own_capacity(router)  # type: ignore[method-assign]
+
+
+def _own_capacity(router: Router) -> Function:
+    """A router to which the own tokens are all there are."""
+
+    def forward(logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
+        here = RouterTokens(tokens.token_A[own], tokens.sample_A[own], tokens.position_A[own], tokens.valid_A[own], 1)
+        return Router.forward(router, logits_TE, here, logits_AE[own], ALL)
+
+    return forward
+
+
+def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
+    def of(stage: Stage, function: Function) -> Function:
+        if stage.name != "experts":
+            return function
+        experts = trainable.gpt.layers[stage.layer].experts
+        return lambda got, sizes: experts(got, sizes.count_e)
+
+    around(trainable, of)
+
+
+def vocabulary_first_words(trainable: Trainable, config: PretrainConfig) -> None:
+    gpt = trainable.gpt
+
+    def of(stage: Stage, function: Function) -> Function:
+        if stage.name == "embed":
+            return lambda batch: gpt.embed(batch, 0)
+        return (lambda n, batch: gpt.stat(n, batch, 0)) if stage.name == "logits" else function
+
+    around(trainable, of)
+
+
+def dropout_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
+    trainable.gpt.seed += 1 + trainable.mesh.world.rank
+    for layer in trainable.gpt.layers:
+        layer.seed += 1 + trainable.mesh.world.rank

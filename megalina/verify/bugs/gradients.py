@@ -1,0 +1,93 @@
+"""Bugs in gradients and in how they are summed over ranks."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalina.config import PretrainConfig
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Kind, Op, Stage
+from megalina.verify.bugs.change import Function, around, expert_buckets, seeds, with_program
+
+
+def experts_scaled_by_edp(trainable: Trainable, config: PretrainConfig) -> None:
+    def of(stage: Stage, function: Function) -> Function:
+        if stage.name != "measure":
+            return function
+
+        def scaled(*a: Any) -> Any:
+            for name in expert_buckets(trainable):
+                trainable.buckets[name].grad.mul_(trainable.mesh.edp.size)
+            return function(*a)
+
+        return scaled
+
+    around(trainable, of)
+
+
+def divided_by_dp_twice(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: 1 / trainable.mesh.dp.size)
+
+
+def router_detached(trainable: Trainable, config: PretrainConfig) -> None:
+    def of(stage: Stage, function: Function) -> Function:
+        return (lambda h, back, weight, *rest: function(h, back, weight.detach(), *rest)) if stage.name == "mix" else function
+
+    around(trainable, of)
+
+
+def bucket_reduced_early(trainable: Trainable, config: PretrainConfig) -> None:
+    """The last layer's dense bucket goes out before the last micro-batch's backward."""
+    name = f"dense.{config.model.num_layers - 1}"
+    moved = tuple(s for s in trainable.program if s.op is Op.GRADS and s.name == name)
+    rest = [s for s in trainable.program if s not in moved]
+    last = str(trainable.micro_batches - 1)
+    place = next(i for i, s in enumerate(rest) if s.phase == "B" and s.part == last and s.op is not Op.GRADS)
+    with_program(trainable, (*rest[:place], *moved, *rest[place:]))
+
+
+def groups_exchanged(trainable: Trainable, config: PretrainConfig) -> None:
+    names = expert_buckets(trainable)
+    changed = (replace(s, axis="ep") if s.op is Op.GRADS and s.name in names else s for s in trainable.program)
+    with_program(trainable, tuple(changed))
+
+
+def expert_gradient_not_reduced(trainable: Trainable, config: PretrainConfig) -> None:
+    names = expert_buckets(trainable)
+    with_program(trainable, tuple(s for s in trainable.program if not (s.op is Op.GRADS and s.name in names)))
+
+
+def last_micro_batch_dropped(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: float(part != str(trainable.micro_batches - 1)))
+
+
+def micro_batch_counted_twice(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: 2.0 if part == "0" else 1.0)
+
+
+def z_loss_without_gradient(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: float(loss != "z"))
+
+
+def balance_loss_without_gradient(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: float(loss not in ("aux", "global_aux")))
+
+
+def sequence_norm_not_summed(trainable: Trainable, config: PretrainConfig) -> None:
+    """The norms between the parts that tp cuts are reduced apart, over the ranks that hold the same tp coordinate."""
+    out: list[Stage] = []
+    done: set[tuple[str, Kind]] = set()
+    for stage in trainable.program:
+        if stage.op is not Op.GRADS or not stage.name.startswith(("copied.", "ends")):
+            out.append(stage)
+            continue
+        if (stage.name, stage.kind) in done:
+            continue  # a further piece
+        done.add((stage.name, stage.kind))
+        bucket = trainable.buckets[stage.name]
+        starts = [m.start for m in bucket.members]
+        for m, start, stop in zip(bucket.members, starts, [*starts[1:], bucket.numel], strict=True):
+            is_norm = any(n in m.name for n in ("attention_norm", "mlp_norm", "final_norm"))
+            wire = (f"{stage.name}'>{start}",)
+            to = {"reads": wire} if stage.kind is Kind.WAIT else {"writes": wire}
+            out.append(replace(stage, axis="dp" if is_norm else stage.axis, piece=(start, stop), **to))  # type: ignore[arg-type]
+    with_program(trainable, tuple(out))

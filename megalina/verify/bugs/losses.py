@@ -1,0 +1,63 @@
+"""Bugs in losses and in what they are divided by."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalina.config import PretrainConfig
+from megalina.model.balance import balance_loss
+from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Stage
+from megalina.verify.bugs.change import Function, after, around
+
+
+def padding_counted(trainable: Trainable, config: PretrainConfig) -> None:
+    def counted(out: Tensor, *batches: Any) -> Tensor:
+        padding = torch.stack([(~b.valid_BS).sum() for b in batches]).sum()
+        out[:2] += padding
+        return out
+
+    after(trainable, "sizes", counted)
+
+
+def balance_loss_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
+    if config.router.group == "global":
+        own: list[Tensor] = []
+
+        def of(stage: Stage, function: Function) -> Function:
+            if stage.name == "loads":
+
+                def noted(*a: Any) -> Any:
+                    own[:] = [function(*a)]
+                    return own[0]
+
+                return noted
+            return (lambda *a: function(*a[:-1], own[0])) if stage.name == "balance" else function
+
+        around(trainable, of)
+        return
+    for layer in trainable.gpt.moe_layers:
+        router = trainable.gpt.layers[layer].router
+        router.forward = _own_balance(router)  # type: ignore[method-assign]
+
+
+def _own_balance(router: Router) -> Function:
+    """A router whose balance loss knows the own tokens' choices alone."""
+
+    def forward(logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
+        routing: Routing = Router.forward(router, logits_TE, tokens, logits_AE, own)
+        groups = tokens.num_sequences if router.group == "sequence" else 1
+        valid_T = tokens.valid_A[own]
+        group_T = (torch.arange(len(tokens.valid_A)) // (len(tokens.valid_A) // groups))[own].to(valid_T.device)
+        group_T = group_T.where(valid_T, groups)
+        counts_GE = torch.zeros(groups + 1, router.num_experts + 1, dtype=torch.int64, device=valid_T.device)
+        counts_GE.index_put_((group_T[:, None], routing.expert_TK), torch.ones_like(routing.expert_TK), accumulate=True)
+        tokens_G = torch.bincount(group_T, minlength=groups + 1)[:groups]
+        log_TE = torch.nn.functional.logsigmoid(logits_TE) if router.sigmoid else logits_TE
+        balance = balance_loss(log_TE.softmax(1), group_T, counts_GE[:groups, :-1], tokens_G, router.top_k)
+        return replace(routing, balance=balance)
+
+    return forward

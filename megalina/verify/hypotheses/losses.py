@@ -1,0 +1,83 @@
+"""Hypotheses about reported losses and numbers of tokens, all activations being right."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megalina.verify.evidence import Cause, Evidence, close
+from megalina.verify.hypotheses.pieces import routings
+from megalina.verify.hypotheses.vocabulary import head_of_first_words
+
+
+def padding(evidence: Evidence) -> Iterator[Cause]:
+    """The number of tokens that losses are divided by counts padding."""
+    batch = evidence.batch
+    tokens, valid, padded = int(batch.loss_mask_BS.sum()), int(batch.valid_BS.sum()), int((~batch.valid_BS).sum())
+    if not padded:
+        return
+    counts = []
+    for name, count, wrong in (
+        ("loss", tokens, (tokens + padded, batch.valid_BS.numel())),
+        ("balance_loss", valid, (valid + padded,)),
+        ("z_loss", valid, (valid + padded,)),
+    ):
+        pair = evidence.pair("loss", name)
+        if pair.equal:
+            continue
+        divided = next((w for w in wrong if close(pair.want.value * count / w, pair.got.value)), None)
+        if divided is None:
+            return
+        counts.append(f"{name} by {divided} tokens instead of {count}")
+    for name, count, wrong in (
+        ("loss_tokens", tokens, (tokens + padded, batch.valid_BS.numel())),
+        ("valid_tokens", valid, (valid + padded,)),
+    ):
+        pair = evidence.pair("loss", name)
+        if pair.equal:
+            continue
+        if pair.got.value.item() not in wrong:
+            return
+        counts.append(f"{name} is {pair.got.value:.0f} instead of {count}")
+    if counts:
+        yield Cause("padding_counted", f"{', '.join(counts)}: {padded} positions of padding are counted")
+
+
+def balance_of_pieces(evidence: Evidence) -> Iterator[Cause]:
+    """The balance loss is a mean of what ranks compute of their own tokens' counts."""
+    pair, layers = evidence.pair("loss", "balance_loss"), evidence.model.moe_layers
+    if pair.equal or evidence.layout.world == 1 or evidence.pair("loss", "loss").equal is False:
+        return
+    by_tokens = by_rank = torch.zeros((), dtype=torch.float64)
+    most = 1
+    for layer in layers:
+        for group in routings(evidence, layer):
+            most = max(most, len(group))
+            counts = torch.stack([evidence.batch.valid_BS.flatten()[piece].sum() for piece, _ in group]).double()
+            sums = torch.stack([routing.balance.double() for _, routing in group])
+            by_tokens = by_tokens + sums.sum()
+            by_rank = by_rank + (sums / counts.clamp(min=1)).mean() * counts.sum()
+    if most == 1:
+        return
+    scale = int(evidence.batch.valid_BS.sum()) * len(layers)
+    for value, how in ((by_tokens / scale, "weighted by their tokens"), (by_rank / scale, "all ranks alike")):
+        if close(value, pair.got.value):
+            yield Cause(
+                "balance_loss_per_rank",
+                f"balance_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: the mean of {most} ranks' losses of "
+                f"their own tokens alone, {how}; the counts of a group's tokens are not summed over ranks",
+            )
+            return
+
+
+def first_words_in_head(evidence: Evidence) -> Iterator[Cause]:
+    """The loss is that of a head in which each tp rank takes its words for the first ones."""
+    pair = evidence.pair("loss", "loss")
+    if pair.equal or evidence.layout.tp == 1:
+        return
+    loss = head_of_first_words(evidence)
+    if close(loss, pair.got.value):
+        yield Cause(
+            "vocabulary_first_words",
+            f"loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: each of {evidence.layout.tp} tp ranks looks for "
+            "labels among the first words, whatever words it holds",
+        )

@@ -1,0 +1,191 @@
+"""The rows of a verification: which layouts run which routers with which strategies, all of them or so that all pairs occur."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, StrategyConfig
+from megalina.validate import check_config
+from megalina.verify.on_ranks import layout_config
+from megalina.verify.recording import SEQUENCES, Layout
+from megalina.verify.shrink import power_below
+
+CAPACITY = 0.8  # of routers that come without one: some tokens are always dropped
+MOST_ROWS = 400  # of a product; beyond, pairs
+PIECE_MB = 0.002  # MiB: many pieces a bucket
+Values = dict[str, Any]  # axis -> choice
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What rows choose from, by name.  All sizes are shrunk."""
+
+    base: PretrainConfig
+    routers: Mapping[str, RouterConfig]
+    strategies: Mapping[str, StrategyConfig]
+    models: Mapping[str, ModelConfig]
+    optimizers: Mapping[str, OptimConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing to run."""
+
+    layout: Layout
+    router: str
+    capacity: float  # 0: dropless
+    model: str
+    optimizer: str
+
+    @property
+    def router_text(self) -> str:
+        return self.router + (f", capacity {self.capacity:g}" if self.capacity else "")
+
+
+def places(ranks: int) -> list[tuple[int, int, int, bool]]:
+    """(world, tp, ep, sequence parallel) for every world of 1, 2, 4, ... up to `ranks`."""
+    powers = [1 << i for i in range(power_below(ranks).bit_length())]
+    return [
+        (world, tp, ep, sequence)
+        for world in powers
+        for tp, ep in itertools.product(powers, powers)
+        if world % (tp * ep) == 0
+        for sequence in ((True, False) if tp > 1 else (True,))
+    ]
+
+
+def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
+    """What varies: axis -> its choices."""
+    return {
+        "place": places(ranks),
+        "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
+        "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
+        "recompute": ["none", "selective", "full"],
+        "router": list(choices.routers),
+        "capacity": [False, True],
+        "strategy": list(choices.strategies),
+        "model": list(choices.models),
+        "optimizer": list(choices.optimizers),
+    }
+
+
+def row_of(choices: Choices, values: Mapping[str, Any]) -> Row:
+    world, tp, ep, sequence = values["place"]
+    zero, piece_mb = values["zero"]
+    micro_batch = values["micro_batch"] or max(1, SEQUENCES * tp // world)
+    layout = Layout(world, tp, ep, sequence, zero, micro_batch, values["recompute"], piece_mb, values["strategy"])
+    router = str(values["router"])
+    capacity = (choices.routers[router].capacity_factor or CAPACITY) if values["capacity"] else 0.0
+    return Row(layout, router, capacity, str(values["model"]), str(values["optimizer"]))
+
+
+def config_of(choices: Choices, row: Row) -> PretrainConfig:
+    """The configuration that a row runs."""
+    config = replace(
+        choices.base,
+        model=choices.models[row.model],
+        router=replace(choices.routers[row.router], capacity_factor=row.capacity),
+        strategy=choices.strategies[row.layout.strategy],
+        optim=choices.optimizers[row.optimizer],
+    )
+    return layout_config(config, row.layout)
+
+
+def runs(choices: Choices, row: Row) -> bool:
+    """Whether megalina accepts a row."""
+    try:
+        check_config(config_of(choices, row), row.layout.world)
+    except ValueError:
+        return False
+    return True
+
+
+def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterator[Row]:
+    """Every combination that megalina accepts.  `crossed`: only of these axes, the others are drawn, always alike."""
+    options = axes(choices, ranks)
+    crossed = crossed or list(options)
+    drawn = [axis for axis in options if axis not in crossed]
+    random = Random(0)  # not in turns: their periods would tie choices together
+    seen: set[Row] = set()
+    for chosen in itertools.product(*(options[axis] for axis in crossed)):
+        values = dict(zip(crossed, chosen, strict=True)) | {axis: random.choice(options[axis]) for axis in drawn}
+        row = row_of(choices, values)
+        if row not in seen and runs(choices, row):
+            seen.add(row)
+            yield row
+
+
+def pairwise(choices: Choices, ranks: int, *, only: bool = False) -> list[Row]:
+    """Few rows, by world size, in which every pair of choices that megalina accepts together occurs.
+
+    `only`: in the world of just so many ranks."""
+    options = axes(choices, ranks)
+    if only:
+        options["place"] = [place for place in options["place"] if place[0] == ranks]
+    found = pairs(options, lambda values: runs(choices, row_of(choices, values)))
+    return in_order(dict.fromkeys(row_of(choices, values) for values in found))
+
+
+def chosen_rows(choices: Choices, ranks: int, mode: str) -> tuple[list[Row], str]:
+    """The rows, and for people how they were chosen.  `mode`: pairs always | never | auto: where there are many combinations."""
+    if mode != "always":
+        rows = list(itertools.islice(product(choices, ranks), None if mode == "never" else MOST_ROWS + 1))
+        if mode == "never" or len(rows) <= MOST_ROWS:
+            return in_order(rows), f"every combination: {len(rows)} rows"
+    rows = pairwise(choices, ranks)
+    return rows, f"every pair of choices occurs together: {len(rows)} rows"
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By world size: a pool starts each size once."""
+    return sorted(rows, key=lambda row: row.layout.world)
+
+
+def pairs(options: Mapping[str, Sequence[Any]], allowed: Callable[[Values], bool]) -> Iterator[Values]:
+    """Greedy: combinations until every pair of choices of two axes has occurred, but for pairs that are never allowed."""
+    names = list(options)
+    missing = {
+        ((a, x), (b, y)): None  # a set in a fixed order
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(options[a], options[b])
+    }
+    uses: Counter[tuple[str, Hashable]] = Counter()
+    while missing:
+        first, second = next(iter(missing))
+        found = _completed(dict((first, second)), names, options, missing, uses, allowed)
+        if found is None:
+            del missing[first, second]
+            continue
+        for pair in itertools.combinations(((name, found[name]) for name in names), 2):
+            missing.pop(pair, None)
+        uses.update(found.items())
+        yield found
+
+
+def _completed(
+    chosen: Values,
+    names: Sequence[str],
+    options: Mapping[str, Sequence[Any]],
+    missing: Mapping[tuple[tuple[str, Hashable], tuple[str, Hashable]], None],
+    uses: Mapping[tuple[str, Hashable], int],
+    allowed: Callable[[Values], bool],
+) -> Values | None:
+    """The other axes one by one, each by how many missing pairs it adds, then the choice that was used least; and back where
+    the end is not allowed."""
+    left = [name for name in names if name not in chosen]
+    if not left:
+        return chosen if allowed(chosen) else None
+    axis = left[0]
+
+    def gain(choice: Hashable) -> int:
+        ordered = [sorted([(axis, choice), other], key=lambda c: names.index(c[0])) for other in chosen.items()]
+        return sum((a, b) in missing for a, b in ordered)
+
+    for choice in sorted(options[axis], key=lambda c: (-gain(c), uses[axis, c])):
+        found = _completed({**chosen, axis: choice}, names, options, missing, uses, allowed)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,231 @@
+"""The steps on ranks, by program: what one rank has of every recorded tensor, and the whole put together from all ranks.
+
+What is seen is what stages of the program really read and write; the observer changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalina.batch import Batch
+from megalina.config import PretrainConfig
+from megalina.mesh import Mesh
+from megalina.model.init import Spec, spec_of
+from megalina.model.permute import RowOrder
+from megalina.parallel.buckets import Bucket
+from megalina.parallel.functions import Verdict
+from megalina.parallel.shard import cut_of
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Stage
+from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.verify.recording import (
+    INITIAL,
+    NOBODY,
+    SEQUENCES,
+    Entry,
+    Layout,
+    Recording,
+    choices_of,
+    columns_of,
+    order_of,
+    widened,
+)
+from megalina.verify.start import shake
+
+Key = tuple[int, str, str]  # step, kind, name
+
+
+@dataclass(slots=True)
+class Held:
+    """What one rank has of an entry, in the whole's shape; NaN (integers: NOBODY) where it has nothing."""
+
+    value: Tensor
+    note: str
+
+
+def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
+    """The configuration with a layout's choices in it."""
+    return replace(
+        config,
+        launch=replace(config.launch, ranks=layout.world),
+        parallel=replace(config.parallel, tp=layout.tp, ep=layout.ep, sequence=layout.sequence, zero=layout.zero),
+        strategy=replace(config.strategy, name=layout.strategy, gradient_piece_mb=layout.piece_mb),
+        train=replace(config.train, micro_batch_size=layout.micro_batch, recompute=layout.recompute),
+    )
+
+
+def record_rank(
+    config: PretrainConfig, layout: Layout, batches: Sequence[Batch], mesh: Mesh, *, device: torch.device, plant: str = ""
+) -> dict[Key, Held]:
+    """One step for each global batch, on this rank of the mesh.  `plant`: a bug of `megalina.verify.plants` to build in."""
+    config = layout_config(config, layout)
+    trainable = Trainable(config, mesh, vocab_size=config.model.vocab_size, device=device, wish_to_stop=lambda: False)
+    shake(trainable.gpt, config.train.seed, cut_of(mesh))
+    if plant:
+        from megalina.verify.plants import PLANTS  # nobody but a rank that is to have a bug knows of them
+
+        PLANTS[plant].plant(trainable, config)
+    observer = _Observer(trainable, config)
+    trainable.run_with(trainable.program, observer.observed(trainable.functions))
+    optimizer = BucketOptimizer(config.optim, trainable.buckets)
+    held = {(INITIAL, "weight", name): Held(value.cpu(), "") for name, value in _weights(trainable, mesh).items()}
+    own, gpt = SEQUENCES // mesh.dp.size, trainable.gpt
+    for step, batch in enumerate(batches):
+        observer.begin(step)
+        gradients: dict[str, Tensor] = {}
+
+        def update(name: str, verdict: Verdict, gradients: dict[str, Tensor] = gradients) -> None:
+            gradients.update(_gradients(trainable.buckets[name], mesh))
+            optimizer.update(name, verdict)
+
+        verdict = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update)
+        seen = observer.seen
+        loads = verdict.loads[:, : config.model.num_experts + 1]
+        for layer, load in zip(gpt.moe_layers, loads, strict=True):
+            if gpt.layers[layer].router.bias_E is not None:
+                gpt.layers[layer].router.update_bias(load[:-1].to(device))
+            seen["routing", f"layers.{layer}.load"] = Held(load, "U:verdict.-.0")
+        for name in ("loss", "balance_loss", "z_loss", "loss_tokens", "valid_tokens"):
+            seen["loss", name] = _scalar(getattr(verdict, name))
+        for name in ("grad_norm", "grad_scale"):
+            seen["norm", name] = _scalar(getattr(verdict, name))
+        where = {m.name: bucket.name for bucket in trainable.buckets.values() for m in bucket.members}
+        seen |= {("gradient", name): Held(value, f"B:{where[name]}<") for name, value in gradients.items()}
+        seen |= {("weight", name): Held(v, f"U:update {where[name]}") for name, v in _weights(trainable, mesh).items()}
+        held |= {(step, kind, name): Held(value.value.cpu(), value.note) for (kind, name), value in seen.items()}
+    return held
+
+
+def together(config: PretrainConfig, layout: Layout, batches: Sequence[Batch], ranks: Sequence[dict[Key, Held]]) -> Recording:
+    """A recording from what each rank has; the first rank that has an element gives it to the whole."""
+    weights = [name for step, _, name in ranks[0] if step == INITIAL]
+    moe_layers = {int(name.split(".")[1]) for _, kind, name in ranks[0] if kind == "routing"}
+    moe = [i in moe_layers for i in range(config.model.num_layers)]
+    keys = [(INITIAL, "weight", name) for name in weights]
+    keys += [(step, *key) for step in range(len(batches)) for key in order_of(moe, weights)]
+    entries = []
+    for key in keys:
+        by_rank = [held[key].value for held in ranks]
+        whole = by_rank[0].clone()
+        for value in by_rank[1:]:
+            missing = whole.isnan() if whole.is_floating_point() else whole == NOBODY
+            whole = torch.where(missing, value, whole)
+        entries.append(Entry(*key, whole, by_rank if layout.world > 1 else None, ranks[0][key].note))
+    return Recording(layout, layout_config(config, layout), list(batches), entries)
+
+
+class _Observer:
+    """Notes what forward stages read and write, by (kind, name); the first that shows a value counts."""
+
+    def __init__(self, trainable: Trainable, config: PretrainConfig):
+        self.seen: dict[tuple[str, str], Held] = {}
+        self._length, self._columns = config.train.seq_len, columns_of(config.model, config.router)
+        self._tp = trainable.mesh.tp
+        self._first = 0  # sample number of the step's first sequence
+        self._batches: dict[str, Batch] = {}  # by part
+        self._stage: Stage | None = None  # the forward stage that runs
+        self._noted: set[str] = set()
+        for i in trainable.gpt.moe_layers:
+            trainable.gpt.layers[i].router.register_forward_pre_hook(self._logits)
+
+    def begin(self, step: int) -> None:
+        self.seen, self._first = {}, step * SEQUENCES
+        self._batches, self._noted = {}, set()
+
+    def observed(self, functions: Callable[[Stage], Callable[..., Any]]) -> Callable[[Stage], Callable[..., Any]]:
+        """The same functions, watched."""
+
+        def of(stage: Stage) -> Callable[..., Any]:
+            function = functions(stage)
+            if stage.phase != "F":
+                return function
+
+            def watched(*arguments: Any) -> Any:
+                for name, value in zip(stage.reads, arguments, strict=True):
+                    if isinstance(value, Batch):
+                        self._batches[stage.part] = value
+                    else:
+                        self._note(name, value, stage)
+                self._stage = stage
+                try:
+                    out = function(*arguments)
+                finally:
+                    self._stage = None
+                for name, value in zip(stage.writes, out if isinstance(out, tuple) else (out,), strict=True):
+                    self._note(name, value, stage)
+                return out
+
+            return watched
+
+        return of
+
+    def _note(self, value_name: str, value: Any, stage: Stage) -> None:
+        base, layer, part = value_name.split(".")
+        if base not in ("x", "h", "weight", "#order") or value_name in self._noted:
+            return
+        self._noted.add(value_name)
+        if base == "x":
+            self._fill("activation", "embedded" if layer == "0" else f"layers.{int(layer) - 1}", value, stage, part)
+        elif base == "h":
+            self._fill("activation", f"layers.{layer}.attention", value, stage, part)
+        elif base == "weight":
+            self._fill("activation", f"layers.{layer}.weight", widened(value, self._columns, 0.0), stage, part)
+        else:
+            assert isinstance(value, RowOrder)
+            self._fill("routing", f"layers.{layer}.expert", choices_of(value, self._columns), stage, part)
+
+    def _logits(self, router: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Before a router runs; also called when a stage is computed again in backward, which does not count."""
+        stage = self._stage
+        if stage is not None:
+            self._fill("activation", f"layers.{stage.layer}.logits", arguments[0], stage, stage.part)
+
+    def _fill(self, kind: str, name: str, value_TA: Tensor, stage: Stage, part: str) -> None:
+        """Put a part's tokens where they belong in the global batch."""
+        batch = self._batches[part]
+        value_TA = value_TA.detach()
+        tokens, width = batch.tokens_BS.numel(), value_TA.shape[1]
+        if (kind, name) not in self.seen:
+            whole = _nothing((SEQUENCES, self._length, width), value_TA)
+            self.seen[kind, name] = Held(whole, stage.tag)
+        place = (batch.sample_B[:, None] - self._first) * self._length + torch.arange(
+            self._length, device=value_TA.device
+        )  # of each token in the global batch
+        place_T = place.flatten()
+        if len(value_TA) != tokens:
+            own = tokens // self._tp.size
+            assert len(value_TA) == own, (name, value_TA.shape, tokens)
+            place_T = place_T[self._tp.rank * own : (self._tp.rank + 1) * own]
+        self.seen[kind, name].value.view(-1, width)[place_T] = value_TA
+
+
+def _gradients(bucket: Bucket, mesh: Mesh) -> dict[str, Tensor]:
+    """Of a bucket's parameters, whole; only this rank's slices are summed where ZeRO-1 shards the bucket."""
+    flat = torch.full_like(bucket.grad, float("nan"))
+    for s in bucket.slices:
+        flat[s.start : s.stop] = bucket.grad[s.start : s.stop]
+    return {m.name: _whole(flat[m.start : m.stop], spec_of(m.parameter), mesh) for m in bucket.members}
+
+
+def _weights(trainable: Trainable, mesh: Mesh) -> dict[str, Tensor]:
+    return {name: _whole(p.detach().flatten(), spec_of(p), mesh) for name, p in trainable.gpt.named_parameters()}
+
+
+def _whole(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+    """A parameter-like tensor in its place in the whole, without the vocabulary's padding."""
+    places = cut_of(mesh).of(spec)
+    index = tuple(places.get(d, slice(None)) for d in range(len(spec.shape)))
+    whole = _nothing(spec.shape, flat)
+    whole[index] = flat.view(whole[index].shape)
+    return whole[: spec.rows] if spec.rows else whole
+
+
+def _nothing(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_full(shape, float("nan") if like.is_floating_point() else NOBODY)
+
+
+def _scalar(value: float) -> Held:
+    return Held(torch.tensor(float(value), dtype=torch.float64), "U:verdict.-.0")

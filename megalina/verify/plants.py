@@ -1,0 +1,201 @@
+"""Plants: bugs to build into a rank's `Trainable` on purpose, to see whether the verification finds and names them.
+
+Each does what such a bug would do, on all ranks alike.  `plant` is called after the model has its weights and before anything
+else holds on to its functions, its program or its buckets.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megalina.config import PretrainConfig
+from megalina.parallel.trainable import Trainable
+from megalina.parameters import is_moe_layer
+from megalina.verify.bugs import forward, gradients, losses, updates
+from megalina.verify.recording import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """A bug.  `overrides`: of the configuration, so that it can act; `applies`: whether it changes a number in a layout."""
+
+    name: str
+    what: str  # one line, for people
+    applies: Callable[[Layout, PretrainConfig], bool]
+    plant: Callable[[Trainable, PretrainConfig], None]
+    overrides: tuple[str, ...] = ()
+
+
+def plant(name: str, trainable: Trainable, config: PretrainConfig) -> None:
+    """Build a bug into this rank's trainable.  `config` has the layout's choices in it."""
+    PLANTS[name].plant(trainable, config)
+
+
+def _has_moe(config: PretrainConfig) -> bool:
+    return any(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+
+
+def _has_scores(config: PretrainConfig) -> bool:
+    return _has_moe(config) and config.router.kind != "hash"
+
+
+def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
+    """Whether a tp rank has a part of a group of tokens that shares capacity and balance."""
+    part_of_sequence = layout.tp > layout.micro_batch and layout.tp % layout.micro_batch == 0
+    return layout.tp > 1 and (config.router.group == "micro_batch" or part_of_sequence)
+
+
+def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
+    router = config.router
+    if not _has_moe(config) or router.kind in ("hash", "expert_choice"):
+        return False
+    if router.group == "global":
+        return layout.world > 1
+    return _groups_are_cut(layout, config) and router.kind != "noisy_topk" and not router.capacity_factor
+
+
+_ALL = (
+    Plant(
+        "experts_scaled_by_edp",
+        "the experts' gradients are edp times too large",
+        lambda layout, config: _has_moe(config) and layout.edp > 1,
+        gradients.experts_scaled_by_edp,
+    ),
+    Plant(
+        "divided_by_dp_twice",
+        "all gradients are divided by the number of data-parallel ranks once more",
+        lambda layout, config: layout.dp > 1,
+        gradients.divided_by_dp_twice,
+    ),
+    Plant(
+        "norm_without_experts",
+        "the norm of the gradients leaves the experts out",
+        lambda layout, config: _has_moe(config),
+        updates.norm_without_experts,
+    ),
+    Plant(
+        "balance_loss_per_rank",
+        "each rank's balance loss knows the choices of its own tokens alone",
+        _balance_is_per_rank,
+        losses.balance_loss_per_rank,
+        ("router.group=micro_batch", "router.capacity_factor=0"),
+    ),
+    Plant(
+        "bias_added_tp_times",
+        "each tp rank adds the bias of a row-parallel matrix before the sum",
+        lambda layout, config: config.model.bias and layout.tp > 1,
+        forward.bias_added_tp_times,
+        ("model.bias=true",),
+    ),
+    Plant(
+        "router_detached",
+        "no gradient flows through the combine weights",
+        lambda layout, config: _has_scores(config) and not (config.router.renormalize and config.router.top_k == 1),
+        gradients.router_detached,
+    ),
+    Plant(
+        "bucket_reduced_early",
+        "a bucket of gradients is summed over the ranks before the last micro-batch",
+        lambda layout, config: layout.micro_batches > 1 and layout.dp > 1,
+        gradients.bucket_reduced_early,
+    ),
+    Plant(
+        "padding_counted",
+        "padding counts in the number of tokens that losses are divided by",
+        lambda layout, config: True,
+        losses.padding_counted,
+    ),
+    Plant(
+        "groups_exchanged",
+        "the experts' gradients are summed over the ranks that hold other experts",
+        lambda layout, config: _has_moe(config) and layout.ep == layout.copies > 1 and layout.zero == 0,
+        gradients.groups_exchanged,
+    ),
+    Plant(
+        "capacity_per_chunk",
+        "capacity is applied to each tp rank's tokens of a group, not to the group",
+        lambda layout, config: (
+            _has_moe(config)
+            and _groups_are_cut(layout, config)
+            and (config.router.capacity_factor > 0 or config.router.kind == "expert_choice")
+        ),
+        forward.capacity_per_chunk,
+        ("router.group=micro_batch", "router.capacity_factor=0.8"),
+    ),
+    Plant(
+        "stale_zero_shard",
+        "ranks don't get the other ranks' updated ZeRO-1 shards",
+        lambda layout, config: layout.zero == 1 and layout.world > 1,
+        updates.stale_zero_shard,
+    ),
+    Plant(
+        "last_micro_batch_dropped",
+        "the last micro-batch is in no gradient",
+        lambda layout, config: layout.micro_batches > 1,
+        gradients.last_micro_batch_dropped,
+    ),
+    Plant(
+        "micro_batch_counted_twice",
+        "the first micro-batch is in every gradient twice",
+        lambda layout, config: layout.micro_batches > 1,
+        gradients.micro_batch_counted_twice,
+    ),
+    Plant(
+        "sequence_norm_not_summed",
+        "with sequence parallelism the norms' gradients are not summed over tp",
+        lambda layout, config: layout.tp > 1 and layout.sequence and layout.zero == 0,
+        gradients.sequence_norm_not_summed,
+    ),
+    Plant(
+        "rows_not_regrouped",
+        "rows that arrive from several ranks are not brought into the order of experts",
+        lambda layout, config: _has_moe(config) and 1 < layout.ep < config.model.num_experts,
+        forward.rows_not_regrouped,
+    ),
+    Plant(
+        "z_loss_without_gradient",
+        "the router's z-loss is reported but has no gradient",
+        lambda layout, config: _has_scores(config) and config.router.z_loss > 0,
+        gradients.z_loss_without_gradient,
+        ("router.z_loss=0.01",),
+    ),
+    Plant(
+        "balance_loss_without_gradient",
+        "the balance loss is reported but has no gradient",
+        lambda layout, config: _has_scores(config) and config.router.balance_loss > 0 and config.router.kind != "expert_choice",
+        gradients.balance_loss_without_gradient,
+        ("router.balance_loss=0.1",),
+    ),
+    Plant(
+        "norm_per_rank",
+        "each rank clips by the norm of the gradients it holds",
+        lambda layout, config: layout.tp > 1 or layout.ep > 1 or (layout.zero == 1 and layout.world > 1),
+        updates.norm_per_rank,
+    ),
+    Plant(
+        "vocabulary_first_words",
+        "each tp rank takes its words for the first of the vocabulary",
+        lambda layout, config: layout.tp > 1,
+        forward.vocabulary_first_words,
+    ),
+    Plant(
+        "dropout_per_rank",
+        "the noise of dropout depends on the rank",
+        lambda layout, config: config.model.dropout > 0 and layout.world > 1,
+        forward.dropout_per_rank,
+        ("model.dropout=0.2",),
+    ),
+    Plant(
+        "decay_on_norms",
+        "weight decay also applies to norms, biases and learned positions",
+        lambda layout, config: config.optim.weight_decay > 0,
+        updates.decay_on_norms,
+        ("optim.weight_decay=0.1",),
+    ),
+    Plant(
+        "expert_gradient_not_reduced",
+        "the experts' gradients are not summed over the ranks that hold copies",
+        lambda layout, config: _has_moe(config) and layout.copies > 1 and (layout.zero == 0 or layout.tp == 1),
+        gradients.expert_gradient_not_reduced,
+    ),
+)
+PLANTS: Mapping[str, Plant] = {p.name: p for p in _ALL}

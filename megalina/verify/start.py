@@ -1,0 +1,56 @@
+"""The start of a verification: a model in which no parameter is zero or one, and a text with every kind of hole in it."""
+
+import zlib
+
+import torch
+from torch import nn
+
+from megalina.batch import Batch
+from megalina.config import PretrainConfig
+from megalina.model.init import Cut, spec_of
+from megalina.model.routers import Router
+from megalina.verify.recording import SEQUENCES
+
+NOISE_STD = 0.1
+BIAS_STD = 0.05
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int, cut: Cut) -> None:
+    """Add noise to this rank's part of every parameter, and to selection biases: a bug that a bias of zero or a norm of one
+    would hide then shows.  The same on every layout; the vocabulary's padding stays zero."""
+    for name, p in model.named_parameters():
+        spec = spec_of(p)
+        noise = torch.zeros(spec.shape, dtype=torch.float64)
+        rows = spec.rows or spec.shape[0]
+        noise[:rows] = _normal(f"{seed} {name}", (rows, *spec.shape[1:])) * NOISE_STD
+        p.add_(cut.local(noise, spec).reshape(p.shape).to(p))
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and module.bias_E is not None:
+            module.bias_E.add_((_normal(f"{seed} {name} bias", tuple(module.bias_E.shape)) * BIAS_STD).to(module.bias_E))
+
+
+def random_batches(config: PretrainConfig, steps: int) -> list[Batch]:
+    """The global batch of each step: random words, documents, labels that don't count, padding at two ends."""
+    length, words = config.train.seq_len, config.model.vocab_size
+    out = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(config.train.seed + 100 + step)
+        tokens = torch.randint(0, words, (SEQUENCES, length + 1), generator=generator)
+        document = torch.rand(SEQUENCES, length, generator=generator).lt(0.2).long().cumsum(1)
+        mask = torch.rand(SEQUENCES, length, generator=generator) > 0.2
+        valid = torch.ones(SEQUENCES, length, dtype=torch.bool)
+        valid[1, length * 5 // 8 :] = valid[6, length // 4 :] = False
+        position = torch.arange(length).repeat(SEQUENCES, 1)
+        if config.data.reset_positions:
+            starts = torch.cat([torch.ones(SEQUENCES, 1, dtype=torch.bool), document[:, 1:] != document[:, :-1]], 1)
+            position = position - position.where(starts, 0).cummax(1).values
+        sample = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
+        documents = document if config.data.reset_attention else None
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], mask & valid, valid, position, documents, sample))
+    return out
+
+
+def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -1,0 +1,169 @@
+"""What a run does about steps that can't be trusted: spikes are skipped or left behind, values that are not finite are named."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalina.batch import Batch
+from megalina.config import GuardConfig, PretrainConfig
+from megalina.train.load_watch import LOW_STEPS
+from megalina.train.recovery import SpikesGoOn
+from megalina.train.trainer import Run
+from tests.parallel.ranks import run_on_ranks
+from tests.train.small_run import VOCABULARY, Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
+from tests.train.test_trainer import _process_state  # noqa: F401  handlers of signals come back
+
+STEPS = 40
+GUARD: dict[str, Any] = {"window": 8, "threshold": 3.0, "min_rise": 0.5}
+BAD = range(8 * 27, 8 * 29)  # two batches
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("recovery")
+    write_tokens(folder / "tokens")
+    yield folder
+
+
+def config(folder: Path, name: str, spike: str, **settings: Any) -> PretrainConfig:
+    out = config_of(folder, name, **({"steps": STEPS, "interval": 10, "lr": 1e-2} | settings))
+    out.guard = GuardConfig(**(GUARD | {"spike": spike}))
+    return out
+
+
+def corrupt(run: Run, bad: range = BAD) -> None:
+    """The text of these sequences is noise."""
+    batch_of = run.data.train.batch
+
+    def spoiled(first: int, count: int) -> Batch:
+        batch = batch_of(first, count)
+        hit = torch.tensor([int(s) in bad for s in batch.sample_B])
+        noise = (batch.sample_B.unsqueeze(1) * 31 + torch.arange(batch.tokens_BS.shape[1]) ** 2 * 7) % VOCABULARY
+        return replace(batch, labels_BS=torch.where(hit.unsqueeze(1), noise, batch.labels_BS))
+
+    run.data.train.batch = spoiled  # type: ignore[method-assign]
+
+
+def recorder(run: Run) -> Recorder:
+    assert isinstance(run.tracker, Recorder)
+    return run.tracker
+
+
+def test_after_a_rewind_the_run_is_the_one_that_never_saw_the_window(folder: Path) -> None:
+    spoiled = start(config(folder, "spoiled", "rewind"))
+    corrupt(spoiled)
+    spoiled.loop()
+    assert spoiled.state.rewinds == 2 and spoiled.state.step == STEPS  # one for each bad batch
+    windows = spoiled.state.windows
+    assert windows == [(8 * 20, 8 * 28), (8 * 20, 8 * 29)]
+    innocent = config(folder, "innocent", "rewind")
+    innocent.data.skip_samples = [8 * 20, 8 * 29]
+    losses = records_of(innocent).of("loss")
+    assert losses[-10:] == [record["loss"] for record in recorder(spoiled).records[-10:]]
+    same = same_checkpoints(checkpoint(innocent, STEPS), checkpoint(config(folder, "spoiled", "rewind"), STEPS))
+    assert same == ["rewinds", "skipped_samples"]
+    lines = [json.loads(line) for line in (folder / "spoiled" / "ledger.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line.get("event") == "rewind"]
+    assert [(event["step"], event["from_step"]) for event in events][-1] == (20, 21)
+    assert [line["step"] for line in lines if "event" not in line] == list(range(1, STEPS + 1))
+    assert max(line["samples"][0] for line in lines if "event" not in line) == 8 * (STEPS - 1 + 9)
+
+
+def test_without_the_guard_the_same_text_does_change_the_run(folder: Path) -> None:
+    run = start(config(folder, "unguarded", "none"))
+    corrupt(run)
+    run.loop()
+    losses = recorder(run).of("loss")
+    assert losses[27] > losses[26] + 0.3 and run.state.skipped_steps == 0
+
+
+def test_skip_leaves_the_update_out_and_counts_it(folder: Path) -> None:
+    run = start(config(folder, "skip", "skip"))
+    corrupt(run)
+    run.loop()
+    assert run.state.skipped_steps == 2 and run.state.rewinds == 0 and run.optimizer.step_count == STEPS - 2
+    assert [record["skipped_steps"] for record in recorder(run).records[26:30]] == [0, 1, 2, 2]
+
+
+def test_spikes_that_go_on_end_the_run_with_the_numbers(folder: Path) -> None:
+    for spike, where in (("skip", "in a row"), ("rewind", "since the last checkpoint")):
+        settings = config(folder, f"endless {spike}", spike)
+        settings.guard.max_spikes = 3
+        run = start(settings)
+        corrupt(run, range(8 * 27, 10**6))
+        with pytest.raises(SpikesGoOn, match=f"it is spike 4 {where} and guard.max_spikes is 3"):
+            run.loop()
+
+
+def test_before_the_first_checkpoint_a_spike_is_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = start(config(folder, "early", "rewind", interval=0))
+    corrupt(run)
+    with caplog.at_level(logging.WARNING, "megalina"):
+        run.loop()
+    assert run.state.rewinds == 0 and run.state.skipped_steps == 2
+    assert "there is no checkpoint to go back to yet" in caplog.text
+
+
+def rewound(folder: Path) -> tuple[int, list[float]]:
+    run = start(config(folder, "two ranks", "rewind", ep=2, zero=1))
+    corrupt(run)
+    run.loop()
+    return run.state.rewinds, recorder(run).of("loss")[-5:]
+
+
+def test_all_ranks_go_back_alike(folder: Path) -> None:
+    first, second = run_on_ranks(2, rewound, folder)
+    assert first == second and first[0] == 2
+
+
+# values that are not finite
+def poisoned(folder: Path, what: str, ranks: int) -> list[str]:
+    """A run of four steps on these ranks in which the third is bad; the warnings of this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megalina").addHandler(handler)
+
+    def poison(run: Run) -> None:
+        if what == "weight" and run.mesh.world.rank == ranks - 1:
+            run.trainable.gpt.layers[1].experts.w2.data[0, 0] = float("nan")
+        if what == "gradient":
+            run.trainable.gpt.layers[0].attention_norm.weight.grad[3] = float("inf")  # type: ignore[index]
+
+    settings = config_of(folder, f"poisoned {what} {ranks}", steps=4, ep=ranks)
+    run = start(settings, after={2: poison})
+    run.loop()
+    assert run.state.skipped_steps == (2 if what == "weight" else 1)
+    return [line for line in lines if "skipped" in line]
+
+
+def test_a_bad_weight_is_named_by_the_first_stage_that_gives_a_bad_value(folder: Path) -> None:
+    for ranks in (1, 2):
+        lines = run_on_ranks(ranks, poisoned, folder, "weight", ranks)
+        assert all(own == [] for own in lines[1:])
+        assert len(lines[0]) == 2 and "step 3 is skipped on all ranks: loss nan" in lines[0][0]
+        assert f"the first is the output of stage F:experts.1.0 on rank {ranks - 1}" in lines[0][0]
+
+
+def test_a_bad_gradient_is_named_with_its_parameter(folder: Path) -> None:
+    (lines,) = run_on_ranks(1, poisoned, folder, "gradient", 1)
+    assert len(lines) == 1 and "every value of the forward pass is finite, so it arose in backward" in lines[0]
+    assert "gradients: layers.0.attention_norm.weight" in lines[0]
+
+
+# routers that collapse
+def test_a_router_that_sends_all_tokens_to_one_expert_is_named_with_its_layer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = config_of(folder, "collapsed", steps=2 * LOW_STEPS, lr=0.0, top_k=1)
+    run = start(settings)
+    with torch.no_grad():
+        run.trainable.gpt.layers[1].router.weight.zero_()  # type: ignore[union-attr,operator]
+    with caplog.at_level(logging.WARNING, "megalina"):
+        run.loop()
+    said = [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()]
+    assert len(said) == 1 and f"step {LOW_STEPS}: layer 1: the router has collapsed" in said[0] and "4.0 times its share" in said[0]

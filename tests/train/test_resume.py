@@ -1,0 +1,137 @@
+"""A run goes on from the newest checkpoint that is good, says which it passed over, and never starts anew in silence."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalina.checkpoint.checksums import SUMS
+from megalina.config import PretrainConfig
+from megalina.data.source import open_data
+from megalina.train.fit import check_start
+from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point
+from megalina.train.trainer import Run
+from tests.checkpoint.planted import flip
+from tests.parallel.ranks import run_on_ranks
+from tests.train.small_run import Recorder, checkpoint, config_of, records_of, write_tokens
+
+RUN: dict[str, Any] = {"steps": 6, "interval": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """The folder of a finished run, and its losses."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tokens(folder / "tokens")
+    return folder, records_of(config_of(folder, "whole", **RUN)).of("loss")
+
+
+@pytest.fixture
+def run(made: tuple[Path, list[float]], tmp_path: Path) -> PretrainConfig:
+    """A copy of that run, to be spoiled."""
+    folder, _ = made
+    (tmp_path / "tokens.idx").symlink_to(folder / "tokens.idx")
+    (tmp_path / "tokens.bin").symlink_to(folder / "tokens.bin")
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    config = config_of(tmp_path, "whole", **RUN)
+    config.data.prefix = str(folder / "tokens")  # else it is another run
+    return config
+
+
+def go_on(config: PretrainConfig) -> Recorder:
+    """As `train` begins, without trackers."""
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    run = Run(config, data, device=torch.device("cpu"), tracker=Recorder())  # type: ignore[arg-type]
+    run.begin(agreed_resume_point(config, run.state.checkpoints))
+    run.loop()
+    assert isinstance(run.tracker, Recorder)
+    return run.tracker
+
+
+def spoil(config: PretrainConfig, step: int, name: str, place: int = 100) -> None:
+    flip(checkpoint(config, step) / name, place)
+
+
+def test_damaged_small_files_are_passed_over_before_ranks_start(run: PretrainConfig) -> None:
+    assert resume_point(run) == checkpoint(run, 6)
+    spoil(run, 6, "values.json")
+    assert resume_point(run) == checkpoint(run, 4)
+    spoil(run, 4, ".metadata")
+    check_start(run, vocab_size=300)
+    assert resume_point(run) == checkpoint(run, 2) and newest_checkpoint(checkpoint(run, 2).parent) == checkpoint(run, 6)
+    data = checkpoint(run, 2) / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    for find in (resume_point, lambda config: check_start(config, vocab_size=300)):
+        with pytest.raises(
+            ValueError, match=r"all 3 checkpoints are damaged.*00006: values.json.*00004: .metadata.*00002: __0_0.* bytes"
+        ):
+            find(run)
+
+
+def test_a_damaged_tensor_file_takes_the_run_one_checkpoint_back(
+    run: PretrainConfig, made: tuple[Path, list[float]], caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(run, 6, "__0_0.distcp", 5000)
+    assert resume_point(run) == checkpoint(run, 6)  # one process alone doesn't read it
+    with caplog.at_level(logging.WARNING, "megalina"):
+        assert go_on(run).of("loss") == made[1][4:]
+    assert "step_00000006 is damaged and passed over for step_00000004: __0_0.distcp: its checksum" in caplog.text
+    there = sorted(p.name for p in checkpoint(run, 6).parent.iterdir())
+    assert there == ["step_00000002", "step_00000004", "step_00000006", "step_00000006.damaged"]
+    assert resume_point(run) == checkpoint(run, 6) and not go_on(run).records  # the new one of that step is good
+
+
+def on_two_ranks(config: PretrainConfig) -> list[float]:
+    return go_on(config).of("loss")
+
+
+def test_ranks_fall_back_together_in_another_layout(run: PretrainConfig, made: tuple[Path, list[float]]) -> None:
+    spoil(run, 6, SUMS, 10)
+    spoil(run, 4, "__0_0.distcp", 5000)
+    run.parallel.ep = 2
+    first, second = run_on_ranks(2, on_two_ranks, run)
+    assert first == second and len(first) == 4
+    assert max(abs(a - b) for a, b in zip(first, made[1][2:], strict=True)) < 1e-4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run: PretrainConfig) -> None:
+    for step in (2, 4, 6):
+        spoil(run, step, "__0_0.distcp", 5000)
+    with pytest.raises(ValueError, match=r"all 3 checkpoints are damaged"):
+        go_on(run)
+    assert len(resume_candidates(run)) == 3
+    run.train.resume = "none"
+    with pytest.raises(ValueError, match="resume=none, but .* has a checkpoint of step 6"):
+        go_on(run)
+
+
+@pytest.mark.parametrize("setting", ["resume", "init_from"])
+def test_a_checkpoint_that_is_named_and_damaged_is_an_error(run: PretrainConfig, tmp_path: Path, setting: str) -> None:
+    spoil(run, 6, "__0_0.distcp", 5000)
+    branch = config_of(tmp_path, "branch", **RUN, **{setting: str(checkpoint(run, 6))})
+    branch.data.prefix = run.data.prefix
+    with pytest.raises(ValueError, match=r"step_00000006: __0_0.distcp: its checksum .* choose another one"):
+        go_on(branch)
+    assert checkpoint(run, 6).exists()  # nor is it moved
+    spoil(run, 6, "values.json")
+    with pytest.raises(ValueError, match=r"values.json"):
+        check_start(branch, vocab_size=300)
+
+
+def test_one_without_checksums_is_incomplete_and_named(run: PretrainConfig) -> None:
+    for step in (2, 4, 6):
+        (checkpoint(run, step) / SUMS).unlink()
+    with pytest.raises(ValueError, match=r"damaged or incomplete .*step_00000006: SHA256SUMS: there is no such file"):
+        resume_point(run)

@@ -1,0 +1,65 @@
+"""What the tests of `megalina.verify` run: the models and routers of the star test, shrunk."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
+from megalina.step.strategy import STRATEGIES
+from megalina.verify.layouts import Choices
+from megalina.verify.shrink import shrink, shrink_router
+
+SIZES: dict[str, Any] = {"num_experts": 4, "num_heads": 4, "num_kv_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dense first, shared experts": {"num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12},
+    "GPT-2": {
+        "tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu",
+        "dense_d_ff": 24, "moe_every": 2,
+    },
+    "modern": {"qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False},
+    "dropout": {
+        "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
+    },
+}  # fmt: skip
+ROUTERS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "topk raw": {"renormalize": False, "group": "micro_batch"},
+    "global": {"group": "global"},
+    "capacity": {"capacity_factor": 0.8},
+    "capacity by probability": {"capacity_factor": 0.8, "drop": "probability", "group": "micro_batch"},
+    "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01},
+    "group limited": {
+        "kind": "group_limited", "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.01, "capacity_factor": 1.0,
+    },
+    "expert choice": {"kind": "expert_choice"},
+    "noisy": {"kind": "noisy_topk", "noise_std": 0.5},
+    "hash": {"kind": "hash"},
+}  # fmt: skip
+OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}
+
+
+def config_with(*, ranks: int = 4, model: str = "plain", router: str = "topk", optimizer: str = "adamw") -> PretrainConfig:
+    """A shrunk configuration for layouts of up to `ranks` ranks."""
+    config = PretrainConfig(
+        model=ModelConfig(**(SIZES | MODELS[model])),
+        router=RouterConfig(**({"top_k": 2, "balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),
+        optim=OPTIMIZERS[optimizer],
+        train=TrainConfig(seed=7),
+    )
+    return shrink(config, ranks)
+
+
+def choices_of(ranks: int) -> Choices:
+    """Every model with every router, both optimizers, every strategy."""
+    base = config_with(ranks=ranks)
+    return Choices(
+        base,
+        routers={name: shrink_router(config_with(router=name).router, 4, base.model.num_experts) for name in ROUTERS},
+        strategies={name: StrategyConfig(name=name) for name in STRATEGIES},
+        models={name: config_with(ranks=ranks, model=name).model for name in MODELS},
+        optimizers={name: config_with(optimizer=name).optim for name in OPTIMIZERS},
+    )
+
+
+def with_router(config: PretrainConfig, **settings: Any) -> PretrainConfig:
+    return replace(config, router=replace(config.router, **settings))

@@ -1,0 +1,187 @@
+"""The star test: every layout gives the numbers of one process, in float64; and the rows of which it is made.
+
+Every activation, routing decision, loss, gradient, norm and weight of two steps to 1e-12 (after AdamW updates to 1e-10).
+`make test` covers all pairs of choices, `make test-full` the product of layouts, ZeRO, accumulation and routers.
+"""
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from megalina.mesh import rows as mesh_rows
+from megalina.verify import layouts
+from megalina.verify.compare import compare
+from megalina.verify.layouts import Choices, Row, axes, config_of, pairs, pairwise, product, row_of, runs
+from megalina.verify.pool import Pool
+from megalina.verify.recording import SEQUENCES, Layout
+from megalina.verify.reference import record
+from megalina.verify.start import random_batches
+from megalina.verify.verification import verify
+from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, with_router
+
+RANKS = 4
+
+
+@cache
+def pairs_of_all() -> list[Row]:
+    """For tests that look at rows."""
+    return pairwise(choices_of(RANKS), RANKS)
+
+
+def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
+    """A line for every row that differs from one process or could not be run."""
+    return [f"{r.row}: {r.first_difference} {r.failed}" for r in verify(choices, rows, steps=steps) if not r.equal]
+
+
+# the star test
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_pair_of_choices_equals_one_process(world: int) -> None:
+    choices = choices_of(world)
+    rows = pairwise(choices, world, only=True)
+    assert {row.layout.world for row in rows} == {world}
+    assert len(rows) >= {1: 50, 2: 50, 4: 90}[world]
+    assert differences(choices, rows, steps=2) == []
+
+
+def test_ranks_without_a_single_token_take_part() -> None:
+    """The text is one word again and again: with a hash router one expert gets every token."""
+    config = with_router(config_with(router="hash"), top_k=1)
+    batches = [replace(b, tokens_BS=torch.full_like(b.tokens_BS, 5)) for b in random_batches(config, 2)]
+    reference = record(config, batches)
+    load = reference.entry(0, "routing", "layers.0.load").value
+    assert int((load[:-1] > 0).sum()) == 1
+    found = {}
+    with Pool() as pool:
+        for world, tp, ep, sequence in layouts.places(RANKS):
+            if world == RANKS and ep > 1:
+                layout = Layout(world, tp, ep, sequence, zero=1)
+                found[layout] = compare(reference, pool.record(config, layout, batches)).first
+    assert len(found) == 4
+    assert set(found.values()) == {None}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_product_of_layouts_and_routers_equals_one_process(world: int) -> None:
+    choices = choices_of(RANKS)
+    crossed = ("place", "zero", "micro_batch", "router")
+    rows = [row for row in product(choices, RANKS, crossed) if row.layout.world == world]
+    assert len(rows) >= {1: 70, 2: 250, 4: 450}[world]
+    assert differences(choices, rows, steps=2) == []
+
+
+# rows
+
+
+def test_places_are_all_ways_to_cut_a_world() -> None:
+    found = layouts.places(4)
+    assert len(found) == len(set(found)) == 1 + 4 + 9
+    assert {p for p in found if p[0] == 4} == {
+        *((4, 1, ep, True) for ep in (1, 2, 4)),
+        *((4, tp, ep, s) for tp, ep in ((2, 1), (2, 2), (4, 1)) for s in (True, False)),
+    }
+    assert len(layouts.places(7)) == len(found)  # worlds are powers of two
+    assert max(p[0] for p in layouts.places(8)) == 8
+
+
+def test_all_pairs_of_choices_that_can_run_occur() -> None:
+    choices = choices_of(RANKS)
+    options = axes(choices, RANKS)
+    allowed = lambda values: runs(choices, row_of(choices, values))  # noqa: E731
+    found = list(pairs(options, allowed))
+    assert all(map(allowed, found))
+    have = {pair for values in found for pair in itertools.combinations(values_in_order(values, options), 2)}
+    every = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(options, 2) for x, y in itertools.product(options[a], options[b])
+    }
+    # statistics of all ranks can't be exact with accumulation, and need every rank's scores with capacity
+    never = {(("router", "global"), ("capacity", True))}
+    never |= {(("place", p), ("micro_batch", m)) for p in options["place"] for m in (2, 1, 0) if m > SEQUENCES * p[1] // p[0]}
+    refused = {pair for pair in every - have if pair not in never}
+    assert all(("router", "global") in pair for pair in refused), refused
+    assert len(refused) <= 2
+    assert len(found) < 1.6 * len(options["place"]) * len(options["router"])
+
+
+def values_in_order(values: layouts.Values, options: dict) -> list[tuple]:
+    return [(axis, values[axis]) for axis in options]
+
+
+def test_pairs_of_nothing_in_the_way_are_a_covering_array() -> None:
+    options = {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2], "d": [0, 1, 2]}
+    found = [tuple(v[axis] for axis in options) for v in pairs(options, lambda values: True)]
+    assert 9 <= len(found) <= 14
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in found} == set(itertools.product(range(3), repeat=2))
+
+
+def test_an_impossible_pair_is_left_out_and_the_others_stay() -> None:
+    options = {"a": [0, 1], "b": [0, 1], "c": [0, 1]}
+    found = list(pairs(options, lambda v: (v["a"], v["b"]) != (1, 1)))
+    assert {(v["a"], v["b"]) for v in found} == {(0, 0), (0, 1), (1, 0)}
+    assert {(v["b"], v["c"]) for v in found} == set(itertools.product(range(2), repeat=2))
+
+
+def test_the_product_has_every_combination_once_or_draws_what_is_not_crossed() -> None:
+    choices = choices_of(2)
+    choices = replace(
+        choices, routers={"topk": choices.routers["topk"]}, models={"plain": choices.models["plain"]},
+        optimizers={"sgd": choices.optimizers["sgd"]}, strategies=dict(list(choices.strategies.items())[:1]),
+    )  # fmt: skip
+    whole = list(product(choices, 2))
+    # micro-batches of 2, 1 or all sequences; a capacity or none; recompute; ZeRO and pieces
+    assert len(whole) == len(set(whole)) == 5 * 3 * 2 * 3 * 4
+    drawn = list(product(choices, 2, ("place", "zero")))
+    assert drawn == list(product(choices, 2, ("place", "zero")))
+    assert {(r.layout.world, r.layout.tp, r.layout.zero, r.layout.piece_mb) for r in drawn} == {
+        (r.layout.world, r.layout.tp, r.layout.zero, r.layout.piece_mb) for r in whole
+    }
+    assert len(drawn) == 5 * 4
+    assert {r.layout.recompute for r in drawn} == {"none", "selective", "full"}
+
+
+def test_auto_takes_the_product_where_it_is_small_and_pairs_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = choices_of(1)
+    small = replace(choices, routers={"topk": choices.routers["topk"]}, models={"plain": choices.models["plain"]})
+    whole, text = layouts.chosen_rows(small, 1, "auto")
+    assert (len(whole), text) == (len(list(product(small, 1))), f"every combination: {len(whole)} rows")
+    few, text = layouts.chosen_rows(small, 1, "always")
+    assert len(few) < len(whole)
+    assert text == f"every pair of choices occurs together: {len(few)} rows"
+    monkeypatch.setattr(layouts, "MOST_ROWS", len(whole) - 1)
+    assert layouts.chosen_rows(small, 1, "auto")[0] == few
+    assert layouts.chosen_rows(small, 1, "never")[0] == whole
+
+
+def test_a_rows_configuration_has_its_choices() -> None:
+    choices = choices_of(RANKS)
+    for row in pairs_of_all():
+        config = config_of(choices, row)
+        assert config.model == choices.models[row.model]
+        assert config.router == replace(choices.routers[row.router], capacity_factor=row.capacity)
+        layout = row.layout
+        parallel = config.parallel
+        assert (parallel.tp, parallel.ep, parallel.sequence, parallel.zero) == (
+            layout.tp, layout.ep, layout.sequence, layout.zero,
+        )  # fmt: skip
+        assert (config.train.micro_batch_size, config.train.recompute) == (layout.micro_batch, layout.recompute)
+        assert (config.strategy.name, config.strategy.gradient_piece_mb) == (layout.strategy, layout.piece_mb)
+    assert {row.model for row in pairs_of_all()} == set(MODELS)
+    assert {row.router for row in pairs_of_all()} == set(ROUTERS)
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 2, 2), Layout(4, 1, 2, micro_batch=1), Layout(8, 2, 2, micro_batch=2)])
+def test_a_layouts_ranks_share_the_sequences_as_the_mesh_says(layout: Layout) -> None:
+    table = mesh_rows({"edp": layout.edp, "ep": layout.ep, "tp": layout.tp})
+    for row in table["dp"]:
+        own = [[i for part in layout.sequences(rank) for i in part] for rank in row]
+        assert sum(own, []) == list(range(SEQUENCES))
+    for row in table["tp"]:
+        assert len({tuple(layout.sequences(rank)) for rank in row}) == 1
+    assert {len(layout.sequences(rank)) for rank in range(layout.world)} == {layout.micro_batches}
+    assert (len(table["copies"][0]), len(table["dp"][0])) == (layout.copies, layout.dp)

@@ -1,0 +1,89 @@
+"""Every plant, on real ranks: it is found and named by the numbers alone, on rows of several kinds; without one nothing is."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, TrainConfig
+from megalina.verify.diagnosis import diagnose
+from megalina.verify.on_ranks import layout_config
+from megalina.verify.plants import PLANTS
+from megalina.verify.pool import Pool
+from megalina.verify.recording import SEQUENCES, Layout, Recording
+from megalina.verify.reference import detail, record, reference_config
+from megalina.verify.start import random_batches
+
+WORLD = 4
+MODELS = {
+    "GPT-2": {"tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu"},
+    "dropout": {"dropout": 0.2, "bias": True, "dense_layers_first": 1, "shared_d_ff": 12},
+    "modern": {"qk_norm": True, "num_heads": 8, "head_dim": 8},
+}
+ROUTERS = {
+    "topk": {},
+    "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
+    "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01, "group": "micro_batch"},
+    "global": {"group": "global"},
+}
+ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
+    ("GPT-2", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=1)),
+    ("dropout", "capacity", "adamw", Layout(WORLD, tp=2, ep=1, zero=1, micro_batch=2, sequence=False, piece_mb=0.002)),
+    ("modern", "sigmoid", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
+    ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
+    ("GPT-2", "capacity", "sgd", Layout(WORLD, tp=1, ep=2, micro_batch=1, recompute="selective")),
+    ("dropout", "global", "adamw", Layout(WORLD, tp=4, ep=1, micro_batch=8)),
+]
+ROWS_OF_A_PLANT = 2
+
+
+def config_of(model: str, router: str, optimizer: str, layout: Layout) -> PretrainConfig:
+    sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 4, "d_ff": 16, "dense_d_ff": 24}
+    config = PretrainConfig(
+        model=ModelConfig(**(sizes | {"vocab_size": 200} | MODELS[model])),  # type: ignore[arg-type]
+        router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
+        optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3),
+        train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
+    )
+    return layout_config(config, layout)
+
+
+@cache
+def reference_of(row: int) -> Recording:
+    model, router, optimizer, layout = ROWS[row]
+    config = config_of(model, router, optimizer, layout)
+    out = record(reference_config(config), random_batches(config, 1))
+    detail(out, layout)
+    return out
+
+
+def rows_of(plant: str) -> list[int]:
+    """The first rows in which a plant acts."""
+    found = [i for i, row in enumerate(ROWS) if PLANTS[plant].applies(row[3], config_of(*row))]
+    return found[:ROWS_OF_A_PLANT]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool() as pool:
+        yield pool
+
+
+def named(pool: Pool, row: int, plant: str = "") -> str:
+    *_, layout = ROWS[row]
+    config = config_of(*ROWS[row])
+    return diagnose(reference_of(row), pool.record(config, layout, random_batches(config, 1), plant)).named
+
+
+def test_every_plant_acts_somewhere() -> None:
+    assert [name for name in PLANTS if not rows_of(name)] == []
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_without_a_plant_nothing_is_named(pool: Pool, row: int) -> None:
+    assert named(pool, row) == ""
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_plant_is_found_and_named_in_every_row(pool: Pool, plant: str) -> None:
+    assert {row: named(pool, row, plant) for row in rows_of(plant)} == dict.fromkeys(rows_of(plant), plant)

@@ -1,0 +1,333 @@
+"""Verify layouts: does every layout of a configuration's model give the numbers of one process?
+
+python tools/verify_layouts.py [OVERRIDES] --ranks N [--pairs auto|always|never] [--json FILE] [--plant BUG | --list-plants]
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalina.config import PretrainConfig
+    from megalina.verify.layouts import Choices, Row
+    from megalina.verify.verification import Result
+
+ROOT = Path(__file__).resolve().parent.parent
+DIFFERENT, BAD_INPUT = 1, 2  # exit codes
+MOST_PLANTED = 6  # rows
+MODES = ("auto", "always", "never")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Shrinks the configuration's model, keeps all its mechanisms, and runs some steps in float64 on every layout "
+        "and on one process.  Every activation, routing decision, loss, gradient and weight must be equal.  Exit code 0: all "
+        "are, 1: some differ, 2: bad input.",
+        epilog="Layouts are the tool's: parallel.* and launch.ranks do nothing.  launch.device=cuda runs on GPUs, one a rank.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py: model=laptop router=sigmoid")
+    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="worlds of 1, 2, 4, ... up to N ranks (default: 4)")
+    parser.add_argument(
+        "--pairs", nargs="?", const="always", default="auto", metavar="WHEN",
+        help="always (or no word): few rows, in which every pair of choices occurs; never: every combination; "
+        "auto (default): every combination if they are few",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--plant", default="", metavar="BUG", help="build this bug into the ranks and see whether it is found")
+    parser.add_argument("--list-plants", action="store_true", help="the bugs that can be planted")
+    args = parser.parse_intermixed_args(argv)
+    if args.pairs not in MODES and "=" in args.pairs:  # --pairs model=laptop
+        args.overrides, args.pairs = [args.pairs, *args.overrides], "always"
+    if args.list_plants:
+        return _list_plants()
+    from pretrain_gpt_moe import explain
+
+    try:
+        if args.pairs not in MODES:
+            raise ValueError(f"--pairs {args.pairs}: choose one of {', '.join(MODES)}")
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+        choices, rows, how = chosen(args.overrides, ranks=args.ranks, mode=args.pairs, plant=args.plant)
+    except Exception as error:
+        if not _is_input(error):
+            raise
+        print(explain(error, args.overrides), file=sys.stderr)
+        return BAD_INPUT
+    print(how, flush=True)
+    results = run(choices, rows, device=_device(choices.base), plant=args.plant)
+    print(table(results))
+    for line in findings(results):
+        print(line)
+    print(closing_line(results))
+    if args.json:
+        args.json.write_text(json.dumps(as_json(results, planted=bool(args.plant)), indent=1, allow_nan=False) + "\n")
+    return 0 if all(r.equal for r in results) else DIFFERENT
+
+
+def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple[Choices, list[Row], str]":
+    """What is run, and for people how it was chosen; ValueError, or an error of Hydra, for bad input."""
+    from megalina.verify import layouts
+
+    if ranks < 1:
+        raise ValueError(f"--ranks {ranks} must be at least 1")
+    planted = _plant(plant) if plant else None
+    if planted is not None:
+        ours = tuple(planted.overrides)
+        keys = {o.split("=")[0].lstrip("+~") for o in ours}
+        overrides = [o for o in overrides if o.split("=")[0].lstrip("+~") not in keys] + list(ours)
+    choices = choices_of(overrides, ranks)
+    if planted is None:
+        return (choices, *layouts.chosen_rows(choices, ranks, mode))
+    rows = _planted_rows(choices, ranks, planted)
+    if not rows:
+        raise ValueError(f"--plant {plant} changes nothing in any layout of up to {ranks} ranks: raise --ranks")
+    return choices, rows, f"planted: {planted.what}; {len(rows)} rows in which it acts"
+
+
+def choices_of(overrides: list[str], ranks: int) -> "Choices":
+    """The shrunk configuration, with every router and every strategy that there is."""
+    from megalina import launch, validate
+    from megalina.config import ParallelConfig
+    from megalina.step.strategy import STRATEGIES
+    from megalina.verify.layouts import Choices
+    from megalina.verify.shrink import shrink, shrink_router
+
+    own = composed(overrides)
+    one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
+    validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
+    base = shrink(own, ranks)
+    _check_machine(replace(base, launch=replace(base.launch, ranks=ranks, device=_device(base))), launch.num_cores())
+    others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] != "router"]
+    routers = {"yours": base.router}
+    for path in sorted((ROOT / "conf" / "router").glob("*.yaml")):
+        router = composed([*others, f"router={path.stem}"]).router
+        if router == own.router:
+            routers = {path.stem: base.router} | {k: v for k, v in routers.items() if k != "yours"}
+        else:
+            routers[path.stem] = shrink_router(router, own.model.num_experts, base.model.num_experts)
+    without = [o for o in overrides if o.split("=")[0] not in ("strategy", "strategy.name")]
+    strategies = {name: composed([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
+    return Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
+
+
+def composed(overrides: list[str]) -> "PretrainConfig":
+    """The configuration that pretrain_gpt_moe.py would run."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from megalina.worker import load_config
+    from pretrain_gpt_moe import CONF
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=overrides), resolve=True))
+
+
+def run(choices: "Choices", rows: "list[Row]", *, device: str, plant: str) -> "list[Result]":
+    """The results of all rows; progress goes to stderr."""
+    from megalina.verify.pool import stop_server
+    from megalina.verify.verification import verify
+
+    results = []
+    found = verify(choices, rows, device=device, plant=plant)
+    with _ended_by_sigterm():
+        try:
+            with closing(found), _Progress(len(rows)) as progress:
+                for result in found:
+                    results.append(result)
+                    progress.update(result)
+        finally:
+            stop_server()
+    return results
+
+
+def table(results: "list[Result]") -> str:
+    """A line a row."""
+    head = ("layout", "router", "strategy", "first difference", "largest error", "s")
+    lines = [
+        (
+            str(r.row.layout),
+            r.row.router_text,
+            r.row.layout.strategy,
+            r.first_difference or "equal",
+            f"{r.largest_error:.1e}",
+            f"{r.seconds:.1f}",
+        )
+        for r in results
+    ]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in [head, *lines])
+
+
+def findings(results: "list[Result]") -> list[str]:
+    """Causes with the rows that show them, and what failed."""
+    causes: dict[str, list[str]] = {}
+    for r in results:
+        if r.cause:
+            causes.setdefault(f"{r.named}: {r.cause}", []).append(str(r.row.layout))
+    lines = [f"\n{cause}\n  in {len(rows)} row{'s' * (len(rows) > 1)}, first {rows[0]}" for cause, rows in causes.items()]
+    return lines + [f"\n{r.row.layout}, {r.row.router_text} failed:\n{r.failed}" for r in results if r.failed]
+
+
+def closing_line(results: "list[Result]") -> str:
+    """What came out, in one line."""
+    from megalina.track.progress import duration
+
+    different, failed = sum(not r.equal and not r.failed for r in results), sum(bool(r.failed) for r in results)
+    took = duration(sum(r.seconds for r in results))
+    if different or failed:
+        return f"\n{len(results)} rows: {different} differ from one process, {failed} failed; {took}"
+    error, share = max(r.largest_error for r in results), max(r.largest_share for r in results)
+    return f"\n{len(results)} rows: all equal to one process, largest error {error:.1e} ({share:.1%} of what is allowed); {took}"
+
+
+def as_json(results: "list[Result]", *, planted: bool) -> dict[str, Any]:
+    """Errors that are not finite become null, as JSON has none."""
+    from megalina.verify.verification import common_cause
+
+    rows = []
+    for r in results:
+        row: dict[str, Any] = {
+            "layout": asdict(r.row.layout),
+            "router": r.row.router,
+            "capacity": r.row.capacity,
+            "strategy": r.row.layout.strategy,
+            "equal": r.equal,
+            "first_difference": r.first_difference or None,
+            "largest_error": r.largest_error if math.isfinite(r.largest_error) else None,
+            "seconds": round(r.seconds, 3),
+            "failed": r.failed or None,
+            "cause": r.cause or None,
+        }
+        rows.append(row | {"named": r.named, "candidates": list(r.candidates)} if planted else row)
+    return {"rows": rows, "named": common_cause(results)} if planted else {"rows": rows}
+
+
+class _Progress:
+    """How far it is, on stderr: a live bar on a terminal, else a line now and then; rows that differ are named at once."""
+
+    def __init__(self, total: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total, self._done, self._different = total, 0, 0
+        self._live = sys.stderr.isatty()
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            redirect_stdout=False,
+            disable=not self._live,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task("verify", total=total, numbers="starting")
+
+    def update(self, result: "Result") -> None:
+        self._done += 1
+        if not result.equal:
+            self._different += 1
+            self._bar.console.print(f"{result.row.layout}, {result.row.router_text}: {result.first_difference}", soft_wrap=True)
+        self._bar.update(self._task, advance=1, numbers=f"{self._different} differ")
+        if not self._live and (self._done % max(1, self._total // 10) == 0 or self._done == self._total):
+            print(f"{self._done}/{self._total} rows, {self._different} differ", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _list_plants() -> int:
+    from megalina.verify.plants import PLANTS
+
+    width = max(map(len, PLANTS))
+    for name, plant in PLANTS.items():
+        print(f"{name:{width}}  {plant.what}")
+    return 0
+
+
+def _plant(name: str) -> Any:
+    from megalina.validate import nearest
+    from megalina.verify.plants import PLANTS
+
+    if name not in PLANTS:
+        raise ValueError(f"--plant {name}: there is no such bug{nearest(name, PLANTS)}; see --list-plants")
+    return PLANTS[name]
+
+
+def _planted_rows(choices: "Choices", ranks: int, plant: Any) -> "list[Row]":
+    """Some rows of the user's own router in which a bug acts, of different places and with different other choices."""
+    from megalina.verify.layouts import config_of, in_order, product
+
+    name = next(iter(choices.routers))
+    own = replace(choices, routers={name: choices.routers[name]}, strategies=dict(list(choices.strategies.items())[:1]))
+    capacity = choices.routers[name].capacity_factor
+    by_place: dict[tuple[int, int, int, bool], list[Row]] = {}
+    for row in product(own, ranks):
+        at = row.layout
+        if row.capacity == capacity and at.recompute == "none" and plant.applies(at, config_of(own, row)):
+            by_place.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
+    most = max(map(len, by_place.values()), default=0)
+    found: dict[Row, None] = {}
+    for turn in range(most):
+        for i, rows in enumerate(reversed(by_place.values())):
+            found[rows[(turn + i * len(rows) // len(by_place)) % len(rows)]] = None
+    return in_order(list(found)[:MOST_PLANTED])
+
+
+def _device(config: "PretrainConfig") -> str:
+    """GPUs only where they are asked for: small models in float64 are no faster there."""
+    return "cuda" if config.launch.device == "cuda" else "cpu"
+
+
+def _check_machine(config: "PretrainConfig", num_cores: int) -> None:
+    import torch
+
+    from megalina.validate import check_machine
+
+    num_gpus = torch.cuda.device_count() if config.launch.device == "cuda" else 0
+    check_machine(config, local_ranks=config.launch.ranks, num_cores=num_cores, num_gpus=num_gpus, apex=False, wandb_key=True)
+
+
+def _is_input(error: Exception) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return isinstance(error, (HydraException, OmegaConfBaseException, ValueError, OSError))
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as an exception does: the ranks end first."""
+
+    def end(signum: int, _: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
