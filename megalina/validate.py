@@ -203,7 +203,8 @@ def has_wandb_key(environ: Mapping[str, str], home: Path) -> bool:
     for path in (Path(environ["NETRC"]),) if environ.get("NETRC") else (home / ".netrc", home / "_netrc"):
         if path.is_file():
             try:
-                return netrc.netrc(path).authenticators(host) is not None
+                found = netrc.netrc(path).authenticators(host)
+                return found is not None and bool(found[2])
             except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} can't be read as a netrc file ({error}): repair it, or set WANDB_API_KEY") from error
     return False
@@ -231,7 +232,7 @@ def _check_numbers(config: PretrainConfig) -> None:
             raise ValueError(f"{key}={value} must be a finite number")
         if not low <= value <= high:
             least = "above 0" if low == POSITIVE else f"at least {low:g}"
-            most = " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {high:g}"
+            most = " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {int(high) if 1 <= high < 1e16 else high}"
             raise ValueError(f"{key}={value} must be {least}{most}")
 
 

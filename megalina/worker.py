@@ -26,8 +26,8 @@ def load_config(text: str) -> PretrainConfig:
     omegaconf's errors for unknown keys and wrong types, ValueError for what isn't such a text at all."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(text)))
-    except (yaml.YAMLError, OverflowError, RecursionError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split("full_key")[0].split())
+    except (yaml.YAMLError, OverflowError, RecursionError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split("full_key")[0].split()) or "it has no keys"
         raise ValueError(f"the configuration can't be read: {reason}") from error
     assert isinstance(config, PretrainConfig)
     for key, value in text_values(config).items():

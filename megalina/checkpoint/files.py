@@ -8,7 +8,6 @@ format; only the types that torch's writer puts there are accepted when it is re
 import dataclasses
 import json
 import math
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

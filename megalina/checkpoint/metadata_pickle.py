@@ -117,7 +117,7 @@ def _path(*parts: str) -> str:
     return "/".join(str(part) for part in parts if type(part) is str)
 
 
-def _is_shape(sizes: tuple[Any, ...]) -> bool:
+def _is_shape(sizes: Any) -> bool:
     return all(type(size) is int for size in sizes)
 
 

@@ -40,7 +40,8 @@ class SentencePieceTokenizer:
     def __init__(self, path: str | Path) -> None:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self._model.id_to_piece(list(range(self._model.get_piece_size())))  # a damaged piece isn't UTF-8
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a sentencepiece model: make one with tools/train_tokenizer.py") from error
         self.vocab_size: int = self._model.get_piece_size()
         self.eod: int = self._model.eos_id()

@@ -37,6 +37,8 @@ class Ledger:
     def add(self, line: Line) -> None:
         """A full disk ends the file, not the run."""
         self._lines.append(line)
+        if len(self._lines) > MAX_LINES:
+            self._lines, self._saved = self._lines[1:], max(0, self._saved - 1)
         self._write(line)
 
     def event(self, line: Line) -> None:
@@ -45,16 +47,22 @@ class Ledger:
 
     def lines(self) -> list[Line]:
         """For a checkpoint: the last steps, back to the checkpoint before the last."""
-        return self._lines[-MAX_LINES:]
+        return self._lines
+
+    @property
+    def saved_lines(self) -> int:
+        """How many of them the last checkpoint has too."""
+        return self._saved
 
     def saved(self) -> None:
         """A checkpoint has the lines."""
         self._lines = self._lines[self._saved :]
         self._saved = len(self._lines)
 
-    def load(self, lines: Sequence[Line]) -> None:
-        """Go on from a checkpoint."""
-        self._lines, self._saved = list(lines), len(lines)
+    def load(self, lines: Sequence[Line], saved_lines: int) -> None:
+        """Go on from a checkpoint, as if it had just been saved."""
+        self._lines, self._saved = list(lines), saved_lines
+        self.saved()
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`."""

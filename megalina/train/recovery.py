@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalina.batch import Batch
-from megalina.checkpoint.files import is_complete
+from megalina.checkpoint.checkpoints import newest_first
 from megalina.comm.objects import everybodys
 from megalina.parallel.functions import Verdict
 from megalina.parallel.non_finite import first_bad_stage
@@ -89,9 +89,8 @@ def meet_spike(run: "Run", verdict: Verdict, stop_sample: int) -> bool:
 
 
 def saved_before(folder: Path, step: int) -> list[Path]:
-    """The complete checkpoints of earlier steps, newest first."""
-    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and is_complete(p) and int(p.name[5:]) < step]
-    return sorted(found, reverse=True)
+    """The checkpoints of earlier steps, newest first."""
+    return [path for path in newest_first(folder) if int(path.name[5:]) < step]
 
 
 def _backward_order(run: "Run") -> Callable[[str], int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
+from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.slice import Slice
 from megalina.checkpoint.writing import SaveFailed
 from megalina.config import PretrainConfig
@@ -27,7 +28,6 @@ from megalina.train.sample_windows import Window, pairs
 from megalina.train.spike_guard import SpikeGuard
 
 logger = logging.getLogger("megalina")
-MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 
 
 class RunState:
@@ -83,6 +83,7 @@ class RunState:
             "skipped_samples": self.windows,
             "guard_losses": self.guard.state(),
             "ledger": self.ledger.lines(),
+            "ledger_saved_lines": self.ledger.saved_lines,
             "arithmetic": self.arithmetic(),
             "config": asdict(self.config),
         }
@@ -146,7 +147,7 @@ class RunState:
         known = {*self.windows, *((first, stop) for first, stop in values["skipped_samples"])}
         self.windows = sorted(known)
         self.guard.load(values["guard_losses"])
-        self.ledger.load(values["ledger"])
+        self.ledger.load(values["ledger"], values["ledger_saved_lines"])
         self.watch.load(values["last_step_of_experts"])
 
     def load_weights(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A bounded process: code runs with a limit of memory and time, so that a bomb or a crash is an outcome and not the end of the tests."""
+"""A bounded process: code with a limit of memory and time; a bomb or a crash in it is an outcome, not the end of the tests."""
 
 import subprocess
 import sys

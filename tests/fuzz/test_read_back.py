@@ -183,7 +183,7 @@ for path in sorted(Path(sys.argv[1]).glob("spoiled*")):
 
 def test_a_token_id_beyond_any_vocabulary_is_refused(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    inner = tokenizers.models.BPE(vocab={"a": 0, "b": 2**31, "</s>": 3}, merges=[])
-    tokenizers.Tokenizer(inner).save(str(tmp_path / "far.json"))
+    inner = tokenizers.models.BPE(vocab={"a": 0, "b": 1, "</s>": 3}, merges=[])
+    (tmp_path / "far.json").write_text(tokenizers.Tokenizer(inner).to_str().replace('"b":1', '"b":2147483648'))
     with pytest.raises(ValueError, match=r"far\.json has the token id 2147483648: at most 16777216 ids are possible"):
         open_tokenizer(str(tmp_path / "far.json"))

@@ -30,6 +30,7 @@ from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.train.trainer import Run
 
+MADE = ("config", "arithmetic", "ledger_saved_lines")
 Actions = dict[int, Callable[[Run], None]]  # after a step has been logged
 VOCABULARY, LENGTH = 300, 16  # padded to 384 rows with tp = 1, to 512 with tp = 2 and 4
 GROUPS = {
@@ -136,9 +137,9 @@ def steps_kept(config: PretrainConfig) -> list[int]:
 
 
 def same_checkpoints(a: Path, b: Path) -> list[str]:
-    """What differs in two checkpoints, bit by bit; the configurations that are saved with them do not count."""
+    """What differs in two checkpoints, bit by bit; how they were made does not count: settings, and when others were saved."""
     first, second = read_tensors(a), read_tensors(b)
-    values = [{k: v for k, v in read_values(p).items() if k not in ("config", "arithmetic")} for p in (a, b)]
+    values = [{k: v for k, v in read_values(p).items() if k not in MADE} for p in (a, b)]
     names = [n for n in first if n not in second or first[n].dtype != second[n].dtype or not torch.equal(first[n], second[n])]
     return names + [n for n in second if n not in first] + [k for k in values[0] if values[0][k] != values[1].get(k)]
 

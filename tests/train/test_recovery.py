@@ -158,7 +158,7 @@ def test_a_bad_gradient_is_named_with_its_parameter(folder: Path) -> None:
 
 
 # routers that collapse
-def test_a_router_that_sends_all_tokens_to_one_expert_is_named_with_its_layer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = config_of(folder, "collapsed", steps=2 * LOW_STEPS, lr=0.0, top_k=1)
     run = start(settings)
     with torch.no_grad():
@@ -166,4 +166,5 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_named_with_its_layer(fo
     with caplog.at_level(logging.WARNING, "megalina"):
         run.loop()
     said = [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()]
-    assert len(said) == 1 and f"step {LOW_STEPS}: layer 1: the router has collapsed" in said[0] and "4.0 times its share" in said[0]
+    assert len(said) == 1 and f"step {LOW_STEPS}: layer 1: the router has collapsed" in said[0]
+    assert "4.0 times its share" in said[0]
