@@ -60,15 +60,11 @@ class Stored:
         self.values: dict[str, Any] = description["values"]
         self.metadata = read_metadata(path)
         self.listing = {n: (tuple(t["shape"]), _dtype(path, n, t["dtype"])) for n, t in description["tensors"].items()}
-        for name, (shape, dtype) in self.listing.items():
-            entry = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError(f"{path / METADATA} is damaged: {VALUES} names tensor {name}, and it does not")
-            if tuple(entry.size) != shape or entry.properties.dtype != dtype:
-                there, here = f"{list(entry.size)} {entry.properties.dtype}", f"{list(shape)} {dtype}"
-                raise ValueError(f"{path / METADATA} is damaged: tensor {name} is {there} there and {here} in {VALUES}")
-            if not all(_is_shape(list(cut)) and len(cut) == len(shape) for c in entry.chunks for cut in (c.offsets, c.sizes)):
-                raise ValueError(f"{path / METADATA} is damaged: tensor {name} has boxes that are none")
+        for name in self.listing:
+            try:
+                self._check_entry(name)
+            except (AttributeError, TypeError) as error:  # what is there is no entry, or lacks a part
+                raise ValueError(f"{path / METADATA} is damaged: the entry of tensor {name}: {error}") from error
 
     def num_bytes(self, name: str) -> int:
         shape, dtype = self.listing[name]
@@ -120,6 +116,17 @@ class Stored:
         except Exception as error:  # torch stumbles over a damaged file in many ways
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"a tensor file of {self.path} is damaged: {reason}") from error
+
+    def _check_entry(self, name: str) -> None:
+        path, (shape, dtype) = self.path, self.listing[name]
+        entry = self.metadata.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{path / METADATA} is damaged: {VALUES} names tensor {name}, and it does not")
+        if tuple(entry.size) != shape or entry.properties.dtype != dtype:
+            there, here = f"{list(entry.size)} {entry.properties.dtype}", f"{list(shape)} {dtype}"
+            raise ValueError(f"{path / METADATA} is damaged: tensor {name} is {there} there and {here} in {VALUES}")
+        if not all(_is_shape(list(cut)) and len(cut) == len(shape) for c in entry.chunks for cut in (c.offsets, c.sizes)):
+            raise ValueError(f"{path / METADATA} is damaged: tensor {name} has boxes that are none")
 
     def _at(self, index: MetadataIndex) -> Any:
         info = self.metadata.storage_data.get(index)

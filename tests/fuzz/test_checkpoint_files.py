@@ -23,7 +23,7 @@ from megalina.checkpoint.metadata_pickle import read_pickle
 from tests.checkpoint.planted import STATE, saved, sign
 from tests.fuzz.bounded import outcomes, spoiled
 
-QUICK = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 NESTED = b")" + b"\x85" * 300_000  # a tuple in a tuple in a tuple ...
 BOMBS = {
@@ -113,6 +113,29 @@ def test_a_planted_call_is_not_made(path: Path, monkeypatch: pytest.MonkeyPatch,
     assert not list(path.parent.glob("**/HARM"))
 
 
+def test_a_module_that_is_named_is_not_imported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path.parent / "harmful.py").write_text("open('HARM', 'w').close()\nclass Metadata: pass\n")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.syspath_prepend(path.parent)
+    for module in ("harmful", "torch.harmful", "harmful.torch"):
+        name = module.encode()
+        (path / METADATA).write_bytes(b"\x80\x04\x8c" + bytes([len(name)]) + name + b"\x8c\x08Metadata\x93)\x81.")
+        sign(path)
+        with pytest.raises(ValueError, match=rf"{module}\.Metadata has no place in the metadata of a checkpoint"):
+            read_metadata(path)
+    assert not list(path.parent.glob("**/HARM"))
+
+
+@pytest.mark.parametrize("spoil", [b"chunkz", b"sizez", b"propertiez"])
+def test_an_entry_that_lacks_a_part_is_named(path: Path, spoil: bytes) -> None:
+    data, good = (path / METADATA).read_bytes(), spoil[:-1] + b"s"
+    assert good in data
+    (path / METADATA).write_bytes(data.replace(good, spoil))
+    sign(path)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged: "):
+        read_tensors(path)
+
+
 def test_a_planted_state_changes_no_class(path: Path) -> None:
     changed = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08Metadata\x93N}\x8c\x07planted\x8c\x01xs\x86b."
     (path / METADATA).write_bytes(changed)
@@ -140,7 +163,10 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         assert kind == "ValueError" and f"/{name}/.metadata is damaged: " in message, (name, kind, message)
 
 
-def same_or_named(path: Path) -> None:
+def same_or_named(path: Path, whole: Path, name: str, content: bytes) -> None:
+    """`path` is a copy of `whole`, in which one file is now `content`."""
+    shutil.copytree(whole, path, dirs_exist_ok=True)
+    (path / name).write_bytes(content)
     sign(path)
     try:
         tensors = read_tensors(path)
@@ -154,19 +180,14 @@ def same_or_named(path: Path) -> None:
 @QUICK
 @given(EDITS, st.integers(0, 60))
 def test_spoiled_metadata_is_refused_or_readable(worn: Path, whole: Path, edits: list[tuple[int, int]], cut: int) -> None:
-    (worn / METADATA).write_bytes(spoiled((whole / METADATA).read_bytes(), edits, cut))
-    same_or_named(worn)
-    shutil.copy(whole / METADATA, worn / METADATA)
+    same_or_named(worn, whole, METADATA, spoiled((whole / METADATA).read_bytes(), edits, cut))
 
 
-@settings(QUICK, max_examples=80)
+@settings(QUICK, max_examples=50)
 @given(EDITS, st.integers(0, 60))
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_spoiled_tensor_file_is_refused_or_readable(worn: Path, whole: Path, edits: list[tuple[int, int]], cut: int) -> None:
-    name = "__0_0.distcp"
-    (worn / name).write_bytes(spoiled((whole / name).read_bytes(), edits, cut))
-    same_or_named(worn)
-    shutil.copy(whole / name, worn / name)
+    same_or_named(worn, whole, "__0_0.distcp", spoiled((whole / "__0_0.distcp").read_bytes(), edits, cut))
 
 
 ODD = st.recursive(
@@ -185,9 +206,7 @@ def test_a_description_may_be_anything(worn: Path, whole: Path, content: Any) ->
         description = json.loads((whole / VALUES).read_text())
         description["tensors"]["model/a"] = content
         content = json.dumps(description).encode()
-    (worn / VALUES).write_bytes(content)
-    same_or_named(worn)
-    shutil.copy(whole / VALUES, worn / VALUES)
+    same_or_named(worn, whole, VALUES, content)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"values": {}, "tensors": ' + b'{"a":' * 50_000, b"9" * 5000])
