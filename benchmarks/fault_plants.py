@@ -204,7 +204,8 @@ def full_disk(place: Place) -> None:
     def refused(self: Any, data: Any) -> int:
         if len(saves) == 2:
             place.mark()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self._files.noting():  # as an error of the file below it would be
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, data)
 
     if place.rank == 1:

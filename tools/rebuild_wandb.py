@@ -7,10 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from megalina.config import WandbConfig
 from megalina.track.wandb_run import rebuild
+from megalina.track.yaml_file import read_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not (args.run_dir / "config.yaml").is_file():
             raise ValueError(f"{args.run_dir} is no run folder: it has no config.yaml")
-        config = yaml.safe_load((args.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(args.run_dir / "config.yaml")
         wandb_config = WandbConfig(**{**config["tracker"]["wandb"], "mode": "offline"})
         folder = rebuild(wandb_config, run_dir=args.run_dir, run_config=config)
     except (ValueError, OSError) as error:

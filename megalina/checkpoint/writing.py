@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -138,6 +139,10 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True)
         self.fs = self.files = _HashedFiles()
+
+    def storage_meta(self) -> StorageMeta:
+        """Without the folder's path: a checkpoint that is moved is the same one."""
+        return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with self._plain():

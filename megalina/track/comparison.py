@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
 from megalina.track.metrics import Record, read_metrics
 from megalina.track.svg_chart import smoothed
+from megalina.track.yaml_file import read_yaml
 
 NOT_A_DIFFERENCE = ("run.", "tracker.", "data.cache_dir")  # where it lies and how it is watched
 NOT_RUNS = ("wandb", "tensorboard", "checkpoints")
@@ -78,7 +78,7 @@ def find_runs(folder: Path) -> list[RunResult]:
 
 def _read(run_dir: Path, folder: Path) -> RunResult | None:
     """None: the config.yaml is not a run's."""
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(run_dir / "config.yaml")
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
         return None
     name = run_dir.name if run_dir == folder else str(run_dir.relative_to(folder))

@@ -14,14 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megalina.track.expert_load import LoadHistory, layer_numbers
 from megalina.track.load_strips import load_strips
 from megalina.track.metrics import Record, read_metrics
 from megalina.track.progress import duration
 from megalina.track.report_style import STYLE
 from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
+from megalina.track.yaml_file import read_yaml
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
 
@@ -92,7 +91,7 @@ def read_run(run_dir: Path) -> RunData:
     kept_path = run_dir / "report.json"
     kept = json.loads(kept_path.read_text(encoding="utf-8")) if kept_path.exists() else {"summary": {}, "samples": []}
     samples = [Sample(**sample) for sample in kept["samples"]]
-    return RunData(run_dir, config_text, yaml.safe_load(config_text) or {}, records, samples, kept["summary"])
+    return RunData(run_dir, config_text, read_yaml(run_dir / "config.yaml") or {}, records, samples, kept["summary"])
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -365,7 +364,7 @@ def _overrides(run: RunData) -> list[str] | None:
     if run.summary.get("overrides") is not None:
         return [str(word) for word in run.summary["overrides"]]
     stored = run.dir / ".hydra" / "overrides.yaml"
-    return [str(word) for word in yaml.safe_load(stored.read_text(encoding="utf-8")) or []] if stored.exists() else None
+    return [str(word) for word in read_yaml(stored) or []] if stored.exists() else None
 
 
 def _config_card(run: RunData) -> str:
