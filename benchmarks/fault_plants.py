@@ -101,20 +101,16 @@ def stall_data(place: Place) -> None:
     PackedSamples.batch = batch  # type: ignore[method-assign]
 
 
-def before_step(act: Callable[[Any], Any], after: Callable[[Any], Any]) -> None:
-    """`act(trainable)` before step STEP and `after(trainable)` after it."""
+def before_step(number: int, act: Callable[[Any], None]) -> None:
+    """`act(trainable)` before step `number`."""
     from megalina.parallel.trainable import Trainable
 
     run_step = Trainable.step
 
     def step(self: Trainable, *arguments: Any) -> Any:
-        now = self.mesh.log.position.step == STEP
-        if now:
+        if self.mesh.log.position.step == number:
             act(self)
-        verdict = run_step(self, *arguments)
-        if now:
-            after(self)
-        return verdict
+        return run_step(self, *arguments)
 
     Trainable.step = step  # type: ignore[method-assign]
 
@@ -133,11 +129,11 @@ def swap_buckets(place: Place) -> None:
         place.mark()
 
     if place.rank == 1:
-        before_step(swap, lambda _: None)
+        before_step(STEP, swap)
 
 
 def bad_weight(place: Place) -> None:
-    """A weight of an expert of layer 1 on rank 1 is no number, in one step."""
+    """A weight of an expert of layer 1 on rank 1 is no number, until the next step begins."""
     kept: list[float] = []
 
     def weight(trainable: Any) -> Any:
@@ -153,7 +149,8 @@ def bad_weight(place: Place) -> None:
         weight(trainable).fill_(kept[0])
 
     if place.rank == 1:
-        before_step(spoil, mend)
+        before_step(STEP, spoil)
+        before_step(STEP + 1, mend)
 
 
 def another_size(place: Place) -> None:
@@ -166,12 +163,13 @@ def another_size(place: Place) -> None:
 
     def start(x: torch.Tensor, axis: Any) -> Any:
         position = axis.log.position
-        if place.rank == 1 and position.step == STEP and position.tag.startswith("U:divisor>"):
+        if position.step == STEP and position.tag.startswith("U:divisor>"):
             place.mark()
             x = torch.cat([x, x])
         return start_sum(x, axis)
 
-    exchange.start_sum = start
+    if place.rank == 1:  # the other's call site is the product's
+        exchange.start_sum = start
 
 
 def wrong_splits(place: Place) -> None:
@@ -182,12 +180,13 @@ def wrong_splits(place: Place) -> None:
 
     def start(x: Any, send: list[int], receive: list[int], axis: Any) -> Any:
         position = axis.log.position
-        if place.rank == 1 and position.step == STEP and position.tag == "F:dispatch>.0.0":
+        if position.step == STEP and position.tag == "F:dispatch>.0.0":
             place.mark()
             receive = [receive[0] + 3, *receive[1:]]
         return all_to_all(x, send, receive, axis)
 
-    exchange.start_all_to_all = start
+    if place.rank == 1:
+        exchange.start_all_to_all = start
 
 
 def full_disk(place: Place) -> None:
@@ -216,7 +215,8 @@ def full_disk(place: Place) -> None:
 PLANTS: dict[str, Callable[[Place], None]] = {
     plant.__name__: plant
     for plant in (
-        *(swap_buckets, another_size, extra_collective, wrong_splits, stall, loop, stall_data, raise_error, full_disk, bad_weight),
+        *(swap_buckets, another_size, extra_collective, wrong_splits, stall, loop, stall_data, raise_error),
+        *(full_disk, bad_weight),
     )
 }
 

@@ -85,9 +85,9 @@ class StoreBoard:
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         try:
-            if self._last is not None:  # an answer that came too late is nobody's, but there is one line only
+            if self._last is not None:  # an answer that came too late is nobody's; one that never came has had its time
                 with suppress(DistError):
-                    self._last.result(ASK_S)
+                    self._last.result(0)
             future: Future[T] = Future()
             self._last = future
             self._asked.put((question, future))

@@ -260,6 +260,7 @@ class Doctor:
         with suppress(Silent, OSError):
             board.post(f"{number}/seen/{self._rank}", "")
             deadline_s = time.monotonic() + (1.0 if waits else 0.0)
-            keys = [f"{number}/seen/{rank}" for rank in range(self._world)]
-            while time.monotonic() < deadline_s and len(board.read(keys)) < self._world:
+            there = board.read([f"{number}/{rank}" for rank in range(self._world)])
+            keys = [f"{number}/seen/{rank}" for rank in range(self._world) if f"{number}/{rank}" in there]
+            while time.monotonic() < deadline_s and len(board.read(keys)) < len(keys):
                 time.sleep(POLL_S)

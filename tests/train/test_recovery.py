@@ -11,12 +11,23 @@ import pytest
 import torch
 
 from megalina.batch import Batch
+from megalina.checkpoint.writing import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
 from megalina.train.load_watch import LOW_STEPS
 from megalina.train.recovery import SpikesGoOn
 from megalina.train.trainer import Run
 from tests.parallel.ranks import run_on_ranks
-from tests.train.small_run import VOCABULARY, Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
+from tests.train.small_run import (
+    VOCABULARY,
+    Recorder,
+    checkpoint,
+    config_of,
+    records_of,
+    same_checkpoints,
+    start,
+    steps_kept,
+    write_tokens,
+)
 from tests.train.test_trainer import _process_state  # noqa: F401  handlers of signals come back
 
 STEPS = 40
@@ -168,3 +179,33 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, cap
     said = [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()]
     assert len(said) == 1 and f"step {LOW_STEPS}: layer 1: the router has collapsed" in said[0]
     assert "4.0 times its share" in said[0]
+
+
+# a full disk
+def full_at(run: Run, steps: set[int]) -> None:
+    save = run.state.checkpoints.save
+
+    def sometimes(step: int, *arguments: Any) -> None:
+        if step in steps:
+            raise SaveFailed(Path("step"), 0, "No space left on device")
+        save(step, *arguments)
+
+    run.state.checkpoints.save = sometimes  # type: ignore[method-assign]
+
+
+def test_a_save_that_fails_is_counted_and_the_run_goes_on(folder: Path) -> None:
+    settings = config_of(folder, "full once", steps=6, interval=2)
+    run = start(settings)
+    full_at(run, {4})
+    run.loop()
+    assert recorder(run).of("failed_saves") == [0, 0, 0, 0, 1, 1]
+    assert steps_kept(settings) == [2, 6]
+
+
+def test_a_run_whose_last_state_can_not_be_saved_ends_with_an_error(folder: Path) -> None:
+    settings = config_of(folder, "full at the end", steps=6, interval=2)
+    run = start(settings)
+    full_at(run, {6})
+    with pytest.raises(RuntimeError, match="the state after step 6 could not be saved"):
+        run.loop()
+    assert run.state.failed_saves == 2 and steps_kept(settings) == [2, 4]  # it was tried twice
