@@ -17,9 +17,12 @@ from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.slice import Slice
 from megalina.checkpoint.writing import SaveFailed
+from megalina.collective_log import agree
+from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.init import local_shape, spec_of
+from megalina.parallel.functions import CollectivesDiffer
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.ledger import Ledger
@@ -68,7 +71,13 @@ class RunState:
         )
 
     def save(self) -> None:
-        """Write a checkpoint of this step; all ranks together.  One that fails is counted, and the run goes on."""
+        """Write a checkpoint of this step; all ranks together.  One that fails is counted, and the run goes on.
+
+        CollectivesDiffer, on all ranks, where they have mixed up what came after the last comparison: ZeRO-1's gathers of
+        weights, and evaluations."""
+        log, functions = self.mesh.log, self.trainable.stage_functions
+        if not agree([sum(column) for column in zip(*everybodys(self.mesh, log.riders()), strict=True)], self.mesh.world.size):
+            raise CollectivesDiffer(functions.explain())
         values = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,

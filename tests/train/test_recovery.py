@@ -13,6 +13,7 @@ import torch
 from megalina.batch import Batch
 from megalina.checkpoint.writing import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
+from megalina.parallel.functions import CollectivesDiffer
 from megalina.train.load_watch import LOW_STEPS
 from megalina.train.recovery import SpikesGoOn
 from megalina.train.trainer import Run
@@ -179,6 +180,27 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, cap
     said = [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()]
     assert len(said) == 1 and f"step {LOW_STEPS}: layer 1: the router has collapsed" in said[0]
     assert "4.0 times its share" in said[0]
+
+
+# what is mixed up after the verdict
+def mixed_up(folder: Path) -> str:
+    def mix(run: Run) -> None:
+        kinds = ("gather", "sum")
+        axis = run.mesh.world
+        axis.log.submit(axis.name, axis.ranks, kinds[axis.rank], "float32", (), 16)
+
+    settings = config_of(folder, "mixed up", ep=2, zero=1, steps=3, interval=2)
+    run = start(settings, after={2: mix})
+    with pytest.raises(CollectivesDiffer) as raised:
+        run.loop()
+    assert not list((folder / "mixed up").glob("checkpoints/step_*"))
+    return str(raised.value)
+
+
+def test_no_checkpoint_is_written_when_the_last_collectives_differ(folder: Path) -> None:
+    first, second = run_on_ranks(2, mixed_up, folder)
+    assert "did not submit the same collectives" in first or "is not the same on all ranks" in first
+    assert bool(second)
 
 
 # a full disk
