@@ -6,6 +6,10 @@ One process group, in which blocks of steps follow each other in turn: nothing, 
 files that mirror both, and the doctor's thread), the ledger (digests of tokens and routing, its line on disk), both.  A
 round has one block of each, in an order that moves on by one each round, so that a noisy machine disturbs all alike.  A
 block's time is the median of its steps; the ratio to the same round's block of nothing is taken, then medians over rounds.
+
+What is to be seen is smaller than the noise of a shared machine, so at the end some steps are run with a clock around every
+call that watching adds (and the doctor's thread asked for its CPU time): "spent" is that time as a share of the step, the
+clocks' own time included.  It can't see what watching costs others, such as caches; the ratios can.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +42,14 @@ from megalina.config import (
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.launch import run_ranks
+from megalina.parallel import functions
 from megalina.rank_files import collectives_path, position_path
+from megalina.train import trainer
 from megalina.train.doctor import Doctor
 from megalina.train.trainer import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY, LENGTH = 4096, 256
+VOCABULARY, LENGTH, SPENT_STEPS = 4096, 256, 30
 VARIANTS = {"nothing": (False, False), "doctor": (True, False), "ledger": (False, True), "both": (True, True)}  # doctor, ledger
 
 
@@ -67,6 +74,56 @@ def write_tokens(prefix: Path) -> None:
             writer.add_document(random.integers(0, VOCABULARY, int(random.integers(100, 5000))))
 
 
+class Clocked:
+    """Adds up the time spent in the calls that watching adds to a step."""
+
+    def __init__(self, run: Run):
+        self.spent_s: dict[str, float] = {"doctor": 0.0, "ledger": 0.0}
+        log = run.mesh.log
+        for name in ("submit", "riders"):
+            setattr(log, name, self._around(getattr(log, name), "doctor"))
+        for name in ("enter", "leave"):
+            setattr(log.position, name, self._around(getattr(log.position, name), "doctor"))
+        for name in ("routing_digest", "tokens_digest"):
+            setattr(functions, name, self._around(getattr(functions, name), "ledger"))
+        for name in ("RandomState", "line_of"):
+            setattr(trainer, name, self._around(getattr(trainer, name), "ledger"))
+        run.state.ledger.add = self._around(run.state.ledger.add, "ledger")  # type: ignore[method-assign]
+
+    def _around(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def clocked(*arguments: Any, **options: Any) -> Any:
+            started_s = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.spent_s[part] += time.perf_counter() - started_s
+
+        return clocked
+
+
+def thread_cpu_s(native_id: int) -> float:
+    """CPU time of a thread of this process, to 10 ms."""
+    fields = Path(f"/proc/self/task/{native_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def spent(run: Run, watched: "Watched", first_step: int, steps: int) -> dict[str, float]:
+    """Shares of `steps` steps that are spent in watching."""
+    watched.switch(doctor=True, ledger=True)
+    clocked, thread = Clocked(run), watched.doctor_thread
+    dist.barrier()
+    before_s, started_s = thread_cpu_s(thread), time.perf_counter()
+    for step in range(first_step, first_step + steps):
+        run.compute(step)
+    whole_s = time.perf_counter() - started_s
+    beats_s = thread_cpu_s(thread) - before_s
+    return {
+        "doctor": (clocked.spent_s["doctor"] + beats_s) / whole_s,
+        "ledger": clocked.spent_s["ledger"] / whole_s,
+        "both": (sum(clocked.spent_s.values()) + beats_s) / whole_s,
+    }
+
+
 class Watched:
     """A run whose doctor and ledger can be taken away."""
 
@@ -74,6 +131,11 @@ class Watched:
         self.run, self.log, self.folder = run, run.mesh.log, Path(run.config.run.dir)
         self._real = {name: getattr(self.log, name) for name in ("submit", "riders")}
         self._doctor: Doctor | None = None
+
+    @property
+    def doctor_thread(self) -> int:
+        assert self._doctor is not None and self._doctor._thread is not None and self._doctor._thread.native_id is not None
+        return self._doctor._thread.native_id
 
     def switch(self, *, doctor: bool, ledger: bool) -> None:
         """All ranks together, between steps."""
@@ -119,10 +181,11 @@ def work(folder: Path, rounds: int, steps: int) -> None:
                 times[name].append(block[1:])
         if run.is_first and turn >= 0:
             print(f"round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
+    shares = spent(run, watched, step + 1, SPENT_STEPS)
     watched.switch(doctor=False, ledger=False)
     if run.is_first:
         entries = len(run.trainable.program)
-        (folder / "times.json").write_text(json.dumps({"times": times, "stages": entries}))
+        (folder / "times.json").write_text(json.dumps({"times": times, "stages": entries, "spent": shares}))
     dist.destroy_process_group()
 
 
@@ -140,8 +203,8 @@ def results(times: dict[str, list[list[float]]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds (default 20)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a block that count (default 5)")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds (default 60)")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a block that count (default 1)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
@@ -158,6 +221,7 @@ def main() -> None:
         "rounds": options.rounds,
         "steps": options.steps,
         "stages": measured["stages"],
+        "spent": measured["spent"],
     } | results(measured["times"])
     text = json.dumps(found, indent=1)
     print(text)
