@@ -44,7 +44,7 @@ from megalina.data.source import open_data
 from megalina.launch import run_ranks
 from megalina.parallel import functions
 from megalina.rank_files import collectives_path, position_path
-from megalina.train import trainer
+from megalina.train import steps as steps_module
 from megalina.train.doctor import Doctor
 from megalina.train.trainer import Run
 
@@ -87,7 +87,7 @@ class Clocked:
         for name in ("routing_digest", "tokens_digest"):
             setattr(functions, name, self._around(getattr(functions, name), "ledger"))
         for name in ("RandomState", "line_of"):
-            setattr(trainer, name, self._around(getattr(trainer, name), "ledger"))
+            setattr(steps_module, name, self._around(getattr(steps_module, name), "ledger"))
         run.state.ledger.add = self._around(run.state.ledger.add, "ledger")  # type: ignore[method-assign]
 
     def _around(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Under torchrun or Slurm the ranks are there already; `joined` says which one thi
 
 import ctypes
 import os
+import random
 import re
 import signal
 import socket
@@ -110,7 +111,7 @@ def run_ranks(command: Sequence[str], *, ranks: int, logs: Path) -> None:
     """
     logs.mkdir(parents=True, exist_ok=True)
     _sweep(logs, ranks)
-    port = _free_port()
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     with _signals() as received:
         try:
@@ -257,7 +258,18 @@ def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """A port on which nobody listens, for a store that is there some seconds later.
+
+    Below the range from which systems take ports for outgoing connections (Linux: from 32768): one from there could be taken
+    before the ranks have started."""
+    choice = random.SystemRandom()
+    for _ in range(100):
+        port = choice.randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 10000 and 32000 on 127.0.0.1")

@@ -17,9 +17,10 @@ from megalina import launch
 ROOT = Path(__file__).resolve().parent.parent
 # Starts the script beside it as a rank and ends with the code that pretrain_gpt_moe.py would give.
 LAUNCHER = """
-import sys
+import signal, sys
 from pathlib import Path
 from megalina.launch import RankFailed, Stopped, run_ranks, run_with_restarts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 here = Path(__file__).parent
 try:
     run_ranks([sys.executable, str(here / "rank.py")], ranks=int(sys.argv[1]), logs=here / "logs")
@@ -345,7 +346,7 @@ def test_bad_input_under_torchrun_is_said_once(tmp_path: Path) -> None:
 def slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each of two tasks, as srun would start them."""
     (folder / "fake.py").write_text(FAKE_RUN.format(root=str(ROOT), other="False"))
-    port = str(launch._free_port())
+    port = str(launch.free_port())
     ranks = [
         subprocess.Popen(
             [sys.executable, str(folder / "fake.py"), "cluster.timeout_s=30", *arguments],

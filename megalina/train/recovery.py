@@ -3,16 +3,13 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megalina.batch import Batch
 from megalina.checkpoint.checkpoints import newest_first
 from megalina.comm.objects import everybodys
 from megalina.parallel.functions import Verdict
 from megalina.parallel.non_finite import first_bad_stage
-
-if TYPE_CHECKING:
-    from megalina.train.trainer import Run
+from megalina.track.tracker import Tracker
+from megalina.train.steps import Steps
 
 logger = logging.getLogger("megalina")
 
@@ -21,14 +18,14 @@ class SpikesGoOn(RuntimeError):
     """The guard has met too many spikes."""
 
 
-def name_non_finite(run: "Run", batch: Batch, verdict: Verdict) -> None:
+def name_non_finite(steps: Steps, verdict: Verdict) -> None:
     """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
-    functions = run.trainable.stage_functions
+    functions = steps.trainable.stage_functions
     names, functions.non_finite = functions.non_finite, []
-    stages, gradients = zip(*everybodys(run.mesh, (first_bad_stage(run.trainable, batch), names)), strict=True)
-    if not run.is_first:
+    stages, gradients = zip(*everybodys(steps.mesh, (first_bad_stage(steps.trainable, steps.batch), names)), strict=True)
+    if not steps.is_first:
         return
-    bad = sorted({name for own in gradients for name in own}, key=_backward_order(run))
+    bad = sorted({name for own in gradients for name in own}, key=_backward_order(steps))
     place, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(stages))
     if tag:
         where = f"the first is the output of stage {tag} on rank {rank}"
@@ -39,14 +36,14 @@ def name_non_finite(run: "Run", batch: Batch, verdict: Verdict) -> None:
     parameters = f"; gradients: {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "") if bad else ""
     logger.warning(
         "warning: step %d is skipped on all ranks: loss %g, gradient norm %g; not finite: %s%s",
-        *(run.state.step, verdict.loss, verdict.grad_norm, where, parameters),
+        *(steps.state.step, verdict.loss, verdict.grad_norm, where, parameters),
     )
 
 
-def meet_spike(run: "Run", verdict: Verdict, stop_sample: int) -> bool:
+def meet_spike(steps: Steps, verdict: Verdict, stop_sample: int, tracker: Tracker | None) -> bool:
     """The step with this verdict, whose sequences end before `stop_sample`, was refused; returns whether the run was taken
     back.  SpikesGoOn, on all ranks, after `guard.max_spikes` of them."""
-    state, guard = run.state, run.config.guard
+    state, guard = steps.state, steps.config.guard
     state.spikes += 1
     what = (
         f"loss {verdict.loss:.4f} at step {state.step} is {state.guard.rise(verdict.loss):.2f} nats above the median of the "
@@ -63,9 +60,9 @@ def meet_spike(run: "Run", verdict: Verdict, stop_sample: int) -> bool:
     point = None
     if guard.spike == "rewind":
         state.wait()
-        point = state.checkpoints.first_good(saved_before(Path(run.config.run.dir) / "checkpoints", state.step))
+        point = state.checkpoints.first_good(saved_before(Path(steps.config.run.dir) / "checkpoints", state.step))
     if point is None:
-        if run.is_first:
+        if steps.is_first:
             why = "; there is no checkpoint to go back to yet" if guard.spike == "rewind" else ""
             logger.warning("warning: spike: %s; its update is left out%s", what, why)
         return False
@@ -78,9 +75,9 @@ def meet_spike(run: "Run", verdict: Verdict, stop_sample: int) -> bool:
     state.ledger.rewind(state.step)
     event = {"step": state.step, "event": "rewind", "from_step": step, "skipped_samples": window, "loss_hex": verdict.loss.hex()}
     state.ledger.event(event)
-    if run.tracker is not None:
-        run.tracker.rewind(state.step)
-    if run.is_first:
+    if tracker is not None:
+        tracker.rewind(state.step)
+    if steps.is_first:
         logger.warning(
             "warning: spike: %s; back to step %d, past sequences %d to %d (the same run without them: data.skip_samples=[%d,%d])",
             *(what, state.step, window[0], window[1] - 1, *window),
@@ -93,7 +90,7 @@ def saved_before(folder: Path, step: int) -> list[Path]:
     return [path for path in newest_first(folder) if int(path.name[5:]) < step]
 
 
-def _backward_order(run: "Run") -> Callable[[str], int]:
+def _backward_order(steps: Steps) -> Callable[[str], int]:
     """Backward meets the last layers first, so what is last in the model's order is where it began."""
-    order = {name: i for i, (name, _) in enumerate(run.trainable.gpt.named_parameters())}
+    order = {name: i for i, (name, _) in enumerate(steps.trainable.gpt.named_parameters())}
     return lambda name: -order.get(name, 0)

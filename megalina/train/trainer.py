@@ -16,31 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.batch import Batch
 from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
-from megalina.mesh import build_mesh
 from megalina.parallel.functions import Verdict
-from megalina.parallel.trainable import DTYPES, Trainable
+from megalina.parallel.trainable import DTYPES
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
-from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.closing import close_run
 from megalina.train.determinism import make_deterministic
-from megalina.train.doctor import Doctor
-from megalina.train.ledger import Ledger, Line, RandomState, line_of
-from megalina.train.load_watch import LoadWatch
 from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
-from megalina.train.run_state import RunState
-from megalina.train.sample_windows import after
-from megalina.train.schedule import learning_rate
-from megalina.train.spike_guard import SpikeGuard
-from megalina.train.stop import StopWish
+from megalina.train.steps import Steps
 from megalina.train.throughput import mfu, peak_memory_bytes
 
 logger = logging.getLogger("megalina")
@@ -116,40 +106,15 @@ def choose_device(wish: str) -> torch.device:
     return device
 
 
-class Run:
+class Run(Steps):
     """The loop over steps: data, program, update, validation, checkpoints, metrics."""
 
     def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device, tracker: Tracker | None):
-        self.config, self.data, self.device, self.tracker = config, data, device, tracker
-        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep, timeout_s=config.cluster.timeout_s)
-        self.is_first = self.mesh.world.rank == 0
-        wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
-        vocab_size = config.model.vocab_size or data.vocab_size  # the model may have more than the tokenizer
-        guard = SpikeGuard(config.guard)
-        self.doctor = Doctor(
-            self.mesh.log,
-            world=self.mesh.world.size,
-            rank=self.mesh.world.rank,
-            timeout_s=config.hang.timeout_s,
-            folder=Path(config.run.dir) / "logs",
-        )
-        self.trainable = Trainable(
-            config,
-            self.mesh,
-            vocab_size=vocab_size,
-            device=device,
-            wish_to_stop=wish,
-            is_spike=guard.is_spike,
-            explain=self.doctor.explain,
-        )
-        self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
-        self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
-        self.state = RunState(
-            config, self.mesh, self.trainable, self.optimizer, self.watch, guard, Ledger(), tokenizer_path=data.tokenizer_path
-        )
+        super().__init__(config, data, device=device)
+        self.tracker = tracker
+        vocab_size = self.trainable.gpt.vocab_size
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
-        self.first_sample, self.own_samples = self._share(config.train.global_batch_size)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
 
@@ -182,10 +147,10 @@ class Run:
                 started_s = time.perf_counter()
                 verdict, _ = self.compute(step)
                 step_s = time.perf_counter() - started_s
-                if verdict.spike and meet_spike(self, verdict, state.consumed_samples):
+                if verdict.spike and meet_spike(self, verdict, state.consumed_samples, self.tracker):
                     continue
                 if not verdict.finite:
-                    name_non_finite(self, self._batch, verdict)
+                    name_non_finite(self, verdict)
                 self._step_s.append(step_s)
                 record, stop = self._step_record(verdict, step_s), verdict.stop
                 if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
@@ -248,39 +213,6 @@ class Run:
             close_run(self.config, self.data, checkpoint=checkpoint, summary=summary)
         return summary
 
-    def compute(self, step: int) -> tuple[Verdict, Line]:
-        """One step, with its entry in the ledger; nothing is logged or saved."""
-        train, state = self.config.train, self.state
-        self.mesh.log.position.step = step
-        self.optimizer.lr = learning_rate(
-            self.config.schedule,
-            peak=self.config.optim.lr,
-            step=step,
-            total_steps=train.steps,
-            tokens_per_step=train.global_batch_size * train.seq_len,
-        )
-        first = after(state.consumed_samples, train.global_batch_size, state.windows)
-        self._batch: Batch = self.data.train.batch(first + self.first_sample, self.own_samples).to(self.device)
-        random = RandomState()
-        verdict = self.trainable.step(self._batch, self.optimizer.update)
-        state.step, state.tokens = step, state.tokens + verdict.loss_tokens
-        state.consumed_samples = first + train.global_batch_size
-        if verdict.updates:
-            state.guard.accept(verdict.loss)
-            if self.config.guard.spike == "skip":
-                state.spikes = 0
-            for layer, load in zip(self.trainable.gpt.moe_layers, verdict.loads, strict=True):
-                router = self.trainable.gpt.layers[layer].router
-                if router.bias_E is not None:
-                    router.update_bias(load[:-1].to(self.device))
-        else:
-            state.skipped_steps += 1
-        digest = random.digest(seed=train.seed, first_sample=first)
-        line = line_of(verdict, step=step, first_sample=first, count=train.global_batch_size, random=digest)
-        if train.ledger:
-            state.ledger.add(line)
-        return verdict, line
-
     def _step_record(self, verdict: Verdict, step_s: float) -> dict[str, Any]:
         state = self.state
         tokens_per_s = self._tokens_per_s(step_s)
@@ -314,11 +246,6 @@ class Run:
     def _mfu(self, tokens_per_s: float) -> float:
         per_token, devices = self.flops.per_token, self.mesh.world.size
         return mfu(tokens_per_s=tokens_per_s, flops_per_token=per_token, peak_flops=self.peak, num_devices=devices)
-
-    def _share(self, sequences: int) -> tuple[int, int]:
-        """This rank's sequences of a step: the first, how many."""
-        own = sequences // self.mesh.dp.size
-        return self.mesh.dp.rank * own, own
 
     def _describe(self) -> str:
         train, shape = self.config.train, " x ".join(f"{n} {k}" for k, n in self.mesh.shape.items())

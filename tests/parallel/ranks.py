@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megalina.launch import free_port
+
 
 def run_on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(*arguments)` on each rank; their results in order.  RuntimeError with the traceback of the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         died: Exception | None = None
         try:
             mp.spawn(_rank, (world, port, folder, work, arguments), nprocs=world)  # ends the others when one fails
