@@ -2,6 +2,7 @@
 what was changed behind its back is named."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-def verified(run: Run, capsys_free_log: list[str], newest: Path, before: Path | None) -> None:
-    import logging
-
+def verified(run: Run, log: list[str], newest: Path, before: Path | None) -> None:
+    """Replay, with what it says added to `log`."""
     handler = logging.Handler()
-    handler.emit = lambda record: capsys_free_log.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("megalina")
     level = logger.level
     logger.addHandler(handler)
