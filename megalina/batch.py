@@ -1,14 +1,17 @@
 """A batch: the tokens of some sequences and what must be known about each.  B sequences, S tokens a sequence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Fact = TypeVar("Fact")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Batch:
     tokens_BS: Tensor  # int64, what the model reads
     labels_BS: Tensor  # int64, the token after each
@@ -25,7 +28,31 @@ class Batch:
         """Cut into batches of `size` sequences each."""
         return [self._map(lambda v, i=i: v[i : i + size]) for i in range(0, len(self.tokens_BS), size)]  # type: ignore[misc]
 
+    @cached_property
+    def may_have_padding(self) -> bool:
+        """False: every position is valid.  Known of batches that were on the CPU once; asking a GPU would make the host wait."""
+        return not self.valid_BS.is_cpu or not bool(self.valid_BS.all())
+
+    def once(self, make: Callable[..., Fact], *also: Hashable) -> Fact:
+        """`make(self, *also)`, made once and kept with the batch: for what each layer would make anew from the batch alone."""
+        key = make, *also
+        if key not in self._made:
+            self._made[key] = make(self, *also)
+        made: Fact = self._made[key]
+        return made
+
+    @cached_property
+    def _made(self) -> dict[tuple[Hashable, ...], Any]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was made of the batch doesn't travel with it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-        return Batch(**changed)
+        out = Batch(**changed)
+        if not self.may_have_padding:
+            out.__dict__["may_have_padding"] = False  # as a cached property keeps it
+        return out

@@ -8,6 +8,7 @@ difference is known on all ranks before anything is updated.  (On gloo a wrong o
 
 import mmap
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,8 @@ class CollectiveLog:
         self._balance = 0
         self._ring: mmap.mmap | None = None
         self._ring_end = 0
+        self._lock = threading.Lock()
+        self.here = threading.local()  # `place`: (step, tag) of the stage on whose behalf this thread submits
 
     def submit(
         self,
@@ -116,27 +119,28 @@ class CollectiveLog:
         send: Sequence[int] = (),
         receive: Sequence[int] = (),
     ) -> None:
-        """Called for each collective by the function that starts it, in the order of the program."""
-        number = self._counts.get(axis, 0)
-        self._counts[axis] = number + 1
+        """Called for each collective by the function that starts it, axis by axis in the order of the program."""
         caller = sys._getframe(1)
         wrapper = caller.f_code.co_filename  # the file of the functions that start collectives: who called those?
         while caller.f_code.co_filename == wrapper and caller.f_back is not None:
             caller = caller.f_back
-        step, tag, row = self.position.step, self.position.tag, tuple(row)
-        if number == 0:
-            self._kept[axis] = deque(maxlen=KEPT)
-        file, line = caller.f_code.co_filename, caller.f_lineno
-        self._kept[axis].append((axis, number, step, kind, tag, dtype, row, count, send, receive, ranks, file, line))
+        step, tag = getattr(self.here, "place", None) or (self.position.step, self.position.tag)
+        row, file, line = tuple(row), caller.f_code.co_filename, caller.f_lineno
         code, text = _code(kind, tag, dtype, row, count)
-        self._hash[axis] = hash((self._hash.get(axis, 0), number, code))
-        if count is None:
-            me = self.rank
-            for other, out, back in zip(ranks, send, receive, strict=True):
-                self._balance += hash((number, me, other, out)) - hash((number, other, me, back))
-        if self._ring is not None:
-            sizes = f"{send}\t{receive}" if count is None else "\t"
-            self._write(f"\nc\t{axis}\t{number}\t{step}\t{text}\t{sizes}\t{_text(ranks)}\t{file}:{line}\t.\n".encode())
+        with self._lock:
+            number = self._counts.get(axis, 0)
+            self._counts[axis] = number + 1
+            if number == 0:
+                self._kept[axis] = deque(maxlen=KEPT)
+            self._kept[axis].append((axis, number, step, kind, tag, dtype, row, count, send, receive, ranks, file, line))
+            self._hash[axis] = hash((self._hash.get(axis, 0), number, code))
+            if count is None:
+                me = self.rank
+                for other, out, back in zip(ranks, send, receive, strict=True):
+                    self._balance += hash((number, me, other, out)) - hash((number, other, me, back))
+            if self._ring is not None:
+                sizes = f"{send}\t{receive}" if count is None else "\t"
+                self._write(f"\nc\t{axis}\t{number}\t{step}\t{text}\t{sizes}\t{_text(ranks)}\t{file}:{line}\t.\n".encode())
 
     def riders(self) -> list[float]:
         """Numbers to be summed over all ranks; `agree` reads the sums.  What the last ones covered is forgotten."""

@@ -75,8 +75,17 @@ class ParallelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class StrategyConfig:
-    name: str = "eager"  # eager: a bucket of gradients goes on the wire as soon as its last gradient is there
-    gradient_piece_mb: float = 0.0  # buckets are cut into pieces of at most this size; 0: whole buckets
+    # how a step is scheduled: docs/strategies.md explains each, `strategy=NAME` sets the numbers too
+    name: str = "eager"  # eager | ddp | serial | fixed | priority | priority_partition | lina_nopack | lina | flow | lina_zero | auto
+    partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
+    bucket_mb: float = 0.0  # ddp: neighbouring gradients are sent together once they have so many MiB
+    parts: int = 1  # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
+    chunks: str = "1"  # pipelining: a MoE layer's rows travel in so many chunks | one number a MoE layer: 1,2,2 | auto
+    yields: bool = False  # gradients are held back while tokens are on the wire
+    late_layers: int = 0  # so many MoE layers compute the gradients of their experts' weights after all of backward
+    windows: str = "none"  # auto: at most as many gradients in each gap of the wire as were measured to fit
+    packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
+    packing_memory_gb: float = 0.0  # packed experts of a rank, with gradients and optimizer state, stay below this; 0: no limit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -181,6 +190,20 @@ class ClusterConfig:
     name: str = "local"  # for logs and reports
     peak_tflops: float = 0.0  # dense peak of one device in the run's dtype, for MFU; 0: looked up (GPU) or measured (CPU)
     timeout_s: float = 600.0  # a collective that takes longer ends the job
+    nodes: int = 0  # what the cluster is made of: emulated by tools/emulate_cluster.py --like NAME; 0: unknown
+    ranks_per_node: int = 0  # devices of a node; 0: unknown
+    link_gbit: float = 0.0  # link of a node, each way; 0: unknown
+    latency_us: float = 0.0  # of a link, one way
+    device_gflops: float = 0.0  # emulated device: what it reaches in attention and experts; 0: no such device
+    attention_ms: float = 0.0  # emulated device: forward of a layer's attention, for a whole micro-batch
+    experts_ms: float = 0.0  # emulated device: forward of a layer's experts, for a whole micro-batch
+    kernel_floor_ms: float = 0.0  # emulated device: the least that a stage costs; 0: 2% of the whole micro-batch's time
+
+
+@dataclass(slots=True, kw_only=True)
+class TimelineConfig:
+    metrics: bool = False  # per step: how long the device stood still for tokens and gradients, how much all-to-alls were slowed
+    trace_steps: list[int] = field(default_factory=list)  # steps of which all ranks' timelines are written: RUN/trace.json.gz
 
 
 @dataclass(slots=True, kw_only=True)
@@ -200,3 +223,4 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     hang: HangConfig = field(default_factory=HangConfig)
+    timeline: TimelineConfig = field(default_factory=TimelineConfig)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from megalina.config import PretrainConfig
-from megalina.parameters import ParameterCounts, count_parameters, padded_vocab_size
+from megalina.parameters import BYTES, ParameterCounts, count_parameters, padded_vocab_size
 
 SHOWN_GROUPS = 4  # of each axis
-BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
 def axis_groups(world: int, *, tp: int, ep: int) -> dict[str, list[list[int]]]:
@@ -23,7 +22,8 @@ def axis_groups(world: int, *, tp: int, ep: int) -> dict[str, list[list[int]]]:
 
 def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     """`vocab_size`: pieces of the tokenizer, before padding."""
-    tp, ep = config.parallel.tp, config.parallel.ep
+    packing = 1 if config.strategy.packing == "auto" else int(config.strategy.packing)
+    tp, ep = config.parallel.tp, config.parallel.ep // packing
     train, router = config.train, config.router
     edp, dp = world // (tp * ep), world // tp
     rows = padded_vocab_size(vocab_size, tp)
@@ -35,12 +35,12 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {rows:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
-        f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}; "
+        f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
         f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
     ]
     for name, groups in axis_groups(world, tp=tp, ep=ep).items():
         lines.append(f"  {name:<8} {len(groups)} x {len(groups[0])} ranks: {_some(groups)}")
-    weights, state = _bytes_a_rank(counts, config, world)
+    weights, state = _bytes_a_rank(counts, config, world, ep)
     lines += [
         f"a rank     {counts.num_experts // ep} experts a layer; {_size(weights)} of weights, "
         f"{_size(state)} of gradients and optimizer, activations come on top",
@@ -54,9 +54,9 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     return "\n".join(lines)
 
 
-def _bytes_a_rank(counts: ParameterCounts, config: PretrainConfig, world: int) -> tuple[int, int]:
+def _bytes_a_rank(counts: ParameterCounts, config: PretrainConfig, world: int, ep: int) -> tuple[int, int]:
     """Bytes of weights, and of gradients, master weights and moments; norms and routers, which tp doesn't cut, are neglected."""
-    tp, ep = config.parallel.tp, config.parallel.ep
+    tp = config.parallel.tp
     dense = (counts.embedding + counts.dense) // tp
     experts = counts.num_moe_layers * counts.num_experts // ep * counts.expert
     width = BYTES[config.train.dtype]

@@ -4,9 +4,13 @@ world = edp x ep x tp, tp innermost (the fastest links).  Dense parameters are c
 sits on one ep coordinate and is copied over edp x tp, since every tp rank dispatches its own share of the tokens.
 Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
 keep one order.  `group` None means nobody to talk to.
+
+Packing k gives each rank k times the experts: ep is cut to ep / k, edp grows to edp x k, and all else is as before.  Ranks
+of an ep group are neighbours, so a group that is small enough lies inside a node.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -25,10 +29,16 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     log: CollectiveLog = field(default_factory=lambda: CollectiveLog(0), compare=False)  # of this rank's collectives, on all axes
+    packing: int = 1  # what is called "ep" under another packing is another group
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def log_name(self) -> str:
+        """The axis in the log: "ep", or "ep/2" under packing 2."""
+        return self.name if self.packing == 1 else f"{self.name}/{self.packing}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +59,18 @@ class Mesh:
         return self.world.log
 
     @property
+    def packing(self) -> int:
+        """How many times as many experts as without packing a rank holds."""
+        return self.ep.packing
+
+    @property
     def shape(self) -> dict[str, int]:
         return {"edp": self.edp.size, "ep": self.ep.size, "tp": self.tp.size}
+
+    @property
+    def unpacked(self) -> dict[str, int]:
+        """The shape without packing."""
+        return {"edp": self.edp.size // self.packing, "ep": self.ep.size * self.packing, "tp": self.tp.size}
 
 
 def rows(shape: dict[str, int]) -> dict[str, list[list[int]]]:
@@ -79,20 +99,36 @@ def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> M
     `timeout_s`: a collective that takes longer is an error.  Groups don't inherit the world's; None is torch's default.
     ValueError where tp x ep does not divide the world size.
     """
+    return build_meshes(tp=tp, ep=ep, timeout_s=timeout_s)[1]
+
+
+def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), timeout_s: float | None = None) -> dict[int, Mesh]:
+    """As `build_mesh`, a mesh for each packing.  They have one log, and share the axes whose groups are the same.
+
+    ValueError, too, where a packing does not divide ep."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % (tp * ep):
         raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
+    for packing in packings:
+        if ep % packing:
+            raise ValueError(f"packing ({packing}) must divide ep ({ep})")
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     log = CollectiveLog(me)
+    shared: dict[str, Axis] = {}
 
-    def axis(name: str, table: list[list[int]]) -> Axis:  # every rank makes every group, in the same order
-        mine = Axis(name, log=log)
+    def axis(name: str, table: list[list[int]], packing: int) -> Axis:  # every rank makes every group, in the same order
+        mine = Axis(name, log=log, packing=packing)
         for row in table:
             group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
             if me in row:
-                mine = Axis(name, tuple(row), row.index(me), group, log)
+                mine = Axis(name, tuple(row), row.index(me), group, log, packing)
         return mine
 
-    tables = rows({"edp": world // (tp * ep), "ep": ep, "tp": tp})
-    return Mesh(**{name: axis(name, table) for name, table in tables.items()})
+    meshes = {}
+    for packing in packings:
+        tables = rows({"edp": world // (tp * ep) * packing, "ep": ep // packing, "tp": tp})
+        for name in ("world", "tp", "dp"):  # no packing changes them
+            shared[name] = shared.get(name) or axis(name, tables[name], 1)
+        meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in tables.items()})
+    return meshes

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from megalina.config import ModelConfig, RouterConfig
+from megalina.config import ModelConfig, PretrainConfig, RouterConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # train.dtype -> of one number
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,24 @@ def count_parameters(model: ModelConfig, router: RouterConfig, *, vocab_size: in
         num_experts=model.num_experts,
         top_k=router.top_k,
     )
+
+
+def expert_params_on_rank(config: PretrainConfig, packing: int = 1) -> int:
+    """Parameters of the routed experts that one rank holds, if it holds `packing` times as many as parallel.ep says."""
+    model = config.model
+    layers = sum(is_moe_layer(model, layer) for layer in range(model.num_layers))
+    return layers * model.num_experts * packing // config.parallel.ep * _mlp(model, model.d_ff)
+
+
+def expert_bytes_on_rank(config: PretrainConfig, world: int, packing: int = 1) -> int:
+    """Bytes of their weights, gradients, master weights and moments.  ZeRO-1 shards the last two over the ranks with the same
+    experts, of which there are `packing` times as many too."""
+    width = BYTES[config.train.dtype]
+    main = max(width, 4)  # gradients, master weights and moments are never below float32
+    copies = (2 if config.optim.name == "adamw" else 0) + (1 if width < main else 0)
+    params = expert_params_on_rank(config, packing)
+    shards = world * packing // config.parallel.ep if config.parallel.zero else 1
+    return params * (width + main) + copies * main * params // shards
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:

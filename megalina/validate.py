@@ -12,8 +12,11 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from megalina.config import DataConfig, PretrainConfig
+from megalina.parameters import expert_bytes_on_rank, is_moe_layer
+from megalina.step.strategy import STRATEGIES, chunks_of
 
 MAX_RANKS_A_CORE = 64
+PACKED = ("lina", "flow", "lina_zero", "auto")  # strategies that packing is a part of; the others are what they are held against
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "launch.device": ("auto", "cpu", "cuda"),
@@ -23,7 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router.kind": ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"),
     "router.group": ("sequence", "micro_batch", "global"),
     "router.drop": ("position", "probability"),
-    "strategy.name": ("eager",),
+    "strategy.name": (*STRATEGIES, "auto"),
+    "strategy.windows": ("none", "auto"),
     "optim.name": ("adamw", "sgd"),
     "optim.implementation": ("auto", "torch", "apex"),
     "schedule.name": ("cosine", "wsd", "linear", "constant"),
@@ -72,7 +76,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "parallel.tp": (1, LARGEST_SIZE),
     "parallel.ep": (1, LARGEST_SIZE),
     "parallel.zero": (0, 1),
-    "strategy.gradient_piece_mb": (0, 1e9),
+    "strategy.bucket_mb": (0, 1e9),
+    "strategy.parts": (1, 1024),
+    "strategy.late_layers": (0, 100000),
+    "strategy.packing_memory_gb": (0, 1e9),
     "optim.lr": (0, LARGEST_FLOAT),
     "optim.beta1": (0, 1 - 2**-53),
     "optim.beta2": (0, 1 - 2**-53),
@@ -107,6 +114,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "tracker.sample_tokens": (1, LARGEST_SIZE),
     "cluster.peak_tflops": (0, LARGEST_FLOAT),
     "cluster.timeout_s": (POSITIVE, 1e9),
+    "cluster.nodes": (0, 1_000_000),
+    "cluster.ranks_per_node": (0, 1_000_000),
+    "cluster.link_gbit": (0, 1e9),
+    "cluster.latency_us": (0, 1e9),
+    "cluster.device_gflops": (0, 1e15),
+    "cluster.attention_ms": (0, 1e9),
+    "cluster.experts_ms": (0, 1e9),
+    "cluster.kernel_floor_ms": (0, 1e9),
 }
 
 
@@ -124,6 +139,8 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_router(config)
     _check_layout(config, world)
     _check_batch(config, world)
+    _check_strategy(config, world)
+    _check_emulation(config)
     _check_length(config)
     _check_data(config.data)
 
@@ -335,6 +352,84 @@ def _check_batch(config: PretrainConfig, world: int) -> None:
             f"router.group=global can't be exact with gradient accumulation ({batch // (micro * dp)} micro-batches a step): "
             f"set train.micro_batch_size={batch // dp}, or router.group=sequence"
         )
+
+
+def _check_strategy(config: PretrainConfig, world: int) -> None:
+    """After `_check_batch`."""
+    strategy, train, tp = config.strategy, config.train, config.parallel.tp
+    if not (strategy.partition_bytes == "auto" or strategy.partition_bytes.isdecimal()):
+        raise ValueError(f"strategy.partition_bytes={strategy.partition_bytes} must be a number of bytes, 0 or auto")
+    if "auto" in (strategy.name, strategy.chunks, strategy.partition_bytes, strategy.windows) and train.deterministic:
+        raise ValueError(
+            "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
+            "order sums are made: give a strategy and its numbers"
+        )
+    if strategy.name == "lina_zero" and config.parallel.zero == 0:
+        raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
+    micro_batches = train.global_batch_size * tp // (train.micro_batch_size * world)
+    cut = 1 if micro_batches % strategy.parts == 0 else strategy.parts
+    if train.micro_batch_size % cut:
+        raise ValueError(
+            f"strategy.parts ({strategy.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
+            f"micro-batches a step ({micro_batches}): parts are whole sequences; raise train.micro_batch_size, or accumulate"
+        )
+    if cut > 1 and config.router.group != "sequence":
+        raise ValueError(
+            f"router.group={config.router.group} routes a whole micro-batch at once, so it can't be cut into strategy.parts="
+            f"{cut}: set router.group=sequence, or train.micro_batch_size={train.micro_batch_size // cut} so that parts are "
+            "whole micro-batches"
+        )
+    tokens = train.micro_batch_size // cut * train.seq_len // tp
+    moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    if strategy.chunks != "auto":
+        numbers = strategy.chunks.split(",")
+        if not all(n.isdecimal() for n in numbers):
+            raise ValueError(f"strategy.chunks={strategy.chunks} must be a number, one for each MoE layer as 1,2,2, or auto")
+        if (most := max(chunks_of(strategy.chunks, moe).values(), default=1)) > tokens:
+            raise ValueError(f"strategy.chunks={strategy.chunks}: {most} chunks of {tokens} tokens a part are too many: lower it")
+    _check_packing(config, world)
+
+
+def _check_packing(config: PretrainConfig, world: int) -> None:
+    strategy, ep = config.strategy, config.parallel.ep
+    packing, limit_gb = strategy.packing, strategy.packing_memory_gb
+    if packing != "auto" and not (packing.isdecimal() and int(packing) >= 1):
+        raise ValueError(f"strategy.packing={packing} must be 1, 2, 4, ... or auto")
+    if packing == "1":
+        return
+    if strategy.name not in PACKED:
+        less = f", or pack with parallel.ep={ep // int(packing)} alone" if packing != "auto" and ep % int(packing) == 0 else ""
+        raise ValueError(
+            f"strategy.packing={packing} works with strategy={' or '.join(PACKED)}, not with {strategy.name}: "
+            f"set strategy.packing=1{less}"
+        )
+    if packing == "auto" and config.train.deterministic:
+        raise ValueError(
+            "train.deterministic=true and strategy.packing=auto exclude each other, since measured times would decide how sums "
+            "are rounded: set strategy.packing=1, 2, ..."
+        )
+    if packing != "auto" and ep % int(packing):
+        raise ValueError(f"strategy.packing ({packing}) must divide parallel.ep ({ep})")
+    least = 1 if packing == "auto" else int(packing)
+    if 0 < limit_gb * 1e9 < (needed_bytes := expert_bytes_on_rank(config, world, least)):
+        raise ValueError(
+            f"strategy.packing={packing} needs at least {needed_bytes / 1e9:.3g} GB for a rank's experts, their gradients and "
+            f"optimizer state, and strategy.packing_memory_gb is {limit_gb:g}: raise it, or pack less"
+        )
+
+
+def _check_emulation(config: PretrainConfig) -> None:
+    cluster = config.cluster
+    given = [k for k in ("device_gflops", "attention_ms", "experts_ms") if getattr(cluster, k)]
+    if given and config.launch.device == "cuda":
+        raise ValueError(f"cluster.{given[0]} emulates a device on CPUs: set launch.device=cpu")
+    if bool(cluster.attention_ms) != bool(cluster.experts_ms):
+        raise ValueError(
+            f"cluster.attention_ms ({cluster.attention_ms:g}) and cluster.experts_ms ({cluster.experts_ms:g}) go together: "
+            "give both"
+        )
+    if cluster.device_gflops and cluster.attention_ms:
+        raise ValueError("cluster.device_gflops and cluster.attention_ms exclude each other: give rates or times")
 
 
 def _check_length(config: PretrainConfig) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from megalina.checkpoint.checkpoints import check_same
 from megalina.checkpoint.files import MODEL, Stored
-from megalina.checkpoint.slice import Box
 from megalina.checkpoint.streamed import write_checkpoint
+from megalina.comm.slice import Box
 
 KEPT = ("config", "vocab_size", "tokenizer_path")
 SAME = ("model", "router")  # groups of the configuration that make the model

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megalina.checkpoint.checksums import Sum, damaged
 from megalina.checkpoint.files import Part, Stored, is_complete, read_description
-from megalina.checkpoint.slice import Box, Slice, boxes, whole_shape
 from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest, write_tensors
+from megalina.comm.slice import Box, Slice, boxes, whole_shape
 from megalina.mesh import Mesh
 
 T = TypeVar("T")
@@ -57,6 +57,10 @@ class Checkpoints:
         problem = self._on_first_rank(self._recover)
         if problem is not None:
             raise RuntimeError(f"can't clear up {folder}: {problem}")
+
+    def use(self, mesh: Mesh) -> None:
+        """From now on slices are of this mesh, which has the same ranks."""
+        self._mesh = mesh
 
     def save(self, step: int, tensors: Mapping[str, Slice | Sequence[Slice]], values: dict) -> None:
         """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`,

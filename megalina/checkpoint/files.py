@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES, check_files, check_inside, read_checked, read_sums
 from megalina.checkpoint.metadata_pickle import read_pickle
-from megalina.checkpoint.slice import Box
+from megalina.comm.slice import Box
 
 MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 

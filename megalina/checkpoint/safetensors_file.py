@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalina.checkpoint.files import MODEL, Stored
-from megalina.checkpoint.slice import Box
 from megalina.checkpoint.streamed import published, write_checkpoint
+from megalina.comm.slice import Box
 
 _NAMES = {
     torch.float64: "F64",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.files import Part, Stored
-from megalina.checkpoint.slice import Box, span
 from megalina.checkpoint.writing import Fetch, sync_folder, write_rest, write_streamed
+from megalina.comm.slice import Box, span
 
 Listing = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name: shape of the whole tensor, type
 

@@ -34,7 +34,7 @@ from torch.futures import Future
 
 from megalina.checkpoint.checksums import VALUES, Sum, write_sums
 from megalina.checkpoint.files import Part
-from megalina.checkpoint.slice import Box
+from megalina.comm.slice import Box
 
 Fetch = Callable[[str, Box], Tensor]  # the data of a box of a tensor
 

@@ -4,6 +4,7 @@ Without a group there is nobody to talk to: the value itself is what arrives.  A
 it is awaited, and drops them then.  Each collective enters the axis' log as it is submitted.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,19 +17,20 @@ from megalina.mesh import Axis
 class Pending:
     """Something on the wire."""
 
-    __slots__ = ("_finish", "_work")
+    __slots__ = ("_finish", "num_bytes", "work")
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor]):
-        self._work: dist.Work | None = work
+    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor], num_bytes: int = 0):
+        self.work: dist.Work | None = work
         self._finish: Callable[[], Tensor] | None = finish
+        self.num_bytes = num_bytes  # what this rank sends to others (of an all-to-all gets, if that is more); of a sum its value
 
     def wait(self) -> Tensor:
         """What arrived.  On CUDA the current stream waits, not the host."""
         assert self._finish is not None, "awaited twice"
-        if self._work is not None:
-            self._work.wait()
+        if self.work is not None:
+            self.work.wait()
         out = self._finish()
-        self._work = self._finish = None
+        self.work = self._finish = None
         return out
 
 
@@ -40,7 +42,9 @@ def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis)
     out = x.new_empty(sum(receive), *x.shape[1:])
     _enter("all-to-all", x, axis, send, receive)
     work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+    busiest_way = max(len(x), len(out)) - send[axis.rank]  # rows; what it keeps is in both
+    num_bytes = busiest_way * x.element_size() * math.prod(x.shape[1:])
+    return Pending(work, lambda keep=x: out, num_bytes)  # type: ignore[misc]
 
 
 def start_gather(x: Tensor, axis: Axis) -> Pending:
@@ -51,7 +55,7 @@ def start_gather(x: Tensor, axis: Axis) -> Pending:
     out = x.new_empty(len(x) * axis.size, *x.shape[1:])
     _enter("gather", x, axis)
     work = _all_gather(out, x, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+    return Pending(work, lambda keep=x: out, x.nbytes)  # type: ignore[misc]
 
 
 def start_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -63,10 +67,10 @@ def start_scatter(x: Tensor, axis: Axis) -> Pending:
     if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter costs a whole all-reduce
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
-        return Pending(work, lambda keep=x: parts.view(axis.size, -1, *x.shape[1:]).sum(0))  # type: ignore[misc]
+        return Pending(work, lambda keep=x: parts.view(axis.size, -1, *x.shape[1:]).sum(0), x.nbytes)  # type: ignore[misc]
     out = x.new_empty(len(x) // axis.size, *x.shape[1:])
     work = _reduce_scatter(out, x, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=x: out)  # type: ignore[misc]
+    return Pending(work, lambda keep=x: out, x.nbytes)  # type: ignore[misc]
 
 
 def start_sum(x: Tensor, axis: Axis) -> Pending:
@@ -75,7 +79,7 @@ def start_sum(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, lambda: x)
     out = x.clone(memory_format=torch.contiguous_format)
     _enter("sum", x, axis)
-    return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out)
+    return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out, out.nbytes)
 
 
 def start_sum_in_place(flat: Tensor, axis: Axis) -> Pending:
@@ -83,13 +87,15 @@ def start_sum_in_place(flat: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(None, lambda: flat)
     _enter("sum", flat, axis)
-    return Pending(dist.all_reduce(flat, group=axis.group, async_op=True), lambda: flat)
+    return Pending(dist.all_reduce(flat, group=axis.group, async_op=True), lambda: flat, flat.nbytes)
 
 
 def start_scatter_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
     """`own`, this rank's part of `flat`, becomes its sum over the ranks of the axis; the other parts are then void."""
     pending = start_scatter(flat, axis)
-    return Pending(None, lambda: own.copy_(pending.wait()) if axis.group is not None else own)
+    if axis.group is None:
+        return pending
+    return Pending(pending.work, lambda: own.copy_(pending.wait()), pending.num_bytes)
 
 
 def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
@@ -99,13 +105,13 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
     mine = own.clone()
     _enter("gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=mine: flat)  # type: ignore[misc]
+    return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
 
 def _enter(kind: str, x: Tensor, axis: Axis, send: list[int] | None = None, receive: list[int] | None = None) -> None:
     """All-to-alls have sizes of their own on each rank, all else has equal ones."""
     count = len(x) if send is None else None
-    axis.log.submit(axis.name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send or (), receive or ())
+    axis.log.submit(axis.log_name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send or (), receive or ())
 
 
 # torch 2.13 renamed both; older ones have only the old names

@@ -5,6 +5,8 @@ Gradients of parameters with `main_grad` are added there, see linear.py.  Saved 
 matrix gave (H numbers a row); the activation is computed again, which costs less than its memory traffic.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from megalina.model.activation import activate, activate_backward, input_width
 from megalina.model.linear import add_outer, add_rows, main_grad
+
+Later = list[Callable[[], None]]
 
 
 def expert_mlp(
@@ -25,13 +29,17 @@ def expert_mlp(
     b2_ED: Tensor | None = None,
     *,
     activation: str,
+    later: Later | None = None,
 ) -> Tensor:
-    """Rows sorted by expert, `count_E` of them each; returns [N, D].  An expert without a row gets a zero gradient."""
+    """Rows sorted by expert, `count_E` of them each; returns [N, D].  An expert without a row gets a zero gradient.
+
+    `later`: the backward pass puts there what adds the gradients of weights, and leaves them out itself; they need `main_grad`.
+    """
     if sum(count_E) != x_ND.shape[0] or len(count_E) != w1_EHD.shape[0]:
         raise ValueError(
             f"counts of {len(count_E)} experts sum to {sum(count_E)}, got {x_ND.shape[0]} rows and {w1_EHD.shape[0]} experts"
         )
-    return _ExpertMlp.apply(x_ND, w1_EHD, w2_EDF, b1_EH, b2_ED, count_E, activation)
+    return _ExpertMlp.apply(x_ND, w1_EHD, w2_EDF, b1_EH, b2_ED, count_E, activation, later)
 
 
 def mlp(
@@ -39,7 +47,7 @@ def mlp(
 ) -> Tensor:
     """The MLP of a dense layer or of the shared experts: one expert that every row visits.  Any leading dims."""
     x_ND = x.reshape(-1, x.shape[-1])
-    return _ExpertMlp.apply(x_ND, w1_HD, w2_DF, b1_H, b2_D, [x_ND.shape[0]], activation).view(x.shape)
+    return _ExpertMlp.apply(x_ND, w1_HD, w2_DF, b1_H, b2_D, [x_ND.shape[0]], activation, None).view(x.shape)
 
 
 def use_grouped_gemm(x_ND: Tensor, w1_EHD: Tensor, w2_EDF: Tensor) -> bool:
@@ -56,8 +64,9 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, count_E: list[int], activation: str
-    ) -> Tensor:
+        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, count_E: list[int], activation: str,
+        later: Later | None,
+    ) -> Tensor:  # fmt: skip
         w1_EHD, w2_EDF, b1_EH, b2_ED = (_experts(w1, 3), _experts(w2, 3), _experts(b1, 2), _experts(b2, 2))
         assert w1_EHD is not None and w2_EDF is not None
         assert w1_EHD.shape[1] == input_width(activation, w2_EDF.shape[2])
@@ -67,7 +76,7 @@ class _ExpertMlp(torch.autograd.Function):
         ctx.save_for_backward(x_ND, h_NH, w1, w2)
         ctx.main_grads = [main_grad(p) for p in (w1, w2, b1, b2)]
         ctx.shapes = [None if p is None else p.shape for p in (w1, w2, b1, b2)]
-        ctx.count_E, ctx.activation = count_E, activation
+        ctx.count_E, ctx.activation, ctx.later = count_E, activation, later
         return y_ND
 
     @staticmethod
@@ -84,8 +93,17 @@ class _ExpertMlp(torch.autograd.Function):
         run = _backward_grouped if ctx.grouped else _backward_loop
         w1_EHD, w2_EDF = _experts(w1, 3), _experts(w2, 3)
         assert w1_EHD is not None and w2_EDF is not None
-        dx_ND = run(dy_ND.contiguous(), x_ND, h_NH, ctx.count_E, w1_EHD, w2_EDF, grads, ctx.activation, ctx.needs_input_grad[0])
-        return dx_ND, *returned, None, None
+        dy_ND, dh_NH, now = dy_ND.contiguous(), None, grads
+        if ctx.later is not None:
+            assert all(r is None for r in returned), "weights without main_grad have no later"
+            dh_NH, now = torch.empty_like(h_NH), [None] * 4
+        dx_ND = run(
+            dy_ND, x_ND, h_NH, ctx.count_E, w1_EHD, w2_EDF, now, ctx.activation, needs_dx=ctx.needs_input_grad[0], dh_NH=dh_NH
+        )
+        if dh_NH is not None:
+            add = _add_weights_grouped if ctx.grouped else _add_weights_loop
+            ctx.later.append(partial(add, dy_ND, x_ND, h_NH, dh_NH, ctx.count_E, grads, ctx.activation, w2_EDF.shape[2]))
+        return dx_ND, *returned, None, None, None
 
 
 def _experts(parameter: Tensor | None, dims: int) -> Tensor | None:
@@ -126,19 +144,23 @@ def _backward_loop(
     w2_EDF: Tensor,
     grads: list[Tensor | None],
     activation: str,
+    *,
     needs_dx: bool,
+    dh_NH: Tensor | None,
 ) -> Tensor | None:
+    """`dh_NH`: memory for the gradient of what the first matrix gave; None: nobody needs it afterwards."""
     w1_grad, w2_grad, b1_grad, b2_grad = grads
     dx_ND = torch.empty_like(x_ND) if needs_dx else None
     most = max(count_E)
     a_scratch_NF, da_scratch_NF = x_ND.new_empty(2, most, w2_EDF.shape[2]).unbind()
-    dh_scratch_NH = x_ND.new_empty(most, w1_EHD.shape[1])
+    dh_scratch_NH = x_ND.new_empty(most, w1_EHD.shape[1]) if dh_NH is None else None
     start = 0
     for e, count in enumerate(count_E):
         if count:
             rows = slice(start, start + count)
             dy_nD, h_nH = dy_ND[rows], h_NH[rows]
-            a_nF, da_nF, dh_nH = a_scratch_NF[:count], da_scratch_NF[:count], dh_scratch_NH[:count]
+            a_nF, da_nF = a_scratch_NF[:count], da_scratch_NF[:count]
+            dh_nH = dh_NH[rows] if dh_scratch_NH is None else dh_scratch_NH[:count]  # type: ignore[index]
             torch.mm(dy_nD, w2_EDF[e], out=da_nF)
             activate_backward(da_nF, h_nH, activation, dh_nH, a_nF)
             if w2_grad is not None:
@@ -153,6 +175,35 @@ def _backward_loop(
                 torch.mm(dh_nH, w1_EHD[e], out=dx_ND[rows])
         start += count
     return dx_ND
+
+
+def _add_weights_loop(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    h_NH: Tensor,
+    dh_NH: Tensor,
+    count_E: list[int],
+    grads: list[Tensor | None],
+    activation: str,
+    width: int,
+) -> None:
+    """What `_backward_loop` leaves out without `grads`."""
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    scratch_NF = x_ND.new_empty(max(count_E), width)
+    start = 0
+    for e, count in enumerate(count_E):
+        if count:
+            rows = slice(start, start + count)
+            if w2_grad is not None:
+                activate(h_NH[rows], activation, scratch_NF[:count])
+                add_outer(w2_grad[e], dy_ND[rows], scratch_NF[:count])
+            if w1_grad is not None:
+                add_outer(w1_grad[e], dh_NH[rows], x_ND[rows])
+            if b1_grad is not None:
+                add_rows(b1_grad[e], dh_NH[rows])
+            if b2_grad is not None:
+                add_rows(b2_grad[e], dy_ND[rows])
+        start += count
 
 
 def _forward_grouped(
@@ -179,12 +230,14 @@ def _backward_grouped(
     w2_EDF: Tensor,
     grads: list[Tensor | None],
     activation: str,
+    *,
     needs_dx: bool,
+    dh_NH: Tensor | None,
 ) -> Tensor | None:
     w1_grad, w2_grad, b1_grad, b2_grad = grads
     _, end = _count_and_end(count_E, x_ND.device)
     da_NF = F.grouped_mm(dy_ND, w2_EDF, offs=end)
-    dh_NH, a_NF = torch.empty_like(h_NH), torch.empty_like(da_NF)
+    dh_NH, a_NF = torch.empty_like(h_NH) if dh_NH is None else dh_NH, torch.empty_like(da_NF)
     activate_backward(da_NF, h_NH, activation, dh_NH, a_NF)
     if w2_grad is not None:
         w2_grad.add_(F.grouped_mm(dy_ND.t(), a_NF, offs=end))
@@ -195,6 +248,31 @@ def _backward_grouped(
             for e, part in enumerate(rows.split(count_E)):
                 add_rows(grad[e], part)
     return F.grouped_mm(dh_NH, w1_EHD, offs=end) if needs_dx else None
+
+
+def _add_weights_grouped(
+    dy_ND: Tensor,
+    x_ND: Tensor,
+    h_NH: Tensor,
+    dh_NH: Tensor,
+    count_E: list[int],
+    grads: list[Tensor | None],
+    activation: str,
+    width: int,
+) -> None:
+    """What `_backward_grouped` leaves out without `grads`."""
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    _, end = _count_and_end(count_E, x_ND.device)
+    if w2_grad is not None:
+        a_NF = x_ND.new_empty(len(x_ND), width)
+        activate(h_NH, activation, a_NF)
+        w2_grad.add_(F.grouped_mm(dy_ND.t(), a_NF, offs=end))
+    if w1_grad is not None:
+        w1_grad.add_(F.grouped_mm(dh_NH.t(), x_ND, offs=end))
+    for grad, rows in ((b1_grad, dh_NH), (b2_grad, dy_ND)):
+        if grad is not None:
+            for e, part in enumerate(rows.split(count_E)):
+                add_rows(grad[e], part)
 
 
 def _count_and_end(count_E: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.attend import attend
-from megalina.model.experts import expert_mlp, mlp
+from megalina.model.experts import Later, expert_mlp, mlp
 from megalina.model.init import parameter
 from megalina.model.linear import linear
 from megalina.model.noise import dropout
@@ -52,9 +52,9 @@ class Rotary(nn.Module):
         self.register_buffer("cos_Pi", cos_Pi, persistent=False)
         self.register_buffer("sin_Pi", sin_Pi, persistent=False)
 
-    def rows(self, position_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rows(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin at each position, [B, S, d/2]."""
-        return self.cos_Pi[position_BS].to(dtype), self.sin_Pi[position_BS].to(dtype)
+        return self.cos_Pi[batch.position_BS].to(dtype), self.sin_Pi[batch.position_BS].to(dtype)
 
 
 class Attention(nn.Module):
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         if (rotary := self.rotary[0]) is not None:
-            cos_BSi, sin_BSi = rotary.rows(batch.position_BS, q_BSHd.dtype)
+            cos_BSi, sin_BSi = batch.once(rotary.rows, q_BSHd.dtype)
             q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
@@ -140,9 +140,9 @@ class Experts(nn.Module):
         self.b1 = parameter(num_experts, fused * hidden, std=0.0, decay=False, sharded={"ep": 0}) if config.bias else None
         self.b2 = parameter(num_experts, width, std=0.0, decay=False, sharded={"ep": 0}) if config.bias else None
 
-    def forward(self, rows_ND: Tensor, count_E: list[int]) -> Tensor:
+    def forward(self, rows_ND: Tensor, count_E: list[int], later: Later | None = None) -> Tensor:
         """Rows sorted by expert, `count_E` of them each."""
-        return expert_mlp(rows_ND, count_E, self.w1, self.w2, self.b1, self.b2, activation=self.activation)
+        return expert_mlp(rows_ND, count_E, self.w1, self.w2, self.b1, self.b2, activation=self.activation, later=later)
 
 
 class Layer(nn.Module):
@@ -237,13 +237,18 @@ def head_dim(config: ModelConfig) -> int:
 
 def places(batch: Batch, own: slice) -> tuple[Tensor, Tensor]:
     """Number of the sequence and index within it, of each of this rank's tokens: what noise is a function of."""
-    batch_size, length = batch.tokens_BS.shape
-    sample_A = batch.sample_B.repeat_interleave(length)
-    position_A = torch.arange(length, device=sample_A.device).repeat(batch_size)
-    return sample_A[own], position_A[own]
+    tokens = router_tokens(batch)
+    return tokens.sample_A[own], tokens.position_A[own]
 
 
 def router_tokens(batch: Batch) -> RouterTokens:
-    """What routers know of a micro-batch."""
-    sample_A, position_A = places(batch, ALL)
-    return RouterTokens(batch.tokens_BS.flatten(), sample_A, position_A, batch.valid_BS.flatten(), len(batch.tokens_BS))
+    """What routers know of a micro-batch; the same object each time, so what it has found out need not be found out again."""
+    return batch.once(_tokens_of)
+
+
+def _tokens_of(batch: Batch) -> RouterTokens:
+    batch_size, length = batch.tokens_BS.shape
+    sample_A = batch.sample_B.repeat_interleave(length)
+    position_A = torch.arange(length, device=sample_A.device).repeat(batch_size)
+    tokens_A, valid_A = batch.tokens_BS.flatten(), batch.valid_BS.flatten()
+    return RouterTokens(tokens_A, sample_A, position_A, valid_A, batch_size, batch.may_have_padding)

@@ -9,6 +9,7 @@ gradients flow through the own tokens' logits alone.  So slices give exactly wha
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,15 @@ DROPS = ("position", "probability")
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of tokens that share capacity and balance."""
+
+    number: int  # G
+    tokens_G: Tensor  # int64, valid tokens
+    group_A: Tensor  # int64, each token's; padding is a group of its own, G
+
+
+@dataclass(frozen=True)
 class RouterTokens:
     """The micro-batch's tokens, sequence after sequence, the same on each rank of a tensor-parallel group."""
 
@@ -34,6 +44,20 @@ class RouterTokens:
     position_A: Tensor  # int64, index within the sequence, 0 .. S-1, never starting anew
     valid_A: Tensor  # bool, False: padding
     num_sequences: int  # A = num_sequences x S
+    may_have_padding: bool = True  # False: all are valid, and nothing need be masked
+
+    @cached_property
+    def by_sequence(self) -> Groups:
+        return self._in_groups(self.num_sequences)
+
+    @cached_property
+    def together(self) -> Groups:
+        return self._in_groups(1)
+
+    def _in_groups(self, number: int) -> Groups:
+        tokens_G = self.valid_A.view(number, -1).sum(dim=1)
+        group_A = torch.arange(len(self.valid_A), device=self.valid_A.device) // (len(self.valid_A) // number)
+        return Groups(number, tokens_G, group_A.masked_fill_(~self.valid_A, number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +174,9 @@ class Router(nn.Module):
     def forward(self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
         """`logits_AE`: all tokens' logits, no gradient flows into them; `own`: where the T own tokens are among them."""
         logits_AE = logits_AE.detach()
-        # Padding may hold anything, also numbers that aren't finite: 0 x nan in a backward pass would spread.
-        logits_TE = logits_TE.masked_fill(~tokens.valid_A[own, None], 0.0)
+        if tokens.may_have_padding:
+            # It may hold anything, also numbers that aren't finite: 0 x nan in a backward pass would spread.
+            logits_TE = logits_TE.masked_fill(~tokens.valid_A[own, None], 0.0)
         clean_TE = logits_TE
         if self.kind == "noisy_topk" and self.training and self.noise_std > 0:
             noise_AE = normal(self.seed, self.layer, "router", tokens.sample_A, tokens.position_A, self.num_experts)
@@ -173,39 +198,41 @@ class Router(nn.Module):
         self.bias_E.add_((chosen_E.mean() - chosen_E).sign().to(self.bias_E.dtype), alpha=self.bias_update_rate)
 
     def _token_choice(self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, clean_TE: Tensor) -> Routing:
-        num_experts, num_tokens = self.num_experts, len(tokens.valid_A)
-        groups = tokens.num_sequences if self.group == "sequence" else 1
-        tokens_G = tokens.valid_A.view(groups, -1).sum(dim=1)
-        group_A = torch.arange(num_tokens, device=tokens.valid_A.device) // (num_tokens // groups)
-        group_A = group_A.masked_fill_(~tokens.valid_A, groups)  # padding is a group of its own, cut off after counting
+        num_experts = self.num_experts
+        groups = tokens.by_sequence if self.group == "sequence" else tokens.together
         best_AK = self._choose(tokens, logits_AE)
-        queue_AK = group_A[:, None] * num_experts + best_AK
-        chosen_GE = _count(queue_AK, (groups + 1) * num_experts).view(groups + 1, num_experts)[:groups]
-        expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts)
+        queue_AK = torch.add(best_AK, groups.group_A[:, None], alpha=num_experts)
+        chosen_GE = _count(queue_AK, (groups.number + 1) * num_experts).view(-1, num_experts)[:-1]  # without padding
+        expert_AK = best_AK
+        if tokens.may_have_padding:
+            expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts)
         before_TK = expert_AK[own]
         if self.capacity_factor > 0:
-            capacity_G = capacity(tokens_G, self.capacity_factor, self.top_k, num_experts)
-            capacity_Q = F.pad(capacity_G, (0, 1)).repeat_interleave(num_experts, output_size=(groups + 1) * num_experts)
+            capacity_G = capacity(groups.tokens_G, self.capacity_factor, self.top_k, num_experts)
+            capacity_Q = F.pad(capacity_G, (0, 1)).repeat_interleave(num_experts, output_size=(groups.number + 1) * num_experts)
             priority_AK = self._priority(logits_AE).gather(1, best_AK) if self.drop == "probability" else None
             kept_N = within_capacity(queue_AK.view(-1), capacity_Q, None if priority_AK is None else priority_AK.view(-1))
             expert_AK = expert_AK.masked_fill(~kept_N.view_as(expert_AK), num_experts)
         expert_TK = expert_AK[own]
-        chosen_E = _count(before_TK, num_experts + 1)[:num_experts]
+        everybody = len(logits_TE) == len(logits_AE)
+        chosen_E = chosen_GE.sum(dim=0) if everybody else _count(before_TK, num_experts + 1)[:num_experts]
         dropped = (before_TK != expert_TK).sum()
+        nobody_TK = expert_TK == num_experts if tokens.may_have_padding or self.capacity_factor > 0 else None
         zero = logits_TE.new_zeros(())
         if self.kind == "hash":
             weight_TK = logits_TE.new_full(expert_TK.shape, self.scale / self.top_k)
-            weight_TK = weight_TK.masked_fill_(expert_TK == num_experts, 0.0)
+            weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill_(nobody_TK, 0.0)
             return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, logits_TE.new_zeros(num_experts))
 
         # Weights and probabilities are softmaxes of logarithms, also of sigmoids: sigmoid / sum of sigmoids without 0 / 0.
         log_TE = F.logsigmoid(logits_TE) if self.sigmoid else logits_TE
         prob_TE = log_TE.softmax(dim=1)
-        weight_TK = self._weights(log_TE, prob_TE, best_AK[own]).masked_fill(expert_TK == num_experts, 0.0)
+        weight_TK = self._weights(log_TE, prob_TE, best_AK[own])
+        weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill(nobody_TK, 0.0)
         valid_T = tokens.valid_A[own].to(prob_TE.dtype)
         balance = zero
         if self.group != "global":
-            balance = balance_loss(prob_TE, group_A[own], chosen_GE, tokens_G, self.top_k)
+            balance = balance_loss(prob_TE, groups.group_A[own], chosen_GE, groups.tokens_G, self.top_k)
         return Routing(expert_TK, weight_TK, balance, _z(clean_TE, valid_T), chosen_E, dropped, valid_T @ prob_TE)
 
     def _choose(self, tokens: RouterTokens, logits_AE: Tensor) -> Tensor:
@@ -259,8 +286,10 @@ class Router(nn.Module):
 
 
 def _count(index: Tensor, num_bins: int) -> Tensor:
-    """[num_bins] int64.  `torch.bincount` would make a GPU's host wait for the largest index."""
+    """[num_bins] int64.  On a GPU `torch.bincount` would make the host wait for the largest index."""
     index = index.reshape(-1)
+    if index.is_cpu:
+        return torch.bincount(index, minlength=num_bins)
     return torch.zeros(num_bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 

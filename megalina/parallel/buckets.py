@@ -41,6 +41,7 @@ class Bucket:
     """The parameters of one group.  `axis`: the ranks over which its gradients are summed."""
 
     def __init__(self, name: str, members: Sequence[tuple[str, nn.Parameter]], axis: Axis, *, sharded: bool, piece: int | None):
+        """Memory of its own; `lay_out` puts several side by side."""
         self.name, self.axis = name, axis
         self.sharded = sharded and axis.size > 1
         decayed_first = sorted(members, key=lambda m: not spec_of(m[1]).decay)
@@ -63,12 +64,21 @@ class Bucket:
             flat = self.param[m.start : m.stop]
             flat.copy_(m.parameter.detach().flatten())
             m.parameter.data = flat.view(m.parameter.shape)
+        self._put_gradients()
+        self.slices = list(self._own_slices(decayed))
+
+    def use(self, grad: Tensor) -> None:
+        """From now on the gradients are in this memory, [numel], zeros."""
+        self.grad = grad
+        self._put_gradients()
+
+    def _put_gradients(self) -> None:
+        for m in self.members:
             grad = self.grad[m.start : m.stop].view(m.parameter.shape)
             if m.parameter.dtype != self.dtype:
                 m.parameter.grad_dtype = self.dtype
             m.parameter.grad = grad
             m.parameter.main_grad = grad  # type: ignore[attr-defined]
-        self.slices = list(self._own_slices(decayed))
 
     @property
     def spec(self) -> BucketSpec:
@@ -103,3 +113,26 @@ class Bucket:
                 yield FlatSlice(own.start, middle, True)
             if middle < own.stop:
                 yield FlatSlice(middle, own.stop, False)
+
+
+def lay_out(buckets: Sequence[Bucket]) -> None:
+    """Put the gradients of buckets side by side, those of one axis and type in the order given, so that neighbours can be
+    summed as one."""
+    rows: dict[tuple[str, torch.dtype], list[Bucket]] = {}
+    for bucket in buckets:
+        rows.setdefault((bucket.axis.name, bucket.dtype), []).append(bucket)
+    for row in rows.values():
+        flat = torch.zeros(sum(b.numel for b in row), dtype=row[0].dtype, device=row[0].grad.device)
+        for bucket, grad in zip(row, flat.split([b.numel for b in row]), strict=True):
+            bucket.use(grad)
+
+
+def side_by_side(buckets: Sequence[Bucket]) -> Tensor:
+    """The gradients of buckets that `lay_out` put next to each other, as one."""
+    first = buckets[0].grad
+    starts = [b.grad.storage_offset() for b in buckets]
+    assert all(
+        b.grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and start + b.numel == following
+        for b, start, following in zip(buckets, starts, [*starts[1:], starts[-1] + buckets[-1].numel], strict=True)
+    ), [b.name for b in buckets]
+    return first.as_strided((sum(b.numel for b in buckets),), (1,), first.storage_offset())

@@ -8,6 +8,7 @@ R ranks of the ep axis, e experts on each.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megalina.model.permute import regroup_index, reorder
@@ -37,6 +38,23 @@ def sizes_of(sent_E: Tensor, received_E: Tensor, ranks: int) -> Sizes:
     if ranks > 1 and count_RE.shape[1] > 1:
         index_N, inverse_N = regroup_index(counts, sent_E.device)
     return Sizes(send_R, [sum(row) for row in counts], [sum(column) for column in zip(*counts, strict=True)], index_N, inverse_N)
+
+
+def sizes_of_chunks(sent_E: Tensor, received_E: Tensor, ranks: int, chunks: int) -> list[Sizes]:
+    """The sizes of each chunk where every expert's rows are cut into `chunks` equal shares, as `share_of_chunk` says."""
+    return [sizes_of(share_of_chunk(sent_E, c, chunks), share_of_chunk(received_E, c, chunks), ranks) for c in range(chunks)]
+
+
+def share_of_chunk(count: Tensor, c: int, chunks: int) -> Tensor:
+    """How many of `count` rows go with chunk c: equal shares, the same on the side that sends and on the one that receives."""
+    return count * (c + 1) // chunks - count * c // chunks
+
+
+def cut_index(count_E: Tensor, chunks: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Index and inverse that bring rows sorted by expert into the order (chunk, expert), and each chunk's number of rows."""
+    share_EC = torch.stack([share_of_chunk(count_E, c, chunks) for c in range(chunks)], 1)
+    index_N, inverse_N = regroup_index(share_EC.tolist(), count_E.device)
+    return index_N, inverse_N, share_EC.sum(0).tolist()
 
 
 def by_expert(arrived_ND: Tensor, sizes: Sizes) -> Tensor:

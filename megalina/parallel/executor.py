@@ -1,10 +1,12 @@
-"""The executor: runs a program with torch.distributed.  It decides nothing: each stage runs when its turn comes.
+"""The executor: runs a program with torch.distributed.  It decides nothing: each stage runs when its turn comes; what its
+stage says may be held back is held by the links.
 
 Forward stages run on detached leaves and keep a gradient edge, which keeps no output alive (with `recompute` only the
 leaves).  Backward stages call `torch.autograd.backward` and hand on the leaves' gradients.  Exchanges have no autograd.
 A value dies at its last reader.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,22 +15,40 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalina.comm import exchange
+from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
+from megalina.comm.links import Later, Links, Sent
 from megalina.mesh import Axis, Mesh
 from megalina.model.permute import RowOrder
-from megalina.parallel.buckets import Bucket
-from megalina.parallel.dispatcher import Sizes, sizes_of
+from megalina.parallel.buckets import Bucket, side_by_side
+from megalina.parallel.dispatcher import Sizes, sizes_of_chunks
+from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.step.program import Kind, Op, Program, Stage, has_gradient
+from megalina.timeline.recorder import COMPUTE, WAIT, Recorder
 
 Functions = Callable[[Stage], Callable[..., Any]]
 Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of the outputs, None with recompute
 
 
 class Executor:
-    """One program, ready to run."""
+    """One program, ready to run.  `device`: an emulated one, or None."""
 
-    def __init__(self, program: Program, functions: Functions, mesh: Mesh, buckets: Mapping[str, Bucket]):
-        self.program, self.mesh, self.buckets = program, mesh, buckets
+    def __init__(
+        self,
+        program: Program,
+        functions: Functions,
+        mesh: Mesh,
+        buckets: Mapping[str, Bucket],
+        *,
+        recorder: Recorder | None = None,
+        device: EmulatedDevice | None = None,
+    ):
+        self.program, self.mesh, self.buckets, self.device = program, mesh, buckets, device
+        self.recorder = recorder or Recorder()
+        cuda = any(b.grad.is_cuda for b in buckets.values())
+        self._marks = DeviceClock() if cuda and device is None else None
+        self._links = Links(mesh.log, self.recorder, cuda=cuda, marks=self._marks)
+        self._links.watched = any(s.yields_to or s.credit for s in program)
         last = {v: i for i, s in enumerate(program) for v in s.reads}
         self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str], str, bool]] = []
         for i, stage in enumerate(program):
@@ -38,6 +58,7 @@ class Executor:
             function = functions(stage) if stage.kind is Kind.COMPUTE else None
             dead = [v for v in stage.reads if last[v] == i]
             self._lines.append((run, stage, function, dead, stage.tag, stage.kind is Kind.WAIT))
+        self._late_sizes = set() if cuda else {s.key for s in program if _may_be_late(program, s)}
         self._values: dict[str, Any] = {}
         self._kept: dict[tuple[str, int, str], Kept] = {}
         self._autograd = any(s.phase == "B" for s in program)
@@ -45,9 +66,14 @@ class Executor:
     def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Run the program once; returns the values that nobody read."""
         self._values, self._kept = dict(given), {}
-        position = self.mesh.log.position
+        position, recorder, device = self.mesh.log.position, self.recorder, self.device
+        marks = self._marks if recorder.on else None
+        if marks is not None:
+            marks.begin()
+        clock: Callable[[], Any] = marks.now if marks is not None else time.perf_counter  # CUDA: when its stream gets there
         for run, stage, function, dead, tag, waits in self._lines:
             position.enter(tag, waits)
+            began_s = clock()
             try:
                 run(stage, function)
             except Exception as error:
@@ -55,10 +81,25 @@ class Executor:
                 raise
             for value in dead:
                 self._values.pop(value, None)
+            if stage.kind is Kind.COMPUTE:
+                ended_s = clock()
+                start_s, end_s = device.ran(stage, began_s, ended_s) if device is not None else (began_s, ended_s)
+                if recorder.on:
+                    recorder.add(COMPUTE, stage, 0, began_s, start_s, end_s, 0.0)
+            elif waits and recorder.on:
+                ended_s = clock()
+                exposed_s = None if device is None else max(0.0, ended_s - max(began_s, device.free_s))
+                recorder.add(WAIT, stage, 0, began_s, began_s, ended_s, exposed_s)
+        if device is not None:
+            device.synchronize()
         position.leave()
         assert not self._kept, "forward stages without backward"
         out, self._values = self._values, {}
         return out
+
+    def close(self) -> None:
+        """End the threads of the lanes."""
+        self._links.close()
 
     # compute
     def _compute_F(self, stage: Stage, function: Callable[..., Any]) -> None:
@@ -72,6 +113,8 @@ class Executor:
 
     def _leaf(self, name: str) -> Any:
         value = self._values[name]
+        if isinstance(value, Later):
+            return value.get()
         return value.detach().requires_grad_(self._autograd) if has_gradient(name) else value
 
     def _compute_B(self, stage: Stage, function: Callable[..., Any]) -> None:
@@ -84,10 +127,14 @@ class Executor:
         if pairs:
             torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
         with_gradient = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
-        for name, leaf in zip(stage.writes, with_gradient, strict=True):
+        for name, leaf in zip(filter(has_gradient, stage.writes), with_gradient, strict=True):
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             leaf.grad = None
             self._values[name] = self._values[name] + gradient if name in self._values else gradient
+
+    def _compute_W(self, stage: Stage, function: Callable[..., Any]) -> None:
+        with torch.no_grad():
+            function()
 
     def _compute_U(self, stage: Stage, function: Callable[..., Any]) -> None:
         outputs = _outputs(function, [self._values.get(v) for v in stage.reads], False)
@@ -95,28 +142,35 @@ class Executor:
 
     # exchanges
     def _start(self, stage: Stage, _: None) -> None:
+        self._values[stage.writes[0]] = self._send(stage, getattr(self.mesh, stage.axis))
+
+    def _send(self, stage: Stage, axis: Axis) -> Any:
         assert stage.op is not None
-        axis: Axis = getattr(self.mesh, stage.axis)
+        at_s = self.device.free_s if self.device is not None else 0.0
         if stage.op in (Op.GRADS, Op.PARAMS):
-            self._values[stage.writes[0]] = self._start_piece(stage, self.buckets[stage.name], axis)
-            return
+            return self._links.send(stage, lambda: self._start_piece(stage, axis), at_s=at_s)
         value = self._values[stage.reads[0]]
         if stage.op is Op.COUNTS:
             assert isinstance(value, RowOrder)
             even = [value.count_E.numel() // axis.size] * axis.size
-            pending = exchange.start_all_to_all(value.count_E, even, even, axis)
-            self._values[stage.writes[0]] = value.count_E, pending
-            return
+            sent = self._links.send(stage, lambda: exchange.start_all_to_all(value.count_E, even, even, axis), at_s=at_s)
+            return value.count_E, sent
         if stage.op is Op.TOKENS:
-            sizes: Sizes = self._values[stage.reads[1]]
-            send, receive = sizes.splits(outward=(stage.name == "dispatch") == (stage.phase == "F"))
-            pending = exchange.start_all_to_all(value, send, receive, axis)
-        else:
-            start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[stage.op]
-            pending = start(value, axis)
-        self._values[stage.writes[0]] = pending
+            sizes: list[Sizes] | Later = self._values[stage.reads[1]]
 
-    def _start_piece(self, stage: Stage, bucket: Bucket, axis: Axis) -> Pending:
+            def start_tokens() -> Pending:
+                all_sizes = sizes.get() if isinstance(sizes, Later) else sizes
+                send, receive = all_sizes[stage.chunk[0]].splits(outward=(stage.name == "dispatch") == (stage.phase == "F"))
+                return exchange.start_all_to_all(value, send, receive, axis)
+
+            return self._links.send(stage, start_tokens, at_s=at_s, after=sizes if isinstance(sizes, Later) else None)
+        start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[stage.op]
+        return self._links.send(stage, lambda: start(value, axis), at_s=at_s)
+
+    def _start_piece(self, stage: Stage, axis: Axis) -> Pending:
+        if len(stage.buckets) > 1:
+            return exchange.start_sum_in_place(side_by_side([self.buckets[name] for name in stage.buckets]), axis)
+        bucket = self.buckets[stage.name]
         flat = bucket.grad if stage.op is Op.GRADS else bucket.param
         piece, own = flat[slice(*stage.piece)], flat[bucket.own(stage.piece)]
         if stage.op is Op.PARAMS:
@@ -125,17 +179,33 @@ class Executor:
 
     def _wait(self, stage: Stage, _: None) -> None:
         sent = self._values[stage.reads[0]]
-        if stage.op is Op.COUNTS:
-            count_E, pending = sent
-            self._values[stage.writes[0]] = sizes_of(count_E, pending.wait(), getattr(self.mesh, stage.axis).size)
-            return
-        arrived = sent.wait()
         name = stage.writes[0]
+        if stage.op is Op.COUNTS:
+            count_E, counted = sent
+            ranks, chunks = getattr(self.mesh, stage.axis).size, stage.chunk[1]
+
+            def sizes() -> list[Sizes]:
+                return sizes_of_chunks(count_E, counted.wait(), ranks, chunks)
+
+            self._values[name] = Later(sizes) if stage.key in self._late_sizes else sizes()
+            return
+        assert isinstance(sent, Sent)
+        arrived = sent.wait()
         if stage.op in (Op.GRADS, Op.PARAMS):
             arrived = None  # it is in the bucket
         elif stage.phase == "B" and name in self._values:
             arrived = self._values[name] + arrived
-        self._values[name] = arrived
+        self._values.update(dict.fromkeys(stage.writes, arrived))
+
+
+def _may_be_late(program: Program, counts: Stage) -> bool:
+    """Whether something is computed before the tokens arrive whose sizes a counts exchange tells: then a lane waits for them,
+    not the program."""
+    if counts.kind is not Kind.WAIT or counts.op is not Op.COUNTS:
+        return False
+    after = program[program.index(counts) + 1 :]
+    until = next((i for i, s in enumerate(after) if s.kind is Kind.WAIT and s.layer == counts.layer and s.name == "dispatch"), 0)
+    return any(s.kind is Kind.COMPUTE for s in after[:until])
 
 
 def _outputs(function: Callable[..., Any], arguments: list[Any], graph: bool) -> tuple[Any, ...]:

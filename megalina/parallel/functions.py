@@ -16,11 +16,12 @@ from megalina.batch import Batch
 from megalina.collective_log import NUM_RIDERS, agree
 from megalina.mesh import Mesh
 from megalina.model.digest import LIMBS, routing_digest, tokens_digest
+from megalina.model.experts import Later
 from megalina.model.gpt import GPT
 from megalina.model.layers import ALL, Layer, places
-from megalina.model.permute import RowOrder
+from megalina.model.permute import RowOrder, reorder
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.dispatcher import Sizes, by_expert, by_source
+from megalina.parallel.dispatcher import Sizes, by_expert, by_source, cut_index
 from megalina.step.program import Stage
 
 # A step's measure, float64, summed over the world: these sums, the riders of the log of collectives, each MoE layer's load.
@@ -78,6 +79,7 @@ class StageFunctions:
         ledger: bool,
     ):
         self.is_spike, self.explain, self.ledger = is_spike, explain, ledger
+        self._late: dict[tuple[str, int, str], Later] = {}  # of stages whose weights are late: what adds their gradients
         self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
         self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
         self.wish_to_stop = wish_to_stop
@@ -88,7 +90,13 @@ class StageFunctions:
     def __call__(self, stage: Stage) -> Callable[..., Any]:
         if stage.name.startswith("update "):
             return partial(self._update, stage.name.removeprefix("update "))
+        if stage.phase == "W":
+            return partial(self._add_late, stage.key)
         named = getattr(self, f"_{stage.name}")
+        if stage.name in ("experts", "cut", "join"):
+            named = partial(named, stage.chunk)
+            later = self._late.setdefault(stage.key, []) if stage.late else None
+            return named if stage.name != "experts" else partial(named, self.gpt.layers[stage.layer], later)
         return partial(named, self.gpt.layers[stage.layer]) if stage.layer >= 0 else named
 
     def own(self, batch: Batch) -> slice:
@@ -163,8 +171,28 @@ class StageFunctions:
     def _shared(self, layer: Layer, n: Tensor) -> Tensor:
         return layer.share(n)
 
-    def _experts(self, layer: Layer, got: Tensor, sizes: Sizes) -> Tensor:
-        return by_source(layer.experts(by_expert(got, sizes), sizes.count_e), sizes)
+    def _experts(
+        self, chunk: tuple[int, int], layer: Layer, later: Later | None, got: Tensor, all_sizes: list[Sizes]
+    ) -> Tensor:
+        sizes = all_sizes[chunk[0]]
+        return by_source(layer.experts(by_expert(got, sizes), sizes.count_e, later), sizes)
+
+    def _add_late(self, key: tuple[str, int, str]) -> None:
+        """What backward of this stage left out."""
+        late = self._late[key]
+        for add in late:
+            add()
+        late.clear()
+
+    def _cut(self, chunk: tuple[int, int], rows: Tensor, order: RowOrder) -> tuple[Tensor, ...]:
+        """Rows sorted by expert -> each chunk's, an equal share of every expert's."""
+        index_N, inverse_N, counts = cut_index(order.count_E, chunk[1])
+        return reorder(rows, index_N, inverse_N).split(counts)
+
+    def _join(self, chunk: tuple[int, int], *chunks_and_order: Any) -> Tensor:
+        *chunks, order = chunks_and_order
+        index_N, inverse_N, _ = cut_index(order.count_E, chunk[1])
+        return reorder(torch.cat(chunks), inverse_N, index_N)
 
     def _mix(self, layer: Layer, h: Tensor, back: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         shared, order, batch = rest if len(rest) == 3 else (None, *rest)

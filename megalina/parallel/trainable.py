@@ -1,6 +1,8 @@
 """A model that is ready to train on this rank: its shard, its buckets, and the executors of its programs."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,12 +11,17 @@ from megalina.batch import Batch
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
-from megalina.parallel.buckets import Bucket
+from megalina.parallel.buckets import Bucket, lay_out
+from megalina.parallel.emulated_device import emulated_device
 from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import StageFunctions, Verdict
+from megalina.parallel.plans import first_plan
 from megalina.parallel.shard import axis_of_group, build_shard, parameter_groups, shape_of
+from megalina.step.forward import plain
+from megalina.step.plan import Plan
 from megalina.step.program import Program
-from megalina.step.strategy import evaluation, training_step
+from megalina.step.strategy import evaluation, settling, training_step
+from megalina.timeline.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Update = Callable[[str, Verdict], None]
@@ -49,17 +56,25 @@ class Trainable:
         )
         shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
         main_bytes = 8 if dtype == torch.float64 else 4
-        piece_mb = config.strategy.gradient_piece_mb
-        piece = int(piece_mb * 2**20) // main_bytes if piece_mb else None
+        self.plan = first_plan(config.strategy, packing=mesh.packing)
+        piece = self.plan.piece_bytes // main_bytes or None
         self.buckets = {
             name: Bucket(name, members, getattr(mesh, axis_of_group(name)), sharded=parallel.zero == 1, piece=piece)
             for name, members in parameter_groups(self.gpt, shape).items()
         }
+        used = dict.fromkeys(group for stage in plain(shape) for group in stage.uses)
+        lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
-        self.program = training_step(
-            config.strategy.name, shape, specs, micro_batches=self.micro_batches, recompute_mode=train.recompute
-        )
+        self._setting_of = partial(
+            Plan.setting, shape=shape, buckets=specs, micro_batches=self.micro_batches,
+            recompute_mode=train.recompute, element_bytes=main_bytes,
+        )  # fmt: skip
+        self.setting = self._setting_of(self.plan)
+        self.program = training_step(self.plan.strategy, self.setting)
+        self.recorder = Recorder()
+        self.device = emulated_device(config)
+        self._unsettled = False  # weights that the last step updated have yet to be gathered
         self._update: Update | None = None
         functions = StageFunctions(
             self.gpt,
@@ -75,7 +90,7 @@ class Trainable:
         )
         self._verdict: Verdict | None = None
         self.functions: Functions = functions
-        self._training = Executor(self.program, functions, mesh, self.buckets)
+        self._training = self._executor(self.program, functions)
         self.evaluation_program = evaluation(shape, specs)
         self._evaluation = Executor(self.evaluation_program, functions, mesh, self.buckets)
         self.stage_functions = functions
@@ -84,21 +99,55 @@ class Trainable:
         """From now on a training step is this program with these functions: an observer of values, another schedule.
 
         The caller answers for the program: it must be one that `check` accepts, and the same on every rank."""
+        self.settle()
+        self.close()
         self.program, self.functions = program, functions
-        self._training = Executor(program, functions, self.mesh, self.buckets)
+        self._training = self._executor(program, functions)
+
+    def adopt(self, plan: Plan) -> None:
+        """From now on a training step follows this plan, the same on every rank.  Its packing is the mesh's."""
+        self.plan, self.setting = plan, self._setting_of(plan)
+        self.run_with(training_step(plan.strategy, self.setting), self.functions)
+
+    def take_over(self, before: "Trainable") -> None:
+        """Go on in the place of another one, which ends: with its plan, its recorder and its emulated device.  The functions of
+        an observer (`run_with`) don't come along."""
+        self.recorder, self.device = before.recorder, before.device
+        self.adopt(replace(before.plan, packing=self.mesh.packing))
+        before.close()
+        before._evaluation.close()
+
+    def close(self) -> None:
+        """End the threads of the step's lanes; `run_with` begins anew."""
+        self._training.close()
+
+    def _executor(self, program: Program, functions: Functions) -> Executor:
+        return Executor(program, functions, self.mesh, self.buckets, recorder=self.recorder, device=self.device)
 
     def step(self, batch: Batch, update: Update) -> Verdict:
         """One training step on this rank's sequences; `update(bucket, verdict)` is called for each bucket."""
         self.gpt.train()
         self._update = update
-        parts = batch.split(self.micro_batch_size)
-        assert len(parts) == self.micro_batches
+        parts = batch.split(self.micro_batch_size // self.setting.cut)
+        assert len(parts) == self.setting.num_parts
+        self.recorder.begin()
         self._training.run({f"#batch.-.{i}": part for i, part in enumerate(parts)})
+        self.recorder.end()
+        self._unsettled = bool(settling(self.program))
         assert self._verdict is not None
         return self._verdict
 
+    def settle(self) -> None:
+        """Gather the weights that the last step left to the next one.  All ranks together, before anybody else reads them."""
+        if self._unsettled:
+            gathers = Executor(settling(self.program), self.functions, self.mesh, self.buckets)
+            gathers.run({})
+            gathers.close()
+            self._unsettled = False
+
     def evaluate(self, batch: Batch) -> Tensor:
         """float64 [2]: sum of losses in nats and number of tokens they are of, over the world."""
+        self.settle()
         self.gpt.eval()
         out: Tensor = self._evaluation.run({"#batch.-.0": batch})["#loss.-.0"]
         return out

@@ -1,32 +1,40 @@
 """Passes: pure functions from program to program.
 
-`micro_batches` and `recompute` see a forward pass; what follows `step` sees the whole step.
+`recompute` and `chunk` see the forward pass of one part; what follows `step` sees the whole step.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, backward, gradient
+from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, backward, gradient, weights_of
 
 RECOMPUTED = {  # train.recompute -> the stages whose activations are computed again; exchanges never repeat
     "none": (),
     "selective": ("attention", "attention_heads", "experts", "mlp", "mlp_hidden", "shared"),
     "full": (
         *("embed", "positions", "attention", "attention_norm", "attention_heads", "attention_residual"),
-        *("mlp", "mlp_norm", "mlp_hidden", "mlp_residual", "slice", "score", "select", "route", "experts", "shared", "mix"),
+        *("mlp", "mlp_norm", "mlp_hidden", "mlp_residual", "slice", "score", "select", "route"),
+        *("cut", "experts", "join", "shared", "mix"),
         *("head_norm", "logits", "loss"),
     ),
 }
 LOSSES = ("loss", "aux", "global_aux", "z")  # nobody reads them in the forward pass
 
 
-def rename_part(forward: Program, part: str) -> Program:
-    """The same forward pass for another part of the step."""
+def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
+    """The same forward pass for another part of the step, which is `share` of a micro-batch."""
 
     def to(value: str) -> str:
-        return f"{value.rpartition('.')[0]}.{part}"
+        head, _, old = value.rpartition(".")
+        return f"{head}.{part}{old[1:]}"  # "0c1", chunk 1 of part 0
 
-    return tuple(replace(s, part=part, reads=tuple(map(to, s.reads)), writes=tuple(map(to, s.writes))) for s in forward)
+    return tuple(
+        replace(
+            s, part=part + s.part[1:], reads=tuple(map(to, s.reads)), writes=tuple(map(to, s.writes)), share=s.share * share
+        )
+        for s in forward
+    )
 
 
 def recompute(forward: Program, names: Collection[str]) -> Program:
@@ -34,60 +42,183 @@ def recompute(forward: Program, names: Collection[str]) -> Program:
     return tuple(replace(s, recompute=True) if s.kind is Kind.COMPUTE and s.name in names else s for s in forward)
 
 
+def late_weights(forward: Program, layers: Collection[int]) -> Program:
+    """Weight gradients last (the schedule of Lancet, section 4): in these layers backward through the experts gives only what
+    the wire waits for.  The gradients of their weights, which with one copy of each expert nobody waits for, come after all
+    of backward, while the last gradients of dense weights are on the wire."""
+    return tuple(replace(s, late=True) if s.name == "experts" and s.layer in layers else s for s in forward)
+
+
 def losses_of(forward: Program) -> tuple[str, ...]:
     """The values from which backward starts."""
     return tuple(v for s in forward for v in s.writes if v.split(".")[0] in LOSSES)
 
 
-def step(forward: Program, micro_batches: int) -> Program:
-    """Forward and backward of each micro-batch in turn.
+def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
+    """Pipelining (Lina, section 4.2): a MoE layer's rows travel in chunks, and one chunk's experts compute while another is
+    on the wire.  `chunks_of`: layer -> number of chunks; layers that are not in it stay whole.
 
-    Gradients are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which is
-    known before the first backward.  Nothing else is ever divided.
+    Rows are cut after routing, each expert's in equal shares, so every router decides as before, and one exchange of counts
+    tells all chunks' sizes.
     """
-    parts = [rename_part(forward, str(i)) for i in range(micro_batches)]
-    batches = tuple(f"#batch.-.{i}" for i in range(micro_batches))
+    out: list[Stage] = []
+    moved = ("dispatch", "experts", "combine")
+    for stage in forward:
+        n = chunks_of.get(stage.layer, 1)
+        rows, order, back = (f"{v}.{stage.layer}.0" for v in ("rows", "#order", "back"))
+        if n == 1 or stage.name not in (*moved, "counts", "shared"):
+            out.append(stage)
+        elif stage.name == "counts":
+            out.append(replace(stage, chunk=(0, n)))
+            if stage.kind is Kind.START:
+                cut = tuple(f"{rows}c{c}" for c in range(n))
+                out.append(Stage("F", Kind.COMPUTE, "cut", stage.layer, reads=(rows, order), writes=cut, chunk=(0, n)))
+        elif stage.name == "dispatch" and stage.kind is Kind.START:
+            layer = [s for s in forward if s.layer == stage.layer]
+            turns = zip_longest(*(segments(_chunk_of(s, c, n) for s in layer if s.name in moved) for c in range(n)), fillvalue=[])
+            for i, turn in enumerate(turns):
+                out += [s for segment in turn for s in segment]
+                out += [s for s in layer if s.name == "shared" and i == 0]  # under the first dispatch
+            arrived = tuple(f"{back}c{c}" for c in range(n))
+            out.append(Stage("F", Kind.COMPUTE, "join", stage.layer, reads=(*arrived, order), writes=(back,), chunk=(0, n)))
+    return tuple(out)
+
+
+def _chunk_of(stage: Stage, c: int, n: int) -> Stage:
+    def to(value: str) -> str:
+        return value if value[0] == "#" else f"{value}c{c}"
+
+    reads, writes = tuple(map(to, stage.reads)), tuple(map(to, stage.writes))
+    credit = 1 if stage.op is Op.TOKENS else 0
+    return replace(stage, part=f"{stage.part}c{c}", chunk=(c, n), credit=credit, reads=reads, writes=writes)
+
+
+def segments(stages: Iterable[Stage]) -> list[list[Stage]]:
+    """Cut after each start: what follows can wait while another part computes.  Not after COUNTS: that would put a part's
+    dispatch behind the other part's attention."""
+    out: list[list[Stage]] = [[]]
+    for stage in stages:
+        out[-1].append(stage)
+        if stage.kind is Kind.START and stage.op is not Op.COUNTS:
+            out.append([])
+    return out
+
+
+def interleave(parts: Sequence[Program]) -> Program:
+    """Flow (FlowMoE, and section 1.3 of Lancet): parts take turns through whole layers, so that one is in attention or
+    experts while another's tokens are on the wire.  All-to-alls go one after another: at once they'd all end late."""
+    if len(parts) == 1:
+        return parts[0]
+    turns = zip_longest(*map(segments, parts), fillvalue=[])
+    stages = (s for turn in turns for segment in turn for s in segment)
+    return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in stages)
+
+
+def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0) -> Program:
+    """Forward and backward of all parts, `together` of them at a time.
+
+    A part is a micro-batch, or `share` of one.  Gradients are sums: each loss is seeded with one over the step's global
+    number of tokens (`#divisor`), which is known before the first backward.  Nothing else is ever divided.
+    """
+    batches = tuple(f"#batch.-.{i}" for i in range(parts))
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     out = [
         Stage("U", compute, "sizes", reads=batches, writes=("#own_divisor.-.0",)),
         Stage("U", start, "divisor", reads=("#own_divisor.-.0",), writes=("#own_divisor>.-.0",), op=Op.SUM, axis="dp"),
     ]
-    for i, part in enumerate(parts):
-        out += part
-        if i == 0:
+    for first in range(0, parts, together):
+        group = [rename_part(forward, str(i), share) for i in range(first, first + together)]
+        both = interleave(group)
+        out += both
+        if first == 0:
             out.append(Stage("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp"))
-        losses = losses_of(part)
-        seeds = tuple(map(gradient, losses))
-        out.append(Stage("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
-        out += backward(part)
+        for i, part in enumerate(group, first):
+            losses = losses_of(part)
+            seeds = tuple(map(gradient, losses))
+            out.append(Stage("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
+        out += backward(both)
+        out += (weights_of(s) for s in reversed(both) if s.late)
     return tuple(out)
 
 
-def place_gradients(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
-    """Eager: a bucket goes on the wire, piece by piece, as soon as its last gradient is there.
+def place_gradients(
+    program: Program,
+    buckets: Mapping[str, BucketSpec],
+    *,
+    merge: int = 0,
+    place: str = "ready",
+    yields: bool = False,
+    gaps: Mapping[str, int] | None = None,
+) -> Program:
+    """Put gradients on the wire, bucket by bucket in the order in which backward is done with them.
 
-    All are awaited at the end, in the order in which they started.
+    `merge`: neighbours are sent as one collective once they have so many elements together (whole, as DDP's buckets; those
+    that ZeRO-1 shards are never merged); 0: each bucket in pieces, as its spec says.  `place`: "ready", as soon as the last
+    gradient is there; "pair", one between the two all-to-alls of a layer's backward (Lina's fixed schedule); "tail",
+    after backward; "gap", at most `gaps[gap]` elements in each gap (see `gap_after`), the rest in the tail.
+    `yields`: tokens go first, and one piece is under way at a time.  All are awaited at the end, in the order of starts.
     """
-    last = {group: i for i, s in enumerate(program) if s.phase == "B" for group in s.uses}
+    last = {group: i for i, s in enumerate(program) if s.phase in "BW" for group in s.uses}
     out: list[Stage] = []
-    waits: list[Stage] = []
+    starts: list[Stage] = []
+    queue: list[Stage] = []
+    held: list[str] = []  # buckets that wait for more of their axis
+
+    def close() -> None:
+        if held:
+            queue.append(_start("+".join(held), (0, sum(buckets[b].numel for b in held)), Op.GRADS, buckets[held[0]].axis))
+            held.clear()
+
+    def send(elements: float) -> None:
+        while queue and elements > 0:
+            stage = queue.pop(0)
+            elements -= stage.piece[1] - stage.piece[0]
+            starts.append(replace(stage, yields_to=(Op.TOKENS,), credit=1) if yields else stage)
+            out.append(starts[-1])
+
     for i, stage in enumerate(program):
         out.append(stage)
         for group in stage.uses:
-            if last.get(group) == i:
-                starts, awaited = _pieces(group, buckets[group], Op.GRADS)
-                out += starts
-                waits += awaited
-    return tuple(out + waits)
+            if last.get(group) != i:
+                continue
+            spec = buckets[group]
+            if merge and not spec.sharded:
+                if held and buckets[held[0]].axis != spec.axis:
+                    close()
+                held.append(group)
+                if sum(buckets[b].numel for b in held) >= merge:
+                    close()
+            else:
+                queue += [_start(group, cut, Op.GRADS, spec.axis) for cut in cuts(spec.numel, spec.piece)]
+        if place == "ready":
+            send(float("inf"))
+        elif place == "pair" and stage.phase == "B" and stage.kind is Kind.WAIT and stage.name == "combine":
+            send(1)
+        elif place == "gap" and gaps is not None and (gap := gap_after(stage)):
+            send(gaps.get(gap, 0))
+    close()
+    send(float("inf"))
+    return tuple(out + list(map(_awaited, starts)))
 
 
-def finish(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
-    """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers."""
-    losses = tuple(v for s in program if s.phase == "F" for v in s.writes if v.split(".")[0] in (*LOSSES, "#load"))
+def gap_after(stage: Stage) -> str:
+    """The gap in which the wire is free once a token exchange of the backward pass has arrived: "experts", between the two
+    all-to-alls of a layer; "attention", under what comes before the next layer's; "": none."""
+    if stage.phase != "B" or stage.kind is not Kind.WAIT or stage.op is not Op.TOKENS:
+        return ""
+    return "experts" if stage.name == "combine" else "attention"
+
+
+def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead: bool = False) -> Program:
+    """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
+
+    `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first stage that uses it."""
+    values = (v for s in program if s.phase == "F" for v in s.writes if v.split(".")[0] in (*LOSSES, "#load"))
+    losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2])))  # part by part
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     out = [
-        *program,
+        *(place_params(program, buckets) if params_ahead else program),
         Stage("U", compute, "measure", reads=losses + sums, writes=("#own_measure.-.0",)),
         Stage("U", start, "measured", reads=("#own_measure.-.0",), writes=("#own_measure>.-.0",), op=Op.SUM, axis="world"),
         Stage("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
@@ -96,24 +227,53 @@ def finish(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
     waits: list[Stage] = []
     for name, bucket in buckets.items():
         out.append(Stage("U", compute, f"update {name}", reads=(f"{gradient(name)}sum", "#verdict.-.0"), writes=(f"new {name}",)))
-        if bucket.sharded:
-            starts, awaited = _pieces(name, bucket, Op.PARAMS)
+        if bucket.sharded and not params_ahead:
+            starts = [_start(name, cut, Op.PARAMS, bucket.axis) for cut in cuts(bucket.numel, bucket.piece)]
             out += starts
-            waits += awaited
+            waits += map(_awaited, starts)
     return tuple(out + waits)
 
 
-def _pieces(name: str, bucket: BucketSpec, op: Op) -> tuple[list[Stage], list[Stage]]:
-    """STARTs and WAITs of all pieces of a bucket."""
-    reads, done = (gradient(name), f"{gradient(name)}sum") if op is Op.GRADS else (f"new {name}", f"whole {name}")
+def place_params(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
+    """ZeRO-1's all-gathers under the forward pass: all start first thing, in the order of use, and yield to tokens; a bucket
+    is awaited by the first stage that uses it.  So what one step updated is gathered in the next."""
+    order = [u for u in dict.fromkeys(u for s in program for u in s.uses) if buckets[u].sharded]
+    starts = {
+        name: [
+            replace(
+                _start(name, cut, Op.PARAMS, buckets[name].axis),
+                phase="F",
+                reads=(shard_of(name),),
+                yields_to=(Op.TOKENS,),
+                credit=1,
+            )
+            for cut in cuts(buckets[name].numel, buckets[name].piece)
+        ]
+        for name in order
+    }
+    out = [s for name in order for s in starts[name]]
+    for stage in program:
+        for name in stage.uses:
+            out += [replace(_awaited(s), writes=(name,)) for s in starts.pop(name, ())]
+        out.append(stage)
+    return tuple(out)
+
+
+def shard_of(bucket: str) -> str:
+    """The value that stands for this rank's part of a bucket's parameters, where the rest has yet to be gathered."""
+    return f"shard {bucket}"
+
+
+def _start(name: str, piece: tuple[int, int], op: Op, axis: str) -> Stage:
+    """The START of a piece of a bucket, or of several buckets at once."""
+    reads = tuple(gradient(b) if op is Op.GRADS else f"new {b}" for b in name.split("+"))
     phase = "B" if op is Op.GRADS else "U"
-    starts, waits = [], []
-    for cut in cuts(bucket.numel, bucket.piece):
-        wire = f"{reads}>{cut[0]}"
-        start = Stage(phase, Kind.START, name, reads=(reads,), writes=(wire,), op=op, axis=bucket.axis, piece=cut)
-        starts.append(start)
-        waits.append(replace(start, kind=Kind.WAIT, reads=(wire,), writes=(done,)))
-    return starts, waits
+    return Stage(phase, Kind.START, name, reads=reads, writes=(f"{reads[0]}>{piece[0]}",), op=op, axis=axis, piece=piece)
+
+
+def _awaited(start: Stage) -> Stage:
+    done = tuple(f"{gradient(b)}sum" if start.op is Op.GRADS else f"whole {b}" for b in start.buckets)
+    return replace(start, kind=Kind.WAIT, reads=start.writes, writes=done, yields_to=(), credit=0)
 
 
 def cuts(numel: int, size: int | None) -> Sequence[tuple[int, int]]:

@@ -37,13 +37,14 @@ class Op(Enum):
 
 
 MIRRORED_OP = {Op.GATHER: Op.SCATTER, Op.SCATTER: Op.GATHER}
+MOVABLE = (Op.GRADS, Op.PARAMS)  # of buckets: nothing that is computed in this pass waits for them
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One line of a program."""
 
-    phase: str  # F forward; B backward; U without autograd: sizes, seeds, norm, update
+    phase: str  # F forward; B backward; W weights' gradients that B left out; U without autograd: sizes, seeds, norm, update
     kind: Kind
     name: str  # which function, which exchange, which bucket
     layer: int = -1
@@ -53,8 +54,13 @@ class Stage:
     uses: tuple[str, ...] = ()  # parameter groups
     op: Op | None = None  # of START and WAIT
     axis: str = ""  # START and WAIT: the axis of the mesh along which it is sent
-    piece: tuple[int, int] = (0, 0)  # GRADS, PARAMS: elements of the bucket
+    piece: tuple[int, int] = (0, 0)  # GRADS, PARAMS: elements of the bucket (of several, "a+b", all of each)
     recompute: bool = False  # activations are dropped after forward and computed again in backward
+    share: float = 1.0  # how much of a micro-batch the part is
+    chunk: tuple[int, int] = (0, 1)  # chunk c of n of the part's rows; of COUNTS: all n
+    yields_to: tuple[Op, ...] = ()  # START: held back here while one of these is under way on this rank
+    late: bool = False  # backward leaves out the gradients of its weights, which are a stage of their own
+    credit: int = 0  # START: held back here while so many of its axis are under way on this rank; 0: never
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -68,6 +74,11 @@ class Stage:
         layer = "-" if self.layer < 0 else str(self.layer)
         cut = f"[{self.piece[0]}:{self.piece[1]}]" if self.piece[1] else ""
         return f"{self.phase}:{self.name}{arrow}.{layer}.{self.part}{cut}"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        """GRADS, PARAMS: whose elements are sent; several, whole and side by side in memory, may go as one."""
+        return tuple(self.name.split("+"))
 
 
 Program = tuple[Stage, ...]
@@ -93,11 +104,12 @@ def gradient(value: str) -> str:
 
 def is_mirrored(stage: Stage) -> bool:
     """Whether a forward stage has a backward stage."""
-    return stage.phase == "F" and any(map(has_gradient, stage.writes))
+    return stage.phase == "F" and stage.op is not Op.PARAMS and any(map(has_gradient, stage.writes))
 
 
 def mirror(stage: Stage) -> Stage:
     """The backward stage: reads and writes swap, so the exchange that was waited for is the one that starts."""
+    late = (f"#late {stage.name}.{stage.layer}.{stage.part}",) if stage.late else ()
     swap = {Kind.START: Kind.WAIT, Kind.WAIT: Kind.START, Kind.COMPUTE: Kind.COMPUTE}
     return replace(
         stage,
@@ -105,8 +117,15 @@ def mirror(stage: Stage) -> Stage:
         kind=swap[stage.kind],
         op=MIRRORED_OP.get(stage.op, stage.op) if stage.op else None,
         reads=tuple(gradient(v) for v in stage.writes if has_gradient(v)) + tuple(v for v in stage.reads if not has_gradient(v)),
-        writes=tuple(gradient(v) for v in stage.reads if has_gradient(v)),
+        writes=tuple(gradient(v) for v in stage.reads if has_gradient(v)) + late,
+        uses=() if late else stage.uses,
     )
+
+
+def weights_of(stage: Stage) -> Stage:
+    """What a forward stage whose weights are late leaves to be done after its mirror."""
+    reads = tuple(v for v in mirror(stage).writes if not has_gradient(v))
+    return replace(stage, phase="W", reads=reads, writes=())
 
 
 def backward(forward: Program) -> Program:
@@ -116,21 +135,22 @@ def backward(forward: Program) -> Program:
 def reads_of(stage: Stage) -> tuple[str, ...]:
     """All that a stage needs: values, parameters, and what its forward stage kept."""
     kept = (f"kept {stage.key}",) if stage.phase == "B" and stage.kind is Kind.COMPUTE else ()
-    return stage.reads + kept + (stage.uses if stage.phase in "FB" else ())
+    return stage.reads + kept + (stage.uses if stage.phase in "FB" else ())  # W needs no weights
 
 
 def writes_of(stage: Stage) -> tuple[str, ...]:
     """All that a stage leaves behind: values, what it keeps for backward, gradients of parameters."""
     kept = (f"kept {stage.key}",) if stage.phase == "F" and stage.kind is Kind.COMPUTE else ()
-    return stage.writes + kept + (tuple(map(gradient, stage.uses)) if stage.phase == "B" else ())
+    return stage.writes + kept + (tuple(map(gradient, stage.uses)) if stage.phase in "BW" else ())
 
 
 def check(program: Program, given: Collection[str], buckets: Mapping[str, BucketSpec]) -> None:
     """Raise ValueError unless the step is complete and in order.
 
     A program that passes can't deadlock: every rank holds this very list, so each group's collectives start in one
-    order, and every wait is for something started before.  `given`: values that exist before the step, parameter
-    groups among them.  Without backward stages (evaluation) only order and waits are checked.
+    order, and every wait is for something started before.  What `yields_to` and `credit` hold back at run time keeps its
+    order too, and what it is held back for (tokens) is never held back itself.  `given`: values that exist before the step,
+    parameter groups among them.  Without backward stages (evaluation) only order and waits are checked.
     """
     writers: dict[str, list[int]] = defaultdict(list)
     for i, stage in enumerate(program):
@@ -138,12 +158,16 @@ def check(program: Program, given: Collection[str], buckets: Mapping[str, Bucket
             writers[value].append(i)
     _check_order(program, given, writers)
     _check_waits(program)
+    _check_yields(program)
     if any(s.phase == "B" for s in program):
         _check_backward(program)
         _check_buckets(program, buckets)
 
 
 def _check_order(program: Program, given: Collection[str], writers: Mapping[str, list[int]]) -> None:
+    read = {value for stage in program for value in reads_of(stage)}
+    if unread := sorted(set(given) - read):
+        raise ValueError(f"nobody reads {', '.join(unread)}: part of the step's data, or of its parameters, would be left out")
     for i, stage in enumerate(program):
         for value in reads_of(stage):
             if value not in writers and value not in given:
@@ -166,29 +190,75 @@ def _may_have_many_writers(value: str, first: Stage) -> bool:
 
 
 def _check_waits(program: Program) -> None:
-    awaited = {v for s in program if s.kind is Kind.WAIT for v in s.reads}
-    if lost := [s.tag for s in program if s.kind is Kind.START and not awaited & set(s.writes)]:
-        raise ValueError(f"nobody waits for {', '.join(lost)}")
+    """What is sent is awaited, by a stage that says the same of it."""
+    lost = {s.writes[0]: s for s in program if s.kind is Kind.START}
+    for wait in (s for s in program if s.kind is Kind.WAIT):
+        start = lost.pop(wait.reads[0], None)
+        if start is None:
+            raise ValueError(f"{wait.tag} waits for {wait.reads[0]}, which is not on the wire")
+        if _sent(start) != _sent(wait):
+            raise ValueError(f"{wait.tag} waits for something else than {start.tag} sends: {_sent(wait)}, {_sent(start)}")
+    if lost:
+        raise ValueError(f"nobody waits for {', '.join(s.tag for s in lost.values())}")
+
+
+def _sent(stage: Stage) -> tuple[str | int | tuple[int, int], ...]:
+    """Of a START or WAIT: what is sent, and along which axis."""
+    return stage.phase, stage.op.name if stage.op else "", stage.axis, *stage.key, stage.piece, stage.chunk
+
+
+def _check_yields(program: Program) -> None:
+    """Only gradients and parameters yield, and to nothing that shares a lane with what yields, or stands behind it: else two
+    ranks could wait for one another."""
+    yielding = [s for s in program if s.yields_to]
+    lanes = {s.axis for s in yielding}
+    shared = {Op.GRADS, Op.PARAMS} | {s.op for s in program if s.kind is Kind.START and s.axis in lanes}
+    if Op.COUNTS in shared:  # tokens wait for their sizes
+        shared.add(Op.TOKENS)
+    bad = [s for s in yielding if s.kind is not Kind.START or s.op not in MOVABLE or shared & set(s.yields_to)]
+    bad += [s for s in program if s.credit and s.kind is Kind.COMPUTE]
+    if bad:
+        raise ValueError(f"may not be held back: {', '.join(s.tag for s in bad)}")
 
 
 def _check_backward(program: Program) -> None:
-    present = {(s.phase, s.kind, s.key) for s in program}
-    if missing := [s.tag for s in program if is_mirrored(s) and ("B", mirror(s).kind, s.key) not in present]:
-        raise ValueError(f"no backward for {', '.join(missing)}")
-    extra = {s.key for s in program if s.phase == "B" and s.kind is Kind.COMPUTE} - {s.key for s in program if s.phase == "F"}
-    if extra:
-        raise ValueError(f"backward without forward: {sorted(extra)}")
+    present = {(s.kind, s.key): s for s in program if s.phase == "B" and s.op not in MOVABLE}
+    for stage in filter(is_mirrored, program):
+        want = mirror(stage)
+        found = present.pop((want.kind, want.key), None)
+        if found is None:
+            raise ValueError(f"no backward for {stage.tag}")
+        if replace(found, credit=want.credit) != want:
+            raise ValueError(f"{found.tag} is not the mirror of {stage.tag}: {found}")
+    if present:
+        raise ValueError(f"backward without forward: {', '.join(s.tag for s in present.values())}")
+    late, left = {weights_of(s) for s in program if s.late and s.phase == "F"}, {s for s in program if s.phase == "W"}
+    if late != left:
+        raise ValueError(f"gradients of weights must be stages exactly where backward leaves them out: {_tags(late ^ left)}")
     updated = {s.name for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
     if idle := {f"update {u}" for s in program for u in s.uses} - updated:
         raise ValueError(f"missing: {', '.join(sorted(idle))}")
 
 
+def _tags(stages: Collection[Stage]) -> str:
+    return ", ".join(sorted(s.tag for s in stages))
+
+
 def _check_buckets(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
-    for op in (Op.GRADS, Op.PARAMS):
+    for op in MOVABLE:
         for name, bucket in buckets.items():
             if op is Op.PARAMS and not bucket.sharded:
                 continue
-            pieces = sorted(s.piece for s in program if s.op is op and s.name == name and s.kind is Kind.START)
+            starts = [s for s in program if s.op is op and s.kind is Kind.START and name in s.buckets]
+            if any(s.axis != bucket.axis for s in starts):
+                raise ValueError(f"{op.name} of {name} must go along axis {bucket.axis}: {', '.join(s.tag for s in starts)}")
+            for s in starts:
+                if s.name != name and s.piece != (0, sum(buckets[b].numel for b in s.buckets)):
+                    raise ValueError(f"{s.tag} must be of all elements of all its buckets")
+            pieces = sorted(s.piece if s.name == name else (0, bucket.numel) for s in starts)
             ends = [0, *(stop for _, stop in pieces)]
             if [start for start, _ in pieces] != ends[:-1] or ends[-1] != bucket.numel:
                 raise ValueError(f"{op.name} of {name} ({bucket.numel} elements) does not go out exactly once: {pieces}")
+            size = bucket.piece or bucket.numel
+            if bucket.sharded and any(start % size or stop - start > size for start, stop in pieces):
+                raise ValueError(f"{op.name} of {name}: shards belong to pieces of {size} elements, not {pieces}")

@@ -28,6 +28,13 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) and math.isfinite(value) else "-"
 
 
+def _stands_still(record: Mapping[str, Any]) -> str:
+    """ "waits 186 ms for all-to-alls (slowed 1.8x), 45 ms for gradients" of a step."""
+    slowed = f" (slowed {record['a2a_slowdown']:.1f}x)" if record.get("a2a_slowdown") is not None else ""
+    a2a_ms, grads_ms = (_number(1e3 * record[key], ",.0f") for key in ("a2a_exposed_s", "grads_exposed_s"))
+    return f"waits {a2a_ms} ms for all-to-alls{slowed}, {grads_ms} ms for gradients"
+
+
 class Progress:
     """Use as a context manager, so that the terminal is given back whatever happens.
 
@@ -83,7 +90,8 @@ class Progress:
             print(f"step {step:{width}d}/{self._total_steps}  {self.numbers(record)}", file=self._stream, flush=True)
 
     def numbers(self, record: Mapping[str, Any]) -> str:
-        """loss, newest validation loss, gradient norm, tokens/s, time to go (from this process's own pace)."""
+        """loss, newest validation loss, gradient norm, tokens/s, what the device waited for if that is measured, time to go
+        (from this process's own pace)."""
         step = record["step"]
         done = step - self._start_step
         left_s = (self._clock() - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
@@ -92,6 +100,8 @@ class Progress:
             parts.append(f"val {_number(self._val_loss, '.4f')}")
         parts.append(f"norm {_number(record.get('grad_norm'), '.2f')}")
         parts.append(f"{_number(record.get('tokens_per_s'), ',.0f')} tokens/s")
+        if record.get("a2a_exposed_s") is not None:
+            parts.append(_stands_still(record))
         if step < self._total_steps:
             parts.append(f"{duration(left_s)} left")
         return "  ".join(parts)

@@ -20,6 +20,7 @@ from megalina.track.metrics import Record, read_metrics
 from megalina.track.progress import duration
 from megalina.track.report_style import STYLE
 from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
+from megalina.track.timeline_card import timeline_hint, timeline_picture, waits_chart
 from megalina.track.yaml_file import read_yaml
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
@@ -110,6 +111,7 @@ def report_page(run: RunData) -> str:
             _loss_card(run),
             _load_card(run),
             _charts(run),
+            _timeline_card(run),
             _samples_card(run),
             _commands_card(run),
             _config_card(run),
@@ -146,6 +148,9 @@ def _header(run: RunData, name: str) -> str:
             "Expert choice looks at later tokens of the group when it routes a token. The validation loss of this run is "
             "therefore not comparable with other routers' or with the unigram entropy."
         )
+    emulated = any(run.setting("cluster", key) for key in ("attention_ms", "experts_ms", "device_gflops"))
+    if told := run.summary.get("emulation") or ("emulated devices" if emulated else ""):
+        notes.append(f"Times: {told}. Their ratios count, not the seconds.")
     skipped = sum(bool(record.get("skipped")) for record in run.records)
     if skipped:
         notes.append(f"{skipped} of {len(run.records)} steps were skipped: their loss or gradient norm was not finite.")
@@ -312,6 +317,8 @@ def _charts(run: RunData) -> str:
     ):
         if _ever(run, key):
             cards.append(_per_layer(run, key, title, hint=hint, from_zero=True, smooth=False))
+    if waits := waits_chart(run.steps, run.records):
+        cards.append(_card("Waits", waits, hint="Seconds of a step in which rank 0's device stood still for them."))
     cards += [
         _single(run, "tokens_per_s", "Throughput", GOOD, hint="Tokens a second, all ranks.", smooth=True, from_zero=True),
         _single(run, "lr", "Learning rate", SECOND, from_zero=True),
@@ -320,6 +327,11 @@ def _charts(run: RunData) -> str:
         _single(run, "z_loss", "Router z-loss", SECOND, smooth=True) if any(run.column("z_loss")) else "",
     ]
     return "\n".join(card for card in cards if card)
+
+
+def _timeline_card(run: RunData) -> str:
+    picture = timeline_picture(run.dir)
+    return _card("Timeline", picture, hint=timeline_hint(run.dir), wide=True) if picture else ""
 
 
 def _samples_card(run: RunData) -> str:

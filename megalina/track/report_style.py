@@ -27,6 +27,7 @@ vertical-align:middle;background:color-mix(in srgb,var(--good) 16%,transparent);
 .wide{grid-column:1/-1}
 .hint{color:var(--soft);font-size:.86rem;margin:0 0 6px}
 .chart{display:block;width:100%;height:auto}
+.timeline{display:block;width:100%;height:auto;border-radius:8px}
 .grid{stroke:var(--grid);stroke-width:1}
 .tick,.reference-name{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .reference-name{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}

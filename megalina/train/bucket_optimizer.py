@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from megalina.checkpoint.slice import Slice
+from megalina.comm.slice import Slice
 from megalina.config import OptimConfig
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.buckets import Bucket

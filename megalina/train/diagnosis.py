@@ -73,6 +73,8 @@ def summary(states: Mapping[int, State], absent: Mapping[int, str], timeout_s: f
         lines.append(f"  ... and {len(waiting) - SHOWN} more groups of ranks that wait")
     if found := differences(states):
         lines += ["the ranks did not submit the same collectives:", *found.splitlines()]
+    elif not odd and not absent and len(half := _half_begun(states)) > 1:
+        lines += ["the ranks wait for one another: each has begun what another holds back", *half]
     elif not odd and not absent and all(s.awaited and not _lacking(s.awaited, states) for s in states.values()):
         lines.append("every rank has submitted what the others wait for: look at the network between them")
     lines.append(f"stacks and last collectives of each rank: {logs}/hang_rank_N.txt")
@@ -93,8 +95,31 @@ def _waiting(states: Sequence[State], everyone: Mapping[int, State]) -> list[str
             lacking = sorted({rank for s in members if s.awaited for rank in _lacking(s.awaited, everyone)})
             if lacking:
                 line += f", which {name_ranks(lacking)} {'has' if len(lacking) == 1 else 'have'} not submitted"
+        else:
+            line += f" for what {'it has' if len(ranks) == 1 else 'they have'} not submitted: a lane holds it back"
         lines.append(line)
     return lines
+
+
+def _half_begun(states: Mapping[int, State]) -> list[str]:
+    """Of each group, the first collective that some of its ranks have submitted and others have not."""
+    last: dict[tuple[int, str], int] = {}
+    for rank, state in states.items():
+        for entry in state.entries:
+            last[rank, entry.axis] = max(entry.number, last.get((rank, entry.axis), -1))
+    found: dict[tuple[str, tuple[int, ...]], str] = {}
+    reached: dict[tuple[str, tuple[int, ...]], int] = {}  # by all ranks of the group
+    for entry in (e for state in states.values() for e in state.entries):
+        group = entry.axis, entry.ranks
+        if group not in reached:
+            reached[group] = min(last.get((rank, entry.axis), -1) for rank in entry.ranks if rank in states)
+        if entry.number == reached[group] + 1 and group not in found:
+            begun = [rank for rank in entry.ranks if last.get((rank, entry.axis), -1) >= entry.number]
+            lacking = [rank for rank in entry.ranks if rank in states and rank not in begun]
+            what = f"{entry.kind} in stage {entry.tag} of step {entry.step}"
+            submitted = f"{name_ranks(begun)} submitted it, {name_ranks(lacking)} did not"
+            found[group] = f"  collective {entry.number} on axis {entry.axis}, {what}: {submitted}"
+    return list(found.values())
 
 
 def _lacking(entry: Entry, states: Mapping[int, State]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megalina.parallel.functions import Verdict
+from megalina.step.plan import Plan
 from megalina.track.metrics import MetricsFile
 
 Line = dict[str, Any]
@@ -96,7 +97,7 @@ class RandomState:
         return hashlib.blake2b(f"{seed} {first_sample} ".encode() + drawn, digest_size=8).hexdigest()
 
 
-def line_of(verdict: Verdict, *, step: int, first_sample: int, count: int, random: str) -> Line:
+def line_of(verdict: Verdict, *, step: int, first_sample: int, count: int, random: str, plan: Plan) -> Line:
     return {
         "step": step,
         "samples": [first_sample, count],
@@ -106,6 +107,7 @@ def line_of(verdict: Verdict, *, step: int, first_sample: int, count: int, rando
         "loss_hex": verdict.loss.hex(),
         "grad_norm_hex": verdict.grad_norm.hex(),
         "updated": verdict.updates,
+        "plan": plan.as_json(),  # rounding depends on it
     }
 
 

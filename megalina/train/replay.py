@@ -13,6 +13,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import read_values
 from megalina.comm.objects import everybodys
+from megalina.step.plan import plan_of
 from megalina.train.ledger import Line, difference
 from megalina.train.steps import Steps
 
@@ -48,6 +49,9 @@ def replay(steps: Steps, newest: Path, before: Path | None) -> None:
     tolerance = TOLERANCE[steps.config.train.dtype] if changed else 0.0
     worst = 0.0
     for step in range(start + 1, values["step"] + 1):
+        there = lines[step].get("plan")
+        if there and steps.adapts and (plan := plan_of(there)).packing in steps.meshes:
+            steps.adopt(plan)
         _, line = steps.compute(step)
         found = difference(lines[step], line, tolerance=tolerance, moe_layers=steps.trainable.gpt.moe_layers)
         if found:

@@ -15,14 +15,15 @@ import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.files import MODEL
-from megalina.checkpoint.slice import Slice
 from megalina.checkpoint.writing import SaveFailed
 from megalina.collective_log import agree
 from megalina.comm.objects import everybodys
+from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.functions import CollectivesDiffer
+from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.ledger import Ledger
@@ -61,6 +62,7 @@ class RunState:
         self.failed_saves = 0
         self.saved_step = -1  # of the last save that was begun and has not failed
         self.val_loss: float | None = None
+        self.searches = 0  # for a plan, that have come to an end
         options = config.checkpoint
         self.checkpoints = Checkpoints(
             Path(config.run.dir) / "checkpoints",
@@ -76,6 +78,7 @@ class RunState:
         CollectivesDiffer, on all ranks, where they have mixed up what came after the last comparison: ZeRO-1's gathers of
         weights, and evaluations."""
         log, functions = self.mesh.log, self.trainable.stage_functions
+        self.trainable.settle()
         if not agree([sum(column) for column in zip(*everybodys(self.mesh, log.riders()), strict=True)], self.mesh.world.size):
             raise CollectivesDiffer(functions.explain())
         values = {
@@ -91,6 +94,7 @@ class RunState:
             "rewinds": self.rewinds,
             "skipped_samples": self.windows,
             "guard_losses": self.guard.state(),
+            "plan": {"now": self.trainable.plan.as_json(), "searches": self.searches},
             "ledger": self.ledger.lines(),
             "ledger_saved_lines": self.ledger.saved_lines,
             "arithmetic": self.arithmetic(),
@@ -131,7 +135,7 @@ class RunState:
         """What rounding depends on: where all of it is equal, two runs are equal to the last bit."""
         train, device = self.config.train, self.trainable.gpt.embedding.device
         return {
-            "mesh": self.mesh.shape,
+            "mesh": self.mesh.unpacked,  # each line of the ledger has its plan
             "parallel": asdict(self.config.parallel),
             "strategy": asdict(self.config.strategy),
             "batch": [train.global_batch_size, train.micro_batch_size],
@@ -141,6 +145,16 @@ class RunState:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+
+    def move_to(self, mesh: Mesh, trainable: Trainable, optimizer: BucketOptimizer) -> int:
+        """Go on with these, which get the state of the present ones; returns the bytes that this rank has sent.
+
+        All ranks together, between two steps; nothing on disk is touched."""
+        before, tensors = self.mesh, self.tensors()
+        optimizer.step_count, optimizer.lr = self.optimizer.step_count, self.optimizer.lr
+        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
+        self.checkpoints.use(mesh)
+        return move(tensors, before, self.tensors(), mesh)
 
     def tensors(self) -> dict[str, Sequence[Slice]]:
         """This rank's part of all that is saved, as views."""

@@ -32,6 +32,7 @@ from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
 from megalina.train.steps import Steps
 from megalina.train.throughput import mfu, peak_memory_bytes
+from megalina.train.timing import Timing, emulation_note
 
 logger = logging.getLogger("megalina")
 WARM_UP_STEPS = 3  # the first steps of a process are left out of the median speed
@@ -115,6 +116,7 @@ class Run(Steps):
         vocab_size = self.trainable.gpt.vocab_size
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
+        self._timing = Timing(config, self.mesh, self.trainable)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
 
@@ -127,6 +129,8 @@ class Run(Steps):
             self.state.load(start)
         elif self.config.train.init_from:
             self.state.load_weights(Path(self.config.train.init_from))
+        if start is not None:
+            self.keep_plan(read_values(start))
         if self.is_first and self.config.train.ledger:
             self.state.ledger.open(Path(self.config.run.dir), self.state.step)
         if self.is_first:
@@ -134,6 +138,9 @@ class Run(Steps):
             logger.info("%s", self._describe())
             if start is not None:
                 logger.info("resumed from %s after step %d", start, self.state.step)
+
+    def follow_mesh(self) -> None:
+        self._timing = self._timing.moved(self.mesh, self.trainable)
 
     def loop(self) -> None:
         """Steps until the end, `train.exit_step`, or a wish to stop."""
@@ -144,15 +151,17 @@ class Run(Steps):
         with progress:
             while state.step < last_step:
                 step = state.step + 1
+                self._timing.before(step)
                 started_s = time.perf_counter()
                 verdict, _ = self.compute(step)
                 step_s = time.perf_counter() - started_s
+                contention = self._timing.after(step)
                 if verdict.spike and meet_spike(self, verdict, state.consumed_samples, self.tracker):
                     continue
                 if not verdict.finite:
                     name_non_finite(self, verdict)
                 self._step_s.append(step_s)
-                record, stop = self._step_record(verdict, step_s), verdict.stop
+                record, stop = self._step_record(verdict, step_s) | contention, verdict.stop
                 if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                     state.val_loss = record["val_loss"] = self.validate()
                 if self.tracker is not None:
@@ -165,6 +174,7 @@ class Run(Steps):
                     if self.is_first:
                         logger.info("stopped after step %d as asked; the same command goes on from there", step)
                     break
+                self.adapt(step_s)
         if state.saved_step >= 0 or state.failed_saves:
             state.close()
 
@@ -207,6 +217,7 @@ class Run(Steps):
             "total_params": self.flops.total_params,
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
+            "emulation": emulation_note(self.trainable),
         }
         if self.is_first and self._record:
             checkpoint = newest_checkpoint(Path(self.config.run.dir) / "checkpoints")
@@ -238,7 +249,7 @@ class Run(Steps):
             "failed_saves": state.failed_saves,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
-        }
+        } | ({"plan": str(self.trainable.plan), "packing": self.mesh.packing} if self.adapts else {})
 
     def _tokens_per_s(self, step_s: float) -> float:
         return self.config.train.global_batch_size * self.config.train.seq_len / step_s
@@ -249,10 +260,11 @@ class Run(Steps):
 
     def _describe(self) -> str:
         train, shape = self.config.train, " x ".join(f"{n} {k}" for k, n in self.mesh.shape.items())
+        note = emulation_note(self.trainable)
         return (
             f"model: {self.config.model.name}, {self.flops.total_params / 1e6:,.1f} M parameters, "
             f"{self.flops.active_params / 1e6:,.1f} M active; {self.mesh.world.size} rank(s) = {shape}, "
             f"{self.trainable.micro_batches} micro-batch(es) of {train.micro_batch_size}, {train.dtype} on {self.device.type}\n"
             f"optimizer: {self.optimizer.description}; {len(self.trainable.program)} stages a step; "
-            f"peak for MFU {self.peak / 1e12:,.2f} TFLOP/s a rank"
+            f"peak for MFU {self.peak / 1e12:,.2f} TFLOP/s a rank" + (f"; {note}" if note else "")
         )

@@ -52,7 +52,7 @@ def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
         config,
         launch=replace(config.launch, ranks=layout.world),
         parallel=replace(config.parallel, tp=layout.tp, ep=layout.ep, sequence=layout.sequence, zero=layout.zero),
-        strategy=replace(config.strategy, name=layout.strategy, gradient_piece_mb=layout.piece_mb),
+        strategy=replace(config.strategy, name=layout.strategy, partition_bytes=str(int(layout.piece_mb * 2**20))),
         train=replace(config.train, micro_batch_size=layout.micro_batch, recompute=layout.recompute),
     )
 
@@ -82,6 +82,7 @@ def record_rank(
             optimizer.update(name, verdict)
 
         verdict = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update)
+        trainable.settle()
         seen = observer.seen
         loads = verdict.loads[:, : config.model.num_experts + 1]
         for layer, load in zip(gpt.moe_layers, loads, strict=True):

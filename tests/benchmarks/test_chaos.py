@@ -28,7 +28,7 @@ from benchmarks.chaos_plan import (
     table,
 )
 from megalina.checkpoint.checkpoints import Checkpoints
-from megalina.checkpoint.slice import Slice
+from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
 
 ROOT = Path(__file__).resolve().parent.parent.parent

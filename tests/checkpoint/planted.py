@@ -7,7 +7,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
-from megalina.checkpoint.slice import Slice
+from megalina.comm.slice import Slice
 from megalina.mesh import Axis, Mesh
 
 ONE = Mesh(**{name: Axis(name) for name in ("world", "tp", "ep", "counts", "edp", "dp", "copies")})

@@ -19,8 +19,8 @@ from torch import Tensor
 from megalina.checkpoint.checkpoints import Checkpoints, read_tensors, read_values
 from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
 from megalina.checkpoint.files import Part, read_into
-from megalina.checkpoint.slice import Slice, boxes, span, whole_shape
 from megalina.checkpoint.writing import SaveFailed
+from megalina.comm.slice import Slice, boxes, span, whole_shape
 from megalina.mesh import Axis, Mesh, build_mesh, rows
 from tests.parallel.ranks import run_on_ranks
 

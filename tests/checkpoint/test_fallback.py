@@ -9,7 +9,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import newest_first, read_tensors
 from megalina.checkpoint.checksums import SUMS
-from megalina.checkpoint.slice import Slice
+from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
 from tests.checkpoint.planted import WEIGHTS, checkpoints, flip, names, saved
 from tests.parallel.ranks import run_on_ranks

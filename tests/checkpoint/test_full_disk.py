@@ -16,8 +16,8 @@ from megalina.checkpoint import checkpoints as checkpoints_module
 from megalina.checkpoint import writing
 from megalina.checkpoint.checkpoints import newest_first, read_tensors
 from megalina.checkpoint.checksums import damaged
-from megalina.checkpoint.slice import Slice
 from megalina.checkpoint.writing import SaveFailed
+from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
 from tests.checkpoint.planted import checkpoints, names
 from tests.parallel.ranks import run_on_ranks

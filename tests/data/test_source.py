@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def blend(folder: Path) -> list[str]:
 
 
 def assert_same(a: Batch, b: Batch) -> None:
-    for name in Batch.__slots__:
+    for name in (f.name for f in fields(Batch)):
         x, y = getattr(a, name), getattr(b, name)
         assert torch.equal(x, y), name
 

@@ -144,7 +144,7 @@ def test_a_forward_stage_without_backward_is_noticed() -> None:
 def trainable_of(folder: Path, **settings: Any) -> tuple[Trainable, BucketOptimizer]:
     piece_mb = settings.pop("gradient_piece_mb", 0.0)
     config = config_of(folder, "run", **settings)
-    config.strategy.gradient_piece_mb = piece_mb
+    config.strategy.partition_bytes = str(int(piece_mb * 2**20))
     mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep)
     trainable = Trainable(config, mesh, vocab_size=VOCABULARY, device=torch.device("cpu"), wish_to_stop=lambda: False)
     return trainable, BucketOptimizer(config.optim, trainable.buckets)

@@ -8,7 +8,7 @@ import pytest
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
 from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, check, reads_of, writes_of
-from megalina.step.strategy import evaluation, given, training_step
+from megalina.step.strategy import Setting, evaluation, given, training_step
 
 SHAPES = {
     "one device": Shape(moe=(True, True)),
@@ -27,8 +27,8 @@ def buckets_of(shape: Shape, *, sharded: bool = True, piece: int | None = 40) ->
 def example(name: str = "dense first, shared experts", micro_batches: int = 1) -> tuple[Program, set[str], dict[str, BucketSpec]]:
     shape = SHAPES[name]
     buckets = buckets_of(shape)
-    program = training_step("eager", shape, buckets, micro_batches=micro_batches, recompute_mode="none")
-    return program, given(micro_batches, buckets), buckets
+    program = training_step("eager", Setting(shape, buckets, micro_batches=micro_batches, recompute_mode="none"))
+    return program, given(program, Setting(shape, buckets, micro_batches=micro_batches)), buckets
 
 
 def refused(program: Program, have: set[str], buckets: dict[str, BucketSpec]) -> bool:
@@ -62,7 +62,7 @@ def legal_orders(program: Program, count: int) -> Iterator[Program]:
 def test_every_shape_has_a_complete_program(name: str, micro_batches: int, recompute: str) -> None:
     shape = SHAPES[name]
     buckets = buckets_of(shape)
-    program = training_step("eager", shape, buckets, micro_batches=micro_batches, recompute_mode=recompute)
+    program = training_step("eager", Setting(shape, buckets, micro_batches=micro_batches, recompute_mode=recompute))
     assert sum(s.name == "seed" for s in program) == micro_batches
     assert (recompute == "none") == (not any(s.recompute for s in program))
     evaluation(shape, buckets)
@@ -114,11 +114,11 @@ def test_accumulation_reduces_each_bucket_once_after_the_last_micro_batch() -> N
 
 def test_exchanges_are_never_recomputed() -> None:
     shape = SHAPES["tensor parallel"]
-    program = training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="full")
+    program = training_step("eager", Setting(shape, buckets_of(shape), recompute_mode="full"))
     assert not any(s.recompute for s in program if s.kind is not Kind.COMPUTE)
     plain_starts = [
         s.tag
-        for s in training_step("eager", shape, buckets_of(shape), micro_batches=1, recompute_mode="none")
+        for s in training_step("eager", Setting(shape, buckets_of(shape), recompute_mode="none"))
         if s.kind is Kind.START
     ]
     assert [s.tag for s in program if s.kind is Kind.START] == plain_starts
@@ -136,8 +136,8 @@ def test_every_loss_is_seeded() -> None:
 
 def test_an_unknown_strategy_is_named() -> None:
     shape = SHAPES["one device"]
-    with pytest.raises(ValueError, match="'lyna': choose one of eager"):
-        training_step("lyna", shape, buckets_of(shape), micro_batches=1, recompute_mode="none")
+    with pytest.raises(ValueError, match="'lyna': choose one of eager, ddp"):
+        training_step("lyna", Setting(shape, buckets_of(shape)))
 
 
 def test_a_start_that_nobody_awaits_is_named() -> None:

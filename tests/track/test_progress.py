@@ -51,6 +51,15 @@ def test_the_newest_validation_loss_stays_on_the_line():
     assert "loss -" in progress.numbers({"step": 2, "loss": None, "grad_norm": float("nan")})
 
 
+def test_what_the_device_waited_for_is_told_where_it_is_measured():
+    progress = Progress(10, 0, "none")
+    record = {"step": 1, "a2a_exposed_s": 0.1861, "grads_exposed_s": 0.0453, "a2a_slowdown": 1.83}
+    assert "waits 186 ms for all-to-alls (slowed 1.8x), 45 ms for gradients  " in progress.numbers(record)
+    alone = progress.numbers(record | {"a2a_slowdown": None})  # one rank: nothing to compare with
+    assert "waits 186 ms for all-to-alls, 45 ms for gradients" in alone
+    assert "waits" not in progress.numbers({"step": 1, "a2a_slowdown": 1.83})
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_numbers(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "140")

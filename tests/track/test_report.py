@@ -1,5 +1,7 @@
+import json
 import re
 import zlib
+from base64 import b64encode
 from html.parser import HTMLParser
 
 import numpy as np
@@ -117,6 +119,32 @@ def test_expert_choice_runs_are_marked(tmp_path):
     marked = parsed(write_report(write_run(tmp_path / "e", router="expert_choice"), samples=[], summary={})).text
     plain = parsed(write_report(write_run(tmp_path / "t"), samples=[], summary={})).text
     assert "looks at later tokens of the group" in marked and "looks at later tokens" not in plain
+
+
+def test_the_timeline_and_the_waits_are_shown_where_they_were_measured(tmp_path):
+    plain = parsed(write_report(write_run(tmp_path / "plain"), samples=[], summary={}))
+    assert "Timeline" not in plain.text and "Waits" not in plain.text and "timeline of rank 0" not in plain.text
+    run_dir = write_run(tmp_path / "timed")
+    (run_dir / "timeline.png").write_bytes(b"\x89PNG picture")
+    (run_dir / "trace.json.gz").touch()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    measured = [line | {"a2a_exposed_s": 0.25, "grads_exposed_s": 0.125, "params_exposed_s": 0} for line in lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    page = parsed(write_report(run_dir, samples=[], summary={}))
+    assert "data:image/png;base64," + b64encode(b"\x89PNG picture").decode() in page.loads
+    assert "open trace.json.gz of the run folder in ui.perfetto.dev" in page.text
+    assert "Waits" in page.text and "gradients" in page.text and "ZeRO-1" not in page.text
+
+
+def test_times_of_emulated_devices_are_marked(tmp_path):
+    note = "emulated devices, all times 200x dilated"
+    told = parsed(write_report(write_run(tmp_path / "told"), samples=[], summary={"emulation": note})).text
+    assert f"Times: {note}. Their ratios count" in told
+    killed = write_run(tmp_path / "killed")
+    config = (killed / "config.yaml").read_text()
+    assert "Their ratios count" not in parsed(rebuild_report(killed)).text
+    (killed / "config.yaml").write_text(config.replace("experts_ms: 0.0", "experts_ms: 14.0"))
+    assert "Times: emulated devices. Their" in parsed(rebuild_report(killed)).text
 
 
 def test_the_page_can_be_made_again_from_the_folder(tmp_path, capsys):

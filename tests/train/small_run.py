@@ -30,7 +30,7 @@ from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.train.trainer import Run
 
-MADE = ("config", "arithmetic", "ledger", "ledger_saved_lines")  # ledgers in checkpoints begin where others were saved
+MADE = ("config", "arithmetic", "plan", "ledger", "ledger_saved_lines")  # ledgers in checkpoints begin where others were saved
 Actions = dict[int, Callable[[Run], None]]  # after a step has been logged
 VOCABULARY, LENGTH = 300, 16  # padded to 384 rows with tp = 1, to 512 with tp = 2 and 4
 GROUPS = {

@@ -1,13 +1,17 @@
 """What the tests of `megalina.verify` run: the models and routers of the star test, shrunk."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
 from megalina.step.strategy import STRATEGIES
 from megalina.verify.layouts import Choices
 from megalina.verify.shrink import shrink, shrink_router
 
+CONF = Path(__file__).parents[2] / "conf" / "strategy"
 SIZES: dict[str, Any] = {"num_experts": 4, "num_heads": 4, "num_kv_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -55,10 +59,17 @@ def choices_of(ranks: int) -> Choices:
     return Choices(
         base,
         routers={name: shrink_router(config_with(router=name).router, 4, base.model.num_experts) for name in ROUTERS},
-        strategies={name: StrategyConfig(name=name) for name in STRATEGIES},
+        strategies={name: strategy(name) for name in STRATEGIES},
         models={name: config_with(ranks=ranks, model=name).model for name in MODELS},
         optimizers={name: config_with(optimizer=name).optim for name in OPTIMIZERS},
     )
+
+
+def strategy(name: str) -> StrategyConfig:
+    """As `conf/strategy/` has it."""
+    fields = StrategyConfig()
+    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    return StrategyConfig(**{key: type(getattr(fields, key))(value) for key, value in values.items()})
 
 
 def with_router(config: PretrainConfig, **settings: Any) -> PretrainConfig:

@@ -105,7 +105,8 @@ def test_every_router_and_strategy_is_there_and_the_users_own_first() -> None:
     assert next(iter(own.routers)) == "yours"
     assert (own.routers["yours"].kind, own.routers["yours"].z_loss) == ("sigmoid", 0.5)
     assert own.routers["sigmoid"] == plain.routers["sigmoid"]
-    assert set(own.strategies) == {path.stem for path in (verify_layouts.ROOT / "conf" / "strategy").glob("*.yaml")}
+    in_files = {path.stem for path in (verify_layouts.ROOT / "conf" / "strategy").glob("*.yaml")}
+    assert set(own.strategies) == in_files - {"auto"}  # which is one of the others, whichever is fastest
 
 
 def result(named: str = "", *, candidates: tuple[str, ...] = (), error: float = 1.0, failed: str = "") -> Result:

@@ -1,0 +1,223 @@
+"""Links: where collectives start, in the program's order, some of them held back.
+
+A lane an axis of the mesh: what is asked for along an axis starts in that order and no other, on every rank, so its ranks
+always meet.  The head of a lane may be held until the emulated device has the data (`at_s`), until split sizes are known
+(`after`), while stages that it yields to are under way here, or while its `credit` is used up.  All of that delays, none of it
+reorders; and as tokens yield to nobody, nobody waits in a circle.
+
+What need not be held starts at once, on the program's own thread; else a thread of the lane starts it.  On CUDA nothing is
+held on the host: a stage that yields starts on a stream of low priority, which waits for the tokens that were sent before it.
+"""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megalina.collective_log import CollectiveLog
+from megalina.comm.device_clock import DeviceClock
+from megalina.comm.exchange import Pending
+from megalina.step.program import Op, Stage
+from megalina.timeline.recorder import SEND, Recorder
+
+
+class Sent:
+    """One thing that the program has asked for."""
+
+    __slots__ = ("after", "at_s", "begun", "enqueued_s", "error", "launch", "pending", "place", "stage", "started_s")
+
+    def __init__(self, stage: Stage, launch: Callable[[], Pending], at_s: float, after: "Later | None", place: tuple[int, str]):
+        self.stage, self.at_s, self.after, self.place = stage, at_s, after, place
+        self.launch: Callable[[], Pending] | None = launch
+        self.begun = threading.Event()
+        self.pending: Pending | None = None
+        self.error: BaseException | None = None
+        self.enqueued_s = time.perf_counter()
+        self.started_s = 0.0
+
+    def wait(self) -> Any:
+        """What arrived; the error of the lane if it could not be started."""
+        self.begun.wait()
+        if self.error is not None:
+            raise self.error
+        assert self.pending is not None
+        return self.pending.wait()
+
+
+class Later:
+    """A value that is still on its way; whoever asks first waits for it."""
+
+    __slots__ = ("_lock", "_make", "_value")
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make: Callable[[], Any] | None = make
+        self._value: Any = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Any:
+        with self._lock:
+            if self._make is not None:
+                self._value = self._make()
+                self._make = None  # it holds buffers
+        return self._value
+
+
+class _Lane:
+    """What waits to be started along one axis."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Sent] = deque()
+        self.thread: threading.Thread | None = None
+        self.under_way = 0
+
+
+class Links:
+    """All lanes of one rank.  `watched`: ends are noted, for a recorder, or since some stage is held back.  `marks`: the clock
+    by which a recorder is told of what CUDA sends."""
+
+    def __init__(self, log: CollectiveLog, recorder: Recorder, *, cuda: bool, marks: DeviceClock | None = None):
+        self._log, self._recorder, self._marks = log, recorder, marks
+        self._low = torch.cuda.Stream() if cuda else None
+        self._lanes: dict[str, _Lane] = {}
+        self._changed = threading.Condition()
+        self._under_way: Counter[Op] = Counter()
+        self._tokens: list[Sent] = []  # CUDA: sent and not yet awaited
+        self._closed = False
+        self.watched = False
+
+    def send(self, stage: Stage, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None) -> Sent:
+        """Ask for a collective, which `launch` starts once its turn has come."""
+        sent = Sent(stage, launch, at_s, after, (self._log.position.step, stage.tag))
+        if self._low is not None:
+            self._send_on_stream(sent)
+            return sent
+        lane = self._lanes.get(stage.axis)
+        if lane is None:
+            lane = self._lanes[stage.axis] = _Lane()
+        with self._changed:
+            at_once = not lane.queue and after is None and at_s <= sent.enqueued_s and not self._held(sent, lane)
+            if at_once:
+                self._count(sent, lane)
+            else:
+                lane.queue.append(sent)
+                if lane.thread is None:
+                    lane.thread = threading.Thread(target=self._run, args=(lane,), name=f"lane {stage.axis}", daemon=True)
+                    lane.thread.start()
+                self._changed.notify_all()
+        if at_once:
+            self._begin(sent, lane)
+            if sent.error is not None:
+                raise sent.error
+        return sent
+
+    def close(self) -> None:
+        """End the lanes' threads; what was asked for must have been awaited."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self, lane: _Lane) -> None:
+        while True:
+            with self._changed:
+                while not lane.queue:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                sent = lane.queue[0]
+            try:
+                if sent.after is not None:
+                    sent.after.get()
+            except BaseException as error:  # noqa: BLE001  the program's thread raises it at the wait
+                sent.error = error
+            if (early_s := sent.at_s - time.perf_counter()) > 0:
+                time.sleep(early_s)
+            with self._changed:
+                while self._held(sent, lane) and not self._closed:
+                    self._changed.wait(0.05)  # an emulated device is ready without a word to anybody
+                self._count(sent, lane)
+            self._begin(sent, lane)
+            with self._changed:
+                lane.queue.popleft()  # not before it has started: the program's thread would overtake it
+                self._changed.notify_all()
+
+    def _held(self, sent: Sent, lane: _Lane) -> bool:
+        stage = sent.stage
+        if stage.credit and lane.under_way >= stage.credit:
+            return True
+        if not stage.yields_to:
+            return False
+        if any(self._under_way[op] for op in stage.yields_to):
+            return True
+        now_s = time.perf_counter()
+        heads = (other.queue[0] for other in self._lanes.values() if other is not lane and other.queue)
+        return any(head.stage.op in stage.yields_to and head.at_s <= now_s for head in heads)
+
+    def _count(self, sent: Sent, lane: _Lane) -> None:
+        if self.watched or self._recorder.on:
+            assert sent.stage.op is not None
+            self._under_way[sent.stage.op] += 1
+            lane.under_way += 1
+
+    def _begin(self, sent: Sent, lane: _Lane) -> None:
+        watched = self.watched or self._recorder.on
+        sent.started_s = time.perf_counter()
+        try:
+            if sent.error is None:
+                assert sent.launch is not None
+                self._log.here.place = sent.place
+                sent.pending = sent.launch()
+        except BaseException as error:  # noqa: BLE001
+            sent.error = error
+        finally:
+            self._log.here.place = None
+            sent.launch = sent.after = None  # they hold tensors
+        work = sent.pending.work if sent.pending is not None else None
+        if watched:
+            if work is None:  # nobody to talk to: nothing was on the wire
+                self._ended(sent, lane, on_wire=False)
+            else:
+                work.get_future().add_done_callback(lambda _: self._ended(sent, lane, on_wire=True))
+        sent.begun.set()
+
+    def _ended(self, sent: Sent, lane: _Lane, *, on_wire: bool) -> None:
+        stage, now_s = sent.stage, time.perf_counter()
+        with self._changed:
+            assert stage.op is not None
+            self._under_way[stage.op] -= 1
+            lane.under_way -= 1
+            self._changed.notify_all()
+        if on_wire and self._recorder.on and sent.pending is not None:
+            self._recorder.add(SEND, stage, sent.pending.num_bytes, sent.enqueued_s, sent.started_s, now_s, 0.0)
+
+    def _send_on_stream(self, sent: Sent) -> None:
+        """CUDA: order on the host is the program's; only the device holds back."""
+        if sent.after is not None:
+            sent.after.get()
+        self._tokens = [t for t in self._tokens if t.pending is not None and t.pending.work is not None]
+        assert self._low is not None
+        if sent.stage.yields_to:
+            self._low.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._low):
+                for tokens in self._tokens:
+                    assert tokens.pending is not None and tokens.pending.work is not None
+                    tokens.pending.work.wait()  # this stream waits, neither the host nor the main stream
+                self._launch_on_stream(sent)
+        else:
+            self._launch_on_stream(sent)
+            if sent.stage.op is Op.TOKENS:
+                self._tokens.append(sent)
+        sent.launch = sent.after = None
+        sent.begun.set()
+
+    def _launch_on_stream(self, sent: Sent) -> None:
+        """Launch on the current stream, and note when the device begins and ends it."""
+        assert sent.launch is not None
+        marks = self._marks if self._recorder.on else None
+        enqueued = marks.now() if marks is not None else None
+        sent.pending = sent.launch()
+        if marks is not None and enqueued is not None and (work := sent.pending.work) is not None:
+            start, end = marks.of_work(work, sent.stage.axis, enqueued)
+            self._recorder.add(SEND, sent.stage, sent.pending.num_bytes, enqueued, start, end, 0.0)

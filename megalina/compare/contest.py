@@ -1,0 +1,143 @@
+"""A contest: several strategies train the same model on the same data in one job, taking turns step by step.
+
+Each contestant has its own copy of weights and optimizer and walks through the same batches from the same start, so that
+losses can be held against each other while times are taken.
+"""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megalina.comm.calibration import calibrate, sizes_of_step
+from megalina.comm.objects import everybodys
+from megalina.config import PretrainConfig
+from megalina.data.source import TokenData
+from megalina.timeline.contention import Alone
+from megalina.timeline.recorder import Event
+from megalina.train.steps import Steps
+
+MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One strategy: its own copy of everything that a step changes, and what was measured on this rank."""
+
+    name: str
+    steps: Steps
+    step_s: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of all steps, timed or not
+    events: list[list[Event]] = field(default_factory=list)  # of the timed steps
+    peak_bytes: int = 0  # resident memory, above what was there before its turn
+    search_steps: int = 0  # before it was measured
+    busy_s: float = 0.0  # of the emulated device, in the timed steps
+    overrun_s: float = 0.0  # by which real math was late
+
+
+def contest(
+    configs: Mapping[str, PretrainConfig],
+    data: TokenData,
+    *,
+    rounds: int,
+    turn: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> list[Contestant]:
+    """Rounds in which every contestant takes `turn` timed steps after one that is not timed; the order of turns rotates.
+
+    All ranks call it together.  Before the first round each warms up, for as long as it searches."""
+    contestants = [Contestant(name, Steps(config, data, device=torch.device("cpu"))) for name, config in configs.items()]
+    gc.collect()
+    gc.disable()  # a collection would hit whoever's turn it is
+    done, total = 0, (rounds + 1) * len(contestants)
+    try:
+        for number in range(rounds + 1):
+            at = number % len(contestants)
+            for contestant in contestants[at:] + contestants[:at]:
+                progress(done, total, contestant.name)
+                _take_turn(contestant, turn) if number else _warm_up(contestant)
+                done += 1
+    finally:
+        gc.enable()
+    return contestants
+
+
+def alone(contestant: Contestant, *, sharded: bool) -> dict[str, Alone]:
+    """How long its exchanges take that have the links to themselves.  All ranks call it together."""
+    mesh = contestant.steps.mesh
+    return calibrate(mesh, sizes_of_step(mesh, contestant.events[-1]), sharded=sharded)
+
+
+def _warm_up(contestant: Contestant) -> None:
+    steps = contestant.steps
+    _together(steps)
+    for _ in range(2):
+        _step(contestant)
+    while steps.searching and contestant.search_steps < MOST_SEARCH_STEPS:
+        steps.adapt(_step(contestant))
+        contestant.search_steps += 1
+
+
+def _take_turn(contestant: Contestant, turn: int) -> None:
+    steps = contestant.steps
+    recorder, device = steps.trainable.recorder, steps.trainable.device
+    _together(steps)
+    with _PeakMemory() as memory:
+        for i in range(turn + 1):
+            recorder.on = i > 0
+            busy_s, overrun_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
+            step_s = _step(contestant)
+            if not recorder.on:
+                continue
+            contestant.step_s.append(step_s)
+            contestant.events.append(recorder.events())
+            if device is not None:
+                contestant.busy_s += device.busy_s - busy_s
+                contestant.overrun_s += device.overrun_s - overrun_s
+        recorder.on = False
+    contestant.peak_bytes = max(contestant.peak_bytes, memory.peak_bytes)
+    steps.trainable.settle()
+
+
+def _step(contestant: Contestant) -> float:
+    """One step; returns how long it took here."""
+    started_s = time.perf_counter()
+    verdict, _ = contestant.steps.compute(contestant.steps.state.step + 1)
+    step_s = time.perf_counter() - started_s
+    contestant.losses.append(verdict.loss)
+    return step_s
+
+
+def _together(steps: Steps) -> None:
+    gc.collect()
+    everybodys(steps.mesh, None)  # nobody starts before the last one is there
+
+
+class _PeakMemory:
+    """The most resident memory inside of it, above what was there at the start; 0 where the kernel doesn't tell."""
+
+    peak_bytes = 0
+
+    def __enter__(self) -> "_PeakMemory":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier turns have freed
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak_bytes = max(0, _status("VmHWM") - self._before)
+
+
+def _status(key: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0

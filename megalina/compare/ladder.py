@@ -1,0 +1,47 @@
+"""The ladder: four settings in which strategies are held against each other, and the paper's own ladder beside."""
+
+from dataclasses import dataclass
+
+LINK_MBIT = 500.0
+STRATEGIES = (
+    "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "auto",
+)  # fmt: skip
+EAGER_PIECES = (0, 2**19, 2**20)  # bytes: the baseline runs with each, the fastest counts
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A cluster, and what of the model differs."""
+
+    name: str
+    nodes: int
+    ranks_per_node: int
+    overrides: tuple[str, ...]
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def all_overrides(self) -> tuple[str, ...]:
+        world = self.world
+        return (
+            *("experiment=ladder", f"model.num_experts={world}", f"parallel.ep={world}", f"train.global_batch_size={4 * world}"),
+            *self.overrides,
+        )
+
+
+HEAVY = ("model.num_heads=7", "model.num_kv_heads=7")  # of 32 numbers each: 1.84 MB of dense gradients a layer
+HALF = ("train.seq_len=32",)  # 128 tokens a rank
+LADDER = (
+    Setting("4x1 light", 4, 1, ()),
+    Setting("4x1 heavy", 4, 1, HEAVY),
+    Setting("4x2 light", 4, 2, HALF),
+    Setting("4x2 heavy", 4, 2, (*HALF, *HEAVY)),
+)
+# Lina, section 7.2: 16 A100-40GB on 4 nodes, 100 Gb/s, against DeepSpeed's MoE layer without tuned pieces
+PAPER = (
+    ("everything, experts 2/4/8/16 (T1)", "1.71 / 1.37 / 1.73 / 1.47x, mean 1.57x"),
+    ("priority alone (T9)", "1.10 - 1.30x in most cases, mean 1.24x"),
+    ("priority and pieces, experts 2/4/8/16 (T10)", "1.36 / 1.36 / 1.41 / 1.42x"),
+    ("fixed schedule (T12)", "the smallest gain nearly always; no number given"),
+)

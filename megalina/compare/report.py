@@ -1,0 +1,106 @@
+"""The report of a comparison: tables in Markdown, a picture of bars, and the JSON's common part."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalina.compare.ladder import PAPER
+from megalina.compare.results import EAGER, VALID_OVERRUN
+
+AUTO = "auto"
+SHARES = (  # of a step: field, what it is, colour
+    ("compute_s", "computes", "#2b6cb0"),
+    ("a2a_exposed_s", "waits for tokens", "#e02020"),
+    ("grads_exposed_s", "waits for gradients", "#dd8a1f"),
+    ("", "sizes, sums, host", "#cbd5e0"),
+)
+
+
+def whole(settings: Sequence[Mapping[str, Any]], *, note: str) -> dict[str, Any]:
+    """All settings.  mean_auto_ratio, mean_best_ratio: over settings, to eager; null where auto did not run."""
+    best = [max(numbers["ratio_to_eager"] for numbers in s["strategies"].values()) for s in settings]
+    auto = [s["strategies"][AUTO]["ratio_to_eager"] for s in settings if AUTO in s["strategies"]]
+    return {
+        "settings": list(settings),
+        "mean_auto_ratio": statistics.fmean(auto) if auto else None,
+        "mean_best_ratio": statistics.fmean(best),
+        "note": note,
+        "paper": dict(PAPER),
+    }
+
+
+def table(setting: Mapping[str, Any]) -> str:
+    """One setting, in Markdown."""
+    bound_s = setting["lower_bound_s"]
+    lines = [
+        f"**{setting['name']}**: lower bound {bound_s * 1e3:.0f} ms; overrun {setting['overrun_fraction']:.1%}"
+        + ("" if setting["valid"] else f" (more than {VALID_OVERRUN:.0%}: not valid)"),
+        "",
+        "| strategy | step ms | to eager | quartiles | to ddp | over bound | waits: tokens, gradients, sizes ms | device ms "
+        "| tokens slowed, p95 | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in sorted(setting["strategies"].items(), key=lambda item: -item[1]["median_step_s"]):
+        if name == EAGER:
+            continue  # one of its variants
+        slow = f"{m['a2a_slowdown_median']:.2f}, {m['a2a_slowdown_p95']:.2f}" if m["a2a_slowdown_median"] else ""
+        to_ddp = f"{m['ratio_to_ddp']:.2f}" if m["ratio_to_ddp"] else ""
+        low, high = m["ratio_spread"]
+        waits = f"{m['a2a_exposed_s'] * 1e3:.0f}, {m['grads_exposed_s'] * 1e3:.0f}, {m['other_exposed_s'] * 1e3:.0f}"
+        over = f"{m['median_step_s'] / bound_s:.2f}" if bound_s else ""
+        device = f"{m['compute_s'] * 1e3:.0f} ({m['overrun_fraction']:.0%} late)"
+        lines.append(
+            f"| {name} ({m['plan']}) | {m['median_step_s'] * 1e3:.0f} | {m['ratio_to_eager']:.2f} | {low:.2f} - {high:.2f} "
+            f"| {to_ddp} | {over} | {waits} | {device} | {slow} | {m['peak_mb']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def closing(result: Mapping[str, Any]) -> str:
+    """The means, the check of the losses, and the paper's ladder."""
+    worst = max(m["largest_loss_difference"] for s in result["settings"] for m in s["strategies"].values())
+    auto = f"mean of auto {result['mean_auto_ratio']:.2f}x, " if result["mean_auto_ratio"] else ""
+    lines = [
+        f"Against eager: {auto}mean of the best {result['mean_best_ratio']:.2f}x.  Losses differ by at most {worst:.1e}.",
+        f"({result['note']})",
+        "",
+        "| the paper, 16 GPUs, against an untuned baseline | |",
+        "|---|---|",
+        *(f"| {what} | {numbers} |" for what, numbers in result["paper"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
+    """PNG or SVG: a panel a setting, a bar a strategy, cut into what the step's time went to."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    settings = result["settings"]
+    figure = Figure(figsize=(6.5 * min(2, len(settings)), 4.6 * -(-len(settings) // 2)), dpi=110, layout="constrained")
+    axes = figure.subplots(-(-len(settings) // 2), min(2, len(settings)), squeeze=False).flatten()
+    for axis, setting in zip(axes, settings, strict=False):
+        shown = {n: m for n, m in setting["strategies"].items() if n != EAGER}
+        names = sorted(shown, key=lambda n: -shown[n]["median_step_s"])
+        left = [0.0] * len(names)
+        for field, _, colour in SHARES:
+            if field:
+                width = [shown[n][field] * 1e3 for n in names]
+            else:
+                width = [max(0.0, shown[n]["median_step_s"] * 1e3 - done) for n, done in zip(names, left, strict=True)]
+            axis.barh(names, width, left=left, color=colour)
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        for i, name in enumerate(names):
+            axis.text(left[i], i, f" {shown[name]['ratio_to_eager']:.2f}x", va="center", fontsize=9)
+        axis.axvline(setting["lower_bound_s"] * 1e3, color="black", linestyle="--", linewidth=1)
+        axis.set_xlim(0, max(left) * 1.12)
+        axis.set_title(setting["name"] + ("" if setting["valid"] else " (overruns: not valid)"), fontsize=11)
+        axis.set_xlabel("ms a step")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(settings) :]:
+        axis.set_visible(False)
+    handles = [Patch(color=colour, label=label) for _, label, colour in SHARES]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Step time, and ratio to eager; dashed: no schedule can beat it ({result['note']})", fontsize=11)
+    figure.savefig(path)

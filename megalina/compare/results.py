@@ -1,0 +1,155 @@
+"""What a contest has shown: step times and their ratios to eager, exposed times, slowdowns, bounds, losses."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megalina.comm.objects import everybodys
+from megalina.compare.bounds import bounds_of, link_bytes
+from megalina.compare.contest import Contestant
+from megalina.mesh import rows
+from megalina.timeline.contention import AllToAll, Alone, all_to_alls, quantile, summary
+from megalina.timeline.recorder import Event
+
+EAGER = "eager"
+VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One strategy in one setting.  Times are medians over timed steps, of the rank that took longest or waited longest."""
+
+    plan: str  # with which numbers it ran
+    median_step_s: float
+    ratio_to_eager: float  # above 1: faster than eager
+    ratio_spread: tuple[float, float]  # quartiles of the ratio over rounds
+    ratio_to_ddp: float | None
+    a2a_exposed_s: float
+    grads_exposed_s: float
+    other_exposed_s: float  # split sizes, sums
+    compute_s: float  # the device computed
+    a2a_slowdown_median: float | None  # under gradients, backward; None: none were
+    a2a_slowdown_p95: float | None
+    slowdowns: list[float]
+    device_s: float  # what its list costs on the emulated device
+    critical_path_s: float
+    link_s: float  # the busiest node's link
+    overrun_fraction: float
+    peak_mb: float
+    search_steps: int
+    largest_loss_difference: float  # to eager, relative, over all steps that both took
+    step_s: list[float]
+
+
+def numbers_of_rank(contestant: Contestant, known: Mapping[str, Alone]) -> dict[str, Any]:
+    """What a rank tells the others of its timed steps."""
+    found = [summary(events, known) for events in contestant.events]
+    return {
+        "step_s": contestant.step_s,
+        "a2a": [c.traffic["a2a"].exposed_s for c in found],
+        "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
+        "other": [c.traffic["other"].exposed_s for c in found],
+        "compute": [c.compute_s for c in found],
+        "busy": contestant.busy_s,
+        "overrun": contestant.overrun_s,
+        "peak": contestant.peak_bytes,
+        "losses": contestant.losses,
+    }
+
+
+def measure(
+    contestants: Sequence[Contestant], known: Mapping[str, Alone], *, ranks_per_node: int, link_mbit: float, turn: int
+) -> dict[str, Measured]:
+    """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`."""
+    numbers = {c.name: everybodys(c.steps.mesh, numbers_of_rank(c, known)) for c in contestants}
+    step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
+    base = min((name for name in step_s if name.startswith(EAGER)), key=lambda name: statistics.median(step_s[name]))
+    out = {}
+    for contestant in contestants:
+        name, by_rank = contestant.name, numbers[contestant.name]
+        steps, trainable = contestant.steps, contestant.steps.trainable
+        exchanges, last = _exchanges(contestant, known)
+        under = sorted(e.slowdown for e in exchanges if e.phase == "B" and "grads" in e.beside)
+        program = trainable.program
+        seconds = trainable.device.seconds if trainable.device is not None else None
+        bound = {"compute_s": 0.0, "critical_path_s": 0.0}
+        rate = link_mbit * 1e6 / 8
+        if seconds is not None and rate:
+            bound = bounds_of(program, last[0], seconds=seconds, ranks=steps.mesh.world.size, link_bytes_per_s=rate)
+        sharded = steps.config.parallel.zero == 1
+        sent = link_bytes(last, steps.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
+        ratios = by_round(step_s[base], step_s[name], turn)
+        busy_s, overrun_s = sum(n["busy"] for n in by_rank), sum(n["overrun"] for n in by_rank)
+        losses = by_rank[0]["losses"]
+        out[name] = Measured(
+            plan=str(trainable.plan),
+            median_step_s=statistics.median(step_s[name]),
+            ratio_to_eager=statistics.median(step_s[base]) / statistics.median(step_s[name]),
+            ratio_spread=(quantile(ratios, 0.25) or 0.0, quantile(ratios, 0.75) or 0.0),
+            ratio_to_ddp=statistics.median(step_s["ddp"]) / statistics.median(step_s[name]) if "ddp" in step_s else None,
+            a2a_exposed_s=statistics.median(slowest([n["a2a"] for n in by_rank])),
+            grads_exposed_s=statistics.median(slowest([n["grads"] for n in by_rank])),
+            other_exposed_s=statistics.median(slowest([n["other"] for n in by_rank])),
+            compute_s=statistics.median(slowest([n["compute"] for n in by_rank])),
+            a2a_slowdown_median=quantile(under, 0.5),
+            a2a_slowdown_p95=quantile(under, 0.95),
+            slowdowns=under,
+            device_s=bound["compute_s"],
+            critical_path_s=bound["critical_path_s"],
+            link_s=sent / rate if rate else 0.0,
+            overrun_fraction=overrun_s / busy_s if busy_s else 0.0,
+            peak_mb=max(n["peak"] for n in by_rank) / 1e6,
+            search_steps=contestant.search_steps,
+            largest_loss_difference=difference(losses, numbers[base][0]["losses"]),
+            step_s=step_s[name],
+        )
+    return out
+
+
+def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list[AllToAll], list[list[Event]]]:
+    """All exchanges of tokens, and all ranks' events of the last step."""
+    mesh, out, last = contestant.steps.mesh, [], []
+    for events in contestant.events:
+        last = everybodys(mesh, events)
+        for row in rows(mesh.shape)["ep"]:
+            out += all_to_alls([last[rank] for rank in row], known)
+    return out, last
+
+
+def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
+    """Of each step the longest time."""
+    return [max(times) for times in zip(*by_rank, strict=True)]
+
+
+def by_round(base_s: Sequence[float], step_s: Sequence[float], turn: int) -> list[float]:
+    """The ratio of the medians of each round's steps."""
+    rounds = range(0, len(step_s), turn)
+    return [statistics.median(base_s[i : i + turn]) / statistics.median(step_s[i : i + turn]) for i in rounds]
+
+
+def difference(losses: Sequence[float], base: Sequence[float]) -> float:
+    """The largest relative difference over the steps that both took."""
+    return max((abs(a - b) / abs(b) for a, b in zip(losses, base, strict=False)), default=0.0)
+
+
+def lower_bound_s(found: Mapping[str, Measured]) -> float:
+    """The longer one of compute and the busiest link, each of the strategy with the least of it among those that pack nothing:
+    what no schedule of this setting can beat."""
+    plain = [m for m in found.values() if "packing" not in m.plan]
+    return max(min(m.device_s for m in plain), min(m.link_s for m in plain))
+
+
+def as_json(name: str, found: Mapping[str, Measured]) -> dict[str, Any]:
+    """A setting, as tools/compare_strategies.py writes it.  `eager`: the fastest of its variants."""
+    base = min((n for n in found if n.startswith(EAGER)), key=lambda n: found[n].median_step_s)
+    strategies = {n: asdict(m) for n, m in found.items()}
+    strategies[EAGER] = strategies[base]
+    overrun = max(m.overrun_fraction for m in found.values())
+    return {
+        "name": name,
+        "lower_bound_s": lower_bound_s(found),
+        "overrun_fraction": overrun,
+        "valid": overrun <= VALID_OVERRUN,
+        "strategies": strategies,
+    }

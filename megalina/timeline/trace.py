@@ -1,0 +1,131 @@
+"""The trace: steps of all ranks as one file for https://ui.perfetto.dev or chrome://tracing.
+
+A process a rank, with lanes for what it computed, what it had on the wire by class, and where its program stood.  An arrow
+goes from each all-to-all to the computation that it held up.
+"""
+
+import gzip
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalina.timeline.contention import class_of
+from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
+from megalina.timeline.spans import Span, rows
+
+FILE = "trace.json.gz"  # in a run folder
+LANES = ("step", "compute", "tokens", "counts and sums", "gradients", "parameters", "waits")
+LANE_OF = {"a2a": "tokens", "grads": "gradients", "params": "parameters", "other": "counts and sums"}
+ROWS = 100  # a lane has at most so many rows
+COMMON = "U:measured>.-.0"  # the sum over the world that closes a step: it ends on all ranks at once, almost
+ESTIMATED = "estimated: clocks of other machines are set by the end of the sum that closes each step"
+
+
+def write_trace(
+    path: Path, steps: Mapping[int, Sequence[Sequence[Event]]], offsets_s: Sequence[float] = (), note: str = ""
+) -> None:
+    """`steps`: {step: [events of rank 0, of rank 1, ...]}, each as a recorder gives them; gzip if the name ends in .gz.
+
+    `offsets_s`: what is added to each rank's times, as from `aligned`; nothing where all ranks are on one machine.  `note`
+    stands beside each rank's name, such as that times are emulated."""
+    ranks = max(map(len, steps.values()))
+    offsets_s = offsets_s or [0.0] * ranks
+    every = [(rank, e) for by_rank in steps.values() for rank, events in enumerate(by_rank) for e in events]
+    zero_s = min((e.start_s + offsets_s[rank] for rank, e in every), default=0.0)
+    lines: list[dict[str, Any]] = []
+    for rank in range(ranks):
+        lines += _process(rank, {step: by_rank[rank] for step, by_rank in steps.items()}, offsets_s[rank] - zero_s, note)
+    clock = ESTIMATED if any(offsets_s) else "one machine's"
+    content = {"traceEvents": lines, "displayTimeUnit": "ms", "otherData": {"clock": clock}}
+    data = json.dumps(content, separators=(",", ":")).encode()
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    part.replace(path)
+
+
+def aligned(by_rank: Sequence[Sequence[Event]], machines: Sequence[str]) -> list[float]:
+    """An estimate of what to add to each rank's times to have them on rank 0's clock.
+
+    Machines count from moments of their own.  The sum over all ranks that closes a step ends on all at about the same time;
+    a machine's offset is the median over its ranks of the difference, so it is wrong by what the ends differ (about the
+    latency of the network).  `machines`: the name of each rank's; ranks on rank 0's need none."""
+    ends = [next((e.end_s for e in events if e.tag == COMMON and e.kind == SEND), None) for events in by_rank]
+    differences: dict[str, list[float]] = {}
+    for machine, end_s in zip(machines, ends, strict=True):
+        if ends[0] is not None and end_s is not None:
+            differences.setdefault(machine, []).append(ends[0] - end_s)
+    known = {name: statistics.median(values) for name, values in differences.items() if name != machines[0]}
+    return [known.get(machine, 0.0) for machine in machines]
+
+
+def _process(rank: int, steps: Mapping[int, Sequence[Event]], shift_s: float, note: str) -> list[dict[str, Any]]:
+    """All lines of one rank."""
+    spans: dict[str, list[tuple[Span, dict[str, Any]]]] = {lane: [] for lane in LANES}
+    placed: dict[tuple[int, int], tuple[str, int]] = {}  # step, place of the event -> lane, place there
+    for step, events in steps.items():
+        if events:
+            whole = min(e.start_s for e in events), max(e.end_s for e in events)
+            spans["step"].append((whole, {"name": f"step {step}"}))
+        for i, e in enumerate(events):
+            lane = {COMPUTE: "compute", WAIT: "waits"}.get(e.kind) or LANE_OF[class_of(e)]
+            placed[step, i] = lane, len(spans[lane])
+            spans[lane].append(((e.start_s, e.end_s), {"name": e.tag, "args": _details(e)}))
+    lines = [
+        {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}" + (f" ({note})" if note else "")}},
+        {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}},
+    ]
+    threads: dict[str, list[int]] = {}
+    for number, lane in enumerate(LANES):
+        threads[lane] = [number * ROWS + row for row in rows([span for span, _ in spans[lane]])]
+        for thread in sorted(set(threads[lane])):
+            name = lane if thread % ROWS == 0 else f"{lane} {thread % ROWS + 1}"
+            lines.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_name", "args": {"name": name}})
+            lines.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}})
+        for ((start_s, end_s), line), thread in zip(spans[lane], threads[lane], strict=True):
+            at = {"pid": rank, "tid": thread, "ts": _us(start_s + shift_s), "dur": _us(end_s - start_s)}
+            lines.append({"ph": "X", "cat": lane} | line | at)
+    for step, events in steps.items():
+        for sent, blocked in arrows(events):
+            ends = []
+            for i in (sent, blocked):
+                lane, place = placed[step, i]
+                ends.append(threads[lane][place])
+            source, target = events[sent], events[blocked]
+            arrow = {"cat": "blocks", "name": "blocks", "pid": rank, "id": f"{rank}/{step}/{source.tag}"}
+            inside_s = min(1e-7, (source.end_s - source.start_s) / 2)  # an arrow belongs to the box that it begins in
+            lines.append({"ph": "s"} | arrow | {"tid": ends[0], "ts": _us(source.end_s - inside_s + shift_s)})
+            lines.append({"ph": "f", "bp": "e"} | arrow | {"tid": ends[1], "ts": _us(target.start_s + shift_s)})
+    return lines
+
+
+def arrows(events: Sequence[Event]) -> list[tuple[int, int]]:
+    """(all-to-all, what it held up) as places in `events`, which hold computation and waits in the program's order.
+
+    Held up was the first computation after the wait that is of the same layer and part (a chunk's, or the whole part's), or
+    any if there is none."""
+    waits = {e.tag: i for i, e in enumerate(events) if e.kind == WAIT}
+    out = []
+    for i, e in enumerate(events):
+        if e.kind != SEND or e.op != "tokens" or (wait := waits.get(e.tag.replace(">", "<", 1))) is None:
+            continue
+        parts = e.part, e.part.partition("c")[0]
+        later = [j for j in range(wait + 1, len(events)) if events[j].kind == COMPUTE]
+        own = (j for j in later if (events[j].phase, events[j].layer) == (e.phase, e.layer) and events[j].part in parts)
+        if (blocked := next(own, later[0] if later else None)) is not None:
+            out.append((i, blocked))
+    return out
+
+
+def _details(e: Event) -> dict[str, Any]:
+    if e.kind == COMPUTE:
+        return {}
+    details: dict[str, Any] = {"op": e.op, "axis": e.axis}
+    if e.kind == WAIT:
+        return details | {"exposed_ms": round(e.exposed_s * 1e3, 4)}
+    return details | {"bytes": e.num_bytes, "held_ms": round((e.start_s - e.enqueued_s) * 1e3, 4)}
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)

@@ -1,0 +1,96 @@
+"""The timing of a run's steps: contention in every record, and the timelines of chosen steps as a trace and a picture."""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from megalina.comm.calibration import calibrate, sizes_of_step
+from megalina.comm.objects import everybodys
+from megalina.comm.slowdowns import slowdowns
+from megalina.config import PretrainConfig
+from megalina.mesh import Mesh, rows
+from megalina.parallel.trainable import Trainable
+from megalina.timeline import picture, trace
+from megalina.timeline.contention import Alone, summary
+from megalina.timeline.recorder import Event
+
+MOST_PICTURED = 8  # steps, the newest; the trace has all
+
+logger = logging.getLogger("megalina")
+
+
+class Timing:
+    """All ranks call `before` and `after` around each step.  Without `timeline.metrics` and `timeline.trace_steps` both do
+    nothing.  A trainable on another mesh needs another one, as `moved` makes."""
+
+    def __init__(self, config: PretrainConfig, mesh: Mesh, trainable: Trainable):
+        self._config, self._mesh, self._trainable = config, mesh, trainable
+        self._alone: dict[str, Alone] | None = None
+        self._traced: dict[int, trace.TracedStep] = {}
+
+    def moved(self, mesh: Mesh, trainable: Trainable) -> "Timing":
+        """The timing of the steps that follow on another mesh, of as many ranks: calibrated anew; what was traced stays."""
+        other = Timing(self._config, mesh, trainable)
+        other._traced = self._traced
+        return other
+
+    def before(self, step: int) -> None:
+        self._trainable.recorder.on = self._wants(step)
+
+    def after(self, step: int) -> dict[str, float | None]:
+        """For the step's record: this rank's `Contention.as_metrics`, if they are wanted."""
+        if not self._wants(step):
+            return {}
+        events = self._trainable.recorder.events()
+        if self._alone is None:  # in the first step that is recorded: it tells the sizes
+            sizes_bytes = sizes_of_step(self._mesh, events)
+            self._alone = calibrate(self._mesh, sizes_bytes, sharded=self._config.parallel.zero == 1)
+        if step in self._config.timeline.trace_steps:
+            self._trace(step, events, self._alone)
+        if not self._config.timeline.metrics:
+            return {}
+        of_group = slowdowns(self._mesh, self._trainable.program, events, self._alone)
+        return summary(events, self._alone, of_group).as_metrics()
+
+    def _wants(self, step: int) -> bool:
+        timeline = self._config.timeline
+        return timeline.metrics or step in timeline.trace_steps
+
+    def _trace(self, step: int, events: list[Event], alone: Mapping[str, Alone]) -> None:
+        """Rank 0 writes all steps that there are so far: a run may end early."""
+        everybody = everybodys(self._mesh, (events, machine()))
+        if self._mesh.world.rank > 0:
+            return
+        by_rank = [of_rank for of_rank, _ in everybody]
+        self._traced[step] = trace.TracedStep(by_rank, rows(self._mesh.shape), alone)
+        offsets_s = trace.aligned(by_rank, [name for _, name in everybody])
+        folder = Path(self._config.run.dir)
+        note = emulation_note(self._trainable)
+        try:
+            trace.write_trace(folder / trace.FILE, self._traced, offsets_s, note)
+            newest = list(self._traced.items())[-MOST_PICTURED:]
+            timelines = {f"step {number}, rank 0": traced.by_rank[0] for number, traced in newest}
+            picture.draw(folder / picture.FILE, timelines, note, race=False)
+        except OSError as error:
+            logger.warning("warning: the timeline of step %d could not be written: %s", step, error)
+
+
+def machine() -> str:
+    """Whose clock this is: one kernel's processes share it, in containers too."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else platform.node()
+
+
+def emulation_note(trainable: Trainable) -> str:
+    """What must stand on every figure of an emulated cluster, as tools/emulate_cluster.py tells its ranks; empty: it is real."""
+    link_mbit, slowdown = (
+        float(os.environ.get(f"MEGALINA_{name}", default)) for name, default in (("LINK_MBIT", 0), ("SLOWDOWN", 1))
+    )
+    told = {
+        "emulated devices": trainable.device is not None,
+        f"emulated links of {link_mbit:g} Mbit/s": link_mbit > 0,
+        f"all times {slowdown:g}x dilated": slowdown != 1,
+    }
+    return ", ".join(words for words, is_so in told.items() if is_so)

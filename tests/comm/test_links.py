@@ -1,0 +1,86 @@
+"""Lanes: what is asked for along an axis starts in that order, whoever starts it, and what is held back is held back there."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from megalina.collective_log import CollectiveLog
+from megalina.comm.exchange import Pending
+from megalina.comm.links import Later, Links
+from megalina.step.program import Kind, Op, Stage
+from megalina.timeline.recorder import Recorder
+
+SOON_S = 0.02  # until an emulated device has what is sent
+
+
+def stage(op: Op, name: str, axis: str, yields_to: tuple[Op, ...] = (), credit: int = 0) -> Stage:
+    return Stage("B", Kind.START, name, op=op, axis=axis, yields_to=yields_to, credit=credit)
+
+
+def launching(seen: list[str], name: str, before: Callable[[], object] = lambda: None) -> Callable[[], Pending]:
+    def launch() -> Pending:
+        before()
+        seen.append(name)
+        return Pending(None, lambda: torch.zeros(0))
+
+    return launch
+
+
+def test_what_a_lane_is_about_to_start_is_not_overtaken_by_the_program() -> None:
+    """The lane's thread stands between taking the first one up and starting it while the program asks for the second."""
+    links, seen, taken_up = Links(CollectiveLog(0), Recorder(), cuda=False), list[str](), threading.Event()
+
+    def stand() -> None:
+        taken_up.set()
+        time.sleep(0.1)
+
+    first = links.send(stage(Op.GRADS, "first", "dp"), launching(seen, "first", stand), at_s=time.perf_counter() + SOON_S)
+    assert taken_up.wait(5.0)
+    second = links.send(stage(Op.GRADS, "second", "dp"), launching(seen, "second"))
+    first.wait()
+    second.wait()
+    links.close()
+    assert seen == ["first", "second"]
+
+
+def test_lanes_of_two_axes_do_not_wait_for_one_another() -> None:
+    links, seen = Links(CollectiveLog(0), Recorder(), cuda=False), list[str]()
+    late = links.send(stage(Op.GRADS, "late", "dp"), launching(seen, "late"), at_s=time.perf_counter() + 10 * SOON_S)
+    links.send(stage(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens")).wait()
+    assert seen == ["tokens"]
+    late.wait()
+    links.close()
+    assert seen == ["tokens", "late"]
+
+
+def test_gradients_that_yield_wait_for_tokens_whose_sizes_are_on_their_way() -> None:
+    links, seen, sizes = Links(CollectiveLog(0), Recorder(), cuda=False), list[str](), threading.Event()
+    links.watched = True
+    tokens = links.send(stage(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens"), after=Later(lambda: sizes.wait(5.0)))
+    gradients = links.send(stage(Op.GRADS, "gradients", "dp", yields_to=(Op.TOKENS,)), launching(seen, "gradients"))
+    time.sleep(SOON_S)
+    assert seen == []
+    sizes.set()
+    tokens.wait()
+    gradients.wait()
+    links.close()
+    assert seen == ["tokens", "gradients"]
+
+
+def test_an_error_of_a_lane_is_raised_where_the_program_waits() -> None:
+    links = Links(CollectiveLog(0), Recorder(), cuda=False)
+
+    def broken() -> Pending:
+        raise RuntimeError("the wire is cut")
+
+    sent = links.send(stage(Op.GRADS, "gradients", "dp"), broken, at_s=time.perf_counter() + SOON_S)
+    try:
+        sent.wait()
+    except RuntimeError as error:
+        assert str(error) == "the wire is cut"
+    else:
+        raise AssertionError("nothing was raised")
+    finally:
+        links.close()

@@ -1,0 +1,103 @@
+"""Schedules for tests: settings of every kind for a strategy, other legal orders of its list, delays, layouts."""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from random import Random
+
+from megalina.mesh import rows
+from megalina.parallel.shard import axis_of_group
+from megalina.sim.virtual import RanksOf, Seconds
+from megalina.step.forward import Shape, plain
+from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, reads_of, writes_of
+from megalina.step.strategy import Setting
+
+SHAPES = {
+    "experts in every layer": Shape(moe=(True, True)),
+    "dense first, shared experts": Shape(moe=(False, True), shared_experts=True),
+    "three layers, statistics of all ranks": Shape(moe=(True, False, True), global_balance=True, tied=False),
+    "tensor parallel, shared experts": Shape(moe=(False, True), tp=True, shared_experts=True),
+    "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
+}
+LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
+WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn
+DELAYS_S = (0.0, 0.0, 1e-5, 1e-3, 3e-3, 0.1)  # some devices are much slower than the wire, some not
+
+
+def buckets_of(shape: Shape, *, sharded: bool = False, piece: int | None = None) -> dict[str, BucketSpec]:
+    names = dict.fromkeys(u for s in plain(shape) for u in s.uses)
+    return {name: BucketSpec(64 + 16 * i, axis_of_group(name), sharded, piece) for i, name in enumerate(names)}
+
+
+def setting_of(name: str, shape: Shape, random: Random) -> Setting:
+    """Numbers drawn for every mechanism, whether a strategy uses it or not."""
+    return Setting(
+        shape,
+        buckets_of(shape, sharded=random.random() < 0.5, piece=random.choice((None, 40))),
+        micro_batches=random.choice((1, 1, 2, 3)),
+        recompute_mode=random.choice(("none", "full")),
+        parts=random.choice((1, 2, 3)) if name in WALKING else 1,
+        chunks_of={i: random.choice((1, 2, 3)) for i in range(shape.num_layers)},
+        merge=random.choice((0, 100, 1000)),
+        yields=random.random() < 0.7,
+        gaps=random.choice((None, {"experts": 50, "attention": 90})),
+    )
+
+
+def order_of(program: Program, random: Random) -> Program:
+    """Another order of the same stages in which every value is written before it is read."""
+    left = Counter(value for stage in program for value in writes_of(stage))  # writers that are still to come
+    readers: dict[str, list[int]] = {}
+    missing = []
+    for i, stage in enumerate(program):
+        values = {v for v in reads_of(stage) if v in left}
+        missing.append(len(values))
+        for value in values:
+            readers.setdefault(value, []).append(i)
+    free, out = [i for i, count in enumerate(missing) if count == 0], []
+    while free:
+        at = random.randrange(len(free))
+        free[at], free[-1] = free[-1], free[at]
+        stage = program[free.pop()]
+        out.append(stage)
+        for value in writes_of(stage):
+            left[value] -= 1
+            for reader in readers.get(value, ()) if left[value] == 0 else ():
+                missing[reader] -= 1
+                if missing[reader] == 0:
+                    free.append(reader)
+    assert len(out) == len(program)
+    return tuple(out)
+
+
+@cache
+def ranks_of(layout: tuple[int, int, int]) -> RanksOf:
+    """Who talks to whom in a layout (edp, ep, tp)."""
+    table = rows(dict(zip(("edp", "ep", "tp"), layout, strict=True)))
+    found = {(axis, rank): tuple(row) for axis, groups in table.items() for row in groups for rank in row}
+    return lambda axis, rank: found[axis, rank]
+
+
+def delays(random: Random, delays_s: tuple[float, ...] = DELAYS_S) -> Seconds:
+    """Of each rank and stage, drawn once."""
+    drawn: dict[tuple[int, int], float] = {}
+
+    def seconds(rank: int, stage: Stage) -> float:
+        key = rank, id(stage)  # hashing a stage takes longer than walking it
+        if key not in drawn:
+            drawn[key] = random.choice(delays_s)
+        return drawn[key]
+
+    return seconds
+
+
+def reduced(program: Program, buckets: Mapping[str, BucketSpec]) -> dict[str, list[int]]:
+    """How often each element of each bucket is summed."""
+    counts = {name: [0] * bucket.numel for name, bucket in buckets.items()}
+    for stage in program:
+        if stage.op is Op.GRADS and stage.kind is Kind.START:
+            for name in stage.buckets:
+                first, stop = stage.piece if len(stage.buckets) == 1 else (0, buckets[name].numel)
+                for i in range(first, stop):
+                    counts[name][i] += 1
+    return counts

@@ -1,0 +1,219 @@
+"""Compare strategies: how fast is a training step under each, on links of a given rate?
+
+python tools/compare_strategies.py [OVERRIDES] [--suite ladder] [--nodes N --ranks-per-node N --link-mbit X] [--strategies A,B]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalina.compare.ladder import Setting
+    from megalina.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+FAILED, BAD_INPUT = 1, 2  # exit codes
+SHOWN = ("eager", "flow")  # in the picture, one step of each
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One setting, checked and ready to run."""
+
+    setting: "Setting"
+    configs: "Mapping[str, PretrainConfig]"  # by the name of the strategy
+    link_mbit: float  # 0: no emulated links, all ranks of this machine's loopback
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    from megalina.launch import Stopped
+    from megalina.namespaces import CannotEmulate
+    from pretrain_gpt_moe import explain
+
+    try:
+        jobs = jobs_of(args)
+        with tempfile.TemporaryDirectory(prefix="megalina_compare_") as folder:
+            found = [run(job, args, Path(folder), first=i == 0) for i, job in enumerate(jobs)]
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    except (RanksFailed, CannotEmulate) as error:
+        print(error, file=sys.stderr)
+        return FAILED if isinstance(error, RanksFailed) else BAD_INPUT
+    except Exception as error:
+        if not _is_input(error):
+            raise
+        print(explain(error, args.overrides), file=sys.stderr)
+        return BAD_INPUT
+    from megalina.compare.report import closing, draw_bars, table, whole
+
+    result = whole(found, note=_note(jobs[0].link_mbit))
+    text = "\n\n".join([*map(table, found), closing(result)])
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if args.plot:
+        draw_bars(args.plot, result)
+    return 0
+
+
+class RanksFailed(RuntimeError):
+    """A rank ended badly; the message has its last lines."""
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Everything is checked before a rank starts; ValueError, or an error of Hydra, for bad input."""
+    from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, STRATEGIES, Setting
+    from megalina.namespaces import check_figures, check_host
+
+    for path in filter(None, (args.json, args.plot, args.picture, args.markdown)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes or 1, ranks_per_node=args.ranks_per_node or 1)
+    names = tuple(args.strategies.split(",")) if args.strategies else STRATEGIES
+    if "eager" not in names:
+        names = ("eager", *names)  # what all ratios are to
+    own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, ())
+    link_mbit = LINK_MBIT if args.link_mbit is None else args.link_mbit
+    settings: Sequence[Setting] = [s for s in LADDER if not args.only or s.name in args.only.split(",")] if args.suite else [own]
+    if not settings:
+        raise ValueError(f"--only {args.only}: the ladder has {', '.join(s.name for s in LADDER)}")
+    if any(s.nodes > 1 for s in settings):
+        check_figures(link_mbit=link_mbit)
+        check_host()
+    jobs = []
+    for setting in settings:
+        configs = {}
+        for name in names:
+            pieces = EAGER_PIECES if name == "eager" else (None,)
+            for piece in pieces:
+                config = _config(setting, name, piece, args)
+                title = name if piece is None else f"eager {piece // 1024} KiB" if piece else "eager whole"
+                configs[title] = config
+        jobs.append(Job(setting, configs, link_mbit if setting.nodes > 1 else 0.0))
+    return jobs
+
+
+def _config(setting: "Setting", name: str, piece: int | None, args: argparse.Namespace) -> "PretrainConfig":
+    from megalina.validate import check_config
+
+    overrides = [
+        *(setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)),
+        f"strategy={name}",
+        *([f"strategy.partition_bytes={piece}"] if piece is not None else []),
+        *(["parallel.zero=1"] if name == "lina_zero" else []),
+        *args.overrides,
+        f"launch.ranks={setting.world}",
+        "guard.spike=none",
+    ]
+    config = composed(overrides)
+    check_config(config, setting.world)
+    return config
+
+
+def composed(overrides: Sequence[str]) -> "PretrainConfig":
+    """The configuration that pretrain_gpt_moe.py would run."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from megalina.worker import load_config
+    from pretrain_gpt_moe import CONF
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
+
+
+def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dict[str, Any]:
+    """Runs a setting's contest on its own cluster; returns what rank 0 found."""
+    from omegaconf import OmegaConf
+
+    from megalina import launch
+    from megalina.namespaces import emulated_cluster
+    from pretrain_gpt_moe import check_data
+
+    setting = job.setting
+    check_data(next(iter(job.configs.values())))
+    out, spec = folder / f"{setting.name}.json", folder / f"{setting.name}.spec.json"
+    configs = {
+        name: OmegaConf.to_yaml(OmegaConf.structured(replace(c, run=replace(c.run, dir=str(folder / "run")))))
+        for name, c in job.configs.items()
+    }
+    content = {
+        "name": setting.name,
+        "configs": configs,
+        "rounds": args.rounds,
+        "turn": args.steps,
+        "ranks_per_node": setting.ranks_per_node,
+        "link_mbit": job.link_mbit,
+        "out": str(out),
+        "picture": str(args.picture.absolute()) if args.picture and first else "",
+        "shown": SHOWN,
+        "note": _note(job.link_mbit),
+    }
+    spec.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "megalina.compare.worker", str(spec)]
+    env, logs = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, folder / "logs"
+    if setting.nodes == 1:
+        try:
+            launch.run_ranks(command, ranks=setting.world, logs=logs)
+        except launch.RankFailed as error:
+            raise RanksFailed(f"{setting.name}: {error}") from error
+    else:
+        with emulated_cluster(nodes=setting.nodes, link_mbit=job.link_mbit) as cluster:
+            outcome = cluster.run(command, ranks_per_node=setting.ranks_per_node, logs=logs, env=env)
+        if outcome.code:
+            raise RanksFailed(f"{setting.name}: {outcome.reason}")
+    return dict(json.loads(out.read_text()))
+
+
+def _note(link_mbit: float) -> str:
+    return f"emulated devices and links of {link_mbit:g} Mbit/s" if link_mbit else "one machine, no emulated link"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Trains the same model on the same data under several strategies, which take turns step by step in one job: "
+        "step times, their ratios to tuned eager, times that devices wait, slowdown of all-to-alls, and what no schedule could "
+        "beat.  Nodes are emulated (root, iproute2); the trainer, its math and its losses are real.",
+        epilog="examples:\n  tools/compare_strategies.py --suite ladder --json ladder.json   (20 minutes, on an idle machine)\n"
+        "  tools/compare_strategies.py --nodes 2 --ranks-per-node 2 --link-mbit 300 --strategies flow,auto model=laptop "
+        "parallel.ep=4 cluster.attention_ms=8 cluster.experts_ms=12",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py; without --suite the "
+                        "ladder's model unless you give overrides")  # fmt: skip
+    parser.add_argument("--suite", choices=("ladder",), help="four settings: 4x1 and 4x2, light and heavy dense gradients")
+    parser.add_argument("--only", default="", metavar="A,B", help='of the suite, such as "4x1 light,4x2 light"')
+    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="without --suite (default: 4); 1: no emulated link")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without --suite (default: 1)")
+    parser.add_argument("--link-mbit", type=float, metavar="X", help="of each node, each way (default: 500)")
+    parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each strategy (default: 5)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps a turn, after one that isn't (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="step times as bars; .svg too")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="the timeline of a step of eager and of flow, first setting")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables, for a log")
+    return parser
+
+
+def _is_input(error: Exception) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
+    sys.exit(main())
