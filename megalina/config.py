@@ -75,8 +75,8 @@ class ParallelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class StrategyConfig:
-    # how a step is scheduled: docs/strategies.md explains each, `strategy=NAME` sets the numbers too
-    name: str = "eager"  # eager | ddp | serial | fixed | priority | priority_partition | lina_nopack | lina | flow | lina_zero | auto
+    # docs/strategies.md explains them; `strategy=NAME` sets the numbers that belong to one too
+    name: str = "eager"  # ddp, eager, serial, fixed, priority, priority_partition, lina_nopack, lina, lina_zero, flow, auto
     partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
     bucket_mb: float = 0.0  # ddp: neighbouring gradients are sent together once they have so many MiB
     parts: int = 1  # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts

@@ -11,11 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megalina.config import DataConfig, PretrainConfig
+from megalina.config import DataConfig, PretrainConfig, StrategyConfig
 from megalina.parameters import expert_bytes_on_rank, is_moe_layer
 from megalina.step.strategy import STRATEGIES, chunks_of
 
 MAX_RANKS_A_CORE = 64
+USED_BY = {
+    "bucket_mb": ("ddp",),
+    "parts": ("flow", "lina_zero"),
+    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero"),
+}
+WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow")  # those that can keep gradients in gaps
 PACKED = ("lina", "flow", "lina_zero", "auto")  # strategies that packing is a part of; the others are what they are held against
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -364,6 +370,26 @@ def _check_strategy(config: PretrainConfig, world: int) -> None:
             "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
             "order sums are made: give a strategy and its numbers"
         )
+    plain = StrategyConfig()
+    for key, names in USED_BY.items():
+        if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
+            raise ValueError(
+                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with "
+                f"{' or '.join(names)}: leave it at {getattr(plain, key)}"
+            )
+    for key in ("partition_bytes", "chunks", "late_layers"):
+        if strategy.name == "auto" and getattr(strategy, key) != getattr(plain, key):
+            raise ValueError(f"strategy=auto finds strategy.{key} itself: leave it at {getattr(plain, key)}, or name a strategy")
+    if strategy.windows == "auto" and strategy.name not in WINDOWED:
+        raise ValueError(
+            f"strategy.windows=auto works with strategy={' or '.join(WINDOWED)}, not with {strategy.name}: "
+            "set strategy.windows=none"
+        )
+    if strategy.partition_bytes == "auto" and config.parallel.zero:
+        raise ValueError(
+            "strategy.partition_bytes=auto and parallel.zero=1 exclude each other, since shards belong to pieces, and would have "
+            "to move with each trial: give a number of bytes, 524288 is a good one"
+        )
     if strategy.name == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
     micro_batches = train.global_batch_size * tp // (train.micro_batch_size * world)
@@ -373,12 +399,8 @@ def _check_strategy(config: PretrainConfig, world: int) -> None:
             f"strategy.parts ({strategy.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
             f"micro-batches a step ({micro_batches}): parts are whole sequences; raise train.micro_batch_size, or accumulate"
         )
-    if cut > 1 and config.router.group != "sequence":
-        raise ValueError(
-            f"router.group={config.router.group} routes a whole micro-batch at once, so it can't be cut into strategy.parts="
-            f"{cut}: set router.group=sequence, or train.micro_batch_size={train.micro_batch_size // cut} so that parts are "
-            "whole micro-batches"
-        )
+    if cut > 1:
+        _check_parts_of_groups(config, cut)
     tokens = train.micro_batch_size // cut * train.seq_len // tp
     moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     if strategy.chunks != "auto":
@@ -388,6 +410,27 @@ def _check_strategy(config: PretrainConfig, world: int) -> None:
         if (most := max(chunks_of(strategy.chunks, moe).values(), default=1)) > tokens:
             raise ValueError(f"strategy.chunks={strategy.chunks}: {most} chunks of {tokens} tokens a part are too many: lower it")
     _check_packing(config, world)
+
+
+def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
+    """A micro-batch that is a group of the routers is cut where a part's routing follows from it and the parts before it."""
+    router, micro_batch_size = config.router, config.train.micro_batch_size
+    if router.group == "global":
+        raise ValueError(
+            f"router.group=global balances all ranks' tokens at once, so micro-batches can't be cut into strategy.parts={cut}: "
+            "set router.group=micro_batch or sequence, or a strategy without parts"
+        )
+    by_probability = router.capacity_factor > 0 and router.drop == "probability"
+    if router.group == "micro_batch" and (router.kind == "expert_choice" or by_probability):
+        what, instead = "router=expert_choice", ""
+        if router.kind != "expert_choice":
+            what = f"router.drop=probability with router.capacity_factor={router.capacity_factor:g}"
+            instead = "router.drop=position, "
+        raise ValueError(
+            f"router.group=micro_batch and {what} route a whole micro-batch at once, so it can't be cut into strategy.parts="
+            f"{cut}: set {instead}router.group=sequence, or train.micro_batch_size={micro_batch_size // cut} so that parts are "
+            "whole micro-batches"
+        )
 
 
 def _check_packing(config: PretrainConfig, world: int) -> None:

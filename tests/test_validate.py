@@ -82,6 +82,9 @@ def test_the_nearest_word_is_suggested() -> None:
         check_config(changed(router__kind="top-k"), 1)
 
 
+FLOW = {"strategy__name": "flow", "strategy__parts": 2}
+MICRO_BATCH = {"router__group": "micro_batch"}
+BY_PROBABILITY = {"router__drop": "probability", "router__capacity_factor": 1.5}
 GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
 
 
@@ -114,6 +117,9 @@ GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
         (1, {"router__group": "global"}, r"gradient accumulation \(4 micro-batches a step\): set train.micro_batch_size=8"),
         (4, {"router__group": "global", "router__capacity_factor": 1.5}, "router.capacity_factor=1.5 would need the scores"),
         (4, {"router__group": "global", "router__kind": "expert_choice"}, "router=expert_choice would need the scores"),
+        (4, {**FLOW, "router__group": "global"}, "balances all ranks' tokens .* strategy.parts=2: set router.group=micro"),
+        (4, {**FLOW, **MICRO_BATCH, "router__kind": "expert_choice"}, "=expert_choice route a whole .*: set router.group=seq"),
+        (4, {**FLOW, **MICRO_BATCH, **BY_PROBABILITY}, r"factor=1.5 route a whole .*: set router.drop=position,"),
         (4, {"train__global_batch_size": 12}, r"\(12\) .* \(2\) x 4 .* = 8: set it to 8 or 16, or train.micro_batch_size to 1"),
         (4, {"train__global_batch_size": 3}, r"\(3\) must be a multiple .* = 8: set it to 8$"),
         (1, {"train__exit_step": 101}, r"train.exit_step \(101\) is beyond train.steps \(100\)"),
@@ -141,6 +147,13 @@ def test_bad_input_is_named_with_its_numbers(world: int, settings: dict[str, obj
 def test_global_balance_without_accumulation_is_good() -> None:
     check_config(changed(router__group="global"), 4)
     check_config(changed(router__group="global", train__micro_batch_size=8), 1)
+
+
+def test_micro_batches_are_cut_where_a_tokens_routing_needs_none_behind_it() -> None:
+    check_config(changed(**FLOW, **MICRO_BATCH), 4)
+    check_config(changed(**FLOW, **MICRO_BATCH, router__drop="probability"), 4)  # dropless
+    check_config(changed(**FLOW, **MICRO_BATCH, router__capacity_factor=1.5), 4)
+    check_config(changed(**FLOW, **MICRO_BATCH, **BY_PROBABILITY), 1)  # parts are whole micro-batches
 
 
 MACHINE = {"local_ranks": 1, "num_cores": 2, "num_gpus": 0, "apex": False, "wandb_key": False}

@@ -20,7 +20,7 @@ from megalina.model.noise import dropout
 from megalina.model.norm import layer_norm, rms_norm
 from megalina.model.permute import RowOrder, permute, row_order, unpermute
 from megalina.model.rope import rotate
-from megalina.model.routers import Router, RouterTokens
+from megalina.model.routers import GroupSoFar, Router, RouterTokens, Routing
 from megalina.parameters import is_moe_layer
 
 ALL = slice(None)  # of the tokens of a micro-batch: all are this rank's
@@ -194,9 +194,24 @@ class Layer(nn.Module):
         The first loss is the balance loss, or with `router.group=global` the sums of probabilities [E] it is made of.
         Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity.
         """
-        routing = self.router(logits_TE, router_tokens(batch), logits_AE, own)
+        routing: Routing = self.router(logits_TE, router_tokens(batch), logits_AE, own)
+        return self._selected(n_TD, routing, routing.prob_E if self.router_config.group == "global" else routing.balance)
+
+    def select_part(
+        self, n_TD: Tensor, logits_TE: Tensor, logits_AE: Tensor, batch: Batch, own: slice, so_far: GroupSoFar
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, RowOrder, Tensor, GroupSoFar]:
+        """As `select`, of a batch that is the next part of its micro-batch; then what the part after it must know.
+
+        The first loss is the sums of probabilities [E] of which the whole micro-batch's balance loss is made.
+        """
+        routing: Routing = self.router(logits_TE, router_tokens(batch), logits_AE, own, so_far)
+        assert routing.so_far is not None
+        return *self._selected(n_TD, routing, routing.prob_E), routing.so_far
+
+    def _selected(
+        self, n_TD: Tensor, routing: Routing, balance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, RowOrder, Tensor]:
         order = row_order(routing.expert_TK, self.num_experts)
-        balance = routing.prob_E if self.router_config.group == "global" else routing.balance
         load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
         return permute(n_TD, order), routing.weight_TK, balance, routing.z, order, load
 

@@ -61,16 +61,25 @@ class RouterTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupSoFar:
+    """What a group that is routed part by part, in the order of its tokens, knows before its next part."""
+
+    tokens: Tensor  # int64 scalar, valid tokens of the whole group, parts to come among them
+    chosen_E: Tensor  # int64, choices before drops in the parts so far: the places taken in each expert's queue
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Where the own tokens go, and the own tokens' part of the auxiliary losses."""
 
     expert_TK: Tensor  # int64; num_experts: nobody (padding, beyond capacity, unused column)
     weight_TK: Tensor  # at least float32, differentiable; exactly 0 where nobody
-    balance: Tensor  # scalar: own part of the sum over groups of tokens x loss; 0 for global, expert_choice, hash
+    balance: Tensor  # scalar: own part of the sum over groups of tokens x loss; 0 for global, expert_choice, hash, parts
     z: Tensor  # scalar: sum over own valid tokens of logsumexp(logits)^2 (ST-MoE); 0 for hash
     chosen_E: Tensor  # int64, own tokens' choices before drops
     dropped: Tensor  # int64 scalar, own tokens' assignments lost to capacity
     prob_E: Tensor  # sum over own valid tokens of the probabilities; 0 for expert_choice, hash
+    so_far: GroupSoFar | None = None  # with these tokens; None unless they are part of a group
 
 
 def check_router(config: RouterConfig, num_experts: int) -> None:
@@ -171,8 +180,16 @@ class Router(nn.Module):
         dtype = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight.dtype), torch.float32)
         return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
-    def forward(self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
-        """`logits_AE`: all tokens' logits, no gradient flows into them; `own`: where the T own tokens are among them."""
+    def forward(
+        self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, so_far: GroupSoFar | None = None
+    ) -> Routing:
+        """`logits_AE`: all tokens' logits, no gradient flows into them; `own`: where the T own tokens are among them.
+
+        `so_far`: `tokens` are the next part of a group=micro_batch and are routed as in the whole of it: capacity is the whole
+        group's, and queues go on where the part before left them (capacity passing; Jiang et al., "Lancet", 2024, section
+        2.3).  The balance loss, which takes all parts, is left to the caller.
+        """
+        assert so_far is None or (self.group == "micro_batch" and not self.looks_ahead), "this routing takes its whole group"
         logits_AE = logits_AE.detach()
         if tokens.may_have_padding:
             # It may hold anything, also numbers that aren't finite: 0 x nan in a backward pass would spread.
@@ -185,7 +202,7 @@ class Router(nn.Module):
             logits_TE = logits_TE + noise_AE[own]
         if self.kind == "expert_choice":
             return self._expert_choice(logits_TE, tokens, logits_AE, own)
-        return self._token_choice(logits_TE, tokens, logits_AE, own, clean_TE)
+        return self._token_choice(logits_TE, tokens, logits_AE, own, clean_TE, so_far)
 
     @torch.no_grad()
     def update_bias(self, chosen_E: Tensor) -> None:
@@ -197,7 +214,15 @@ class Router(nn.Module):
         chosen_E = chosen_E.to(torch.float64)
         self.bias_E.add_((chosen_E.mean() - chosen_E).sign().to(self.bias_E.dtype), alpha=self.bias_update_rate)
 
-    def _token_choice(self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, clean_TE: Tensor) -> Routing:
+    def _token_choice(
+        self,
+        logits_TE: Tensor,
+        tokens: RouterTokens,
+        logits_AE: Tensor,
+        own: slice,
+        clean_TE: Tensor,
+        before: GroupSoFar | None,
+    ) -> Routing:
         num_experts = self.num_experts
         groups = tokens.by_sequence if self.group == "sequence" else tokens.together
         best_AK = self._choose(tokens, logits_AE)
@@ -208,8 +233,11 @@ class Router(nn.Module):
             expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts)
         before_TK = expert_AK[own]
         if self.capacity_factor > 0:
-            capacity_G = capacity(groups.tokens_G, self.capacity_factor, self.top_k, num_experts)
+            tokens_G = groups.tokens_G if before is None else before.tokens.view(1)
+            capacity_G = capacity(tokens_G, self.capacity_factor, self.top_k, num_experts)
             capacity_Q = F.pad(capacity_G, (0, 1)).repeat_interleave(num_experts, output_size=(groups.number + 1) * num_experts)
+            if before is not None:
+                capacity_Q[:num_experts] -= before.chosen_E  # below zero where the queue is longer than the capacity already
             priority_AK = self._priority(logits_AE).gather(1, best_AK) if self.drop == "probability" else None
             kept_N = within_capacity(queue_AK.view(-1), capacity_Q, None if priority_AK is None else priority_AK.view(-1))
             expert_AK = expert_AK.masked_fill(~kept_N.view_as(expert_AK), num_experts)
@@ -218,11 +246,12 @@ class Router(nn.Module):
         chosen_E = chosen_GE.sum(dim=0) if everybody else _count(before_TK, num_experts + 1)[:num_experts]
         dropped = (before_TK != expert_TK).sum()
         nobody_TK = expert_TK == num_experts if tokens.may_have_padding or self.capacity_factor > 0 else None
+        so_far = None if before is None else GroupSoFar(before.tokens, before.chosen_E + chosen_GE[0])
         zero = logits_TE.new_zeros(())
         if self.kind == "hash":
             weight_TK = logits_TE.new_full(expert_TK.shape, self.scale / self.top_k)
             weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill_(nobody_TK, 0.0)
-            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, logits_TE.new_zeros(num_experts))
+            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, logits_TE.new_zeros(num_experts), so_far)
 
         # Weights and probabilities are softmaxes of logarithms, also of sigmoids: sigmoid / sum of sigmoids without 0 / 0.
         log_TE = F.logsigmoid(logits_TE) if self.sigmoid else logits_TE
@@ -231,9 +260,9 @@ class Router(nn.Module):
         weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill(nobody_TK, 0.0)
         valid_T = tokens.valid_A[own].to(prob_TE.dtype)
         balance = zero
-        if self.group != "global":
+        if self.group != "global" and so_far is None:
             balance = balance_loss(prob_TE, groups.group_A[own], chosen_GE, groups.tokens_G, self.top_k)
-        return Routing(expert_TK, weight_TK, balance, _z(clean_TE, valid_T), chosen_E, dropped, valid_T @ prob_TE)
+        return Routing(expert_TK, weight_TK, balance, _z(clean_TE, valid_T), chosen_E, dropped, valid_T @ prob_TE, so_far)
 
     def _choose(self, tokens: RouterTokens, logits_AE: Tensor) -> Tensor:
         """[A, K]: the experts each token wants, padding and capacity not yet considered."""

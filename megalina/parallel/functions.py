@@ -20,10 +20,13 @@ from megalina.model.experts import Later
 from megalina.model.gpt import GPT
 from megalina.model.layers import ALL, Layer, places
 from megalina.model.permute import RowOrder, reorder
+from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.dispatcher import Sizes, by_expert, by_source, cut_index
 from megalina.step.program import Stage
 
+# Values of a program that a step's measure sums up, losses among them: value -> quantity.
+MEASURED = {"loss": "loss", "aux": "balance", "global_aux": "balance", "z": "z", "#load": "load"}
 # A step's measure, float64, summed over the world: these sums, the riders of the log of collectives, each MoE layer's load.
 NUM_SUMS = 5  # loss, balance, z, squares of gradients, wishes to stop
 
@@ -93,6 +96,8 @@ class StageFunctions:
         if stage.phase == "W":
             return partial(self._add_late, stage.key)
         named = getattr(self, f"_{stage.name}")
+        if stage.name in ("seed", "measure"):
+            return partial(named, [MEASURED.get(v.split(".")[0], "") for v in stage.reads])
         if stage.name in ("experts", "cut", "join"):
             named = partial(named, stage.chunk)
             later = self._late.setdefault(stage.key, []) if stage.late else None
@@ -150,17 +155,23 @@ class StageFunctions:
         width = len(h) // self.mesh.tp.size
         return h[self.mesh.tp.rank * width : (self.mesh.tp.rank + 1) * width].clone()
 
-    def _route(self, layer: Layer, h: Tensor, batch: Batch) -> tuple[Any, ...]:
+    def _route(self, layer: Layer, h: Tensor, batch: Batch, so_far: GroupSoFar | None = None) -> tuple[Any, ...]:
         n, logits = layer.score(h)
-        routed = self._with_digest(layer.select(n, logits, logits.detach(), batch), batch)
+        routed = self._select(layer, n, logits, logits.detach(), batch, so_far)
         return routed if layer.shared is None else (n, *routed)
 
     def _score(self, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, logits = layer.score(h)
         return n, logits, logits.detach()
 
-    def _select(self, layer: Layer, n: Tensor, logits: Tensor, all_logits: Tensor, batch: Batch) -> tuple[Any, ...]:
-        return self._with_digest(layer.select(n, logits, all_logits, batch, self.own(batch)), batch)
+    def _select(
+        self, layer: Layer, n: Tensor, logits: Tensor, all_logits: Tensor, batch: Batch, so_far: GroupSoFar | None = None
+    ) -> tuple[Any, ...]:
+        own = self.own(batch)
+        if so_far is None:
+            return self._with_digest(layer.select(n, logits, all_logits, batch, own), batch)
+        *selected, so_far = layer.select_part(n, logits, all_logits, batch, own, so_far)
+        return *self._with_digest(tuple(selected), batch), so_far
 
     def _with_digest(self, selected: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
         """The load, last of what was selected, gets two more numbers: [E + 1 + LIMBS]."""
@@ -207,6 +218,18 @@ class StageFunctions:
         *probs, loads = probs_and_loads
         return self.gpt.balance_of_all(probs, loads)
 
+    def _sizes_of_group(self, *batches: Batch) -> GroupSoFar:
+        """Of a micro-batch, before the first of its parts is routed in any layer."""
+        tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
+        return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
+
+    def _balance_of_group(self, *probs_and_groups: Any) -> Tensor:
+        """Of a micro-batch's parts: each layer's sums of probabilities, part by part, then each layer's counts of all parts."""
+        layers = len(self.gpt.moe_layers)
+        probs, groups = probs_and_groups[:-layers], probs_and_groups[-layers:]
+        prob_LE = torch.stack(probs).view(-1, layers, *probs[0].shape).sum(0)
+        return self.gpt.balance_of_all(list(prob_LE), torch.stack([g.chosen_E for g in groups]))
+
     def _head_norm(self, x: Tensor) -> Tensor:
         return self.gpt.final_norm(x)
 
@@ -225,30 +248,19 @@ class StageFunctions:
         digest = torch.stack([tokens_digest(b) if self.ledger else loss_tokens.new_zeros(LIMBS) for b in batches]).sum(0)
         return torch.cat([torch.stack([loss_tokens, valid_tokens]), digest]).double()
 
-    def _seed(self, divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of what is minimised with respect to each loss, in the order of `megalina.step.passes.losses_of`."""
+    def _seed(self, kinds: list[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of what is minimised with respect to each loss."""
         per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
         weights = {"z": self.router.z_loss * per_valid, "balance": self.router.balance_loss * per_valid, "loss": per_loss}
-        return tuple(weights[kind].to(value.dtype) for kind, value in zip(self._kinds(), losses, strict=True))
+        return tuple(weights[kind].to(value.dtype) for kind, value in zip(kinds[1:], losses, strict=True))
 
-    def _kinds(self) -> list[str]:
-        layers = len(self.gpt.moe_layers)
-        if self.router.group == "global" and layers:
-            return ["z"] * layers + ["balance", "loss"]
-        return ["balance", "z"] * layers + ["loss"]
-
-    def _measure(self, *values: Any) -> Tensor:
+    def _measure(self, kinds: list[str], *values: Any) -> Tensor:
         """float64: sums of losses and squares over this rank, and its loads."""
-        losses, loads = values[: len(values) - len(self.buckets)], []
         sums = dict.fromkeys(("loss", "balance", "z"), torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device))
-        kinds: list[str] = []
-        for value in losses:
-            if value.dtype == torch.int64:
-                loads.append(value)
-                continue
-            kinds = kinds or self._kinds()
-            kind = kinds.pop(0)
-            sums[kind] = sums[kind] + value.double()
+        loads = [value for kind, value in zip(kinds, values, strict=True) if kind == "load"]
+        for kind, value in zip(kinds, values, strict=True):
+            if kind in sums:
+                sums[kind] = sums[kind] + value.double()
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)

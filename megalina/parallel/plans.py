@@ -12,6 +12,7 @@ PIECE_BYTES = 2**19  # smaller ones cost their latency many times: a small all-r
 PIECES_BYTES = (0, 2**20)  # what else is tried; 0: whole buckets
 CHUNKS = ("1", "2", "4")
 PARTS = (2, 4)
+LATE_LAYERS = (0, 3, 6)
 
 Question = Callable[[Plan], Sequence[Plan]]  # the best plan so far -> alternatives to it
 
@@ -44,12 +45,12 @@ def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) ->
     strategy = config.strategy
     asked: list[Question] = []
     if strategy.name == AUTO:
-        asked += [lambda best: _strategies(config), lambda best: _packed(best, packings), _yields, _parts]
+        asked += [lambda best: _strategies(config), lambda best: _packed(best, packings), _yields, _parts, _late]
     elif strategy.packing == AUTO:
         asked.append(lambda best: [replace(best, packing=k) for k in packings])
     if strategy.chunks == AUTO:
         asked.append(lambda best: [replace(best, chunks=chunks) for chunks in CHUNKS])
-    if AUTO in (strategy.name, strategy.partition_bytes) and not config.parallel.zero:  # shards belong to pieces
+    if strategy.partition_bytes == AUTO or (strategy.name == AUTO and not config.parallel.zero):  # shards belong to pieces
         asked.append(lambda best: [replace(best, piece_bytes=size) for size in PIECES_BYTES])
     return [_that_run(question, config, world) for question in asked]
 
@@ -72,6 +73,10 @@ def _yields(best: Plan) -> list[Plan]:
 
 def _parts(best: Plan) -> list[Plan]:
     return [replace(best, parts=parts) for parts in PARTS] if best.parts > 1 else []
+
+
+def _late(best: Plan) -> list[Plan]:
+    return [replace(best, late_layers=layers) for layers in LATE_LAYERS] if best.strategy != "eager" else []
 
 
 def _that_run(question: Question, config: PretrainConfig, world: int) -> Question:

@@ -43,6 +43,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
         tp=tp > 1,
         sequence=sequence,
         global_balance=router.group == "global" and any(moe),
+        micro_batch_groups=router.group == "micro_batch",
     )
 
 

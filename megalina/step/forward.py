@@ -17,6 +17,7 @@ class Shape:
     tp: bool = False  # more than one tensor-parallel rank
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
     global_balance: bool = False  # the balance loss needs the choices of all ranks
+    micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
 
     @property
     def num_layers(self) -> int:

@@ -19,6 +19,7 @@ RECOMPUTED = {  # train.recompute -> the stages whose activations are computed a
         *("head_norm", "logits", "loss"),
     ),
 }
+ROUTED = ("route", "select")  # the stages that decide which experts get a token
 LOSSES = ("loss", "aux", "global_aux", "z")  # nobody reads them in the forward pass
 
 
@@ -114,11 +115,45 @@ def interleave(parts: Sequence[Program]) -> Program:
     return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in stages)
 
 
-def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0) -> Program:
+def share_group(parts: Sequence[Program]) -> list[Program]:
+    """Parts of one micro-batch, in the order of its tokens, whose routers' group is the whole of it.
+
+    A part's routing in a layer reads what the part before it left (`#group`: the places taken in the experts' queues) and
+    leaves the same for the next, so tokens are kept and dropped as in the whole (capacity passing; Lancet, section 2.3).  The
+    balance loss is a product of two sums over the group, so parts give theirs (`prob`, `#group`) and the last one ends with
+    the loss of all.
+    """
+    first, last = parts[0][0].part, parts[-1][0].part
+    whole = f"#group.-.{first}"
+    latest = {stage.layer: whole for stage in parts[0] if stage.name in ROUTED}
+    if not latest:
+        return list(parts)
+
+    def linked(stage: Stage) -> Stage:
+        if stage.name not in ROUTED:
+            return stage
+        before = latest[stage.layer]
+        latest[stage.layer] = f"#group.{stage.layer}.{stage.part}"
+        writes = tuple(f"prob{v.removeprefix('aux')}" if v.startswith("aux.") else v for v in stage.writes)
+        return replace(stage, reads=(*stage.reads, before), writes=(*writes, latest[stage.layer]))
+
+    out = [tuple(map(linked, part)) for part in parts]
+    batches = tuple(f"#batch.-.{part[0].part}" for part in parts)
+    probs = tuple(v for part in out for s in part for v in s.writes if v.startswith("prob."))
+    sizes = Stage("U", Kind.COMPUTE, "sizes_of_group", part=first, reads=batches, writes=(whole,))
+    balance = Stage(
+        "F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",)
+    )
+    out[0], out[-1] = (sizes, *out[0]), (*out[-1], balance)
+    return out
+
+
+def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0, one_group: bool = False) -> Program:
     """Forward and backward of all parts, `together` of them at a time.
 
-    A part is a micro-batch, or `share` of one.  Gradients are sums: each loss is seeded with one over the step's global
-    number of tokens (`#divisor`), which is known before the first backward.  Nothing else is ever divided.
+    A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  Gradients
+    are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which is known before the
+    first backward.  Nothing else is ever divided.
     """
     batches = tuple(f"#batch.-.{i}" for i in range(parts))
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
@@ -128,6 +163,8 @@ def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0)
     ]
     for first in range(0, parts, together):
         group = [rename_part(forward, str(i), share) for i in range(first, first + together)]
+        if one_group:
+            group = share_group(group)
         both = interleave(group)
         out += both
         if first == 0:

@@ -69,7 +69,8 @@ def priority(setting: Setting) -> Program:
 
 
 def flow(setting: Setting) -> Program:
-    """Parts of the micro-batch walk through whole layers in turn; gradients go into what they leave of the wire."""
+    """Parts of the micro-batch walk through whole layers in turn; gradients go into what they leave of the wire.  Where the
+    micro-batch is one group of the routers, its parts tell one another how full the experts are."""
     program = _step(setting, together=setting.parts)
     place = "ready" if setting.gaps is None else "gap"
     placed = place_gradients(program, setting.buckets, place=place, yields=setting.yields, gaps=setting.gaps)
@@ -152,4 +153,5 @@ def _step(setting: Setting, *, together: int) -> Program:
     forward = late_weights(chunk(plain(setting.shape), setting.chunks_of), late)
     forward = recompute(forward, RECOMPUTED[setting.recompute_mode])
     cut = setting.cut if together > 1 else 1
-    return step(forward, setting.micro_batches * cut, together=together, share=1 / cut)
+    one_group = cut > 1 and setting.shape.micro_batch_groups
+    return step(forward, setting.micro_batches * cut, together=together, share=1 / cut, one_group=one_group)

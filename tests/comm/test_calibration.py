@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megalina.comm import calibration
-from megalina.comm.calibration import calibrate, fit
+from megalina.comm.calibration import calibrate, fastest, fit
 from megalina.comm.exchange import Pending
 from megalina.mesh import build_mesh
 from megalina.timeline.contention import Alone
@@ -35,6 +35,13 @@ def test_the_line_goes_through_its_points() -> None:
 )
 def test_the_line_never_falls_and_is_never_negative(points: list[tuple[int, float]], line: Alone) -> None:
     assert fit(points) == line
+
+
+def test_of_two_calibrations_the_faster_one_counts_for_each_op() -> None:
+    quiet, busy = Alone(0.001, 1e-9), Alone(0.004, 0.5e-9)  # the same at 6 MB
+    first, second = {"tokens": quiet, "grads": busy}, {"tokens": busy, "grads": quiet}
+    assert fastest(first, second, {"tokens": [10**6], "grads": [10**6, 2 * 10**6]}) == {"tokens": quiet, "grads": quiet}
+    assert fastest(first, second, {"tokens": [10**6, 2 * 10**7]}) == {"tokens": busy}
 
 
 def test_one_rank_has_nothing_to_measure() -> None:

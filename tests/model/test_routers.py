@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megalina.config import RouterConfig
+from megalina.model.balance import global_balance
 from megalina.model.noise import normal, uniform
-from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.model.routers import GroupSoFar, Router, RouterTokens, Routing
 
 B, S, E, D = 4, 6, 6, 5
 A = B * S
@@ -229,6 +230,60 @@ def test_slices_of_the_tokens_give_what_the_whole_gives(name: str, tp: int) -> N
         router.weight.grad = None
         loss_of(whole, slice(0, A)).backward()
         torch.testing.assert_close(summed, router.weight.grad, rtol=1e-13, atol=1e-12)
+
+
+BY_POSITION = [n for n, c in CONFIGS.items() if c.kind != "expert_choice" and c.drop == "position"]
+
+
+def sequences_of(tokens: RouterTokens, first: int, stop: int) -> RouterTokens:
+    of = slice(first * S, stop * S)
+    return RouterTokens(tokens.token_A[of], tokens.sample_A[of], tokens.position_A[of], tokens.valid_A[of], stop - first)
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(BY_POSITION), ends=st.sets(st.integers(1, B - 1)), tp=st.sampled_from([1, 2]), seed=st.integers(0, 9))
+def test_parts_of_a_group_are_routed_as_the_whole(name: str, ends: set[int], tp: int, seed: int) -> None:
+    router, tokens = make_router(replace(CONFIGS[name], group="micro_batch")), make_tokens(some_padding())
+    whole_logits, part_logits = make_logits(seed).requires_grad_(), make_logits(seed).requires_grad_()
+    whole = route(router, whole_logits, tokens)
+    so_far = GroupSoFar(tokens.valid_A.sum(), torch.zeros(E, dtype=torch.int64))
+    parts: list[Routing] = []
+    for first, stop in zip([0, *sorted(ends)], [*sorted(ends), B], strict=True):
+        logits = part_logits[first * S : stop * S]
+        widths = [slice(len(logits) * rank // tp, len(logits) * (rank + 1) // tp) for rank in range(tp)]
+        ranks = [router(logits[own], sequences_of(tokens, first, stop), logits, own, so_far) for own in widths]
+        parts += ranks
+        assert all(torch.equal(r.so_far.chosen_E, ranks[0].so_far.chosen_E) for r in ranks)  # alike on each rank
+        so_far = ranks[0].so_far
+    assert torch.equal(torch.cat([p.expert_TK for p in parts]), whole.expert_TK)
+    torch.testing.assert_close(torch.cat([p.weight_TK for p in parts]), whole.weight_TK, **TOLERANCE)
+    assert torch.equal(sum(p.chosen_E for p in parts), whole.chosen_E) and torch.equal(so_far.chosen_E, whole.chosen_E)
+    assert sum(p.dropped for p in parts) == whole.dropped
+    assert all(p.balance == 0 for p in parts)  # a product of two means is no sum over parts
+    prob_E = sum(p.prob_E for p in parts)
+    balance = global_balance(prob_E[None], so_far.chosen_E[None], so_far.tokens, router.top_k)
+    torch.testing.assert_close(balance, whole.balance, **TOLERANCE)
+    if router.weight is not None:
+        (balance + sum(p.z for p in parts) + torch.cat([p.weight_TK for p in parts]).square().sum()).backward()
+        (whole.balance + whole.z + whole.weight_TK.square().sum()).backward()
+        torch.testing.assert_close(part_logits.grad, whole_logits.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["capacity_micro_batch", "hash_capacity"])
+def test_a_part_that_knows_nothing_of_the_others_drops_other_tokens(name: str) -> None:
+    router, tokens = make_router(replace(CONFIGS[name], group="micro_batch")), make_tokens()
+    logits, half = make_logits(), B // 2
+    early = route(router, logits[: half * S], sequences_of(tokens, 0, half))
+    late = route(router, logits[half * S :], sequences_of(tokens, half, B))
+    assert not torch.equal(torch.cat([early.expert_TK, late.expert_TK]), route(router, logits, tokens).expert_TK)
+
+
+@pytest.mark.parametrize("name", ["topk", "global", "expert_choice_micro_batch", "capacity_micro_batch_probability"])
+def test_part_of_a_group_is_refused_where_a_routing_needs_other_tokens(name: str) -> None:
+    router, logits = make_router(CONFIGS[name]), make_logits()
+    so_far = GroupSoFar(torch.tensor(2 * A), torch.zeros(E, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="its whole group"):
+        router(logits, make_tokens(), logits, slice(0, A), so_far)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,12 +13,14 @@ import pytest
 
 from megalina.step.program import MOVABLE, Kind, Op, Program, Stage, check, is_mirrored, reads_of, writes_of
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
-from tests.sim.schedules import SHAPES, buckets_of, order_of, setting_of
+from tests.sim.schedules import SHAPES, WALKING, buckets_of, order_of, setting_of
 
+PASSING = -1  # instead of a seed: parts of a micro-batch that is one group of its routers
 Mutants = Iterator[tuple[str, Program]]  # what was done, the list after it
 
 # every number of a setting is drawn
 cases = [pytest.param(name, seed, marks=[pytest.mark.full] * (seed > 0)) for name in STRATEGIES for seed in range(20)]
+cases += [pytest.param(name, PASSING, marks=[pytest.mark.full] * (name != "flow")) for name in WALKING]
 every_list = pytest.mark.parametrize(("name", "seed"), cases)
 
 
@@ -33,6 +35,10 @@ def list_of(name: str, seed: int) -> tuple[Program, Setting]:
     """A list with every mechanism of its strategy, in a shape and with numbers that are drawn."""
     random = Random(f"{name} {seed}")
     setting = setting_of(name, random.choice(list(SHAPES.values())), random)
+    if seed == PASSING:
+        shape = replace(SHAPES["experts in every layer"], micro_batch_groups=True)
+        setting = replace(setting_of(name, shape, random), micro_batches=1, parts=2)
+        assert any(s.name == "balance_of_group" for s in training_step(name, setting))
     return training_step(name, setting), setting
 
 

@@ -1,7 +1,9 @@
 """The checker refuses what is wrong and accepts what is right; the builder's lists hold what they should."""
 
+import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +134,59 @@ def test_shared_experts_run_under_the_dispatch() -> None:
 def test_every_loss_is_seeded() -> None:
     forward = plain(SHAPES["global balance"])
     assert losses_of(forward) == ("z.0.0", "z.1.0", "global_aux.-.0", "loss.-.0")
+
+
+def routed_in_parts(name: str, **numbers: int) -> tuple[Program, set[str], dict[str, BucketSpec]]:
+    """Flow of micro-batches that are groups of their routers."""
+    shape = replace(SHAPES[name], micro_batch_groups=True)
+    setting = Setting(shape, buckets_of(shape), recompute_mode="full", **numbers)
+    program = training_step("flow", setting)
+    return program, given(program, setting), setting.buckets
+
+
+WITHOUT_STATISTICS_OF_ALL = [name for name, shape in SHAPES.items() if not shape.global_balance]
+
+
+@pytest.mark.parametrize("name", WITHOUT_STATISTICS_OF_ALL)
+@pytest.mark.parametrize(("micro_batches", "parts"), [(1, 2), (1, 3), (3, 2)])
+def test_parts_of_a_group_are_routed_one_after_another(name: str, micro_batches: int, parts: int) -> None:
+    program, _, _ = routed_in_parts(name, micro_batches=micro_batches, parts=parts)
+    for layer in (i for i, moe in enumerate(SHAPES[name].moe) if moe):
+        routed = [s for s in program if s.phase == "F" and s.name in ("route", "select") and s.layer == layer]
+        assert [s.part for s in routed] == [str(i) for i in range(micro_batches * parts)]
+        for i, stage in enumerate(routed):
+            before = f"{layer}.{i - 1}" if i % parts else f"-.{i}"
+            known = [v for v in (*stage.reads, *stage.writes) if v.startswith("#group")]
+            assert known == [f"#group.{before}", f"#group.{layer}.{i}"]
+            assert f"prob.{layer}.{i}" in stage.writes and f"aux.{layer}.{i}" not in stage.writes
+    balances = [s for s in program if s.phase == "F" and s.name == "balance_of_group"]
+    assert [s.part for s in balances] == [str(i) for i in range(parts - 1, micro_batches * parts, parts)]
+    seeded = {v for s in program if s.name == "seed" for v in s.writes}
+    assert {f"aux.-.{s.part}'" for s in balances} == {v for v in seeded if v.startswith("aux")}
+
+
+@pytest.mark.parametrize("name", WITHOUT_STATISTICS_OF_ALL)
+def test_a_part_is_not_routed_before_the_parts_before_it(name: str) -> None:
+    program, have, buckets = routed_in_parts(name, micro_batches=1, parts=2)
+    assert not refused(program, have, buckets)
+    for i, j in itertools.combinations([i for i, s in enumerate(program) if s.phase == "F" and s.name in ("route", "select")], 2):
+        swapped = list(program)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        assert refused(tuple(swapped), have, buckets)
+    apart = [s for s in program if s.name not in ("sizes_of_group", "balance_of_group")]
+    assert len(program) - len(apart) == 3 and refused(tuple(apart), have, buckets)
+
+
+def test_whole_micro_batches_tell_one_another_nothing() -> None:
+    program, _, _ = routed_in_parts("one device", micro_batches=4, parts=2)
+    assert not any(v.startswith("#group") for s in program for v in (*s.reads, *s.writes))
+    assert not any(s.name == "balance_of_group" for s in program)
+
+
+def test_parts_of_a_model_without_experts_share_nothing() -> None:
+    shape = Shape(moe=(False,), micro_batch_groups=True)
+    program = training_step("flow", Setting(shape, buckets_of(shape), parts=2))
+    assert not any("group" in s.name for s in program)
 
 
 def test_an_unknown_strategy_is_named() -> None:

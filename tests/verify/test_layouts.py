@@ -18,9 +18,10 @@ from megalina.verify.layouts import Choices, Row, axes, config_of, pairs, pairwi
 from megalina.verify.pool import Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
+from megalina.verify.shrink import shrink_router
 from megalina.verify.start import random_batches
 from megalina.verify.verification import verify
-from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, with_router
+from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, strategy, with_router
 
 RANKS = 4
 
@@ -35,6 +36,12 @@ def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
     """A line for every row that differs from one process or could not be run."""
     return [f"{r.row}: {r.first_difference} {r.failed}" for r in verify(choices, rows, steps=steps) if not r.equal]
 
+
+# routers whose groups are micro-batches and whose tokens wait for none behind them
+PASSED = {
+    name: shrink_router(replace(config_with(router=name).router, capacity_factor=capacity, group="micro_batch"), 4, 4)
+    for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("switch", 1.0), ("group limited", 1.0), ("hash", 0.8))
+}
 
 # the star test
 
@@ -63,6 +70,33 @@ def test_ranks_without_a_single_token_take_part() -> None:
                 found[layout] = compare(reference, pool.record(config, layout, batches)).first
     assert len(found) == 4
     assert set(found.values()) == {None}
+
+
+# where a micro-batch is cut into parts that are one group of the routers: layouts, and into how many parts
+CUT = [
+    (Layout(1, micro_batch=8, strategy="flow"), 2),
+    (Layout(1, micro_batch=4, strategy="flow", recompute="full"), 4),  # two micro-batches a step
+    (Layout(2, tp=2, micro_batch=8, strategy="flow", recompute="selective"), 2),
+    (Layout(2, tp=2, sequence=False, micro_batch=8, strategy="lina_zero", zero=1), 4),
+    (Layout(4, tp=1, ep=4, micro_batch=2, strategy="lina_zero", zero=1, piece_mb=layouts.PIECE_MB), 2),
+    (Layout(4, tp=2, ep=2, micro_batch=4, strategy="flow", recompute="full"), 2),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
+    choices = replace(choices_of(RANKS), routers=PASSED)
+    models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))
+    for parts in (2, 4):
+        walking = {name: replace(strategy(name), parts=parts, chunks="2") for name in ("flow", "lina_zero")}
+        rows = [
+            Row(layout, router, config.capacity_factor, model, "adamw")
+            for layout, of_parts in CUT
+            if (layout.world, of_parts) == (world, parts)
+            for (router, config), model in zip(PASSED.items(), models)
+        ]
+        assert all(row.layout.micro_batches % parts for row in rows), "parts would be whole micro-batches"
+        assert differences(replace(choices, strategies=walking), rows, steps=2) == []
 
 
 @pytest.mark.full
