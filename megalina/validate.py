@@ -16,6 +16,7 @@ from megalina.parameters import expert_bytes_on_rank, is_moe_layer
 from megalina.step.strategy import STRATEGIES, chunks_of
 
 MAX_RANKS_A_CORE = 64
+SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
     "bucket_mb": ("ddp",),
     "parts": ("flow", "lina_zero"),
@@ -363,8 +364,12 @@ def _check_batch(config: PretrainConfig, world: int) -> None:
 def _check_strategy(config: PretrainConfig, world: int) -> None:
     """After `_check_batch`."""
     strategy, train, tp = config.strategy, config.train, config.parallel.tp
-    if not (strategy.partition_bytes == "auto" or strategy.partition_bytes.isdecimal()):
-        raise ValueError(f"strategy.partition_bytes={strategy.partition_bytes} must be a number of bytes, 0 or auto")
+    size = strategy.partition_bytes
+    if not (size in ("0", "auto") or (size.isdecimal() and len(size) <= 12 and int(size) >= SMALLEST_PIECE_BYTES)):
+        shown = size if len(size) <= 20 else f"{size[:20]}..."
+        raise ValueError(
+            f"strategy.partition_bytes={shown} must be bytes, {SMALLEST_PIECE_BYTES} or more, 0 (whole buckets) or auto"
+        )
     if "auto" in (strategy.name, strategy.chunks, strategy.partition_bytes, strategy.windows) and train.deterministic:
         raise ValueError(
             "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
@@ -405,10 +410,12 @@ def _check_strategy(config: PretrainConfig, world: int) -> None:
     moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     if strategy.chunks != "auto":
         numbers = strategy.chunks.split(",")
-        if not all(n.isdecimal() for n in numbers):
-            raise ValueError(f"strategy.chunks={strategy.chunks} must be a number, one for each MoE layer as 1,2,2, or auto")
+        if not all(n.isdecimal() and len(n) <= 6 for n in numbers):
+            raise ValueError(f"strategy.chunks={strategy.chunks[:40]} must be a number, one for each MoE layer as 1,2,2, or auto")
         if (most := max(chunks_of(strategy.chunks, moe).values(), default=1)) > tokens:
             raise ValueError(f"strategy.chunks={strategy.chunks}: {most} chunks of {tokens} tokens a part are too many: lower it")
+    if strategy.late_layers > sum(moe):
+        raise ValueError(f"strategy.late_layers={strategy.late_layers} is more than the model's {sum(moe)} MoE layers: lower it")
     _check_packing(config, world)
 
 

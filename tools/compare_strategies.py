@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     from megalina.compare.report import closing, draw_bars, table, whole
 
-    result = whole(found, note=_note(jobs[0].link_mbit))
+    result = whole(found, note=note(jobs[0]))
     text = "\n\n".join([*map(table, found), closing(result)])
     print(text)
     if args.markdown:
@@ -77,15 +77,20 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     for path in filter(None, (args.json, args.plot, args.picture, args.markdown)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes or 1, ranks_per_node=args.ranks_per_node or 1)
+    check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
     names = tuple(args.strategies.split(",")) if args.strategies else STRATEGIES
     if "eager" not in names:
         names = ("eager", *names)  # what all ratios are to
     own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, ())
     link_mbit = LINK_MBIT if args.link_mbit is None else args.link_mbit
-    settings: Sequence[Setting] = [s for s in LADDER if not args.only or s.name in args.only.split(",")] if args.suite else [own]
-    if not settings:
-        raise ValueError(f"--only {args.only}: the ladder has {', '.join(s.name for s in LADDER)}")
+    only = args.only.split(",") if args.only else []
+    if only and not args.suite:
+        raise ValueError(f"--only {args.only} chooses from a suite: give --suite ladder too")
+    if unknown := [name for name in only if name not in {s.name for s in LADDER}]:
+        raise ValueError(f"--only {','.join(unknown)}: the ladder has {', '.join(s.name for s in LADDER)}")
+    settings: Sequence[Setting] = [s for s in LADDER if not only or s.name in only] if args.suite else [own]
+    if args.link_mbit is not None and all(s.nodes == 1 for s in settings):
+        raise ValueError(f"--link-mbit {args.link_mbit:g}: one node has no link; leave it out, or give --nodes 2 or more")
     if any(s.nodes > 1 for s in settings):
         check_figures(link_mbit=link_mbit)
         check_host()
@@ -103,13 +108,13 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def _config(setting: "Setting", name: str, piece: int | None, args: argparse.Namespace) -> "PretrainConfig":
+    from megalina.compare.ladder import OVERRIDES
     from megalina.validate import check_config
 
     overrides = [
         *(setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)),
-        f"strategy={name}",
+        *OVERRIDES.get(name, (f"strategy={name}",)),
         *([f"strategy.partition_bytes={piece}"] if piece is not None else []),
-        *(["parallel.zero=1"] if name == "lina_zero" else []),
         *args.overrides,
         f"launch.ranks={setting.world}",
         "guard.spike=none",
@@ -158,7 +163,7 @@ def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dic
         "out": str(out),
         "picture": str(args.picture.absolute()) if args.picture and first else "",
         "shown": SHOWN,
-        "note": _note(job.link_mbit),
+        "note": note(job),
     }
     spec.write_text(json.dumps(content))
     command = [sys.executable, "-m", "megalina.compare.worker", str(spec)]
@@ -176,8 +181,14 @@ def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dic
     return dict(json.loads(out.read_text()))
 
 
-def _note(link_mbit: float) -> str:
-    return f"emulated devices and links of {link_mbit:g} Mbit/s" if link_mbit else "one machine, no emulated link"
+def note(job: Job) -> str:
+    """What of the cluster is emulated."""
+    cluster = next(iter(job.configs.values())).cluster
+    devices = "devices" if cluster.device_gflops or cluster.attention_ms else ""
+    links = f"links of {job.link_mbit:g} Mbit/s" if job.link_mbit else ""
+    if devices or links:
+        return f"emulated: {' and '.join(filter(None, (devices, links)))}"
+    return "nothing is emulated: ranks share this machine"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -78,9 +78,14 @@ def _warm_up(contestant: Contestant) -> None:
     _together(steps)
     for _ in range(2):
         _step(contestant)
-    while steps.searching and contestant.search_steps < MOST_SEARCH_STEPS:
+    while _undecided(steps) and contestant.search_steps < MOST_SEARCH_STEPS:
         steps.adapt(_step(contestant))
         contestant.search_steps += 1
+
+
+def _undecided(steps: Steps) -> bool:
+    """Whether it searches, or has windows to measure."""
+    return steps.searching or (steps.windows is not None and not steps.trainable.plan.gap_bytes)
 
 
 def _take_turn(contestant: Contestant, turn: int) -> None:

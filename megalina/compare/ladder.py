@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 
 LINK_MBIT = 500.0
+EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
 STRATEGIES = (
-    "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "auto",
+    "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
+    "lina_zero", "auto",
 )  # fmt: skip
+OVERRIDES = {  # of a strategy's YAML
+    "flow_packed": ("strategy=flow", "strategy.packing=auto"),
+    "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
+}
 EAGER_PIECES = (0, 2**19, 2**20)  # bytes: the baseline runs with each, the fastest counts
 
 
@@ -23,8 +29,11 @@ class Setting:
         return self.nodes * self.ranks_per_node
 
     def all_overrides(self) -> tuple[str, ...]:
+        """A device has room for half of all experts: with room for all, nothing would be dispatched any more, and every
+        strategy would be plain data parallelism."""
         world = self.world
         return (
+            f"strategy.packing_memory_gb={EXPERT_BYTES * world / 2 / 1e9}",
             *("experiment=ladder", f"model.num_experts={world}", f"parallel.ep={world}", f"train.global_batch_size={4 * world}"),
             *self.overrides,
         )

@@ -1,5 +1,6 @@
 """What a contest has shown: step times and their ratios to eager, exposed times, slowdowns, bounds, losses."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,8 +76,9 @@ def measure(
         seconds = trainable.device.seconds if trainable.device is not None else None
         bound = {"compute_s": 0.0, "critical_path_s": 0.0}
         rate = link_mbit * 1e6 / 8
-        if seconds is not None and rate:
-            bound = bounds_of(program, last[0], seconds=seconds, ranks=steps.mesh.world.size, link_bytes_per_s=rate)
+        if seconds is not None:
+            ranks, link = steps.mesh.world.size, rate or math.inf  # one node: no link to wait for
+            bound = bounds_of(program, last[0], seconds=seconds, ranks=ranks, link_bytes_per_s=link)
         sharded = steps.config.parallel.zero == 1
         sent = link_bytes(last, steps.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
         ratios = by_round(step_s[base], step_s[name], turn)
@@ -140,9 +142,14 @@ def lower_bound_s(found: Mapping[str, Measured]) -> float:
     return max(min(m.device_s for m in plain), min(m.link_s for m in plain))
 
 
+def tuned_eager(found: Mapping[str, Measured]) -> str:
+    """The name of eager's fastest variant."""
+    return min((n for n in found if n.startswith(EAGER)), key=lambda n: found[n].median_step_s)
+
+
 def as_json(name: str, found: Mapping[str, Measured]) -> dict[str, Any]:
     """A setting, as tools/compare_strategies.py writes it.  `eager`: the fastest of its variants."""
-    base = min((n for n in found if n.startswith(EAGER)), key=lambda n: found[n].median_step_s)
+    base = tuned_eager(found)
     strategies = {n: asdict(m) for n, m in found.items()}
     strategies[EAGER] = strategies[base]
     overrun = max(m.overrun_fraction for m in found.values())

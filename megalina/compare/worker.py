@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalina.compare.contest import alone, contest
-from megalina.compare.results import EAGER, as_json, measure
+from megalina.compare.results import EAGER, as_json, measure, tuned_eager
 from megalina.data.source import open_data
 from megalina.timeline.picture import draw
 from megalina.worker import load_config
@@ -44,7 +44,9 @@ def main(spec_path: str) -> int:
         print(file=sys.stderr)
         Path(spec["out"]).write_text(json.dumps(as_json(spec["name"], found), allow_nan=False))
         if spec["picture"]:
-            shown = {name: c.events[-1] for name in spec["shown"] for c in contestants if c.name == name}
+            events = {c.name: c.events[-1] for c in contestants}
+            events[EAGER] = events[tuned_eager(found)]
+            shown = {name: events[name] for name in spec["shown"] if name in events}
             draw(Path(spec["picture"]), shown, note=spec["note"])
     dist.destroy_process_group()
     return 0

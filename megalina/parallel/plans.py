@@ -9,18 +9,18 @@ from megalina.validate import PACKED, check_config
 
 AUTO = "auto"
 PIECE_BYTES = 2**19  # smaller ones cost their latency many times: a small all-reduce takes milliseconds whatever its size
-PIECES_BYTES = (0, 2**20)  # what else is tried; 0: whole buckets
+PIECES_BYTES = (0, 2**19, 2**20)  # 0: whole buckets
 CHUNKS = ("1", "2", "4")
 PARTS = (2, 4)
-LATE_LAYERS = (0, 3, 6)
+LATE_LAYERS = (0, 2, 4)
 
 Question = Callable[[Plan], Sequence[Plan]]  # the best plan so far -> alternatives to it
 
 
 def first_plan(strategy: StrategyConfig, *, packing: int = 1) -> Plan:
-    """What a run begins with: numbers as given; eager, whole chunks and pieces of 0.5 MiB where they say auto."""
+    """What a run begins with: numbers as given; eager, whole layers and pieces of 0.5 MiB where they say auto."""
     if strategy.name == AUTO:
-        return Plan("eager", piece_bytes=PIECE_BYTES, packing=packing)
+        return Plan("eager", packing=packing)
     return Plan(
         strategy.name,
         parts=strategy.parts,
@@ -45,21 +45,23 @@ def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) ->
     strategy = config.strategy
     asked: list[Question] = []
     if strategy.name == AUTO:
-        asked += [lambda best: _strategies(config), lambda best: _packed(best, packings), _yields, _parts, _late]
+        asked += [lambda best: _strategies(config), lambda best: _packed(best, packings)]
     elif strategy.packing == AUTO:
         asked.append(lambda best: [replace(best, packing=k) for k in packings])
     if strategy.chunks == AUTO:
         asked.append(lambda best: [replace(best, chunks=chunks) for chunks in CHUNKS])
     if strategy.partition_bytes == AUTO or (strategy.name == AUTO and not config.parallel.zero):  # shards belong to pieces
         asked.append(lambda best: [replace(best, piece_bytes=size) for size in PIECES_BYTES])
+    if strategy.name == AUTO:
+        asked += [_yields, _late, _parts]
     return [_that_run(question, config, world) for question in asked]
 
 
 def _strategies(config: PretrainConfig) -> list[Plan]:
     """Those that have won somewhere."""
-    flow = Plan("flow", parts=2, late_layers=3, piece_bytes=PIECE_BYTES)
+    flow = Plan("flow", parts=2, late_layers=2)
     lina = Plan("lina", chunks="2", yields=True, piece_bytes=PIECE_BYTES)
-    return [flow, lina, *([replace(flow, strategy="lina_zero", yields=True)] if config.parallel.zero else [])]
+    return [flow, lina, *([replace(flow, strategy="lina_zero", yields=True, late_layers=0)] if config.parallel.zero else [])]
 
 
 def _packed(best: Plan, packings: Sequence[int]) -> list[Plan]:

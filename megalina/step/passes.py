@@ -106,7 +106,7 @@ def segments(stages: Iterable[Stage]) -> list[list[Stage]]:
 
 
 def interleave(parts: Sequence[Program]) -> Program:
-    """Flow (FlowMoE, and section 1.3 of Lancet): parts take turns through whole layers, so that one is in attention or
+    """Flow (FlowMoE; Lancet, section 5): parts take turns through whole layers, so that one is in attention or
     experts while another's tokens are on the wire.  All-to-alls go one after another: at once they'd all end late."""
     if len(parts) == 1:
         return parts[0]
@@ -183,14 +183,16 @@ def place_gradients(
     buckets: Mapping[str, BucketSpec],
     *,
     merge: int = 0,
+    merge_first: int = 0,
     place: str = "ready",
     yields: bool = False,
     gaps: Mapping[str, int] | None = None,
 ) -> Program:
     """Put gradients on the wire, bucket by bucket in the order in which backward is done with them.
 
-    `merge`: neighbours are sent as one collective once they have so many elements together (whole, as DDP's buckets; those
-    that ZeRO-1 shards are never merged); 0: each bucket in pieces, as its spec says.  `place`: "ready", as soon as the last
+    `merge`: neighbours of an axis are sent as one collective once they have so many elements together, the first ones
+    once they have `merge_first` (whole, as DDP's buckets; those that ZeRO-1 shards are never merged); 0: each bucket in
+    pieces, as its spec says.  `place`: "ready", as soon as the last
     gradient is there; "pair", one between the two all-to-alls of a layer's backward (Lina's fixed schedule); "tail",
     after backward; "gap", at most `gaps[gap]` elements in each gap (see `gap_after`), the rest in the tail.
     `yields`: tokens go first, and one piece is under way at a time.  All are awaited at the end, in the order of starts.
@@ -199,12 +201,13 @@ def place_gradients(
     out: list[Stage] = []
     starts: list[Stage] = []
     queue: list[Stage] = []
-    held: list[str] = []  # buckets that wait for more of their axis
+    held: dict[str, list[str]] = {}  # axis -> buckets that wait for more of it
+    limits: dict[str, int] = {}  # axis -> how many elements are enough, once the first have been sent
 
-    def close() -> None:
-        if held:
-            queue.append(_start("+".join(held), (0, sum(buckets[b].numel for b in held)), Op.GRADS, buckets[held[0]].axis))
-            held.clear()
+    def close(axis: str) -> None:
+        names = held.pop(axis)
+        queue.append(_start("+".join(names), (0, sum(buckets[b].numel for b in names)), Op.GRADS, axis))
+        limits[axis] = merge
 
     def send(elements: float) -> None:
         while queue and elements > 0:
@@ -220,11 +223,10 @@ def place_gradients(
                 continue
             spec = buckets[group]
             if merge and not spec.sharded:
-                if held and buckets[held[0]].axis != spec.axis:
-                    close()
-                held.append(group)
-                if sum(buckets[b].numel for b in held) >= merge:
-                    close()
+                names = held.setdefault(spec.axis, [])
+                names.append(group)
+                if sum(buckets[b].numel for b in names) >= limits.get(spec.axis, merge_first or merge):
+                    close(spec.axis)
             else:
                 queue += [_start(group, cut, Op.GRADS, spec.axis) for cut in cuts(spec.numel, spec.piece)]
         if place == "ready":
@@ -233,7 +235,8 @@ def place_gradients(
             send(1)
         elif place == "gap" and gaps is not None and (gap := gap_after(stage)):
             send(gaps.get(gap, 0))
-    close()
+    for axis in list(held):
+        close(axis)
     send(float("inf"))
     return tuple(out + list(map(_awaited, starts)))
 

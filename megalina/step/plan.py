@@ -8,6 +8,8 @@ from megalina.step.forward import Shape
 from megalina.step.program import BucketSpec
 from megalina.step.strategy import Setting, chunks_of
 
+DDP_FIRST_BYTES = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -56,6 +58,7 @@ class Plan:
             parts=self.parts,
             chunks_of=chunks_of(self.chunks, shape.moe),
             merge=self.merge_bytes // element_bytes,
+            merge_first=min(DDP_FIRST_BYTES, self.merge_bytes) // element_bytes,
             yields=self.yields,
             late_layers=self.late_layers,
             gaps={gap: size // element_bytes for gap, size in self.gap_bytes} or None,

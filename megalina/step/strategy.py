@@ -22,7 +22,8 @@ class Setting:
     recompute_mode: str = "none"
     parts: int = 1  # that walk through the layers in turn (flow)
     chunks_of: Mapping[int, int] = field(default_factory=dict)  # layer -> chunks of its rows
-    merge: int = 0  # elements: neighbouring buckets go as one collective once they have so many
+    merge: int = 0  # elements: neighbouring buckets go as one collective once they have so many ...
+    merge_first: int = 0  # ... the first ones of an axis once they have so many; 0: as all
     yields: bool = False  # gradients wait while tokens are on the wire
     late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
     gaps: Mapping[str, int] | None = None  # elements of gradients for each gap of the wire; None: no limit
@@ -46,8 +47,10 @@ def eager(setting: Setting) -> Program:
 
 
 def ddp(setting: Setting) -> Program:
-    """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MB."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets, merge=setting.merge), setting.buckets)
+    """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MiB, the first ones
+    of 1 MiB."""
+    placed = place_gradients(_plain_step(setting), setting.buckets, merge=setting.merge, merge_first=setting.merge_first)
+    return finish(placed, setting.buckets)
 
 
 def serial(setting: Setting) -> Program:

@@ -73,6 +73,7 @@ class Schedule:
             parts=2 if self.name in WALKING else 1,
             chunks_of={i: 2 if first else random.choice((1, 2, 3)) for i in moe},
             merge=5000 if self.name == "ddp" else 0,
+            merge_first=2000 if self.name == "ddp" else 0,
             yields=self.name not in ("eager", "ddp", "serial", "fixed") and (first or random.random() < 0.6),
             gaps=None if first else random.choice((None, {"experts": 400, "attention": 900})),
         )

@@ -39,6 +39,7 @@ def setting_of(name: str, shape: Shape, random: Random) -> Setting:
         parts=random.choice((1, 2, 3)) if name in WALKING else 1,
         chunks_of={i: random.choice((1, 2, 3)) for i in range(shape.num_layers)},
         merge=random.choice((0, 100, 1000)),
+        merge_first=random.choice((0, 50)),
         yields=random.random() < 0.7,
         gaps=random.choice((None, {"experts": 50, "attention": 90})),
     )

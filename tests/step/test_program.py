@@ -201,3 +201,18 @@ def test_a_start_that_nobody_awaits_is_named() -> None:
     at = next(i for i, s in enumerate(program) if "x.0.0" in s.writes) + 1
     with pytest.raises(ValueError, match="nobody waits for F:gossip>"):
         check(program[:at] + (lost,) + program[at:], have, buckets)
+
+
+def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner() -> None:
+    """Two dense groups of 64 fill a bucket, one the first; experts of another axis in between don't end it."""
+    shape = Shape(moe=(True,) * 4)
+    buckets = {
+        name: BucketSpec(64, "copies" if name.startswith("experts") else "dp", piece=None)
+        for name in dict.fromkeys(u for s in plain(shape) for u in s.uses)
+    }
+    program = training_step("ddp", Setting(shape, buckets, merge=128, merge_first=64))
+    starts = [s for s in program if s.op is Op.GRADS and s.kind is Kind.START]
+    sent = {axis: [s.name for s in starts if s.axis == axis] for axis in ("dp", "copies")}
+    assert sent["copies"] == ["experts.3", "experts.2+experts.1", "experts.0"]
+    assert sent["dp"][0].count("+") == 0 and all(name.count("+") == 1 for name in sent["dp"][1:-1])
+    assert {b for names in sent.values() for name in names for b in name.split("+")} == set(buckets)

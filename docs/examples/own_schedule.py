@@ -1,0 +1,50 @@
+"""A schedule of one's own: gradients of experts' weights are computed while tokens are on the wire (after Lancet, section 4).
+
+Backward through a layer's experts gives first only what the all-to-all waits for.  Run it: python docs/examples/own_schedule.py
+"""
+
+import sys
+
+import torch
+
+sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
+from megalina.batch import Batch
+from megalina.launch import free_port
+from megalina.mesh import build_mesh
+from megalina.parallel.trainable import Trainable
+from megalina.step.forward import plain
+from megalina.step.passes import RECOMPUTED, finish, late_weights, place_gradients, recompute, step
+from megalina.step.program import Program, check
+from megalina.step.strategy import Setting, eager, given
+from megalina.train.bucket_optimizer import BucketOptimizer
+from tools.compare_strategies import composed
+from tools.draw_strategies import ladder_job
+
+
+def weights_under_tokens(setting: Setting) -> Program:
+    forward = recompute(late_weights(plain(setting.shape), range(setting.shape.num_layers)), RECOMPUTED[setting.recompute_mode])
+    both = step(forward, setting.micro_batches)  # the weights' gradients, phase W, come after all of backward ...
+    late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this stage each
+    moved = [s for stage in both if stage.phase != "W" for s in (stage, *late.get(stage.tag, []))]
+    program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets)
+    check(program, given(program, setting), setting.buckets)  # ValueError unless complete, in order, and free of deadlock
+    return program
+
+
+def train(rank: int, port: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    config, mesh = composed(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
+    words, every = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(rank)), torch.ones(4, 16).bool()
+    batch = Batch(words[:, :-1], words[:, 1:], every, every, torch.arange(16).expand(4, 16), None, torch.arange(4))
+    for schedule in (eager, weights_under_tokens):
+        trainable = Trainable(config, mesh, vocab_size=512, device=torch.device("cpu"), wish_to_stop=lambda: False)
+        trainable.run_with(schedule(trainable.setting), trainable.functions)
+        update = BucketOptimizer(config.optim, trainable.buckets).update
+        print(f"rank {rank}, {schedule.__name__}: losses {[trainable.step(batch, update).loss for _ in range(3)]}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    for schedule, job in ((eager, ladder_job()), (weights_under_tokens, ladder_job())):
+        print(f"{schedule.__name__}: {job.step(schedule(job.setting)).step_s * 1e3:.0f} ms a step in virtual time")
+    torch.multiprocessing.spawn(train, (free_port(),), nprocs=2)

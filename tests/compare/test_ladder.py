@@ -1,0 +1,58 @@
+"""The ladder's settings: what they have in common, and what differs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, STRATEGIES, Setting
+from megalina.mesh import build_mesh
+from megalina.parallel.shard import build_shard, parameter_groups, shape_of
+from megalina.step import strategy
+from megalina.train.packing import wire_bytes
+from megalina.validate import CHOICES, check_config
+from tools.compare_strategies import composed
+
+SETTINGS = {s.name: s for s in LADDER}
+
+
+def test_every_strategy_that_there_is_climbs_the_ladder() -> None:
+    assert set(STRATEGIES) == {*strategy.STRATEGIES, "auto"} == set(CHOICES["strategy.name"])
+    assert EAGER_PIECES[0] == 0 and len(set(EAGER_PIECES)) > 2 and LINK_MBIT == 500
+
+
+@pytest.mark.parametrize("setting", LADDER, ids=lambda s: s.name)
+def test_a_setting_composes_with_one_expert_a_rank_and_emulated_devices(setting: Setting) -> None:
+    config = composed(setting.all_overrides())
+    check_config(config, setting.world)
+    model, cluster = config.model, config.cluster
+    assert model.num_experts == config.parallel.ep == setting.world
+    assert (model.num_layers, model.d_model, model.d_ff, config.router.top_k) == (6, 512, 32, 2)
+    assert (cluster.attention_ms, cluster.experts_ms) == (10, 14)
+    assert config.optim.clip_norm > 0 and config.optim.name == "adamw"
+    tokens = config.train.global_batch_size * config.train.seq_len // setting.world
+    assert tokens == {4: 256, 8: 128}[setting.world]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_layers_dense_gradients_are_light_or_heavy(name: str) -> None:
+    config = composed(SETTINGS[name].all_overrides())
+    config.model.num_experts = 4  # few, on one rank
+    gpt = build_shard(
+        config.model, config.router, build_mesh(), vocab_size=384, max_positions=64, seed=0, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    groups = parameter_groups(gpt, shape_of(config.model, config.router, tp=1, sequence=True))
+    dense_bytes = sum(4 * p.numel() for _, p in groups["dense.3"])
+    router_bytes = 4 * config.model.d_model * (SETTINGS[name].world - 4)
+    assert (dense_bytes + router_bytes) / 1e6 == pytest.approx(1.84 if "heavy" in name else 0.8, rel=0.05)
+
+
+def test_a_setting_with_twice_the_ranks_sends_half_the_rows_a_rank() -> None:
+    def rows_bytes(setting: Setting) -> float:
+        world = setting.world
+        return wire_bytes(composed(setting.all_overrides()), world, 1, ranks_per_node=1) * world / (world - 1)
+
+    light, doubled = SETTINGS["4x1 light"], SETTINGS["4x2 light"]
+    assert rows_bytes(doubled) == pytest.approx(rows_bytes(light) / 2)
+    assert rows_bytes(replace(light, overrides=("train.seq_len=32",))) == pytest.approx(rows_bytes(light) / 2)

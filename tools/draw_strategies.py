@@ -1,0 +1,258 @@
+"""Draw strategies: one training step of each as a timeline in virtual time, where ranks, links and devices are mere numbers.
+
+python tools/draw_strategies.py --out FOLDER [OVERRIDES] [--strategies A,B] [--ranks N --link-mbit X --latency-ms X]
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from megalina.config import PretrainConfig
+    from megalina.sim.virtual import Timeline
+    from megalina.step.plan import Plan
+    from megalina.step.program import Program, Stage
+    from megalina.step.strategy import Setting
+
+ROOT = Path(__file__).resolve().parent.parent
+BAD_INPUT = 2  # exit code
+RANKS, LINK_MBIT, LATENCY_MS = 4, 500.0, 1.0
+# what a YAML leaves to measured steps, or needs from elsewhere
+EXTRA = {"lina": ("strategy.packing=2",), "lina_zero": ("parallel.zero=1",)}
+WIDTH, SMALL = 1.09, 0.01  # of the axis, in longest steps: room for words at the end; of a step: waits that go without saying
+DPI, DPI_OF_ALL = 95, 58
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """`ranks` nodes of one rank, each with a link of its own."""
+
+    ranks: int = RANKS
+    link_mbit: float = LINK_MBIT
+    latency_ms: float = LATENCY_MS  # of each exchange, whatever its size
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualJob:
+    """A configuration on a cluster in virtual time: all ranks are alike, and all experts get equally many rows."""
+
+    config: "PretrainConfig"
+    cluster: Cluster
+
+    @property
+    def plan(self) -> "Plan":
+        from megalina.parallel.plans import first_plan
+        from megalina.train.packing import allowed_packings
+
+        return first_plan(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
+
+    @property
+    def setting(self) -> "Setting":
+        """What a strategy builds a step from.  Paddings of buckets are left out."""
+        from megalina.model.gpt import GPT
+        from megalina.parallel.shard import axis_of_group, parameter_groups, shape_of
+        from megalina.parameters import padded_vocab_size
+        from megalina.step.program import BucketSpec
+
+        config, train, plan = self.config, self.config.train, self.plan
+        shape = shape_of(config.model, config.router, tp=1, sequence=config.parallel.sequence)
+        vocab_size = config.model.vocab_size or config.data.vocab_size
+        gpt = GPT(
+            config.model,
+            config.router,
+            vocab_size=vocab_size,
+            max_positions=config.model.max_positions or train.seq_len,
+            seed=train.seed,
+            padded_vocab=padded_vocab_size(vocab_size, 1),
+        )  # on the meta device: no memory
+        sizes = {axis: len(table[0]) for axis, table in self._rows().items()}
+        specs: dict[str, BucketSpec] = {}
+        for group, members in parameter_groups(gpt, shape).items():
+            numel, axis = sum(p.numel() for _, p in members), axis_of_group(group)
+            numel = numel // sizes["ep"] if group.startswith("experts.") else numel
+            sharded = config.parallel.zero == 1 and sizes[axis] > 1
+            specs[group] = BucketSpec(numel, axis, sharded, plan.piece_bytes // self._element_bytes or None)
+        micro_batches = train.global_batch_size // (train.micro_batch_size * sizes["dp"])
+        return plan.setting(
+            shape, specs, micro_batches=micro_batches, recompute_mode=train.recompute, element_bytes=self._element_bytes
+        )
+
+    def step(self, program: "Program") -> "Timeline":
+        from megalina.parallel.emulated_device import emulated_device
+        from megalina.sim.virtual import Wire, run
+        from megalina.step.program import Kind, Op
+
+        device = emulated_device(self.config)
+        assert device is not None
+        groups = {(axis, rank): tuple(row) for axis, table in self._rows().items() for row in table for rank in row}
+        return run(
+            [program] * self.cluster.ranks,
+            ranks_of=lambda axis, rank: groups[axis, rank],
+            seconds=lambda rank, stage: device.seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
+            wire=Wire(
+                self.cluster.link_mbit * 1e6 / 8,
+                self.cluster.latency_ms / 1e3,
+                self._bytes_of,
+                scattered=[bucket for stage in program if stage.op is Op.PARAMS for bucket in stage.buckets],
+            ),
+        )
+
+    def _bytes_of(self, stage: "Stage") -> float:
+        from megalina.parameters import BYTES
+        from megalina.step.program import Op
+
+        train, model, width = self.config.train, self.config.model, BYTES[self.config.train.dtype]
+        if stage.op is Op.TOKENS:
+            rows = train.micro_batch_size * train.seq_len * self.config.router.top_k * stage.share / stage.chunk[1]
+            return rows * model.d_model * width
+        if stage.op in (Op.GRADS, Op.PARAMS):
+            return (self._element_bytes if stage.op is Op.GRADS else width) * (stage.piece[1] - stage.piece[0])
+        return 8 * model.num_experts  # sizes and small sums: next to nothing
+
+    @property
+    def _element_bytes(self) -> int:
+        """Of a gradient."""
+        from megalina.parameters import BYTES
+
+        return max(4, BYTES[self.config.train.dtype])
+
+    def _rows(self) -> dict[str, list[list[int]]]:
+        from megalina.mesh import rows
+
+        ep, packing = self.config.parallel.ep, self.plan.packing
+        return rows({"edp": self.cluster.ranks // ep * packing, "ep": ep // packing, "tp": 1})
+
+
+def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
+    """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
+    error of Hydra, for bad ones."""
+    from megalina.compare.ladder import Setting
+    from megalina.validate import check_config
+    from tools.compare_strategies import composed
+
+    ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
+    config = composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides])
+    check_config(config, cluster.ranks)
+    if config.parallel.tp > 1:
+        raise ValueError(f"parallel.tp is {config.parallel.tp}: steps are drawn without tensor parallelism, set it to 1")
+    if not config.cluster.attention_ms and not config.cluster.device_gflops:
+        raise ValueError("how fast is a device? Give cluster.attention_ms and cluster.experts_ms, or cluster.device_gflops")
+    return VirtualJob(config, cluster)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One step of a strategy."""
+
+    plan: "Plan"
+    timeline: "Timeline"
+
+    @property
+    def title(self) -> str:
+        from megalina.timeline.contention import summary
+
+        step_s, traffic = self.timeline.step_s, summary(self.timeline.events(0), {}).traffic
+        classes = {"tokens": "a2a", "gradients": "grads", "weights": "params"}
+        waits_s = {name: traffic[key].exposed_s for name, key in classes.items()}
+        shown = [f"{wait_s * 1e3:.0f} ms for {name}" for name, wait_s in waits_s.items() if wait_s > SMALL * step_s]
+        return f"{self.plan}    {step_s * 1e3:.0f} ms a step, stands still {', '.join(shown) or 'hardly ever'}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    from pretrain_gpt_moe import explain
+
+    try:
+        drawn = steps_of(args)
+    except Exception as error:
+        if not _is_input(error):
+            raise
+        print(explain(error, args.overrides), file=sys.stderr)
+        return BAD_INPUT
+    args.out.mkdir(exist_ok=True)
+    note = f"virtual time; {args.ranks} ranks, links of {args.link_mbit:g} Mbit/s"
+    for name, figure in figures_of(drawn, note=note).items():
+        _save(figure, args.out / f"{name}.png", dpi=DPI_OF_ALL if name == ALL else DPI)
+    for step in drawn.values():
+        print(step.title)
+    return 0
+
+
+def steps_of(args: argparse.Namespace) -> dict[str, Drawn]:
+    """By the name of the strategy; ValueError, or an error of Hydra, for bad input."""
+    from megalina.namespaces import check_figures
+    from megalina.step.strategy import STRATEGIES, training_step
+
+    names = args.strategies.split(",") if args.strategies else list(STRATEGIES)
+    if unknown := [name for name in names if name not in STRATEGIES]:
+        raise ValueError(f"--strategies {','.join(unknown)}: choose among {', '.join(STRATEGIES)}")
+    if not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    check_figures(ranks=args.ranks, link_mbit=args.link_mbit)
+    if not 0 <= args.latency_ms < float("inf"):
+        raise ValueError(f"--latency-ms {args.latency_ms:g} must be a number of milliseconds, 0 or more")
+    cluster = Cluster(args.ranks, args.link_mbit, args.latency_ms)
+    jobs = {name: ladder_job(f"strategy={name}", *EXTRA.get(name, ()), *args.overrides, cluster=cluster) for name in names}
+    return {name: Drawn(job.plan, job.step(training_step(name, job.setting))) for name, job in jobs.items()}
+
+
+def figures_of(drawn: Mapping[str, Drawn], *, note: str) -> "dict[str, Figure]":
+    """One of each strategy, and with several "all", with the same milliseconds at the same place in all of them."""
+    from megalina.timeline.picture import figure_of
+
+    timelines = {step.title: step.timeline.events(0) for step in drawn.values()}
+    right_ms = WIDTH * 1e3 * max(step.timeline.step_s for step in drawn.values())
+    figures = {name: figure_of({title: timelines[title]}, note) for name, title in zip(drawn, timelines, strict=True)}
+    if len(drawn) > 1:
+        figures[ALL] = figure_of(timelines, note, race=False)
+    for figure in figures.values():
+        figure.axes[0].set_xlim(-0.002 * right_ms, right_ms)
+    return figures
+
+
+def _save(figure: "Figure", path: Path, *, dpi: int) -> None:
+    """With a palette, which makes the file small."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    Image.open(buffer).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _is_input(error: Exception) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return isinstance(error, (ValueError, OSError, HydraException, OmegaConfBaseException))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Draws one training step of each strategy as a timeline in virtual time: no rank is started and nothing is "
+        "measured.  Devices take the time that the configuration says, links share their rate fairly, and each step is the very "
+        "list that ranks would run.  All pictures have one scale; all.png has all of them.  The model is the ladder's "
+        "with light gradients (6 layers, attention 10 ms, experts 14 ms), unless overrides say otherwise.",
+        epilog="examples:\n  tools/draw_strategies.py --out docs/images/strategies model.num_layers=3   (docs/strategies.md)\n"
+        "  tools/draw_strategies.py --out mine --strategies eager,lina --ranks 8 --link-mbit 1000 model.num_heads=7 "
+        "model.num_kv_heads=7\n  tools/draw_strategies.py --out mine --strategies flow strategy.parts=4 strategy.late_layers=0",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for NAME.png of each; made if it isn't there")
+    parser.add_argument("--strategies", default="", metavar="A,B", help="default: all but auto, which has no step of its own")
+    parser.add_argument("--ranks", type=int, default=RANKS, metavar="N", help=f"each on a node of its own (default: {RANKS})")
+    parser.add_argument("--link-mbit", type=float, default=LINK_MBIT, metavar="X", help="of each node, each way (default: 500)")
+    parser.add_argument("--latency-ms", type=float, default=LATENCY_MS, metavar="X", help="of each exchange (default: 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
+    sys.exit(main())
