@@ -8,7 +8,9 @@ numbers; the calibration, once at the start of a run, is not.  Printed are the m
 the ratio within a pair.
 
 What is to be seen is smaller than the noise of a shared machine, so the steps with timing also have a clock around what
-happens after the step and around each event as it is recorded: "spent" is that as a share of the step.
+happens after the step and around each event as it is recorded: "spent" is that as a share of the step, waiting for the other
+rank included.  "cpu_spent" is the processor's time for the same as a share of the whole step's, which hardly depends on what
+else the machine does.
 """
 
 import argparse
@@ -25,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from overhead import LENGTH, config_of, write_tokens
 
 from megalina.config import TimelineConfig
 from megalina.data.source import open_data
@@ -53,6 +54,8 @@ class Clocked:
 
 def work(folder: Path, pairs: int) -> None:
     """One rank; rank 0 writes {"off": step times in s, "on": the same, "after": of them after the step, ...}."""
+    from overhead import LENGTH, config_of
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = config_of(folder)
@@ -63,7 +66,7 @@ def work(folder: Path, pairs: int) -> None:
         name: Timing(replace(config, timeline=TimelineConfig(metrics=metrics)), run.mesh, run.trainable)
         for name, metrics in (("off", False), ("on", True))
     }
-    times: dict[str, list[float]] = {"off": [], "on": [], "after": []}
+    times: dict[str, list[float]] = {"off": [], "on": [], "after": [], "step_cpu": [], "after_cpu": []}
     clocked, step = Clocked(run), 0
     for pair in range(-WARM_UP_STEPS, pairs):
         if pair == 0:
@@ -71,16 +74,19 @@ def work(folder: Path, pairs: int) -> None:
         for name in ("off", "on") if pair % 2 else ("on", "off"):
             step += 1
             dist.barrier()
-            started_s = time.perf_counter()
+            started_s, started_cpu_s = time.perf_counter(), time.process_time()
             timings[name].before(step)
             run.compute(step)
-            ended_s = time.perf_counter()
+            ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
             timings[name].after(step)
-            done_s = time.perf_counter()
+            done_s, done_cpu_s = time.perf_counter(), time.process_time()
             if pair >= 0:
                 times[name].append(done_s - started_s)
                 if name == "on":
                     times["after"].append(done_s - ended_s)
+                    times["after_cpu"].append(done_cpu_s - ended_cpu_s)
+                else:
+                    times["step_cpu"].append(ended_cpu_s - started_cpu_s)
         if run.is_first and pair >= 0 and (pair + 1) % 20 == 0:
             print(f"pair {pair + 1}/{pairs}", file=sys.stderr, flush=True)
     if run.is_first:
@@ -92,20 +98,29 @@ def work(folder: Path, pairs: int) -> None:
 
 def results(measured: dict[str, Any]) -> dict[str, Any]:
     off, on = measured["off"], measured["on"]
-    ratios = sorted(a / b for a, b in zip(on, off, strict=True))
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    ratios = [a / b for a, b in zip(on, off, strict=True)]
     step_s = statistics.median(off)
-    after_s = statistics.median(measured["after"])
+    after_s, after_cpu_s = statistics.median(measured["after"]), statistics.median(measured["after_cpu"])
     return {
         "step_off_s": step_s,
         "step_on_s": statistics.median(on),
         "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "ratio_quartiles": _quartiles(ratios),
+        "step_off_quartiles_s": _quartiles(off),
+        "step_on_quartiles_s": _quartiles(on),
         "events_a_step": measured["events"],
         "after_a_step_s": after_s,
         "recording_a_step_s": measured["recording_s"],
         "spent": (after_s + measured["recording_s"]) / step_s,
+        "after_a_step_cpu_s": after_cpu_s,
+        "cpu_spent": (after_cpu_s + measured["recording_s"]) / statistics.median(measured["step_cpu"]),
     }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """The first and the third."""
+    first, _, third = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return [first, third]
 
 
 def main() -> None:
@@ -118,6 +133,8 @@ def main() -> None:
         parser.error(f"--pairs {options.pairs} must be at least 1")
     if options.folder:
         return work(options.folder, options.pairs)
+    from overhead import write_tokens
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokens(folder / "tokens")

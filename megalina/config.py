@@ -197,7 +197,7 @@ class ClusterConfig:
     device_gflops: float = 0.0  # emulated device: what it reaches in attention and experts; 0: no such device
     attention_ms: float = 0.0  # emulated device: forward of a layer's attention, for a whole micro-batch
     experts_ms: float = 0.0  # emulated device: forward of a layer's experts, for a whole micro-batch
-    kernel_floor_ms: float = 0.0  # emulated device: the least that a stage costs; 0: 2% of the whole micro-batch's time
+    kernel_floor_ms: float = 0.0  # emulated device: what a stage costs besides its share; 0: 2% of the whole micro-batch's time
 
 
 @dataclass(slots=True, kw_only=True)

@@ -50,7 +50,8 @@ def run_on_nodes(
         for node, local in itertools.product(range(len(nodes)), range(ranks_per_node)):
             place = environment(node, local, nodes=len(nodes), ranks_per_node=ranks_per_node)
             out = stream if not ranks else logs / f"rank_{len(ranks)}.log"
-            ranks.append(_start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out))
+            cores = cores_of(node, len(nodes), sorted(os.sched_getaffinity(0)))
+            ranks.append(_start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out, cores))
         failed = _failures(ranks, timeout_s)
         if not failed and any(process.returncode is None for process in ranks):
             left = [rank for rank, process in enumerate(ranks) if process.returncode is None]
@@ -84,6 +85,14 @@ def environment(node: int, local: int, *, nodes: int, ranks_per_node: int) -> di
     }
 
 
+def cores_of(node: int, nodes: int, cores: Sequence[int]) -> Sequence[int]:
+    """The cores on which a node's ranks stay: their own where there are enough, else one that nodes take in turn.
+
+    Left to itself the kernel moves ranks to and fro, and each time they find another core's caches."""
+    share = len(cores) // nodes
+    return cores[node * share : (node + 1) * share] if share else [cores[node % len(cores)]]
+
+
 def check_command(command: Sequence[str]) -> None:
     """ValueError for a command that can't be started."""
     if not command:
@@ -108,7 +117,9 @@ def call(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
-def _start(command: Sequence[str], environ: Mapping[str, str], out: IO[str] | Path | None) -> "subprocess.Popen[bytes]":
+def _start(
+    command: Sequence[str], environ: Mapping[str, str], out: IO[str] | Path | None, cores: Sequence[int]
+) -> "subprocess.Popen[bytes]":
     with ExitStack() as stack:
         file = stack.enter_context(open(out, "wb")) if isinstance(out, Path) else out
         return subprocess.Popen(
@@ -118,17 +129,18 @@ def _start(command: Sequence[str], environ: Mapping[str, str], out: IO[str] | Pa
             stdout=file,
             stderr=file,
             start_new_session=True,  # a terminal's Ctrl-C reaches us alone
-            preexec_fn=_die_with_us(),
+            preexec_fn=_die_with_us(cores),
         )
 
 
-def _die_with_us() -> Callable[[], None]:
-    """For the child between fork and exec: it is killed when we end, even by SIGKILL.
+def _die_with_us(cores: Sequence[int]) -> Callable[[], None]:
+    """For the child between fork and exec: it stays on these cores, and is killed when we end, even by SIGKILL.
 
     Linux takes the *thread* that has forked for the parent, so ranks must be started by the thread that waits for them."""
     prctl, us = ctypes.CDLL(None).prctl, os.getpid()
 
     def arm() -> None:
+        os.sched_setaffinity(0, cores)
         prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != us:  # we had ended before prctl
             os._exit(1)

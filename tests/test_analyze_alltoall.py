@@ -33,6 +33,7 @@ def no_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TWO, "--steps", "0"], "--steps 0 must be at least 1"),
         ([*TWO, "--json", "/nowhere/a.json"], "--json /nowhere/a.json: there is no folder /nowhere"),
         ([*TWO, "--plot", "a.gif"], "--plot a.gif: the name must end in .png or .svg"),
+        ([*TWO, "--timeline", "a.pdf"], "--timeline a.pdf: the name must end in .png or .svg"),
         ([*TWO, "--trace", "a.txt"], "--trace a.txt: the name must end in .json or .json.gz"),
         ([*TWO, "model.num_expert=4"], "there is no setting model.num_expert (did you mean model.num_experts?); see --help"),
         ([*TWO, "model=tinny"], "model=tinny: there is no such file in conf/model"),
@@ -53,7 +54,12 @@ def test_each_number_of_experts_is_a_setting_over_as_many_ranks_as_divide_it() -
 
 def test_two_ranks_are_measured(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
-    files = {"json": tmp_path / "a.json", "plot": tmp_path / "a.svg", "trace": tmp_path / "a.json.gz"}
+    files = {
+        "json": tmp_path / "a.json",
+        "plot": tmp_path / "a.svg",
+        "timeline": tmp_path / "t.png",
+        "trace": tmp_path / "a.json.gz",
+    }
     data = ["data=indexed", f"data.prefix={tmp_path}/tokens", f"data.cache_dir={tmp_path}/cache", "train.seq_len=16"]
     flags = [word for name, path in files.items() for word in (f"--{name}", str(path))]
     tool = [sys.executable, str(ROOT / "tools" / "analyze_alltoall.py")]
@@ -69,6 +75,7 @@ def test_two_ranks_are_measured(tmp_path: Path) -> None:
     for s in found:
         assert 0 < s["a2a_share"] < 1 and 0 <= s["idle_share"] < 1 and s["layer_s"]["experts"] > 0
         assert len(s["slowdowns_under_grads"]) + len(s["slowdowns_clear"]) > 0
-    assert files["plot"].read_text().startswith("<?xml")
+        assert s["overrun_fraction"] == 0  # devices are real
+    assert files["plot"].read_text().startswith("<?xml") and files["timeline"].read_bytes().startswith(b"\x89PNG")
     lines = json.loads(gzip.decompress(files["trace"].read_bytes()))["traceEvents"]
     assert {x["pid"] for x in lines} == {0, 1}

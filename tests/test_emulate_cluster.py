@@ -296,11 +296,13 @@ def test_devices_that_are_faster_than_the_cores_are_warned_of(
 
 
 def test_ranks_know_how_much_they_are_slowed(planted: Planted, capfd: pytest.CaptureFixture[str]) -> None:
-    show = ["--", "sh", "-c", 'test "$RANK" = 0 && echo "slowed by $MEGALINA_SLOWDOWN."; true']
+    show = ["--", "sh", "-c", 'test "$RANK" = 0 && echo "slowed by $MEGALINA_SLOWDOWN, links of $MEGALINA_LINK_MBIT."; true']
     assert main(["--like", "lina_testbed", "--slowdown", "50", *show]) == 0
-    assert capfd.readouterr().out == "slowed by 50.\n"
+    assert capfd.readouterr().out == "slowed by 50, links of 2000.\n"
     assert main(show) == 0
-    assert capfd.readouterr().out == "slowed by .\n"
+    assert capfd.readouterr().out == "slowed by , links of 500.\n"
+    assert main(["--nodes", "1", *show]) == 0  # no link is met
+    assert capfd.readouterr().out == "slowed by , links of .\n"
 
 
 # how a command ends; no root needed: an `ip` that runs it outside
@@ -334,16 +336,21 @@ def test_the_first_failure_ends_all_with_its_code_and_its_last_words(planted: Pl
 
 
 def test_the_rank_that_failed_is_blamed_and_not_the_one_that_lost_it(planted: Planted, tmp_path: Path) -> None:
-    script = """
-        if test $RANK = 1; then echo "RuntimeError: Connection closed by peer"; exit 1; fi
-        sleep 0.3; if test $RANK = 2; then echo the cause; exit 5; fi
+    script = f"""
+        if test $RANK = 1; then
+            while test ! -e {tmp_path}/there; do sleep 0.02; done; echo "RuntimeError: Connection closed by peer"; exit 1
+        fi
+        if test $RANK = 2; then touch {tmp_path}/there; sleep 0.3; echo the cause; exit 5; fi
         exec sleep 60"""
     outcome = Cluster(("a", "b")).run(rank_script(script), ranks_per_node=2, logs=tmp_path / "logs")
     assert (outcome.code, outcome.reason) == (5, "rank 2 of 4 failed with exit code 5\n[rank 2] the cause")
 
 
 def test_of_two_failures_the_first_one_counts_and_both_are_shown(planted: Planted, tmp_path: Path) -> None:
-    script = "test $RANK = 2 && exit 3; sleep 0.3; test $RANK = 1 && exit 4; exec sleep 60"
+    script = f"""
+        if test $RANK = 2; then touch {tmp_path}/over; exit 3; fi
+        if test $RANK = 1; then while test ! -e {tmp_path}/over; do sleep 0.02; done; sleep 0.3; exit 4; fi
+        exec sleep 60"""
     outcome = Cluster(("a", "b")).run(rank_script(script), ranks_per_node=2, logs=tmp_path / "logs")
     assert outcome.code == 3
     assert outcome.reason == "rank 2 of 4 failed with exit code 3\nrank 1 of 4 failed with exit code 4"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megalina.namespaces import Cluster, NoLatency, emulated_cluster
+from megalina.node_ranks import cores_of
 from tests.cluster_tools import Tool, alive, wait_for
 
 
@@ -110,10 +111,14 @@ def heard_from(cluster: Cluster, code: str, folder: Path, *, ranks_per_node: int
 
 def test_a_node_sends_and_receives_at_its_links_rate_both_at_once(real: None, tmp_path: Path) -> None:
     """Two others share the link of node 0, so both directions of a link are tested at its own end."""
+    rates: dict[str, list[float]] = {"in": [], "out": [], "both": []}
     with emulated_cluster(nodes=3, link_mbit=100) as cluster:
-        rates = heard_from(cluster, RATES, tmp_path)
+        for _ in range(4):  # a busy machine makes a transfer slower, nothing makes it faster
+            for way, found in heard_from(cluster, RATES, tmp_path).items():
+                rates[way] += found
+            if all(max(mbit) > 0.85 * 100 for mbit in rates.values()):
+                break
     for way, mbit in rates.items():
-        # A busy machine makes a transfer slower, nothing makes it faster.
         assert 0.85 * 100 < max(mbit) < 1.15 * 100, (way, mbit)
 
 
@@ -145,9 +150,12 @@ for name, ranks in (("near", (0, 1)), ("far", (0, 2))):
     group = dist.new_group(ranks)
     if dist.get_rank() in ranks:
         dist.all_reduce(torch.ones(1 << 18), group=group)
-        before, begin = sent(), time.perf_counter()
-        dist.all_reduce(torch.ones(1 << 18), group=group)
-        seen[name] = [sent() - before, time.perf_counter() - begin]
+        seconds, before = [], sent()
+        for _ in range(3):
+            begin = time.perf_counter()
+            dist.all_reduce(torch.ones(1 << 18), group=group)
+            seconds.append(time.perf_counter() - begin)
+        seen[name] = [(sent() - before) // 3, min(seconds)]
     dist.barrier()
 if dist.get_rank() == 0:
     print(json.dumps(seen))
@@ -273,3 +281,9 @@ def test_clusters_at_the_same_time_have_the_same_addresses_and_do_not_meet(real:
     assert [len(namespaces_of(tool.process.pid)) for tool in tools] == [3, 3]
     assert [tool.finish()[0] for tool in tools] == [0, 0]
     assert [(tmp_path / word / "rank_1.log").read_text() for word in words] == ["one\n", "two\n"]
+
+
+def test_nodes_have_cores_of_their_own_or_take_them_in_turn() -> None:
+    assert [cores_of(node, 2, [0, 1, 2, 5]) for node in range(2)] == [[0, 1], [2, 5]]
+    assert [cores_of(node, 3, [4, 5, 6, 7]) for node in range(3)] == [[4], [5], [6]]
+    assert [cores_of(node, 4, [0, 3]) for node in range(4)] == [[0], [3], [0], [3]]

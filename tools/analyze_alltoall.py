@@ -1,6 +1,7 @@
 """Analyze all-to-all: sections 2 and 4 of the Lina paper on your own model and cluster.
 
-python tools/analyze_alltoall.py [OVERRIDES] [--experts 2,4,8] [--steps N] [--json FILE] [--plot PNG] [--trace FILE]
+python tools/analyze_alltoall.py [OVERRIDES] [--experts 2,4,8] [--steps N] [--json FILE] [--plot PNG] [--timeline PNG]
+    [--trace FILE]
 """
 
 import argparse
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from megalina.config import PretrainConfig
     from megalina.launch import Member
     from megalina.timeline.alltoall import Analysis
-    from megalina.timeline.recorder import Event
+    from megalina.timeline.trace import TracedStep
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
@@ -33,7 +34,7 @@ class Measured:
     """One setting, as all ranks hold it."""
 
     analysis: "Analysis"
-    last_step: "list[list[Event]]"  # of all ranks
+    last_step: "TracedStep"
     offsets_s: list[float]  # of their clocks
     note: str  # that devices are emulated
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_files(args: argparse.Namespace) -> None:
     """ValueError for a file that could not be written at the end."""
-    for flag, endings in (("json", ()), ("plot", PICTURES), ("trace", TRACES)):
+    for flag, endings in (("json", ()), ("plot", PICTURES), ("timeline", PICTURES), ("trace", TRACES)):
         path: Path | None = getattr(args, flag)
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"--{flag} {path}: there is no folder {path.absolute().parent}")
@@ -127,13 +128,13 @@ def composed(overrides: Sequence[str]) -> "PretrainConfig":
 
 def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     """Train some steps; all ranks call it together."""
-    from megalina.comm.calibration import calibrate, sizes_of_step
+    from megalina.comm.calibration import calibrate, fastest, sizes_of_step
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
     from megalina.mesh import rows
     from megalina.timeline.alltoall import analysis_of
     from megalina.timeline.recorder import Event
-    from megalina.timeline.trace import aligned
+    from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.steps import Steps
     from megalina.train.timing import emulation_note, machine
     from megalina.train.trainer import choose_device
@@ -145,7 +146,10 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
         recorder.on = step == WARM_UP_STEPS
         run.compute(step)
     sizes_bytes = sizes_of_step(run.mesh, recorder.events())
-    alone = calibrate(run.mesh, sizes_bytes, repeats=10, sharded=config.parallel.zero == 1)
+    before = calibrate(run.mesh, sizes_bytes, sharded=config.parallel.zero == 1)
+    device = run.trainable.device
+    if device is not None:
+        device.busy_s = device.overrun_s = 0.0
     gc.collect()
     gc.disable()  # a collection would hit some step
     try:
@@ -156,24 +160,31 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
             own.append(recorder.events())
     finally:
         gc.enable()
-    by_rank, machines = zip(*everybodys(run.mesh, (own, machine())), strict=True)
+    after = calibrate(run.mesh, sizes_bytes, sharded=config.parallel.zero == 1)
+    alone = fastest(before, after, sizes_bytes)
+    times_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
+    by_rank, machines, times = zip(*everybodys(run.mesh, (own, machine(), times_s)), strict=True)
     by_step = [list(events) for events in zip(*by_rank, strict=True)]
+    busy_s, overrun_s = map(sum, zip(*times, strict=True))
+    groups = rows(run.mesh.shape)
     analysis = analysis_of(
         by_step,
         alone,
-        groups=rows(run.mesh.shape)["ep"],
+        groups=groups["ep"],
         experts=config.model.num_experts,
         strategy=config.strategy.name,
+        overrun_fraction=overrun_s / busy_s if busy_s else 0.0,
     )
     run.trainable.close()
-    return Measured(analysis, by_step[-1], aligned(by_step[-1], machines), emulation_note(run.trainable))
+    last = TracedStep(by_step[-1], groups, alone)
+    return Measured(analysis, last, aligned(last.by_rank, machines), emulation_note(run.trainable))
 
 
 def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
     """Print the tables, and write the files that are asked for."""
+    from megalina.timeline import alltoall_figure, picture
     from megalina.timeline.alltoall import as_json
     from megalina.timeline.alltoall_tables import report
-    from megalina.timeline.distribution import draw_distribution
     from megalina.timeline.trace import write_trace
 
     analyses, last = [m.analysis for m in settings], settings[-1]
@@ -183,9 +194,10 @@ def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(as_json(analyses, steps=args.steps, note=last.note), indent=1) + "\n")
     if args.plot:
-        under = {f"{a.experts} experts, under gradients": a.slowdowns_under_grads for a in analyses}
-        clear = {f"{a.experts} experts, beside nothing": a.slowdowns_clear for a in analyses}
-        draw_distribution(args.plot, under | clear, last.note)
+        alltoall_figure.draw(args.plot, analyses, last.note)
+    if args.timeline:
+        timelines = {f"{m.analysis.experts} experts, rank 0": m.last_step.by_rank[0] for m in settings}
+        picture.draw(args.timeline, timelines, last.note, race=False)
     if args.trace:
         write_trace(args.trace, {WARM_UP_STEPS + args.steps: last.last_step}, last.offsets_s, last.note)
 
@@ -206,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps a setting (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, and every slowdown")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="the distribution of slowdowns; .svg too")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plots of shares, a layer, slowdowns (CDF), idle time; .svg too")
+    parser.add_argument("--timeline", type=Path, metavar="PNG", help="the last step of rank 0, a row a setting; .svg too")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the last step of all ranks, for ui.perfetto.dev: .json.gz")
     return parser
 

@@ -49,9 +49,9 @@ examples:
 slow motion (--like NAME):
   The figures of conf/cluster/NAME.yaml, slowed by one factor: link rates and device speed are divided by it, latency is
   multiplied. So all times are dilated by the factor, and their ratios (which strategy wins, and by how much) stay. Ranks see
-  it as MEGALINA_SLOWDOWN. pretrain_gpt_moe.py and tools/analyze_alltoall.py get cluster.peak_tflops, the device's peak, slowed,
-  and cluster.device_gflops, 40% of it, unless COMMAND gives them or the device's times. Time-outs are not dilated: see
-  hang.timeout_s and cluster.timeout_s.
+  it as MEGALINA_SLOWDOWN, and the links' rate as MEGALINA_LINK_MBIT, and say so on their figures. pretrain_gpt_moe.py and
+  tools/analyze_alltoall.py get cluster.peak_tflops, the device's peak, slowed, and cluster.device_gflops, 40% of it, unless
+  COMMAND gives them or the device's times. Time-outs are not dilated: see hang.timeout_s and cluster.timeout_s.
 
 exit code: 0, the code of the first rank that failed (128 + N: ended by signal N), 124 after --timeout-s, 2 for bad input or
 a machine that lacks something, which one line names."""
@@ -169,7 +169,8 @@ def _run(setting: Setting, command: Sequence[str], args: argparse.Namespace) -> 
         for warning in cluster.warnings:
             _say(f"warning: {warning}")
         _say(str(setting))
-        env, figures = {}, with_device(command, setting)[len(command) :]
+        env = {"MEGALINA_LINK_MBIT": f"{setting.link_mbit:g}"} if setting.nodes > 1 else {}
+        figures = with_device(command, setting)[len(command) :]
         if args.like:
             env["MEGALINA_SLOWDOWN"] = f"{setting.slowdown:g}"
             _say(

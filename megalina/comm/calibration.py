@@ -1,9 +1,11 @@
 """A calibration: how long exchanges of tokens and of gradients take that have the links to themselves.
 
-All ranks make the same exchanges in the same order, one at a time, on quiet links: without a pause before each, the ranks
-that are through would start the next one beside the end of this one (measured with four ranks: a third slower).  Each counts
-with the shortest time over the ranks of its group, as in `megalina.comm.slowdowns`: who came last waited for nobody.  Of its
-repeats the shortest counts: other work on the machine only adds to them.
+All ranks make the same exchanges in the same order, one at a time, on quiet links.  Each counts with the shortest time over
+the ranks of its group, as in `megalina.comm.slowdowns`: who came last waited for nobody.  Of its repeats the median counts, as
+ranks don't meet to the millisecond before an exchange of a step either, and that matters: gloo's word that a rank is ready to
+receive travels behind what it sends, so of two ranks the later one takes up to twice as long (measured with 0.5 MB on emulated
+links of 500 Mbit/s: 8 ms where a barrier came first, 14 ms where each rank had slept for as long).  So there is no barrier,
+but a pause of at least the exchange's own time, that none may start beside the end of the one before.
 """
 
 import statistics
@@ -21,7 +23,7 @@ from megalina.timeline.contention import CALIBRATED_AXIS, Alone
 from megalina.timeline.recorder import SEND, Event
 
 ELEMENT_BYTES = 4
-PAUSE_S = 0.005  # before each exchange, after which what was sent before has arrived
+PAUSE_S = 0.005  # the shortest before an exchange
 MOST_BYTES = 2**22  # a line holds beyond it, and larger ones would take long on a slow link
 
 
@@ -44,10 +46,22 @@ def calibrate(
         groups = [[everybody[rank][op] for rank in row] for row in rows(mesh.shape)[axis.name]] if axis.group is not None else []
         points = []
         for i in range(len(sizes_bytes[op]) if groups else 0):
-            alone_s = [min(min(of_rank[i][1]) for of_rank in group) for group in groups]
+            alone_s = [statistics.median(map(min, zip(*(of_rank[i][1] for of_rank in group), strict=True))) for group in groups]
             points.append((own[op][i][0], max(alone_s)))
         out[op] = fit(points)
     return out
+
+
+def fastest(
+    first: Mapping[str, Alone], second: Mapping[str, Alone], sizes_bytes: Mapping[str, Sequence[int]]
+) -> dict[str, Alone]:
+    """Of two calibrations with the same sizes, for each op the one that was faster over all sizes: a machine that has other
+    work for a while spoils one of them, hardly both."""
+
+    def over_sizes_s(alone: Alone, op: str) -> float:
+        return sum(alone.seconds(size) for size in sizes_bytes[op])
+
+    return {op: min(first[op], second[op], key=lambda alone: over_sizes_s(alone, op)) for op in sizes_bytes}
 
 
 def sizes_of_step(mesh: Mesh, events: Sequence[Event]) -> dict[str, list[int]]:
@@ -85,10 +99,10 @@ def fit(points: Sequence[tuple[int, float]]) -> Alone:
 def _timed(start: Callable[[], Pending], mesh: Mesh, repeats: int) -> tuple[int, list[float]]:
     """Bytes that this rank sends in one exchange, and how long each took.  A first one, to warm up, isn't among them."""
     cuda = dist.get_backend(mesh.world.group) == "nccl"
-    times_s = []
+    times_s, pause_s = [], PAUSE_S
+    everybodys(mesh, None)  # all are through with what came before
     for _ in range(repeats + 1):
-        everybodys(mesh, None)  # all are through with what came before
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
         if cuda:
             torch.cuda.synchronize()
         started_s = time.perf_counter()
@@ -98,6 +112,7 @@ def _timed(start: Callable[[], Pending], mesh: Mesh, repeats: int) -> tuple[int,
         if cuda:
             torch.cuda.synchronize()
         times_s.append(time.perf_counter() - started_s)
+        pause_s = max(PAUSE_S, times_s[-1])
     return num_bytes, times_s[1:]
 
 

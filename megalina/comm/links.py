@@ -20,6 +20,7 @@ import torch
 from megalina.collective_log import CollectiveLog
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
+from megalina.comm.urgency import this_thread_is_urgent
 from megalina.step.program import Op, Stage
 from megalina.timeline.recorder import SEND, Recorder
 
@@ -76,9 +77,11 @@ class _Lane:
 
 class Links:
     """All lanes of one rank.  `watched`: ends are noted, for a recorder, or since some stage is held back.  `marks`: the clock
-    by which a recorder is told of what CUDA sends."""
+    by which a recorder is told of what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
 
-    def __init__(self, log: CollectiveLog, recorder: Recorder, *, cuda: bool, marks: DeviceClock | None = None):
+    def __init__(
+        self, log: CollectiveLog, recorder: Recorder, *, cuda: bool, marks: DeviceClock | None = None, urgent: bool = False
+    ):
         self._log, self._recorder, self._marks = log, recorder, marks
         self._low = torch.cuda.Stream() if cuda else None
         self._lanes: dict[str, _Lane] = {}
@@ -86,6 +89,7 @@ class Links:
         self._under_way: Counter[Op] = Counter()
         self._tokens: list[Sent] = []  # CUDA: sent and not yet awaited
         self._closed = False
+        self._urgent = urgent
         self.watched = False
 
     def send(self, stage: Stage, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None) -> Sent:
@@ -120,6 +124,8 @@ class Links:
             self._changed.notify_all()
 
     def _run(self, lane: _Lane) -> None:
+        if self._urgent:
+            this_thread_is_urgent()
         while True:
             with self._changed:
                 while not lane.queue:

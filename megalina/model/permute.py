@@ -29,8 +29,7 @@ def row_order(expert_TK: Tensor, num_experts: int) -> RowOrder:
     count = torch.bincount(flat, minlength=num_experts + 1)
     sorted_slot = torch.sort(flat, stable=True).indices
     num_rows = flat.numel() - int(count[num_experts])
-    row = torch.empty_like(flat)
-    row[sorted_slot] = torch.arange(flat.numel(), device=flat.device)
+    row = torch.empty_like(flat).scatter_(0, sorted_slot, torch.arange(flat.numel(), device=flat.device))
     slot_N = sorted_slot[:num_rows]
     return RowOrder(
         token_N=slot_N // expert_TK.shape[1],
@@ -66,8 +65,7 @@ def regroup_index(count_RE: list[list[int]], device: torch.device | None = None)
     total = int(end_ER[-1]) if end_ER.numel() else 0
     # row i of the result is row (i - start of its block there) of its block here
     index = torch.arange(total) + (begin_ER - (end_ER - count_ER)).repeat_interleave(count_ER)
-    inverse = torch.empty_like(index)
-    inverse[index] = torch.arange(total)
+    inverse = torch.empty_like(index).scatter_(0, index, torch.arange(total))
     return index.to(device), inverse.to(device)
 
 
@@ -105,7 +103,7 @@ class _Unpermute(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dweight_N = torch.linalg.vecdot(dout_ND.to(weight_TK.dtype), rows_ND.to(weight_TK.dtype))
             dweight_TK = torch.zeros_like(weight_TK, memory_format=torch.contiguous_format)
-            dweight_TK.view(-1)[order.slot_N] = dweight_N
+            dweight_TK.view(-1).scatter_(0, order.slot_N, dweight_N)
         if ctx.needs_input_grad[1]:
             weight_N1 = weight_TK.reshape(-1).index_select(0, order.slot_N).unsqueeze(1)
             if dout_ND.dtype == weight_TK.dtype == rows_ND.dtype:

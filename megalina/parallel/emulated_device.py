@@ -43,20 +43,17 @@ class EmulatedDevice:
 def stage_seconds(full_s: Callable[[str], float], *, floor_s: float) -> Callable[[Stage], float]:
     """Costs of stages from the forward times of whole micro-batches.
 
-    `full_s(name)`: the time of a stage for a whole micro-batch; 0: a small one, which costs its floor.  `floor_s`: what the
-    smallest kernel costs; 0: 2% of the full time (small stages: of the shortest of attention and experts).
+    `full_s(name)`: the time of a stage for a whole micro-batch; 0: it isn't emulated, and takes as long as it takes here, which
+    holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time.
     Backward is twice forward (once where the gradients of weights are a stage of their own, which is once too), and once more
     where activations are computed again.
     """
-    smallest_s = floor_s or SMALLEST_SHARE * min(filter(None, (full_s("attention"), full_s("experts"))), default=0.0)
 
     def seconds(stage: Stage) -> float:
-        if stage.phase == "U":
+        full = full_s(stage.name)
+        if stage.phase == "U" or not full:
             return 0.0
         times = 1 if stage.phase in "FW" else 2 + stage.recompute - stage.late
-        full = full_s(stage.name)
-        if not full:
-            return times * smallest_s
         share = stage.share / stage.chunk[1]
         return times * ((floor_s or SMALLEST_SHARE * full) + share * full)
 

@@ -47,7 +47,7 @@ class Executor:
         self.recorder = recorder or Recorder()
         cuda = any(b.grad.is_cuda for b in buckets.values())
         self._marks = DeviceClock() if cuda and device is None else None
-        self._links = Links(mesh.log, self.recorder, cuda=cuda, marks=self._marks)
+        self._links = Links(mesh.log, self.recorder, cuda=cuda, marks=self._marks, urgent=device is not None)
         self._links.watched = any(s.yields_to or s.credit for s in program)
         last = {v: i for i, s in enumerate(program) for v in s.reads}
         self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str], str, bool]] = []

@@ -9,6 +9,9 @@ from megalina.timeline.contention import Alone, Contention, all_to_alls, quantil
 from megalina.timeline.moe_layer import all_to_all_share, forward_seconds
 from megalina.timeline.recorder import Event
 
+# Smallest and largest share of the step by number of experts, which are as many as devices: Table 1 and Figure 4
+PAPER_SHARE = {2: (0.334, 0.334), 4: (0.354, 0.382), 16: (0.368, 0.445)}
+VALID_OVERRUN = 0.05  # beyond it the emulated devices' times are those of this machine
 QUANTILES = {"median": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -27,12 +30,14 @@ class Analysis:
     a2a_exposed_share: float
     grads_wire_s: float
     grads_exposed_s: float
+    params_exposed_s: float  # ZeRO-1's updated weights
     idle_share: float  # the device did not compute
     busy_under_a2a: float  # share of a2a_wire_s in which it did
     layer_s: Mapping[str, float]  # one MoE layer's forward pass, by what it goes to
     layer_a2a_share: float  # of the sum of layer_s
     slowdowns_under_grads: Sequence[float]  # sorted: all-to-alls of backward that shared the wire with gradients, against alone
     slowdowns_clear: Sequence[float]  # sorted: those of both passes that had the wire for themselves
+    overrun_fraction: float  # share of the emulated devices' time by which the real math was late; 0 where devices are real
 
 
 def analysis_of(
@@ -42,6 +47,7 @@ def analysis_of(
     groups: Sequence[Sequence[int]],
     experts: int,
     strategy: str,
+    overrun_fraction: float = 0.0,
 ) -> Analysis:
     """`steps`: events [step][rank].  `groups`: the rows of ranks along ep, who exchange tokens among themselves."""
     summaries = [[summary(events, alone) for events in by_rank] for by_rank in steps]
@@ -64,12 +70,14 @@ def analysis_of(
         a2a_exposed_share=middle(lambda c: c.traffic["a2a"].exposed_s / c.step_s),
         grads_wire_s=middle(lambda c: c.traffic["grads"].wire_s),
         grads_exposed_s=middle(lambda c: c.traffic["grads"].exposed_s),
+        params_exposed_s=middle(lambda c: c.traffic["params"].exposed_s),
         idle_share=middle(lambda c: c.idle_share),
         busy_under_a2a=middle(lambda c: c.traffic["a2a"].under.get("compute", 0.0)),
         layer_s=layer_s,
         layer_a2a_share=all_to_all_share(layer_s),
         slowdowns_under_grads=sorted(e.slowdown for e in exchanges if "grads" in e.beside and e.phase == "B"),
         slowdowns_clear=sorted(e.slowdown for e in exchanges if not e.beside),
+        overrun_fraction=overrun_fraction,
     )
 
 

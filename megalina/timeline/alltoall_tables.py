@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from megalina.timeline.alltoall import QUANTILES, Analysis
+from megalina.timeline.alltoall import PAPER_SHARE, QUANTILES, VALID_OVERRUN, Analysis
 from megalina.timeline.contention import quantile
 
-PAPER_SHARE = {2: "33.4%", 4: "35.4 to 38.2%", 16: "36.8 to 44.5%"}  # of the step, by experts: Table 1 and Figure 4
 Line = tuple[str, ...]
 
 
@@ -13,6 +12,10 @@ def report(analyses: Sequence[Analysis], *, steps: int, note: str = "") -> str:
     """All tables, for people.  `note` stands in the first line, such as that devices are emulated."""
     first = analyses[0]
     head = f"{first.ranks} ranks, strategy {first.strategy}, {steps} steps" + (f"; {note}" if note else "")
+    late = max(a.overrun_fraction for a in analyses)
+    if late > VALID_OVERRUN:
+        head += f"\nnot valid: the real math was late by {late:.1%} of the devices' time (more than {VALID_OVERRUN:.0%}): give "
+        head += "the devices longer times, or the machine fewer ranks and less other work"
     return "\n\n".join([head, _step(analyses), _layer(analyses), _slowdowns(analyses), _device(analyses)])
 
 
@@ -21,8 +24,15 @@ def _step(analyses: Sequence[Analysis]) -> str:
     lines = [("experts", "on ranks", "step ms", "all-to-all ms", "share", "device waits ms", "share", "paper's share")]
     for a in analyses:
         wire, waits = (_ms(a.a2a_wire_s), f"{a.a2a_share:.1%}"), (_ms(a.a2a_exposed_s), f"{a.a2a_exposed_share:.1%}")
-        lines.append((str(a.experts), str(a.ep), _ms(a.step_s), *wire, *waits, PAPER_SHARE.get(a.experts, "-")))
+        lines.append((str(a.experts), str(a.ep), _ms(a.step_s), *wire, *waits, _papers(a.experts)))
     return _table(title, lines)
+
+
+def _papers(experts: int) -> str:
+    if experts not in PAPER_SHARE:
+        return "-"
+    low, high = PAPER_SHARE[experts]
+    return f"{low:.1%}" if low == high else f"{100 * low:.1f} to {high:.1%}"
 
 
 def _layer(analyses: Sequence[Analysis]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
-from megalina.timeline.spans import Span, length_s, shared_s, union
+from megalina.timeline.spans import Span, length_s, overlaps, shared_s, union
 
 CLASSES = {"tokens": "a2a", "grads": "grads", "params": "params"}  # by what is sent; all else is OTHER
 OTHER = "other"  # split sizes, sums, gathers and scatters of tensor parallelism
@@ -48,7 +48,7 @@ class AllToAll:
     tag: str
     phase: str
     slowdown: float  # the smallest over the ranks
-    beside: frozenset[str]  # "grads", "params": what shared the wire with it, on any of the ranks by its own clock
+    beside: frozenset[str]  # "grads", "params", "tokens" (of another one): what shared the wire with it, on any of the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +66,15 @@ class Contention:
 
     def as_metrics(self) -> dict[str, float | None]:
         """Flat, for metrics.jsonl; None: nothing of the kind was on the wire, or it was not calibrated."""
-        a2a, grads = self.traffic["a2a"], self.traffic["grads"]
-        out: dict[str, float | None] = {f"{name}_exposed_s": traffic.exposed_s for name, traffic in self.traffic.items()}
-        out |= {f"{name}_wire_s": traffic.wire_s for name, traffic in self.traffic.items()}
-        return out | {
-            "a2a_slowdown": quantile(a2a.slowdowns, 0.5),
-            "a2a_slowdown_p95": quantile(a2a.slowdowns, 0.95),
-            "a2a_slowdown_max": quantile(a2a.slowdowns, 1.0),
-            "grads_slowdown": quantile(grads.slowdowns, 0.5),
-            "a2a_under_grads": a2a.under.get("grads"),
-            "a2a_under_compute": a2a.under.get("compute"),
-            "idle_share": self.idle_share,
-        }
+        out: dict[str, float | None] = {"idle_share": self.idle_share}
+        for name, traffic in self.traffic.items():
+            out |= {f"{name}_exposed_s": traffic.exposed_s, f"{name}_wire_s": traffic.wire_s, f"{name}_bytes": traffic.num_bytes}
+        for name in CLASSES.values():
+            traffic = self.traffic[name]
+            out[f"{name}_slowdown"] = quantile(traffic.slowdowns, 0.5)
+            out |= {f"{name}_under_{other}": traffic.under.get(other) for other in ("compute", *self.traffic) if other != name}
+        a2a = self.traffic["a2a"]
+        return out | {"a2a_slowdown_p95": quantile(a2a.slowdowns, 0.95), "a2a_slowdown_max": quantile(a2a.slowdowns, 1.0)}
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -100,6 +97,15 @@ def own_slowdowns(events: Iterable[Event], alone: Mapping[str, Alone]) -> dict[s
         if e.kind == SEND and e.num_bytes and e.op in alone and e.axis == CALIBRATED_AXIS.get(e.op):
             if (alone_s := alone[e.op].seconds(e.num_bytes)) > 0:
                 out[e.tag] = (e.end_s - e.start_s) / alone_s
+    return out
+
+
+def group_slowdowns(by_rank: Iterable[Iterable[Event]], alone: Mapping[str, Alone]) -> dict[str, float]:
+    """{tag: slowdown}, the smallest over the ranks of one group, whose events `by_rank` has."""
+    out: dict[str, float] = {}
+    for events in by_rank:
+        for tag, slowdown in own_slowdowns(events, alone).items():
+            out[tag] = min(slowdown, out.get(tag, slowdown))
     return out
 
 
@@ -147,14 +153,15 @@ def all_to_alls(by_rank: Sequence[Sequence[Event]], alone: Mapping[str, Alone]) 
     """
     phases: dict[str, str] = {}
     beside: dict[str, set[str]] = {}
-    smallest: dict[str, float] = {}
+    smallest = group_slowdowns([[e for e in events if e.op == "tokens"] for events in by_rank], alone)
     for events in by_rank:
         wires = {op: union((e.start_s, e.end_s) for e in events if e.kind == SEND and e.op == op) for op in ("grads", "params")}
-        for tag, slowdown in own_slowdowns((e for e in events if e.op == "tokens"), alone).items():
-            smallest[tag] = min(slowdown, smallest.get(tag, slowdown))
-        for e in events:
-            if e.kind == SEND and e.op == "tokens":
-                phases[e.tag] = e.phase
-                shared = {op for op, wire in wires.items() if shared_s([(e.start_s, e.end_s)], wire)}
-                beside.setdefault(e.tag, set()).update(shared)
+        sent = [e for e in events if e.kind == SEND and e.op == "tokens"]
+        for e in sent:
+            phases[e.tag] = e.phase
+            shared = {op for op, wire in wires.items() if shared_s([(e.start_s, e.end_s)], wire)}
+            beside.setdefault(e.tag, set()).update(shared)
+        for first, second, _ in overlaps([(e.start_s, e.end_s) for e in sent]):
+            beside[sent[first].tag].add("tokens")
+            beside[sent[second].tag].add("tokens")
     return [AllToAll(tag, phases[tag], slowdown, frozenset(beside[tag])) for tag, slowdown in smallest.items()]

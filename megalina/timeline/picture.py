@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "timeline.png"  # in a run folder
-LANES = ("computes", "tokens\n(all-to-all)", "gradients", "stands still")
+LANES = ("device computes", "tokens on the wire\n(all-to-all)", "gradients\non the wire", "device waits")
 ATTENTION, EXPERTS, REST = ("#2b6cb0", "#7fb3e6"), ("#2f855a", "#86d0a3"), ("#718096", "#b4bdc9")  # even parts, odd parts
 TOKENS, GRADIENTS, PARAMETERS = ("#6b46c1", "#b79df0"), ("#dd8a1f",) * 2, ("#975a16",) * 2
 FOR_TOKENS, FOR_GRADIENTS, FOR_REST = "#e02020", "#8c1010", "#f4a3a3"
@@ -31,8 +31,10 @@ LEGEND = {
 }
 REST_NAMES = ("embed", "positions", "head", "logits", "loss", "balance", "sizes", "seed", "measure", "verdict", "update")
 PHASES = {"F": ("forward", "#e8eef7"), "B": ("backward", "#f7eee3"), "U": ("update", "#eeeeee")}
+PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later are still backward
+WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
 GAP = 0.12  # above and below the boxes of a lane, which is 1 high
-SMALLEST_LABELLED, SMALLEST_PHASE = 0.011, 0.045  # of the width
+SMALLEST_LABELLED, SMALLEST_PHASE = 0.0065, 0.045  # of the width
 
 
 def draw(path: Path, timelines: Mapping[str, Sequence[Event]], note: str = "", *, race: bool = True) -> None:
@@ -49,7 +51,7 @@ def figure_of(timelines: Mapping[str, Sequence[Event]], note: str = "", *, race:
 
     spans_s = {title: span_of(events) for title, events in timelines.items()}
     longest_ms = max(end - start for start, end in spans_s.values()) * 1e3
-    figure = Figure(figsize=(15, 1.1 + 2.35 * len(timelines)), dpi=110, layout=ConstrainedLayoutEngine(hspace=0.06))
+    figure = Figure(figsize=(15, 1.25 + 2.35 * len(timelines)), dpi=110, layout=ConstrainedLayoutEngine(hspace=0.06))
     axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
     first = next(iter(timelines))
     first_s = spans_s[first][1] - spans_s[first][0]
@@ -59,8 +61,11 @@ def figure_of(timelines: Mapping[str, Sequence[Event]], note: str = "", *, race:
         _frame(axis, title, events, spans_s[title], longest_ms)
         step_s = spans_s[title][1] - spans_s[title][0]
         _words(axis, events, spans_s[title], f"\n {first_s / step_s:.2f}x as fast as {first}" if race and title != first else "")
-    axes[-1].set_xlim(-0.002 * longest_ms, (1.13 if race and len(timelines) > 1 else 1.09) * longest_ms)
-    axes[-1].set_xlabel("milliseconds since the step began" + (f" ({note})" if note else "") + ".  Numbers in boxes are layers.")
+    axes[-1].set_xlim(-0.002 * longest_ms, (1.13 if race and len(timelines) > 1 else 1.1) * longest_ms)
+    axes[-1].set_xlabel(
+        "milliseconds since the step began" + (f" ({note})" if note else "") + "\n"
+        "Numbers in boxes are layers.  Gaps in the top lane are lost time; the lowest lane says what the device waited for."
+    )
     handles = [Patch(color=colour, label=label) for label, colour in LEGEND.items() if colour in used]
     if any(len(_parts(events)) > 1 for events in timelines.values()):
         handles.append(Patch(color="#dddddd", label="lighter: every other part of the batch"))
@@ -120,13 +125,18 @@ def _frame(axis: "Axes", title: str, events: Sequence[Event], span: Span, width_
 
 
 def _words(axis: "Axes", events: Sequence[Event], span: Span, faster: str) -> None:
-    """At the end: how long the step took, and how much of it the device did not compute."""
+    """At the end: how long the step took, how much of it the device did not compute, and what it waited for."""
     step_s = span[1] - span[0]
     axis.axvline(step_s * 1e3, color="black", linewidth=1)
     words = f" {step_s * 1e3:,.0f} ms" if step_s >= 0.1 else f" {step_s * 1e3:,.1f} ms"
     axis.text(step_s * 1e3, _bottom(0) + 0.5, words, size=12, weight="bold", va="center")
     idle = 1 - length_s(union((e.start_s, e.end_s) for e in events if e.kind == COMPUTE)) / step_s
     axis.text(step_s * 1e3, _bottom(1) + 0.5, f" {idle:.0%} of it idle{faster}", size=8.5, va="center")
+    waited_s = {
+        name: sum(e.exposed_s for e in events if e.kind == WAIT and class_of(e) == key) for key, name in WAITED_FOR.items()
+    }
+    lines = [f" {seconds * 1e3:,.0f} ms for {name}" for name, seconds in waited_s.items() if seconds >= 0.0005]
+    axis.text(step_s * 1e3, _bottom(3) + 0.5, "\n".join(lines), size=8, va="center")
 
 
 def _bottom(lane: int) -> float:
@@ -135,7 +145,7 @@ def _bottom(lane: int) -> float:
 
 def _phases(events: Sequence[Event], end_s: float) -> Iterable[tuple[str, float, float]]:
     """Stretches of forward and backward in turn, and the end of the step after the last backward."""
-    passes = sorted((e.start_s, e.end_s, e.phase) for e in events if e.kind == COMPUTE and e.phase in "FB")
+    passes = sorted((e.start_s, e.end_s, PASSES[e.phase]) for e in events if e.kind == COMPUTE and e.phase in PASSES)
     stretches: list[tuple[str, float, float]] = []
     for start_s, stop_s, phase in passes:
         if stretches and stretches[-1][0] == phase:

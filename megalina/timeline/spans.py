@@ -32,6 +32,17 @@ def shared_s(a: Sequence[Span], b: Sequence[Span]) -> float:
     return total_s
 
 
+def overlaps(spans: Sequence[Span]) -> list[tuple[int, int, float]]:
+    """Each two that last at the same time: their places, the earlier one's first, and for how long."""
+    out, open_spans = list[tuple[int, int, float]](), list[int]()
+    for i in sorted(range(len(spans)), key=lambda i: spans[i]):
+        start_s, end_s = spans[i]
+        open_spans = [j for j in open_spans if spans[j][1] > start_s]
+        out += [(j, i, min(end_s, spans[j][1]) - start_s) for j in open_spans if end_s > start_s]
+        open_spans.append(i)
+    return out
+
+
 def rows(spans: Sequence[Span]) -> list[int]:
     """In which row each is drawn, from 0, so that those of one row don't overlap."""
     out, ends_s = [0] * len(spans), list[float]()

@@ -1,42 +1,71 @@
 """The trace: steps of all ranks as one file for https://ui.perfetto.dev or chrome://tracing.
 
 A process a rank, with lanes for what it computed, what it had on the wire by class, and where its program stood.  An arrow
-goes from each all-to-all to the computation that it held up.
+goes from each all-to-all to the computation that it held up.  A click on what was on the wire shows its group, its bytes, how
+long it was held back, its slowdown, and what shared the wire with it.
 """
 
 import gzip
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalina.timeline.contention import class_of
+from megalina.timeline.contention import CALIBRATED_AXIS, Alone, class_of, group_slowdowns
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
-from megalina.timeline.spans import Span, rows
+from megalina.timeline.spans import Span, overlaps, rows
 
 FILE = "trace.json.gz"  # in a run folder
 LANES = ("step", "compute", "tokens", "counts and sums", "gradients", "parameters", "waits")
 LANE_OF = {"a2a": "tokens", "grads": "gradients", "params": "parameters", "other": "counts and sums"}
 ROWS = 100  # a lane has at most so many rows
+MOST_BESIDE = 4  # of what shared the wire with a transfer, the longest
 COMMON = "U:measured>.-.0"  # the sum over the world that closes a step: it ends on all ranks at once, almost
 ESTIMATED = "estimated: clocks of other machines are set by the end of the sum that closes each step"
 
 
-def write_trace(
-    path: Path, steps: Mapping[int, Sequence[Sequence[Event]]], offsets_s: Sequence[float] = (), note: str = ""
-) -> None:
-    """`steps`: {step: [events of rank 0, of rank 1, ...]}, each as a recorder gives them; gzip if the name ends in .gz.
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """One step of all ranks."""
+
+    by_rank: Sequence[Sequence[Event]]  # as a recorder gives them
+    groups: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)  # ranks that talk along each axis: mesh.rows
+    alone: Mapping[str, Alone] = field(default_factory=dict)  # by op, for slowdowns; empty: they aren't shown
+
+    def slowdowns(self) -> list[dict[str, float]]:
+        """Of each rank, by tag: of each of its groups the smallest over the group's ranks."""
+        out: list[dict[str, float]] = [{} for _ in self.by_rank]
+        for op, axis in CALIBRATED_AXIS.items():
+            for ranks in self.groups.get(axis, ()):
+                of_op = [[e for e in self.by_rank[rank] if e.op == op] for rank in ranks]
+                found = group_slowdowns(of_op, self.alone)
+                for rank in ranks:
+                    out[rank] |= found
+        return out
+
+    def group_of(self, rank: int) -> dict[str, Sequence[int]]:
+        """The ranks that a rank talks to, itself among them, by axis."""
+        return {axis: ranks for axis, table in self.groups.items() for ranks in table if rank in ranks}
+
+
+def write_trace(path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence[float] = (), note: str = "") -> None:
+    """`steps`: by number; gzip if the name ends in .gz.
 
     `offsets_s`: what is added to each rank's times, as from `aligned`; nothing where all ranks are on one machine.  `note`
     stands beside each rank's name, such as that times are emulated."""
-    ranks = max(map(len, steps.values()))
+    ranks = max(len(step.by_rank) for step in steps.values())
     offsets_s = offsets_s or [0.0] * ranks
-    every = [(rank, e) for by_rank in steps.values() for rank, events in enumerate(by_rank) for e in events]
+    every = [(rank, e) for step in steps.values() for rank, events in enumerate(step.by_rank) for e in events]
     zero_s = min((e.start_s + offsets_s[rank] for rank, e in every), default=0.0)
     lines: list[dict[str, Any]] = []
+    slowdowns = {number: step.slowdowns() for number, step in steps.items()}
     for rank in range(ranks):
-        lines += _process(rank, {step: by_rank[rank] for step, by_rank in steps.items()}, offsets_s[rank] - zero_s, note)
+        events = {number: step.by_rank[rank] for number, step in steps.items()}
+        details = {n: _details(events[n], step.group_of(rank), slowdowns[n][rank]) for n, step in steps.items()}
+        lines += _process(rank, events, details, offsets_s[rank] - zero_s, note)
     clock = ESTIMATED if any(offsets_s) else "one machine's"
     content = {"traceEvents": lines, "displayTimeUnit": "ms", "otherData": {"clock": clock}}
     data = json.dumps(content, separators=(",", ":")).encode()
@@ -60,8 +89,14 @@ def aligned(by_rank: Sequence[Sequence[Event]], machines: Sequence[str]) -> list
     return [known.get(machine, 0.0) for machine in machines]
 
 
-def _process(rank: int, steps: Mapping[int, Sequence[Event]], shift_s: float, note: str) -> list[dict[str, Any]]:
-    """All lines of one rank."""
+def _process(
+    rank: int,
+    steps: Mapping[int, Sequence[Event]],
+    details: Mapping[int, Sequence[dict[str, Any]]],
+    shift_s: float,
+    note: str,
+) -> list[dict[str, Any]]:
+    """All lines of one rank.  `details`: by step, of each event."""
     spans: dict[str, list[tuple[Span, dict[str, Any]]]] = {lane: [] for lane in LANES}
     placed: dict[tuple[int, int], tuple[str, int]] = {}  # step, place of the event -> lane, place there
     for step, events in steps.items():
@@ -71,7 +106,7 @@ def _process(rank: int, steps: Mapping[int, Sequence[Event]], shift_s: float, no
         for i, e in enumerate(events):
             lane = {COMPUTE: "compute", WAIT: "waits"}.get(e.kind) or LANE_OF[class_of(e)]
             placed[step, i] = lane, len(spans[lane])
-            spans[lane].append(((e.start_s, e.end_s), {"name": e.tag, "args": _details(e)}))
+            spans[lane].append(((e.start_s, e.end_s), {"name": e.tag, "args": details[step][i]}))
     lines = [
         {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}" + (f" ({note})" if note else "")}},
         {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}},
@@ -118,13 +153,31 @@ def arrows(events: Sequence[Event]) -> list[tuple[int, int]]:
     return out
 
 
-def _details(e: Event) -> dict[str, Any]:
-    if e.kind == COMPUTE:
-        return {}
-    details: dict[str, Any] = {"op": e.op, "axis": e.axis}
-    if e.kind == WAIT:
-        return details | {"exposed_ms": round(e.exposed_s * 1e3, 4)}
-    return details | {"bytes": e.num_bytes, "held_ms": round((e.start_s - e.enqueued_s) * 1e3, 4)}
+def _details(
+    events: Sequence[Event], groups: Mapping[str, Sequence[int]], slowdowns: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """What a click on each box shows."""
+    sends = [i for i, e in enumerate(events) if e.kind == SEND]
+    beside: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
+    for a, b, seconds in overlaps([(events[i].start_s, events[i].end_s) for i in sends]):
+        beside[sends[a]].append((seconds, sends[b]))
+        beside[sends[b]].append((seconds, sends[a]))
+    out = []
+    for i, e in enumerate(events):
+        details: dict[str, Any] = {} if e.kind == COMPUTE else {"op": e.op, "axis": e.axis}
+        if e.kind != COMPUTE and e.axis in groups:
+            details["group"] = " ".join(map(str, groups[e.axis]))
+        if e.kind == WAIT:
+            details["exposed_ms"] = round(e.exposed_s * 1e3, 4)
+        if e.kind == SEND:
+            details |= {"bytes": e.num_bytes, "held_ms": round((e.start_s - e.enqueued_s) * 1e3, 4)}
+            if e.tag in slowdowns:
+                details["slowdown"] = round(slowdowns[e.tag], 3)
+            longest = sorted(beside[i], reverse=True)[:MOST_BESIDE]
+            if longest:
+                details["beside"] = ", ".join(f"{events[j].tag} {seconds * 1e3:.1f} ms" for seconds, j in longest)
+        out.append(details)
+    return out
 
 
 def _us(seconds: float) -> float:

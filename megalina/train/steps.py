@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
+from megalina.comm.urgency import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, build_meshes
@@ -59,6 +60,8 @@ class Steps:
             folder=Path(config.run.dir) / "logs",
         )
         self.trainable = self._trainable_on(self.mesh)
+        if self.trainable.device is not None:
+            other_threads_are_urgent()
         self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
         self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
         self.state = RunState(

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from megalina.comm.calibration import calibrate, sizes_of_step
+from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.objects import everybodys
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
@@ -16,6 +16,7 @@ from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary
 from megalina.timeline.recorder import Event
 
+CALIBRATIONS = 3  # after so many of the first recorded steps: a machine that is busy for a moment spoils not all of them
 MOST_PICTURED = 8  # steps, the newest; the trace has all
 
 logger = logging.getLogger("megalina")
@@ -27,7 +28,9 @@ class Timing:
 
     def __init__(self, config: PretrainConfig, mesh: Mesh, trainable: Trainable):
         self._config, self._mesh, self._trainable = config, mesh, trainable
-        self._alone: dict[str, Alone] | None = None
+        self._alone: dict[str, Alone] = {}
+        self._sizes_bytes: dict[str, list[int]] | None = None  # of the first step that was recorded
+        self._calibrations = 0
         self._traced: dict[int, trace.TracedStep] = {}
 
     def moved(self, mesh: Mesh, trainable: Trainable) -> "Timing":
@@ -44,15 +47,22 @@ class Timing:
         if not self._wants(step):
             return {}
         events = self._trainable.recorder.events()
-        if self._alone is None:  # in the first step that is recorded: it tells the sizes
-            sizes_bytes = sizes_of_step(self._mesh, events)
-            self._alone = calibrate(self._mesh, sizes_bytes, sharded=self._config.parallel.zero == 1)
+        if self._calibrations < CALIBRATIONS:
+            self._calibrate(events)
         if step in self._config.timeline.trace_steps:
             self._trace(step, events, self._alone)
         if not self._config.timeline.metrics:
             return {}
         of_group = slowdowns(self._mesh, self._trainable.program, events, self._alone)
         return summary(events, self._alone, of_group).as_metrics()
+
+    def _calibrate(self, events: list[Event]) -> None:
+        """The same on every rank."""
+        if self._sizes_bytes is None:
+            self._sizes_bytes = sizes_of_step(self._mesh, events)
+        found = calibrate(self._mesh, self._sizes_bytes, sharded=self._config.parallel.zero == 1)
+        self._alone = fastest(self._alone or found, found, self._sizes_bytes)
+        self._calibrations += 1
 
     def _wants(self, step: int) -> bool:
         timeline = self._config.timeline

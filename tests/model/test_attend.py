@@ -41,7 +41,7 @@ def test_attention_equals_its_definition(
     document: Tensor | None, heads: int, groups: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attend_file, "QUERIES_A_BLOCK", 4)  # 11 tokens: two blocks and a rest
-    monkeypatch.setattr(attend_file, "LONGEST_BLOCKED", 1024 if way == "blocks" else 0)
+    monkeypatch.setattr(attend_file, "SHORTEST_BLOCKED", 1 if way == "blocks" else 1024)
     q, k, v = draw(2, 11, heads, 6), draw(2, 11, groups, 6, seed=1), draw(2, 11, groups, 6, seed=2)
     ours, theirs = attend(q, k, v, document), plain_attention(q, k, v, document)
     torch.testing.assert_close(ours, theirs)
@@ -50,7 +50,8 @@ def test_attention_equals_its_definition(
         torch.testing.assert_close(a, b)
 
 
-def test_blocks_pass_gradcheck() -> None:
+def test_blocks_pass_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_file, "SHORTEST_BLOCKED", 1)
     q, k, v = draw(1, 5, 2, 3), draw(1, 5, 1, 3, seed=1), draw(1, 5, 1, 3, seed=2)
     document = torch.tensor([[0, 0, 1, 1, 1]])
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, document), (q, k, v))

@@ -1,6 +1,7 @@
 """The analysis of all-to-alls, with numbers worked out by hand, and its tables."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,12 @@ def test_the_tables_say_our_numbers_and_the_papers() -> None:
     assert "4 4 3.00 3.00 3.00 4 1.50 1.50 1.50" in rows
     assert "paper 1,500 1.83 - 4.14 - - - -" in rows
     assert "4 47.5% 21.1% 1,000.0" in rows
+
+
+def test_devices_whose_math_was_late_are_said_to_be_no_measure() -> None:
+    assert "not valid" not in report([replace(analysed(), overrun_fraction=0.05)], steps=2)
+    second = report([analysed(), replace(analysed(), overrun_fraction=0.19)], steps=2).splitlines()[1]
+    assert second.startswith("not valid: the real math was late by 19.0% of the devices' time")
 
 
 def test_the_json_has_every_slowdown_and_null_for_no_quantile() -> None:

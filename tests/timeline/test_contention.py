@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from megalina.timeline.contention import Alone, all_to_alls, quantile, slowdowns, summary
+from megalina.timeline.contention import Alone, all_to_alls, group_slowdowns, quantile, slowdowns, summary
 from megalina.timeline.recorder import Event
-from megalina.timeline.spans import length_s, shared_s, union
+from megalina.timeline.spans import length_s, overlaps, shared_s, union
 from tests.timeline.made import compute, event, grads, tokens, wait
 
 ALONE = {"tokens": Alone(0.5, 0.0005), "grads": Alone(0.0, 0.001)}  # 1,000 bytes: 1 s each
@@ -49,6 +49,9 @@ def test_metrics_are_flat_numbers_and_none_where_there_is_no_number() -> None:
     metrics = summary(step(), ALONE).as_metrics()
     assert (metrics["a2a_exposed_s"], metrics["grads_exposed_s"], metrics["params_exposed_s"]) == (3, 1, 0)
     assert (metrics["a2a_slowdown"], metrics["a2a_slowdown_max"], metrics["a2a_under_grads"]) == (2, 3, 0.75)
+    assert (metrics["a2a_bytes"], metrics["grads_bytes"], metrics["grads_slowdown"]) == (2000, 1000, 4.5)
+    assert (metrics["grads_under_a2a"], metrics["grads_under_compute"]) == (pytest.approx(3 / 4.5), pytest.approx(1.5 / 4.5))
+    assert metrics["params_under_grads"] is metrics["params_slowdown"] is None and "a2a_under_a2a" not in metrics
     assert all(value is None or isinstance(value, float | int) for value in metrics.values())
     for alone in ({}, {"tokens": Alone(0.0, 0.0)}):  # not calibrated; one rank
         metrics = summary(step(), alone).as_metrics()
@@ -92,6 +95,17 @@ def test_only_those_under_gradients_and_of_backward_are_picked() -> None:
 
 def test_touching_is_not_sharing() -> None:
     assert slowdowns([[tokens("dispatch", 0, 1), grads("dense.0", 1, 5)]], ALONE, under="grads") == []
+    assert [t.beside for t in all_to_alls([[tokens("dispatch", 0, 1), tokens("combine", 1, 2)]], ALONE)] == [set(), set()]
+
+
+def test_an_exchange_beside_another_one_is_not_alone() -> None:
+    found = all_to_alls([[tokens("dispatch", 0, 2), tokens("dispatch", 1, 3, part="1"), tokens("combine", 5, 6)]], ALONE)
+    assert [t.beside for t in found] == [{"tokens"}, {"tokens"}, set()]
+
+
+def test_a_group_agrees_on_the_smallest_and_each_transfer_is_one_of_its_own() -> None:
+    early, late = [tokens("dispatch", 0, 4), grads("dense.0", 5, 7)], [tokens("dispatch", 1, 4), grads("dense.0", 5, 8)]
+    assert group_slowdowns([early, late], ALONE) == {"F:dispatch>.-.0": 3, "B:dense.0>.-.0": 2}
 
 
 def test_spans_add_up_as_seconds_counted_one_by_one() -> None:
@@ -101,6 +115,10 @@ def test_spans_add_up_as_seconds_counted_one_by_one() -> None:
         seconds = [{t for start, end in spans for t in range(start, end)} for spans in (a, b)]
         assert length_s(union(a)) == len(seconds[0])
         assert shared_s(union(a), union(b)) == len(seconds[0] & seconds[1])
+        each = [set(range(start, end)) for start, end in a]
+        pairs = {frozenset((i, j)): s for i, j, s in overlaps(a)}
+        assert pairs == {frozenset((i, j)): len(each[i] & each[j]) for i in range(8) for j in range(i) if each[i] & each[j]}
+        assert all(a[i][0] <= a[j][0] for i, j, _ in overlaps(a))
 
 
 def test_what_was_sent_before_the_step_began_does_not_make_it_longer() -> None:

@@ -1,22 +1,24 @@
-"""The picture of a distribution."""
+"""The lines of a distribution."""
 
-from pathlib import Path
-
-import matplotlib.figure
 import pytest
+from matplotlib.figure import Figure
 
 from megalina.timeline.distribution import draw_distribution
 
 
-def test_each_sample_is_a_line_from_nobody_to_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path: drawn.append(self) or save(self, path))
-    draw_distribution(tmp_path / "a.png", {"eager": [3.0, 1.0, 2.0, 2.0], "nothing": []}, "emulated")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    (axis,) = drawn[0].axes
+def test_each_sample_is_a_line_from_nobody_to_everybody() -> None:
+    axis = Figure().subplots()
+    draw_distribution(axis, {"eager": [3.0, 1.0, 2.0, 2.0], "nothing": []})
     line, median, worst = axis.lines
-    assert line.get_label() == "eager (4)"
+    assert line.get_label() == "eager (4, at most 3.0)"
     assert list(zip(line.get_xdata(), line.get_ydata())) == [(1, 0), (1, 0.25), (2, 0.5), (2, 0.75), (3, 1)]
     assert (median.get_xdata()[0], worst.get_xdata()[0]) == (1.83, 4.14)
-    assert axis.get_xlabel().endswith("(emulated)")
+
+
+def test_one_that_was_held_up_by_chance_presses_no_other_to_the_edge() -> None:
+    axis = Figure().subplots()
+    draw_distribution(axis, {"eager": [2.0] * 98 + [5.0, 49.0]})
+    assert axis.get_xlim() == (0, pytest.approx(1.05 * 4.14))  # the paper's worst
+    assert axis.lines[0].get_label() == "eager (100, at most 49.0)"
+    draw_distribution(axis := Figure().subplots(), {"eager": [2.0] * 90 + [6.0] * 10})
+    assert axis.get_xlim()[1] == pytest.approx(1.05 * 6)

@@ -61,6 +61,7 @@ def test_each_event_is_a_box_in_its_lane() -> None:
 def test_the_words_say_phases_layers_time_and_idleness() -> None:
     found = words(figure_of({"eager": step()}))
     assert [word for word in found if word.isalpha()] == ["update", "forward", "backward", "update"]  # a box, the phases
+    assert "100 ms for tokens\n 50 ms for gradients" in found
     assert sorted(word for word in found if word.isdigit()) == ["3", "3", "3", "3", "4", "4"]
     assert "500 ms" in found
     assert "30% of it idle" in found
@@ -73,13 +74,21 @@ def test_the_second_row_is_on_the_same_axis_and_says_how_much_faster_it_was() ->
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     assert "400 ms" in words(figure, 1)
     assert "25% of it idle\n 1.25x as fast as eager" in words(figure, 1)
-    assert "(emulated)" in figure.axes[1].get_xlabel()
+    assert figure.axes[1].get_xlabel().startswith("milliseconds since the step began (emulated)\n")
     assert "25% of it idle" in words(figure_of({"step 1": step(), "step 2": flow}, race=False), 1)
 
 
 def test_a_wait_is_red_only_as_long_as_the_device_stood_still() -> None:
     events = [compute("attention", 0, 1), wait("dispatch", 0.5, 2, 1.0, layer=0), compute("experts", 2, 3)]
     assert (picture.FOR_TOKENS, 1000, 2000, -3.88) in boxes(figure_of({"": events}))
+
+
+def test_gradients_of_weights_that_come_late_are_backward_still() -> None:
+    events = [compute("attention", 0, 1), compute("experts", 1, 2, phase="B"), compute("experts", 3, 4, phase="W"),
+              compute("update dense.0", 4, 5, phase="U")]  # fmt: skip
+    shades = [patch for patch in figure_of({"": events}).axes[0].patches if patch.get_zorder() == 0]
+    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in shades]
+    assert spans == [(0, 1000), (1000, 4000), (4000, 5000)]
 
 
 def test_parts_come_in_two_shades_and_chunks_keep_their_parts() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event
-from megalina.timeline.trace import COMMON, aligned, arrows, write_trace
+from megalina.timeline.trace import COMMON, TracedStep, aligned, arrows, write_trace
 from tests.timeline.made import compute, event, grads, tokens, wait
 
 
@@ -32,8 +33,9 @@ def layer(start_s: float = 0.0) -> list[Event]:
     return [replace(e, **{t: getattr(e, t) + start_s for t in ("enqueued_s", "start_s", "end_s")}) for e in events]
 
 
-def written(path: Path, *arguments: Any) -> list[dict[str, Any]]:
-    write_trace(path, *arguments)
+def written(path: Path, steps: dict[int, Any], *arguments: Any) -> list[dict[str, Any]]:
+    """`steps`: events by rank, or traced steps."""
+    write_trace(path, {n: s if isinstance(s, TracedStep) else TracedStep(s) for n, s in steps.items()}, *arguments)
     data = path.read_bytes()
     found = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -59,6 +61,24 @@ def test_each_rank_is_a_process_with_its_lanes(tmp_path: Path) -> None:
     assert boxes[1, "waits", "F:dispatch<.0.0"]["args"]["exposed_ms"] == 1000
     assert boxes[1, "step", "step 7"]["ts"] == 0.25e6
     assert {(boxes[0, lane, name]["dur"]) for lane, name in [("gradients", "B:dense.0>.-.0")]} == {3e6}
+
+
+def test_a_click_on_a_transfer_shows_its_group_its_slowdown_and_what_was_beside_it(tmp_path: Path) -> None:
+    late = [replace(e, start_s=e.start_s + 0.5) if e.name == "dispatch" else e for e in layer()]  # it waited for nobody
+    groups = {"ep": [[0, 1], [2, 3]], "dp": [[0, 1, 2, 3]], "world": [[0, 1, 2, 3]]}
+    alone = {"tokens": Alone(1.0, 0.0), "grads": Alone(2.0, 0.0)}
+    step = TracedStep([layer(), late, layer(), layer()], groups, alone)
+    lines = written(tmp_path / "trace.json", {1: step})
+    args = {(x["pid"], x["name"]): x["args"] for x in lines if x["ph"] == "X" and x["cat"] != "step"}
+    dispatch = [args[rank, "F:dispatch>.0.0"] for rank in range(4)]
+    assert [a["group"] for a in dispatch] == ["0 1", "0 1", "2 3", "2 3"]
+    assert [a["slowdown"] for a in dispatch] == [1.5, 1.5, 2, 2]
+    assert "beside" not in dispatch[0]
+    assert args[3, "B:dense.0>.-.0"]["slowdown"] == 1.5 and args[3, "B:dense.0>.-.0"]["group"] == "0 1 2 3"
+    assert args[0, "B:dense.0>.-.0"]["beside"] == "B:copied.0>.-.0 1500.0 ms, F:combine>.0.0 1000.0 ms"
+    assert args[0, "F:combine>.0.0"]["beside"] == "B:dense.0>.-.0 1000.0 ms, B:copied.0>.-.0 500.0 ms"
+    assert "slowdown" not in args[0, "U:measured>.-.0"] and args[0, "U:measured>.-.0"]["group"] == "0 1 2 3"
+    assert args[0, "F:dispatch<.0.0"]["group"] == "0 1" and args[0, "F:experts.0.0"] == {}
 
 
 def test_boxes_of_a_row_never_overlap(tmp_path: Path) -> None:
