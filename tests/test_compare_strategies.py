@@ -1,5 +1,6 @@
 """tools/compare_strategies.py: what it refuses before a rank starts, what it runs, and one comparison from end to end."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -102,7 +103,8 @@ def test_the_suite_is_the_ladder_and_eager_runs_in_all_sizes(no_ranks: None, mon
 
 def test_every_strategy_runs_unless_some_are_named(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 heavy")
-    assert {config.strategy.name for config in job.configs.values()} == set(STRATEGIES)
+    assert {config.strategy.name for config in job.configs.values()} == set(STRATEGIES) - {"flow_packed"}
+    assert {n for n, c in job.configs.items() if c.strategy.packing == "auto"} == {"lina", "flow_packed", "auto"}
     assert [n for n, c in job.configs.items() if c.parallel.zero] == ["lina_zero"]
     assert {c.train.seed for c in job.configs.values()} == {1234}  # the same weights and batches
 
@@ -137,7 +139,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         [
             *("--nodes", "1", "--ranks-per-node", "2", "--strategies", "flow,ddp", "--rounds", "1", "--steps", "2"),
             *("--json", str(files["json"]), "--plot", str(files["svg"]), "--markdown", str(files["md"])),
-            *("--picture", str(files["png"])),
+            *("--picture", str(files["png"]), "--trace", str(tmp_path / "trace.json.gz")),
             *TINY, f"data.prefix={tmp_path / 'tokens'}", f"data.cache_dir={tmp_path / 'cache'}",
             *("cluster.attention_ms=10", "cluster.experts_ms=10"),
         ]
@@ -154,7 +156,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert m["median_step_s"] * m["ratio_to_eager"] == pytest.approx(strategies["eager"]["median_step_s"])
         assert len(m["step_s"]) == 2 and len(m["ratio_spread"]) == 2
         assert m["largest_loss_difference"] < 1e-5
-        assert 0.060 < setting["lower_bound_s"] <= m["device_s"] < m["median_step_s"]  # 3 x (10 + 10) ms, and small stages
+        assert 0.060 < setting["lower_bound_s"] <= m["device_s"] < m["median_step_s"]  # 3 x (10 + 10) ms, and floors
         assert {"a2a_exposed_s", "grads_exposed_s", "a2a_slowdown_median"} <= m.keys()
     assert result["mean_auto_ratio"] is None
     assert result["mean_best_ratio"] == max(m["ratio_to_eager"] for m in strategies.values())
@@ -162,3 +164,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "**1x2**" in out and "(emulated: devices)" in out
     assert "<!-- 1x2" in files["svg"].read_text()
     assert files["png"].read_bytes()[1:4] == b"PNG"
+    lines = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    steps = {line["name"]: line["ts"] for line in lines if line.get("name", "").startswith("step ")}
+    assert steps.keys() == {"step 1", "step 2"} and 0 <= steps["step 1"] < steps["step 2"] < 2e6  # eager, then flow, in us
+    assert {line["pid"] for line in lines} == {0, 1}

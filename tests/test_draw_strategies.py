@@ -44,11 +44,11 @@ def test_an_exchange_with_the_wire_to_itself_takes_its_bytes_and_the_latency() -
 
 
 def test_a_device_computes_as_long_as_the_ladder_says() -> None:
-    """Forward 10 and 14 ms a layer and 2% of each; backward twice that; the small stages 2% of attention each."""
+    """Forward 10 and 14 ms a layer and 2% of each; backward twice that; small stages take no time here."""
     computes = [e for e in drawn("eager").timeline.events(0) if e.kind == "compute"]
     large_s = sum(e.end_s - e.start_s for e in computes if e.name in ("attention", "experts"))
     assert large_s == pytest.approx(LAYERS * 3 * 24e-3 * 1.02)
-    assert {round((e.end_s - e.start_s) * 1e3, 3) for e in computes if e.name not in ("attention", "experts")} == {0, 0.2, 0.4}
+    assert {round((e.end_s - e.start_s) * 1e3, 3) for e in computes if e.name not in ("attention", "experts")} == {0}
 
 
 @pytest.mark.parametrize("zero", [0, 1])

@@ -1,6 +1,7 @@
 """The README names what is there: its files exist, its overrides compose, its commands' tools have these flags."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_every_flag_of_the_readme_is_one_of_the_tool(tool: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pretrain" in c and " -m " not in c and "data/" not in c])
 def test_every_configuration_of_the_readme_passes_the_checks(command: str) -> None:
-    overrides = command.replace("\\", " ").split()[2:]
+    overrides = shlex.split(command.replace("\\", " "))[2:]
     checked = subprocess.run(
         [sys.executable, ROOT / "pretrain_gpt_moe.py", *overrides, "launch.dry_run=true", "tracker.wandb.mode=disabled"],
         capture_output=True,

@@ -74,7 +74,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, STRATEGIES, Setting
     from megalina.namespaces import check_figures, check_host
 
-    for path in filter(None, (args.json, args.plot, args.picture, args.markdown)):
+    for path in filter(None, (args.json, args.plot, args.picture, args.trace, args.markdown)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
@@ -162,6 +162,7 @@ def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dic
         "link_mbit": job.link_mbit,
         "out": str(out),
         "picture": str(args.picture.absolute()) if args.picture and first else "",
+        "trace": str(args.trace.absolute()) if args.trace and first else "",
         "shown": SHOWN,
         "note": note(job),
     }
@@ -209,11 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without --suite (default: 1)")
     parser.add_argument("--link-mbit", type=float, metavar="X", help="of each node, each way (default: 500)")
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each strategy (default: 5)")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps a turn, after one that isn't (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy (default: 3)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="step times as bars; .svg too")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the timeline of a step of eager and of flow, first setting")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="the same steps, of all ranks, for ui.perfetto.dev: .json.gz")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables, for a log")
     return parser
 

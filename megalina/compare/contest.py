@@ -7,19 +7,22 @@ losses can be held against each other while times are taken.
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from megalina.comm.calibration import calibrate, sizes_of_step
+from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
+from megalina.mesh import Mesh, build_meshes
 from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event
+from megalina.train.packing import allowed_packings
 from megalina.train.steps import Steps
 
 MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
@@ -51,7 +54,11 @@ def contest(
     """Rounds in which every contestant takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
     All ranks call it together.  Before the first round each warms up, for as long as it searches."""
-    contestants = [Contestant(name, Steps(config, data, device=torch.device("cpu"))) for name, config in configs.items()]
+    meshes = _shared_meshes(list(configs.values()))
+    contestants = [
+        Contestant(name, Steps(config, data, device=torch.device("cpu"), meshes=meshes[config.parallel.tp, config.parallel.ep]))
+        for name, config in configs.items()
+    ]
     gc.collect()
     gc.disable()  # a collection would hit whoever's turn it is
     done, total = 0, (rounds + 1) * len(contestants)
@@ -67,10 +74,24 @@ def contest(
     return contestants
 
 
+def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], Mapping[int, Mesh]]:
+    """By tp and ep, with all packings that any of these may take.
+
+    Each group of gloo's has threads that wake up a hundred times a second, whether it has anything to do or not."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    packings: dict[tuple[int, int], set[int]] = {}
+    for config in configs:
+        packings.setdefault((config.parallel.tp, config.parallel.ep), set()).update(allowed_packings(config, world))
+    timeout_s = max(config.cluster.timeout_s for config in configs)
+    return {(tp, ep): build_meshes(tp=tp, ep=ep, packings=sorted(k), timeout_s=timeout_s) for (tp, ep), k in packings.items()}
+
+
 def alone(contestant: Contestant, *, sharded: bool) -> dict[str, Alone]:
     """How long its exchanges take that have the links to themselves.  All ranks call it together."""
     mesh = contestant.steps.mesh
-    return calibrate(mesh, sizes_of_step(mesh, contestant.events[-1]), sharded=sharded)
+    sizes_bytes = sizes_of_step(mesh, contestant.events[-1])
+    first, second = (calibrate(mesh, sizes_bytes, sharded=sharded) for _ in range(2))
+    return fastest(first, second, sizes_bytes)
 
 
 def _warm_up(contestant: Contestant) -> None:

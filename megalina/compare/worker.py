@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.compare.contest import alone, contest
+from megalina.comm.objects import everybodys
+from megalina.compare.contest import Contestant, alone, contest
 from megalina.compare.results import EAGER, as_json, measure, tuned_eager
 from megalina.data.source import open_data
+from megalina.mesh import rows
+from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
+from megalina.timeline.trace import TracedStep, write_trace
 from megalina.worker import load_config
+
+GAP_S = 0.05  # between two steps of a trace
 
 
 def main(spec_path: str) -> int:
-    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, out (JSON), picture (PNG)."""
+    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, shown (names), note, and the files
+    out (JSON), picture (PNG), trace (.json.gz)."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
@@ -40,16 +49,39 @@ def main(spec_path: str) -> int:
     known = alone(eager, sharded=False)
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}
     found = measure(contestants, known, turn=spec["turn"], **link)
+    by_name = {c.name: c for c in contestants}
+    by_name[EAGER] = by_name[tuned_eager(found)]
+    shown = {name: traced(by_name[name], known) for name in spec["shown"] if name in by_name}
     if rank == 0:
         print(file=sys.stderr)
         Path(spec["out"]).write_text(json.dumps(as_json(spec["name"], found), allow_nan=False))
         if spec["picture"]:
-            events = {c.name: c.events[-1] for c in contestants}
-            events[EAGER] = events[tuned_eager(found)]
-            shown = {name: events[name] for name in spec["shown"] if name in events}
-            draw(Path(spec["picture"]), shown, note=spec["note"])
+            draw(Path(spec["picture"]), {name: step.by_rank[0] for name, step in shown.items()}, note=spec["note"])
+        if spec["trace"]:
+            write_trace(Path(spec["trace"]), one_after_another(list(shown.values())), note=spec["note"])
     dist.destroy_process_group()
     return 0
+
+
+def traced(contestant: Contestant, known: Mapping[str, Alone]) -> TracedStep:
+    """The last step, of all ranks."""
+    mesh = contestant.steps.mesh
+    return TracedStep(everybodys(mesh, contestant.events[-1]), rows(mesh.shape), known)
+
+
+def one_after_another(steps: Sequence[TracedStep]) -> dict[int, TracedStep]:
+    """By number, from 1: each begins where the one before it ends, whatever was between them."""
+    out, at_s = {}, 0.0
+    for number, step in enumerate(steps, 1):
+        events = [e for of_rank in step.by_rank for e in of_rank]
+        by_s = at_s - min(e.start_s for e in events)
+        moved = [
+            [replace(e, enqueued_s=e.enqueued_s + by_s, start_s=e.start_s + by_s, end_s=e.end_s + by_s) for e in of_rank]
+            for of_rank in step.by_rank
+        ]
+        out[number] = replace(step, by_rank=moved)
+        at_s = max(e.end_s for of_rank in moved for e in of_rank) + GAP_S
+    return out
 
 
 if __name__ == "__main__":

@@ -41,13 +41,17 @@ class Steps:
 
     batch: Batch  # this rank's part of the last step
 
-    def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device):
+    def __init__(
+        self, config: PretrainConfig, data: TokenData, *, device: torch.device, meshes: Mapping[int, Mesh] | None = None
+    ):
+        """`meshes`: those of other steps of the same layout, at least of this configuration's packings; they take turns."""
         self.config, self.data, self.device = config, data, device
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
-        self.meshes = build_meshes(
+        made = meshes or build_meshes(
             tp=config.parallel.tp, ep=config.parallel.ep, packings=packings, timeout_s=config.cluster.timeout_s
         )
+        self.meshes = {packing: made[packing] for packing in packings}
         self.mesh = self.meshes[packings[0]]
         self.is_first = self.mesh.world.rank == 0
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
