@@ -10,7 +10,7 @@ import pytest
 from megalina.compare.ladder import EAGER_PIECES, LADDER, STRATEGIES
 from tests.train.small_run import write_tokens
 from tools import compare_strategies
-from tools.compare_strategies import BAD_INPUT, Job, jobs_of, main, note
+from tools.compare_strategies import BAD_INPUT, Job, jobs_of, main, note, variants_of
 
 TINY = (
     *("model=tiny", "parallel.ep=2", "model.num_layers=1", "data=indexed", "data.split='80,20'"),
@@ -129,6 +129,16 @@ def test_on_one_node_the_figures_say_what_is_emulated(
 ) -> None:
     (job,) = jobs(monkeypatch, *BASE.split(), *overrides.split())
     assert (job.link_mbit, note(job)) == (0, said)
+
+
+def test_variants_are_contestants_with_overrides_of_their_own(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--variant", "packed:strategy=flow,strategy.packing=2", "--variant", "late:strategy=flow,strategy.late_layers=2")
+    (job,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x1 light", *flags)
+    assert list(job.configs) == ["eager whole", "eager 512 KiB", "eager 1024 KiB", "packed", "late"]
+    assert (job.configs["packed"].strategy.packing, job.configs["late"].strategy.late_layers) == ("2", 2)
+    for bad in ("packed", "packed:", ":strategy=flow", "packed:flow"):
+        with pytest.raises(ValueError, match=f"--variant {bad} must be NAME:OVERRIDE,OVERRIDE"):
+            variants_of([bad])
 
 
 def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

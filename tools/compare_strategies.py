@@ -79,6 +79,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
     names = tuple(args.strategies.split(",")) if args.strategies else STRATEGIES
+    variants = variants_of(args.variant)
+    names = (*(names if args.strategies or not variants else ()), *variants)
     if "eager" not in names:
         names = ("eager", *names)  # what all ratios are to
     own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, ())
@@ -100,20 +102,33 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         for name in names:
             pieces = EAGER_PIECES if name == "eager" else (None,)
             for piece in pieces:
-                config = _config(setting, name, piece, args)
+                config = _config(setting, name, piece, args, variants)
                 title = name if piece is None else f"eager {piece // 1024} KiB" if piece else "eager whole"
                 configs[title] = config
         jobs.append(Job(setting, configs, link_mbit if setting.nodes > 1 else 0.0))
     return jobs
 
 
-def _config(setting: "Setting", name: str, piece: int | None, args: argparse.Namespace) -> "PretrainConfig":
+def variants_of(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Overrides by name, from NAME:OVERRIDE,OVERRIDE; ValueError for what isn't that."""
+    out = {}
+    for text in given:
+        name, colon, overrides = text.partition(":")
+        if not (name and colon and all("=" in override for override in overrides.split(","))):
+            raise ValueError(f"--variant {text} must be NAME:OVERRIDE,OVERRIDE, such as packed:strategy=flow,strategy.packing=2")
+        out[name] = tuple(overrides.split(","))
+    return out
+
+
+def _config(
+    setting: "Setting", name: str, piece: int | None, args: argparse.Namespace, variants: Mapping[str, tuple[str, ...]]
+) -> "PretrainConfig":
     from megalina.compare.ladder import OVERRIDES
     from megalina.validate import check_config
 
     overrides = [
         *(setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)),
-        *OVERRIDES.get(name, (f"strategy={name}",)),
+        *(variants.get(name) or OVERRIDES.get(name, (f"strategy={name}",))),
         *([f"strategy.partition_bytes={piece}"] if piece is not None else []),
         *args.overrides,
         f"launch.ranks={setting.world}",
@@ -210,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without --suite (default: 1)")
     parser.add_argument("--link-mbit", type=float, metavar="X", help="of each node, each way (default: 500)")
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME:A=B,C=D",
+                        help="one more contestant, with these overrides; may be given several times")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy (default: 3)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")

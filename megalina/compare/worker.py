@@ -27,7 +27,7 @@ GAP_S = 0.05  # between two steps of a trace
 
 
 def main(spec_path: str) -> int:
-    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, shown (names), note, and the files
+    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, shown (names), note, and files:
     out (JSON), picture (PNG), trace (.json.gz)."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
