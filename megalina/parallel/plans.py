@@ -33,11 +33,6 @@ def first_plan(strategy: StrategyConfig, *, packing: int = 1) -> Plan:
     )
 
 
-def says_auto(strategy: StrategyConfig) -> bool:
-    """Whether measured steps choose anything."""
-    return AUTO in (strategy.name, strategy.chunks, strategy.partition_bytes, strategy.packing)
-
-
 def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) -> list[Question]:
     """What `config.strategy` leaves to measured steps, question by question; [] where it leaves nothing.
 

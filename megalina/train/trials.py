@@ -86,11 +86,6 @@ class Trials(Generic[Option]):
         """Of how many steps the next measurement is."""
         return self.rules.window if self.searching else self.rules.watch
 
-    @property
-    def deciding(self) -> bool:
-        """Whether the last trials of a search are being made."""
-        return self.searching and self._finals
-
     def observe(self, measured: Measured) -> Option:
         """A measurement of steps under the present option; returns the option from now on."""
         if self.done:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
-from megalina.parallel.plans import CHUNKS, PIECES_BYTES, first_plan, questions, says_auto
+from megalina.parallel.plans import CHUNKS, PIECES_BYTES, first_plan, questions
 from megalina.step.plan import Plan, plan_of
 from megalina.validate import check_config
 
@@ -36,7 +36,7 @@ def tried(config: PretrainConfig, packings: tuple[int, ...] = (1,), best: str = 
 
 def test_numbers_as_given_leave_nothing_to_try() -> None:
     config = config_of({"name": "lina_nopack", "yields": True, "chunks": "2", "partition_bytes": "1000"})
-    assert not says_auto(config.strategy) and questions(config, WORLD, packings=(1,)) == []
+    assert questions(config, WORLD, packings=(1,)) == []
     assert first_plan(config.strategy) == Plan("lina_nopack", yields=True, chunks="2", piece_bytes=1000)
 
 
