@@ -43,7 +43,9 @@ def _rank(rank: int, world: int, port: int, folder: str, work: Callable[..., Any
         result = True, work(*arguments)
     except Exception:  # noqa: BLE001  the parent raises it
         result = False, traceback.format_exc()
-    (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
+    whole = Path(folder) / f"{rank}.partial"  # renamed when whole: the parent may end this rank while it writes
+    whole.write_bytes(pickle.dumps(result))
+    whole.rename(Path(folder) / str(rank))
     if result[0]:
         dist.barrier()
         dist.destroy_process_group()
