@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megalina.collective_log import CollectiveLog
+from megalina.groups import new_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
     def axis(name: str, table: list[list[int]], packing: int) -> Axis:  # every rank makes every group, in the same order
         mine = Axis(name, log=log, packing=packing)
         for row in table:
-            group = dist.new_group(row, timeout=timeout) if len(row) > 1 else None
+            group = new_group(row, timeout=timeout) if len(row) > 1 else None
             if me in row:
                 mine = Axis(name, tuple(row), row.index(me), group, log, packing)
         return mine

@@ -21,6 +21,7 @@ from megalina.checkpoint.checksums import Sum, damaged
 from megalina.checkpoint.files import Part, Stored, is_complete, read_description
 from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest, write_tensors
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
+from megalina.groups import new_group
 from megalina.mesh import Mesh
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         # A group of its own: a save in the background would mix its collectives with the training's.
-        group = dist.new_group(list(mesh.world.ranks), backend="gloo", timeout=_TIMEOUT) if mesh.world.size > 1 else None
+        group = new_group(mesh.world.ranks, timeout=_TIMEOUT, gloo=True) if mesh.world.size > 1 else None
         self._group = group
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalina.groups import is_gloo
 from megalina.mesh import Axis
 
 
@@ -64,7 +65,7 @@ def start_scatter(x: Tensor, axis: Axis) -> Pending:
         return Pending(None, lambda: x)
     x = x.contiguous()
     _enter("scatter", x, axis)
-    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter costs a whole all-reduce
+    if is_gloo(axis.group):  # its reduce-scatter costs a whole all-reduce
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
         return Pending(work, lambda keep=x: parts.view(axis.size, -1, *x.shape[1:]).sum(0), x.nbytes)  # type: ignore[misc]
