@@ -39,8 +39,8 @@ class Contestant:
     events: list[list[Event]] = field(default_factory=list)  # of the timed steps
     peak_bytes: int = 0  # resident memory, above what was there before its turn
     search_steps: int = 0  # before it was measured
-    busy_s: float = 0.0  # of the emulated device, in the timed steps
-    overrun_s: float = 0.0  # by which real math was late
+    busy_s: list[float] = field(default_factory=list)  # of the emulated device, in each timed step
+    overrun_s: list[float] = field(default_factory=list)  # by which real math was late
 
 
 def contest(
@@ -123,8 +123,8 @@ def _take_turn(contestant: Contestant, turn: int) -> None:
             contestant.step_s.append(step_s)
             contestant.events.append(recorder.events())
             if device is not None:
-                contestant.busy_s += device.busy_s - busy_s
-                contestant.overrun_s += device.overrun_s - overrun_s
+                contestant.busy_s.append(device.busy_s - busy_s)
+                contestant.overrun_s.append(device.overrun_s - overrun_s)
         recorder.on = False
     contestant.peak_bytes = max(contestant.peak_bytes, memory.peak_bytes)
     steps.trainable.settle()

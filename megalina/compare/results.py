@@ -36,7 +36,7 @@ class Measured:
     device_s: float  # what its list costs on the emulated device
     critical_path_s: float
     link_s: float  # the busiest node's link
-    overrun_fraction: float
+    overrun_fraction: float  # share of the devices' time by which real math was late
     peak_mb: float
     search_steps: int
     largest_loss_difference: float  # to eager, relative, over all steps that both took
@@ -82,7 +82,6 @@ def measure(
         sharded = steps.config.parallel.zero == 1
         sent = link_bytes(last, steps.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
         ratios = by_round(step_s[base], step_s[name], turn)
-        busy_s, overrun_s = sum(n["busy"] for n in by_rank), sum(n["overrun"] for n in by_rank)
         losses = by_rank[0]["losses"]
         out[name] = Measured(
             plan=str(trainable.plan),
@@ -100,7 +99,7 @@ def measure(
             device_s=bound["compute_s"],
             critical_path_s=bound["critical_path_s"],
             link_s=sent / rate if rate else 0.0,
-            overrun_fraction=overrun_s / busy_s if busy_s else 0.0,
+            overrun_fraction=_late([n["overrun"] for n in by_rank], [n["busy"] for n in by_rank]),
             peak_mb=max(n["peak"] for n in by_rank) / 1e6,
             search_steps=contestant.search_steps,
             largest_loss_difference=difference(losses, numbers[base][0]["losses"]),
@@ -117,6 +116,12 @@ def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list
         for row in rows(mesh.shape)["ep"]:
             out += all_to_alls([last[rank] for rank in row], known)
     return out, last
+
+
+def _late(overrun_s: Sequence[Sequence[float]], busy_s: Sequence[Sequence[float]]) -> float:
+    """The share of the devices' time by which real math was late: of each step over all ranks, then the median, as of step times."""
+    steps = zip(zip(*overrun_s, strict=True), zip(*busy_s, strict=True), strict=True)
+    return statistics.median([sum(late_s) / sum(of_s) for late_s, of_s in steps] or [0.0])
 
 
 def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:

@@ -51,7 +51,7 @@ def work(folder: Path) -> dict[str, Any]:
         "searched": {c.name: c.search_steps for c in contestants},
         "calibrated": {op: line.seconds(10**6) for op, line in known.items()},
         "emulated": emulated,
-        "device step_s": slow.busy_s / len(slow.step_s),
+        "device step_s": sum(slow.busy_s) / len(slow.step_s),
     }
 
 
