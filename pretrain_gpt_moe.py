@@ -27,6 +27,7 @@ from megalina import launch, validate, worker
 from megalina.config import PretrainConfig, RunConfig
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
+from megalina.parallel.plan_file import with_plan
 from megalina.restart import later_starts
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -51,6 +52,7 @@ def main(cfg: DictConfig) -> float:
         config = worker.load_config(OmegaConf.to_yaml(cfg, resolve=True))
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
+        config = with_plan(config, member.world if member else config.launch.ranks)
         if sweeping and member is not None:
             raise ValueError(f"-m under {member.launcher}: a sweep starts its ranks itself; run it without, with launch.ranks=N")
         if config.launch.dry_run:

@@ -85,6 +85,7 @@ class StrategyConfig:
     late_layers: int = 0  # so many MoE layers compute the gradients of their experts' weights after all of backward
     windows: str = "none"  # auto: at most as many gradients in each gap of the wire as were measured to fit
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
+    plan: str = ""  # with strategy=auto: FILE, the plan.json that a run of the same job has found; nothing is searched
     packing_memory_gb: float = 0.0  # packed experts of a rank, with gradients and optimizer state, stay below this; 0: no limit
 
 

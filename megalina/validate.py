@@ -375,6 +375,8 @@ def _check_strategy(config: PretrainConfig, world: int) -> None:
             "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
             "order sums are made: give a strategy and its numbers"
         )
+    if strategy.plan and strategy.name == "auto":
+        raise ValueError(f"strategy.plan={strategy.plan} is not read here: give the strategy and the numbers that it says")
     plain = StrategyConfig()
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:

@@ -80,6 +80,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Member | None") -> "list[PretrainConfig]":
     """The configuration of each setting, checked; ValueError, or an error of Hydra, for bad input."""
+    from megalina.parallel.plan_file import with_plan
     from pretrain_gpt_moe import check
 
     if steps < 1:
@@ -88,6 +89,7 @@ def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Mem
     train = replace(own.train, steps=max(own.train.steps, WARM_UP_STEPS + steps))  # the schedule is that of the real run
     own = replace(own, train=train, guard=replace(own.guard, spike="none"))
     world = member.world if member else own.launch.ranks
+    own = with_plan(own, world)
     configs = [own]
     if experts:
         most = world // own.parallel.tp

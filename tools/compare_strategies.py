@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(explain(error, args.overrides), file=sys.stderr)
         return BAD_INPUT
-    from megalina.compare.report import closing, draw_bars, table, whole
+    from megalina.compare.report import closing, draw_bars, draw_slowdowns, table, whole
 
     result = whole(found, note=note(jobs[0]))
     text = "\n\n".join([*map(table, found), closing(result)])
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.plot:
         draw_bars(args.plot, result)
+    if args.slowdowns:
+        draw_slowdowns(args.slowdowns, result)
     return 0
 
 
@@ -74,7 +76,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, STRATEGIES, Setting
     from megalina.namespaces import check_figures, check_host
 
-    for path in filter(None, (args.json, args.plot, args.picture, args.trace, args.markdown)):
+    for path in filter(None, (args.json, args.plot, args.slowdowns, args.picture, args.trace, args.markdown)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
@@ -124,6 +126,7 @@ def _config(
     setting: "Setting", name: str, piece: int | None, args: argparse.Namespace, variants: Mapping[str, tuple[str, ...]]
 ) -> "PretrainConfig":
     from megalina.compare.ladder import OVERRIDES
+    from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
     overrides = [
@@ -134,7 +137,7 @@ def _config(
         f"launch.ranks={setting.world}",
         "guard.spike=none",
     ]
-    config = composed(overrides)
+    config = with_plan(composed(overrides), setting.world)
     check_config(config, setting.world)
     return config
 
@@ -231,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="step times as bars; .svg too")
+    parser.add_argument("--slowdowns", type=Path, metavar="PNG", help="how much gradients slow all-to-alls, as a distribution")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the timeline of a step of eager and of flow, first setting")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the same steps, of all ranks, for ui.perfetto.dev: .json.gz")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables, for a log")

@@ -134,11 +134,12 @@ def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
     error of Hydra, for bad ones."""
     from megalina.compare.ladder import Setting
+    from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
     from tools.compare_strategies import composed
 
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
-    config = composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides])
+    config = with_plan(composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
     check_config(config, cluster.ranks)
     if config.parallel.tp > 1:
         raise ValueError(f"parallel.tp is {config.parallel.tp}: steps are drawn without tensor parallelism, set it to 1")

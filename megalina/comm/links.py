@@ -33,7 +33,7 @@ class Sent:
     def __init__(self, stage: Stage, launch: Callable[[], Pending], at_s: float, after: "Later | None", place: tuple[int, str]):
         self.stage, self.at_s, self.after, self.place = stage, at_s, after, place
         self.launch: Callable[[], Pending] | None = launch
-        self.begun = threading.Event()
+        self.begun: threading.Event | None = None  # where a lane's thread begins it
         self.pending: Pending | None = None
         self.error: BaseException | None = None
         self.enqueued_s = time.perf_counter()
@@ -41,7 +41,8 @@ class Sent:
 
     def wait(self) -> Any:
         """What arrived; the error of the lane if it could not be started."""
-        self.begun.wait()
+        if self.begun is not None:
+            self.begun.wait()
         if self.error is not None:
             raise self.error
         assert self.pending is not None
@@ -106,6 +107,7 @@ class Links:
             if at_once:
                 self._count(sent, lane)
             else:
+                sent.begun = threading.Event()
                 lane.queue.append(sent)
                 if lane.thread is None:
                     lane.thread = threading.Thread(target=self._run, args=(lane,), name=f"lane {stage.axis}", daemon=True)
@@ -186,7 +188,8 @@ class Links:
                 self._ended(sent, lane, on_wire=False)
             else:
                 work.get_future().add_done_callback(lambda _: self._ended(sent, lane, on_wire=True))
-        sent.begun.set()
+        if sent.begun is not None:
+            sent.begun.set()
 
     def _ended(self, sent: Sent, lane: _Lane, *, on_wire: bool) -> None:
         stage, now_s = sent.stage, time.perf_counter()
@@ -216,7 +219,6 @@ class Links:
             if sent.stage.op is Op.TOKENS:
                 self._tokens.append(sent)
         sent.launch = sent.after = None
-        sent.begun.set()
 
     def _launch_on_stream(self, sent: Sent) -> None:
         """Launch on the current stream, and note when the device begins and ends it."""

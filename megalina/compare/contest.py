@@ -86,12 +86,17 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], M
     return {(tp, ep): build_meshes(tp=tp, ep=ep, packings=sorted(k), timeout_s=timeout_s) for (tp, ep), k in packings.items()}
 
 
-def alone(contestant: Contestant, *, sharded: bool) -> dict[str, Alone]:
-    """How long its exchanges take that have the links to themselves.  All ranks call it together."""
-    mesh = contestant.steps.mesh
-    sizes_bytes = sizes_of_step(mesh, contestant.events[-1])
-    first, second = (calibrate(mesh, sizes_bytes, sharded=sharded) for _ in range(2))
-    return fastest(first, second, sizes_bytes)
+def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
+    """By packing: how long the exchanges take that have the links to themselves, of the sizes of the first contestant's steps
+    that came out with this packing.  All ranks call it together."""
+    out: dict[int, dict[str, Alone]] = {}
+    for contestant in contestants:
+        mesh, sharded = contestant.steps.mesh, contestant.steps.config.parallel.zero == 1
+        if mesh.packing not in out:
+            sizes_bytes = sizes_of_step(mesh, contestant.events[-1])
+            first, second = (calibrate(mesh, sizes_bytes, sharded=sharded) for _ in range(2))
+            out[mesh.packing] = fastest(first, second, sizes_bytes)
+    return out
 
 
 def _warm_up(contestant: Contestant) -> None:

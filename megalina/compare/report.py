@@ -3,12 +3,18 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalina.compare.ladder import PAPER
 from megalina.compare.results import EAGER, VALID_OVERRUN
+from megalina.timeline.distribution import draw_distribution
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AUTO = "auto"
+SLOWED = (EAGER, "fixed", "priority", "priority_partition", "lina")  # whose slowdowns are drawn: these keep batches whole
 SHARES = (  # of a step: field, what it is, colour
     ("compute_s", "computes", "#2b6cb0"),
     ("a2a_exposed_s", "waits for tokens", "#e02020"),
@@ -74,13 +80,11 @@ def closing(result: Mapping[str, Any]) -> str:
 
 def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
     """PNG or SVG: a panel a setting, a bar a strategy, cut into what the step's time went to."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     settings = result["settings"]
-    figure = Figure(figsize=(6.5 * min(2, len(settings)), 4.6 * -(-len(settings) // 2)), dpi=110, layout="constrained")
-    axes = figure.subplots(-(-len(settings) // 2), min(2, len(settings)), squeeze=False).flatten()
-    for axis, setting in zip(axes, settings, strict=False):
+    figure, axes = _panels(len(settings))
+    for axis, setting in zip(axes, settings, strict=True):
         shown = {n: m for n, m in setting["strategies"].items() if n != EAGER}
         names = sorted(shown, key=lambda n: -shown[n]["median_step_s"])
         left = [0.0] * len(names)
@@ -98,9 +102,30 @@ def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
         axis.set_title(setting["name"] + ("" if setting["valid"] else " (overruns: not valid)"), fontsize=11)
         axis.set_xlabel("ms a step")
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(settings) :]:
-        axis.set_visible(False)
     handles = [Patch(color=colour, label=label) for _, label, colour in SHARES]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Step time, and ratio to eager; dashed: no schedule can beat it ({result['note']})", fontsize=11)
     figure.savefig(path)
+
+
+def draw_slowdowns(path: Path, result: Mapping[str, Any]) -> None:
+    """PNG or SVG: a panel a setting, a line a strategy: what share of the backward all-to-alls beside gradients was slowed at
+    most so much (Lina, Figure 3)."""
+    figure, axes = _panels(len(result["settings"]))
+    for axis, setting in zip(axes, result["settings"], strict=True):
+        draw_distribution(axis, {n: setting["strategies"][n]["slowdowns"] for n in SLOWED if n in setting["strategies"]})
+        axis.set_title(setting["name"], fontsize=11)
+    figure.suptitle(f"Slowdown of backward all-to-alls beside gradients ({result['note']})", fontsize=11)
+    figure.savefig(path)
+
+
+def _panels(number: int) -> tuple["Figure", Sequence["Axes"]]:
+    """A figure of so many panels, two a row."""
+    from matplotlib.figure import Figure
+
+    rows, columns = -(-number // 2), min(2, number)
+    figure = Figure(figsize=(6.5 * columns, 4.6 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[number:]:
+        axis.set_visible(False)
+    return figure, list(axes[:number])

@@ -60,17 +60,25 @@ def numbers_of_rank(contestant: Contestant, known: Mapping[str, Alone]) -> dict[
 
 
 def measure(
-    contestants: Sequence[Contestant], known: Mapping[str, Alone], *, ranks_per_node: int, link_mbit: float, turn: int
+    contestants: Sequence[Contestant],
+    known: Mapping[int, Mapping[str, Alone]],
+    *,
+    ranks_per_node: int,
+    link_mbit: float,
+    turn: int,
 ) -> dict[str, Measured]:
-    """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`."""
-    numbers = {c.name: everybodys(c.steps.mesh, numbers_of_rank(c, known)) for c in contestants}
+    """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`.
+
+    `known`: by packing, exchanges alone; where it has nothing of a packing there are no slowdowns."""
+    known_by = {c.name: known.get(c.steps.mesh.packing, {}) for c in contestants}
+    numbers = {c.name: everybodys(c.steps.mesh, numbers_of_rank(c, known_by[c.name])) for c in contestants}
     step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
     base = min((name for name in step_s if name.startswith(EAGER)), key=lambda name: statistics.median(step_s[name]))
     out = {}
     for contestant in contestants:
         name, by_rank = contestant.name, numbers[contestant.name]
         steps, trainable = contestant.steps, contestant.steps.trainable
-        exchanges, last = _exchanges(contestant, known)
+        exchanges, last = _exchanges(contestant, known_by[name])
         under = sorted(e.slowdown for e in exchanges if e.phase == "B" and "grads" in e.beside)
         program = trainable.program
         seconds = trainable.device.seconds if trainable.device is not None else None
@@ -119,7 +127,8 @@ def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list
 
 
 def _late(overrun_s: Sequence[Sequence[float]], busy_s: Sequence[Sequence[float]]) -> float:
-    """The share of the devices' time by which real math was late: of each step over all ranks, then the median, as of step times."""
+    """The share of the devices' time by which real math was late: of each step over all ranks, then the median over steps, as for
+    their times."""
     steps = zip(zip(*overrun_s, strict=True), zip(*busy_s, strict=True), strict=True)
     return statistics.median([sum(late_s) / sum(of_s) for late_s, of_s in steps] or [0.0])
 

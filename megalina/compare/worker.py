@@ -46,7 +46,7 @@ def main(spec_path: str) -> int:
 
     contestants = contest(configs, data, rounds=spec["rounds"], turn=spec["turn"], progress=progress)
     eager = next(c for c in contestants if c.name.startswith(EAGER))
-    known = alone(eager, sharded=False)
+    known = alone([eager, *contestants])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}
     found = measure(contestants, known, turn=spec["turn"], **link)
     by_name = {c.name: c for c in contestants}
@@ -63,10 +63,10 @@ def main(spec_path: str) -> int:
     return 0
 
 
-def traced(contestant: Contestant, known: Mapping[str, Alone]) -> TracedStep:
-    """The last step, of all ranks."""
+def traced(contestant: Contestant, known: Mapping[int, Mapping[str, Alone]]) -> TracedStep:
+    """The last step, of all ranks.  `known`: by packing."""
     mesh = contestant.steps.mesh
-    return TracedStep(everybodys(mesh, contestant.events[-1]), rows(mesh.shape), known)
+    return TracedStep(everybodys(mesh, contestant.events[-1]), rows(mesh.shape), known[mesh.packing])
 
 
 def one_after_another(steps: Sequence[TracedStep]) -> dict[int, TracedStep]:

@@ -15,7 +15,7 @@ from megalina.config import ModelConfig, RouterConfig
 from megalina.model.attend import attend
 from megalina.model.experts import Later, expert_mlp, mlp
 from megalina.model.init import parameter
-from megalina.model.linear import linear
+from megalina.model.linear import linear, linears
 from megalina.model.noise import dropout
 from megalina.model.norm import layer_norm, rms_norm
 from megalina.model.permute import RowOrder, permute, row_order, unpermute
@@ -79,9 +79,8 @@ class Attention(nn.Module):
     def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None) -> Tensor:
         """What these heads add, [T, D], without the output's bias."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
-        q_BSHd = linear(n_TD, self.q, self.q_bias).view(shape)
-        k_BSGd = linear(n_TD, self.k, self.k_bias).view(shape)
-        v_BSGd = linear(n_TD, self.v, self.v_bias).view(shape)
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         if (rotary := self.rotary[0]) is not None:

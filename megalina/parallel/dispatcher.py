@@ -40,14 +40,25 @@ def sizes_of(sent_E: Tensor, received_E: Tensor, ranks: int) -> Sizes:
     return Sizes(send_R, [sum(row) for row in counts], [sum(column) for column in zip(*counts, strict=True)], index_N, inverse_N)
 
 
-def sizes_of_chunks(sent_E: Tensor, received_E: Tensor, ranks: int, chunks: int) -> list[Sizes]:
-    """The sizes of each chunk where every expert's rows are cut into `chunks` equal shares, as `share_of_chunk` says."""
-    return [sizes_of(share_of_chunk(sent_E, c, chunks), share_of_chunk(received_E, c, chunks), ranks) for c in range(chunks)]
+class Counts:
+    """How many rows of one part of a micro-batch go from here to each expert, and come here from each rank."""
+
+    def __init__(self, sent_E: Tensor, received_E: Tensor, ranks: int):
+        self._sent_E, self._received_E, self._ranks = sent_E, received_E, ranks
+        self._made: dict[int, list[Sizes]] = {}
+
+    def sizes(self, chunk: tuple[int, int]) -> Sizes:
+        """Of the c-th of n chunks, `chunk` being (c, n): every expert's rows are cut into n equal shares."""
+        c, n = chunk
+        if n not in self._made:
+            shares = [(share_of_chunk(self._sent_E, i, n), share_of_chunk(self._received_E, i, n)) for i in range(n)]
+            self._made[n] = [sizes_of(sent_E, received_E, self._ranks) for sent_E, received_E in shares]
+        return self._made[n][c]
 
 
 def share_of_chunk(count: Tensor, c: int, chunks: int) -> Tensor:
     """How many of `count` rows go with chunk c: equal shares, the same on the side that sends and on the one that receives."""
-    return count * (c + 1) // chunks - count * c // chunks
+    return count if chunks == 1 else count * (c + 1) // chunks - count * c // chunks
 
 
 def cut_index(count_E: Tensor, chunks: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -21,7 +21,7 @@ from megalina.comm.links import Later, Links, Sent
 from megalina.mesh import Axis, Mesh
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket, side_by_side
-from megalina.parallel.dispatcher import Sizes, sizes_of_chunks
+from megalina.parallel.dispatcher import Counts
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.step.program import Kind, Op, Program, Stage, has_gradient
 from megalina.timeline.recorder import COMPUTE, WAIT, Recorder
@@ -156,14 +156,14 @@ class Executor:
             sent = self._links.send(stage, lambda: exchange.start_all_to_all(value.count_E, even, even, axis), at_s=at_s)
             return value.count_E, sent
         if stage.op is Op.TOKENS:
-            sizes: list[Sizes] | Later = self._values[stage.reads[1]]
+            counts: Counts | Later = self._values[stage.reads[1]]
 
             def start_tokens() -> Pending:
-                all_sizes = sizes.get() if isinstance(sizes, Later) else sizes
-                send, receive = all_sizes[stage.chunk[0]].splits(outward=(stage.name == "dispatch") == (stage.phase == "F"))
+                known: Counts = counts.get() if isinstance(counts, Later) else counts
+                send, receive = known.sizes(stage.chunk).splits(outward=(stage.name == "dispatch") == (stage.phase == "F"))
                 return exchange.start_all_to_all(value, send, receive, axis)
 
-            return self._links.send(stage, start_tokens, at_s=at_s, after=sizes if isinstance(sizes, Later) else None)
+            return self._links.send(stage, start_tokens, at_s=at_s, after=counts if isinstance(counts, Later) else None)
         start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[stage.op]
         return self._links.send(stage, lambda: start(value, axis), at_s=at_s)
 
@@ -182,12 +182,12 @@ class Executor:
         name = stage.writes[0]
         if stage.op is Op.COUNTS:
             count_E, counted = sent
-            ranks, chunks = getattr(self.mesh, stage.axis).size, stage.chunk[1]
+            ranks = getattr(self.mesh, stage.axis).size
 
-            def sizes() -> list[Sizes]:
-                return sizes_of_chunks(count_E, counted.wait(), ranks, chunks)
+            def counts() -> Counts:
+                return Counts(count_E, counted.wait(), ranks)
 
-            self._values[name] = Later(sizes) if stage.key in self._late_sizes else sizes()
+            self._values[name] = Later(counts) if stage.key in self._late_sizes else counts()
             return
         assert isinstance(sent, Sent)
         arrived = sent.wait()

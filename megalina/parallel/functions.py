@@ -22,7 +22,7 @@ from megalina.model.layers import ALL, Layer, places
 from megalina.model.permute import RowOrder, reorder
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.dispatcher import Sizes, by_expert, by_source, cut_index
+from megalina.parallel.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.step.program import Stage
 
 # Values of a program that a step's measure sums up, losses among them: value -> quantity.
@@ -182,10 +182,8 @@ class StageFunctions:
     def _shared(self, layer: Layer, n: Tensor) -> Tensor:
         return layer.share(n)
 
-    def _experts(
-        self, chunk: tuple[int, int], layer: Layer, later: Later | None, got: Tensor, all_sizes: list[Sizes]
-    ) -> Tensor:
-        sizes = all_sizes[chunk[0]]
+    def _experts(self, chunk: tuple[int, int], layer: Layer, later: Later | None, got: Tensor, counts: Counts) -> Tensor:
+        sizes = counts.sizes(chunk)
         return by_source(layer.experts(by_expert(got, sizes), sizes.count_e, later), sizes)
 
     def _add_late(self, key: tuple[str, int, str]) -> None:

@@ -33,6 +33,22 @@ def first_plan(strategy: StrategyConfig, *, packing: int = 1) -> Plan:
     )
 
 
+def strategy_of(plan: Plan, rest: StrategyConfig) -> StrategyConfig:
+    """The configuration that begins with this plan and searches nothing; windows are measured anew."""
+    return replace(
+        rest,
+        name=plan.strategy,
+        partition_bytes=str(plan.piece_bytes),
+        bucket_mb=plan.merge_bytes / 2**20,
+        parts=plan.parts,
+        chunks=plan.chunks,
+        yields=plan.yields,
+        late_layers=plan.late_layers,
+        windows=AUTO if plan.gap_bytes else "none",
+        packing=str(plan.packing),
+    )
+
+
 def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) -> list[Question]:
     """What `config.strategy` leaves to measured steps, question by question; [] where it leaves nothing.
 
@@ -82,13 +98,8 @@ def _that_run(question: Question, config: PretrainConfig, world: int) -> Questio
 
 
 def _runs(config: PretrainConfig, world: int, plan: Plan) -> bool:
-    strategy = StrategyConfig(
-        name=plan.strategy, partition_bytes=str(plan.piece_bytes), parts=plan.parts, chunks=plan.chunks, yields=plan.yields,
-        late_layers=plan.late_layers,
-        packing=str(plan.packing), packing_memory_gb=config.strategy.packing_memory_gb,
-    )  # fmt: skip
     try:
-        check_config(replace(config, strategy=strategy), world)
+        check_config(replace(config, strategy=strategy_of(plan, config.strategy)), world)
     except ValueError:
         return False
     return True

@@ -36,6 +36,8 @@ def build_shard(
 def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
     """What a program must know of the model and the layout."""
     moe = tuple(is_moe_layer(model, i) for i in range(model.num_layers))
+    # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp, other numbers.
+    equal_counts = router.kind == "expert_choice" and tp == 1 and any(moe)
     return Shape(
         moe=moe,
         shared_experts=model.shared_d_ff > 0,
@@ -44,6 +46,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
         sequence=sequence,
         global_balance=router.group == "global" and any(moe),
         micro_batch_groups=router.group == "micro_batch",
+        equal_counts=equal_counts,
     )
 
 

@@ -18,6 +18,9 @@ class Shape:
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
     global_balance: bool = False  # the balance loss needs the choices of all ranks
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
+    equal_counts: bool = (
+        False  # every MoE layer sends each expert as many rows as the first one: one exchange of counts is enough
+    )
 
     @property
     def num_layers(self) -> int:
@@ -64,11 +67,11 @@ def _compute(name: str, layer: int, reads: str, writes: str, *uses: str) -> Stag
     return Stage("F", C, name, layer, "0", _names(reads, layer), _names(writes, layer), tuple(dict.fromkeys(uses)))
 
 
-def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: str = "") -> list[Stage]:
-    """START and WAIT of one value; both read `also` (sizes)."""
+def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: tuple[str, ...] = ()) -> list[Stage]:
+    """START and WAIT of one value; both read `also` (whole names: sizes)."""
     wire = _names(value + ">", layer)
-    start = Stage("F", S, name, layer, "0", _names(f"{value} {also}", layer), wire, op=op, axis=axis)
-    wait = Stage("F", W, name, layer, "0", wire + _names(also, layer), _names(writes, layer), op=op, axis=axis)
+    start = Stage("F", S, name, layer, "0", _names(value, layer) + also, wire, op=op, axis=axis)
+    wait = Stage("F", W, name, layer, "0", wire + also, _names(writes, layer), op=op, axis=axis)
     return [start, wait]
 
 
@@ -131,16 +134,19 @@ def _moe(shape: Shape, layer: int) -> list[Stage]:
     else:
         out.append(_compute("route", layer, f"{h} #batch", normed + routed, copied))
     shared = [_compute("shared", layer, "moe_n", "s", copied)] if shape.shared_experts else []
-    counts = _exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes")
-    dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", "rows", "got", "#sizes")
-    combine = _exchange("combine", layer, Op.TOKENS, "ep", "y", "back", "#sizes")
+    counted = shape.moe.index(True) if shape.equal_counts else layer
+    counts = _exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes") if counted == layer else []
+    sizes = _names("#sizes", counted)
+    dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", "rows", "got", sizes)
+    combine = _exchange("combine", layer, Op.TOKENS, "ep", "y", "back", sizes)
+    experts = Stage("F", C, "experts", layer, "0", _names("got", layer) + sizes, _names("y", layer), (f"experts.{layer}",))
     result = "mixed" if slices else "x+"
     out += [
         *counts,
         dispatch[0],
         *shared,  # under the dispatch
         dispatch[1],
-        _compute("experts", layer, "got #sizes", "y", f"experts.{layer}"),
+        experts,
         *combine,
         _compute("mix", layer, f"{h} back weight {'s ' if shared else ''}#order #batch", result),
     ]

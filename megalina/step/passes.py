@@ -31,9 +31,7 @@ def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
         return f"{head}.{part}{old[1:]}"  # "0c1", chunk 1 of part 0
 
     return tuple(
-        replace(
-            s, part=part + s.part[1:], reads=tuple(map(to, s.reads)), writes=tuple(map(to, s.writes)), share=s.share * share
-        )
+        replace(s, part=part + s.part[1:], reads=tuple(map(to, s.reads)), writes=tuple(map(to, s.writes)), share=s.share * share)
         for s in forward
     )
 
@@ -67,15 +65,16 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
     for stage in forward:
         n = chunks_of.get(stage.layer, 1)
         rows, order, back = (f"{v}.{stage.layer}.0" for v in ("rows", "#order", "back"))
+        cut = tuple(f"{rows}c{c}" for c in range(n))
+        cuts = Stage("F", Kind.COMPUTE, "cut", stage.layer, reads=(rows, order), writes=cut, chunk=(0, n))
         if n == 1 or stage.name not in (*moved, "counts", "shared"):
             out.append(stage)
         elif stage.name == "counts":
-            out.append(replace(stage, chunk=(0, n)))
-            if stage.kind is Kind.START:
-                cut = tuple(f"{rows}c{c}" for c in range(n))
-                out.append(Stage("F", Kind.COMPUTE, "cut", stage.layer, reads=(rows, order), writes=cut, chunk=(0, n)))
+            out += [stage, cuts] if stage.kind is Kind.START else [stage]  # while the counts are on the wire
         elif stage.name == "dispatch" and stage.kind is Kind.START:
             layer = [s for s in forward if s.layer == stage.layer]
+            if not any(s.name == "counts" for s in layer):
+                out.append(cuts)
             turns = zip_longest(*(segments(_chunk_of(s, c, n) for s in layer if s.name in moved) for c in range(n)), fillvalue=[])
             for i, turn in enumerate(turns):
                 out += [s for segment in turn for s in segment]
@@ -141,9 +140,7 @@ def share_group(parts: Sequence[Program]) -> list[Program]:
     batches = tuple(f"#batch.-.{part[0].part}" for part in parts)
     probs = tuple(v for part in out for s in part for v in s.writes if v.startswith("prob."))
     sizes = Stage("U", Kind.COMPUTE, "sizes_of_group", part=first, reads=batches, writes=(whole,))
-    balance = Stage(
-        "F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",)
-    )
+    balance = Stage("F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",))
     out[0], out[-1] = (sizes, *out[0]), (*out[-1], balance)
     return out
 

@@ -20,6 +20,7 @@ from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.parallel.functions import Verdict
+from megalina.parallel.plan_file import PLAN_FILE, write_plan
 from megalina.parallel.trainable import DTYPES
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
@@ -33,6 +34,7 @@ from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume
 from megalina.train.steps import Steps
 from megalina.train.throughput import mfu, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
+from megalina.train.tuning import evidence
 
 logger = logging.getLogger("megalina")
 WARM_UP_STEPS = 3  # the first steps of a process are left out of the median speed
@@ -174,9 +176,18 @@ class Run(Steps):
                     if self.is_first:
                         logger.info("stopped after step %d as asked; the same command goes on from there", step)
                     break
+                searches = self.tuner.trials.searches
                 self.adapt(step_s)
+                if self.is_first and self.tuner.trials.searches > searches:
+                    self._write_plan()
         if state.saved_step >= 0 or state.failed_saves:
             state.close()
+
+    def _write_plan(self) -> None:
+        """What a search has found, for other runs."""
+        folder, found = Path(self.config.run.dir), evidence(self.tuner.trials, self.state.step)
+        world = self.mesh.world.size
+        write_plan(folder / PLAN_FILE, self.config, world, self.tuner.trials.present, evidence=found)
 
     def validate(self) -> float | None:
         """Mean loss in nats over the first `train.eval_sequences` of the validation text; None without such text."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megalina.compare.report import closing, draw_bars, table, whole
+from megalina.compare.report import closing, draw_bars, draw_slowdowns, table, whole
 from megalina.compare.results import as_json
 from tests.compare.made import measured
 
@@ -65,3 +65,12 @@ def test_bars_are_drawn(tmp_path: Path, settings: int) -> None:
     text = path.read_text()
     assert all(f"<!-- setting {i} -->" in text for i in range(settings))
     assert "<!--  1.60x -->" in text and "<!-- auto -->" in text
+
+
+def test_slowdowns_are_drawn_of_strategies_that_have_some(tmp_path: Path) -> None:
+    found = {"eager whole": measured(slowdowns=[1.2, 1.9]), "priority": measured(slowdowns=[1.0, 1.1, 1.3]), "fixed": measured()}
+    path = tmp_path / "slowdowns.svg"
+    draw_slowdowns(path, whole([as_json("4x1", found)], note="emulated: links"))
+    text = path.read_text()
+    assert "<!-- eager (2, at most 1.9) -->" in text and "<!-- priority (3, at most 1.3) -->" in text
+    assert "<!-- fixed" not in text and "<!-- 4x1 -->" in text

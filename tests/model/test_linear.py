@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalina.model.linear import linear
+from megalina.model.linear import linear, linears
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -59,3 +59,31 @@ def test_main_gradient_may_be_a_view_into_a_flat_buffer() -> None:
     linear(x, weight).sum().backward()
     torch.testing.assert_close(flat[2:17].view(5, 3), x.detach().sum(0).expand(5, 3))
     assert flat[:2].eq(0).all() and flat[17:].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3), (0, 3)])
+@pytest.mark.parametrize("into_main", [False, True])
+def test_several_weights_of_one_input_are_as_each_alone(shape: tuple[int, ...], into_main: bool) -> None:
+    x = draw(*shape)
+    weights, biases = [draw(n, 3, seed=n) for n in (6, 2, 4)], [draw(6, seed=20), None, draw(4, seed=21)]
+    given = [x, *weights, *(b for b in biases if b is not None)]
+    alone = [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    dys = [draw(*y.shape, seed=30).detach() for y in alone]
+    expected = torch.autograd.grad(alone, given, dys)
+    together = linears(x, weights, biases)
+    torch.testing.assert_close(together, tuple(alone), rtol=0, atol=0)
+    if into_main:
+        for parameter in given[1:]:
+            parameter.main_grad = torch.ones_like(parameter)
+    torch.autograd.backward(linears(x, weights, biases), dys)
+    for parameter, gradient in zip(given, expected, strict=True):
+        if into_main and parameter is not x:
+            assert parameter.grad is None
+            torch.testing.assert_close(parameter.main_grad, gradient + 1)
+        else:
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_several_weights_pass_gradcheck_where_some_need_no_gradient() -> None:
+    x, weights = draw(4, 3), [draw(2, 3, seed=1), draw(5, 3, seed=2).detach()]
+    assert torch.autograd.gradcheck(lambda *inputs: linears(inputs[0], inputs[1:], (None, None)), (x, *weights))

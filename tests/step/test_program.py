@@ -18,6 +18,7 @@ SHAPES = {
     "tensor parallel": Shape(moe=(False, True), tp=True, shared_experts=True),
     "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "global balance": Shape(moe=(True, True), global_balance=True),
+    "equal counts": Shape(moe=(True, False, True), equal_counts=True),
 }
 
 
@@ -119,9 +120,7 @@ def test_exchanges_are_never_recomputed() -> None:
     program = training_step("eager", Setting(shape, buckets_of(shape), recompute_mode="full"))
     assert not any(s.recompute for s in program if s.kind is not Kind.COMPUTE)
     plain_starts = [
-        s.tag
-        for s in training_step("eager", Setting(shape, buckets_of(shape), recompute_mode="none"))
-        if s.kind is Kind.START
+        s.tag for s in training_step("eager", Setting(shape, buckets_of(shape), recompute_mode="none")) if s.kind is Kind.START
     ]
     assert [s.tag for s in program if s.kind is Kind.START] == plain_starts
 
@@ -216,3 +215,19 @@ def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner() -> None:
     assert sent["copies"] == ["experts.3", "experts.2+experts.1", "experts.0"]
     assert sent["dp"][0].count("+") == 0 and all(name.count("+") == 1 for name in sent["dp"][1:-1])
     assert {b for names in sent.values() for name in names for b in name.split("+")} == set(buckets)
+
+
+def test_one_exchange_of_counts_a_part_is_enough_where_all_layers_have_equal_ones() -> None:
+    shape = Shape(moe=(False, True, True, True), equal_counts=True)
+    buckets = buckets_of(shape)
+    for name, setting in {
+        "eager": Setting(shape, buckets, micro_batches=2),
+        "lina": Setting(shape, buckets, micro_batches=2, chunks_of={1: 2, 2: 4}),
+        "flow": Setting(shape, buckets, parts=2),
+    }.items():
+        program = training_step(name, setting)  # which checks it
+        counted = [s.layer for s in program if s.op is Op.COUNTS and s.kind is Kind.START]
+        assert counted == [1] * setting.num_parts, name
+        tokens = [s for s in program if s.op is Op.TOKENS and s.kind is Kind.START]
+        assert {s.layer for s in tokens} == {1, 2, 3}
+        assert all(sum(v.startswith("#sizes.1.") for v in s.reads) == 1 for s in tokens)

@@ -7,6 +7,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch.multiprocessing as mp
 from megalina.checkpoint.checkpoints import read_tensors
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel import reshard
+from megalina.parallel.plan_file import with_plan
+from megalina.parallel.plans import first_plan
 from megalina.step.plan import Plan
 from megalina.train.replay import replay
 from megalina.train.trainer import Run
@@ -193,12 +196,20 @@ def chosen_of_all(folder: Path) -> dict[str, Any]:
     assert isinstance(run.tracker, Recorder)
     again = start(config, checkpoint(config, 60))
     calm = records_of(packed_config(folder, "all calm", {"name": "eager", "packing": "1"}, **settings))
+    found = config_of_plan(config, Path(config.run.dir) / "plan.json")
     return {
+        "plan file": str(found),
         "plans": run.tracker.of("plan"),
         "losses": run.tracker.of("loss"),
         "again": (str(again.trainable.plan), again.searching, losses_of_rest(again)),
         "calm": calm.of("loss"),
     }
+
+
+def config_of_plan(config: PretrainConfig, path: Path) -> Plan:
+    """What a run begins with that is given the file."""
+    strategy = with_plan(replace(config, strategy=replace(config.strategy, plan=str(path))), WORLD).strategy
+    return first_plan(strategy, packing=int(strategy.packing))
 
 
 def losses_of_rest(run: Run) -> list[float]:
@@ -285,6 +296,7 @@ def test_auto_among_all_strategies_changes_no_number_and_is_kept_by_a_checkpoint
         assert strategies == {"eager", "lina", "flow"} and found["plans"][0].startswith("eager")
         assert found["plans"][-1].startswith("flow: 2 parts") and found["plans"][-1].endswith("packing 2")
         assert found["losses"] == pytest.approx(found["calm"], rel=1e-10)
+        assert found["plan file"] == found["plans"][-1]
         assert found["again"] == (found["plans"][-1], False, found["losses"][60:])  # to the last bit
 
 

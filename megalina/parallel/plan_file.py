@@ -1,0 +1,75 @@
+"""A plan in a file: what a search has found, for other runs of the same model, layout and batch on as many ranks.
+
+A run that chooses a plan writes it to RUN/plan.json; `strategy.plan=RUN/plan.json` gives it to a run that then searches nothing,
+such as each job of a sweep, or one that must be deterministic.  JSON: the plan, what it is of, and what was measured.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megalina.config import PretrainConfig
+from megalina.parallel.plans import AUTO, strategy_of
+from megalina.step.plan import Plan, plan_of
+
+PLAN_FILE = "plan.json"  # in a run's folder
+FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they are, a step takes as long
+
+
+def write_plan(path: Path, config: PretrainConfig, world: int, plan: Plan, *, evidence: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    text = json.dumps({"plan": plan.as_json(), "of": job_of(config, world), "evidence": evidence}, indent=1, allow_nan=False)
+    partial.write_text(text + "\n")
+    partial.rename(path)
+
+
+def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
+    """The configuration with the numbers of the plan that `strategy.plan` names; the same one where it names none.
+
+    ValueError for a file that isn't a plan, or is one of another model, layout, batch or world, or of another strategy than the
+    configuration names; OSError for one that can't be read."""
+    strategy = config.strategy
+    if not strategy.plan:
+        return config
+    plan, of = read_plan(Path(strategy.plan))
+    here = job_of(config, world)
+    if differ := [key for key in here if of.get(key) != here[key]]:
+        told = ", ".join(f"{key} is {of.get(key)} there and {here[key]} here" for key in differ[:3])
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"strategy.plan={strategy.plan} is of another job: {told}{more}; leave it out and search with strategy=auto"
+        )
+    if strategy.name not in (AUTO, plan.strategy):
+        raise ValueError(
+            f"strategy.plan={strategy.plan} is a plan of {plan.strategy}: give strategy=auto with it, not {strategy.name}"
+        )
+    return replace(config, strategy=strategy_of(plan, strategy))
+
+
+def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
+    """A plan and what it is of; ValueError for what isn't one."""
+    try:
+        found = json.loads(path.read_text())
+        plan, of = plan_of(found["plan"]), dict(found["of"])
+        kinds = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
+        if bad := [name for name, kind in kinds.items() if type(getattr(plan, name)) is not kind]:
+            raise TypeError(f"{bad[0]} is no {kinds[bad[0]].__name__}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"strategy.plan={path} is no plan of megalina's ({error!r}): take a {PLAN_FILE} from a run's folder"
+        ) from error
+    return plan, of
+
+
+def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:
+    """What a step's list and its times depend on, as flat values: world, model, router, layout, batch."""
+    train = config.train
+    out: dict[str, Any] = {"world": world}
+    for group in ("model", "router", "parallel"):
+        values = getattr(config, group)
+        assert is_dataclass(values) and not isinstance(values, type)
+        out |= {f"{group}.{key}": value for key, value in asdict(values).items() if key not in FREE_OF_SPEED}
+    return out | {f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seq_len", "dtype")}

@@ -1,0 +1,112 @@
+"""A plan in a file: what was found is what another run of the same job begins with; all else is refused in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalina.config import PretrainConfig, StrategyConfig
+from megalina.parallel.plan_file import read_plan, with_plan, write_plan
+from megalina.parallel.plans import first_plan, strategy_of
+from megalina.step.plan import Plan
+from megalina.validate import check_config
+
+WORLD = 4
+FOUND = Plan("flow", parts=2, yields=True, late_layers=2, piece_bytes=2**19, packing=2)
+
+
+def job(**strategy: object) -> PretrainConfig:
+    config = PretrainConfig()
+    config.launch.device = "cpu"
+    config.parallel.ep, config.train.global_batch_size = WORLD, 2 * WORLD
+    return replace(config, strategy=StrategyConfig(**{"name": "auto", "packing": "auto", **strategy}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_plan(tmp_path / "plan.json", job(), WORLD, FOUND, evidence="tried")
+    return tmp_path / "plan.json"
+
+
+def refusal(config: PretrainConfig, world: int = WORLD) -> str:
+    with pytest.raises(ValueError) as error:
+        with_plan(config, world)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_run_with_the_file_begins_with_its_plan_and_asks_nothing(path: Path) -> None:
+    config = with_plan(job(plan=str(path)), WORLD)
+    check_config(config, WORLD)
+    assert first_plan(config.strategy, packing=int(config.strategy.packing)) == FOUND
+    assert "auto" not in (config.strategy.name, config.strategy.packing, config.strategy.chunks, config.strategy.partition_bytes)
+    config.train.deterministic = True  # nothing is decided by a clock any more
+    check_config(config, WORLD)
+    named = with_plan(job(plan=str(path), name="flow", parts=4), WORLD)
+    assert named.strategy == config.strategy
+
+
+def test_without_a_file_nothing_changes() -> None:
+    config = job()
+    assert with_plan(config, WORLD) is config
+    with pytest.raises(ValueError, match=r"strategy\.plan=x\.json is not read here"):
+        check_config(job(plan="x.json"), WORLD)
+
+
+def test_a_plan_of_another_job_is_refused_with_what_differs(path: Path) -> None:
+    deeper = job(plan=str(path))
+    deeper.model.num_layers += 2
+    layers = PretrainConfig().model.num_layers
+    assert f"is of another job: model.num_layers is {layers} there and {layers + 2} here;" in refusal(deeper)
+    assert "is of another job: world is 4 there and 8 here;" in refusal(job(plan=str(path)), world=8)
+    wide = job(plan=str(path))
+    wide.train.seq_len, wide.parallel.zero, wide.router.top_k, wide.model.d_model = 7, 1, 1, 11
+    assert "and 1 more; leave it out and search with strategy=auto" in refusal(wide)
+    assert "is a plan of flow: give strategy=auto with it, not lina" in refusal(job(plan=str(path), name="lina"))
+    renamed = job(plan=str(path))
+    renamed.model.name, renamed.train.seed, renamed.optim.lr = "other", 5, 1.0
+    assert with_plan(renamed, WORLD).strategy.name == "flow"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: '{"plan": {"strategy": "flow"}}',
+        lambda text: text.replace('"late_layers": 2', '"late_layers": "2"'),
+        lambda text: text.replace('"late_layers"', '"latest_layers"'),
+        lambda text: text.replace('"strategy": "flow"', '"strategy": 7'),
+        lambda text: text.replace('"yields": true', '"gap_bytes": [[1]], "yields": true'),
+    ],
+)
+def test_a_damaged_file_is_named(path: Path, change: "object") -> None:
+    assert callable(change)
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    assert f"strategy.plan={path} is no plan of megalina's" in refusal(job(plan=str(path)))
+
+
+def test_a_file_that_is_not_there_and_one_of_bytes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"nowhere\.json"):
+        with_plan(job(plan=str(tmp_path / "nowhere.json")), WORLD)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    assert "is no plan" in refusal(job(plan=str(tmp_path / "bytes.json")))
+
+
+@given(parts=st.integers(1, 4), piece=st.integers(0, 2**24), merge_mib=st.integers(0, 50), packing=st.integers(1, 8))
+def test_a_strategy_of_a_plan_gives_the_plan(parts: int, piece: int, merge_mib: int, packing: int) -> None:
+    plan = Plan("flow", parts=parts, piece_bytes=piece, merge_bytes=merge_mib * 2**20, packing=packing, chunks="1,2")
+    strategy = strategy_of(plan, StrategyConfig(name="auto", packing="auto", packing_memory_gb=1.5))
+    assert first_plan(strategy, packing=packing) == plan and strategy.packing_memory_gb == 1.5
+
+
+def test_the_file_holds_what_people_ask_for(path: Path) -> None:
+    found = json.loads(path.read_text())
+    assert found["evidence"] == "tried" and found["of"]["world"] == WORLD
+    assert read_plan(path)[0] == FOUND
+    assert not list(path.parent.glob("*.partial"))
