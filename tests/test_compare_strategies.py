@@ -98,7 +98,18 @@ def test_the_suite_is_the_ladder_and_eager_runs_in_all_sizes(no_ranks: None, mon
         strategies = [config.strategy for config in job.configs.values()]
         assert [(s.name, int(s.partition_bytes)) for s in strategies] == [("eager", size) for size in EAGER_PIECES]
         assert {c.launch.ranks for c in job.configs.values()} == {job.setting.world}
-        assert (job.link_mbit, note(job)) == (500, "emulated: devices and links of 500 Mbit/s")
+        factor = 2 if job.setting.world == 8 else 1  # in slow motion
+        assert (job.link_mbit * factor, note(job)) == (500, "emulated: devices and links of 500 Mbit/s")
+        assert {(c.cluster.attention_ms, c.cluster.experts_ms) for c in job.configs.values()} == {(10 * factor, 14 * factor)}
+
+
+def test_slow_motion_slows_links_and_devices_alike(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cluster.device_gflops=10 cluster.kernel_floor_ms=0.5".split()
+    (job,) = jobs(monkeypatch, "--slow-motion", "4", "--link-mbit", "50", "--strategies", "flow", *device)
+    (cluster,) = {(c.cluster.device_gflops, c.cluster.kernel_floor_ms) for c in job.configs.values()}
+    assert (job.setting.slow_motion, job.link_mbit, cluster) == (4, 12.5, (2.5, 2.0))
+    (plain,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 light", "--slow-motion", "1")
+    assert (plain.link_mbit, plain.configs["flow"].cluster.attention_ms) == (500, 10)
 
 
 def test_every_strategy_runs_unless_some_are_named(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +162,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             *("--json", str(files["json"]), "--plot", str(files["svg"]), "--markdown", str(files["md"])),
             *("--picture", str(files["png"]), "--trace", str(tmp_path / "trace.json.gz")),
             *TINY, f"data.prefix={tmp_path / 'tokens'}", f"data.cache_dir={tmp_path / 'cache'}",
-            *("cluster.attention_ms=10", "cluster.experts_ms=10"),
+            *("cluster.attention_ms=5", "cluster.experts_ms=5", "--slow-motion", "2", "--slowdowns", str(tmp_path / "cdf.svg")),
         ]
     )  # fmt: skip
     out, err = capsys.readouterr()
@@ -166,12 +177,14 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert m["median_step_s"] * m["ratio_to_eager"] == pytest.approx(strategies["eager"]["median_step_s"])
         assert len(m["step_s"]) == 2 and len(m["ratio_spread"]) == 2
         assert m["largest_loss_difference"] < 1e-5
-        assert 0.060 < setting["lower_bound_s"] <= m["device_s"] < m["median_step_s"]  # 3 x (10 + 10) ms, and floors
+        assert 0.030 < setting["lower_bound_s"] <= m["device_s"] < m["median_step_s"]  # 3 x (5 + 5) ms, and floors
         assert {"a2a_exposed_s", "grads_exposed_s", "a2a_slowdown_median"} <= m.keys()
     assert result["mean_auto_ratio"] is None
     assert result["mean_best_ratio"] == max(m["ratio_to_eager"] for m in strategies.values())
     assert files["md"].read_text() == out
     assert "**1x2**" in out and "(emulated: devices)" in out
+    assert "in slow motion" in out and setting["slow_motion"] == 2
+    assert (tmp_path / "cdf.svg").exists()
     assert "<!-- 1x2" in files["svg"].read_text()
     assert files["png"].read_bytes()[1:4] == b"PNG"
     lines = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]

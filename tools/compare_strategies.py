@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalina.compare.ladder import Setting
-    from megalina.config import PretrainConfig
+    from megalina.config import ClusterConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED, BAD_INPUT = 1, 2  # exit codes
@@ -27,7 +27,7 @@ class Job:
 
     setting: "Setting"
     configs: "Mapping[str, PretrainConfig]"  # by the name of the strategy
-    link_mbit: float  # 0: no emulated links, all ranks of this machine's loopback
+    link_mbit: float  # 0: no emulated links, all ranks of this machine's loopback; in slow motion the slower rate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,12 +80,14 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
+    if args.slow_motion is not None:
+        check_figures(slow_motion=args.slow_motion)
     names = tuple(args.strategies.split(",")) if args.strategies else STRATEGIES
     variants = variants_of(args.variant)
     names = (*(names if args.strategies or not variants else ()), *variants)
     if "eager" not in names:
         names = ("eager", *names)  # what all ratios are to
-    own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, ())
+    own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, (), args.slow_motion or 1.0)
     link_mbit = LINK_MBIT if args.link_mbit is None else args.link_mbit
     only = args.only.split(",") if args.only else []
     if only and not args.suite:
@@ -93,6 +95,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     if unknown := [name for name in only if name not in {s.name for s in LADDER}]:
         raise ValueError(f"--only {','.join(unknown)}: the ladder has {', '.join(s.name for s in LADDER)}")
     settings: Sequence[Setting] = [s for s in LADDER if not only or s.name in only] if args.suite else [own]
+    if args.slow_motion is not None:
+        settings = [replace(s, slow_motion=args.slow_motion) for s in settings]
     if args.link_mbit is not None and all(s.nodes == 1 for s in settings):
         raise ValueError(f"--link-mbit {args.link_mbit:g}: one node has no link; leave it out, or give --nodes 2 or more")
     if any(s.nodes > 1 for s in settings):
@@ -107,7 +111,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                 config = _config(setting, name, piece, args, variants)
                 title = name if piece is None else f"eager {piece // 1024} KiB" if piece else "eager whole"
                 configs[title] = config
-        jobs.append(Job(setting, configs, link_mbit if setting.nodes > 1 else 0.0))
+        jobs.append(Job(setting, configs, link_mbit / setting.slow_motion if setting.nodes > 1 else 0.0))
     return jobs
 
 
@@ -138,8 +142,22 @@ def _config(
         "guard.spike=none",
     ]
     config = with_plan(composed(overrides), setting.world)
+    config = replace(config, cluster=slowed(config.cluster, setting.slow_motion))
     check_config(config, setting.world)
     return config
+
+
+def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
+    """The same devices in slow motion; ValueError where none are emulated."""
+    if factor != 1.0 and not (cluster.attention_ms or cluster.experts_ms or cluster.device_gflops):
+        raise ValueError(f"--slow-motion {factor:g} slows emulated devices: give cluster.attention_ms and cluster.experts_ms")
+    return replace(
+        cluster,
+        attention_ms=cluster.attention_ms * factor,
+        experts_ms=cluster.experts_ms * factor,
+        kernel_floor_ms=cluster.kernel_floor_ms * factor,
+        device_gflops=cluster.device_gflops / factor,
+    )
 
 
 def composed(overrides: Sequence[str]) -> "PretrainConfig":
@@ -178,6 +196,7 @@ def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dic
         "turn": args.steps,
         "ranks_per_node": setting.ranks_per_node,
         "link_mbit": job.link_mbit,
+        "slow_motion": setting.slow_motion,
         "out": str(out),
         "picture": str(args.picture.absolute()) if args.picture and first else "",
         "trace": str(args.trace.absolute()) if args.trace and first else "",
@@ -204,7 +223,7 @@ def note(job: Job) -> str:
     """What of the cluster is emulated."""
     cluster = next(iter(job.configs.values())).cluster
     devices = "devices" if cluster.device_gflops or cluster.attention_ms else ""
-    links = f"links of {job.link_mbit:g} Mbit/s" if job.link_mbit else ""
+    links = f"links of {job.link_mbit * job.setting.slow_motion:g} Mbit/s" if job.link_mbit else ""
     if devices or links:
         return f"emulated: {' and '.join(filter(None, (devices, links)))}"
     return "nothing is emulated: ranks share this machine"
@@ -227,6 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="without --suite (default: 4); 1: no emulated link")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without --suite (default: 1)")
     parser.add_argument("--link-mbit", type=float, metavar="X", help="of each node, each way (default: 500)")
+    parser.add_argument("--slow-motion", type=float, metavar="F", help="links and devices slower by this factor, figures divided "
+                        "by it, so that more ranks' real math fits in (default: 2 for the suite's 4x2, else 1)")  # fmt: skip
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:A=B,C=D",
                         help="one more contestant, with these overrides; may be given several times")  # fmt: skip

@@ -23,6 +23,7 @@ class Setting:
     nodes: int
     ranks_per_node: int
     overrides: tuple[str, ...]
+    slow_motion: float = 1.0  # links and devices are slower by this factor, and figures are divided by it
 
     @property
     def world(self) -> int:
@@ -41,11 +42,12 @@ class Setting:
 
 HEAVY = ("model.num_heads=7", "model.num_kv_heads=7")  # of 32 numbers each: 1.84 MB of dense gradients a layer
 HALF = ("train.seq_len=32",)  # 128 tokens a rank
+EIGHT_RANKS = 2.0  # slow motion: in real time their math and sockets fill two cores whatever the schedule
 LADDER = (
     Setting("4x1 light", 4, 1, ()),
     Setting("4x1 heavy", 4, 1, HEAVY),
-    Setting("4x2 light", 4, 2, HALF),
-    Setting("4x2 heavy", 4, 2, (*HALF, *HEAVY)),
+    Setting("4x2 light", 4, 2, HALF, EIGHT_RANKS),
+    Setting("4x2 heavy", 4, 2, (*HALF, *HEAVY), EIGHT_RANKS),
 )
 # Lina, section 7.2: 16 A100-40GB on 4 nodes, 100 Gb/s, against DeepSpeed's MoE layer without tuned pieces
 PAPER = (

@@ -40,7 +40,7 @@ def table(setting: Mapping[str, Any]) -> str:
     """One setting, in Markdown."""
     bound_s = setting["lower_bound_s"]
     lines = [
-        f"**{setting['name']}**: lower bound {bound_s * 1e3:.0f} ms; overrun {setting['overrun_fraction']:.1%}"
+        f"**{setting['name']}**{_motion(setting)}: lower bound {bound_s * 1e3:.0f} ms; overrun {setting['overrun_fraction']:.1%}"
         + ("" if setting["valid"] else f" (more than {VALID_OVERRUN:.0%}: not valid)"),
         "",
         "| strategy | step ms | to eager | quartiles | to ddp | over bound | waits: tokens, gradients, sizes ms | device ms "
@@ -61,6 +61,11 @@ def table(setting: Mapping[str, Any]) -> str:
             f"| {to_ddp} | {over} | {waits} | {device} | {slow} | {m['peak_mb']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _motion(setting: Mapping[str, Any]) -> str:
+    factor = setting["slow_motion"]
+    return f" ({factor:g} times in slow motion, in its own time)" if factor != 1 else ""
 
 
 def closing(result: Mapping[str, Any]) -> str:
@@ -99,7 +104,8 @@ def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
             axis.text(left[i], i, f" {shown[name]['ratio_to_eager']:.2f}x", va="center", fontsize=9)
         axis.axvline(setting["lower_bound_s"] * 1e3, color="black", linestyle="--", linewidth=1)
         axis.set_xlim(0, max(left) * 1.12)
-        axis.set_title(setting["name"] + ("" if setting["valid"] else " (overruns: not valid)"), fontsize=11)
+        title = setting["name"] + _motion(setting) + ("" if setting["valid"] else " (overruns: not valid)")
+        axis.set_title(title, fontsize=11)
         axis.set_xlabel("ms a step")
         axis.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=label) for _, label, colour in SHARES]

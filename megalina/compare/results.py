@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megalina.comm.objects import everybodys
@@ -116,6 +116,13 @@ def measure(
     return out
 
 
+def in_own_time(measured: Measured, slow_motion: float) -> Measured:
+    """Of a cluster in slow motion: its times as they would be without."""
+    values = {key: value for key, value in asdict(measured).items() if key.endswith("_s")}
+    own = {k: [t / slow_motion for t in v] if isinstance(v, list) else v / slow_motion for k, v in values.items()}
+    return replace(measured, **own)
+
+
 def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list[AllToAll], list[list[Event]]]:
     """All exchanges of tokens, and all ranks' events of the last step."""
     mesh, out, last = contestant.steps.mesh, [], []
@@ -161,7 +168,7 @@ def tuned_eager(found: Mapping[str, Measured]) -> str:
     return min((n for n in found if n.startswith(EAGER)), key=lambda n: found[n].median_step_s)
 
 
-def as_json(name: str, found: Mapping[str, Measured]) -> dict[str, Any]:
+def as_json(name: str, found: Mapping[str, Measured], *, slow_motion: float = 1.0) -> dict[str, Any]:
     """A setting, as tools/compare_strategies.py writes it.  `eager`: the fastest of its variants."""
     base = tuned_eager(found)
     strategies = {n: asdict(m) for n, m in found.items()}
@@ -169,6 +176,7 @@ def as_json(name: str, found: Mapping[str, Measured]) -> dict[str, Any]:
     overrun = max(m.overrun_fraction for m in found.values())
     return {
         "name": name,
+        "slow_motion": slow_motion,
         "lower_bound_s": lower_bound_s(found),
         "overrun_fraction": overrun,
         "valid": overrun <= VALID_OVERRUN,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalina.comm.objects import everybodys
 from megalina.compare.contest import Contestant, alone, contest
-from megalina.compare.results import EAGER, as_json, measure, tuned_eager
+from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.data.source import open_data
 from megalina.mesh import rows
 from megalina.timeline.contention import Alone
@@ -27,8 +27,8 @@ GAP_S = 0.05  # between two steps of a trace
 
 
 def main(spec_path: str) -> int:
-    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, shown (names), note, and files:
-    out (JSON), picture (PNG), trace (.json.gz)."""
+    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, slow_motion, shown (names), note,
+    and files: out (JSON), picture (PNG), trace (.json.gz)."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
@@ -48,13 +48,14 @@ def main(spec_path: str) -> int:
     eager = next(c for c in contestants if c.name.startswith(EAGER))
     known = alone([eager, *contestants])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}
-    found = measure(contestants, known, turn=spec["turn"], **link)
+    clock = measure(contestants, known, turn=spec["turn"], **link)
+    found = {name: in_own_time(measured, spec["slow_motion"]) for name, measured in clock.items()}
     by_name = {c.name: c for c in contestants}
     by_name[EAGER] = by_name[tuned_eager(found)]
     shown = {name: traced(by_name[name], known) for name in spec["shown"] if name in by_name}
     if rank == 0:
         print(file=sys.stderr)
-        Path(spec["out"]).write_text(json.dumps(as_json(spec["name"], found), allow_nan=False))
+        Path(spec["out"]).write_text(json.dumps(as_json(spec["name"], found, slow_motion=spec["slow_motion"]), allow_nan=False))
         if spec["picture"]:
             draw(Path(spec["picture"]), {name: step.by_rank[0] for name, step in shown.items()}, note=spec["note"])
         if spec["trace"]:

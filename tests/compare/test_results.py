@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.compare.results import as_json, by_round, difference, lower_bound_s, slowest, tuned_eager
+from megalina.compare.results import as_json, by_round, difference, in_own_time, lower_bound_s, slowest, tuned_eager
 from tests.compare.made import measured
 
 SECONDS = st.floats(1e-3, 1e3)
@@ -76,3 +76,11 @@ def test_a_setting_has_the_keys_that_others_read() -> None:
 def test_one_strategy_that_overruns_makes_the_setting_invalid(overrun: float, valid: bool) -> None:
     setting = as_json("4x1", {"eager whole": measured(), "flow": measured(overrun_fraction=overrun)})
     assert (setting["overrun_fraction"], setting["valid"]) == (overrun, valid)
+
+
+def test_times_of_slow_motion_are_given_in_the_clusters_own() -> None:
+    clock = measured(median_step_s=3.0, link_s=1.0, step_s=[2.0, 4.0], ratio_to_eager=1.5, overrun_fraction=0.01, slowdowns=[1.2])
+    own = in_own_time(clock, 2.0)
+    assert (own.median_step_s, own.link_s, own.step_s, own.device_s) == (1.5, 0.5, [1.0, 2.0], clock.device_s / 2)
+    assert (own.ratio_to_eager, own.overrun_fraction, own.slowdowns, own.peak_mb) == (1.5, 0.01, [1.2], clock.peak_mb)
+    assert in_own_time(clock, 1.0) == clock
