@@ -38,7 +38,8 @@ from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.train.steps import Steps
-from megalina.validate import PACKED, check_config
+from megalina.validate import check_config
+from megalina.validate_strategy import PACKED
 from megalina.worker import load_config
 
 ROOT = Path(__file__).resolve().parent.parent

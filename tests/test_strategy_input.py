@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megalina import namespaces
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.step.strategy import STRATEGIES
-from megalina.validate import PACKED, check_config
+from megalina.validate import check_config
+from megalina.validate_strategy import PACKED
 from tests.cluster_tools import Planted
 from tools import emulate_cluster
 

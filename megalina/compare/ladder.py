@@ -9,7 +9,7 @@ STRATEGIES = (
     "lina_zero", "auto",
 )  # fmt: skip
 OVERRIDES = {  # of a strategy's YAML
-    "flow_packed": ("strategy=flow", "strategy.packing=auto"),
+    "flow_packed": ("strategy=flow", "strategy.packing=2"),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
 }
 EAGER_PIECES = (0, 2**19, 2**20)  # bytes: the baseline runs with each, the fastest counts

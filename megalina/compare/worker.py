@@ -27,8 +27,8 @@ GAP_S = 0.05  # between two steps of a trace
 
 
 def main(spec_path: str) -> int:
-    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, slow_motion, shown (names), note,
-    and files: out (JSON), picture (PNG), trace (.json.gz)."""
+    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, slow_motion, shown (names),
+    note, and files: out (JSON), picture (PNG), trace (.json.gz)."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)

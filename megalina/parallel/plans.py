@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.step.plan import Plan
-from megalina.validate import PACKED, check_config
+from megalina.validate import check_config
+from megalina.validate_strategy import PACKED
 
 AUTO = "auto"
 PIECE_BYTES = 2**19  # smaller ones cost their latency many times: a small all-reduce takes milliseconds whatever its size

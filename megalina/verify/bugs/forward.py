@@ -45,7 +45,7 @@ def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
         if stage.name != "experts":
             return function
         experts = trainable.gpt.layers[stage.layer].experts
-        return lambda got, sizes: experts(got, sizes[stage.chunk[0]].count_e)
+        return lambda got, counts: experts(got, counts.sizes(stage.chunk).count_e)
 
     around(trainable, of)
 
