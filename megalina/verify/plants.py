@@ -39,8 +39,8 @@ def _has_scores(config: PretrainConfig) -> bool:
 
 
 def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
-    """Whether a tp rank has a part of a group of tokens that shares capacity and balance, and a part of a micro-batch, which would
-    hand its choices on to the next, isn't what is routed."""
+    """Whether a tp rank has a part of a group of tokens that shares capacity and balance.  Not where parts of a micro-batch hand
+    their choices on to each other: these bugs don't."""
     if config.strategy.parts > 1 and config.router.group == "micro_batch":
         return False
     part_of_sequence = layout.tp > layout.micro_batch and layout.tp % layout.micro_batch == 0
