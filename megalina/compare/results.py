@@ -118,8 +118,10 @@ def measure(
 
 def in_own_time(measured: Measured, slow_motion: float) -> Measured:
     """Of a cluster in slow motion: its times as they would be without."""
-    values = {key: value for key, value in asdict(measured).items() if key.endswith("_s")}
-    own = {k: [t / slow_motion for t in v] if isinstance(v, list) else v / slow_motion for k, v in values.items()}
+    own: dict[str, Any] = {}
+    for key, value in asdict(measured).items():
+        if key.endswith("_s"):
+            own[key] = [t / slow_motion for t in value] if isinstance(value, list) else value / slow_motion
     return replace(measured, **own)
 
 
