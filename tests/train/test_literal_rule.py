@@ -41,6 +41,7 @@ class LiteralLinks:
         if stage.op is not Op.TOKENS and stage.op not in MOVABLE:
             return self._others.send(stage, launch, at_s=at_s, after=after)
         sent = Sent(stage, launch, at_s, after, (self._log.position.step, stage.tag))
+        sent.begun = threading.Event()
         with self._changed:
             (self._tokens if stage.op is Op.TOKENS else self._gradients).append(sent)
             self._changed.notify_all()
@@ -66,6 +67,7 @@ class LiteralLinks:
                 self._ended(sent.stage.op)
             else:
                 sent.pending.work.get_future().add_done_callback(lambda _, op=sent.stage.op: self._ended(op))
+            assert sent.begun is not None
             sent.begun.set()
 
     def _next(self) -> deque[Sent] | None:
