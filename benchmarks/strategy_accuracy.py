@@ -33,11 +33,12 @@ import torch
 import torch.distributed as dist
 
 from megalina.comm.objects import everybodys
-from megalina.compare.ladder import LADDER, STRATEGIES
+from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.train.steps import Steps
+from megalina.step.strategy import STRATEGIES
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
 from megalina.worker import load_config
@@ -147,10 +148,11 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     ranks = args.ranks
     if args.float64:
         common = [*replace(LADDER[0], nodes=ranks).all_overrides(), *REAL_MATH, *NO_TIES, "train.dtype=float64"]
+        common.append("strategy.packing_memory_gb=0")  # all packings, whatever they cost
     else:
         common = ["experiment=laptop", *SMALL, f"parallel.ep={ranks}", f"train.global_batch_size={4 * ranks}"]
     common += [f"launch.ranks={ranks}", f"train.steps={args.steps}", "guard.spike=none", *args.overrides]
-    names = args.strategies.split(",") if args.strategies else STRATEGIES
+    names = args.strategies.split(",") if args.strategies else (*STRATEGIES, "auto")
     plain = composed(common)
     ep, micro_batch_size = plain.parallel.ep, plain.train.micro_batch_size
     cases = cases_of(names, ep=ep, steps=args.steps, micro_batch_size=micro_batch_size)
