@@ -37,8 +37,8 @@ from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.launch import RankFailed, Stopped, run_ranks
-from megalina.train.steps import Steps
 from megalina.step.strategy import STRATEGIES
+from megalina.train.steps import Steps
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
 from megalina.worker import load_config
