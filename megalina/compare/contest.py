@@ -79,7 +79,7 @@ def contest(
 def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], Mapping[int, Mesh]]:
     """By tp and ep, with all packings that any of these may take.
 
-    Each group of gloo's has threads that wake up a hundred times a second, whether it has anything to do or not."""
+    A group of its own for each contestant would be dozens more, with their connections and threads."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     packings: dict[tuple[int, int], set[int]] = {}
     for config in configs:
