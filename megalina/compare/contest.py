@@ -6,6 +6,7 @@ losses can be held against each other while times are taken.
 
 import ctypes
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from megalina.train.packing import allowed_packings
 from megalina.train.steps import Steps
 
 MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
+HOPEFUL = 1.03  # a variant of the baseline that is this much slower in the first round takes no further turn
 
 
 @dataclass(slots=True)
@@ -49,11 +51,13 @@ def contest(
     *,
     rounds: int,
     turn: int,
+    baseline: str | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[Contestant]:
     """Rounds in which every contestant takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
-    All ranks call it together.  Before the first round each warms up, for as long as it searches."""
+    All ranks call it together.  Before the first round each warms up, for as long as it searches.  Of several whose names begin
+    with `baseline` the hopeless ones stop after the first round."""
     meshes = _shared_meshes(list(configs.values()))
     contestants = [
         Contestant(name, Steps(config, data, device=torch.device("cpu"), meshes=meshes[config.parallel.tp, config.parallel.ep]))
@@ -62,14 +66,17 @@ def contest(
     gc.collect()
     gc.freeze()  # collections between turns need not walk through what stays until the end
     gc.disable()  # and one in a turn would hit whoever's turn it is
-    done, total = 0, (rounds + 1) * len(contestants)
+    done, going_on = 0, contestants
     try:
         for number in range(rounds + 1):
-            at = number % len(contestants)
-            for contestant in contestants[at:] + contestants[:at]:
+            at = number % len(going_on)
+            total = done + (rounds + 1 - number) * len(going_on)
+            for contestant in going_on[at:] + going_on[:at]:
                 progress(done, total, contestant.name)
                 _take_turn(contestant, turn) if number else _warm_up(contestant)
                 done += 1
+            if number == 1 and baseline is not None:
+                going_on = _without_hopeless(contestants, baseline)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -104,11 +111,19 @@ def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
     return out
 
 
+def _without_hopeless(contestants: Sequence[Contestant], baseline: str) -> list[Contestant]:
+    """The same on every rank; all call it together."""
+    own = {c.name: statistics.median(c.step_s) for c in contestants if c.name.startswith(baseline)}
+    everybody = everybodys(contestants[0].steps.mesh, own)
+    slowest_s = {name: max(of_rank[name] for of_rank in everybody) for name in own}
+    limit_s = HOPEFUL * min(slowest_s.values(), default=0.0)
+    return [c for c in contestants if slowest_s.get(c.name, 0.0) <= limit_s]
+
+
 def _warm_up(contestant: Contestant) -> None:
     steps = contestant.steps
     _together(steps)
-    for _ in range(2):
-        _step(contestant)
+    _step(contestant)
     while _undecided(steps) and contestant.search_steps < MOST_SEARCH_STEPS:
         steps.adapt(_step(contestant))
         contestant.search_steps += 1

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def measure(
     known_by = {c.name: known.get(c.steps.mesh.packing, {}) for c in contestants}
     numbers = {c.name: everybodys(c.steps.mesh, numbers_of_rank(c, known_by[c.name])) for c in contestants}
     step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
-    base = min((name for name in step_s if name.startswith(EAGER)), key=lambda name: statistics.median(step_s[name]))
+    base = _fastest(EAGER, step_s, lambda name: statistics.median(step_s[name]))
     out = {}
     for contestant in contestants:
         name, by_rank = contestant.name, numbers[contestant.name]
@@ -147,6 +147,13 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
     return [max(times) for times in zip(*by_rank, strict=True)]
 
 
+def _fastest(prefix: str, step_s: Mapping[str, Sequence[float]], median_s: Callable[[str], float]) -> str:
+    """Of those that took the most turns."""
+    names = [name for name in step_s if name.startswith(prefix)]
+    most = max(len(step_s[name]) for name in names)
+    return min((name for name in names if len(step_s[name]) == most), key=median_s)
+
+
 def by_round(base_s: Sequence[float], step_s: Sequence[float], turn: int) -> list[float]:
     """The ratio of the medians of each round's steps."""
     rounds = range(0, len(step_s), turn)
@@ -167,7 +174,7 @@ def lower_bound_s(found: Mapping[str, Measured]) -> float:
 
 def tuned_eager(found: Mapping[str, Measured]) -> str:
     """The name of eager's fastest variant."""
-    return min((n for n in found if n.startswith(EAGER)), key=lambda n: found[n].median_step_s)
+    return _fastest(EAGER, {name: m.step_s for name, m in found.items()}, lambda name: found[name].median_step_s)
 
 
 def as_json(name: str, found: Mapping[str, Measured], *, slow_motion: float = 1.0) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def main(spec_path: str) -> int:
             eta = f", {left_s:.0f} s left" if done else ""
             print(f"\r{spec['name']}: {done}/{total}{eta}  {name:20s}", end="", file=sys.stderr, flush=True)
 
-    contestants = contest(configs, data, rounds=spec["rounds"], turn=spec["turn"], progress=progress)
+    contestants = contest(configs, data, rounds=spec["rounds"], turn=spec["turn"], baseline=EAGER, progress=progress)
     eager = next(c for c in contestants if c.name.startswith(EAGER))
     known = alone([eager, *contestants])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}

@@ -65,7 +65,7 @@ def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) ->
     if strategy.partition_bytes == AUTO or (strategy.name == AUTO and not config.parallel.zero):  # shards belong to pieces
         asked.append(lambda best: [replace(best, piece_bytes=size) for size in PIECES_BYTES])
     if strategy.name == AUTO:
-        asked += [_yields, _late, _parts]
+        asked += [_yields, _late, _parts, lambda best: _packed(best, packings)]  # packings again, with what was found since
     return [_that_run(question, config, world) for question in asked]
 
 

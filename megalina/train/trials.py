@@ -23,6 +23,7 @@ class Rules:
     settle_steps: int = 1  # after a change: not measured
     window: int = 2  # steps that a trial is judged by
     finalists: int = 1  # so many are tried once more, besides the one that the search began with
+    hopeless: float = 1.15  # a trial ends with the first step that takes so many times the best option's
     gain: float = 0.02  # the first option is left only for what saves this share of a step, and more than the noise
     watch: int = 50  # steps between looks at the time of a step, once an option is chosen
     drift: float = 0.25  # times of steps that are off by this share, twice in a row, are a reason to search again ...
@@ -85,6 +86,11 @@ class Trials(Generic[Option]):
     def steps_wanted(self) -> int:
         """Of how many steps the next measurement is."""
         return self.rules.window if self.searching else self.rules.watch
+
+    def hopeless(self, measured: Measured) -> bool:
+        """Whether fewer steps than wanted are enough to see that the present option is not the best."""
+        best_s = min((m.median_s for m in self.tried.values()), default=float("inf"))
+        return self.searching and measured.median_s > self.rules.hopeless * best_s
 
     def observe(self, measured: Measured) -> Option:
         """A measurement of steps under the present option; returns the option from now on."""

@@ -30,9 +30,12 @@ class Tuner:
             self._to_skip -= 1
             return
         self._times_s.append(step_s)
-        if len(self._times_s) < trials.steps_wanted:
+        enough = len(self._times_s) >= trials.steps_wanted
+        if not enough and not trials.searching:
             return
         measured = Measured.slowest(everybodys(self._mesh, Measured.of(self._times_s)))
+        if not enough and not trials.hopeless(measured):
+            return
         self._times_s = []
         before, searched = trials.present, trials.searches
         plan = trials.observe(measured)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalina.compare.contest import alone, contest
+from megalina.compare.contest import HOPEFUL, alone, contest
 from megalina.compare.results import VALID_OVERRUN, as_json, by_round, measure
 from megalina.config import ClusterConfig, StrategyConfig
 from megalina.data.source import open_data
@@ -14,7 +14,7 @@ from megalina.timeline.recorder import COMPUTE, SEND
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
 
-ROUNDS, TURN, WARM_UP = 2, 2, 2
+ROUNDS, TURN, WARM_UP = 2, 2, 1
 STRATEGIES = {
     "eager whole": StrategyConfig(),
     "eager 4 KiB": StrategyConfig(partition_bytes="4096"),
@@ -38,6 +38,7 @@ def work(folder: Path) -> dict[str, Any]:
     )
     known = alone(contestants)
     found = measure(contestants, known, turn=TURN, ranks_per_node=1, link_mbit=100.0)
+    heats = contest({f"eager {n}": config for n in "abc"}, data, rounds=3, turn=1, baseline="eager")
     one = {"eager": replace(config, cluster=DEVICE, strategy=StrategyConfig())}
     (slow,) = paced = contest(one, data, rounds=1, turn=2)
     (emulated,) = measure(paced, {}, turn=2, ranks_per_node=2, link_mbit=0.0).values()
@@ -51,6 +52,7 @@ def work(folder: Path) -> dict[str, Any]:
         "searched": {c.name: c.search_steps for c in contestants},
         "calibrated": {op: line.seconds(10**6) for op, line in known[1].items()},
         "emulated": emulated,
+        "heats": {c.name: (c.step_s, len(c.losses)) for c in heats},
         "device step_s": sum(slow.busy_s) / len(slow.step_s),
     }
 
@@ -79,6 +81,16 @@ def test_timed_steps_are_those_after_the_first_of_a_turn(ranks: list[dict[str, A
             assert len(rank["losses"][name]) == WARM_UP + rank["searched"][name] + ROUNDS * (TURN + 1)
             assert len(set(rank["events"][name])) == 1 and rank["events"][name][0] > 20  # each step recorded, whole
         assert {COMPUTE, SEND} < rank["kinds"]
+
+
+def test_variants_of_the_baseline_that_are_slow_in_the_first_round_take_no_further_turn(ranks: list[dict[str, Any]]) -> None:
+    heats = [rank["heats"] for rank in ranks]
+    first_s = {name: max(rank[name][0][0] for rank in heats) for name in heats[0]}
+    hopeful = {name for name, s in first_s.items() if s <= HOPEFUL * min(first_s.values())}
+    for rank in heats:
+        turns = {name: len(step_s) for name, (step_s, _) in rank.items()}
+        assert turns == {name: 3 if name in hopeful else 1 for name in rank}
+        assert all(steps == WARM_UP + 2 * turns[name] for name, (_, steps) in rank.items())
 
 
 def test_all_have_eagers_losses_on_the_same_data(ranks: list[dict[str, Any]]) -> None:
