@@ -50,7 +50,7 @@ def generate(
             n_TD, _ = gpt.hidden(_batch(tokens, position, gpt.embedding.device), past)
             logits_V = gpt.logits(n_TD[-1:])[0, :limit].double().cpu()
         position += len(tokens)
-        chosen = _choose(logits_V, temperature, top_p, random)
+        chosen = choose(logits_V, temperature, top_p, random)
         yield chosen
         if chosen == stop_token:
             return
@@ -74,7 +74,8 @@ def _batch(tokens: Sequence[int], position: int, device: torch.device) -> Batch:
     return Batch(token_BS, token_BS, everything, everything, position_BS, None, torch.zeros(1, dtype=torch.int64, device=device))
 
 
-def _choose(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+def choose(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`."""
     if temperature == 0.0:
         return int(logits_V.argmax())
     probability_V = (logits_V / temperature).softmax(0)

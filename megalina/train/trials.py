@@ -23,7 +23,6 @@ class Rules:
     settle_steps: int = 1  # after a change: not measured
     window: int = 2  # steps that a trial is judged by
     finalists: int = 1  # so many are tried once more, besides the one that the search began with
-    hopeless: float = 1.15  # a trial ends with the first step that takes so many times the best option's
     gain: float = 0.02  # the first option is left only for what saves this share of a step, and more than the noise
     watch: int = 50  # steps between looks at the time of a step, once an option is chosen
     drift: float = 0.25  # times of steps that are off by this share, twice in a row, are a reason to search again ...
@@ -33,24 +32,30 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The times of some steps: their median, and its standard error from the median deviation."""
+    """How long a step takes, from the times of some."""
 
-    median_s: float
+    typical_s: float
     error_s: float
 
     @staticmethod
     def of(times_s: Sequence[float]) -> "Measured":
+        """Their median, and its standard error from the median deviation."""
         median_s = statistics.median(times_s)
         deviation_s = statistics.median(abs(t - median_s) for t in times_s)
         return Measured(median_s, 1.2533 * 1.4826 * deviation_s / len(times_s) ** 0.5)  # of a median; of normal noise
 
     @staticmethod
+    def of_few(times_s: Sequence[float]) -> "Measured":
+        """The shortest, as what disturbs a step makes it longer: of two or three the median may be disturbed itself."""
+        return Measured(min(times_s), Measured.of(times_s).error_s)
+
+    @staticmethod
     def slowest(of_ranks: Sequence["Measured"]) -> "Measured":
-        return Measured(max(m.median_s for m in of_ranks), max(m.error_s for m in of_ranks))
+        return Measured(max(m.typical_s for m in of_ranks), max(m.error_s for m in of_ranks))
 
     def beats(self, other: "Measured", gain: float) -> bool:
         noise_s = 2 * (self.error_s**2 + other.error_s**2) ** 0.5
-        return self.median_s < other.median_s * (1 - gain) - noise_s
+        return self.typical_s < other.typical_s * (1 - gain) - noise_s
 
 
 class Trials(Generic[Option]):
@@ -87,11 +92,6 @@ class Trials(Generic[Option]):
         """Of how many steps the next measurement is."""
         return self.rules.window if self.searching else self.rules.watch
 
-    def hopeless(self, measured: Measured) -> bool:
-        """Whether fewer steps than wanted are enough to see that the present option is not the best."""
-        best_s = min((m.median_s for m in self.tried.values()), default=float("inf"))
-        return self.searching and measured.median_s > self.rules.hopeless * best_s
-
     def observe(self, measured: Measured) -> Option:
         """A measurement of steps under the present option; returns the option from now on."""
         if self.done:
@@ -110,7 +110,7 @@ class Trials(Generic[Option]):
 
     def _try(self, measured: Measured) -> Option:
         before = self.tried.get(self.present)
-        self.tried[self.present] = measured if before is None else min(before, measured, key=lambda m: m.median_s)
+        self.tried[self.present] = measured if before is None else min(before, measured, key=lambda m: m.typical_s)
         while not self._queue and self._asked < len(self.questions):
             question = self.questions[self._asked]
             self._asked += 1
@@ -118,7 +118,7 @@ class Trials(Generic[Option]):
         if not self._queue and not self._finals:
             self._finals = True
             if (best := self.best()) != self._start:
-                ranked = sorted(self.tried, key=lambda o: self.tried[o].median_s)
+                ranked = sorted(self.tried, key=lambda o: self.tried[o].typical_s)
                 finalists = [best, *(o for o in ranked if o not in (best, self._start))]
                 self._queue = [self._start, *finalists[: self.rules.finalists]]
         if self._queue:
@@ -137,16 +137,16 @@ class Trials(Generic[Option]):
         best = self.present
         for i, option in enumerate(sorted(self.tried, key=self._cost_of)):
             gain = self.rules.gain if self._cost_of(option) > self._cost_of(best) else 0.0
-            if i == 0 or self.tried[option].median_s < self.tried[best].median_s * (1 - gain):
+            if i == 0 or self.tried[option].typical_s < self.tried[best].typical_s * (1 - gain):
                 best = option
         return best
 
     def _look(self, measured: Measured) -> Option:
         if self._reference_s is None:
-            self._reference_s = measured.median_s
+            self._reference_s = measured.typical_s
             return self.present
         self._looks += 1
-        odd = abs(measured.median_s / self._reference_s - 1) > self.rules.drift
+        odd = abs(measured.typical_s / self._reference_s - 1) > self.rules.drift
         self._odd_looks = self._odd_looks + 1 if odd else 0
         if self._odd_looks >= 2 and self._looks >= self.rules.cool_down:
             self.searching = True

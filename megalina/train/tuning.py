@@ -30,12 +30,10 @@ class Tuner:
             self._to_skip -= 1
             return
         self._times_s.append(step_s)
-        enough = len(self._times_s) >= trials.steps_wanted
-        if not enough and not trials.searching:
+        if len(self._times_s) < trials.steps_wanted:
             return
-        measured = Measured.slowest(everybodys(self._mesh, Measured.of(self._times_s)))
-        if not enough and not trials.hopeless(measured):
-            return
+        own = Measured.of_few(self._times_s) if trials.searching else Measured.of(self._times_s)
+        measured = Measured.slowest(everybodys(self._mesh, own))
         self._times_s = []
         before, searched = trials.present, trials.searches
         plan = trials.observe(measured)
@@ -48,9 +46,9 @@ class Tuner:
 
 def evidence(trials: Trials[Plan], step: int, note: str = "") -> str:
     """What a search has found, in one line."""
-    rules, fastest_first = trials.rules, sorted(trials.tried.items(), key=lambda item: item[1].median_s)
-    times = "; ".join(f"{measured.median_s * 1e3:.1f} ms {plan}" for plan, measured in fastest_first)
+    rules, fastest_first = trials.rules, sorted(trials.tried.items(), key=lambda item: item[1].typical_s)
+    times = "; ".join(f"{measured.typical_s * 1e3:.1f} ms {plan}" for plan, measured in fastest_first)
     return (
-        f"plan from step {step + 1} on: {trials.present} (tried, median of {rules.window} steps of the slowest rank: {times}; "
+        f"plan from step {step + 1} on: {trials.present} (tried, fastest of {rules.window} steps, of the slowest rank: {times}; "
         f"the first one is left for a gain above {rules.gain:.0%} and noise{note})"
     )
