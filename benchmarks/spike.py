@@ -87,9 +87,7 @@ def main() -> int:
         runs["never saw it"] = run(innocent, data, corrupted=False)
         runs["skip"] = run(config_of(folder, "skip", spike="skip"), data, corrupted=True)
         runs["no guard"] = run(config_of(folder, "no guard"), data, corrupted=True)
-        weights = {
-            kind: read_tensors(folder / kind / "checkpoints" / f"step_{STEPS:08d}") for kind in ("rewind", "never saw it")
-        }
+        weights = {kind: read_tensors(folder / kind / "checkpoints" / f"step_{STEPS:08d}") for kind in ("rewind", "never saw it")}
         equal = all(torch.equal(value, weights["never saw it"][key]) for key, value in weights["rewind"].items())
         rows = [
             {"run": kind, "val_loss": r.validate(), "rewinds": r.state.rewinds, "skipped_steps": r.state.skipped_steps}

@@ -202,6 +202,42 @@ class ClusterConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class InferConfig:
+    """How experts are placed at inference; the files of conf/infer."""
+
+    name: str = "static"  # for reports
+    predictor: str = "none"  # none | static | window | ema | distribution | path_table | linear_map | online_map | look_ahead
+    planner: str = "none"  # none: experts stay where training had them | first_fit | greedy | hierarchical
+    split: str = "even"  # of an expert's rows over its replicas: even | load_aware | local_first
+    trigger: str = "never"  # plan anew once the router has spoken: never | always | ordered_top | top_set | distance | gain
+    slots_per_device: int = 0  # places for experts on a device, in each layer; 0: twice what the experts need
+    first_planned: int = 0  # MoE layer from which on placements are planned before the router speaks
+    worth: float = 0.0  # a plan is followed if it lowers the largest expected load by more than this share
+    path_length: int = 3  # path_table: layers that a token's path goes back
+    kept: int = 0  # path_table: so many likely experts of each path count; 0: all; -1: as many as the router's top_k
+    renormalise: bool = True  # path_table: what is kept sums to 1
+    layers_back: int = 3  # linear_map, online_map: layers whose counts the next layer's are foreseen from
+    window_batches: int = 1  # window: batches that it averages
+    distance: float = 0.2  # trigger distance: L1 distance of shares, up to 2
+    row_us: float = 0.0  # trigger gain: what a row more on the busiest device costs; 0: measured before serving
+    replan_ms: float = 0.0  # trigger gain: what planning anew costs; 0: measured before serving
+    spare_experts: int = 0  # room for experts on their way, over all layers; 0: two layers' slots
+    batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
+    even_routing: bool = False  # tokens go to experts in turn, whatever the router says: a bound, its text means nothing
+
+
+@dataclass(slots=True, kw_only=True)
+class ProfileConfig:
+    """A sample of routing that is saved with each checkpoint, for serving to start from."""
+
+    record: bool = False  # checkpoints get a routing.npz once the balance loss is stable; not with expert choice or capacity
+    tokens: int = 16384  # at most so many, from all ranks together
+    last_steps: int = 8  # they are of the last so many steps before the checkpoint
+    window: int = 20  # the balance loss is stable when its mean over so many steps ...
+    stable_change: float = 0.02  # ... differs by at most this share from the mean over as many steps before
+
+
+@dataclass(slots=True, kw_only=True)
 class TimelineConfig:
     metrics: bool = False  # per step: how long the device stood still for tokens and gradients, how much all-to-alls were slowed
     trace_steps: list[int] = field(default_factory=list)  # steps of which all ranks' timelines are written: RUN/trace.json.gz
@@ -225,3 +261,4 @@ class PretrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     hang: HangConfig = field(default_factory=HangConfig)
     timeline: TimelineConfig = field(default_factory=TimelineConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from megalina.config import DataConfig, PretrainConfig
+from megalina.parameters import is_moe_layer
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
 
@@ -121,6 +122,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.attention_ms": (0, 1e9),
     "cluster.experts_ms": (0, 1e9),
     "cluster.kernel_floor_ms": (0, 1e9),
+    "profile.tokens": (1, 1 << 24),
+    "profile.last_steps": (1, 1_000_000),
+    "profile.window": (1, 1_000_000),
+    "profile.stable_change": (0, 1e9),
 }
 
 
@@ -142,6 +147,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_emulation(config)
     _check_length(config)
     _check_data(config.data)
+    _check_profile(config)
 
 
 def check_machine(
@@ -407,6 +413,24 @@ def _check_data(data: DataConfig) -> None:
             f"data.split={data.split} must be shares of training, validation, test as 969,30,1: none negative, the first not 0"
         )
     _check_skip(data.skip_samples)
+
+
+def _check_profile(config: PretrainConfig) -> None:
+    model, router = config.model, config.router
+    if not config.profile.record:
+        return
+    if router.kind == "expert_choice":
+        raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
+    if router.capacity_factor > 0:
+        raise ValueError(
+            f"profile.record with router.capacity_factor={router.capacity_factor:g}: capacity takes choices away in training and "
+            "not in serving: set profile.record=false, and record afterwards with tools/record_routing.py"
+        )
+    if not any(is_moe_layer(model, layer) for layer in range(model.num_layers)):
+        raise ValueError(
+            f"profile.record, but none of {model.num_layers} layers is MoE (model.dense_layers_first={model.dense_layers_first}, "
+            f"model.moe_every={model.moe_every}): set profile.record=false"
+        )
 
 
 def _check_skip(ends: list[int]) -> None:

@@ -28,7 +28,7 @@ from megalina.worker import load_config
 from tools import write_config_docs
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "infer")
 MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 
 

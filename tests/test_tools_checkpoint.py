@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megalina.checkpoint.checkpoints import read_tensors
+from megalina.checkpoint.restored import restore
 from megalina.train.fit import check_fit, check_start
-from megalina.train.restored import restore
 from tests.checkpoint.planted import flip
 from tests.train.small_run import checkpoint, config_of, records_of, start, weights_of, write_tokens
 from tools import checkpoint as tool

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from megalina.checkpoint.restored import restore
 from megalina.data.tokenizer import open_tokenizer
 from megalina.generate import generate
-from megalina.train.restored import restore
 from megalina.train.resume import newest_checkpoint
 
 

@@ -39,6 +39,7 @@ def document() -> str:
     parts = [HEADER]
     for group in fields(classes["PretrainConfig"]):
         parts += section(ast.unparse(group.target), ast.unparse(group.annotation), classes, comments)
+    parts += section("infer", "InferConfig", classes, comments)
     parts += ["## experiment", "", *options("experiment")]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -63,9 +63,17 @@ class Checkpoints:
         """From now on slices are of this mesh, which has the same ranks."""
         self._mesh = mesh
 
-    def save(self, step: int, tensors: Mapping[str, Slice | Sequence[Slice]], values: dict) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Slice | Sequence[Slice]],
+        values: dict,
+        *,
+        beside: Callable[[Path], None] | None = None,
+    ) -> None:
         """Save `tensors`, of each the slices that this rank holds, which over all ranks are the whole, and `values`,
-        anything that JSON can hold.
+        anything that JSON can hold.  `beside`, of rank 0, writes what else is to be in the folder; it is given the folder while
+        that is hidden, and what it writes is no part of the checkpoint.
 
         SaveFailed, on all ranks, where one can't write: what was written is removed, older checkpoints stay.  An
         asynchronous save raises it from the next `save`, which is under way nevertheless, or from `wait`."""
@@ -78,9 +86,9 @@ class Checkpoints:
             failed = error
         parts = {name: self._part(part, copy=copy) for name, part in tensors.items()}
         if self._thread is None:
-            self._write(step, parts, values_json)
+            self._write(step, parts, values_json, beside)
         else:
-            self._pending = self._thread.submit(self._write, step, parts, values_json)
+            self._pending = self._thread.submit(self._write, step, parts, values_json, beside)
         if failed is not None:
             raise failed
 
@@ -137,7 +145,7 @@ class Checkpoints:
             cut = [Box(box.offsets, box.data.detach().to("cpu", copy=True)) for box in cut]
         return Part(whole_shape(slices[0], self._mesh), slices[0].local.dtype, cut)
 
-    def _write(self, step: int, parts: Mapping[str, Part], values_json: str) -> None:
+    def _write(self, step: int, parts: Mapping[str, Part], values_json: str, beside: Callable[[Path], None] | None) -> None:
         final = self._folder / f"step_{step:08d}"
         partial, replaced = self._hidden(final, _PARTIAL), self._hidden(final, _REPLACED)
         try:
@@ -146,6 +154,8 @@ class Checkpoints:
             sums = self._gathered(own)
 
             def make_current() -> None:
+                if beside is not None:
+                    beside(partial)
                 write_rest(partial, values_json, listing, sums)
                 if final.exists():
                     shutil.rmtree(replaced, ignore_errors=True)

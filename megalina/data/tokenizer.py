@@ -3,6 +3,8 @@
 Three kinds: sentencepiece models, Hugging Face `tokenizers` files and plain bytes.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +30,9 @@ class Tokenizer(Protocol):
         """The same as `encode` on each, on one core, with less overhead."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self) -> list[int] | None:
+        """Of each id, the bytes of text that it stands for; 0 for ends of documents.  None where an id alone doesn't say."""
 
 
 class SentencePieceTokenizer:
@@ -67,6 +72,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
+
+    def token_bytes(self) -> list[int]:
+        """An unknown piece counts as one byte: it stands for at least that."""
+        model, pieces = self._model, range(self.vocab_size)
+        text = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in pieces]
+        one = [model.is_byte(i) or model.is_unknown(i) for i in pieces]
+        none = [model.is_control(i) or model.is_unused(i) for i in pieces]
+        return [0 if none[i] else 1 if one[i] else len(text[i].encode()) for i in pieces]
 
     def _spell_marks(self, text: str) -> list[int]:
         first, *rest = self._model.encode(text.split(_SPACE_MARK), out_type=int, num_threads=1)
@@ -109,6 +122,25 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
+    def token_bytes(self) -> list[int] | None:
+        """Of byte-level tokenizers (GPT-2's kind) and of those that mark spaces (Llama's kind); None of others."""
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {"type": ""}
+        kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder()
+        out = [0] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                out[i] = 0 if added[i].special else len(token.encode())
+            elif "ByteLevel" in kinds:
+                out[i] = len(token)  # a character stands for a byte
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                out[i] = 1
+            else:
+                out[i] = len(token.replace(_SPACE_MARK, " ").encode())
+        return out
+
 
 class ByteTokenizer:
     """The bytes of UTF-8 are the ids 0 to 255; 256 ends a document."""
@@ -125,6 +157,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that aren't UTF-8 become U+FFFD; ends of documents and padding are left out."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self) -> list[int]:
+        return [1] * 256 + [0]
 
 
 def open_tokenizer(path: str) -> Tokenizer:

@@ -139,6 +139,11 @@ class Experts(nn.Module):
         self.b1 = parameter(num_experts, fused * hidden, std=0.0, decay=False, sharded={"ep": 0}) if config.bias else None
         self.b2 = parameter(num_experts, width, std=0.0, decay=False, sharded={"ep": 0}) if config.bias else None
 
+    def release(self) -> None:
+        """Let go of all weights: the experts are computed elsewhere."""
+        for name in list(self._parameters):
+            del self._parameters[name]
+
     def forward(self, rows_ND: Tensor, count_E: list[int], later: Later | None = None) -> Tensor:
         """Rows sorted by expert, `count_E` of them each."""
         return expert_mlp(rows_ND, count_E, self.w1, self.w2, self.b1, self.b2, activation=self.activation, later=later)

@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megalina.checkpoint.restored import restore
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.generate import generate
 from megalina.parameters import count_parameters
 from megalina.track.report import Sample, write_report
-from megalina.train.restored import restore
 
 logger = logging.getLogger("megalina")
 PROMPT_TOKENS = 24

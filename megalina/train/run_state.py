@@ -15,6 +15,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.profile import PROFILE
 from megalina.checkpoint.writing import SaveFailed
 from megalina.collective_log import agree
 from megalina.comm.objects import everybodys
@@ -25,9 +26,11 @@ from megalina.model.init import local_shape, spec_of
 from megalina.parallel.functions import CollectivesDiffer
 from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
+from megalina.placement.routing_trace import write_trace
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.ledger import Ledger
 from megalina.train.load_watch import LoadWatch
+from megalina.train.run_profile import RunProfile
 from megalina.train.sample_windows import Window, pairs
 from megalina.train.spike_guard import SpikeGuard
 
@@ -46,12 +49,13 @@ class RunState:
         watch: LoadWatch,
         guard: SpikeGuard,
         ledger: Ledger,
+        profile: RunProfile,
         *,
         tokenizer_path: str,
     ):
         self.tokenizer_path = tokenizer_path
         self.config, self.mesh, self.trainable, self.optimizer, self.watch = config, mesh, trainable, optimizer, watch
-        self.guard, self.ledger = guard, ledger
+        self.guard, self.ledger, self.profile = guard, ledger, profile
         self.step = 0
         self.consumed_samples = 0  # sequences: where the data goes on
         self.tokens = 0  # positions with a loss, so far
@@ -94,6 +98,7 @@ class RunState:
             "rewinds": self.rewinds,
             "skipped_samples": self.windows,
             "guard_losses": self.guard.state(),
+            "profile": self.profile.state(),
             "plan": {"now": self.trainable.plan.as_json(), "searches": self.searches},
             "ledger": self.ledger.lines(),
             "ledger_saved_lines": self.ledger.saved_lines,
@@ -101,7 +106,9 @@ class RunState:
             "config": asdict(self.config),
         }
         self.saved_step = self.step
-        self._try(lambda: self.checkpoints.save(self.step, self.tensors(), values))
+        trace = self.profile.trace(self.mesh, self.trainable.gpt, model_name=self.config.model.name)
+        beside = None if trace is None else lambda folder: write_trace(folder / PROFILE, trace)
+        self._try(lambda: self.checkpoints.save(self.step, self.tensors(), values, beside=beside))
         self.ledger.saved()
         if self.config.guard.spike == "rewind":
             self.spikes = 0
@@ -170,6 +177,8 @@ class RunState:
         known = {*self.windows, *((first, stop) for first, stop in values["skipped_samples"])}
         self.windows = sorted(known)
         self.guard.load(values["guard_losses"])
+        if "profile" in values:  # older checkpoints know of none
+            self.profile.load(values["profile"])
         self.ledger.load(values["ledger"], values["ledger_saved_lines"])
         self.watch.load(values["last_step_of_experts"])
 

@@ -24,6 +24,7 @@ from megalina.train.doctor import Doctor
 from megalina.train.ledger import Ledger, Line, RandomState, line_of
 from megalina.train.load_watch import LoadWatch
 from megalina.train.packing import allowed_packings, worth_trying
+from megalina.train.run_profile import RunProfile
 from megalina.train.run_state import RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
@@ -68,8 +69,9 @@ class Steps:
             other_threads_are_urgent()
         self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
         self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
+        self.profile = RunProfile(config.profile, ranks=world)
         self.state = RunState(
-            *(config, self.mesh, self.trainable, self.optimizer, self.watch, self._guard, Ledger()),
+            *(config, self.mesh, self.trainable, self.optimizer, self.watch, self._guard, Ledger(), self.profile),
             tokenizer_path=data.tokenizer_path,
         )
         self._ranks_per_node = everybodys(self.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
@@ -182,7 +184,9 @@ class Steps:
         random = RandomState()
         recorder, recorded = self.trainable.recorder, self.trainable.recorder.on
         recorder.on = recorded or (self.windows is not None and self.windows.measuring and not self.searching)
-        verdict = self.trainable.step(self.batch, self.optimizer.update)
+        with self.profile.watching(self.trainable.gpt):
+            verdict = self.trainable.step(self.batch, self.optimizer.update)
+        self.profile.add(step, verdict)
         recorder.on = recorded
         state.step, state.tokens = step, state.tokens + verdict.loss_tokens
         state.consumed_samples = first + train.global_batch_size

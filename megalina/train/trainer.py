@@ -231,6 +231,8 @@ class Run(Steps):
             "emulation": emulation_note(self.trainable),
         }
         if self.is_first and self._record:
+            if missing := self.profile.missing(self.config.run.dir):
+                logger.warning("warning: %s", missing)
             checkpoint = newest_checkpoint(Path(self.config.run.dir) / "checkpoints")
             close_run(self.config, self.data, checkpoint=checkpoint, summary=summary)
         return summary

@@ -4,12 +4,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.checkpoint.files import MODEL
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialise, spec_of
+
+EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +23,12 @@ class Restored:
     step: int
 
 
-def restore(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Restored:
+def restore(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, experts: bool = True
+) -> Restored:
     """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
-    what else is in the batch) and no noise is added.  ValueError if the folder holds no checkpoint, or a
-    damaged file."""
+    what else is in the batch) and no noise is added.  Without `experts` it has no weights of
+    theirs, see `read_experts`.  ValueError if the folder holds no checkpoint, or a damaged file."""
     values = read_values(path)
     config = values["config"]
     max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]
@@ -37,6 +42,9 @@ def restore(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtyp
         max_positions=max_positions,
         seed=config["train"]["seed"],
     )
+    if not experts:
+        for layer in gpt.moe_layers:
+            gpt.layers[layer].experts.release()
     names = [name for name, _ in gpt.named_parameters()] + [n for n, _ in gpt.named_buffers() if n.endswith("bias_E")]
     whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
     initialise(gpt, seed=0, dtype=dtype, device=device)
@@ -48,3 +56,10 @@ def restore(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtyp
                 buffer.copy_(whole[name])
     gpt.eval()
     return Restored(gpt, max_positions, values["tokenizer_path"], values["step"])
+
+
+def read_experts(path: Path, gpt: GPT, layer: int) -> dict[str, Tensor]:
+    """The weights of all experts of one layer, [E, ...] by name, as the checkpoint of `gpt` has them."""
+    names = EXPERT_TENSORS if gpt.config.bias else EXPERT_TENSORS[:2]
+    found = read_tensors(path, [f"{MODEL}layers.{layer}.experts.{name}" for name in names])
+    return {name: found[f"{MODEL}layers.{layer}.experts.{name}"] for name in names}

@@ -1,0 +1,193 @@
+"""The functions of an inference step's compute stages: a model whose experts sit in slots.
+
+T tokens of this rank, K choices a token, E experts, N devices (the ranks), S slots a device, Q = N x S slots in all.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.infer.slots import Slots
+from megalina.mesh import Mesh
+from megalina.model.gpt import GPT
+from megalina.model.layers import ALL, KeyValues, Layer, router_tokens
+from megalina.model.permute import RowOrder, permute, row_order
+from megalina.model.rows import expert_rows
+from megalina.parallel.dispatcher import Counts, by_expert, by_source
+from megalina.placement.controller import Controller
+from megalina.placement.placement import EMPTY, Placement
+from megalina.placement.predictors.predictor import Floats, Seen
+from megalina.step.program import Stage
+
+
+class InferenceFunctions:
+    """`functions(stage)` for the executor.  `past`: of each layer, for the next batch; None: without a cache.
+
+    `tile`: rows that a kernel gets at a time, always so many, so that what becomes of a row doesn't depend on the others; 0: all
+    at once, which is faster."""
+
+    def __init__(self, gpt: GPT, mesh: Mesh, slots: Slots | None, controller: Controller | None, *, tile: int):
+        self.gpt, self.mesh, self.slots, self.controller, self.tile = gpt, mesh, slots, controller, tile
+        self.past: Sequence[KeyValues] | None = None
+        self.reroute: Callable[[int, Tensor], Tensor] | None = None  # MoE layer, what the router chose -> what is done
+        self.rows_here = 0  # that the last MoE layer's experts had on this device
+        self._number = {layer: number for number, layer in enumerate(gpt.moe_layers)}
+        self._evidence_at: dict[int, slice] = {}  # among what is told of a MoE layer
+        self._chosen: list[np.ndarray[Any, Any]] = []  # of this batch's MoE layers so far
+
+    def __call__(self, stage: Stage) -> Callable[..., Any]:
+        named = getattr(self, f"_{stage.name}")
+        if stage.layer < 0:
+            return named
+        if stage.name == "foresee":
+            return partial(named, self._number[stage.layer])
+        layer = self.gpt.layers[stage.layer]
+        if stage.name in ("score", "assign", "experts"):
+            return partial(named, layer, self._number[stage.layer])
+        return partial(named, layer)
+
+    @property
+    def chosen(self) -> tuple[np.ndarray[Any, Any], ...]:
+        """[T, K] of each MoE layer, of the last batch's tokens that are no padding; the router's order."""
+        return tuple(self._chosen)
+
+    # what is no mixture of experts
+    def _embed(self, batch: Batch) -> Tensor:
+        self._chosen = []
+        return self.gpt.place(self.gpt.embed(batch), batch)
+
+    def _attention(self, layer: Layer, x: Tensor, batch: Batch) -> Tensor:
+        return layer.attend(x, batch, self.past[layer.index] if self.past is not None else None)
+
+    def _mlp(self, layer: Layer, h: Tensor, batch: Batch) -> Tensor:
+        return layer.feed(h, batch)
+
+    def _final(self, x: Tensor) -> Tensor:
+        return self.gpt.final_norm(x)
+
+    # mixture of experts
+    def _score(self, layer: Layer, number: int, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is told: rows for each expert here, whether the fetch for this layer did not come, a fingerprint of the plan,
+        what is expected of the layer, what is to be learned from it, features of the next one (all three none where nothing is
+        predicted)."""
+        n_TD, logits_TE = layer.score(h)
+        routing = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL)
+        chosen_TK = routing.expert_TK if self.reroute is None else self.reroute(number, routing.expert_TK)
+        count_E = torch.bincount(chosen_TK.flatten(), minlength=layer.num_experts + 1)[: layer.num_experts].double()
+        assert self.slots is not None and self.controller is not None
+        ready = self.slots.ready(number)
+        expected_E = self.controller.expected(number)
+        told = [count_E, count_E.new_tensor([float(not ready), self.slots.fingerprint(number)])]
+        told += [] if expected_E is None else [torch.from_numpy(expected_E).to(count_E)]
+        self._chosen.append(chosen_TK[batch.valid_BS.flatten()].cpu().numpy())
+        policy = self.controller.policy
+        if policy.predictor is not None:
+            evidence = policy.predictor.evidence(number, Seen(tuple(self._chosen[:number])), self._chosen[number])
+            begin = sum(map(len, told))
+            self._evidence_at[number] = slice(begin, begin + len(evidence))
+            told.append(torch.from_numpy(evidence).to(count_E))
+            if number + 1 < len(self._number):
+                ahead_E = self._look_ahead(number + 1, h, batch) if policy.looks_ahead else None
+                features = policy.predictor.features(number + 1, Seen(tuple(self._chosen), ahead_E))
+                told.append(torch.from_numpy(features).to(count_E))
+        return n_TD, routing.weight_TK, chosen_TK, torch.cat(told)
+
+    def _foresee(self, number: int, heard: Any) -> Placement:
+        """Plan the layer, and begin to fetch."""
+        assert self.slots is not None and self.controller is not None
+        predictor = self.controller.policy.predictor
+        present = self.slots.placement(number)
+        if predictor is None:
+            return present
+        if number == 0:
+            features = predictor.features(0, Seen(()))
+        else:
+            features = self._by_rank(heard)[:, self._evidence_at[number - 1].stop :].sum(0)
+        planned = self.controller.foresee(number, features, present)
+        if planned is not present:
+            self.slots.fetch(number, planned)
+        return planned
+
+    def _assign(self, layer: Layer, number: int, n_TD: Tensor, chosen_TK: Tensor, heard: Tensor, planned: Placement) -> Any:
+        """The split over slots, rows in their order, and the sizes of both ways."""
+        assert self.slots is not None and self.controller is not None
+        heard_RV = self._by_rank(heard)
+        num_experts = layer.num_experts
+        count_RE = heard_RV[:, :num_experts].astype(np.int64)
+        failed_R, print_R = heard_RV[:, num_experts], heard_RV[:, num_experts + 1]
+        if failed_R.any() or (print_R != print_R[0]).any():  # experts did not come, or plans differ: all stay with what they have
+            self.slots.discard(number)
+        else:
+            self.slots.install(number)
+        placement = self.slots.placement(number)
+        expected_E = None
+        if self.controller.expected(number) is not None:
+            expected_E = heard_RV[0, num_experts + 2 : 2 * num_experts + 2]
+        decided, split_REN = self.controller.decide(number, count_RE, placement, expected_E)
+        if decided is not placement:
+            self.slots.fetch(number, decided)
+            self.slots.ready(number)
+            self.slots.install(number)
+            placement = self.slots.placement(number)
+        order, counts = self._dispatch(placement, chosen_TK, split_REN, num_experts)
+        return permute(n_TD, order), order, counts
+
+    def _dispatch(
+        self, placement: Placement, chosen_TK: Tensor, split_REN: np.ndarray[Any, Any], num_experts: int
+    ) -> tuple[RowOrder, Counts]:
+        """Slots are to the dispatcher what experts are in training: rows travel sorted by slot."""
+        me, slots = self.mesh.ep.rank, placement.slots_per_device
+        slot_EN = np.full((num_experts, placement.num_devices), -1)
+        for device, experts in enumerate(placement.slots):
+            for slot in reversed(range(slots)):
+                if experts[slot] != EMPTY:
+                    slot_EN[experts[slot], device] = device * slots + slot
+        flat = chosen_TK.flatten().cpu()
+        by_expert_n = torch.sort(flat, stable=True).indices[: int(split_REN[me].sum())]
+        slot_n = torch.from_numpy(np.repeat(slot_EN.ravel(), split_REN[me].ravel()))
+        slot_TK = torch.full_like(flat, placement.num_devices * slots).scatter_(0, by_expert_n, slot_n)
+        order = row_order(slot_TK.view(chosen_TK.shape).to(chosen_TK.device), placement.num_devices * slots)
+        here = [(slot, expert) for slot, expert in enumerate(placement.slots[me]) if slot_EN[expert, me] == me * slots + slot]
+        received_RS = np.zeros((len(split_REN), slots), np.int64)
+        for slot, expert in here:
+            if expert != EMPTY:
+                received_RS[:, slot] = split_REN[:, expert, me]
+        return order, Counts(order.count_E, torch.from_numpy(received_RS.ravel()), self.mesh.ep.size)
+
+    def _experts(self, layer: Layer, number: int, got: Tensor, counts: Counts) -> Tensor:
+        assert self.slots is not None
+        sizes = counts.sizes((0, 1))
+        self.rows_here = sum(sizes.count_e)
+        weights = [self.slots.weights(number, slot) if count else None for slot, count in enumerate(sizes.count_e)]
+        rows_ND = by_expert(got, sizes)
+        out_ND = expert_rows(rows_ND, sizes.count_e, weights, activation=layer.experts.activation, tile=self.tile)
+        return by_source(out_ND, sizes)
+
+    def _shared(self, layer: Layer, n: Tensor) -> Tensor:
+        return layer.share(n)
+
+    def _mix(self, layer: Layer, h: Tensor, back: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        shared, order, batch = rest if len(rest) == 3 else (None, *rest)
+        return layer.mix(h, back, weight, shared, order, batch)
+
+    def _learn(self, *heard: Tensor) -> None:
+        assert self.controller is not None
+        for number, told in enumerate(heard):
+            evidence_RV = self._by_rank(told)[:, self._evidence_at[number]]
+            self.controller.learn(number, evidence_RV.sum(0))
+
+    def _look_ahead(self, number: int, h_TD: Tensor, batch: Batch) -> Floats:
+        """Rows for each expert, would MoE layer `number` route what its predecessor has read."""
+        layer = self.gpt.layers[self.gpt.moe_layers[number]]
+        logits_TE = layer.score(h_TD)[1]
+        chosen = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL).expert_TK.flatten()
+        return torch.bincount(chosen, minlength=layer.num_experts + 1)[: layer.num_experts].double().cpu().numpy()
+
+    def _by_rank(self, heard: Tensor) -> np.ndarray[Any, Any]:
+        array: np.ndarray[Any, Any] = heard.cpu().numpy()
+        return array.reshape(self.mesh.ep.size, -1)

@@ -1,0 +1,137 @@
+"""Host experts: every expert of a model, once a node, in memory that the node's ranks share.
+
+One flat file in shared memory holds them all, expert after expert, layer after layer.  It has no name any more once all ranks
+have mapped it, so nothing is left behind however they end.  CPU only: on CUDA it would be pinned.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalina.comm.objects import everybodys
+from megalina.mesh import Mesh
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The tensors of one expert, side by side in memory."""
+
+    names: tuple[str, ...]  # as in megalina.model.layers.Experts
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """`flat` [numel] as the expert's tensors."""
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+class HostExperts:
+    """`expert(layer, e)` is a flat tensor [shape.numel]; layers count from 0 among MoE layers."""
+
+    def __init__(self, shape: ExpertShape, memory_LEn: Tensor):
+        self.shape, self._memory_LEn = shape, memory_LEn
+
+    @property
+    def num_layers(self) -> int:
+        return self._memory_LEn.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self._memory_LEn.shape[1]
+
+    @property
+    def storage_ptr(self) -> int:
+        return self._memory_LEn.untyped_storage().data_ptr()
+
+    def expert(self, layer: int, expert: int) -> Tensor:
+        return self._memory_LEn[layer, expert]
+
+
+def share_experts(
+    shape: ExpertShape,
+    num_layers: int,
+    num_experts: int,
+    read_layer: Callable[[int], Mapping[str, Tensor]],
+    mesh: Mesh,
+) -> HostExperts:
+    """All ranks call it together.  The first rank of each node reads, layer by layer: `read_layer(i)` gives tensors [E, ...] by
+    the names in `shape`.  OSError where the node's shared memory is too small, with the numbers."""
+    size = num_layers * num_experts * shape.numel
+    nodes = everybodys(mesh, _node())
+    leader = nodes.index(nodes[mesh.world.rank])
+    path, error = "", ""
+    if leader == mesh.world.rank:
+        try:
+            path = _reserve(size * shape.dtype.itemsize)
+            memory_LEn = _map(path, size, shape.dtype).view(num_layers, num_experts, shape.numel)
+            for layer in range(num_layers):
+                tensors = read_layer(layer)
+                for expert in range(num_experts):
+                    for name, own in shape.views(memory_LEn[layer, expert]).items():
+                        own.copy_(tensors[name][expert].view(own.shape))
+        except (OSError, ValueError, KeyError) as problem:
+            error = f"{type(problem).__name__}: {problem}"
+    told = everybodys(mesh, (path, error))
+    try:
+        if wrong := [text for _, text in told if text]:
+            raise OSError(wrong[0])
+        if leader != mesh.world.rank:
+            memory_LEn = _map(told[leader][0], size, shape.dtype).view(num_layers, num_experts, shape.numel)
+        everybodys(mesh, None)  # all have mapped it
+    finally:
+        if path:
+            os.unlink(path)
+    return HostExperts(shape, memory_LEn)
+
+
+def experts_of(layers: Sequence[Mapping[str, Tensor]]) -> tuple[ExpertShape, int]:
+    """The shape of one expert and the number of experts, from each MoE layer's tensors [E, ...]."""
+    first = {name: t for name, t in layers[0].items() if t is not None}
+    shapes = tuple(t.shape[1:] for t in first.values())
+    some = next(iter(first.values()))
+    return ExpertShape(tuple(first), shapes, some.dtype), some.shape[0]
+
+
+def _node() -> str:
+    """Equal for ranks that share memory: the same boot of the same kernel, and the same file system in memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    place = os.stat(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else os.stat(tempfile.gettempdir())
+    return f"{boot.read_text().strip() if boot.exists() else os.uname().nodename} {place.st_dev}"
+
+
+def _reserve(num_bytes: int) -> str:
+    """A file of this size whose memory is really there."""
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    handle, path = tempfile.mkstemp(prefix="megalina_experts_", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, max(1, num_bytes))
+    except OSError as problem:
+        os.unlink(path)
+        state = os.statvfs(folder)
+        raise OSError(
+            f"all experts take {num_bytes / 1e9:.2f} GB, {folder} has {state.f_bavail * state.f_frsize / 1e9:.2f} GB left: "
+            "make it larger, or use more nodes' memory for a smaller model"
+        ) from problem
+    finally:
+        os.close(handle)
+    return path
+
+
+def _map(path: str, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(path, shared=True, size=size, dtype=dtype)

@@ -1,0 +1,63 @@
+"""Opening: an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalina.checkpoint.restored import Restored, read_experts, restore
+from megalina.config import InferConfig
+from megalina.infer.engine import Engine, EngineSettings
+from megalina.infer.even_routing import EvenRouting
+from megalina.infer.functions import InferenceFunctions
+from megalina.infer.host_experts import HostExperts, experts_of, share_experts
+from megalina.infer.policies import Served, policy_of, slots_of
+from megalina.mesh import Mesh
+from megalina.parallel.emulated_device import EmulatedDevice
+from megalina.placement.planners.identity import identity
+from megalina.placement.routing_trace import RoutingTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint, ready for engines of several modes: they share its weights."""
+
+    restored: Restored
+    host: HostExperts
+    mesh: Mesh
+    served: Served
+
+    def engine(
+        self,
+        config: InferConfig,
+        profile: RoutingTrace | None,
+        *,
+        device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
+    ) -> Engine:
+        """ValueError as `policy_of`."""
+        served, gpt = self.served, self.restored.gpt
+        slots = slots_of(config, served)
+        policy = policy_of(config, served, profile)
+        resident = identity(torch.ones(served.num_experts).double().numpy(), served.num_devices, slots)
+        settings = EngineSettings(batch_invariant=config.batch_invariant, spare_experts=config.spare_experts or 2 * slots)
+        engine = Engine(gpt, self.host, self.mesh, policy, [resident] * len(gpt.moe_layers), settings, device=device)
+        if config.even_routing:
+            engine.functions.reroute = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank)
+        return engine
+
+
+def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, devices_per_node: int = 0) -> Opened:
+    """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
+    restored = restore(path, dtype=dtype, experts=False)
+    gpt = restored.gpt
+    if not gpt.moe_layers:
+        raise ValueError(f"{path} is of a model without MoE layers: tools/generate.py and one process are for it")
+
+    def read_layer(number: int) -> dict[str, torch.Tensor]:
+        return {name: t.to(dtype) for name, t in read_experts(path, gpt, gpt.moe_layers[number]).items()}
+
+    shape, num_experts = experts_of([read_layer(0)])
+    host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh)
+    served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
+    return Opened(restored, host, mesh, served)

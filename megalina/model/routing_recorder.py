@@ -1,0 +1,138 @@
+"""A routing recorder: what the routers of a model decide while it runs, token by token.
+
+It hangs on the routers themselves, so whoever runs them (the plain model, a program's stages on several ranks) need not know of
+it, and a model that nobody watches does nothing more.
+
+Shapes: T tokens, L MoE layers, K choices a token, best first: by falling weight, of equal weights as the router has them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from megalina.batch import Batch
+from megalina.model.gpt import GPT
+from megalina.model.routers import RouterTokens, Routing
+from megalina.placement.routing_trace import RoutingTrace, traced
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decisions:
+    """What was decided of some tokens, padding left out."""
+
+    place_T2: NDArray[np.int64]  # number of the sequence, index within it
+    expert_ids_TLK: NDArray[np.int32]  # best first; the number of experts where capacity has taken a choice away
+    weights_TLK: NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """The first own tokens of a micro-batch, or of a part of one."""
+
+    tokens: RouterTokens  # held, so that its id stays its own
+    place_T2: Tensor
+    valid_T: Tensor
+    chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # MoE layer -> experts and weights, [T, K]
+
+
+class RoutingRecorder:
+    """Keeps the first `max_tokens` tokens that the routers here see, each in all layers."""
+
+    def __init__(self, max_tokens: int):
+        if max_tokens < 1:
+            raise ValueError(f"a recorder of {max_tokens} tokens: it needs at least 1")
+        self.room = max_tokens  # tokens still to come
+        self._parts: dict[int, _Part] = {}
+
+    @contextmanager
+    def watching(self, gpt: GPT) -> Iterator[None]:
+        """What `gpt` decides inside is recorded.  ValueError for experts that choose tokens: their number isn't a token's."""
+        if gpt.router.kind == "expert_choice":
+            raise ValueError("router.kind=expert_choice: experts choose tokens there, so a token has no choices to be recorded")
+        if not gpt.moe_layers:
+            raise ValueError("the model has no MoE layer, so there is no routing to be recorded")
+        hooks = [
+            gpt.layers[layer].router.register_forward_hook(partial(self._see, number))
+            for number, layer in enumerate(gpt.moe_layers)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def decisions(self) -> Decisions:
+        """All that was recorded, in the order in which it was seen; waits for the device."""
+        if not self._parts:
+            raise ValueError("nothing was recorded: the model did not run")
+        parts = self._parts.values()
+        valid_T = torch.cat([part.valid_T for part in parts])
+        place_T2 = torch.cat([part.place_T2 for part in parts])[valid_T]
+        ids_TLK, weights_TLK = (
+            torch.cat([torch.stack([part.chosen[number][i] for number in sorted(part.chosen)], 1) for part in parts])[valid_T]
+            for i in (0, 1)
+        )
+        return Decisions(place_T2.cpu().numpy(), ids_TLK.cpu().numpy(), weights_TLK.cpu().numpy())
+
+    def _see(self, number: int, router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> None:
+        """`arguments` are those of `Router.forward`."""
+        tokens, own = arguments[1], arguments[3]
+        part = self._parts.get(id(tokens))
+        if part is None:
+            keep = slice(min(self.room, len(routing.expert_TK)))
+            if keep.stop == 0:
+                return
+            self.room -= keep.stop
+            place_T2 = torch.stack([tokens.sample_A[own][keep], tokens.position_A[own][keep]], 1)
+            part = self._parts[id(tokens)] = _Part(tokens, place_T2, tokens.valid_A[own][keep])
+        if number not in part.chosen:  # else its activations are computed again, for backward
+            count = len(part.valid_T)
+            weight_TK = routing.weight_TK.detach()[:count]
+            order_TK = weight_TK.argsort(dim=1, descending=True, stable=True)
+            ids_TK = routing.expert_TK[:count].gather(1, order_TK)
+            part.chosen[number] = ids_TK.int(), weight_TK.gather(1, order_TK).half()
+
+
+def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name: str) -> RoutingTrace:
+    """The last `max_tokens` tokens, by their sequence's number and their place in it; a sample is what there is of a sequence.
+
+    ValueError where capacity has taken choices away: a trace has all of a token's."""
+    place_T2 = np.concatenate([part.place_T2 for part in decisions])
+    last_T = np.lexsort((place_T2[:, 1], place_T2[:, 0]))[-max_tokens:]
+    ids_TLK = np.concatenate([part.expert_ids_TLK for part in decisions])[last_T]
+    num_experts = gpt.config.num_experts
+    if missing := int((ids_TLK == num_experts).sum()):
+        raise ValueError(f"capacity has taken away {missing} of {ids_TLK.size} choices: record with router.capacity_factor=0")
+    return traced(
+        ids_TLK.astype(np.min_scalar_type(num_experts - 1)),
+        num_experts,
+        weights_TLK=np.concatenate([part.weights_TLK for part in decisions])[last_T],
+        sample_lengths_S=np.unique(place_T2[last_T, 0], return_counts=True)[1],
+        layers=gpt.moe_layers,
+        name=name,
+    )
+
+
+def record_routing(
+    gpt: GPT, batches: Iterable[Batch], *, max_tokens: int, name: str, each_batch: Callable[[int], None] = lambda tokens: None
+) -> RoutingTrace:
+    """The trace of the first `max_tokens` tokens of the batches, or of all of them; sequences must have numbers of their own.
+
+    `each_batch` is told how many tokens of them have been through the model.  ValueError for a model that has no such
+    decisions."""
+    gpt.eval()
+    recorder = RoutingRecorder(max_tokens)
+    with recorder.watching(gpt), torch.inference_mode():
+        for batch in batches:
+            gpt.hidden(batch)
+            each_batch(max_tokens - recorder.room)
+            if recorder.room == 0:
+                break
+    return trace_of([recorder.decisions()], gpt, max_tokens=max_tokens, name=name)

@@ -1,0 +1,149 @@
+"""The controller: what is decided of placements while a batch walks through the layers (Lina, section 5).
+
+Phase 1: before a layer's router has spoken, plan for the rows that its experts are expected to get.  Phase 2: once it has,
+plan anew where a trigger says that the expectation was wrong.  All of it follows from sums and lists that every rank has heard
+alike, so every rank decides alike and nobody has to be told.  No torch, no clock.
+
+Shapes: R ranks, each a device, N of them; E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalina.placement.placement import Placement
+from megalina.placement.predictors.predictor import Floats, Predictor
+from megalina.placement.split import device_load
+from megalina.placement.triggers import Situation
+
+Counts = NDArray[np.int64]
+Planner = Callable[[Floats, int, int], Placement]
+Split = Callable[[Counts, Placement], Counts]
+Trigger = Callable[[Situation], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How placements are found.  Without a planner they stay as they are, and nothing is predicted."""
+
+    predictor: Predictor | None
+    planner: Planner | None
+    split: Split
+    trigger: Trigger
+    first_planned: int = 0  # MoE layer from which on placements are planned before the router speaks
+    looks_ahead: bool = False  # the predictor wants to know what the next router would choose
+    worth: float = 0.0  # a placement is changed for what lowers the largest expected load by more than this share
+
+
+@dataclass(slots=True)
+class Decided:
+    """Exact counts of what was decided, for one layer."""
+
+    batches: int = 0
+    planned: int = 0  # another placement before the router had spoken
+    replanned: int = 0  # after it had
+    not_worth: int = 0  # planned anew, to no use
+    agreed: int = 0  # expectations with which the trigger was content
+    rows: int = 0
+    largest_load: list[int] = field(default_factory=list)  # rows of the busiest device, each batch
+    mean_load: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a layer was expected to get in one batch, and what it got."""
+
+    layer: int
+    expected_E: Floats | None  # shares; None: nothing was predicted
+    count_E: Counts  # rows that the router sent to each expert
+    load_N: Counts  # rows that each device computed
+    replanned: bool
+
+
+class Controller:
+    """`residents`: where each MoE layer's experts sit at first.
+
+    `outcomes`: put a list there, and every decision leaves what came of it; None: nothing is kept."""
+
+    def __init__(self, policy: Policy, residents: Sequence[Placement]):
+        self.policy = policy
+        self.decided = [Decided() for _ in residents]
+        predictor = policy.predictor
+        self._states: list[Any] = [predictor.start(layer) if predictor else None for layer in range(len(residents))]
+        self._features: dict[int, Floats] = {}
+        self._expected: dict[int, Floats] = {}
+        self.outcomes: list[Outcome] | None = None
+
+    @property
+    def learns(self) -> bool:
+        return self.policy.predictor is not None
+
+    def foresee(self, layer: int, features: Floats, present: Placement) -> Placement:
+        """The placement for a layer, from features summed over ranks; `present` where nothing is planned or nothing gained."""
+        policy = self.policy
+        if policy.predictor is None:
+            return present
+        self._features[layer] = features
+        share_E = policy.predictor.expect(layer, features, self._states[layer])
+        self._expected[layer] = share_E
+        if policy.planner is None or layer < policy.first_planned:
+            return present
+        planned = policy.planner(share_E, present.num_devices, present.slots_per_device)
+        if policy.worth and self._gain(share_E, present, planned) <= policy.worth:
+            return present
+        if planned.slots != present.slots:
+            self.decided[layer].planned += 1
+        return planned
+
+    def expected(self, layer: int) -> Floats | None:
+        """[E], what is expected of the layer in this batch; None where nothing is."""
+        return self._expected.get(layer)
+
+    def decide(self, layer: int, count_RE: Counts, placement: Placement, expected_E: Floats | None) -> tuple[Placement, Counts]:
+        """Once the router has spoken: the placement from now on, and how many rows go from each rank for each expert to each
+        device [R, E, N].  `expected_E`: of one rank, for all: machines may round sums of floats in ways of their own."""
+        policy, note = self.policy, self.decided[layer]
+        split_REN = policy.split(count_RE, placement)
+        self._expected.pop(layer, None)
+        foreseen_E, replanned = expected_E, note.replanned
+        may_plan = policy.planner is not None and layer >= policy.first_planned
+        if may_plan and (expected_E is not None or policy.predictor is None):
+            count_E = count_RE.sum(0)
+            assert policy.planner is not None
+            if expected_E is None:
+                expected_E = np.full(placement.num_experts, 1 / placement.num_experts)
+            load_N = device_load(split_REN)
+            if policy.trigger(Situation(expected_E, count_E, load_N)):
+                again = policy.planner(count_E.astype(np.float64), placement.num_devices, placement.slots_per_device)
+                split_again_REN = policy.split(count_RE, again)
+                largest = int(device_load(split_again_REN).max())
+                if policy.trigger(Situation(expected_E, count_E, load_N, largest)):  # now that what it would bring is known
+                    placement, split_REN = again, split_again_REN
+                    note.replanned += 1
+                else:
+                    note.not_worth += 1
+            else:
+                note.agreed += 1
+        load_N = device_load(split_REN)
+        note.batches += 1
+        note.rows += int(load_N.sum())
+        note.largest_load.append(int(load_N.max()))
+        note.mean_load.append(float(load_N.mean()))
+        if self.outcomes is not None:
+            self.outcomes.append(Outcome(layer, foreseen_E, count_RE.sum(0), load_N, note.replanned > replanned))
+        return placement, split_REN
+
+    def learn(self, layer: int, evidence: Floats) -> None:
+        """After the batch; `evidence` summed over ranks."""
+        assert self.policy.predictor is not None
+        self._states[layer] = self.policy.predictor.learn(layer, self._features.pop(layer), evidence, self._states[layer])
+
+    def _gain(self, share_E: Floats, present: Placement, planned: Placement) -> float:
+        """The share of the largest load that the planned placement would save, rows being as expected."""
+        rows = 10_000 * present.num_devices
+        count_RE = np.floor(np.tile(share_E * rows / present.num_devices, (present.num_devices, 1))).astype(np.int64)
+        now, then = (int(device_load(self.policy.split(count_RE, p)).max()) for p in (present, planned))
+        return 1 - then / now if now else 0.0

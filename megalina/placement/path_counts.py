@@ -1,0 +1,267 @@
+"""Path profile: what tokens choose next, by the path that they have come (Lina, section 5).
+
+A token's path of length j is its first choices in the last j MoE layers.  For each layer and each length from 0 to `longest`
+the profile counts the choices of the tokens that came each path.  Length 0 is one path, that all share: the layer's marginal.
+A path that was not met is looked up one layer shorter, and so on: each table counts all tokens, so nothing is lost by that.
+
+Memory is bounded: there are as many paths of length j as E ** j, but at most `most_paths` are kept of a length and layer.  Where
+there are more, only the three quarters of `most_paths` that most rows came by stay, of equal ones those with the lower code; the
+free quarter gives new paths the time to grow.  A layer's tables take at most (1 + longest x most_paths) x 8 x (1 + E) bytes, and
+of length 1 there are no more than E + 1 paths: with 128 experts, longest 3 and 4096 paths at most 8.6 MB a layer.
+
+A path is one number, its code, in base E + 1, the latest choice as the last digit.  E as a digit says that the token went to
+nobody (dropped).  A token whose last layer, all K, went to nobody is padding or as good as, and isn't counted.
+
+Shapes: T tokens, L MoE layers, K choices a token, E experts, P paths of a length in a layer, sorted by code.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalina.placement.predictors.predictor import Ids
+from megalina.placement.routing_trace import RoutingTrace
+
+Int64s = NDArray[np.int64]
+
+LONGEST = 3  # Lina's l (section 7.1)
+MOST_PATHS = 4096  # all that Lina's 16 experts can have
+VERSION = 1  # of the arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PathTable:
+    """Choices of a layer by the path before it, for paths of one length.  `pruned`: some paths have been left out."""
+
+    codes_P: Int64s  # rising
+    counts_PE: Int64s
+    pruned: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """What was counted, and of which model."""
+
+    num_experts: int
+    top_k: int
+    router: str  # kind
+    layers: tuple[int, ...]  # of the model: the MoE layers
+    longest: int
+    most_paths: int
+    tokens: int  # counted
+    tables: tuple[tuple[PathTable, ...], ...]  # [layer][length]; of length 0 to min(layer, longest)
+
+    @property
+    def pruned(self) -> bool:
+        return any(table.pruned for tables in self.tables for table in tables)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.codes_P.nbytes + table.counts_PE.nbytes for tables in self.tables for table in tables)
+
+
+def empty_profile(
+    *,
+    num_experts: int,
+    top_k: int,
+    router: str,
+    layers: Sequence[int],
+    longest: int = LONGEST,
+    most_paths: int = MOST_PATHS,
+) -> Profile:
+    """Nothing counted yet.  ValueError where a path's code has no room in 63 bits, or the numbers make no sense."""
+    if not 1 <= top_k <= num_experts or not layers:
+        raise ValueError(f"a profile needs layers and 1 to {num_experts} choices a token, not {len(layers)} layers, top-{top_k}")
+    if longest < 1 or most_paths < 4:
+        raise ValueError(f"longest path {longest}, most_paths {most_paths}: they must be at least 1 and 4")
+    if longest > 62 or (num_experts + 1) ** longest >= 2**63:
+        raise ValueError(f"paths of {longest} layers of {num_experts} experts have no room in 63 bits: lower the longest path")
+    none = PathTable(np.zeros(0, np.int64), np.zeros((0, num_experts), np.int64))
+    tables = tuple((none,) * (1 + min(layer, longest)) for layer in range(len(layers)))
+    return Profile(num_experts, top_k, router, tuple(layers), longest, most_paths, 0, tables)
+
+
+def profile_of(trace: RoutingTrace, *, router: str = "topk", longest: int = LONGEST, most_paths: int = MOST_PATHS) -> Profile:
+    """The whole trace counted.  Where its choices aren't sorted by weight, take `routing_trace.best_first` before."""
+    empty = empty_profile(
+        num_experts=trace.num_experts, top_k=trace.top_k, router=router, layers=trace.layers, longest=longest,
+        most_paths=most_paths,
+    )  # fmt: skip
+    return counted(empty, tuple(np.moveaxis(trace.expert_ids_TLK, 1, 0)))
+
+
+def path_codes(chosen: Sequence[Ids], length: int, num_experts: int) -> Int64s:
+    """[T], the code of each token's path through the last `length` of the layers, each [T, K].
+
+    The first choice counts that isn't nobody's (the id `num_experts`)."""
+    codes_T = np.zeros(len(chosen[-1]) if chosen else 0, np.int64)
+    for chosen_TK in chosen[len(chosen) - length :]:
+        codes_T *= num_experts + 1
+        codes_T += first_choice(chosen_TK, num_experts)
+    return codes_T
+
+
+def first_choice(chosen_TK: Ids, num_experts: int) -> Ids:
+    """[T], the first that isn't nobody's, or `num_experts` where all are."""
+    first_T = chosen_TK[:, 0]
+    if chosen_TK.shape[1] == 1 or not (first_T == num_experts).any():
+        return first_T
+    column_T = (chosen_TK != num_experts).argmax(axis=1)
+    return np.take_along_axis(chosen_TK, column_T[:, None], axis=1)[:, 0]
+
+
+def counted(profile: Profile, chosen: Sequence[Ids]) -> Profile:
+    """With the choices of some tokens, [T, K] of each MoE layer, the first layer's first; ids of `num_experts` are nobody's."""
+    if len(chosen) != len(profile.layers):
+        raise ValueError(f"choices of {len(chosen)} layers can't be counted in a profile of {len(profile.layers)}")
+    tokens = len(chosen[0])
+    for layer, chosen_TK in enumerate(chosen):
+        if chosen_TK.shape != (tokens, profile.top_k):
+            raise ValueError(
+                f"layer {layer}'s choices are {list(chosen_TK.shape)}, but the profile counts [{tokens}, {profile.top_k}]"
+            )
+        if tokens and not 0 <= int(chosen_TK.min()) <= int(chosen_TK.max()) <= profile.num_experts:
+            raise ValueError(
+                f"layer {layer}'s choices go from {int(chosen_TK.min())} to {int(chosen_TK.max())}, but the profile has "
+                f"experts 0 to {profile.num_experts - 1}"
+            )
+    tables = tuple(
+        tuple(
+            _added(table, _table(chosen, layer, length, profile.num_experts), profile.most_paths)
+            for length, table in enumerate(of_layer)
+        )
+        for layer, of_layer in enumerate(profile.tables)
+    )
+    return replace(profile, tokens=profile.tokens + tokens, tables=tables)
+
+
+def merge(a: Profile, b: Profile) -> Profile:
+    """What both have counted, as ranks' or runs' profiles: exactly what one would have counted, as long as nothing was pruned.
+
+    ValueError for profiles of different models or bounds."""
+    check_model(b, num_experts=a.num_experts, top_k=a.top_k, router=a.router, layers=a.layers)
+    if (a.longest, a.most_paths) != (b.longest, b.most_paths):
+        raise ValueError(
+            f"profiles with longest path {a.longest} and {b.longest}, most_paths {a.most_paths} and {b.most_paths} can't be "
+            "merged: count both alike"
+        )
+    tables = tuple(
+        tuple(_added(x, y, a.most_paths) for x, y in zip(of_a, of_b, strict=True))
+        for of_a, of_b in zip(a.tables, b.tables, strict=True)
+    )
+    return replace(a, tokens=a.tokens + b.tokens, tables=tables)
+
+
+def check_model(profile: Profile, *, num_experts: int, top_k: int, router: str, layers: Sequence[int]) -> None:
+    """ValueError, in one line, where the profile is of another model or router."""
+    of_profile = (profile.num_experts, profile.top_k, profile.router, list(profile.layers))
+    wanted = (num_experts, top_k, router, list(layers))
+    names = ("experts", "top_k", "router", "MoE layers")
+    if of_profile != wanted:
+        differ = [f"{name} {theirs}, not {ours}" for name, theirs, ours in zip(names, of_profile, wanted) if theirs != ours]
+        raise ValueError(f"the profile is of another model: {'; '.join(differ)}: profile this one")
+
+
+# as arrays
+
+
+def to_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
+    """Numbers alone, for an npz or a checkpoint; equal profiles give equal arrays.
+
+    `codes` [all P] and `counts` [all P, E] hold the tables one after another, by layer, then by length; `paths` and `pruned`
+    [L, longest + 1] their sizes, 0 where a layer has no paths so long; `router` the kind's bytes in UTF-8; `numbers` the version,
+    num_experts, top_k, longest, most_paths and tokens."""
+    tables = [table for of_layer in profile.tables for table in of_layer]
+    paths = np.zeros((len(profile.layers), profile.longest + 1), np.int64)
+    pruned = np.zeros(paths.shape, np.uint8)
+    for layer, of_layer in enumerate(profile.tables):
+        for length, table in enumerate(of_layer):
+            paths[layer, length], pruned[layer, length] = len(table.codes_P), table.pruned
+    numbers = (VERSION, profile.num_experts, profile.top_k, profile.longest, profile.most_paths, profile.tokens)
+    return {
+        "numbers": np.array(numbers, np.int64),
+        "router": np.frombuffer(profile.router.encode(), np.uint8).copy(),
+        "layers": np.array(profile.layers, np.int64),
+        "paths": paths,
+        "pruned": pruned,
+        "codes": np.concatenate([table.codes_P for table in tables]),
+        "counts": np.concatenate([table.counts_PE for table in tables]),
+    }
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]], *, source: str = "profile") -> Profile:
+    """The profile of `to_arrays`; ValueError, in one line that begins with the source, for anything else."""
+    kinds = {"numbers": 1, "router": 1, "layers": 1, "paths": 2, "pruned": 2, "codes": 1, "counts": 2}
+    for key, ndim in kinds.items():
+        if key not in arrays:
+            raise ValueError(f"{source} is no path profile: it has no array {key}")
+        dtype = np.uint8 if key in ("router", "pruned") else np.int64
+        if arrays[key].dtype != dtype or arrays[key].ndim != ndim:
+            raise ValueError(f"{source} is damaged: {key} is {arrays[key].dtype} in {arrays[key].ndim} dimensions")
+    if len(arrays["numbers"]) != 6 or int(arrays["numbers"][0]) != VERSION:
+        raise ValueError(f"{source} is a profile of another version: its numbers are {arrays['numbers'].tolist()}")
+    _, num_experts, top_k, longest, most_paths, tokens = (int(number) for number in arrays["numbers"])
+    try:
+        router = arrays["router"].tobytes().decode()
+        layers = tuple(arrays["layers"].tolist())
+        empty = empty_profile(
+            num_experts=num_experts, top_k=top_k, router=router, layers=layers, longest=longest, most_paths=most_paths
+        )
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error}") from error
+    paths, codes, counts = arrays["paths"], arrays["codes"], arrays["counts"]
+    num_paths = sum(paths.ravel().tolist())  # Python's integers don't wrap around
+    shape = (len(layers), longest + 1)
+    there = np.array([[length <= layer for length in range(shape[1])] for layer in range(shape[0])])
+    if paths.shape != shape or arrays["pruned"].shape != shape or tokens < 0:
+        raise ValueError(f"{source} is damaged: paths of {list(paths.shape)} layers and lengths, {tokens} tokens")
+    if int(paths.min()) < 0 or int(paths.max()) > most_paths or paths[~there].any():
+        raise ValueError(f"{source} is damaged: up to {int(paths.max())} paths of a length, or too long ones")
+    if counts.shape != (num_paths, num_experts) or len(codes) != len(counts) or int(counts.min(initial=0)) < 0:
+        raise ValueError(f"{source} is damaged: {len(codes)} codes, counts of {list(counts.shape)}, {num_paths} paths")
+    tables, begin = [], 0
+    for layer, of_layer in enumerate(empty.tables):
+        found = []
+        for length in range(len(of_layer)):
+            end = begin + int(paths[layer, length])
+            codes_P, most = codes[begin:end], (num_experts + 1) ** length
+            if (codes_P[1:] <= codes_P[:-1]).any() or (end > begin and not 0 <= int(codes_P[0]) <= int(codes_P[-1]) < most):
+                raise ValueError(f"{source} is damaged: codes of layer {layer}, length {length} don't rise from 0 to {most - 1}")
+            found.append(PathTable(codes_P.copy(), counts[begin:end].copy(), bool(arrays["pruned"][layer, length])))
+            begin = end
+        tables.append(tuple(found))
+    return replace(empty, tokens=tokens, tables=tuple(tables))
+
+
+# tables
+
+
+def _table(chosen: Sequence[Ids], layer: int, length: int, num_experts: int) -> PathTable:
+    """Of these tokens alone, not yet pruned."""
+    chosen_TK = chosen[layer]
+    codes_T = path_codes(chosen[:layer], length, num_experts) if layer else np.zeros(len(chosen_TK), np.int64)
+    if layer:  # padding
+        there_T = (chosen[layer - 1] != num_experts).any(axis=1)
+        if not there_T.all():
+            chosen_TK, codes_T = chosen_TK[there_T], codes_T[there_T]
+    codes_P, path_T = np.unique(codes_T, return_inverse=True)
+    # nobody is counted as one more expert, who is then left out
+    flat = path_T.reshape(-1, 1) * (num_experts + 1) + chosen_TK
+    counts = np.bincount(flat.ravel(), minlength=len(codes_P) * (num_experts + 1)).reshape(-1, num_experts + 1)
+    return PathTable(codes_P, counts[:, :num_experts].astype(np.int64))
+
+
+def _added(a: PathTable, b: PathTable, most_paths: int) -> PathTable:
+    codes_P = np.union1d(a.codes_P, b.codes_P)
+    counts_PE = np.zeros((len(codes_P), a.counts_PE.shape[1]), np.int64)
+    counts_PE[np.searchsorted(codes_P, a.codes_P)] += a.counts_PE  # codes of one table are distinct
+    counts_PE[np.searchsorted(codes_P, b.codes_P)] += b.counts_PE
+    pruned = a.pruned or b.pruned
+    if len(codes_P) > most_paths:
+        most_first = np.argsort(-counts_PE.sum(axis=1), kind="stable")
+        stay = np.sort(most_first[: most_paths - most_paths // 4])
+        codes_P, counts_PE, pruned = codes_P[stay], counts_PE[stay], True
+    return PathTable(codes_P, counts_PE, pruned)

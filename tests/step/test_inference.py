@@ -1,0 +1,36 @@
+"""The list of an inference step: complete, in order, for any layers; what may be hidden is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalina.step.forward import Shape
+from megalina.step.inference import inference_step
+from megalina.step.program import Kind, Op, check
+
+
+@given(moe=st.lists(st.booleans(), min_size=1, max_size=6), shared=st.booleans(), learns=st.booleans())
+def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: bool) -> None:
+    program = inference_step(Shape(moe=tuple(moe), shared_experts=shared), learns=learns)
+    check(program, {"#batch.-.0"}, {})
+    tags = [s.tag for s in program]
+    layers = [i for i, is_moe in enumerate(moe) if is_moe]
+    assert [s.layer for s in program if s.name == "foresee"] == layers  # each MoE layer is planned, once, in order
+    for before, after in zip(layers, layers[1:], strict=False):
+        plan = tags.index(f"F:foresee.{after}.0")
+        assert tags.index(f"F:dispatch>.{before}.0") < plan < tags.index(f"F:dispatch<.{before}.0")  # rows are on the wire
+    for layer in layers:  # no rank decides before it has heard all others
+        assert tags.index(f"F:told<.{layer}.0") < tags.index(f"F:assign.{layer}.0") < tags.index(f"F:dispatch>.{layer}.0")
+    assert any(s.name == "learn" for s in program) == (learns and bool(layers))
+    assert tags[-1] == ("F:learn.-.0" if learns and layers else "F:final.-.0")
+
+
+def test_exchanges_are_one_of_counts_and_two_of_tokens_a_layer() -> None:
+    program = inference_step(Shape(moe=(True, False, True)), learns=True)
+    starts = [(s.op, s.layer) for s in program if s.kind is Kind.START]
+    assert starts == [(op, layer) for layer in (0, 2) for op in (Op.GATHER, Op.TOKENS, Op.TOKENS)]
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave parallel.tp at 1"):
+        inference_step(Shape(moe=(True,), tp=True), learns=False)

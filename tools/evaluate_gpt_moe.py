@@ -1,0 +1,272 @@
+"""Evaluate a checkpoint: how well does it write, and how fast is it served under each placement of its experts?
+
+python tools/evaluate_gpt_moe.py RUN --ranks 2                  # the newest checkpoint of a run, all modes
+python tools/evaluate_gpt_moe.py RUN/checkpoints/step_00000480 --ranks 2 --modes best,ideal --tasks tasks.jsonl
+python tools/evaluate_gpt_moe.py RUN --ranks 2 --modes best infer.trigger=never infer.slots_per_device=6
+torchrun --nproc-per-node 4 tools/evaluate_gpt_moe.py RUN
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalina.infer.worker import Evaluation
+    from megalina.launch import Member
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("static", "lina", "window", "lookahead", "best", "ideal")
+FAILED, BAD_INPUT = 1, 2  # exit codes
+
+
+class RanksFailed(RuntimeError):
+    """A rank ended badly; the message has which one, and its last lines."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    from megalina.launch import Stopped, joined
+
+    member = joined(os.environ)
+    quiet = member is not None and member.rank > 0  # rank 0 says it
+    try:
+        evaluation, out = checked(args, member)
+        if args.dry_run:
+            if not quiet:
+                print(described(evaluation, out, member.world if member else args.ranks or 1))
+            return 0
+        found = _join(evaluation, member) if member is not None else run(evaluation, args.ranks or 1)
+        if not quiet:
+            write(found, out, wandb=args.wandb)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    except RanksFailed as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except (ValueError, OSError) as error:
+        if not quiet:
+            print(_line(error), file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluation", Path]:
+    """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
+    OSError."""
+    from megalina.checkpoint.checkpoints import read_values
+    from megalina.checkpoint.profile import find_profile
+    from megalina.config import ModelConfig
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.infer.expert_memory import check_memory, free_memory_bytes
+    from megalina.infer.modes import read_mode
+    from megalina.infer.perplexity import open_held_out, read_documents
+    from megalina.infer.policies import Served, check_infer
+    from megalina.infer.tasks import read_tasks
+    from megalina.infer.worker import Evaluation
+
+    for name, least in (("batches", 1), ("sequences", 1), ("decode", 0), ("length", 0), ("ranks", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: choose {least} or more")
+    if member is not None and args.ranks is not None:
+        raise ValueError(f"--ranks {args.ranks} under {member.launcher}, which has started {member.world}: leave it out")
+    world = member.world if member is not None else args.ranks or 1
+    names = [name for name in dict.fromkeys(args.modes.split(",")) if name]
+    if names and "static" not in names:
+        names = ["static", *names]  # what all ratios are to
+    folder = ROOT / "conf" / "infer"
+    modes = {name: read_mode(folder, name) for name in names}
+    modes = {n: mode if mode.even_routing else read_mode(folder, n, args.overrides) for n, mode in modes.items()}
+    if not modes:
+        raise ValueError("--modes names none: choose some of static, lina, window, lookahead, best, ideal")
+    if modes["static"].even_routing:
+        raise ValueError("infer.even_routing=true: choose the mode ideal, what the others write must mean something")
+    checkpoint = checkpoint_of(args.checkpoint)
+    values = read_values(checkpoint)
+    config = values["config"]
+    model, router = ModelConfig(**config["model"]), config["router"]
+    served = Served(model.num_experts, router["top_k"], world)
+    for mode in modes.values():
+        try:
+            check_infer(mode, served)
+        except ValueError as error:
+            raise ValueError(f"mode {mode.name}: {error}") from error
+    local_ranks = member.local_ranks if member is not None else world
+    check_memory(modes, served, model, local_ranks=local_ranks, free_bytes=free_memory_bytes())
+    max_positions = model.max_positions or config["train"]["seq_len"]
+    most = max_positions if args.text else config["train"]["seq_len"]
+    if args.length > most:
+        what = "the model reads" if args.text else "the run's held-out sequences have"
+        raise ValueError(f"--length {args.length}: {what} {most} tokens; shorten it")
+    if args.decode + 2 > max_positions:
+        raise ValueError(
+            f"--decode {args.decode}: with a prompt of one token and the one that prefill gives that is {args.decode + 2}, "
+            f"and the model reads {max_positions} tokens; choose {max_positions - 2} or less"
+        )
+    if args.decode and router["kind"] == "expert_choice":
+        raise ValueError("expert choice looks at later tokens when it routes one, so nothing can be decoded: give --decode 0")
+    if args.tasks:
+        read_tasks(args.tasks)
+    if args.text:
+        read_documents(args.text)
+    if (args.text or args.tasks) and not values["tokenizer_path"]:
+        option = "--text" if args.text else "--tasks"
+        raise ValueError(f"{option}: {checkpoint} was trained on token ids without a tokenizer; leave it out")
+    if values["tokenizer_path"]:
+        open_tokenizer(values["tokenizer_path"])
+    find_profile(checkpoint)
+    if not args.text:
+        open_held_out(checkpoint)
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    out = args.out if args.out is not None else run / "evaluation"
+    check_folder(out)
+    evaluation = Evaluation(
+        checkpoint=str(checkpoint),
+        modes=modes,
+        batches=args.batches,
+        sequences=args.sequences,
+        length=args.length,
+        decode=args.decode,
+        tasks=str(args.tasks or ""),
+        text=str(args.text or ""),
+        settings={"overrides": args.overrides},
+    )
+    return evaluation, out
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint, or the newest one of a run; ValueError where there is none."""
+    from megalina.train.resume import newest_checkpoint
+
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; give a run or a checkpoint")
+    if not (path / "checkpoints").is_dir():
+        return path
+    newest = newest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{path} has no checkpoint yet")
+    return newest
+
+
+def check_folder(folder: Path) -> None:
+    """OSError or ValueError where it can't be written; nothing is made."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--out {folder}: {there} is no folder; choose another one")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {there} can't be written ({error.strerror}); choose another one") from error
+
+
+def described(evaluation: "Evaluation", out: Path, world: int) -> str:
+    """What would run."""
+    lines = [
+        f"{evaluation.checkpoint} on {world} ranks: {evaluation.batches} batches of {evaluation.sequences} sequences a rank, "
+        f"{evaluation.decode} tokens decoded; text: {evaluation.text or 'held out of the run'}; to {out}"
+    ]
+    for name, config in evaluation.modes.items():
+        lines.append(f"{name}: " + ", ".join(f"{key}={value}" for key, value in asdict(config).items() if key != "name"))
+    return "\n".join(lines)
+
+
+def run(evaluation: "Evaluation", ranks: int) -> dict[str, Any]:
+    """Starts the ranks; returns what they found.  ValueError for what only they could see, RanksFailed."""
+    from dataclasses import replace
+
+    from megalina import launch
+
+    with tempfile.TemporaryDirectory(prefix="megalina_evaluate_") as name:
+        folder = Path(name)
+        spec, found, logs = folder / "spec.json", folder / "found.json", folder / "logs"
+        spec.write_text(replace(evaluation, logs=str(logs), out=str(found)).to_json())
+        try:
+            launch.run_ranks([sys.executable, "-m", "megalina.infer.worker", str(spec)], ranks=ranks, logs=logs)
+        except launch.RankFailed as error:
+            if not error.again:  # refused; its last line says why
+                raise ValueError(str(error).splitlines()[-1].partition("] ")[2]) from error
+            raise RanksFailed(str(error)) from error
+        return dict(json.loads(found.read_text()))
+
+
+def _join(evaluation: "Evaluation", member: "Member") -> dict[str, Any]:
+    from megalina.infer.worker import work
+
+    os.environ.update(member.environment())
+    return work(evaluation)
+
+
+def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
+    """The tables on stdout; eval.json and eval.html, each as a whole or not at all."""
+    from megalina.infer.report import page, tables
+
+    texts = {"eval.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "eval.html": page(found)}
+    print(tables(found))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        aside = out / f".{name}.{os.getpid()}.new"
+        try:
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, out / name)
+        finally:
+            aside.unlink(missing_ok=True)
+    print(f"\n{out / 'eval.json'}, {out / 'eval.html'}")
+    if wandb:
+        _log(found, out, wandb)
+
+
+def _log(found: dict[str, Any], out: Path, mode: str) -> None:
+    """One W&B run of one step: "best/p50_ms" and so on."""
+    from megalina.config import WandbConfig
+    from megalina.track.wandb_run import WandbRun
+
+    flat = {
+        f"{name}/{key}": float(value)
+        for name, mode_found in found["modes"].items()
+        for key, value in mode_found.items()
+        if isinstance(value, int | float)
+    }
+    tracked = WandbRun(WandbConfig(mode=mode, tags=["evaluation"]), run_dir=out, run_config=found["settings"])
+    tracked.log(found["settings"]["step"], flat)
+    tracked.finish(failed=False)
+
+
+def _line(error: Exception) -> str:
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return " ".join(text.split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
+    option = parser.add_argument
+    option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal)")
+    option("--ranks", type=int, metavar="N", help="processes to start, each a device with own sequences (default: 1); leave "
+           "it out under torchrun and Slurm")  # fmt: skip
+    option("--modes", default=",".join(MODES), metavar="A,B", help="files of conf/infer; static always runs (default: "
+           f"{','.join(MODES)})")  # fmt: skip
+    option("--batches", type=int, default=20, metavar="N", help="timed batches of each mode (default: 20)")
+    option("--sequences", type=int, default=2, metavar="N", help="sequences of a rank in a batch (default: 2)")
+    option("--length", type=int, default=0, metavar="N", help="tokens of a sequence that is timed (default: as in training; with "
+           "--text all that the model reads)")  # fmt: skip
+    option("--decode", type=int, default=16, metavar="N", help="tokens decoded after a prompt (default: 16; 0: none)")
+    option("--tasks", type=Path, metavar="FILE", help='JSON lines {"context", "choices", "answer"} or {"context", "target"}')
+    option("--text", type=Path, metavar="FILE", help="instead of the run's held-out text: a text, a .jsonl or a folder")
+    option("--out", type=Path, metavar="FOLDER", help="for eval.json and eval.html (default: RUN/evaluation)")
+    option("--wandb", default="", choices=("offline", "online"), help="log the numbers to Weights & Biases too")
+    option("--dry-run", action="store_true", help="check everything, show what would run, start and write nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
