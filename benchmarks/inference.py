@@ -41,7 +41,7 @@ from megalina.infer.engine import Engine, EngineSettings
 from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
 from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, policy_of, slots_of
+from megalina.infer.policies import Served, check_infer, policy_of
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skew", default="real,paper", metavar="A,B", help="real, paper, balanced (default: real,paper)")
     parser.add_argument("--modes", default="", metavar="A,B", help=f"default: {','.join(MODES)}")
     parser.add_argument("--ablations", action="store_true", help=f"instead: {','.join(ABLATIONS)}")
+    parser.add_argument(
+        "--slots", type=int, default=4, help="of a device in each layer, in all modes (default: 4, as in the paper)"
+    )
     parser.add_argument("--layers", type=int, default=12, help="of the trace, from its first on (default: 12)")
     parser.add_argument("--batch-tokens", type=int, default=512, help="of all devices together (default: 512)")
     parser.add_argument("--batches", type=int, default=16, help="at most so many are served (default: 16)")
@@ -139,8 +142,6 @@ def settings_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     modes = args.modes.split(",") if args.modes else list(ABLATIONS if args.ablations else MODES)
     if "static" not in modes:
         modes = ["static", *modes]
-    for mode in modes:
-        config_of(mode)
     for skewed in args.skew.split(","):
         if skewed not in ("real", "paper", "balanced"):
             raise ValueError(f"--skew {skewed}: choose among real, paper, balanced")
@@ -155,9 +156,11 @@ def settings_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for devices in map(int, args.devices.split(",")):
         if args.batch_tokens % devices:
             raise ValueError(f"--batch-tokens {args.batch_tokens} must be a multiple of {devices} devices")
+        for mode in modes:
+            check_infer(replace(config_of(mode), slots_per_device=args.slots), Served(EXPERTS, 1, devices))
         for skewed in args.skew.split(","):
             yield {
-                **{k: getattr(args, k) for k in ("layers", "batch_tokens", "batches", "slow_motion")},
+                **{k: getattr(args, k) for k in ("layers", "batch_tokens", "batches", "slow_motion", "slots")},
                 **{k: getattr(args, k) for k in ("attention_ms", "experts_ms", "expert_ms")},
                 "traces": [str(path.absolute()) for path in args.traces],
                 "devices": devices,
@@ -200,7 +203,7 @@ def rank(spec: dict[str, Any]) -> int:
     factor = spec["slow_motion"] / 1e3
     times = Times(spec["attention_ms"] * factor, spec["experts_ms"] * factor, spec["expert_ms"] * factor)
     even_rows = spec["batch_tokens"] // world
-    engines = {mode: engine_of(mode, gpt, host, mesh, profile, times, even_rows) for mode in spec["modes"]}
+    engines = {mode: engine_of(mode, gpt, host, mesh, profile, times, even_rows, spec["slots"]) for mode in spec["modes"]}
     tokens = spec["batch_tokens"] // world
     batch = batch_of(tokens)
     took_s: dict[str, list[float]] = {mode: [] for mode in engines}

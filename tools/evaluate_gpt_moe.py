@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
            "it out under torchrun and Slurm")  # fmt: skip
     option("--modes", default=",".join(MODES), metavar="A,B", help="files of conf/infer; static always runs (default: "
            f"{','.join(MODES)})")  # fmt: skip
-    option("--batches", type=int, default=20, metavar="N", help="timed batches of each mode (default: 20)")
+    option("--batches", type=int, default=40, metavar="N", help="timed batches of each mode (default: 40)")
     option("--sequences", type=int, default=2, metavar="N", help="sequences of a rank in a batch (default: 2)")
     option("--length", type=int, default=0, metavar="N", help="tokens of a sequence that is timed (default: as in training; with "
            "--text all that the model reads)")  # fmt: skip
