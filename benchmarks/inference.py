@@ -283,9 +283,17 @@ def batch_of(tokens: int) -> Batch:
     return Batch(token_BS, token_BS, everything, everything, torch.arange(tokens)[None], None, torch.zeros(1, dtype=torch.int64))
 
 
-def engine_of(mode: str, gpt: GPT, host: HostExperts, mesh: Mesh, profile: RoutingTrace, times: Times, even_rows: int) -> Engine:
-    config, served = config_of(mode), Served(EXPERTS, 1, mesh.world.size)
-    slots = slots_of(config, served)
+def engine_of(
+    mode: str,
+    gpt: GPT,
+    host: HostExperts,
+    mesh: Mesh,
+    profile: RoutingTrace,
+    times: Times,
+    even_rows: int,
+    slots: int,
+) -> Engine:
+    config, served = replace(config_of(mode), slots_per_device=slots), Served(EXPERTS, 1, mesh.world.size)
     row_s = times.experts_s / even_rows
     config = replace(config, row_us=row_s * 1e6, replan_ms=slots * times.expert_s * 1e3)
     resident = identity(np.ones(EXPERTS), served.num_devices, slots)
