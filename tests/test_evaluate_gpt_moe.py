@@ -142,6 +142,21 @@ def test_overrides_are_for_all_but_ideal_and_static_is_always_there(
     assert not (run / "evaluation").exists()
 
 
+def test_a_mode_that_does_not_fit_is_left_out_unless_it_was_asked_for(
+    run: Path, no_ranks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_lina(config: InferConfig, served: Served) -> None:
+        if config.name == "lina":
+            raise ValueError("too few slots")
+
+    monkeypatch.setattr("megalina.infer.policies.check_infer", refuse_lina)
+    assert main([str(run), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "mode lina is left out: too few slots\n" and "\nlina:" not in out and "\nwindow:" in out
+    assert main([str(run), "--dry-run", "--modes", "lina"]) == BAD_INPUT
+    assert capsys.readouterr().err == "mode lina: too few slots\n"
+
+
 def test_even_routing_is_even_and_leaves_padding_alone() -> None:
     chosen_TK = torch.randint(0, 8, (1003, 2))
     chosen_TK[::5] = 8  # padding

@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     quiet = member is not None and member.rank > 0  # rank 0 says it
     try:
         evaluation, out = checked(args, member)
+        for name, why in evaluation.settings["left_out"].items():
+            if not quiet:
+                print(f"mode {name} is left out: {why}", file=sys.stderr)
         if args.dry_run:
             if not quiet:
                 print(described(evaluation, out, member.world if member else args.ranks or 1))
@@ -77,7 +80,7 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
     if member is not None and args.ranks is not None:
         raise ValueError(f"--ranks {args.ranks} under {member.launcher}, which has started {member.world}: leave it out")
     world = member.world if member is not None else args.ranks or 1
-    names = [name for name in dict.fromkeys(args.modes.split(",")) if name]
+    names = [name for name in dict.fromkeys((args.modes or ",".join(MODES)).split(",")) if name]
     if names and "static" not in names:
         names = ["static", *names]  # what all ratios are to
     folder = ROOT / "conf" / "infer"
@@ -92,11 +95,15 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
     config = values["config"]
     model, router = ModelConfig(**config["model"]), config["router"]
     served = Served(model.num_experts, router["top_k"], world)
-    for mode in modes.values():
+    left_out = {}
+    for name, mode in list(modes.items()):
         try:
             check_infer(mode, served)
         except ValueError as error:
-            raise ValueError(f"mode {mode.name}: {error}") from error
+            if args.modes or name == "static":
+                raise ValueError(f"mode {name}: {error}") from error
+            left_out[name] = str(error)  # nobody has asked for it
+            del modes[name]
     local_ranks = member.local_ranks if member is not None else world
     check_memory(modes, served, model, local_ranks=local_ranks, free_bytes=free_memory_bytes())
     max_positions = model.max_positions or config["train"]["seq_len"]
@@ -135,7 +142,7 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
         decode=args.decode,
         tasks=str(args.tasks or ""),
         text=str(args.text or ""),
-        settings={"overrides": args.overrides},
+        settings={"overrides": args.overrides, "left_out": left_out},
     )
     return evaluation, out
 
@@ -252,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal)")
     option("--ranks", type=int, metavar="N", help="processes to start, each a device with own sequences (default: 1); leave "
            "it out under torchrun and Slurm")  # fmt: skip
-    option("--modes", default=",".join(MODES), metavar="A,B", help="files of conf/infer; static always runs (default: "
-           f"{','.join(MODES)})")  # fmt: skip
+    option("--modes", default="", metavar="A,B", help="files of conf/infer; static always runs (default: of "
+           f"{','.join(MODES)} those that fit)")  # fmt: skip
     option("--batches", type=int, default=40, metavar="N", help="timed batches of each mode (default: 40)")
     option("--sequences", type=int, default=2, metavar="N", help="sequences of a rank in a batch (default: 2)")
     option("--length", type=int, default=0, metavar="N", help="tokens of a sequence that is timed (default: as in training; with "
