@@ -207,10 +207,10 @@ def test_no_checkpoint_is_written_when_the_last_collectives_differ(folder: Path)
 def full_at(run: Run, steps: set[int]) -> None:
     save = run.state.checkpoints.save
 
-    def sometimes(step: int, *arguments: Any) -> None:
+    def sometimes(step: int, *arguments: Any, **more: Any) -> None:
         if step in steps:
             raise SaveFailed(Path("step"), 0, "No space left on device")
-        save(step, *arguments)
+        save(step, *arguments, **more)
 
     run.state.checkpoints.save = sometimes  # type: ignore[method-assign]
 
