@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalina.config import InferConfig
+from megalina.infer import lab_report
+from megalina.infer.lab_report import report
 from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.offline import accuracy, balance, counts_of_batches, max_over_mean, replay
@@ -305,7 +307,7 @@ def test_the_numbers_fit_together(ran: Path) -> None:
 
 
 def test_the_tables_say_what_the_json_says(folder: Path, ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print(popularity_lab.report(read(ran)))
+    print(report(read(ran)))
     out = capsys.readouterr().out
     assert all(len(line) <= 220 for line in out.splitlines())
     load = read(ran)["predictors"]["window"]
@@ -405,7 +407,7 @@ def test_files_stay_as_they_were_where_one_cannot_be_written(
         path.write_bytes(b"half a picture")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(popularity_lab, "draw", full)
+    monkeypatch.setattr(lab_report, "draw", full)
     args = popularity_lab._parser().parse_args(["--json", str(tmp_path / "lab.json"), "--plot", str(tmp_path / "lab.png")])
     assert popularity_lab.write(read(ran), args) == BAD_INPUT
     assert capsys.readouterr().err.endswith("No space left on device\n")

@@ -23,7 +23,7 @@ from megalina.timeline.contention import summary
 from megalina.timeline.recorder import COMPUTE, SEND, Event
 from megalina.timeline.spans import length_s, union
 
-HOST_STAGES = ("foresee", "observe", "learn")  # what a device would not do
+HOST_STAGES = ("foresee", "learn")  # what a device would not do
 WARM_UP_TOKENS = 2
 
 

@@ -31,7 +31,7 @@ class InferenceFunctions:
     `tile`: rows that a kernel gets at a time, always so many, so that what becomes of a row doesn't depend on the others; 0: all
     at once, which is faster."""
 
-    def __init__(self, gpt: GPT, mesh: Mesh, slots: Slots | None, controller: Controller | None, *, tile: int):
+    def __init__(self, gpt: GPT, mesh: Mesh, slots: Slots, controller: Controller, *, tile: int):
         self.gpt, self.mesh, self.slots, self.controller, self.tile = gpt, mesh, slots, controller, tile
         self.past: Sequence[KeyValues] | None = None
         self.reroute: Callable[[int, Tensor], Tensor] | None = None  # MoE layer, what the router chose -> what is done
@@ -79,7 +79,6 @@ class InferenceFunctions:
         routing = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL)
         chosen_TK = routing.expert_TK if self.reroute is None else self.reroute(number, routing.expert_TK)
         count_E = torch.bincount(chosen_TK.flatten(), minlength=layer.num_experts + 1)[: layer.num_experts].double()
-        assert self.slots is not None and self.controller is not None
         ready = self.slots.ready(number)
         expected_E = self.controller.expected(number)
         told = [count_E, count_E.new_tensor([float(not ready), self.slots.fingerprint(number)])]
@@ -99,7 +98,6 @@ class InferenceFunctions:
 
     def _foresee(self, number: int, heard: Any) -> Placement:
         """Plan the layer, and begin to fetch."""
-        assert self.slots is not None and self.controller is not None
         predictor = self.controller.policy.predictor
         present = self.slots.placement(number)
         if predictor is None:
@@ -115,7 +113,6 @@ class InferenceFunctions:
 
     def _assign(self, layer: Layer, number: int, n_TD: Tensor, chosen_TK: Tensor, heard: Tensor, planned: Placement) -> Any:
         """The split over slots, rows in their order, and the sizes of both ways."""
-        assert self.slots is not None and self.controller is not None
         heard_RV = self._by_rank(heard)
         num_experts = layer.num_experts
         count_RE = heard_RV[:, :num_experts].astype(np.int64)
@@ -160,7 +157,6 @@ class InferenceFunctions:
         return order, Counts(order.count_E, torch.from_numpy(received_RS.ravel()), self.mesh.ep.size)
 
     def _experts(self, layer: Layer, number: int, got: Tensor, counts: Counts) -> Tensor:
-        assert self.slots is not None
         sizes = counts.sizes((0, 1))
         self.rows_here = sum(sizes.count_e)
         weights = [self.slots.weights(number, slot) if count else None for slot, count in enumerate(sizes.count_e)]
@@ -176,7 +172,6 @@ class InferenceFunctions:
         return layer.mix(h, back, weight, shared, order, batch)
 
     def _learn(self, *heard: Tensor) -> None:
-        assert self.controller is not None
         for number, told in enumerate(heard):
             evidence_RV = self._by_rank(told)[:, self._evidence_at[number]]
             self.controller.learn(number, evidence_RV.sum(0))
