@@ -236,12 +236,12 @@ def expected_calls(trainable: Trainable) -> dict[str, list[tuple[str, int | None
             whole = tokens * width if s.name in ("attention_sum", "mlp_sum", "embedding_sum") else None
             out[s.axis].append(("all_reduce", elements.get(s.name, whole)))
         else:
-            kind = "all_gather" if s.op is Op.GATHER else "all_to_all"
             part = tokens * width // (size if s.op is Op.GATHER else 1)
             sent = elements.get(s.name, part)
-            if s.name in elements and s.op is Op.SCATTER:
+            direct = s.op is Op.GATHER and sent * 8 <= exchange.DIRECT_BYTES  # in float64
+            if direct or (s.name in elements and s.op is Op.SCATTER):
                 sent *= size
-            out[s.axis].append((kind, sent))
+            out[s.axis].append(("all_gather" if s.op is Op.GATHER and not direct else "all_to_all", sent))
     return out
 
 
