@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:A=B,C=D",
                         help="one more contestant, with these overrides; may be given several times")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy, of slow ones 1 (default: 3)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="step times as bars; .svg too")

@@ -6,9 +6,10 @@ losses can be held against each other while times are taken.
 
 import ctypes
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ from megalina.train.packing import allowed_packings
 from megalina.train.steps import Steps
 
 MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
-HOPEFUL = 1.03  # a variant of the baseline that is this much slower in the first round takes no further turn
+HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
+WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
 
 
 @dataclass(slots=True)
@@ -52,12 +54,14 @@ def contest(
     rounds: int,
     turn: int,
     baseline: str | None = None,
+    to_the_end: Collection[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[Contestant]:
     """Rounds in which every contestant takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
-    All ranks call it together.  Before the first round each warms up, for as long as it searches.  Of several whose names begin
-    with `baseline` the hopeless ones stop after the first round."""
+    All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
+    `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
+    best of them, but for those that run `to_the_end`."""
     meshes = _shared_meshes(list(configs.values()))
     contestants = [
         Contestant(name, Steps(config, data, device=torch.device("cpu"), meshes=meshes[config.parallel.tp, config.parallel.ep]))
@@ -76,7 +80,7 @@ def contest(
                 _take_turn(contestant, turn) if number else _warm_up(contestant)
                 done += 1
             if number == 1 and baseline is not None:
-                going_on = _without_hopeless(contestants, baseline)
+                going_on = _without_hopeless(contestants, baseline, to_the_end)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -111,13 +115,17 @@ def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
     return out
 
 
-def _without_hopeless(contestants: Sequence[Contestant], baseline: str) -> list[Contestant]:
+def _without_hopeless(contestants: Sequence[Contestant], baseline: str, to_the_end: Collection[str]) -> list[Contestant]:
     """The same on every rank; all call it together."""
-    own = {c.name: statistics.median(c.step_s) for c in contestants if c.name.startswith(baseline)}
-    everybody = everybodys(contestants[0].steps.mesh, own)
-    slowest_s = {name: max(of_rank[name] for of_rank in everybody) for name in own}
-    limit_s = HOPEFUL * min(slowest_s.values(), default=0.0)
-    return [c for c in contestants if slowest_s.get(c.name, 0.0) <= limit_s]
+    everybody = everybodys(contestants[0].steps.mesh, {c.name: statistics.median(c.step_s) for c in contestants})
+    slowest_s = {c.name: max(of_rank[c.name] for of_rank in everybody) for c in contestants}
+    best_s = min((s for name, s in slowest_s.items() if name.startswith(baseline)), default=math.inf)
+
+    def goes_on(name: str) -> bool:
+        limit = HOPEFUL if name.startswith(baseline) else WORTHWHILE
+        return name in to_the_end or slowest_s[name] <= limit * best_s
+
+    return [c for c in contestants if goes_on(c.name)]
 
 
 def _warm_up(contestant: Contestant) -> None:

@@ -23,6 +23,7 @@ from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.worker import load_config
 
+TO_THE_END = ("ddp", "auto")  # however slow: ratios are to them, or theirs count
 GAP_S = 0.05  # between two steps of a trace
 
 
@@ -44,7 +45,8 @@ def main(spec_path: str) -> int:
             eta = f", {left_s:.0f} s left" if done else ""
             print(f"\r{spec['name']}: {done}/{total}{eta}  {name:20s}", end="", file=sys.stderr, flush=True)
 
-    contestants = contest(configs, data, rounds=spec["rounds"], turn=spec["turn"], baseline=EAGER, progress=progress)
+    turns = {"rounds": spec["rounds"], "turn": spec["turn"]}
+    contestants = contest(configs, data, **turns, baseline=EAGER, to_the_end=TO_THE_END, progress=progress)
     eager = next(c for c in contestants if c.name.startswith(EAGER))
     known = alone([eager, *contestants])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalina.compare.contest import HOPEFUL, alone, contest
+from megalina.compare.contest import HOPEFUL, WORTHWHILE, alone, contest
 from megalina.compare.results import VALID_OVERRUN, as_json, by_round, measure
 from megalina.config import ClusterConfig, StrategyConfig
 from megalina.data.source import open_data
@@ -23,6 +23,7 @@ STRATEGIES = {
     "windows": StrategyConfig(name="lina", chunks="2", windows="auto"),
 }
 DEVICE = ClusterConfig(attention_ms=6.0, experts_ms=8.0)
+SLOW_DEVICE = ClusterConfig(attention_ms=60.0, experts_ms=80.0)
 
 
 def work(folder: Path) -> dict[str, Any]:
@@ -38,7 +39,9 @@ def work(folder: Path) -> dict[str, Any]:
     )
     known = alone(contestants)
     found = measure(contestants, known, turn=TURN, ranks_per_node=1, link_mbit=100.0)
-    heats = contest({f"eager {n}": config for n in "abc"}, data, rounds=3, turn=1, baseline="eager")
+    slow_device = replace(config, cluster=SLOW_DEVICE)
+    runners = {f"eager {n}": config for n in "abc"} | dict.fromkeys(("slow", "ddp"), slow_device)
+    heats = contest(runners, data, rounds=3, turn=1, baseline="eager", to_the_end=["ddp"])
     one = {"eager": replace(config, cluster=DEVICE, strategy=StrategyConfig())}
     (slow,) = paced = contest(one, data, rounds=1, turn=2)
     (emulated,) = measure(paced, {}, turn=2, ranks_per_node=2, link_mbit=0.0).values()
@@ -83,13 +86,15 @@ def test_timed_steps_are_those_after_the_first_of_a_turn(ranks: list[dict[str, A
         assert {COMPUTE, SEND} < rank["kinds"]
 
 
-def test_variants_of_the_baseline_that_are_slow_in_the_first_round_take_no_further_turn(ranks: list[dict[str, Any]]) -> None:
+def test_what_is_slow_in_the_first_round_takes_no_further_turn(ranks: list[dict[str, Any]]) -> None:
     heats = [rank["heats"] for rank in ranks]
     first_s = {name: max(rank[name][0][0] for rank in heats) for name in heats[0]}
-    hopeful = {name for name, s in first_s.items() if s <= HOPEFUL * min(first_s.values())}
+    best_s = min(s for name, s in first_s.items() if name.startswith("eager"))
+    limit_s = {name: best_s * (HOPEFUL if name.startswith("eager") else WORTHWHILE) for name in first_s}
     for rank in heats:
         turns = {name: len(step_s) for name, (step_s, _) in rank.items()}
-        assert turns == {name: 3 if name in hopeful else 1 for name in rank}
+        assert turns == {name: 3 if first_s[name] <= limit_s[name] or name == "ddp" else 1 for name in rank}
+        assert turns["slow"] == 1 < turns["ddp"] == 3
         assert all(steps == WARM_UP + 2 * turns[name] for name, (_, steps) in rank.items())
 
 
