@@ -1,30 +1,33 @@
 """Inference on devices that are slow on purpose: how much does it bring to replicate popular experts, and to foresee them?
 
-    python benchmarks/inference.py --traces A.npz B.npz --json FILE     (16 emulated devices, two strengths of skew, half an hour)
+    python benchmarks/inference.py --traces A.npz B.npz --json FILE   (8 and 16 devices, two strengths of skew: an hour)
     python benchmarks/inference.py --traces A.npz B.npz --devices 8 --skew real --modes static,best
     python benchmarks/inference.py --traces A.npz B.npz --ablations     (no estimation, no phase 2, paths of 1, 3 and 6 layers)
+    python benchmarks/inference.py --workloads all --devices 4          (routing made to order instead of traces)
 
 Each rank is a device with its own part of a batch.  The engine, its exchanges, its planning and its fetches are the real ones;
 which experts tokens choose is replayed from routing traces (top-1 of 16 experts: 64 merged four to one by their number), so paths
 through layers stay what they were, while the model behind it is tiny.  Only time is emulated: a device takes `--attention-ms`
-for a layer's attention, `--experts-ms` for the experts of an even share of rows, in proportion for more or fewer, and
-`--expert-ms` to fetch an expert.  All are `--slow-motion` times longer, so that many ranks' real work fits into two cores under
-it; what is printed is divided by it.  Planning is not emulated: it takes what it takes here, where all ranks share two cores.
+for a layer's attention, `--experts-ms` for its experts, both of an even share of the batch, in proportion for more or fewer, and
+`--expert-ms` to fetch an expert.  All are `--slow-motion` times longer, so that many ranks' real work fits into few cores under
+it; what is printed is divided by it.  Planning and exchanges are not emulated: they take what they take here.  By default time is
+slowed by the number of ranks that share a core, so a host has on the average as much of it as if it had a core of its own.
 
 Profiles are recorded on the first half of each trace; the second halves are served, the two tasks taking turns batch by batch.
-Modes take turns too, on the same batches.  `ideal` forces even routing.  Skew "paper": so many tokens are sent to random experts
-that the most popular one gets 5.56 times the least popular one (Lina, figure 6).
+Modes take turns too, on the same batches.  `oracle` is `best`, told the exact counts before; `ideal` forces even routing.
+Skew "paper": so many tokens are sent to random experts that the most popular one gets 5.56 times the least popular one (Lina,
+figure 6).  Workloads are those of `megalina/placement/workloads.py`; their profile is the same workload by another seed.
 """
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from inference_report import PAPER, measured, table
+from inference_routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
@@ -48,40 +53,25 @@ from megalina.model.gpt import GPT
 from megalina.model.init import initialise
 from megalina.parallel.emulated_device import SMALLEST_SHARE, EmulatedDevice
 from megalina.placement.planners.identity import identity
-from megalina.placement.routing_trace import (
-    RoutingTrace,
-    batches,
-    best_first,
-    halves,
-    joined,
-    merged_experts,
-    probability_for_skew,
-    read_trace,
-    rerouted_evenly,
-    skew,
-    top1,
-)
+from megalina.placement.predictors.oracle import OraclePredictor
+from megalina.placement.predictors.predictor import Ids
+from megalina.placement.routing_trace import read_trace
+from megalina.placement.workloads import WORKLOADS, own_part
 from megalina.step.program import Stage
 from megalina.timeline.picture import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
 FAILED, BAD_INPUT = 1, 2  # exit codes
-EXPERTS, PAPER_SKEW = 16, 5.56
-MODES = ("static", "window", "lina", "best", "ideal")
+WORKLOAD_LAYERS = 12  # unless --layers says otherwise
+MODES = ("static", "window", "lina", "best", "oracle", "ideal")
 ABLATIONS = ("static", "lina", "no_estimation", "no_phase_2", "path_1", "path_6", "ideal")
-VARIANTS: dict[str, tuple[str, ...]] = {  # of lina
-    "no_estimation": ("infer.predictor=none", "infer.trigger=always", "infer.first_planned=0"),
-    "no_phase_2": ("infer.trigger=never",),
-    "path_1": ("infer.path_length=1", "infer.first_planned=1"),
-    "path_6": ("infer.path_length=6", "infer.first_planned=6"),
-}
-PAPER = {  # Lina, section 7.3, 16 experts; the last three to the ideal
-    "median, static to lina": "1.45 - 1.46x (I1, I2)",
-    "p95, static to lina": "1.68 - 1.82x, mean 1.63x (I3)",
-    "no estimation, median": "+18.6 - 24.0% (I6)",
-    "no phase 2, p95": "+26.7 - 33.1% (I7)",
-    "l = 1 / 3 / 6, median to ideal": "1.34 - 1.41 / 1.07 - 1.16 / 1.00 - 1.19 (table 5)",
+VARIANTS: dict[str, tuple[str, ...]] = {  # of the mode that comes first
+    "no_estimation": ("lina", "infer.predictor=none", "infer.trigger=always", "infer.first_planned=0"),
+    "no_phase_2": ("lina", "infer.trigger=never"),
+    "path_1": ("lina", "infer.path_length=1", "infer.first_planned=1"),
+    "path_6": ("lina", "infer.path_length=6", "infer.first_planned=6"),
+    "oracle": ("best", "infer.predictor=static", "infer.trigger=never"),  # `engine_of` puts an oracle in the predictor's place
 }
 
 
@@ -89,28 +79,50 @@ PAPER = {  # Lina, section 7.3, 16 experts; the last three to the ideal
 class Times:
     """Of an emulated device, in slow motion."""
 
-    attention_s: float
+    attention_s: float  # an even share of tokens
     experts_s: float  # an even share of rows
     expert_s: float  # to fetch an expert
 
 
+@dataclass(slots=True)
+class OwnPart:
+    """This rank's part of the batch that is served now; two ways to route it.  What is more in a batch goes to nobody."""
+
+    ids_TL: Ids
+    begin: int  # of its tokens, in the whole batch
+
+    def replayed(self, number: int, chosen_TK: torch.Tensor) -> torch.Tensor:
+        return self._sent(self.ids_TL[:, number], chosen_TK)
+
+    def evenly(self, number: int, chosen_TK: torch.Tensor) -> torch.Tensor:
+        return self._sent(np.arange(self.begin, self.begin + len(self.ids_TL)) % EXPERTS, chosen_TK)
+
+    def _sent(self, expert_T: Ids, like_TK: torch.Tensor) -> torch.Tensor:
+        sent_TK = torch.full_like(like_TK, EXPERTS)
+        sent_TK[: len(expert_T), 0] = torch.from_numpy(expert_T.astype(np.int64))
+        return sent_TK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", nargs="+", type=Path, required=True, metavar="NPZ", help="one a task")
+    parser.add_argument("--traces", nargs="+", type=Path, default=[], metavar="NPZ", help="one a task")
+    parser.add_argument("--workloads", default="", metavar="A,B", help=f"instead of traces: all, or of {', '.join(WORKLOADS)}")
     parser.add_argument("--devices", default="8,16", metavar="A,B", help="emulated devices (default: 8,16)")
-    parser.add_argument("--skew", default="real,paper", metavar="A,B", help="real, paper, balanced (default: real,paper)")
+    parser.add_argument("--skew", default="", metavar="A,B", help=f"of traces: {', '.join(SKEWS)} (default: real,paper)")
     parser.add_argument("--modes", default="", metavar="A,B", help=f"default: {','.join(MODES)}")
     parser.add_argument("--ablations", action="store_true", help=f"instead: {','.join(ABLATIONS)}")
     parser.add_argument(
         "--slots", type=int, default=4, help="of a device in each layer, in all modes (default: 4, as in the paper)"
     )
-    parser.add_argument("--layers", type=int, default=12, help="of the trace, from its first on (default: 12)")
+    parser.add_argument("--layers", type=int, default=0, help=f"default: 0, all of traces, {WORKLOAD_LAYERS} of workloads")
     parser.add_argument("--batch-tokens", type=int, default=512, help="of all devices together (default: 512)")
-    parser.add_argument("--batches", type=int, default=16, help="at most so many are served (default: 16)")
-    parser.add_argument("--attention-ms", type=float, default=6.5, help="a layer (default: 6.5)")
+    parser.add_argument("--batches", type=int, default=16, help="served: of traces at most so many (default: 16)")
+    parser.add_argument("--attention-ms", type=float, default=6.5, help="a layer, at even load (default: 6.5)")
     parser.add_argument("--experts-ms", type=float, default=19.5, help="a layer, at even load (default: 19.5)")
     parser.add_argument("--expert-ms", type=float, default=0.35, help="to fetch one: 4.2 MB at 12 GB/s (default: 0.35)")
-    parser.add_argument("--slow-motion", type=float, default=6.0, metavar="F", help="(default: 6)")
+    parser.add_argument(
+        "--slow-motion", type=float, default=0.0, metavar="F", help="default: 0, devices over this machine's cores"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the last batch's timeline on device 0, of the first setting")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -118,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rank:
         return rank(json.loads(args.rank.read_text()))
     try:
-        settings = list(settings_of(args))
+        settings = settings_of(args)
         found = [run({**setting, "picture": args.picture if i == 0 else None}) for i, setting in enumerate(settings)]
     except Stopped as error:
         print(error, file=sys.stderr)
@@ -131,47 +143,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     for result in found:
         print(table(result))
-    print("\n".join(["| the paper | |", "|---|---|", *(f"| {name} | {value} |" for name, value in PAPER.items())]))
+    if args.traces:
+        print("\n".join(["| the paper | |", "|---|---|", *(f"| {name} | {value} |" for name, value in PAPER.items())]))
     if args.json:
         args.json.write_text(json.dumps({"settings": found, "paper": PAPER}, indent=1, allow_nan=False) + "\n")
     return 0
 
 
-def settings_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One for each number of devices and skew, checked."""
+def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One for each number of devices and skew or workload, checked."""
     modes = args.modes.split(",") if args.modes else list(ABLATIONS if args.ablations else MODES)
-    if "static" not in modes:
-        modes = ["static", *modes]
-    for skewed in args.skew.split(","):
-        if skewed not in ("real", "paper", "balanced"):
-            raise ValueError(f"--skew {skewed}: choose among real, paper, balanced")
-    for name in ("layers", "batch_tokens", "batches", "attention_ms", "experts_ms", "slow_motion"):
+    modes = modes if "static" in modes else ["static", *modes]
+    if bool(args.traces) == bool(args.workloads):
+        raise ValueError(f"{'both' if args.traces else 'neither'} --traces and --workloads are given: give one of them")
+    if args.workloads and args.skew:
+        raise ValueError(f"--skew {args.skew} is of --traces: workloads have their own")
+    kind, choices = ("workload", list(WORKLOADS)) if args.workloads else ("skew", list(SKEWS))
+    names = choices if args.workloads == "all" else (args.workloads or args.skew or "real,paper").split(",")
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"--{kind}{'s' * bool(args.workloads)} {name}: choose among {', '.join(choices)}")
+    for name in ("batch_tokens", "batches", "attention_ms", "experts_ms"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive")
+    if args.slow_motion < 0:
+        raise ValueError(f"--slow-motion {args.slow_motion:g} must be positive, or 0 for devices over cores")
+    if args.layers < 0:
+        raise ValueError(f"--layers {args.layers}: choose 1 or more, or 0 for all")
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    for path in args.traces:
-        read_trace(path)
+    there = {path: len(read_trace(path).layers) for path in args.traces}
+    layers = args.layers or min(there.values(), default=WORKLOAD_LAYERS)
+    for path, most in there.items():
+        if most < layers:
+            raise ValueError(f"{path} has {most} MoE layers: give --layers {most} or fewer")
+    settings = []
     for devices in map(int, args.devices.split(",")):
-        if args.batch_tokens % devices:
-            raise ValueError(f"--batch-tokens {args.batch_tokens} must be a multiple of {devices} devices")
+        if devices < 1 or args.batch_tokens % devices:
+            raise ValueError(f"--batch-tokens {args.batch_tokens} must be a multiple of {devices} devices, one or more")
         for mode in modes:
             check_infer(replace(config_of(mode), slots_per_device=args.slots), Served(EXPERTS, 1, devices))
-        for skewed in args.skew.split(","):
-            yield {
-                **{k: getattr(args, k) for k in ("layers", "batch_tokens", "batches", "slow_motion", "slots")},
+        for name in names:
+            setting = {
+                **{k: getattr(args, k) for k in ("batch_tokens", "batches", "slots")},
                 **{k: getattr(args, k) for k in ("attention_ms", "experts_ms", "expert_ms")},
                 "traces": [str(path.absolute()) for path in args.traces],
+                "slow_motion": args.slow_motion or max(1.0, devices / len(os.sched_getaffinity(0))),
+                "layers": layers,
                 "devices": devices,
-                "skew": skewed,
+                kind: name,
                 "modes": modes,
             }
+            if args.workloads:
+                WORKLOADS[name](size_of(setting))
+            settings.append(setting)
+    return settings
 
 
 def config_of(mode: str) -> InferConfig:
     if mode in VARIANTS:
-        return replace(read_mode(CONF, "lina", VARIANTS[mode]), name=mode)
+        base, *overrides = VARIANTS[mode]
+        return replace(read_mode(CONF, base, overrides), name=mode)
     if mode == "lookahead":
         raise ValueError("traces have no hidden states, so lookahead can't be replayed: tools/evaluate_gpt_moe.py has it")
     return read_mode(CONF, mode)
@@ -183,9 +216,7 @@ def run(setting: dict[str, Any]) -> dict[str, Any]:
         spec, out = Path(folder) / "spec.json", Path(folder) / "out.json"
         spec.write_text(json.dumps({**setting, "out": str(out), "picture": str(picture.absolute()) if picture else ""}))
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        run_ranks(
-            [sys.executable, __file__, "--traces", "-", "--rank", str(spec)], ranks=setting["devices"], logs=Path(folder) / "l"
-        )
+        run_ranks([sys.executable, __file__, "--rank", str(spec)], ranks=setting["devices"], logs=Path(folder) / "l")
         return {**setting, **json.loads(out.read_text())}
 
 
@@ -195,27 +226,25 @@ def rank(spec: dict[str, Any]) -> int:
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     mesh = build_mesh(ep=dist.get_world_size())
     me, world = mesh.world.rank, mesh.world.size
-    traces = [task_of(Path(path), spec["layers"], spec["skew"]) for path in spec["traces"]]
-    profile = joined([halves(trace)[0] for trace in traces])
-    served = taking_turns([halves(trace)[1] for trace in traces], spec["batch_tokens"])[: spec["batches"]]
+    routing = routing_of(spec)
+    served, name = len(routing.batches), spec.get("workload") or spec["skew"]
     gpt = tiny_gpt(spec["layers"])
     host = shared_experts(gpt, mesh)
     factor = spec["slow_motion"] / 1e3
     times = Times(spec["attention_ms"] * factor, spec["experts_ms"] * factor, spec["expert_ms"] * factor)
     even_rows = spec["batch_tokens"] // world
-    engines = {mode: engine_of(mode, gpt, host, mesh, profile, times, even_rows, spec["slots"]) for mode in spec["modes"]}
-    tokens = spec["batch_tokens"] // world
-    batch = batch_of(tokens)
+    part = OwnPart(np.zeros((0, spec["layers"]), np.int64), 0)
+    engines = {mode: engine_of(mode, gpt, host, mesh, routing, part, times, even_rows, spec["slots"]) for mode in spec["modes"]}
     took_s: dict[str, list[float]] = {mode: [] for mode in engines}
-    for number in range(-1, len(served)):  # the first one warms up
-        own_TL = served[max(0, number)][me * tokens : (me + 1) * tokens, :, 0]
+    for number in range(-1, served):  # the first one warms up
+        own = own_part(routing.tokens_BR[max(0, number)], me)
+        part.ids_TL, part.begin = routing.batches[max(0, number)][own, :, 0], own.start
+        batch = batch_of(own.stop - own.start)
         order = list(engines)[number % len(engines) :] + list(engines)[: number % len(engines)]
         for mode in order:
             engine = engines[mode]
-            if not config_of(mode).even_routing:
-                engine.functions.reroute = partial(replayed, own_TL)
             everybodys(mesh, None)
-            engine.recorder.on = number == len(served) - 1
+            engine.recorder.on = number == served - 1
             engine.recorder.begin()
             began_s = time.perf_counter()
             engine.hidden(batch)
@@ -224,13 +253,13 @@ def rank(spec: dict[str, Any]) -> int:
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
         if me == 0:
-            print(f"\r{world} devices, {spec['skew']}: {number + 1}/{len(served)} ", end="", file=sys.stderr, flush=True)
-    late = max(everybodys(mesh, max(late_share(engine) for engine in engines.values())))
+            print(f"\r{world} devices, {name}: {number + 1}/{served} ", end="", file=sys.stderr, flush=True)
+    late = max(late_share(engine) for engine in engines.values())
     if me == 0:
         print(file=sys.stderr)
-        counts = [skew(trace) for trace in traces]
-        modes = {mode: measured(mode, took_s, engine, len(served)) for mode, engine in engines.items()}
-        result = {"modes": modes, "most_over_least": counts, "overrun_fraction": late, "served": len(served)}
+        modes = {mode: measured(mode, took_s, engine, served) for mode, engine in engines.items()}
+        ratios = [ratio if math.isfinite(ratio) else None for ratio in routing.most_over_least]
+        result = {"modes": modes, "most_over_least": ratios, "overrun_fraction": late, "served": served}
         if spec["picture"]:
             shown = {mode: engine.recorder.events() for mode, engine in engines.items()}
             draw(Path(spec["picture"]), shown, note=f"emulated devices, {spec['slow_motion']:g} times in slow motion")
@@ -240,27 +269,6 @@ def rank(spec: dict[str, Any]) -> int:
     dist.barrier()
     dist.destroy_process_group()
     return 0
-
-
-def task_of(path: Path, layers: int, skewed: str) -> RoutingTrace:
-    """Top-1 of 16 experts, of the first layers."""
-    whole = read_trace(path)
-    trace = merged_experts(top1(best_first(whole)), EXPERTS)
-    if len(trace.layers) < layers:
-        raise ValueError(f"{path} has {len(trace.layers)} MoE layers: give --layers {len(trace.layers)} or fewer")
-    trace = replace(trace, expert_ids_TLK=trace.expert_ids_TLK[:, :layers], layers=trace.layers[:layers], weights_TLK=None)
-    if skewed == "paper":
-        return rerouted_evenly(trace, probability_for_skew(trace, PAPER_SKEW), seed=0)
-    return rerouted_evenly(trace, 1.0, seed=0) if skewed == "balanced" else trace
-
-
-def taking_turns(traces: Sequence[RoutingTrace], tokens: int) -> list[Any]:
-    lists = [list(batches(trace, tokens, drop_last=True)) for trace in traces]
-    return [batch for turn in zip(*lists, strict=False) for batch in turn]
-
-
-def replayed(own_TL: Any, number: int, chosen_TK: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(own_TL[:, number]).astype(np.int64)).view_as(chosen_TK)
 
 
 def tiny_gpt(layers: int) -> GPT:
@@ -278,9 +286,11 @@ def shared_experts(gpt: GPT, mesh: Mesh) -> HostExperts:
 
 
 def batch_of(tokens: int) -> Batch:
-    token_BS = torch.zeros(1, tokens, dtype=torch.int64)
-    everything = torch.ones_like(token_BS, dtype=torch.bool)
-    return Batch(token_BS, token_BS, everything, everything, torch.arange(tokens)[None], None, torch.zeros(1, dtype=torch.int64))
+    """Of one sequence; without a token a rank takes part with one of padding, as in decoding."""
+    token_BS = torch.zeros(1, max(1, tokens), dtype=torch.int64)
+    valid_BS = torch.full_like(token_BS, tokens > 0, dtype=torch.bool)
+    position_BS = torch.arange(token_BS.shape[1])[None]
+    return Batch(token_BS, token_BS, valid_BS, valid_BS, position_BS, None, torch.zeros(1, dtype=torch.int64))
 
 
 def engine_of(
@@ -288,7 +298,8 @@ def engine_of(
     gpt: GPT,
     host: HostExperts,
     mesh: Mesh,
-    profile: RoutingTrace,
+    routing: Routing,
+    part: OwnPart,
     times: Times,
     even_rows: int,
     slots: int,
@@ -296,28 +307,33 @@ def engine_of(
     config, served = replace(config_of(mode), slots_per_device=slots), Served(EXPERTS, 1, mesh.world.size)
     row_s = times.experts_s / even_rows
     config = replace(config, row_us=row_s * 1e6, replan_ms=slots * times.expert_s * 1e3)
+    policy = policy_of(config, served, routing.profile)
+    if mode == "oracle":
+        policy = replace(policy, predictor=oracle_of(routing))
     resident = identity(np.ones(EXPERTS), served.num_devices, slots)
     engine = Engine(
         gpt,
         host,
         mesh,
-        policy_of(config, served, profile),
+        policy,
         [resident] * len(gpt.moe_layers),
-        EngineSettings(spare_experts=2 * slots),
-        device=lambda functions: EmulatedDevice(partial(seconds, functions, times, even_rows)),
+        EngineSettings(combine_chunks=config.combine_chunks),
+        device=lambda functions: EmulatedDevice(partial(seconds, functions, part, times, even_rows)),
     )
     engine.slots.copy = partial(slowly, times.expert_s)
-    if config.even_routing:
-        engine.functions.reroute = lambda number, chosen_TK: (
-            (torch.arange(chosen_TK.numel()) + mesh.world.rank * chosen_TK.numel()).view_as(chosen_TK) % EXPERTS
-        )
+    engine.functions.reroute = part.evenly if config.even_routing else part.replayed
     return engine
 
 
-def seconds(functions: InferenceFunctions, times: Times, even_rows: int, stage: Stage) -> float:
+def oracle_of(routing: Routing) -> OraclePredictor:
+    """The first batch comes twice: it warms up, too."""
+    return OraclePredictor(np.concatenate([routing.counts_BLE[:1], routing.counts_BLE]))
+
+
+def seconds(functions: InferenceFunctions, part: OwnPart, times: Times, even_rows: int, stage: Stage) -> float:
     """What a stage takes on the device."""
     if stage.name == "attention":
-        return times.attention_s
+        return times.attention_s * len(part.ids_TL) / even_rows
     if stage.name == "experts":
         return times.experts_s * (SMALLEST_SHARE + functions.rows_here / even_rows)
     return 0.0
@@ -330,61 +346,11 @@ def slowly(expert_s: float, to: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def late_share(engine: Engine) -> float:
-    """Of the device's time, by which real work ended later than the emulated device would have."""
+    """Of the busiest device's time, by which real work ended later than the emulated device would have, on the worst one."""
     device = engine.device
     assert device is not None
-    return device.overrun_s / max(device.busy_s, 1e-9)
-
-
-def measured(mode: str, took_s: dict[str, list[float]], engine: Engine, batches: int) -> dict[str, Any]:
-    own, static, ideal = took_s[mode], took_s["static"], took_s.get("ideal")
-    decided = engine.controller.decided
-    loads = [most / mean for d in decided for most, mean in zip(d.largest_load[1:], d.mean_load[1:], strict=True)]
-    planned = sum(d.batches for d in decided[engine.controller.policy.first_planned :])
-    done = asdict(engine.slots.done)
-    return {
-        "p50_ms": statistics.median(own) * 1e3,
-        "p95_ms": p95(own) * 1e3,
-        "p50_ratio_to_static": statistics.median(static) / statistics.median(own),
-        "p95_ratio_to_static": p95(static) / p95(own),
-        "p95_ratio_to_ideal": p95(own) / p95(ideal) if ideal else None,
-        "p50_ratio_to_ideal": statistics.median(own) / statistics.median(ideal) if ideal else None,
-        "ratio_spread": [float(q) for q in np.quantile([s / o for s, o in zip(static, own, strict=True)], [0.25, 0.75])],
-        "load_max_over_mean": statistics.median(loads),
-        "load_max_over_mean_p95": p95(loads),
-        "phase2_rate": sum(d.replanned for d in decided) / max(1, planned),
-        "swapped_experts_a_batch": done["experts"] / (batches + 1),
-        "failed_fetches": done["failed"],
-        "waited_ms_a_batch": done["waited_s"] / (batches + 1) * 1e3,
-        "batch_ms": [s * 1e3 for s in own],
-    }
-
-
-def p95(values: Sequence[float]) -> float:
-    return float(np.quantile(values, 0.95))
-
-
-def table(result: dict[str, Any]) -> str:
-    least = ", ".join(f"{s:.1f}" for s in result["most_over_least"])
-    late = result["overrun_fraction"]
-    valid = "" if late <= 0.05 else " (more than 5%: not valid)"
-    lines = [
-        f"**{result['devices']} emulated devices, skew {result['skew']}**: most over least popular {least}; "
-        f"{result['served']} batches of {result['batch_tokens']} tokens; "
-        f"{result['slow_motion']:g} times in slow motion; overrun {late:.1%}{valid}",
-        "",
-        "| mode | median ms | p95 ms | static / it: median | p95 | it / ideal: median | p95 | load max/mean, p95 | phase 2 "
-        "| fetched |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for mode, m in result["modes"].items():
-        ideal = [f"{m[k]:.2f}" if m[k] else "" for k in ("p50_ratio_to_ideal", "p95_ratio_to_ideal")]
-        lines.append(
-            f"| {mode} | {m['p50_ms']:.0f} | {m['p95_ms']:.0f} | {m['p50_ratio_to_static']:.2f} | {m['p95_ratio_to_static']:.2f} "
-            f"| {ideal[0]} | {ideal[1]} | {m['load_max_over_mean']:.2f}, {m['load_max_over_mean_p95']:.2f} "
-            f"| {m['phase2_rate']:.0%} | {m['swapped_experts_a_batch']:.1f} |"
-        )
-    return "\n".join([*lines, ""])
+    overrun_R, busy_R = zip(*everybodys(engine.mesh, (device.overrun_s, device.busy_s)), strict=True)
+    return max(overrun_R) / max(*busy_R, 1e-9)
 
 
 if __name__ == "__main__":

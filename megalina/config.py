@@ -187,6 +187,28 @@ class HangConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class HardwareConfig:
+    """What a cluster's devices and links are and how much of them is reached, for simulation.  0: unknown."""
+
+    memory_gib: float = 0.0  # memory of a device
+    memory_gbyte_s: float = 0.0  # bandwidth of that memory
+    memory_efficiency: float = 0.0  # share of it that a kernel reaches which only moves data
+    float32_tflops: float = 0.0  # dense peak of float32 products; of TF32 where they run as such
+    bfloat16_tflops: float = 0.0  # dense peak of bfloat16 products
+    product_efficiency: float = 0.0  # share of the peak that large matrix products reach
+    product_half_size: float = 0.0  # a product with so many rows, or columns, reaches half of what a large one does
+    attention_efficiency: float = 0.0  # share of the peak that attention's kernel reaches, forward and backward, in model FLOPs
+    kernel_us: float = 0.0  # what each kernel costs besides
+    host_stage_us: float = 0.0  # what the host needs for a stage: a device with less to do waits for it
+    domain_ranks: int = 0  # devices that fast links join: an NVLink domain, a PCIe host; it may hold several nodes
+    domain_gbyte_s: float = 0.0  # fast link of a device, each way
+    domain_latency_us: float = 0.0  # of a fast link, one way
+    nics_per_node: int = 0  # adapters that cluster.link_gbit is made of; a device reaches the rate of one
+    oversubscription: float = 0.0  # of the switches between nodes: 1: all links at full rate; 2: half of them
+    collective_efficiency: float = 0.0  # share of a link's rate that collectives reach
+
+
+@dataclass(slots=True, kw_only=True)
 class ClusterConfig:
     name: str = "local"  # for logs and reports
     peak_tflops: float = 0.0  # dense peak of one device in the run's dtype, for MFU; 0: looked up (GPU) or measured (CPU)
@@ -199,6 +221,7 @@ class ClusterConfig:
     attention_ms: float = 0.0  # emulated device: forward of a layer's attention, for a whole micro-batch
     experts_ms: float = 0.0  # emulated device: forward of a layer's experts, for a whole micro-batch
     kernel_floor_ms: float = 0.0  # emulated device: what a stage costs besides its share; 0: 2% of the whole micro-batch's time
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,7 +229,7 @@ class InferConfig:
     """How experts are placed at inference; the files of conf/infer."""
 
     name: str = "static"  # for reports
-    predictor: str = "none"  # none | static | window | ema | distribution | path_table | linear_map | online_map | look_ahead
+    predictor: str = "none"  # none, static, window, ema, distribution, path_table, linear_map, online_map, look_ahead[_online]
     planner: str = "none"  # none: experts stay where training had them | first_fit | greedy | hierarchical
     split: str = "even"  # of an expert's rows over its replicas: even | load_aware | local_first
     trigger: str = "never"  # plan anew once the router has spoken: never | always | ordered_top | top_set | distance | gain
@@ -221,7 +244,8 @@ class InferConfig:
     distance: float = 0.2  # trigger distance: L1 distance of shares, up to 2
     row_us: float = 0.0  # trigger gain: what a row more on the busiest device costs; 0: measured before serving
     replan_ms: float = 0.0  # trigger gain: what planning anew costs; 0: measured before serving
-    spare_experts: int = 0  # room for experts on their way, over all layers; 0: two layers' slots
+    swap_mib: float = 0.0  # memory of a device for experts on their way, over all layers, in MiB; 0: two layers' slots
+    combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed; 1: all at once
     batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
     even_routing: bool = False  # tokens go to experts in turn, whatever the router says: a bound, its text means nothing
 

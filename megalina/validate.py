@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megalina.config import DataConfig, PretrainConfig
+from megalina.config import ClusterConfig, DataConfig, PretrainConfig
 from megalina.parameters import is_moe_layer
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
@@ -122,11 +122,34 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.attention_ms": (0, 1e9),
     "cluster.experts_ms": (0, 1e9),
     "cluster.kernel_floor_ms": (0, 1e9),
+    "cluster.hardware.memory_gib": (0, 1e9),
+    "cluster.hardware.memory_gbyte_s": (0, 1e9),
+    "cluster.hardware.memory_efficiency": (0, 1),
+    "cluster.hardware.float32_tflops": (0, 1e9),
+    "cluster.hardware.bfloat16_tflops": (0, 1e9),
+    "cluster.hardware.product_efficiency": (0, 1),
+    "cluster.hardware.product_half_size": (0, LARGEST_SIZE),
+    "cluster.hardware.attention_efficiency": (0, 1),
+    "cluster.hardware.kernel_us": (0, 1e9),
+    "cluster.hardware.host_stage_us": (0, 1e9),
+    "cluster.hardware.domain_ranks": (0, 1_000_000),
+    "cluster.hardware.domain_gbyte_s": (0, 1e9),
+    "cluster.hardware.domain_latency_us": (0, 1e9),
+    "cluster.hardware.nics_per_node": (0, 1_000_000),
+    "cluster.hardware.oversubscription": (0, 1e9),
+    "cluster.hardware.collective_efficiency": (0, 1),
     "profile.tokens": (1, 1 << 24),
     "profile.last_steps": (1, 1_000_000),
     "profile.window": (1, 1_000_000),
     "profile.stable_change": (0, 1e9),
 }
+
+# What a simulation must know of a cluster's links, and of its devices unless they are emulated.
+NEEDED_OF_LINKS = ("nodes", "ranks_per_node", "link_gbit", "nics_per_node", "oversubscription", "collective_efficiency")
+NEEDED_OF_DEVICES = (
+    *("memory_gib", "memory_gbyte_s", "memory_efficiency", "float32_tflops", "bfloat16_tflops"),
+    *("product_efficiency", "attention_efficiency", "domain_ranks", "domain_gbyte_s"),
+)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -148,6 +171,36 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_length(config)
     _check_data(config.data)
     _check_profile(config)
+
+
+def check_hardware(cluster: ClusterConfig) -> None:
+    """Raises ValueError, naming file and field, unless `cluster` says all that a simulation must know.
+
+    An emulated device has times of its own and needs nothing but its links."""
+    where, hardware = f"conf/cluster/{cluster.name}.yaml", cluster.hardware
+    emulated = cluster.device_gflops or cluster.attention_ms
+    for key, (low, high) in RANGES.items():
+        head, _, name = key.rpartition(".")
+        if head not in ("cluster", "cluster.hardware"):
+            continue
+        value = getattr(cluster if head == "cluster" else hardware, name)
+        needed = name in NEEDED_OF_LINKS or (not emulated and name in NEEDED_OF_DEVICES)
+        field = name if head == "cluster" else f"hardware.{name}"
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ValueError(f"{where}: {field} is {value:g}, which must be from {low:g} to {high:g}: correct it")
+        if needed and not value:
+            raise ValueError(f"{where}: {field} is 0, which stands for unknown, and a simulation needs it: give it")
+    if hardware.oversubscription and hardware.oversubscription < 1:
+        raise ValueError(
+            f"{where}: hardware.oversubscription is {hardware.oversubscription:g}, which must be at least 1 "
+            "(all links at full rate): give how many times more the links carry than the switches"
+        )
+    node, domain, ranks = cluster.ranks_per_node, hardware.domain_ranks, cluster.nodes * cluster.ranks_per_node
+    if domain and ((node % domain and domain % node) or ranks % domain):
+        raise ValueError(
+            f"{where}: hardware.domain_ranks ({domain}) must be some whole nodes of ranks_per_node ({node}), or divide one, and "
+            f"divide the {ranks} ranks: correct one of them"
+        )
 
 
 def check_machine(

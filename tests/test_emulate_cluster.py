@@ -65,7 +65,7 @@ def test_figures_that_make_no_cluster_are_refused_before_anything_is_made(
         ("--like lina_testbed --slowdown 0 -- true", "slowdown=0 must be positive"),
         ("--like lina_testbed --link-mbit 100 -- true", "--link-mbit follows from --like"),
         ("--like lina_tesbed -- true", "does not exist (did you mean lina_testbed?)"),
-        ("--like h100 -- true", "conf/cluster/h100.yaml gives no nodes and links; there is lina_testbed"),
+        ("--like h100 -- true", "conf/cluster/h100.yaml gives no nodes and links; there is a100_80g_ib, "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalina.config import InferConfig, ModelConfig
+from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
 from megalina.infer.even_routing import EvenRouting
 from megalina.infer.expert_memory import check_memory, num_device_bytes, num_expert_bytes
@@ -23,8 +23,10 @@ from megalina.infer.host_experts import experts_of
 from megalina.infer.measures import accuracy
 from megalina.infer.modes import read_mode
 from megalina.infer.policies import Served
-from megalina.infer.report import page, tables
+from megalina.infer.report import page
+from megalina.infer.report_tables import tables
 from megalina.infer.worker import Evaluation, evaluate
+from megalina.launch import Member
 from megalina.placement.controller import Controller, Outcome, Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.split import even
@@ -32,7 +34,7 @@ from megalina.placement.triggers import never
 from tests.infer.small_engine import small_gpt
 from tests.train.small_run import config_of, records_of
 from tools import evaluate_gpt_moe
-from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, main
+from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, command_of, main
 
 LENGTH = 24
 CONF = ROOT / "conf" / "infer"
@@ -93,15 +95,28 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--tasks {folder}/wrong.jsonl", "wrong.jsonl, line 2, field 'answer': expected an index from 0 to 1, not 2"),
         ("--tasks {folder}/none.jsonl", "there is no file"),
         ("--text {folder}/empty", "holds no text"),
+        ("--tasks {folder}/long.jsonl", "task 1 has a text of 30 tokens after its context"),
+        ("--wandb online", "--wandb online: this machine has no key; set WANDB_API_KEY or run `wandb login`"),
+        ("cluster.attention_ms=3", "cluster.attention_ms (3) and cluster.experts_ms (0) go together: give both"),
+        ("cluster.link_gbit=3", "links are emulated by tools/emulate_cluster.py"),
         ("--out {folder}/text/out", "is no folder; choose another one"),
         ("--out /proc/nowhere/out", "/proc can't be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    run: Path, no_ranks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+    run: Path,
+    no_ranks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    said: str,
 ) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
     task = {"context": "a", "choices": ["b", "c"], "answer": 1}
     (tmp_path / "wrong.jsonl").write_text("\n".join(map(json.dumps, [task, task | {"answer": 2}])))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"context": "a", "target": "b" * 30}))
     (tmp_path / "text").write_text("some text")
     (tmp_path / "empty").write_text("")
     before = sorted(tmp_path.rglob("*"))
@@ -203,12 +218,17 @@ def test_the_memory_of_experts_is_that_of_their_tensors(model: dict[str, Any]) -
     gpt = small_gpt(dtype=torch.float32, **model)
     shape, number = experts_of([dict(gpt.layers[0].experts.named_parameters())])
     assert num_expert_bytes(gpt.config) == shape.num_bytes
-    served, config = Served(number, 2, 3), InferConfig(slots_per_device=4, spare_experts=5)
+    served, config = Served(number, 2, 3), InferConfig(slots_per_device=4, swap_mib=5.5 * shape.num_bytes / 2**20)
     assert num_device_bytes(config, served, gpt.config, shape.num_bytes) == (3 * 4 + 5) * shape.num_bytes
     needed = (3 * number + 2 * (3 * 4 + 5)) * shape.num_bytes
     check_memory({"own": config}, served, gpt.config, local_ranks=2, free_bytes=int(needed / 0.9) + 2)
-    with pytest.raises(ValueError, match="own, .* on each of 2 devices for 4 slots a layer: lower infer.slots_per_device"):
+    with pytest.raises(ValueError, match="own, .* for 4 slots a layer and 5 experts on their way .* infer.swap_mib"):
         check_memory({"own": config}, served, gpt.config, local_ranks=2, free_bytes=int(needed / 0.9) - 2)
+    small = InferConfig(slots_per_device=4, swap_mib=3.9 * shape.num_bytes / 2**20)
+    with pytest.raises(ValueError, match=f"the 4 slots of one layer .* take {4 * shape.num_bytes} bytes; choose") as refused:
+        check_memory({"own": small}, served, gpt.config, local_ranks=2, free_bytes=None)
+    enough = float(str(refused.value).partition("infer.swap_mib=")[2].split()[0])
+    check_memory({"own": replace(small, swap_mib=enough)}, served, gpt.config, local_ranks=2, free_bytes=None)
     assert isinstance(gpt.config, ModelConfig)
 
 
@@ -256,11 +276,37 @@ def test_quality_is_the_same_under_every_placement(found: dict[str, Any]) -> Non
 def test_the_report_shows_all_modes_and_needs_nothing_else(found: dict[str, Any]) -> None:
     html, text = page(found), tables(found)
     for name in found["modes"]:
-        assert f"<td>{name}</td>" in html and f"\n{name} " in text
-    for title in ("Latency", "Load of devices", "Popularity", "Accuracy of predictions", "Quality"):
+        assert f"</i>{name}</td>" in html and f"\n{name} " in text
+    for title in ("Latency", "Load of devices, before and after", "Popularity of experts", "Foresight by layer", "Quality"):
         assert f"<h2>{title}</h2>" in html
-    assert html.count("<svg") == html.count("</svg>") == 3
+    assert html.count("<svg") == html.count("</svg>") == 8
     assert "http" not in html and "<script" not in html and ">nan" not in html and "None" not in html.split("<details>")[0]
+
+
+def test_emulated_devices_take_the_time_they_are_told_to(run: Path) -> None:
+    checkpoint = next((run / "checkpoints").iterdir())
+    modes = {name: read_mode(CONF, name) for name in ("static", "best")}
+    cluster = ClusterConfig(attention_ms=20.0, experts_ms=30.0)
+    slow = evaluate(Evaluation(str(checkpoint), modes, batches=3, sequences=2, length=0, decode=2, cluster=cluster))
+    for mode in slow["modes"].values():
+        assert mode["p50_ms"] >= 1.02 * 3 * 50  # three layers, one device with all rows
+        assert mode["overrun_share"] < 1
+    static = slow["modes"]["static"]
+    assert [layer["stage_ms"]["experts"] for layer in static["layers"]] == pytest.approx([30.6] * 3, rel=0.3)
+    assert slow["settings"]["modes"]["best"]["row_us"] == pytest.approx(30e3 / (2 * LENGTH * 2))
+    assert slow["note"].startswith("emulated: devices (attention 20 ms, experts 30 ms a layer")
+    assert slow["quality_difference"] < 1e-6
+
+
+def test_the_command_of_a_report_starts_its_ranks_as_it_was_started() -> None:
+    words = ["my run", "--batches", "3"]
+    own = "python tools/evaluate_gpt_moe.py 'my run' --batches 3"
+    member = Member("torchrun", rank=0, world=4, local_rank=0, local_ranks=2, address="a", port=1)
+    assert command_of(words, None, {}) == own
+    assert command_of(words, member, {}) == f"torchrun --nnodes 2 --nproc-per-node 2 {own.removeprefix('python ')}"
+    assert command_of(words, replace(member, launcher="slurm"), {}) == f"srun --nodes 2 --ntasks 4 {own}"
+    emulated = command_of(words, member, {"MEGALINA_LINK_MBIT": "200"})
+    assert emulated.endswith(f"emulate_cluster.py --nodes 2 --ranks-per-node 2 --link-mbit 200 -- .venv/bin/{own}")
 
 
 def test_from_end_to_end_on_two_ranks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

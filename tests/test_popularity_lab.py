@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalina.config import InferConfig
-from megalina.infer import lab_report
+from megalina.infer import lab_replays, lab_report
+from megalina.infer.lab_input import CONTESTANTS, NEEDING_AHEAD, Lab, lab_of, modes_of
+from megalina.infer.lab_replays import PLANNERS, SPLITS, TRIGGERS, Contest, cases_of
 from megalina.infer.lab_report import report
 from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
@@ -26,12 +28,13 @@ from megalina.placement.routing_trace import RoutingTrace, counts_LE, traced, wr
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import OrderedTop, always, never
 from tools import popularity_lab
-from tools.popularity_lab import BAD_INPUT, CONTESTANTS, PLANNERS, SPLITS, TRIGGERS, cases_of, lab_of, main, modes_of
+from tools.popularity_lab import BAD_INPUT, CONF, asked_of, main
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
 QUICK = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 E, K, L = 8, 2, 5
 SMALL = "--batch-tokens 32 --devices 4 --slots 3"
+REPLAYED = [name for name in CONTESTANTS if name not in NEEDING_AHEAD]  # of traces that don't say anything ahead
 
 
 def drawn(
@@ -65,8 +68,8 @@ def words(folder: Path, text: str) -> list[str]:
     return [str(folder / word) if word.endswith(".npz") else word for word in text.split()]
 
 
-def lab(folder: Path, text: str) -> popularity_lab.Lab:
-    return lab_of(popularity_lab._parser().parse_args(words(folder, f"{SMALL} {text}")))
+def lab(folder: Path, text: str) -> Lab:
+    return lab_of(asked_of(popularity_lab._parser().parse_args(words(folder, f"{SMALL} {text}"))))
 
 
 # replays
@@ -114,7 +117,7 @@ def test_the_second_phase_sees_what_the_router_chose() -> None:
     assert found.load_BLN[:, 0].tolist() == [[2, 2], [2, 2]]
 
 
-@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in ("none", "oracle")])
+@pytest.mark.parametrize("name", [name for name in REPLAYED if name not in ("none", "oracle")])
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), devices=st.sampled_from([1, 2, 4]), tokens=st.sampled_from([16, 29]))
 def test_a_replay_is_the_loop_over_predictor_planner_and_split(name: str, seed: int, devices: int, tokens: int) -> None:
@@ -229,7 +232,7 @@ def test_a_link_to_a_trace_is_the_trace(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(folder)
     (tmp_path / "link.npz").symlink_to(folder / "a.npz")
     arguments = ["--train", "a.npz", "--serve", str(tmp_path / "link.npz"), *SMALL.split()]
-    assert lab_of(popularity_lab._parser().parse_args(arguments)).settings["train"][0]["tokens"] == 80
+    assert lab_of(asked_of(popularity_lab._parser().parse_args(arguments))).settings["train"][0]["tokens"] == 80
 
 
 def test_first_choices_of_merged_experts(folder: Path) -> None:
@@ -243,9 +246,9 @@ def test_a_sample_of_many_experts_and_all_of_few(folder: Path, monkeypatch: pyte
     found = lab(folder, "--train b.npz --serve a.npz --first-layer 1 --warm-up-batches 1")
     every = [(batch, layer) for batch in range(1, 5) for layer in range(1, L)]
     assert cases_of(found, 0) == every
-    monkeypatch.setattr(popularity_lab, "SMALL", E - 1)
+    monkeypatch.setattr(lab_replays, "SMALL", E - 1)
     sample = cases_of(found, 7)
-    assert len(sample) == popularity_lab.SAMPLE == len(set(sample)) and set(sample) < set(every) and sample == sorted(sample)
+    assert len(sample) == lab_replays.SAMPLE == len(set(sample)) and set(sample) < set(every) and sample == sorted(sample)
     assert sample == cases_of(found, 7) != cases_of(found, 8)
 
 
@@ -272,11 +275,12 @@ def test_the_files_are_whole_and_alone(ran: Path) -> None:
 
 def test_the_json_has_every_combination(ran: Path) -> None:
     result = read(ran)
-    assert list(result["predictors"]) == list(result["load_aware"]) == list(CONTESTANTS)
+    assert list(result["predictors"]) == list(result["load_aware"]) == REPLAYED
+    assert set(result["skipped_predictors"]) == set(NEEDING_AHEAD)
     assert {p: tuple(splits) for p, splits in result["planners"].items()} == dict.fromkeys(PLANNERS, SPLITS)
     assert {t: tuple(splits) for t, splits in result["triggers"].items()} == dict.fromkeys(TRIGGERS, SPLITS[:2])
     assert set(result["modes"]) == {"static", "lina", "window", "best"} and set(result["skipped_modes"]) == {"ideal", "lookahead"}
-    assert result["best"] in set(CONTESTANTS) - {"none", "oracle"}
+    assert result["best"] in set(REPLAYED) - {"none", "oracle"}
     assert (
         result["settings"] | {"experts": E, "top_k": K, "layers": L, "devices": 4, "slots": 3, "batches": 4} == result["settings"]
     )
@@ -292,13 +296,13 @@ def test_the_json_has_every_combination(ran: Path) -> None:
 def test_the_numbers_fit_together(ran: Path) -> None:
     result = read(ran)
     best, predictors = result["best"], result["predictors"]
-    assert min(predictors[name]["p95"] for name in set(CONTESTANTS) - {"none", "oracle"}) == predictors[best]["p95"]
+    assert min(predictors[name]["p95"] for name in set(REPLAYED) - {"none", "oracle"}) == predictors[best]["p95"]
     assert result["planners"]["greedy"]["even"]["p95"] == predictors[best]["p95"] == result["triggers"]["never"]["even"]["p95"]
     assert result["planners"]["none"]["even"]["median"] == predictors["none"]["median"] == result["modes"]["static"]["median"]
     assert result["triggers"]["always"]["even"]["median"] == predictors["oracle"]["median"]
     assert result["triggers"]["never"]["even"]["replanned"] == 0
     assert result["modes"]["window"]["p95"] == predictors["window"]["p95"] or result["modes"]["window"]["slots"] != 3
-    for name in CONTESTANTS:
+    for name in REPLAYED:
         assert result["load_aware"][name]["median"] <= predictors[name]["median"] + 1e-12
     optimum = result["optimum"]
     assert optimum["cases"] == optimum["of"] == 4 * 2 and optimum["not_found"] == optimum["not_proven"] == 0
@@ -313,6 +317,7 @@ def test_the_tables_say_what_the_json_says(folder: Path, ran: Path, capsys: pyte
     load = read(ran)["predictors"]["window"]
     line = next(line for line in out.splitlines() if line.startswith("window "))
     assert f"{load['median']:.3f} / {load['p95']:.3f}" in line
+    assert out.count("not replayed, it needs ahead_ids, which traces lack: a, b;") == 2  # a line for predictors, one for modes
     assert "all)" in out and "trained on a (80 tokens), b (80 tokens)" in out
 
 
@@ -336,7 +341,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 def test_what_warms_up_does_not_count(folder: Path) -> None:
     full, warm = (lab(folder, f"--train a.npz --serve b.npz --warm-up-batches {n}") for n in (0, 2))
-    contests = [popularity_lab._Contest(found) for found in (full, warm)]
+    contests = [Contest(found) for found in (full, warm)]
     rows = [contest.row("window", "even") for contest in contests]
     load_BLN = contests[0].loads["window", "even", "greedy", "never"]
     assert np.array_equal(load_BLN, contests[1].loads["window", "even", "greedy", "never"])  # served all the same
@@ -346,11 +351,11 @@ def test_what_warms_up_does_not_count(folder: Path) -> None:
 
 def test_modes_have_room_for_all_experts(folder: Path) -> None:
     found = lab(folder, "--train a.npz --serve b.npz")
-    assert {name: config.slots_per_device for name, config in modes_of(found)[0].items()} == {
+    assert {name: config.slots_per_device for name, config in modes_of(CONF, found)[0].items()} == {
         "best": 3, "lina": 4, "static": 3, "window": 3,
     }  # fmt: skip
     wide = lab(folder, "--train a.npz --serve b.npz --devices 1 --slots 9")
-    assert modes_of(wide)[0]["lina"].slots_per_device == 9
+    assert modes_of(CONF, wide)[0]["lina"].slots_per_device == 9
 
 
 @pytest.mark.parametrize(
@@ -380,7 +385,7 @@ def test_modes_have_room_for_all_experts(folder: Path) -> None:
         ("--serve a.npz --replan-rows nan", "--replan-rows nan must be a number of rows, at least 0"),
         ("--serve a.npz --experts 4", "a.npz: it says that there are 8 experts, not 4"),
         ("--serve a.npz --top1-experts 3", "8 experts can't be merged to 3: take a divisor"),
-        ("--serve a.npz --predictors look_ahead", "--predictors look_ahead needs hidden states"),
+        ("--serve a.npz --predictors look_ahead", "--predictors look_ahead needs ahead_ids, which traces lack: a; record them"),
         ("--serve a.npz --predictors windov", "--predictors windov: there are none, static, window"),
         ("--serve a.npz --predictors none", "--predictors none predicts nothing: name another one too"),
         ("--serve a.npz --plot x.gif", "--plot x.gif: the name must end in .png or .svg"),
@@ -431,7 +436,7 @@ def test_real_traffic_that_alternates_is_foreseen(capsys: pytest.CaptureFixture[
     if missing := [path.name for path in paths if not path.is_file()]:
         pytest.skip(f"no real trace: {', '.join(missing)} not in ../shared/data/traces")
     arguments = ["--train", *map(str, paths), "--serve", *map(str, paths), "--alternate"]
-    contest = popularity_lab._Contest(lab_of(popularity_lab._parser().parse_args(arguments)))
+    contest = Contest(lab_of(asked_of(popularity_lab._parser().parse_args(arguments))))
     assert contest.row("window", "even")["p95"] > 1.8
     assert contest.row("online_map", "even")["p95"] <= 1.15
     assert contest.row("online_map", "load_aware")["p95"] <= 1.01

@@ -17,7 +17,7 @@ from megalina.data.indexed import IndexedDataset, IndexedWriter
 from megalina.data.source import PackedSamples, open_data
 from megalina.placement.placement import Placement
 from megalina.placement.routing_trace import read_trace, traced
-from tests.model.test_routing_recorder import chosen_by_hand
+from tests.model.test_routing_recorder import by_hand, chosen_by_hand
 from tests.train.small_run import LENGTH, VOCABULARY, checkpoint, config_of, records_of, write_tokens
 from tools import record_routing as tool
 
@@ -55,8 +55,9 @@ def test_a_run_gets_a_profile_of_its_validation_text(folder: Path, capsys: pytes
     config = config_of(folder, "run")
     valid = open_data(config.data, seq_len=LENGTH, seed=config.train.seed).valid
     assert valid is not None
-    ids, weights = chosen_by_hand(restore(newest(folder)).gpt, valid.batch(0, 7))
+    ids, weights, ahead = by_hand(restore(newest(folder)).gpt, valid.batch(0, 7))
     assert np.array_equal(trace.expert_ids_TLK, ids[:100].numpy())
+    assert trace.ahead_ids_TLK is not None and np.array_equal(trace.ahead_ids_TLK, ahead[:100].numpy())
     assert trace.weights_TLK is not None and np.abs(trace.weights_TLK - weights[:100].numpy()).max() < 1e-3
     assert trace.sample_lengths_S.tolist() == [LENGTH] * 6 + [4] and trace.name == "tiny, step 2, validation text"
 

@@ -86,22 +86,20 @@ class VirtualJob:
 
     def step(self, program: "Program") -> "Timeline":
         from megalina.parallel.emulated_device import emulated_device
-        from megalina.sim.virtual import Wire, run
+        from megalina.sim.network import one_level
+        from megalina.sim.sizes import Sizes
+        from megalina.sim.virtual import simulate
         from megalina.step.program import Kind, Op
 
         device = emulated_device(self.config)
         assert device is not None
         groups = {(axis, rank): tuple(row) for axis, table in self._rows().items() for row in table for rank in row}
-        return run(
+        return simulate(
             [program] * self.cluster.ranks,
             ranks_of=lambda axis, rank: groups[axis, rank],
             seconds=lambda rank, stage: device.seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
-            wire=Wire(
-                self.cluster.link_mbit * 1e6 / 8,
-                self.cluster.latency_ms / 1e3,
-                self._bytes_of,
-                scattered=[bucket for stage in program if stage.op is Op.PARAMS for bucket in stage.buckets],
-            ),
+            network=one_level(self.cluster.link_mbit * 1e6 / 8, self.cluster.latency_ms / 1e3),
+            sizes=Sizes(self._bytes_of, [bucket for stage in program if stage.op is Op.PARAMS for bucket in stage.buckets]),
         )
 
     def _bytes_of(self, stage: "Stage") -> float:

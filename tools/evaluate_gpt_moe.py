@@ -3,14 +3,17 @@
 python tools/evaluate_gpt_moe.py RUN --ranks 2                  # the newest checkpoint of a run, all modes
 python tools/evaluate_gpt_moe.py RUN/checkpoints/step_00000480 --ranks 2 --modes best,ideal --tasks tasks.jsonl
 python tools/evaluate_gpt_moe.py RUN --ranks 2 --modes best infer.trigger=never infer.slots_per_device=6
+python tools/evaluate_gpt_moe.py RUN --ranks 2 cluster.attention_ms=20 cluster.experts_ms=40      # on emulated devices
 torchrun --nproc-per-node 4 tools/evaluate_gpt_moe.py RUN
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +32,14 @@ class RanksFailed(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_intermixed_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_intermixed_args(words)
     from megalina.launch import Stopped, joined
 
     member = joined(os.environ)
     quiet = member is not None and member.rank > 0  # rank 0 says it
     try:
-        evaluation, out = checked(args, member)
+        evaluation, out = checked(args, member, command=command_of(words, member, os.environ))
         for name, why in evaluation.settings["left_out"].items():
             if not quiet:
                 print(f"mode {name} is left out: {why}", file=sys.stderr)
@@ -59,20 +63,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluation", Path]:
+def checked(args: argparse.Namespace, member: "Member | None", *, command: str) -> tuple["Evaluation", Path]:
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
-    OSError."""
+    OSError.  `command`: for the report."""
     from megalina.checkpoint.checkpoints import read_values
     from megalina.checkpoint.profile import find_profile
     from megalina.config import ModelConfig
     from megalina.data.tokenizer import open_tokenizer
+    from megalina.infer.emulation import read_cluster
     from megalina.infer.expert_memory import check_memory, free_memory_bytes
     from megalina.infer.modes import read_mode
     from megalina.infer.perplexity import open_held_out, read_documents
     from megalina.infer.policies import Served, check_infer
-    from megalina.infer.tasks import read_tasks
-    from megalina.infer.worker import Evaluation
+    from megalina.infer.tasks import check_tasks, read_tasks
+    from megalina.infer.worker import Evaluation, devices_per_node
+    from megalina.validate import has_wandb_key
 
+    if args.wandb == "online" and not has_wandb_key(os.environ, Path.home()):
+        raise ValueError(
+            "--wandb online: this machine has no key; set WANDB_API_KEY or run `wandb login`, or give --wandb offline"
+        )
     for name, least in (("batches", 1), ("sequences", 1), ("decode", 0), ("length", 0), ("ranks", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -84,8 +94,10 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
     if names and "static" not in names:
         names = ["static", *names]  # what all ratios are to
     folder = ROOT / "conf" / "infer"
+    cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
+    overrides = [text for text in args.overrides if not text.startswith("cluster.")]
     modes = {name: read_mode(folder, name) for name in names}
-    modes = {n: mode if mode.even_routing else read_mode(folder, n, args.overrides) for n, mode in modes.items()}
+    modes = {n: mode if mode.even_routing else read_mode(folder, n, overrides) for n, mode in modes.items()}
     if not modes:
         raise ValueError("--modes names none: choose some of static, lina, window, lookahead, best, ideal")
     if modes["static"].even_routing:
@@ -94,7 +106,7 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
     values = read_values(checkpoint)
     config = values["config"]
     model, router = ModelConfig(**config["model"]), config["router"]
-    served = Served(model.num_experts, router["top_k"], world)
+    served = Served(model.num_experts, router["top_k"], world, devices_per_node(os.environ, world) if member else 0)
     left_out = {}
     for name, mode in list(modes.items()):
         try:
@@ -118,15 +130,15 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
         )
     if args.decode and router["kind"] == "expert_choice":
         raise ValueError("expert choice looks at later tokens when it routes one, so nothing can be decoded: give --decode 0")
-    if args.tasks:
-        read_tasks(args.tasks)
+    tasks = read_tasks(args.tasks) if args.tasks else []
     if args.text:
         read_documents(args.text)
     if (args.text or args.tasks) and not values["tokenizer_path"]:
         option = "--text" if args.text else "--tasks"
         raise ValueError(f"{option}: {checkpoint} was trained on token ids without a tokenizer; leave it out")
     if values["tokenizer_path"]:
-        open_tokenizer(values["tokenizer_path"])
+        tokenizer = open_tokenizer(values["tokenizer_path"])
+        check_tasks(tasks, tokenizer, num_ids=values["vocab_size"], max_positions=max_positions)
     find_profile(checkpoint)
     if not args.text:
         open_held_out(checkpoint)
@@ -142,9 +154,32 @@ def checked(args: argparse.Namespace, member: "Member | None") -> tuple["Evaluat
         decode=args.decode,
         tasks=str(args.tasks or ""),
         text=str(args.text or ""),
-        settings={"overrides": args.overrides, "left_out": left_out},
+        settings={
+            "overrides": args.overrides,
+            "left_out": left_out,
+            "command": command,
+            "run": run.resolve().name,
+            "wandb": {key: config["tracker"]["wandb"][key] for key in ("project", "group")},
+        },
+        cluster=cluster,
     )
     return evaluation, out
+
+
+def command_of(words: Sequence[str], member: "Member | None", environ: Mapping[str, str]) -> str:
+    """What does this again, from the folder of the repository."""
+    own = shlex.join(["python", "tools/evaluate_gpt_moe.py", *words])
+    if member is None:
+        return own
+    nodes = -(-member.world // member.local_ranks)
+    if "MEGALINA_LINK_MBIT" in environ:
+        return (
+            f"sudo .venv/bin/python tools/emulate_cluster.py --nodes {nodes} --ranks-per-node {member.local_ranks} --link-mbit "
+            f"{environ['MEGALINA_LINK_MBIT']} -- .venv/bin/{own}"
+        )
+    if member.launcher == "slurm":
+        return f"srun --nodes {nodes} --ntasks {member.world} {own}"
+    return f"torchrun --nnodes {nodes} --nproc-per-node {member.local_ranks} {own.removeprefix('python ')}"
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -214,9 +249,11 @@ def _join(evaluation: "Evaluation", member: "Member") -> dict[str, Any]:
 
 def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
     """The tables on stdout; eval.json and eval.html, each as a whole or not at all."""
-    from megalina.infer.report import page, tables
+    from megalina.infer.report import page
+    from megalina.infer.report_tables import tables
 
-    texts = {"eval.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "eval.html": page(found)}
+    html = page(found)
+    texts = {"eval.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "eval.html": html}
     print(tables(found))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -228,23 +265,12 @@ def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
             aside.unlink(missing_ok=True)
     print(f"\n{out / 'eval.json'}, {out / 'eval.html'}")
     if wandb:
-        _log(found, out, wandb)
+        from megalina.config import WandbConfig
+        from megalina.infer.tracking import track
 
-
-def _log(found: dict[str, Any], out: Path, mode: str) -> None:
-    """One W&B run of one step: "best/p50_ms" and so on."""
-    from megalina.config import WandbConfig
-    from megalina.track.wandb_run import WandbRun
-
-    flat = {
-        f"{name}/{key}": float(value)
-        for name, mode_found in found["modes"].items()
-        for key, value in mode_found.items()
-        if isinstance(value, int | float)
-    }
-    tracked = WandbRun(WandbConfig(mode=mode, tags=["evaluation"]), run_dir=out, run_config=found["settings"])
-    tracked.log(found["settings"]["step"], flat)
-    tracked.finish(failed=False)
+        settings = found["settings"]
+        name = f"{settings['run']}, step {settings['step']}: evaluation"
+        track(found, html, out, WandbConfig(mode=wandb, name=name, tags=["evaluation"], **settings["wandb"]))
 
 
 def _line(error: Exception) -> str:
@@ -256,7 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     option = parser.add_argument
-    option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal)")
+    option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal); "
+           "cluster.KEY=VALUE emulates devices: attention_ms and experts_ms (of a layer, for a whole batch of a device; experts "
+           "in proportion to their rows) or device_gflops, and kernel_floor_ms")  # fmt: skip
     option("--ranks", type=int, metavar="N", help="processes to start, each a device with own sequences (default: 1); leave "
            "it out under torchrun and Slurm")  # fmt: skip
     option("--modes", default="", metavar="A,B", help="files of conf/infer; static always runs (default: of "
@@ -269,7 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--tasks", type=Path, metavar="FILE", help='JSON lines {"context", "choices", "answer"} or {"context", "target"}')
     option("--text", type=Path, metavar="FILE", help="instead of the run's held-out text: a text, a .jsonl or a folder")
     option("--out", type=Path, metavar="FOLDER", help="for eval.json and eval.html (default: RUN/evaluation)")
-    option("--wandb", default="", choices=("offline", "online"), help="log the numbers to Weights & Biases too")
+    option("--wandb", default="", choices=("offline", "online"), help="log numbers, tables, plots and page to Weights & Biases "
+           "too, to the project of the run; offline: to FOLDER/wandb")  # fmt: skip
     option("--dry-run", action="store_true", help="check everything, show what would run, start and write nothing")
     return parser
 

@@ -4,7 +4,9 @@ python tools/record_routing.py RUN                                    # its newe
 python tools/record_routing.py RUN/checkpoints/step_00000200 --data TEXT --tokens 65536 --out trace.npz
 
 It writes CHECKPOINT/routing.npz unless --out says otherwise: of each token the experts that it chose in each MoE layer, best
-first (largest gate weight first), and their weights.  The checkpoint stays whole, with or without it.
+first (largest gate weight first), and their weights; and what each layer's router says when it is asked one MoE layer ahead, so
+that look-ahead predictors can be judged without the model.  That is always there, since it is little: a norm and a router more a
+layer, and a seventh more bytes.  The checkpoint stays whole, with or without the file.
 """
 
 import argparse

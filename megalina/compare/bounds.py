@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from megalina.mesh import rows
-from megalina.sim.virtual import Wire, lower_bound
+from megalina.sim.lower_bound import lower_bound
+from megalina.sim.network import one_level
+from megalina.sim.sizes import Sizes
 from megalina.step.program import Kind, Program, Stage
 from megalina.timeline.recorder import SEND, Event
 
@@ -59,6 +61,7 @@ def bounds_of(
         [program],
         ranks_of=lambda axis, rank: tuple(range(ranks)),
         seconds=lambda rank, stage: seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
-        wire=Wire(link_bytes_per_s, 0.0, whole_bytes),
+        network=one_level(link_bytes_per_s, 0.0),
+        sizes=Sizes(whole_bytes),
     )
     return {"compute_s": found["compute_s"], "critical_path_s": found["critical_path_s"]}

@@ -15,6 +15,7 @@ import torch
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
 from megalina.infer.decoding import write_on
+from megalina.infer.emulation import ServingDevice
 from megalina.infer.engine import Engine
 from megalina.placement.controller import Outcome, Planner
 from megalina.placement.placement import Placement
@@ -78,6 +79,13 @@ class Contestant:
     outcomes: list[list[Outcome]] = field(default_factory=list)  # of each timed batch, alike on all ranks
     agreed: int = 0  # decisions that left the plan as it was, in timed batches
     replanned: int = 0
+    emulated_s: float = 0.0  # that an emulated device computed in timed batches
+    overrun_s: float = 0.0  # by which real work ended later there
+
+    @property
+    def overrun_share(self) -> float | None:
+        """Of an emulated device's time; None: it is real."""
+        return None if self.engine.device is None else self.overrun_s / max(self.emulated_s, 1e-9)
 
 
 def contestant_of(name: str, engine: Engine) -> Contestant:
@@ -138,16 +146,18 @@ def _rotated(contestants: Sequence[Contestant], number: int) -> list[Contestant]
 def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
     engine, controller = contestant.engine, contestant.engine.controller
     waited_s, num_bytes = engine.slots.done.waited_s, engine.slots.done.num_bytes
-    before = _decisions(engine)
+    before, device_before_s = _decisions(engine), _device_s(engine)
     if contestant.planner is not None:
         contestant.planner.taken_s = []
     controller.outcomes = []
     everybodys(engine.mesh, None)  # nobody starts before the last one is there
     engine.recorder.on = True
     engine.recorder.begin()
+    _emulate(engine, int(batch.valid_BS.sum()))
     began_s = time.perf_counter()
     engine.hidden(batch)
     latency_s = time.perf_counter() - began_s
+    _emulate(engine, None)
     engine.recorder.on = False
     outcomes, controller.outcomes = controller.outcomes, None
     if not timed:
@@ -156,6 +166,9 @@ def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
     contestant.agreed += after[0] - before[0]
     contestant.replanned += after[1] - before[1]
     contestant.outcomes.append(outcomes)
+    emulated_s, overrun_s = _device_s(engine)
+    contestant.emulated_s += emulated_s - device_before_s[0]
+    contestant.overrun_s += overrun_s - device_before_s[1]
     events = engine.recorder.events()
     a2a = summary(events, {}).traffic["a2a"]
     done = engine.slots.done
@@ -175,6 +188,11 @@ def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
     )
 
 
+def _device_s(engine: Engine) -> tuple[float, float]:
+    """Seconds that an emulated device has computed so far, and by which real work was late."""
+    return (engine.device.busy_s, engine.device.overrun_s) if engine.device is not None else (0.0, 0.0)
+
+
 def _decisions(engine: Engine) -> tuple[int, int]:
     decided = engine.controller.decided
     return sum(d.agreed + d.not_worth for d in decided), sum(d.replanned for d in decided)
@@ -188,11 +206,20 @@ def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int
     def each_pass(passes: int, tokens: int) -> None:
         at_s.append(time.perf_counter())
         fed.append(tokens)
+        _emulate(engine, len(prompts))  # the next pass has a token of each
 
     everybodys(engine.mesh, None)
+    _emulate(engine, sum(map(len, prompts)))
     with torch.inference_mode():
         write_on(engine, prompts, max_tokens=decode + 1, max_positions=max_positions, each_pass=each_pass)  # prefill gives one
+    _emulate(engine, None)
     return Written(at_s[-1] - at_s[0], sum(fed[1:]), len(fed) - 1)
+
+
+def _emulate(engine: Engine, tokens: int | None) -> None:
+    """An emulated device takes its time for the next batch, of so many tokens of this rank; None: no time."""
+    if isinstance(engine.device, ServingDevice):
+        engine.device.tokens = tokens
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[tuple[int, str], float]:

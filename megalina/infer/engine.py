@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.infer.expert_memory import num_swap_experts
+from megalina.infer.expert_stream import ExpertStream
 from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts
 from megalina.infer.slots import Slots
@@ -32,13 +34,15 @@ class EngineSettings:
     """`slots_per_device` is the placements' own."""
 
     batch_invariant: bool = False  # a row's result doesn't depend on the other rows of its expert
-    spare_experts: int = 8  # room for experts on their way, over all layers
+    swap_bytes: int = 0  # experts on their way take no more, over all layers; 0: two layers' slots
+    combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed
 
 
 class Engine:
     """`gpt`: this rank's copy without experts.  `residents`: where each MoE layer's experts sit at first, the same on all ranks.
 
-    `device`: makes an emulated one, given the functions that know how many rows were here."""
+    `device`: makes an emulated one, given the functions that know how many rows were here.  ValueError for placements of other
+    layers or devices, for more chunks than slots, and for bytes on their way that are less than a layer's slots."""
 
     def __init__(
         self,
@@ -62,15 +66,21 @@ class Engine:
                 raise ValueError(
                     f"MoE layer {number} is placed on {placement.num_devices} devices, there are {mesh.ep.size} ranks"
                 )
+        slots = [placement.slots_per_device for placement in residents]
+        if slots and settings.combine_chunks > min(slots):
+            raise ValueError(f"{settings.combine_chunks} chunks of {min(slots)} slots: choose {min(slots)} or fewer")
+        spare = num_swap_experts(settings.swap_bytes, max(slots, default=0), host.shape.num_bytes)
         self.gpt, self.mesh, self.settings = gpt, mesh, settings
         gpt.eval()
-        self.slots = Slots(host, residents, mesh.ep.rank, spare=settings.spare_experts)
+        where = next(gpt.parameters()).device
+        stream = ExpertStream(where) if where.type == "cuda" else None
+        self.slots = Slots(host, residents, mesh.ep.rank, spare=spare, stream=stream)
         self.controller = Controller(policy, residents)
         self.recorder = Recorder()
         tile = TILE_ROWS if settings.batch_invariant else 0
         self.functions = InferenceFunctions(gpt, mesh, self.slots, self.controller, tile=tile)
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
-        self.program = inference_step(shape, learns=policy.predictor is not None)
+        self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
         self.device = device(self.functions) if device is not None else None
         self._executor = Executor(self.program, self.functions, mesh, {}, recorder=self.recorder, device=self.device)
 

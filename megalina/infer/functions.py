@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.infer.slot_counts import SlotCounts
 from megalina.infer.slots import Slots
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.model.layers import ALL, KeyValues, Layer, router_tokens
-from megalina.model.permute import RowOrder, permute, row_order
+from megalina.model.permute import RowOrder, permute, reorder, row_order
 from megalina.model.rows import expert_rows
-from megalina.parallel.dispatcher import Counts, by_expert, by_source
+from megalina.parallel.dispatcher import by_expert, by_source
 from megalina.placement.controller import Controller
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Seen
@@ -35,7 +36,7 @@ class InferenceFunctions:
         self.gpt, self.mesh, self.slots, self.controller, self.tile = gpt, mesh, slots, controller, tile
         self.past: Sequence[KeyValues] | None = None
         self.reroute: Callable[[int, Tensor], Tensor] | None = None  # MoE layer, what the router chose -> what is done
-        self.rows_here = 0  # that the last MoE layer's experts had on this device
+        self.rows_here = 0  # that the last stage of experts had on this device: of its layer, and of its chunk
         self._number = {layer: number for number, layer in enumerate(gpt.moe_layers)}
         self._evidence_at: dict[int, slice] = {}  # among what is told of a MoE layer
         self._chosen: list[np.ndarray[Any, Any]] = []  # of this batch's MoE layers so far
@@ -46,8 +47,12 @@ class InferenceFunctions:
             return named
         if stage.name == "foresee":
             return partial(named, self._number[stage.layer])
+        if stage.name == "join":
+            return named
         layer = self.gpt.layers[stage.layer]
-        if stage.name in ("score", "assign", "experts"):
+        if stage.name == "experts":
+            return partial(named, stage.chunk, layer, self._number[stage.layer])
+        if stage.name in ("score", "assign"):
             return partial(named, layer, self._number[stage.layer])
         return partial(named, layer)
 
@@ -136,7 +141,7 @@ class InferenceFunctions:
 
     def _dispatch(
         self, placement: Placement, chosen_TK: Tensor, split_REN: np.ndarray[Any, Any], num_experts: int
-    ) -> tuple[RowOrder, Counts]:
+    ) -> tuple[RowOrder, SlotCounts]:
         """Slots are to the dispatcher what experts are in training: rows travel sorted by slot."""
         me, slots = self.mesh.ep.rank, placement.slots_per_device
         slot_EN = np.full((num_experts, placement.num_devices), -1)
@@ -154,15 +159,21 @@ class InferenceFunctions:
         for slot, expert in here:
             if expert != EMPTY:
                 received_RS[:, slot] = split_REN[:, expert, me]
-        return order, Counts(order.count_E, torch.from_numpy(received_RS.ravel()), self.mesh.ep.size)
+        return order, SlotCounts(order.count_E, torch.from_numpy(received_RS))
 
-    def _experts(self, layer: Layer, number: int, got: Tensor, counts: Counts) -> Tensor:
-        sizes = counts.sizes((0, 1))
+    def _experts(self, chunk: tuple[int, int], layer: Layer, number: int, got: Tensor, counts: SlotCounts) -> Tensor:
+        sizes = counts.sizes(chunk)
         self.rows_here = sum(sizes.count_e)
-        weights = [self.slots.weights(number, slot) if count else None for slot, count in enumerate(sizes.count_e)]
+        slots = zip(counts.slots_of(chunk), sizes.count_e, strict=True)
+        weights = [self.slots.weights(number, slot) if count else None for slot, count in slots]
         rows_ND = by_expert(got, sizes)
         out_ND = expert_rows(rows_ND, sizes.count_e, weights, activation=layer.experts.activation, tile=self.tile)
         return by_source(out_ND, sizes)
+
+    def _join(self, *chunks_and_counts: Any) -> Tensor:
+        """All chunks' rows in the order in which they left: answers are added up as without chunks."""
+        *chunks, counts = chunks_and_counts
+        return reorder(torch.cat(chunks), *counts.join_index(len(chunks)))
 
     def _shared(self, layer: Layer, n: Tensor) -> Tensor:
         return layer.share(n)

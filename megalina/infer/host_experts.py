@@ -1,11 +1,15 @@
 """Host experts: every expert of a model, once a node, in memory that the node's ranks share.
 
 One flat file in shared memory holds them all, expert after expert, layer after layer.  It has no name any more once all ranks
-have mapped it, so nothing is left behind however they end.  CPU only: on CUDA it would be pinned.
+have mapped it, so nothing is left behind however they end.
+
+For CUDA each rank page-locks it: only then does a copy to the device not hold up the host.  That is tested on a made-up CUDA
+runtime; on a GPU it has not been run.
 """
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +66,16 @@ class HostExperts:
     def expert(self, layer: int, expert: int) -> Tensor:
         return self._memory_LEn[layer, expert]
 
+    def page_lock(self) -> None:
+        """As long as this object lives.  OSError where CUDA refuses."""
+        runtime, pointer, num_bytes = torch.cuda.cudart(), self._memory_LEn.data_ptr(), self._memory_LEn.nbytes
+        if code := int(runtime.cudaHostRegister(pointer, num_bytes, 0)):
+            raise OSError(
+                f"CUDA can't page-lock the {num_bytes / 1e9:.2f} GB of all experts (error {code}): raise the limit of locked "
+                "memory, ulimit -l"
+            )
+        weakref.finalize(self, runtime.cudaHostUnregister, pointer)
+
 
 def share_experts(
     shape: ExpertShape,
@@ -69,9 +83,12 @@ def share_experts(
     num_experts: int,
     read_layer: Callable[[int], Mapping[str, Tensor]],
     mesh: Mesh,
+    *,
+    page_locked: bool = False,
 ) -> HostExperts:
     """All ranks call it together.  The first rank of each node reads, layer by layer: `read_layer(i)` gives tensors [E, ...] by
-    the names in `shape`.  OSError where the node's shared memory is too small, with the numbers."""
+    the names in `shape`.  `page_locked`: for slots on CUDA.  OSError where the node's shared memory is too small, or can't be
+    page-locked, with the numbers, on every rank."""
     size = num_layers * num_experts * shape.numel
     nodes = everybodys(mesh, _node())
     leader = nodes.index(nodes[mesh.world.rank])
@@ -93,11 +110,18 @@ def share_experts(
             raise OSError(wrong[0])
         if leader != mesh.world.rank:
             memory_LEn = _map(told[leader][0], size, shape.dtype).view(num_layers, num_experts, shape.numel)
-        everybodys(mesh, None)  # all have mapped it
+        host = HostExperts(shape, memory_LEn)
+        if page_locked:
+            try:
+                host.page_lock()
+            except OSError as problem:
+                error = str(problem)
+        if wrong := [text for text in everybodys(mesh, error) if text]:  # all have mapped it
+            raise OSError(wrong[0])
     finally:
         if path:
             os.unlink(path)
-    return HostExperts(shape, memory_LEn)
+    return host
 
 
 def experts_of(layers: Sequence[Mapping[str, Tensor]]) -> tuple[ExpertShape, int]:
@@ -109,10 +133,15 @@ def experts_of(layers: Sequence[Mapping[str, Tensor]]) -> tuple[ExpertShape, int
 
 
 def _node() -> str:
-    """Equal for ranks that share memory: the same boot of the same kernel, and the same file system in memory."""
+    """Equal for ranks that share memory: the same boot of the same kernel, the same file system in memory, and the same network
+    namespace, as nodes that are emulated differ in nothing else."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     place = os.stat(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else os.stat(tempfile.gettempdir())
-    return f"{boot.read_text().strip() if boot.exists() else os.uname().nodename} {place.st_dev}"
+    network = Path("/proc/self/ns/net")
+    return (
+        f"{boot.read_text().strip() if boot.exists() else os.uname().nodename} {place.st_dev} "
+        f"{os.stat(network).st_ino if network.exists() else 0}"
+    )
 
 
 def _reserve(num_bytes: int) -> str:

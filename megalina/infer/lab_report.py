@@ -41,7 +41,7 @@ def _predictors(result: Mapping[str, Any]) -> str:
         f"Predictors, planner greedy.  Same list: of the {twice} most popular, in order; recall: of the top_k most popular; "
         "moved: experts fetched a layer and batch, by all devices; us: of a rank, a layer and batch"
     )
-    return _table(title, lines)
+    return _table(title, lines) + _skipped(result["skipped_predictors"])
 
 
 def _planners(result: Mapping[str, Any]) -> str:
@@ -68,8 +68,14 @@ def _modes(result: Mapping[str, Any]) -> str:
     for name, f in result["modes"].items():
         same = f"{f['same_list']:.1%}" if "same_list" in f else "-"
         lines.append((name, str(f["slots"]), _load(f), f"{f['replanned']:.1%}", same, f"{f['moved']:.1f}"))
-    skipped = "".join(f"\n{name}: not replayed, it {why}" for name, why in result["skipped_modes"].items())
-    return _table("Modes of conf/infer, as they are; without room for all experts they get --slots", lines) + skipped
+    title = "Modes of conf/infer, as they are; without room for all experts they get --slots"
+    return _table(title, lines) + _skipped(result["skipped_modes"])
+
+
+def _skipped(why_not: Mapping[str, str]) -> str:
+    """A line for each reason."""
+    names = {why: [name for name, its_why in why_not.items() if its_why == why] for why in why_not.values()}
+    return "".join(f"\n{', '.join(of_why)}: not replayed, it {why}" for why, of_why in names.items())
 
 
 def _solved(result: Mapping[str, Any]) -> str:

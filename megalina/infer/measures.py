@@ -3,6 +3,7 @@
 Shapes: E experts, N devices.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ DEFINITIONS = {
     "*_ratio_to_static": "static's latency over this one: above 1 is faster",
     "*_ratio_to_ideal": "this latency over ideal's: above 1 is slower, as in the paper",
     "*_quartiles": "of the ratio over rounds, in which all modes serve the same batch",
+    "ratio_to_static_in_rounds, _interval": "median of that ratio, and its 95% confidence interval from order statistics",
     "load_max_over_mean": "rows of the busiest device over the mean, median over batches and MoE layers (and its p95)",
     "idle_share": "of a batch's time in which a device computed nothing, mean over ranks, median over batches",
     "load_idle_share": "rows that fit in beside the busiest device's, over all that fit: what imbalance alone leaves idle",
@@ -35,6 +37,7 @@ DEFINITIONS = {
     "misordered_experts": "of all experts, how many are not at the foreseen place in the order of popularity, mean",
     "decode_tokens_per_s": "all ranks' tokens over the slowest rank's time, after prefill",
     "expert_mb": "slots and spare places of one device",
+    "overrun_share": "by which real work ended later than the emulated device would have, of its busy time; the worst rank",
 }
 
 
@@ -51,6 +54,8 @@ class Measured:
     p95_ratio_to_ideal: float | None
     ratio_to_static_quartiles: tuple[float, float]
     ratio_to_ideal_quartiles: tuple[float, float] | None
+    ratio_to_static_in_rounds: float
+    ratio_to_static_interval: tuple[float, float]
     load_max_over_mean: float
     load_max_over_mean_p95: float
     idle_share: float
@@ -69,6 +74,7 @@ class Measured:
     accuracy_ordered: float | None
     accuracy_recall: float | None
     misordered_experts: float | None
+    overrun_share: float | None  # None: no device is emulated
     latency_ms: list[float]  # of each batch
     layers: list[dict[str, Any]]  # of each MoE layer, see `_layer`
 
@@ -79,9 +85,10 @@ def measure(contestants: Sequence[Contestant], moe_layers: Sequence[int], top_k:
     One is `static`, to which ratios are; where none is `ideal` there are no ratios to it."""
     served = {c.name: everybodys(c.engine.mesh, c.served) for c in contestants}
     written = {c.name: everybodys(c.engine.mesh, c.written) for c in contestants}
+    late = {c.name: everybodys(c.engine.mesh, c.overrun_share) for c in contestants}
     latency_s = {name: slowest([[b.latency_s for b in rank] for rank in by_rank]) for name, by_rank in served.items()}
     return {
-        c.name: _measured(c, served[c.name], written[c.name], latency_s, moe_layers, 2 * top_k)
+        c.name: _measured(c, served[c.name], written[c.name], latency_s, _worst(late[c.name]), moe_layers, 2 * top_k)
         for c in contestants
     }  # fmt: skip
 
@@ -96,10 +103,12 @@ def _measured(
     served: Sequence[Sequence[Served]],
     written: Sequence[Sequence[Written]],
     latency_s: Mapping[str, Sequence[float]],
+    overrun_share: float | None,
     moe_layers: Sequence[int],
     top: int,
 ) -> Measured:
     own_s, static_s, ideal_s = latency_s[contestant.name], latency_s[STATIC], latency_s.get(IDEAL)
+    in_rounds = [a / b for a, b in zip(static_s, own_s, strict=True)]
     outcomes = [outcome for batch in contestant.outcomes for outcome in batch]
     loads = [_over_mean(outcome) for outcome in outcomes if outcome.load_N.any()]
     first = contestant.engine.controller.policy.first_planned
@@ -131,6 +140,8 @@ def _measured(
         p95_ratio_to_ideal=_quantile(own_s, 0.95) / _quantile(ideal_s, 0.95) if ideal_s else None,
         ratio_to_static_quartiles=_quartiles(static_s, own_s),
         ratio_to_ideal_quartiles=_quartiles(own_s, ideal_s) if ideal_s else None,
+        ratio_to_static_in_rounds=statistics.median(in_rounds),
+        ratio_to_static_interval=median_interval(in_rounds),
         load_max_over_mean=_quantile(loads, 0.5),
         load_max_over_mean_p95=_quantile(loads, 0.95),
         idle_share=statistics.median(1 - s / t for s, t in zip(of_batches(lambda b: b.busy_s), own_s, strict=True)),
@@ -149,6 +160,7 @@ def _measured(
         accuracy_ordered=mean([float(ordered) for ordered, _, _ in found]),
         accuracy_recall=mean([recall for _, recall, _ in found]),
         misordered_experts=mean([float(wrong) for _, _, wrong in found]),
+        overrun_share=overrun_share,
         latency_ms=[1e3 * s for s in own_s],
         layers=[_layer(number, layer, served, outcomes, top) for number, layer in enumerate(moe_layers)],
     )
@@ -210,6 +222,18 @@ def _quantile(values: Sequence[float], share: float) -> float:
     found = quantile(values, share)
     assert found is not None, "nothing was measured"
     return found
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Between which two of the values, in order, the median is with a confidence of about 95%; few values: all of them."""
+    ordered, half_width = sorted(values), 0.98 * math.sqrt(len(values))
+    middle = (len(ordered) - 1) / 2
+    low, high = math.floor(middle - half_width), math.ceil(middle + half_width)
+    return ordered[max(0, low)], ordered[min(len(ordered) - 1, high)]
+
+
+def _worst(shares: Sequence[float | None]) -> float | None:
+    return max((share for share in shares if share is not None), default=None)
 
 
 def _quartiles(slow_s: Sequence[float], fast_s: Sequence[float]) -> tuple[float, float]:

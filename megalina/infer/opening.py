@@ -10,6 +10,7 @@ from megalina.checkpoint.restored import Restored, read_experts, restore
 from megalina.config import InferConfig
 from megalina.infer.engine import Engine, EngineSettings
 from megalina.infer.even_routing import EvenRouting
+from megalina.infer.expert_memory import num_swap_bytes
 from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
 from megalina.infer.policies import Served, policy_of, slots_of
@@ -35,12 +36,16 @@ class Opened:
         *,
         device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
     ) -> Engine:
-        """ValueError as `policy_of`."""
+        """ValueError as `policy_of` and `Engine`."""
         served, gpt = self.served, self.restored.gpt
         slots = slots_of(config, served)
         policy = policy_of(config, served, profile)
         resident = identity(torch.ones(served.num_experts).double().numpy(), served.num_devices, slots)
-        settings = EngineSettings(batch_invariant=config.batch_invariant, spare_experts=config.spare_experts or 2 * slots)
+        settings = EngineSettings(
+            batch_invariant=config.batch_invariant,
+            swap_bytes=num_swap_bytes(config),
+            combine_chunks=config.combine_chunks,
+        )
         engine = Engine(gpt, self.host, self.mesh, policy, [resident] * len(gpt.moe_layers), settings, device=device)
         if config.even_routing:
             engine.functions.reroute = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank)
@@ -58,6 +63,7 @@ def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float3
         return {name: t.to(dtype) for name, t in read_experts(path, gpt, gpt.moe_layers[number]).items()}
 
     shape, num_experts = experts_of([read_layer(0)])
-    host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh)
+    on_cuda = next(gpt.parameters()).is_cuda
+    host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
     served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
     return Opened(restored, host, mesh, served)

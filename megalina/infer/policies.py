@@ -1,5 +1,6 @@
 """Policies: what conf/infer says, made ready for a model, its devices and its profile."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from megalina.placement.planners.hierarchical import by_node
 from megalina.placement.predictors.distribution import DistributionPredictor
 from megalina.placement.predictors.ema import EmaPredictor
 from megalina.placement.predictors.linear_map import LinearMap, LinearMapPredictor, fit_linear_map
-from megalina.placement.predictors.look_ahead import LookAheadPredictor
+from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
 from megalina.placement.predictors.path_table import PathTablePredictor
 from megalina.placement.predictors.predictor import Floats, Predictor
@@ -24,6 +25,8 @@ from megalina.placement.routing_trace import RoutingTrace, best_first, counts_LE
 from megalina.placement.split import even, load_aware, local_first
 from megalina.placement.triggers import Distance, GainAboveCost, OrderedTop, TopSet, always, never
 
+LOOKING_AHEAD = ("look_ahead", "look_ahead_online")  # predictors that ask the next layer's router
+REMEMBERED = 32  # batches, by look_ahead_online: as many as online_map does
 SPLITS: dict[str, Split] = {"even": even, "load_aware": load_aware, "local_first": local_first}
 
 
@@ -60,7 +63,7 @@ def policy_of(config: InferConfig, served: Served, profile: RoutingTrace | None)
         SPLITS[config.split],
         _trigger(config, served),
         first_planned=config.first_planned,
-        looks_ahead=config.predictor == "look_ahead",
+        looks_ahead=config.predictor in LOOKING_AHEAD,
         worth=config.worth,
     )
 
@@ -82,6 +85,13 @@ def check_infer(config: InferConfig, served: Served) -> None:
             f"infer.slots_per_device is {slots}: {served.num_devices} devices then have {slots * served.num_devices} slots for "
             f"{served.num_experts} experts; choose {-(-served.num_experts // served.num_devices)} or more"
         )
+    if not 1 <= config.combine_chunks <= slots:
+        raise ValueError(
+            f"infer.combine_chunks is {config.combine_chunks}: a chunk is one or more of a device's {slots} slots in a layer; "
+            f"choose 1 to {slots}, or more infer.slots_per_device"
+        )
+    if not 0 <= config.swap_mib < math.inf:
+        raise ValueError(f"infer.swap_mib is {config.swap_mib}: choose 0 (two layers' slots) or so many MiB")
     if config.planner != "none" and config.predictor == "none" and config.trigger != "always":
         raise ValueError(f"infer.planner={config.planner} without a predictor plans nothing: choose infer.predictor too")
     if config.trigger != "never" and config.planner == "none":
@@ -104,6 +114,11 @@ def _predictors(config: InferConfig, served: Served) -> dict[str, Callable[[Rout
     def counts(profile: RoutingTrace) -> Floats:
         return counts_LE(profile).astype(np.float64)
 
+    def maps(profile: RoutingTrace) -> Floats | None:
+        if profile.ahead_ids_TLK is None:
+            return None
+        return fit_confusion(profile.ahead_ids_TLK, profile.expert_ids_TLK, profile.num_experts)
+
     return {
         "static": lambda profile: StaticPredictor(counts(profile)),
         "window": lambda profile: WindowPredictor(counts(profile), batches=config.window_batches),
@@ -113,6 +128,7 @@ def _predictors(config: InferConfig, served: Served) -> dict[str, Callable[[Rout
         "linear_map": lambda profile: LinearMapPredictor(fitted(profile)),
         "online_map": lambda profile: OnlineMapPredictor(fitted(profile)),
         "look_ahead": lambda profile: LookAheadPredictor(counts(profile)),
+        "look_ahead_online": lambda profile: LookAheadPredictor(counts(profile), maps=maps(profile), batches=REMEMBERED),
     }
 
 

@@ -2,6 +2,8 @@
 
 Each MoE layer has its own slots.  What is fetched lies in spare places until it is installed, so the layer goes on with what
 it has until then: a fetch may be cancelled, or fail, and nothing is lost.
+
+On CUDA a fetch is done when its copies have been asked for.  `install` makes the computation wait for them, not the host.
 """
 
 import logging
@@ -10,17 +12,24 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megalina.infer.expert_stream import ExpertStream
 from megalina.infer.host_experts import HostExperts
 from megalina.placement.aligned import aligned, moved_slots
 from megalina.placement.placement import EMPTY, Placement
 
 logger = logging.getLogger("megalina")
 Copy = Callable[[Tensor, Tensor], object]
+
+
+def copy_behind(to: Tensor, source: Tensor) -> None:
+    """On CUDA the host does not wait for it."""
+    to.copy_(source, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -42,14 +51,26 @@ class _Fetch:
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     cancelled: bool = False
+    begun: torch.cuda.Event | None = None  # where the computation was then
+    copies: torch.cuda.Event | None = None
 
 
 class Slots:
     """`placements`: of each MoE layer; `device`: this one's place in them.
 
-    `spare`: experts that may be on their way at a time, over all layers.  ValueError where a placement is of other experts."""
+    `spare`: experts that may be on their way at a time, over all layers.  `stream`: on CUDA, the one on which they come; None:
+    slots are on the CPU.  ValueError where a placement is of other experts."""
 
-    def __init__(self, host: HostExperts, placements: Sequence[Placement], device: int, *, spare: int, copy: Copy = Tensor.copy_):
+    def __init__(
+        self,
+        host: HostExperts,
+        placements: Sequence[Placement],
+        device: int,
+        *,
+        spare: int,
+        copy: Copy = copy_behind,
+        stream: ExpertStream | None = None,
+    ):
         for layer, placement in enumerate(placements):
             if placement.num_experts != host.num_experts:
                 raise ValueError(
@@ -57,12 +78,16 @@ class Slots:
                 )
         self.host, self.device, self.done = host, device, Fetched()
         self.copy = copy
+        self._spare, self._stream = spare, stream
+        where = torch.device("cpu") if stream is None else stream.device
         self._placements = list(placements)
         self._held: list[list[Tensor | None]] = []
         for layer, placement in enumerate(placements):
-            self._held.append([None if e == EMPTY else host.expert(layer, e).clone() for e in placement.slots[device]])
+            experts = placement.slots[device]
+            self._held.append([None if e == EMPTY else host.expert(layer, e).to(where, copy=True) for e in experts])
         empty = sum(t is None for held in self._held for t in held)
-        self._free = [host.expert(0, 0).new_empty(host.shape.numel) for _ in range(spare + empty)] if host.num_layers else []
+        places = spare + empty if host.num_layers else 0
+        self._free = [torch.empty(host.shape.numel, dtype=host.shape.dtype, device=where) for _ in range(places)]
         self._fetches: dict[int, _Fetch] = {}
         self._queue: deque[tuple[int, _Fetch]] = deque()
         self._wake = threading.Condition()
@@ -90,9 +115,12 @@ class Slots:
         if not wanted:
             fetch.done.set()
             return
+        if self._stream is not None:
+            fetch.begun = self._stream.mark()
+        room = self._spare - sum(len(f.buffers) for f in self._fetches.values())  # places for empty slots are no room
         with self._wake:
-            if len(self._free) < len(wanted):
-                fetch.error = MemoryError(f"{len(wanted)} experts to fetch, room for {len(self._free)}")
+            if room < len(wanted):
+                fetch.error = MemoryError(f"{len(wanted)} experts to fetch, room for {room}")
                 fetch.done.set()
                 return
             fetch.buffers = {slot: self._free.pop() for slot, _ in wanted}
@@ -125,16 +153,15 @@ class Slots:
             return
         fetch.done.wait()
         held = self._held[layer]
+        if self._stream is not None and fetch.copies is not None:
+            self._stream.hold(fetch.copies)
         if fetch.error is not None:
             self._count_failure(layer, fetch)
+            with self._wake:
+                self._free += fetch.buffers.values()
         for slot, expert in fetch.wanted:
-            old, new = held[slot], fetch.buffers.pop(slot, None)
-            if fetch.error is not None:
-                if new is not None:
-                    self._free.append(new)
-                new = None
-            held[slot] = self.host.expert(layer, expert) if new is None else new
-            self._give_back(old)
+            self._give_back(held[slot])
+            held[slot] = fetch.buffers[slot] if fetch.error is None else self._at_once(layer, expert)
         for slot, expert in enumerate(fetch.placement.slots[self.device]):
             if expert == EMPTY and held[slot] is not None:
                 self._give_back(held[slot])
@@ -164,6 +191,17 @@ class Slots:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _at_once(self, layer: int, expert: int) -> Tensor:
+        """Host memory itself, or on CUDA a place that is filled before anything else is computed."""
+        if self._stream is None:
+            return self.host.expert(layer, expert)
+        self._stream.synchronize()  # a fetch that was given up may still write there
+        with self._wake:
+            place = self._free.pop()  # there is one: what the slot had, or the place of an empty slot
+        return place.copy_(self.host.expert(layer, expert))
 
     def _count_failure(self, layer: int, fetch: _Fetch) -> None:
         self.done.failed += 1
@@ -186,8 +224,9 @@ class Slots:
                         return
                     self._wake.wait()
                 layer, fetch = self._queue.popleft()
+            behind = nullcontext() if self._stream is None or fetch.begun is None else self._stream.after(fetch.begun)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), behind:
                     for slot, expert in fetch.wanted:
                         if fetch.cancelled:
                             break
@@ -195,4 +234,6 @@ class Slots:
             except Exception as error:  # noqa: BLE001  whoever waits for it says what is done instead
                 fetch.error = error
             finally:
+                if self._stream is not None:
+                    fetch.copies = self._stream.asked()
                 fetch.done.set()

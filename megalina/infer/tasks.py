@@ -85,6 +85,21 @@ def read_tasks(path: Path) -> list[Task]:
     return tasks
 
 
+def check_tasks(tasks: Sequence[Task], tokenizer: Tokenizer, *, num_ids: int, max_positions: int) -> None:
+    """ValueError for what `score_tasks` would refuse, before there is an engine; `num_ids`: that the model has."""
+    if tokenizer.vocab_size > num_ids:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {num_ids}: give the tokenizer it was trained with"
+        )
+    for i, task in enumerate(tasks, start=1):
+        for text in _texts_of(task):
+            if (length := len(continuation_of(tokenizer, task.context, text).tokens)) > max_positions:
+                raise ValueError(
+                    f"task {i} has a text of {length} tokens after its context ({_shown(text)}), the model reads at most "
+                    f"{max_positions}: shorten it"
+                )
+
+
 def score_tasks(
     engine: Engine,
     tokenizer: Tokenizer,

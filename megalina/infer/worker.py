@@ -3,11 +3,12 @@
 import json
 import math
 import os
+import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.config import InferConfig
+from megalina.config import ClusterConfig, InferConfig
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
 from megalina.infer.calibration import calibrated
 from megalina.infer.contest import contest, contestant_of
+from megalina.infer.emulation import device_maker, emulated_parts, emulation_note, full_batch
 from megalina.infer.engine import Engine
 from megalina.infer.expert_memory import num_device_bytes
 from megalina.infer.measures import DEFINITIONS, STATIC, measure
@@ -32,7 +34,6 @@ from megalina.rank_files import REFUSED, collectives_path, position_path, traceb
 
 DECODE_ROUNDS = 3
 LINE_EVERY_S = 10.0  # where stderr is no terminal
-NOTE = "nothing is emulated: ranks are processes that share their node's cores, memory and loopback"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Evaluation:
     logs: str = ""  # folder in which a rank leaves why it ended
     out: str = ""  # JSON, written by rank 0
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the command, for the report
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # of an emulated device, if it asks for one
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -58,7 +60,7 @@ class Evaluation:
     def from_json(text: str) -> "Evaluation":
         values = json.loads(text)
         modes = {name: InferConfig(**config) for name, config in values.pop("modes").items()}
-        return Evaluation(modes=modes, **values)
+        return Evaluation(modes=modes, cluster=ClusterConfig(**values.pop("cluster")), **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         mesh.log.position.mirror(position_path(Path(evaluation.logs), mesh.world.rank))
         mesh.log.mirror(collectives_path(Path(evaluation.logs), mesh.world.rank))
     checkpoint = Path(evaluation.checkpoint)
-    opened = open_checkpoint(checkpoint, mesh)
+    per_node = devices_per_node(os.environ, mesh.world.size)
+    opened = open_checkpoint(checkpoint, mesh, devices_per_node=per_node)
     judge, text = _texts(evaluation, opened)
     judged = judged_modes(evaluation.modes)
     work = (evaluation.batches + 1) * evaluation.sequences * text.length * len(evaluation.modes)
@@ -150,8 +153,15 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     decoded = range(DECODE_ROUNDS if evaluation.decode else 0)
     prompts = [text.prompts(number, evaluation.sequences, room=room) for number in decoded]
     first = text.timed(0, evaluation.sequences)
-    configs = {name: calibrated(config, opened, profile, first) for name, config in evaluation.modes.items()}
-    contestants = [contestant_of(name, opened.engine(config, profile)) for name, config in configs.items()]
+    gpt = opened.restored.gpt
+    device = full_batch(evaluation.cluster, gpt.config, gpt.router, sequences=evaluation.sequences, length=text.length)
+    modes = evaluation.modes
+    if device is not None:  # what a row costs there is known
+        modes = {n: replace(c, row_us=c.row_us or device.row_us) if c.trigger == "gain" else c for n, c in modes.items()}
+    configs = {name: calibrated(config, opened, profile, first) for name, config in modes.items()}
+    contestants = [
+        contestant_of(name, opened.engine(config, profile, device=device_maker(device))) for name, config in configs.items()
+    ]
     try:
         contest(
             contestants,
@@ -172,6 +182,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     model, expert_bytes = opened.restored.gpt.config, opened.host.shape.num_bytes
     memory_mb = {name: num_device_bytes(c, opened.served, model, expert_bytes) / 1e6 for name, c in configs.items()}
     losses = [quality[name]["loss"] for name in quality]
+    emulated = emulated_parts(device, os.environ)
     return {
         "modes": {
             name: (quality.get(name) or none) | asdict(found) | {"expert_mb": memory_mb[name]} for name, found in measured.items()
@@ -184,6 +195,10 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
             "model": asdict(model),
             "top_k": opened.served.top_k,
             "ranks": mesh.world.size,
+            "ranks_per_node": per_node or mesh.world.size,
+            "emulated": emulated,
+            "machine": machine(),
+            "host_expert_mb": opened.host.num_layers * opened.host.num_experts * expert_bytes / 1e6,
             "batches": evaluation.batches,
             "sequences": evaluation.sequences,
             "tokens_a_sequence": text.length,
@@ -195,8 +210,24 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
             "took_s": time.monotonic() - began_s,
         },
         "definitions": DEFINITIONS,
-        "note": NOTE,
+        "note": emulation_note(emulated),
     }
+
+
+def devices_per_node(environ: Mapping[str, str], world: int) -> int:
+    """As torchrun tells; 0: all are on one node, or nodes have different numbers."""
+    local = int(environ.get("LOCAL_WORLD_SIZE", world))
+    return local if local < world and world % local == 0 else 0
+
+
+def machine() -> str:
+    """What the ranks run on, in words."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {processor}, torch {torch.__version__}"
 
 
 def judged_modes(modes: Mapping[str, InferConfig]) -> list[str]:

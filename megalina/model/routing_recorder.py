@@ -3,7 +3,11 @@
 It hangs on the routers themselves, so whoever runs them (the plain model, a program's stages on several ranks) need not know of
 it, and a model that nobody watches does nothing more.
 
-Shapes: T tokens, L MoE layers, K choices a token, best first: by falling weight, of equal weights as the router has them.
+With `ahead` it also asks each router one MoE layer before its time, on the hidden state that the layer there has read: what an
+engine does for a look-ahead predictor, by the same calls.
+
+Shapes: T tokens, L MoE layers, K choices a token, best first: by falling weight, of equal weights as the router has them; D model
+width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +23,8 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.model.gpt import GPT
-from megalina.model.routers import RouterTokens, Routing
+from megalina.model.layers import ALL, Layer
+from megalina.model.routers import Router, RouterTokens, Routing
 from megalina.placement.routing_trace import RoutingTrace, traced
 
 
@@ -30,6 +35,7 @@ class Decisions:
     place_T2: NDArray[np.int64]  # number of the sequence, index within it
     expert_ids_TLK: NDArray[np.int32]  # best first; the number of experts where capacity has taken a choice away
     weights_TLK: NDArray[np.float16]
+    ahead_ids_TLK: NDArray[np.int32] | None = None  # see `megalina.placement.ahead_ids`; None where nobody was asked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,15 +46,20 @@ class _Part:
     place_T2: Tensor
     valid_T: Tensor
     chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # MoE layer -> experts and weights, [T, K]
+    ahead: dict[int, Tensor] = field(default_factory=dict)  # MoE layer -> experts that the layer before heard of, [T, K]
 
 
 class RoutingRecorder:
-    """Keeps the first `max_tokens` tokens that the routers here see, each in all layers."""
+    """Keeps the first `max_tokens` tokens that the routers here see, each in all layers.
 
-    def __init__(self, max_tokens: int):
+    `ahead`: asks ahead too, which takes a norm and a router more a layer; only where tensor parallelism cuts no tokens."""
+
+    def __init__(self, max_tokens: int, *, ahead: bool = False):
         if max_tokens < 1:
             raise ValueError(f"a recorder of {max_tokens} tokens: it needs at least 1")
-        self.room = max_tokens  # tokens still to come
+        self.room, self.ahead = max_tokens, ahead  # room: tokens still to come
+        self._read: dict[int, Tensor] = {}  # MoE layer -> the hidden state [T, D] that its norm is reading
+        self._asking = False  # ahead: what the hooks see then is no decision
         self._parts: dict[int, _Part] = {}
 
     @contextmanager
@@ -58,15 +69,20 @@ class RoutingRecorder:
             raise ValueError("router.kind=expert_choice: experts choose tokens there, so a token has no choices to be recorded")
         if not gpt.moe_layers:
             raise ValueError("the model has no MoE layer, so there is no routing to be recorded")
+        layers = [gpt.layers[layer] for layer in gpt.moe_layers]
+        following = [*layers[1:], None]
         hooks = [
-            gpt.layers[layer].router.register_forward_hook(partial(self._see, number))
-            for number, layer in enumerate(gpt.moe_layers)
+            layer.router.register_forward_hook(partial(self._see, number, following[number]))
+            for number, layer in enumerate(layers)
         ]
+        if self.ahead:
+            hooks += [layer.mlp_norm.register_forward_pre_hook(partial(self._reads, n)) for n, layer in enumerate(layers)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            self._read.clear()
 
     def decisions(self) -> Decisions:
         """All that was recorded, in the order in which it was seen; waits for the device."""
@@ -79,10 +95,20 @@ class RoutingRecorder:
             torch.cat([torch.stack([part.chosen[number][i] for number in sorted(part.chosen)], 1) for part in parts])[valid_T]
             for i in (0, 1)
         )
-        return Decisions(place_T2.cpu().numpy(), ids_TLK.cpu().numpy(), weights_TLK.cpu().numpy())
+        ahead_TLK = None
+        if self.ahead:
+            ahead = [torch.stack([part.ahead[number] for number in sorted(part.ahead)], 1) for part in parts]
+            ahead_TLK = torch.cat(ahead)[valid_T].cpu().numpy()
+        return Decisions(place_T2.cpu().numpy(), ids_TLK.cpu().numpy(), weights_TLK.cpu().numpy(), ahead_TLK)
 
-    def _see(self, number: int, router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> None:
-        """`arguments` are those of `Router.forward`."""
+    def _reads(self, number: int, norm: nn.Module, arguments: tuple[Tensor]) -> None:
+        if not self._asking:
+            self._read[number] = arguments[0]
+
+    def _see(self, number: int, following: Layer | None, router: Router, arguments: tuple[Any, ...], routing: Routing) -> None:
+        """`arguments` are those of `Router.forward`; `following`: the next MoE layer."""
+        if self._asking:
+            return
         tokens, own = arguments[1], arguments[3]
         part = self._parts.get(id(tokens))
         if part is None:
@@ -94,14 +120,34 @@ class RoutingRecorder:
             part = self._parts[id(tokens)] = _Part(tokens, place_T2, tokens.valid_A[own][keep])
         if number not in part.chosen:  # else its activations are computed again, for backward
             count = len(part.valid_T)
-            weight_TK = routing.weight_TK.detach()[:count]
-            order_TK = weight_TK.argsort(dim=1, descending=True, stable=True)
-            ids_TK = routing.expert_TK[:count].gather(1, order_TK)
-            part.chosen[number] = ids_TK.int(), weight_TK.gather(1, order_TK).half()
+            part.chosen[number] = ids_TK, _ = _best_first(routing, count)
+            if self.ahead:
+                if number == 0:
+                    part.ahead[0] = torch.full_like(ids_TK, router.num_experts)
+                if following is not None:
+                    part.ahead[number + 1] = self._asked(following, self._read[number], tokens, count)
+
+    def _asked(self, layer: Layer, h_TD: Tensor, tokens: RouterTokens, count: int) -> Tensor:
+        """[T, K], of the first `count` tokens: what the layer's router would choose from what the layer before reads."""
+        assert len(h_TD) == len(tokens.token_A), "tensor parallelism has cut the tokens"
+        self._asking = True
+        try:
+            logits_TE = layer.score(h_TD)[1]
+            return _best_first(layer.router(logits_TE, tokens, logits_TE, ALL), count)[0]
+        finally:
+            self._asking = False
+
+
+def _best_first(routing: Routing, count: int) -> tuple[Tensor, Tensor]:
+    """Experts and weights [T, K] of the first `count` tokens."""
+    weight_TK = routing.weight_TK.detach()[:count]
+    order_TK = weight_TK.argsort(dim=1, descending=True, stable=True)
+    return routing.expert_TK[:count].gather(1, order_TK).int(), weight_TK.gather(1, order_TK).half()
 
 
 def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name: str) -> RoutingTrace:
     """The last `max_tokens` tokens, by their sequence's number and their place in it; a sample is what there is of a sequence.
+    Ahead ids only where all have them.
 
     ValueError where capacity has taken choices away: a trace has all of a token's."""
     place_T2 = np.concatenate([part.place_T2 for part in decisions])
@@ -110,6 +156,8 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
     num_experts = gpt.config.num_experts
     if missing := int((ids_TLK == num_experts).sum()):
         raise ValueError(f"capacity has taken away {missing} of {ids_TLK.size} choices: record with router.capacity_factor=0")
+    ahead = [part.ahead_ids_TLK for part in decisions if part.ahead_ids_TLK is not None]
+    ahead_TLK = np.concatenate(ahead)[last_T].astype(np.min_scalar_type(num_experts)) if len(ahead) == len(decisions) else None
     return traced(
         ids_TLK.astype(np.min_scalar_type(num_experts - 1)),
         num_experts,
@@ -117,18 +165,20 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
         sample_lengths_S=np.unique(place_T2[last_T, 0], return_counts=True)[1],
         layers=gpt.moe_layers,
         name=name,
+        ahead_ids_TLK=ahead_TLK,
     )
 
 
 def record_routing(
     gpt: GPT, batches: Iterable[Batch], *, max_tokens: int, name: str, each_batch: Callable[[int], None] = lambda tokens: None
 ) -> RoutingTrace:
-    """The trace of the first `max_tokens` tokens of the batches, or of all of them; sequences must have numbers of their own.
+    """The trace of the first `max_tokens` tokens of the batches, or of all of them, with what routers say ahead; sequences must
+    have numbers of their own.
 
     `each_batch` is told how many tokens of them have been through the model.  ValueError for a model that has no such
     decisions."""
     gpt.eval()
-    recorder = RoutingRecorder(max_tokens)
+    recorder = RoutingRecorder(max_tokens, ahead=True)
     with recorder.watching(gpt), torch.inference_mode():
         for batch in batches:
             gpt.hidden(batch)

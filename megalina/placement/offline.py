@@ -17,6 +17,7 @@ from megalina.placement.controller import Controller, Counts, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
+from megalina.placement.predictors.shares import choice_counts
 from megalina.placement.routing_trace import counts_of
 from megalina.placement.split import device_load
 
@@ -51,14 +52,30 @@ class Accuracy:
     distance: float  # L1, of shares: 0 to 2
 
 
-def replay(batches: Sequence[Ids], policy: Policy, *, num_experts: int, num_devices: int, slots_per_device: int) -> Replay:
+def replay(
+    batches: Sequence[Ids],
+    policy: Policy,
+    *,
+    num_experts: int,
+    num_devices: int,
+    slots_per_device: int,
+    ahead: Sequence[Ids] | None = None,
+) -> Replay:
     """Serve the batches, [T, L, K] each, one after another; experts sit in blocks at first, as training had them.
 
-    ValueError where there is no batch, a batch has fewer tokens than there are devices, or experts lack room."""
+    `ahead`: of the same tokens, what routers say ahead; it is told to a policy that looks ahead, and to no other.
+    ValueError where there is no batch, a batch has fewer tokens than there are devices, experts lack room, or a policy looks
+    ahead and there is nothing, or something else, to be seen."""
     if not batches:
         raise ValueError("there is no batch to replay")
     if (least := min(len(ids_TLK) for ids_TLK in batches)) < num_devices:
         raise ValueError(f"a batch of {least} tokens can't be shared by {num_devices} devices: serve larger batches, or on fewer")
+    shapes, ahead_shapes = ([ids_TLK.shape for ids_TLK in of] for of in (batches, ahead or ()))
+    if policy.looks_ahead and shapes != ahead_shapes:
+        raise ValueError(
+            f"a policy that looks ahead needs ahead ids of {len(shapes)} batches, each of the shape of its choices: there are "
+            f"{len(ahead_shapes)}" + (", of other shapes" if len(ahead_shapes) == len(shapes) else "")
+        )
     num_layers = batches[0].shape[1]
     present = [identity(np.ones(num_experts), num_devices, slots_per_device)] * num_layers
     predictor, controller = policy.predictor, Controller(policy, present)
@@ -67,11 +84,15 @@ def replay(batches: Sequence[Ids], policy: Policy, *, num_experts: int, num_devi
     local_BL, moved_BL = np.zeros((2, len(batches), num_layers), np.int64)
     replanned_BL = np.zeros((len(batches), num_layers), np.bool_)
     for batch, ids_TLK in enumerate(batches):
-        by_rank = [tuple(np.moveaxis(part_TLK, 1, 0)) for part_TLK in np.array_split(ids_TLK, num_devices)]
+        by_rank = _by_rank(ids_TLK, num_devices)
+        ahead_by_rank = _by_rank(ahead[batch], num_devices) if ahead is not None and policy.looks_ahead else None
         for layer in range(num_layers):
             before = present[layer]
             if predictor is not None:
-                features = _summed_features(predictor, layer, by_rank)
+                told_ahead = None
+                if ahead_by_rank is not None:
+                    told_ahead = [choice_counts(said[layer], num_experts) for said in ahead_by_rank]
+                features = _summed_features(predictor, layer, by_rank, told_ahead)
                 present[layer] = _installed(before, controller.foresee(layer, features, before))
             count_RE = np.stack([np.bincount(chosen[layer].ravel(), minlength=num_experts) for chosen in by_rank])
             foreseen, expected_E = present[layer], controller.expected(layer)
@@ -128,11 +149,19 @@ def accuracy(expected_BLE: Floats, counts_BLE: Counts, top_k: int) -> Accuracy:
     return Accuracy(float(same_list), float(recall), float(misordered), float(distance))
 
 
-def _summed_features(predictor: Predictor, layer: int, by_rank: Sequence[tuple[Ids, ...]]) -> Floats:
+def _by_rank(ids_TLK: Ids, num_devices: int) -> list[tuple[Ids, ...]]:
+    """Of each rank's part of a batch [T, K] of each layer."""
+    return [tuple(np.moveaxis(part_TLK, 1, 0)) for part_TLK in np.array_split(ids_TLK, num_devices)]
+
+
+def _summed_features(
+    predictor: Predictor, layer: int, by_rank: Sequence[tuple[Ids, ...]], told_ahead: Sequence[Floats] | None
+) -> Floats:
     """As ranks hear them of each other; before the first layer there is nothing to be told."""
     if layer == 0:
         return predictor.features(0, Seen(()))
-    features = [predictor.features(layer, Seen(chosen[:layer])) for chosen in by_rank]
+    ahead: Sequence[Floats | None] = told_ahead or [None] * len(by_rank)
+    features = [predictor.features(layer, Seen(chosen[:layer], said_E)) for chosen, said_E in zip(by_rank, ahead, strict=True)]
     return sum(features[1:], features[0])
 
 

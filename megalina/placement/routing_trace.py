@@ -8,6 +8,7 @@ The file is an npz without pickles:
     num_experts     []         integer, optional: without it the highest id + 1, rounded up to a multiple of 4
     layers          [L]        integers, optional: the model layer of each, rising; without it 0 to L - 1
     name            []         text, optional; without it the file's name
+    ahead_ids       [T, L, K]  integers, optional: what each router says one layer ahead (`megalina.placement.ahead_ids`)
 
 What else is in the file is left alone.  Names of experts that never occur are what `num_experts` is for: models have a multiple
 of 4 experts as a rule, so the rounding is right for a trace in which only the last one, two or three were never chosen.
@@ -27,6 +28,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalina.placement.ahead_ids import check_ahead_ids
 from megalina.placement.predictors.predictor import Ids
 
 Weights = NDArray[np.floating[Any]]
@@ -51,6 +53,7 @@ class RoutingTrace:
     layers: tuple[int, ...]  # of the model, rising
     weights_TLK: Weights | None = None
     name: str = ""
+    ahead_ids_TLK: Ids | None = None
 
     def __post_init__(self) -> None:
         where = f"trace {self.name}" if self.name else "trace"
@@ -87,6 +90,8 @@ class RoutingTrace:
             raise ValueError(f"{where}: sample_lengths must be at least 1 and sum to {tokens} tokens, but sum to {total}")
         if len(self.layers) != num_layers or self.layers[0] < 0 or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"{where}: layers must be {num_layers} rising numbers from 0 on, not {list(self.layers)}")
+        if self.ahead_ids_TLK is not None:
+            check_ahead_ids(where, self.ahead_ids_TLK, ids.shape, self.num_experts)
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +114,7 @@ def traced(
     sample_lengths_S: Ids | None = None,
     layers: Sequence[int] | None = None,
     name: str = "",
+    ahead_ids_TLK: Ids | None = None,
 ) -> RoutingTrace:
     """A trace; what isn't given is filled in as where a file lacks it.  ValueError where the parts don't fit."""
     tokens, num_layers = (expert_ids_TLK.shape + (0, 0))[:2]
@@ -122,6 +128,7 @@ def traced(
         tuple(range(num_layers)) if layers is None else tuple(int(layer) for layer in layers),
         weights_TLK,
         name,
+        ahead_ids_TLK,
     )
 
 
@@ -153,6 +160,7 @@ def read_trace(path: Path, *, num_experts: int | None = None) -> RoutingTrace:
             sample_lengths_S=found.get("sample_lengths"),
             layers=found["layers"].tolist() if "layers" in found else None,
             name=str(found["name"]) if "name" in found else path.stem,
+            ahead_ids_TLK=found.get("ahead_ids"),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -169,6 +177,8 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
     }
     if trace.weights_TLK is not None:
         arrays["weights"] = trace.weights_TLK
+    if trace.ahead_ids_TLK is not None:
+        arrays["ahead_ids"] = trace.ahead_ids_TLK
     aside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with aside.open("wb") as file:
@@ -184,7 +194,7 @@ def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
     """Those of the format; ValueError and much else where the bytes are damaged."""
     found: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(file) as archive:
-        for key in ("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name"):
+        for key in ("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "ahead_ids"):
             if f"{key}.npy" not in archive.namelist():
                 continue
             # A damaged header may claim any shape: see that the bytes are there before memory is taken for them.
@@ -207,20 +217,27 @@ def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
 # parts and wholes
 
 
-def batches(trace: RoutingTrace, batch_tokens: int, *, drop_last: bool = False) -> Iterator[Ids]:
-    """[up to batch_tokens, L, K], one after another.  The last one holds what is left, or is left out with `drop_last`."""
+def batches(trace: RoutingTrace, batch_tokens: int, *, drop_last: bool = False, ahead: bool = False) -> Iterator[Ids]:
+    """[up to batch_tokens, L, K], one after another.  The last one holds what is left, or is left out with `drop_last`.
+
+    `ahead`: the ahead ids of the same tokens instead of their choices; ValueError where the trace has none."""
     if batch_tokens < 1:
         raise ValueError(f"batches of {batch_tokens} tokens: they need at least 1")
+    ids_TLK = trace.ahead_ids_TLK if ahead else trace.expert_ids_TLK
+    if ids_TLK is None:
+        raise ValueError(f"trace {trace.name} has no ahead_ids: record it with tools/record_routing.py")
     for begin in range(0, trace.num_tokens, batch_tokens):
-        batch_TLK = trace.expert_ids_TLK[begin : begin + batch_tokens]
+        batch_TLK = ids_TLK[begin : begin + batch_tokens]
         if len(batch_TLK) == batch_tokens or not drop_last:
             yield batch_TLK
 
 
-def alternate(traces: Sequence[RoutingTrace], batch_tokens: int, *, drop_last: bool = False) -> Iterator[Ids]:
+def alternate(
+    traces: Sequence[RoutingTrace], batch_tokens: int, *, drop_last: bool = False, ahead: bool = False
+) -> Iterator[Ids]:
     """The first batch of each trace, then the second of each, and so on; a trace that has come to its end is passed over."""
     _check_alike(traces)
-    waiting = [batches(trace, batch_tokens, drop_last=drop_last) for trace in traces]
+    waiting = [batches(trace, batch_tokens, drop_last=drop_last, ahead=ahead) for trace in traces]
     while waiting:
         still = []
         for iterator in waiting:
@@ -236,28 +253,31 @@ def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
         raise ValueError(f"trace {trace.name} is one sample of {trace.num_tokens} tokens: halves need two samples or more")
     ends_S = np.cumsum(trace.sample_lengths_S.astype(np.int64))[:-1]
     samples = int(np.abs(2 * ends_S - trace.num_tokens).argmin()) + 1
-    cut, weights = int(ends_S[samples - 1]), trace.weights_TLK
+    cut, weights, ahead = int(ends_S[samples - 1]), trace.weights_TLK, trace.ahead_ids_TLK
     return tuple(  # type: ignore[return-value]
         replace(
             trace,
             expert_ids_TLK=trace.expert_ids_TLK[tokens],
             sample_lengths_S=trace.sample_lengths_S[of_samples],
             weights_TLK=None if weights is None else weights[tokens],
+            ahead_ids_TLK=None if ahead is None else ahead[tokens],
         )
         for tokens, of_samples in ((slice(cut), slice(samples)), (slice(cut, None), slice(samples, None)))
     )
 
 
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """One after another.  Weights only where all have them.  ValueError unless they are of one shape of model."""
+    """One after another.  Weights and ahead ids only where all have them.  ValueError unless they are of one shape of model."""
     _check_alike(traces)
     weights = [trace.weights_TLK for trace in traces if trace.weights_TLK is not None]
+    ahead = [trace.ahead_ids_TLK for trace in traces if trace.ahead_ids_TLK is not None]
     return replace(
         traces[0],
         expert_ids_TLK=np.concatenate([trace.expert_ids_TLK for trace in traces]),
         sample_lengths_S=np.concatenate([trace.sample_lengths_S for trace in traces]),
         weights_TLK=np.concatenate(weights) if len(weights) == len(traces) else None,
         name="+".join(trace.name for trace in traces),
+        ahead_ids_TLK=np.concatenate(ahead) if len(ahead) == len(traces) else None,
     )
 
 
@@ -265,7 +285,9 @@ def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 
 def best_first(trace: RoutingTrace) -> RoutingTrace:
-    """Each token's choices by falling weight, of equal ones the earlier first.  Without weights: as they are."""
+    """Each token's choices by falling weight, of equal ones the earlier first.  Without weights: as they are.
+
+    Ahead ids are best first already."""
     if trace.weights_TLK is None:
         return trace
     order_TLK = np.argsort(-trace.weights_TLK, axis=2, kind="stable")
@@ -278,8 +300,13 @@ def best_first(trace: RoutingTrace) -> RoutingTrace:
 
 def top1(trace: RoutingTrace) -> RoutingTrace:
     """K = 1: each token's first choice; take `best_first` before where the gate didn't sort them."""
-    weights = trace.weights_TLK
-    return replace(trace, expert_ids_TLK=trace.expert_ids_TLK[..., :1], weights_TLK=None if weights is None else weights[..., :1])
+    weights, ahead = trace.weights_TLK, trace.ahead_ids_TLK
+    return replace(
+        trace,
+        expert_ids_TLK=trace.expert_ids_TLK[..., :1],
+        weights_TLK=None if weights is None else weights[..., :1],
+        ahead_ids_TLK=None if ahead is None else ahead[..., :1],
+    )
 
 
 def merged_experts(trace: RoutingTrace, new_num_experts: int) -> RoutingTrace:
@@ -288,16 +315,22 @@ def merged_experts(trace: RoutingTrace, new_num_experts: int) -> RoutingTrace:
     ValueError unless the number divides E, or where two choices of a token would become the same expert."""
     if new_num_experts < 1 or trace.num_experts % new_num_experts:
         raise ValueError(f"{trace.num_experts} experts can't be merged to {new_num_experts}: take a divisor")
-    merged_TLK = trace.expert_ids_TLK // (trace.num_experts // new_num_experts)
+    neighbours, ahead = trace.num_experts // new_num_experts, trace.ahead_ids_TLK
     try:
-        return replace(trace, expert_ids_TLK=merged_TLK, num_experts=new_num_experts)
+        return replace(
+            trace,
+            expert_ids_TLK=trace.expert_ids_TLK // neighbours,
+            num_experts=new_num_experts,
+            ahead_ids_TLK=None if ahead is None else ahead // neighbours,  # nobody, E, becomes the new E
+        )
     except ValueError as error:
         raise ValueError(f"merging {trace.num_experts} experts to {new_num_experts} needs top1 first: {error}") from error
 
 
 def rerouted_evenly(trace: RoutingTrace, probability: float, seed: int) -> RoutingTrace:
     """Less skew, less of a pattern: with the probability, independently, each choice is replaced by a uniformly random one of the
-    experts that the token hasn't chosen otherwise (the present one may come again).  Weights stay where they are.
+    experts that the token hasn't chosen otherwise (the present one may come again).  Weights stay where they are; ahead ids go:
+    no router has chosen so, so none could say it ahead.
 
     The same seed with a higher probability replaces the same choices by the same draws, and more of them."""
     if not 0 <= probability <= 1:
@@ -311,7 +344,7 @@ def rerouted_evenly(trace: RoutingTrace, probability: float, seed: int) -> Routi
         for other_TL in np.moveaxis(np.sort(np.delete(ids_TLK, k, axis=2), axis=2), 2, 0):
             drawn_TL += drawn_TL >= other_TL
         ids_TLK[..., k] = np.where(replaced_TL, drawn_TL, ids_TLK[..., k])
-    return replace(trace, expert_ids_TLK=ids_TLK)
+    return replace(trace, expert_ids_TLK=ids_TLK, ahead_ids_TLK=None)
 
 
 def probability_for_skew(trace: RoutingTrace, most_over_least: float, *, seed: int = 0) -> float:

@@ -3,18 +3,26 @@
 Before a MoE layer's rows travel, each rank tells the others how many rows it has for each expert.  What earlier layers chose
 says what the next layer will choose, so this rides along, and the next layer is planned and its experts are fetched while the
 rows of this one are on the wire.  All ranks hear the same, plan the same and learn the same: nobody has to be told.
+
+Lina's packed experts all compute before the second all-to-all starts (section 6.2).  With chunks rows go back as soon as their
+slots have computed, so the wire works while the next slots compute.
 """
+
+from dataclasses import replace
 
 from megalina.step.forward import Shape
 from megalina.step.program import Kind, Op, Program, Stage, check
 
 
-def inference_step(shape: Shape, *, learns: bool) -> Program:
+def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     """The checked program: prefill or decode of this rank's sequences; leaves `#out.-.0`, the last norm's output.
 
-    Given: `#batch.-.0`.  With `learns` a predictor learns at the end from what was heard.  ValueError with tensor
-    parallelism: ranks are devices of experts here.
+    Given: `#batch.-.0`.  With `learns` a predictor learns at the end from what was heard.  A device's slots in a MoE layer are
+    cut into `chunks` groups, and each group's rows go back by themselves.  ValueError with tensor parallelism: ranks are
+    devices of experts here; and for less than one chunk.
     """
+    if chunks < 1:
+        raise ValueError(f"{chunks} chunks of slots: choose 1 or more")
     if shape.tp:
         raise ValueError("inference has no tensor parallelism: its ranks share out experts and sequences; leave parallel.tp at 1")
     moe = [layer for layer, is_moe in enumerate(shape.moe) if is_moe]
@@ -25,7 +33,7 @@ def inference_step(shape: Shape, *, learns: bool) -> Program:
     for layer, is_moe in enumerate(shape.moe):
         out.append(_compute("attention", layer, (f"x.{layer}.0", "#batch.-.0"), (f"h.{layer}.0",)))
         if is_moe:
-            out += _moe(layer, following.get(layer), shared=shape.shared_experts)
+            out += _moe(layer, following.get(layer), shared=shape.shared_experts, chunks=chunks)
         else:
             out.append(_compute("mlp", layer, (f"h.{layer}.0", "#batch.-.0"), (f"x.{layer + 1}.0",)))
     out.append(_compute("final", -1, (f"x.{shape.num_layers}.0",), ("#out.-.0",)))
@@ -36,14 +44,13 @@ def inference_step(shape: Shape, *, learns: bool) -> Program:
     return program
 
 
-def _moe(layer: int, following: int | None, *, shared: bool) -> list[Stage]:
+def _moe(layer: int, following: int | None, *, shared: bool, chunks: int) -> list[Stage]:
     """`following`: the next MoE layer."""
 
     def v(*names: str) -> tuple[str, ...]:
         return tuple("#batch.-.0" if name == "#batch" else f"{name}.{layer}.0" for name in names)
 
     dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", f"rows.{layer}.0", f"got.{layer}.0", v("#sizes"))
-    combine = _exchange("combine", layer, Op.TOKENS, "ep", f"y.{layer}.0", f"back.{layer}.0", v("#sizes"))
     foresee = [_compute("foresee", following, v("#heard"), (f"#plan.{following}.0",))] if following is not None else []
     return [
         _compute("score", layer, v("h", "#batch"), v("moe_n", "weight", "#chosen", "#told")),
@@ -53,10 +60,31 @@ def _moe(layer: int, following: int | None, *, shared: bool) -> list[Stage]:
         *foresee,  # under the dispatch, as are the shared experts
         *([_compute("shared", layer, v("moe_n"), v("s"))] if shared else []),
         dispatch[1],
-        _compute("experts", layer, v("got", "#sizes"), v("y")),
-        *combine,
+        *_experts(layer, chunks),
         _compute("mix", layer, v("h", "back", "weight", *(["s"] if shared else []), "#order", "#batch"), (f"x.{layer + 1}.0",)),
     ]
+
+
+def _experts(layer: int, chunks: int) -> list[Stage]:
+    """Slots, and the way back of their rows, chunk by chunk.
+
+    Chunks on the wire have no credit, unlike training's: all are awaited together, so it is no loss if they end together."""
+    got, sizes, back = f"got.{layer}.0", f"#sizes.{layer}.0", f"back.{layer}.0"
+    names = ["0"] if chunks == 1 else [f"0c{c}" for c in range(chunks)]
+    out: list[Stage] = []
+    waits: list[Stage] = []
+    for c, part in enumerate(names):
+        y = f"y.{layer}.{part}"
+        start, wait = _exchange("combine", layer, Op.TOKENS, "ep", y, f"back.{layer}.{part}", (sizes,))
+        stages = [_compute("experts", layer, (got, sizes), (y,)), start, wait]
+        *first, last = (replace(s, part=part, chunk=(c, chunks)) for s in stages)
+        out += first
+        waits.append(last)
+    if chunks == 1:
+        return out + waits
+    arrived = tuple(f"back.{layer}.{part}" for part in names)
+    join = _compute("join", layer, (*arrived, sizes), (back,))
+    return [*out, *waits, replace(join, chunk=(0, chunks))]
 
 
 def _compute(name: str, layer: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Stage:

@@ -1,5 +1,6 @@
 """A small model and its engine, for tests on ranks; everything from seeds, alike on all ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.infer.engine import Engine, EngineSettings
+from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialise
+from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy
 from megalina.placement.placement import Placement
 
@@ -34,9 +37,21 @@ def shared(gpt: GPT, mesh: Mesh) -> HostExperts:
         return share_experts(shape, len(layers), number, lambda i: layers[i], mesh)
 
 
-def small_engine(gpt: GPT, policy: Policy, residents: list[Placement], **settings: Any) -> Engine:
+def small_engine(
+    gpt: GPT,
+    policy: Policy,
+    residents: list[Placement],
+    device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
+    **settings: Any,
+) -> Engine:
     mesh = build_mesh(ep=torch.distributed.get_world_size())
-    return Engine(gpt, shared(gpt, mesh), mesh, policy, residents, EngineSettings(**settings))
+    return Engine(gpt, shared(gpt, mesh), mesh, policy, residents, EngineSettings(**settings), device=device)
+
+
+def layer_bytes(gpt: GPT, slots: int) -> int:
+    """Of a device's slots in one layer: the smallest that experts on their way may take."""
+    experts = gpt.layers[gpt.moe_layers[0]].experts
+    return slots * sum(p.nbytes for p in experts.parameters()) // EXPERTS
 
 
 def batch_of(tokens: list[list[int]]) -> Batch:

@@ -1,5 +1,6 @@
 """The contract: a placement never changes an answer, whatever sits where, is split how, and moves when."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch.distributed as dist
 from megalina.config import RouterConfig
 from megalina.generate import generate
 from megalina.infer.decoding import write_on
+from megalina.infer.functions import InferenceFunctions
 from megalina.model.layers import KeyValues
+from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy, Split, Trigger
 from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity
 from megalina.placement.split import even, load_aware, local_first
 from megalina.placement.triggers import always, never
-from tests.infer.small_engine import EXPERTS, batch_of, random_placement, small_engine, small_gpt, tokens_of
+from megalina.step.program import Stage
+from tests.infer.small_engine import EXPERTS, batch_of, layer_bytes, random_placement, small_engine, small_gpt, tokens_of
 from tests.parallel.ranks import run_on_ranks
 
 SPLITS = {"even": even, "load_aware": load_aware, "local_first": local_first}
@@ -75,7 +79,7 @@ def many_placements(number: int, dtype: str) -> dict[str, Any]:
     for tile in (True, False):
         for name, split in SPLITS.items():
             residents = [static(world, slots)] * len(gpt.moe_layers)
-            engines[name, tile] = small_engine(gpt, moving(split, always), residents, batch_invariant=tile, spare_experts=16)
+            engines[name, tile] = small_engine(gpt, moving(split, always), residents, batch_invariant=tile)
     outs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for i in range(number):
         name = list(SPLITS)[i % len(SPLITS)]
@@ -101,6 +105,44 @@ def moving(split: Split, trigger: Trigger) -> Policy:
     return Policy(Uniform(), lambda share_E, devices, slots: random_placement(random, devices, slots), split, trigger)
 
 
+class RowsSeen(EmulatedDevice):
+    """Every stage takes a little, so what is sent leaves through a lane; notes the rows that experts had."""
+
+    def __init__(self, functions: InferenceFunctions):
+        super().__init__(self._note)
+        self.functions, self.rows = functions, list[int]()
+
+    def _note(self, stage: Stage) -> float:
+        if stage.name == "experts":
+            self.rows.append(self.functions.rows_here)
+        return 1e-4
+
+
+def in_chunks(number: int) -> dict[str, Any]:
+    """The same batches under the same placements, with rows that go back at once and in chunks; in each batch another rank has
+    no token."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    slots = 4 if world > 1 else EXPERTS + 1
+    out: dict[str, Any] = {"different": [], "rows": {}, "experts": 0}
+    for (name, model), split in zip(MODELS.items(), SPLITS.values(), strict=True):
+        gpt = small_gpt(dtype=torch.float32, **model)
+        residents = [static(world, slots)] * len(gpt.moe_layers)
+        engines = {n: small_engine(gpt, moving(split, always), residents, RowsSeen, combine_chunks=n) for n in (1, 2, 3, slots)}
+        for i in range(number):
+            random = np.random.default_rng((i, rank))
+            empty = i % (world + 1) == rank
+            batch = batch_of(random.integers(0, 97, (1 if empty else int(random.integers(1, 4)), 12)).tolist())
+            if empty:  # padding alone, as of a rank without a prompt
+                batch = replace(batch, valid_BS=torch.zeros_like(batch.valid_BS), loss_mask_BS=torch.zeros_like(batch.valid_BS))
+            outs = {n: engine.hidden(batch) for n, engine in engines.items()}
+            out["different"] += [(name, i, n) for n, o in outs.items() if not torch.equal(o, outs[1])]
+        out["rows"][name] = {n: np.reshape(engine.device.rows, (-1, n)).tolist() for n, engine in engines.items()}
+        out["experts"] += engines[slots].slots.done.experts
+        for engine in engines.values():
+            engine.close()
+    return out
+
+
 def broken_swaps(world_slots: int) -> dict[str, Any]:
     """Fetches fail on one rank alone, in phase 1, then in phase 2."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -109,7 +151,8 @@ def broken_swaps(world_slots: int) -> dict[str, Any]:
     out = {}
     for phase, trigger in (("1", never), ("2", always)):
         residents = [static(world, world_slots)] * len(gpt.moe_layers)
-        engine = small_engine(gpt, moving(even, trigger), residents, batch_invariant=True, spare_experts=16)
+        budget = layer_bytes(gpt, world_slots) + 1  # the smallest, and no whole expert more
+        engine = small_engine(gpt, moving(even, trigger), residents, batch_invariant=True, swap_bytes=budget)
         first = engine.hidden(batch).clone()
 
         def fail(to: torch.Tensor, source: torch.Tensor) -> None:
@@ -131,7 +174,7 @@ def broken_swaps(world_slots: int) -> dict[str, Any]:
         engine.close()
     apart = np.random.default_rng(rank)  # ranks plan otherwise, as on machines that round otherwise
     policy = Policy(Uniform(), lambda share_E, devices, slots: random_placement(apart, devices, slots), even, never)
-    engine = small_engine(gpt, policy, residents, batch_invariant=True, spare_experts=16)
+    engine = small_engine(gpt, policy, residents, batch_invariant=True)
     out["apart"] = [bool(torch.equal(first, engine.hidden(batch))) for _ in range(3)]
     out["moved"] = [engine.slots.placement(layer) != residents[layer] for layer in range(3)]
     engine.close()
@@ -142,7 +185,7 @@ def write(prompts_of_ranks: list[list[list[int]]]) -> dict[str, Any]:
     """Greedy text of ranks with few and no prompts of different lengths, under placements that move; and each alone."""
     rank, world = dist.get_rank(), dist.get_world_size()
     gpt = small_gpt(dtype=torch.float64)
-    engine = small_engine(gpt, moving(load_aware, always), [static(world, 4)] * len(gpt.moe_layers), spare_experts=16)
+    engine = small_engine(gpt, moving(load_aware, always), [static(world, 4)] * len(gpt.moe_layers))
     fed: list[int] = []
     own = prompts_of_ranks[rank]
     text = write_on(engine, own, max_tokens=9, max_positions=14, each_pass=lambda passes, tokens: fed.append(tokens))
@@ -185,6 +228,10 @@ def bad(case: str) -> str:
             small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * 2)
         if case == "devices":
             small_engine(gpt, Policy(None, None, even, never), [static(world + 1, 4)] * 3)
+        if case == "chunks":
+            small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * 3, combine_chunks=5)
+        if case == "budget":
+            small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * 3, swap_bytes=layer_bytes(gpt, 4) - 1)
     except ValueError as error:
         return str(error)
     return ""
@@ -196,6 +243,9 @@ BAD = {
     "router": "looks at later tokens",
     "layers": "2 placements for 3 MoE layers",
     "devices": "placed on 3 devices, there are 2 ranks",
+    "chunks": "5 chunks of 4 slots: choose 4 or fewer",
+    "budget": "73727 bytes for experts on their way: the 4 slots of one layer may be fetched at once and take 73728 bytes; "
+    "choose infer.swap_mib=0.071 or more",
 }
 
 
@@ -203,6 +253,7 @@ def jobs() -> dict[str, Any]:
     """All that this file asks of so many ranks: starting them takes longer than what they do."""
     world = dist.get_world_size()
     out: dict[str, Any] = {"oracle": {name: on_one_device(model, "float64") for name, model in MODELS.items()}}
+    out["chunks"] = in_chunks(6)
     if world == 2:
         out["placements"] = {dtype: many_placements(200 if dtype == "float32" else 12, dtype) for dtype in DTYPES}
         out["incremental"] = incremental()
@@ -240,6 +291,17 @@ def test_random_placements_splits_and_plans_anew_are_bit_equal(found: Found, dty
         assert dtype == "bfloat16" or of_dtype["rounding"] > 0  # without tiles bits do differ
         assert of_dtype["experts"] > 2 * number and of_dtype["failed"] == 0
         assert of_dtype["replanned"] == 2 * 3 * number  # with and without tiles; each layer, each time
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_that_go_back_in_chunks_are_the_same_bits(found: Found, world: int) -> None:
+    for rank in found[world]:
+        assert rank["chunks"]["different"] == []
+        assert world == 1 or rank["chunks"]["experts"] > 6  # placements did change
+        for of_model in rank["chunks"]["rows"].values():
+            for n, rows in of_model.items():
+                assert [sum(of_chunks) for of_chunks in rows] == [all_rows for (all_rows,) in of_model[1]]
+                assert n == 1 or any(sum(map(bool, of_chunks)) > 1 for of_chunks in rows)  # rows of a chunk, not of the layer
 
 
 def test_experts_that_do_not_come_change_no_answer_and_are_counted(found: Found) -> None:

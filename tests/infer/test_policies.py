@@ -43,6 +43,9 @@ def test_every_mode_is_ready_for_a_model(name: str) -> None:
         ({"slots_per_device": 1}, "infer.slots_per_device is 1: 4 devices then have 4 slots for 8 experts; choose 2 or more"),
         ({"planner": "greedy", "predictor": "none"}, "plans nothing: choose infer.predictor"),
         ({"planner": "none", "trigger": "always"}, "does nothing: choose infer.planner"),
+        ({"combine_chunks": 5}, "a chunk is one or more of a device's 4 slots in a layer; choose 1 to 4, or"),
+        ({"combine_chunks": 0}, "infer.combine_chunks is 0"),
+        ({"swap_mib": -1.0}, "infer.swap_mib is -1.0: choose 0"),
         ({"path_length": 0}, "infer.path_length is 0: choose 1 or more"),
     ],
 )

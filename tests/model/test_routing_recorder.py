@@ -35,7 +35,13 @@ def batch_of(first: int, count: int, valid: int = LENGTH) -> Batch:
 
 def chosen_by_hand(gpt: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
     """Experts [T, L, K], best first, and their renormalised softmax weights, of a model whose router is topk."""
-    top_k, ids, weights = gpt.router.top_k, [], []
+    return by_hand(gpt, batch)[:2]
+
+
+def by_hand(gpt: GPT, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chosen_by_hand`; then the experts that each layer's router would choose of what the MoE layer before reads."""
+    top_k, ids, weights, ahead = gpt.router.top_k, [], [], []
+    h_before_TD = None
     gpt.eval()
     with torch.no_grad():
         x_TD = gpt.embed(batch)
@@ -44,8 +50,13 @@ def chosen_by_hand(gpt: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
             if not layer.is_moe:
                 x_TD = layer.feed(h_TD, batch)
                 continue
-            n_TD = layer.mlp_norm(h_TD)
             assert layer.router.weight is not None
+            if h_before_TD is None:
+                ahead.append(torch.full((len(h_TD), top_k), layer.num_experts))
+            else:
+                ahead.append((layer.mlp_norm(h_before_TD) @ layer.router.weight.T).argsort(1, descending=True)[:, :top_k])
+            h_before_TD = h_TD
+            n_TD = layer.mlp_norm(h_TD)
             prob_TE = (n_TD @ layer.router.weight.T).softmax(1)
             best_TK = prob_TE.argsort(1, descending=True)[:, :top_k]
             best_weight_TK = prob_TE.gather(1, best_TK)
@@ -57,15 +68,17 @@ def chosen_by_hand(gpt: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
                 x_TD += best_weight_TK[:, k : k + 1] * every_ETD[best_TK[:, k], torch.arange(len(n_TD))]
             ids.append(best_TK)
             weights.append(best_weight_TK)
-    return torch.stack(ids, 1), torch.stack(weights, 1)
+    return torch.stack(ids, 1), torch.stack(weights, 1), torch.stack(ahead, 1)
 
 
 @pytest.mark.parametrize("model", [{}, {"moe_every": 2, "num_layers": 4}], ids=["all MoE", "every other layer dense"])
 def test_choices_are_those_of_the_routers_on_the_same_tokens(model: dict[str, Any]) -> None:
     gpt = small(**model)
     trace = record_routing(gpt, [batch_of(0, 2), batch_of(2, 3)], max_tokens=1000, name="all")
-    ids, weights = chosen_by_hand(gpt, batch_of(0, 5))
+    ids, weights, ahead = by_hand(gpt, batch_of(0, 5))
     assert np.array_equal(trace.expert_ids_TLK, ids.numpy())
+    assert trace.ahead_ids_TLK is not None and trace.ahead_ids_TLK.dtype == np.uint8
+    assert np.array_equal(trace.ahead_ids_TLK, ahead.numpy()) and 0 < (ahead == ids)[:, 1:].float().mean() < 1
     assert trace.expert_ids_TLK.dtype == np.uint8 and trace.weights_TLK is not None and trace.weights_TLK.dtype == np.float16
     assert np.abs(trace.weights_TLK - weights.numpy()).max() < 1e-3
     assert trace.sample_lengths_S.tolist() == [LENGTH] * 5
@@ -98,13 +111,16 @@ def test_so_many_tokens_and_no_more() -> None:
     assert (ran, seen) == ([0, 2, 4], [24, 48, 55])
     whole = record_routing(gpt, [batch_of(0, 6)], max_tokens=1000, name="whole")
     assert np.array_equal(trace.expert_ids_TLK, whole.expert_ids_TLK[:55])
+    assert trace.ahead_ids_TLK is not None and whole.ahead_ids_TLK is not None
+    assert np.array_equal(trace.ahead_ids_TLK, whole.ahead_ids_TLK[:55])
     with pytest.raises(ValueError, match="recorder of 0 tokens"):
         record_routing(gpt, [batch_of(0, 2)], max_tokens=0, name="none")
 
 
 def test_padding_is_no_token() -> None:
     trace = record_routing(small(), [batch_of(0, 2, valid=5)], max_tokens=1000, name="padded")
-    assert trace.sample_lengths_S.tolist() == [5, 5]
+    assert trace.sample_lengths_S.tolist() == [5, 5] and trace.ahead_ids_TLK is not None
+    assert (trace.ahead_ids_TLK[:, 1:] < 5).all()  # what is nobody's has been left out
 
 
 def test_tokens_are_in_order_whoever_saw_them_first_and_the_last_ones_are_kept() -> None:
@@ -116,7 +132,8 @@ def test_tokens_are_in_order_whoever_saw_them_first_and_the_last_ones_are_kept()
         with recorder.watching(gpt), torch.no_grad():
             gpt.hidden(batch_of(first, 2))
         found.append(recorder.decisions())
-    assert np.array_equal(trace_of(found, gpt, max_tokens=1000, name="t").expert_ids_TLK, whole.expert_ids_TLK)
+    joined = trace_of(found, gpt, max_tokens=1000, name="t")
+    assert np.array_equal(joined.expert_ids_TLK, whole.expert_ids_TLK) and joined.ahead_ids_TLK is None  # nobody was asked
     last = trace_of(found, gpt, max_tokens=30, name="t")
     assert np.array_equal(last.expert_ids_TLK, whole.expert_ids_TLK[-30:]) and last.sample_lengths_S.tolist() == [6, 12, 12]
 
@@ -127,7 +144,8 @@ def test_nothing_hangs_on_a_model_that_nobody_watches() -> None:
     with pytest.raises(RuntimeError), recorder.watching(gpt):
         assert all(len(layer.router._forward_hooks) == 1 for layer in gpt.layers)
         raise RuntimeError
-    assert not any(layer.router._forward_hooks for layer in gpt.layers)
+    record_routing(gpt, [batch_of(0, 1)], max_tokens=5, name="asked ahead")
+    assert not any(layer.router._forward_hooks or layer.mlp_norm._forward_pre_hooks for layer in gpt.layers)
     with pytest.raises(ValueError, match="the model did not run"):
         recorder.decisions()
 

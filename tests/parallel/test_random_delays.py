@@ -22,8 +22,9 @@ from megalina.mesh import Mesh, build_mesh
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.parallel.functions import Verdict
 from megalina.parallel.trainable import Trainable
-from megalina.sim.virtual import Wire
-from megalina.sim.virtual import run as run_in_virtual_time
+from megalina.sim.network import one_level
+from megalina.sim.sizes import Sizes
+from megalina.sim.virtual import simulate
 from megalina.step.program import Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from megalina.train.bucket_optimizer import BucketOptimizer
@@ -223,8 +224,13 @@ def errors(found: Numbers, plain: Numbers) -> Iterator[float]:
 
 def simulated(program: Program, layout: tuple[int, int, int], rank: int) -> Ledger:
     """What the groups of this rank see of the list in virtual time."""
-    wire = Wire(1e6, 1e-5, lambda stage: 1000.0)
-    timeline = run_in_virtual_time([program] * WORLD, ranks_of=ranks_of(layout), seconds=lambda rank, stage: 1e-4, wire=wire)
+    timeline = simulate(
+        [program] * WORLD,
+        ranks_of=ranks_of(layout),
+        seconds=lambda rank, stage: 1e-4,
+        network=one_level(1e6, 1e-5),
+        sizes=Sizes(lambda stage: 1000.0),
+    )
     return {group: list(tags[rank]) for group, tags in timeline.ledger.items() if rank in tags}
 
 

@@ -13,7 +13,7 @@ from megalina.placement.predictors.batch_memory import correction, empty_memory,
 from megalina.placement.predictors.distribution import DistributionPredictor
 from megalina.placement.predictors.ema import EmaPredictor
 from megalina.placement.predictors.linear_map import LinearMapPredictor, even_map, fit_linear_map
-from megalina.placement.predictors.look_ahead import LookAheadPredictor
+from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
 from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
@@ -82,6 +82,7 @@ def all_predictors(batches: Sequence[Ids]) -> dict[str, Predictor]:
         "online map without a profile": OnlineMapPredictor(even_map(L, E, K, layers_back=2)),
         "look-ahead": LookAheadPredictor(counts_LE),
         "corrected look-ahead": LookAheadPredictor(counts_LE, batches=3),
+        "mapped look-ahead": LookAheadPredictor(counts_LE, maps=fit_confusion(drawn(8, 50), profile_TLK, E), batches=3),
         "oracle": OraclePredictor(np.stack([counts_of(ids_TLK) for ids_TLK in batches])),
     }
 

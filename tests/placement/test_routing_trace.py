@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def traces(draw: st.DrawFn, num_layers: int | None = None, num_experts: int | No
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     shape = (sum(lengths), num_layers or draw(st.integers(1, 4)))
     ids = np.argsort(random.random((*shape, experts)), axis=2)[..., :top_k]
-    weighted = draw(st.booleans())
+    weighted, asked_ahead = draw(st.booleans()), draw(st.booleans())
+    ahead = np.argsort(random.random((*shape, experts)), axis=2)[..., :top_k].astype(np.uint8)
+    ahead[:, 0] = experts  # nobody
     return traced(
         ids.astype(draw(st.sampled_from([np.uint8, np.uint16, np.int32, np.int64]))),
         experts,
@@ -51,11 +54,13 @@ def traces(draw: st.DrawFn, num_layers: int | None = None, num_experts: int | No
         sample_lengths_S=np.array(lengths),
         layers=sorted(random.choice(50, shape[1], replace=False).tolist()),
         name=draw(st.sampled_from(["", "a", "größer"])),
+        ahead_ids_TLK=ahead if asked_ahead else None,
     )
 
 
 def same(a: RoutingTrace, b: RoutingTrace) -> bool:
-    pairs = [(a.expert_ids_TLK, b.expert_ids_TLK), (a.sample_lengths_S, b.sample_lengths_S), (a.weights_TLK, b.weights_TLK)]
+    pairs = [(a.expert_ids_TLK, b.expert_ids_TLK), (a.sample_lengths_S, b.sample_lengths_S), (a.weights_TLK, b.weights_TLK),
+             (a.ahead_ids_TLK, b.ahead_ids_TLK)]  # fmt: skip
     arrays = all((x is None and y is None) or (x.dtype == y.dtype and np.array_equal(x, y)) for x, y in pairs)  # type: ignore
     return arrays and (a.num_experts, a.layers, a.name) == (b.num_experts, b.layers, b.name)
 
@@ -233,7 +238,7 @@ def test_halves_joined_are_the_whole_cut_nearest_the_middle(trace: RoutingTrace)
     first, second = halves(trace)
     whole = joined([first, second])
     assert np.array_equal(whole.expert_ids_TLK, trace.expert_ids_TLK) and whole.sample_lengths_S.tolist() == lengths
-    assert (whole.weights_TLK is None) == (trace.weights_TLK is None)
+    assert same(whole, replace(trace, name=whole.name, sample_lengths_S=whole.sample_lengths_S))
     distances = [abs(2 * sum(lengths[:n]) - trace.num_tokens) for n in range(1, len(lengths))]
     assert len(first.sample_lengths_S) == distances.index(min(distances)) + 1
     assert (counts_LE(first) + counts_LE(second) == counts_LE(trace)).all()

@@ -1,12 +1,14 @@
-"""Schedules for tests: settings of every kind for a strategy, other legal orders of its list, delays, layouts."""
+"""Schedules for tests: hand-made stages, settings of all kinds for a strategy, other orders of its list, delays, layouts."""
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from random import Random
 
 from megalina.mesh import rows
 from megalina.parallel.shard import axis_of_group
+from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds
 from megalina.step.forward import Shape, plain
 from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, reads_of, writes_of
@@ -22,7 +24,23 @@ SHAPES = {
 }
 LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
 WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn
+NAMED = Sizes(lambda stage: float(stage.name.split()[1]))  # "b 200" sends 200 bytes
 DELAYS_S = (0.0, 0.0, 1e-5, 1e-3, 3e-3, 0.1)  # some devices are much slower than the wire, some not
+
+
+def compute(name: str, reads: str = "", writes: str = "") -> Stage:
+    """ "a 3" computes for 3 s, where tests say so."""
+    return Stage("F", Kind.COMPUTE, name, reads=tuple(reads.split()), writes=tuple(writes.split()))
+
+
+def start(name: str, op: Op = Op.TOKENS, axis: str = "ep", reads: str = "", **more: object) -> Stage:
+    """ "a 200" sends 200 bytes with `NAMED`."""
+    stage = Stage("F", Kind.START, name, reads=tuple(reads.split()), writes=(f"{name}>",), op=op, axis=axis)
+    return replace(stage, **more)
+
+
+def wait(name: str, op: Op = Op.TOKENS, axis: str = "ep", writes: str = "") -> Stage:
+    return Stage("F", Kind.WAIT, name, reads=(f"{name}>",), writes=(writes or f"{name}.",), op=op, axis=axis)
 
 
 def buckets_of(shape: Shape, *, sharded: bool = False, piece: int | None = None) -> dict[str, BucketSpec]:

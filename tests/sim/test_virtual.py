@@ -15,21 +15,28 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from megalina.sim.virtual import LITERAL, OURS, Deadlock, Rule, Timeline, Wire, lower_bound, run
-from megalina.step.forward import plain
+from megalina.sim.lanes import LITERAL, OURS, Rule
+from megalina.sim.lower_bound import lower_bound
+from megalina.sim.network import Loads, one_level
+from megalina.sim.sizes import Sizes
+from megalina.sim.virtual import Deadlock, Timeline, simulate
 from megalina.step.program import Kind, Op, Program, Stage, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from tests.sim.schedules import (
     DELAYS_S,
     LAYOUTS,
+    NAMED,
     SHAPES,
     WALKING,
     buckets_of,
+    compute,
     delays,
     order_of,
     ranks_of,
     reduced,
     setting_of,
+    start,
+    wait,
 )
 
 C, START, WAIT = Kind.COMPUTE, Kind.START, Kind.WAIT
@@ -37,19 +44,6 @@ SMALL = [layout for layout in LAYOUTS if layout != (2, 2, 2)]
 
 
 # hand-made traces: two ranks, 100 bytes a second, and stages that are named after what they take
-
-
-def compute(name: str, reads: str = "", writes: str = "") -> Stage:
-    return Stage("F", C, name, reads=tuple(reads.split()), writes=tuple(writes.split()))
-
-
-def start(name: str, op: Op = Op.TOKENS, axis: str = "ep", reads: str = "", **more: object) -> Stage:
-    stage = Stage("F", START, name, reads=tuple(reads.split()), writes=(f"{name}>",), op=op, axis=axis)
-    return replace(stage, **more)
-
-
-def wait(name: str, op: Op = Op.TOKENS, writes: str = "") -> Stage:
-    return Stage("F", WAIT, name, reads=(f"{name}>",), writes=(writes or f"{name}.",), op=op, axis="ep")
 
 
 def play(
@@ -61,13 +55,23 @@ def play(
         return float(stage.name.split()[1]) if stage.kind is C else (lag or {}).get(f"{stage.name} on {rank}", 0.0)
 
     lists = programs if len(programs) > 1 else programs * ranks
-    return run(
+    return simulate(
         lists,
         ranks_of=lambda axis, rank: tuple(range(ranks)) if axis != "tp" else (rank,),
         seconds=seconds,
-        wire=Wire(100.0, latency_s, lambda stage: float(stage.name.split()[1])),
+        network=one_level(100.0, latency_s),
+        sizes=NAMED,
         rule=rule,
     )
+
+
+def link_bytes(sizes: Sizes, stage: Stage) -> float:
+    """What four ranks put on each of their links."""
+    what, num_bytes, _ = sizes.sent(stage, (0, 1, 2, 3))
+    (load,) = Loads(one_level(1.0, 0.0), 4).of(stage.axis, what, (0, 1, 2, 3))
+    out_bytes, in_bytes = load.bytes_on(16)[8:].reshape(2, 4) * num_bytes
+    assert set(out_bytes) == set(in_bytes) == {out_bytes[0]}
+    return float(out_bytes[0])
 
 
 def sent_s(timeline: Timeline, rank: int = 0) -> dict[str, tuple[float, float]]:
@@ -93,19 +97,21 @@ def test_a_collective_is_as_fast_as_on_its_fullest_link() -> None:
     """Ranks 0 and 1 share a second collective; 2 and 3 have room, but must keep pace in the first."""
     one = (start("a 400", axis="world"), wait("a 400"))
     two = (start("b 200", axis="dp"), wait("b 200"))
-    timeline = run(
+    timeline = simulate(
         [one + two] * 2 + [one] * 2,
         ranks_of=lambda axis, rank: (0, 1, 2, 3) if axis == "world" else (0, 1),
         seconds=lambda rank, stage: 0.0,
-        wire=Wire(100.0, 0.0, lambda stage: float(stage.name.split()[1])),
+        network=one_level(100.0, 0.0),
+        sizes=NAMED,
     )
     assert sent_s(timeline, 3) == {"a 400": (0, 3)}
     together = (start("a 400", axis="world"), start("b 200", axis="dp"), wait("a 400"), wait("b 200"))
-    timeline = run(
+    timeline = simulate(
         [together] * 2 + [one] * 2,
         ranks_of=lambda axis, rank: (0, 1, 2, 3) if axis == "world" else (0, 1),
         seconds=lambda rank, stage: 0.0,
-        wire=Wire(100.0, 0.0, lambda stage: float(stage.name.split()[1])),
+        network=one_level(100.0, 0.0),
+        sizes=NAMED,
     )
     assert sent_s(timeline, 3) == {"a 400": (0, 4)}  # 300 bytes: 100 in 2 s, while b sends its 100, then 200 in 2 s
 
@@ -154,8 +160,8 @@ def test_split_sizes_hold_the_tokens_and_not_the_program() -> None:
 
 def test_a_reduce_scatter_sends_half_of_an_all_reduce() -> None:
     stage = start("dense.0", Op.GRADS)
-    assert Wire(1.0, 0.0, lambda s: 400.0).link_bytes(stage, 4) == 600
-    assert Wire(1.0, 0.0, lambda s: 400.0, scattered=["dense.0"]).link_bytes(stage, 4) == 300
+    assert link_bytes(Sizes(lambda s: 400.0), stage) == 600
+    assert link_bytes(Sizes(lambda s: 400.0, scattered=["dense.0"]), stage) == 300
 
 
 # deadlocks
@@ -218,9 +224,9 @@ def deadlocks(program: Program, rule: Rule, schedules: int = 100) -> int:
     """Of so many schedules on 2 x 2 ranks, how many have no end."""
     count = 0
     for seed in range(schedules):
-        wire = Wire(1e6, 1e-5, lambda stage: 1000.0)
+        what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda stage: 1000.0), "rule": rule}
         try:
-            run([program] * 4, ranks_of=ranks_of((2, 2, 1)), seconds=delays(Random(seed)), wire=wire, rule=rule)
+            simulate([program] * 4, ranks_of=ranks_of((2, 2, 1)), seconds=delays(Random(seed)), **what)
         except Deadlock:
             count += 1
     return count
@@ -266,13 +272,20 @@ def explore(name: str, tried: Counter[str], *, examples: int, schedules: int, la
         starts = {s.tag: s for s in program if s.kind is START}
         asked = [{t for t, s in starts.items() if len(ranks_of(layout)(s.axis, rank)) > 1} for rank in range(prod(layout))]
         for i in range(schedules):
-            wire = Wire(10 ** random.uniform(5, 9), random.choice((0.0, 1e-4)), lambda s: 4.0 * max(10, s.piece[1] - s.piece[0]))
-            programs, what = [program] * len(asked), (ranks_of(layout), delays(random), wire)
-            timeline = run(programs, ranks_of=what[0], seconds=what[1], wire=wire)
+            programs, what = (
+                [program] * len(asked),
+                {
+                    "network": one_level(10 ** random.uniform(5, 9), random.choice((0.0, 1e-4))),
+                    "sizes": Sizes(lambda s: 4.0 * max(10, s.piece[1] - s.piece[0])),
+                    "ranks_of": ranks_of(layout),
+                    "seconds": delays(random),
+                },
+            )
+            timeline = simulate(programs, **what)
             ends_with_one_ledger(timeline, asked)
             yields_are_kept(timeline, starts, rank=random.randrange(len(asked)))
             if i == 0:
-                bound = lower_bound(programs, ranks_of=what[0], seconds=what[1], wire=wire)
+                bound = lower_bound(programs, **what)
                 assert timeline.step_s >= bound["bound_s"] * (1 - 1e-9)
             tried[name] += 1
 
@@ -312,8 +325,8 @@ def test_none_of_thousands_of_schedules_deadlocks(name: str, tried: Counter[str]
 def test_the_same_delays_give_the_same_timeline() -> None:
     shape = SHAPES["tensor parallel, shared experts"]
     program = training_step("flow", Setting(shape, buckets_of(shape, piece=40), yields=True, parts=2))
-    wire = Wire(1e6, 1e-5, lambda stage: 1000.0)
-    first, second = (run([program] * 8, ranks_of=ranks_of((2, 2, 2)), seconds=delays(Random(3)), wire=wire) for _ in range(2))
+    what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda stage: 1000.0), "ranks_of": ranks_of((2, 2, 2))}
+    first, second = (simulate([program] * 8, seconds=delays(Random(3)), **what) for _ in range(2))
     assert first.step_s == second.step_s
     assert [first.events(rank) for rank in range(8)] == [second.events(rank) for rank in range(8)]
 
@@ -368,44 +381,13 @@ def test_ranks_that_are_alike_take_as_long_as_one_with_one_link(name: str) -> No
         program = tuple(replace(s, yields_to=(), credit=0) for s in training_step(name, setting))
         took_s = {s: random.choice(DELAYS_S) for s in program if s.kind is C}
         size = {s: random.choice((1.0, 100.0, 3000.0)) for s in program if s.kind is START}
-        wire = Wire(1e5, 0.0, size.__getitem__, scattered=[b for b, spec in setting.buckets.items() if spec.sharded])
-        found = run(
+        sizes = Sizes(size.__getitem__, scattered=[b for b, spec in setting.buckets.items() if spec.sharded])
+        found = simulate(
             [program] * 4,
             ranks_of=lambda axis, rank: (0, 1, 2, 3),
             seconds=lambda rank, s, took_s=took_s: took_s.get(s, 0.0),
-            wire=wire,
+            network=one_level(1e5, 0.0),
+            sizes=sizes,
         )
-        bytes_of = {s: wire.link_bytes(s, 4) for s in size}
+        bytes_of = {s: link_bytes(sizes, s) for s in size}
         assert found.step_s == pytest.approx(fluid(program, took_s, bytes_of, 1e5), rel=1e-9)
-
-
-# lower bounds
-
-
-def test_the_bound_of_a_small_list_is_that_of_its_three_parts() -> None:
-    program = (
-        compute("x 1", writes="x"),
-        start("a 200", reads="x"),
-        compute("y 1"),
-        wait("a 200", writes="a"),
-        start("b 400", reads="x", axis="dp"),
-        compute("z 2", reads="a", writes="z"),
-        wait("b 400"),
-    )
-    what = {
-        "ranks_of": lambda axis, rank: (0, 1),
-        "seconds": lambda rank, s: float(s.name.split()[1]) * (1 + rank) if s.kind is C else 0.0,
-        "wire": Wire(100.0, 0.5, lambda s: float(s.name.split()[1])),
-    }
-    bound = lower_bound([program] * 2, **what)
-    assert bound == {"compute_s": 8.0, "link_s": 3.0, "critical_path_s": 2 + 1.5 + 4, "bound_s": 8.0}
-    assert run([program] * 2, **what).step_s >= 8
-
-
-def test_a_list_that_is_one_chain_takes_as_long_as_its_critical_path() -> None:
-    forward = plain(SHAPES["experts in every layer"])
-    what = {"ranks_of": ranks_of((1, 4, 1)), "wire": Wire(1e6, 1e-3, lambda s: 5000.0)}
-    seconds = delays(Random(0))
-    alike = {"seconds": lambda rank, s: seconds(0, s) if s.kind is C else 0.0, **what}
-    took_s = run([forward] * 4, **alike).step_s
-    assert took_s == pytest.approx(lower_bound([forward] * 4, **alike)["critical_path_s"])

@@ -9,9 +9,9 @@ from megalina.step.inference import inference_step
 from megalina.step.program import Kind, Op, check
 
 
-@given(moe=st.lists(st.booleans(), min_size=1, max_size=6), shared=st.booleans(), learns=st.booleans())
-def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: bool) -> None:
-    program = inference_step(Shape(moe=tuple(moe), shared_experts=shared), learns=learns)
+@given(moe=st.lists(st.booleans(), min_size=1, max_size=6), shared=st.booleans(), learns=st.booleans(), chunks=st.integers(1, 4))
+def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: bool, chunks: int) -> None:
+    program = inference_step(Shape(moe=tuple(moe), shared_experts=shared), learns=learns, chunks=chunks)
     check(program, {"#batch.-.0"}, {})
     tags = [s.tag for s in program]
     layers = [i for i, is_moe in enumerate(moe) if is_moe]
@@ -29,6 +29,25 @@ def test_exchanges_are_one_of_counts_and_two_of_tokens_a_layer() -> None:
     program = inference_step(Shape(moe=(True, False, True)), learns=True)
     starts = [(s.op, s.layer) for s in program if s.kind is Kind.START]
     assert starts == [(op, layer) for layer in (0, 2) for op in (Op.GATHER, Op.TOKENS, Op.TOKENS)]
+
+
+def test_a_chunk_of_slots_goes_back_while_the_next_one_computes() -> None:
+    program = inference_step(Shape(moe=(True, True)), learns=False, chunks=3)
+    tags = [s.tag for s in program]
+    begin = tags.index("F:dispatch<.1.0")
+    assert tags[begin + 1 : begin + 12] == [
+        *("F:experts.1.0c0", "F:combine>.1.0c0", "F:experts.1.0c1", "F:combine>.1.0c1", "F:experts.1.0c2", "F:combine>.1.0c2"),
+        *("F:combine<.1.0c0", "F:combine<.1.0c1", "F:combine<.1.0c2"),
+        *("F:join.1.0", "F:mix.1.0"),
+    ]
+    chunked = [s for s in program if s.name in ("experts", "combine") and s.layer == 1]
+    assert all(s.chunk == (int(s.part[-1]), 3) for s in chunked)
+    assert not any(s.credit or s.yields_to for s in program)
+
+
+def test_no_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 chunks of slots: choose 1 or more"):
+        inference_step(Shape(moe=(True,)), learns=False, chunks=0)
 
 
 def test_tensor_parallelism_is_refused() -> None:

@@ -83,7 +83,7 @@ def test_a_backend_that_fails_is_dropped_with_one_line_and_the_others_go_on(tmp_
             tracker.log({"step": step, "loss": 1.0})
         tracker.finish(failed=False)
     assert [record.getMessage() for record in caplog.records] == [
-        "Fake is not tracking this run any more (ConnectionError: the server went away); metrics.jsonl has everything"
+        "Fake is not tracking this run any more (ConnectionError: the server went away); the files of the run have all"
     ]
     assert bad.calls == [("log", 1), ("log", 2)] and len(good.calls) == 11 and len(steps_in(tmp_path)) == 10
 

@@ -1,20 +1,56 @@
 """Look-ahead predictor: the layer's own router, asked before its time: on the hidden state of the layer before.
 
 What it says is off by what the layers between add to the hidden state, much the same for all batches of a kind.  So a linear map
-from what it says to what comes true is learned from the batches served, if wanted; it starts as doing nothing.
+from what it says to what comes true is learned, if wanted: from a trace that has both, token by token (`fit_confusion`), and from
+the batches served.  Without a trace it starts as doing nothing.  For a laptop's model of 8 experts the trace's map alone took
+the error of shares from 0.20 to 0.07 on text of the trace's kind, but from 0.30 to 0.20 only on other text; with the last 32
+batches it came to 0.07 and 0.06.
 
-Shapes: T tokens of a rank, K choices a token, E experts, L MoE layers.
+Shapes: T tokens of a rank or a trace, K choices a token, E experts, L MoE layers.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
 from megalina.placement.predictors.ema import averaged
 from megalina.placement.predictors.linear_map import LEAST
 from megalina.placement.predictors.predictor import Floats, Ids, Seen
 from megalina.placement.predictors.shares import Counts, as_shares, check_part, choice_counts, layer_shares
+
+RIDGE = 30.0  # tokens; 1 to 300 do as well on traces of 32,000 tokens of 8 experts
+
+
+def fit_confusion(ahead_TLK: Ids, chosen_TLK: Ids, num_experts: int, *, ridge: float = RIDGE) -> Floats:
+    """[L, E, E], each layer's map from the shares that its router says ahead, a row, to those that come true.
+
+    Ridge regression towards doing nothing, over the trace's tokens: W that minimises |Y - X W|^2 + ridge |W - 1|^2, where X and Y
+    are what was said and what was chosen, multi-hot.  Where nothing was said, as of the first layer, it does nothing.  Ids of
+    `num_experts` are nobody's.  ValueError unless both are [T, L, K], at least one token, and the ridge is above 0."""
+    if chosen_TLK.ndim != 3 or not chosen_TLK.size or ahead_TLK.shape != chosen_TLK.shape:
+        raise ValueError(
+            f"ids said ahead and ids chosen must both be [tokens, layers, choices], at least one of each, not "
+            f"{list(ahead_TLK.shape)} and {list(chosen_TLK.shape)}"
+        )
+    if not ridge > 0:
+        raise ValueError(f"ridge {ridge}: take one above 0")
+    nothing_EE = ridge * np.eye(num_experts)
+    maps = []
+    for layer in range(chosen_TLK.shape[1]):
+        said_TE, chosen_TE = (_multi_hot(ids_TLK[:, layer], num_experts) for ids_TLK in (ahead_TLK, chosen_TLK))
+        # float32 is exact for these sums up to 16 million tokens
+        xx_EE, xy_EE = ((said_TE.T @ hot_TE).astype(np.float64) for hot_TE in (said_TE, chosen_TE))
+        maps.append(np.linalg.solve(xx_EE + nothing_EE, xy_EE + nothing_EE))
+    return np.stack(maps)
+
+
+def _multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
+    """[T, E], 1 where the expert is among a token's; nobody is one more expert, who is then left out."""
+    hot_TE = np.zeros((len(chosen_TK), num_experts + 1), np.float32)
+    np.put_along_axis(hot_TE, chosen_TK.astype(np.int64), 1.0, axis=1)
+    return hot_TE[:, :num_experts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,16 +64,19 @@ class Heeded:
 class LookAheadPredictor:
     """`counts_LE`: rows of each expert in the profile, or ones; for a layer that nothing is known of.
 
-    `batches`: so many are remembered to correct what the router says; 0 believes it.  `trust`: rows of a batch after which its
-    correction counts as much as what the router said, roughly.  `forgetting`: what a batch leaves of the weight of those before.
-    `decay`: of the running average where nothing was said, as before the first layer.
+    `maps`: of `fit_confusion`, how the router errs; None believes it.  `batches`: so many are remembered to correct what is said
+    with or without maps; 0 learns nothing while serving.  `trust`: rows of a batch after which its correction counts as much as
+    what was said, roughly.  `forgetting`: what a batch leaves of the weight of those before.  `decay`: of the running average
+    where nothing was said, as before the first layer.
 
-    ValueError for negative counts or batches, a trust that isn't above 0, or a forgetting or decay outside 0 to 1."""
+    ValueError for negative counts or batches, maps of another shape, a trust that isn't above 0, or a forgetting or decay outside
+    0 to 1."""
 
     def __init__(
         self,
         counts_LE: Counts,
         *,
+        maps: Floats | None = None,
         batches: int = 0,
         trust: float = 100.0,
         forgetting: float = 0.9,
@@ -49,6 +88,11 @@ class LookAheadPredictor:
             raise ValueError(f"{batches} batches, trust {trust}: take at least 0 batches and a trust above 0")
         self._share_LE = layer_shares(counts_LE)
         self.num_experts = self._share_LE.shape[1]
+        if maps is not None and maps.shape != (*self._share_LE.shape, self.num_experts):
+            raise ValueError(
+                f"maps are {list(maps.shape)}: for counts {list(self._share_LE.shape)} each layer needs one of E x E"
+            )
+        self.maps = maps
         self.batches, self.trust, self.forgetting, self.decay = batches, trust, forgetting, decay
 
     def start(self, layer: int) -> Heeded:
@@ -68,8 +112,10 @@ class LookAheadPredictor:
         if not features.any():
             return as_shares(state.average_E)
         said_E = as_shares(features)
+        corrects = self.maps is not None or self.batches > 0
         # an even share is 1 here, so that trust means the same for any number of experts
-        return as_shares(said_E + correction(state.memory, self.num_experts * said_E), LEAST if self.batches else 0.0)
+        learned_E = correction(state.memory, self.num_experts * said_E)
+        return as_shares(self._mapped(layer, said_E) + learned_E, LEAST if corrects else 0.0)
 
     def evidence(self, layer: int, seen: Seen, chosen_TK: Ids) -> Floats:
         """[E], rows of each expert."""
@@ -84,9 +130,13 @@ class LookAheadPredictor:
                 memory,
                 input_E,
                 input_E / self.num_experts,
-                as_shares(evidence) - said_E,
+                as_shares(evidence) - self._mapped(layer, said_E),
                 weight=float(evidence.sum()) / self.trust,
                 forgetting=self.forgetting,
                 most=self.batches,
             )
         return Heeded(averaged(state.average_E, evidence, self.decay), memory)
+
+    def _mapped(self, layer: int, said_E: Floats) -> Floats:
+        """[E], sum about 1, some perhaps negative."""
+        return said_E if self.maps is None else said_E @ self.maps[layer]

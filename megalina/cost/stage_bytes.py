@@ -1,0 +1,158 @@
+"""How many bytes one rank holds in a step, by arithmetic: its state, each value of a program, what exchanges set aside.
+
+`StageBytes` is the `Sizes` that `megalina.sim.memory` asks.  Rows are those of routing without drops: a rank gets as many as it
+sends on average, and `skew` times as many where its experts are the fullest.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from megalina.config import PretrainConfig
+from megalina.cost.bucket_specs import axis_sizes, bucket_specs
+from megalina.cost.function_bytes import INT, ORDER, FunctionBytes
+from megalina.step.program import Op, Stage, has_gradient
+
+DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
+FEW = (  # a number a part, an expert or a sequence: not counted
+    *("loss", "aux", "global_aux", "prob", "z", "#load", "#loads", "#all_loads", "#group", "#batch", "#own_loss", "#loss"),
+    *("#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict"),
+)
+
+
+class StageBytes:
+    """Of one rank; all ranks are taken to be alike."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        world: int,
+        *,
+        vocab_size: int,
+        skew: float | Sequence[float] = 1.0,
+        expert_skew: float | Sequence[float] | None = None,
+        packing: int = 1,
+        piece_bytes: int = 0,
+        cuda: bool = False,
+    ):
+        """`vocab_size`: before padding; `skew`: rows that the rank gets over the mean; `expert_skew`: rows of its fullest expert
+        over the mean of its experts, None: as `skew`; both of all layers, or of each layer; `packing`, `piece_bytes`: of the
+        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo.  ValueError for a skew that is none, and where the layout
+        does not fit the world."""
+        self._config, self._cuda = config, cuda
+        self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep // packing)
+        self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
+        skew_L = _of_layers("skew", skew, config.model.num_layers)
+        expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, config.model.num_layers)
+        self._inside = FunctionBytes(
+            config, self.axes, vocab_size=vocab_size, skew_L=skew_L, expert_skew_L=expert_skew_L, cuda=cuda
+        )
+
+    @cached_property
+    def state(self) -> Mapping[str, int]:
+        """What is there throughout."""
+        train, inside = self._config.train, self._inside
+        numel = sum(spec.numel for spec in self.buckets.values())
+        own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
+        tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
+        rope = inside.head_dim if self._config.model.positions == "rope" else 0  # cosines and sines, half as many each
+        table = (self._config.model.max_positions or train.seq_len) * rope * 8
+        return {
+            "weights": numel * inside.w,
+            "gradients": numel * inside.f,
+            "master weights": own * inside.f if inside.mixed else 0,
+            "moments": 2 * own * inside.f if self._config.optim.name == "adamw" else 0,
+            # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
+            "batches": tokens * (6 * INT + 2 + rope * inside.w) + table,
+        }
+
+    def ranks(self, axis: str) -> int:
+        return self.axes[axis]
+
+    def kept(self, stage: Stage) -> int:
+        """What a forward stage keeps for its mirror, besides the values that it reads."""
+        return self._inside.of(stage).kept
+
+    def keeps(self, stage: Stage) -> tuple[str, ...]:
+        """Those of its results that a forward stage keeps, too: the router reads the normed tokens as they are."""
+        same = stage.name in ("route", "score") and not self._inside.mixed and self._config.router.kind != "hash"
+        return tuple(v for v in stage.writes if same and v.startswith("moe_n."))
+
+    def rise(self, stage: Stage) -> int:
+        """The most there is inside a compute stage above what there was before, its results among it."""
+        inside = self._inside
+        if stage.phase == "U":
+            return 0
+        if stage.phase == "W":
+            return inside.late_rise(stage)
+        of = inside.of(stage)
+        if stage.phase == "F":
+            return of.forward
+        if not stage.recompute:
+            return of.backward
+        results = sum(self.value(v, stage) for v in stage.reads if has_gradient(v))  # as many as their gradients, which are read
+        return max(of.forward, of.kept + results + of.backward)
+
+    def bucket(self, stage: Stage) -> int:
+        """What is set aside to send a piece of a bucket."""
+        spec, elements = self.buckets[stage.buckets[0]], stage.piece[1] - stage.piece[0]
+        if not spec.sharded:
+            return 0  # it is summed where it is
+        share = elements // self.axes[spec.axis]
+        if stage.op is Op.PARAMS:
+            return share * self._inside.w  # a copy of what this rank has
+        return (share if self._cuda else elements) * self._inside.f  # on gloo all ranks' shares, summed here
+
+    def received(self, stage: Stage, sent: int, arrives: int) -> int:
+        """The buffer for what arrives, beside what is sent."""
+        if stage.op is Op.SUM or (stage.op is Op.SCATTER and not self._cuda):
+            return sent
+        direct = stage.op is Op.GATHER and sent <= DIRECT_BYTES and not self._cuda
+        return arrives + (sent * self.axes[stage.axis] if direct else 0)
+
+    def value(self, name: str, stage: Stage) -> int:
+        """Of a value that `stage` reads or writes.  KeyError for one that is not known here."""
+        head = name.partition(".")[0].rstrip("'")
+        if " " in name:
+            return self._inside.late(stage) if name.startswith("#late") else 0  # buckets are state
+        if head in FEW:
+            return 0
+        inside = self._inside
+        t, h, o, d = inside.part(stage), inside.held(stage), inside.own(stage), inside.d * inside.w
+        whole = "c" not in name.rpartition(".")[2] and "c" not in stage.part  # of all chunks together
+        chunks = 1 if whole or "c" in stage.part else stage.chunk[1]
+        match head:
+            case "e" | "n_all" | "m_all" | "a_part" | "o_part":
+                return t * d
+            case "x" | "h" | "a" | "o" | "n" | "m" | "embedded":
+                return h * d
+            case "own" | "mixed" | "moe_n" | "s":
+                return o * d
+            case "rows" | "back":
+                return inside.sent(stage) * d // chunks
+            case "got" | "y":
+                return inside.got(stage) * d // chunks
+            case "weight":
+                return o * inside.k * inside.f
+            case "score" | "#score":
+                return o * inside.e * inside.f
+            case "#scores":
+                return t * inside.e * inside.f
+            case "stat":
+                return 2 * t * inside.f
+            case "stats":
+                return 2 * t * inside.tp * inside.f
+            case "#order":
+                return ORDER * INT * inside.sent(stage)
+            case "#sizes":
+                return 2 * INT * inside.got(stage) if inside.reorders else 0
+        raise KeyError(f"no bytes known of value {name} of stage {stage.tag}")
+
+
+def _of_layers(name: str, skew: float | Sequence[float], layers: int) -> Sequence[float]:
+    """Of each layer; ValueError where a number is missing or makes no sense."""
+    skew_L = [float(skew)] * layers if isinstance(skew, int | float) else list(skew)
+    if len(skew_L) != layers:
+        raise ValueError(f"{name} has {len(skew_L)} numbers: give one, or one for each of {layers} layers")
+    if bad := [s for s in skew_L if not 0 < s < float("inf")]:
+        raise ValueError(f"{name} is {bad[0]}: it is rows over their mean; give a number above 0, 1 for even routing")
+    return skew_L

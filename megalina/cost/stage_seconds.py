@@ -1,0 +1,127 @@
+"""How long a device takes for a compute stage: a roofline over its kernels, or the times that an emulated device is given.
+
+A matrix product takes the longer of its FLOPs, at the rate that products of its shape reach, and its bytes.  An output of
+[rows, columns] is computed in tiles, so a product costs as if it had `product_half_size` rows and columns more: what an expert
+with few rows pays.  All other kernels take their bytes, and every kernel a launch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megalina.config import ClusterConfig, PretrainConfig
+from megalina.cost.stage_work import StageWork, forward_flops
+from megalina.cost.work import Product, Work
+from megalina.step.program import Kind, Stage
+from megalina.validate import check_hardware
+
+SMALLEST_SHARE = 0.02  # of the full time, whatever the share: half a batch never takes exactly half the time
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What is reached of a device, from the figures of its cluster's file."""
+
+    flops_per_s: float  # of large products, in the run's type
+    wide_flops_per_s: float  # in float32
+    attention_flops_per_s: float
+    half_size: float  # rows or columns
+    bytes_per_s: float
+    kernel_s: float
+    host_stage_s: float
+
+    def efficiency(self, product: Product) -> float:
+        """The share of what a large product reaches, from the shape of the output."""
+        rows, columns = product.rows, product.columns
+        return rows / (rows + self.half_size) * columns / (columns + self.half_size) if rows and columns else 1.0
+
+    def product_s(self, product: Product) -> float:
+        """Without the launch."""
+        if product.attention:
+            compute_s = product.flops / self.attention_flops_per_s
+        else:
+            rate = self.wide_flops_per_s if product.wide else self.flops_per_s
+            compute_s = product.flops / (rate * self.efficiency(product))
+        return max(compute_s, product.num_bytes / self.bytes_per_s)
+
+    def seconds(self, work: Work) -> float:
+        """Kernels run one after another; the device waits for a host that takes longer for the stage.  No kernels: 0."""
+        if not work.kernels:
+            return 0.0
+        products_s = sum(map(self.product_s, work.products))
+        return max(products_s + work.moved_bytes / self.bytes_per_s + work.kernels * self.kernel_s, self.host_stage_s)
+
+
+def device_of(cluster: ClusterConfig, dtype: str) -> Device:
+    """A device of the cluster that computes in `dtype`.  ValueError for figures that are missing or wrong, and for float64."""
+    check_hardware(cluster)
+    hardware = cluster.hardware
+    peaks = {"float32": hardware.float32_tflops, "bfloat16": hardware.bfloat16_tflops}
+    if not peaks.get(dtype):
+        known = " or ".join(name for name, tflops in peaks.items() if tflops) or "none"
+        raise ValueError(f"conf/cluster/{cluster.name}.yaml gives peaks for {known}, not for {dtype}: change train.dtype")
+    peak = peaks[dtype] * 1e12
+    return Device(
+        flops_per_s=peak * hardware.product_efficiency,
+        wide_flops_per_s=hardware.float32_tflops * 1e12 * hardware.product_efficiency,
+        attention_flops_per_s=peak * hardware.attention_efficiency,
+        half_size=hardware.product_half_size,
+        bytes_per_s=hardware.memory_gbyte_s * 1e9 * hardware.memory_efficiency,
+        kernel_s=hardware.kernel_us / 1e6,
+        host_stage_s=hardware.host_stage_us / 1e6,
+    )
+
+
+def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0) -> Callable[[Stage], float]:
+    """How long each stage takes on a device of `config.cluster`, emulated or not; 0 for stages that send or wait.
+
+    `load`: rows of the experts there as a multiple of the mean; an emulated device is as fast whatever it is.
+    ValueError where the cluster's file lacks a figure."""
+    emulated = emulated_seconds(config)
+    if emulated is not None:
+        check_hardware(config.cluster)
+        return lambda stage: emulated(stage) if stage.kind is Kind.COMPUTE else 0.0
+    device = device_of(config.cluster, config.train.dtype)
+    known: dict[tuple[str, str, float, int, bool, bool], float] = {}  # layers are alike
+
+    def seconds(stage: Stage) -> float:
+        if stage.kind is not Kind.COMPUTE:
+            return 0.0
+        key = stage.phase, stage.name, stage.share, stage.chunk[1], stage.recompute, stage.late
+        if key not in known:
+            known[key] = device.seconds(work(stage, load))
+        return known[key]
+
+    return seconds
+
+
+def emulated_seconds(config: PretrainConfig) -> Callable[[Stage], float] | None:
+    """The costs of compute stages on the emulated device that `cluster` asks for; None where it asks for none."""
+    cluster = config.cluster
+    if cluster.attention_ms or cluster.experts_ms:
+        times = dict.fromkeys(("attention", "attention_heads"), cluster.attention_ms / 1e3)
+        times |= dict.fromkeys(("experts", "mlp", "mlp_hidden"), cluster.experts_ms / 1e3)
+    elif cluster.device_gflops:
+        times = {name: flops / (cluster.device_gflops * 1e9) for name, flops in forward_flops(config).items()}
+    else:
+        return None
+    return from_full_times(lambda name: times.get(name, 0.0), floor_s=cluster.kernel_floor_ms / 1e3)
+
+
+def from_full_times(full_s: Callable[[str], float], *, floor_s: float) -> Callable[[Stage], float]:
+    """Costs of stages from the forward times of whole micro-batches.
+
+    `full_s(name)`: the time of a stage for a whole micro-batch; 0: it isn't emulated, and takes as long as it takes here, which
+    holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time.
+    Backward is twice forward (once where the gradients of weights are a stage of their own, which is once too), and once more
+    where activations are computed again.
+    """
+
+    def seconds(stage: Stage) -> float:
+        full = full_s(stage.name)
+        if stage.phase == "U" or not full:
+            return 0.0
+        times = 1 if stage.phase in "FW" else 2 + stage.recompute - stage.late
+        share = stage.share / stage.chunk[1]
+        return times * ((floor_s or SMALLEST_SHARE * full) + share * full)
+
+    return seconds

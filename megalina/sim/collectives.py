@@ -1,0 +1,135 @@
+"""Collectives as flows: who sends how much to whom, by one algorithm or another.
+
+Letters: F flows, N ranks of the group, M nodes.  Bytes are of the whole tensor: what a rank sends (also to itself), sums, or has
+after a gather.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Collective(Enum):
+    ALL_TO_ALL = "all-to-all"
+    ALL_REDUCE = "all-reduce"
+    REDUCE_SCATTER = "reduce-scatter"
+    ALL_GATHER = "all-gather"
+
+    @property
+    def rounds(self) -> int:
+        """An all-reduce is a reduce-scatter and an all-gather."""
+        return 2 if self is Collective.ALL_REDUCE else 1
+
+
+ALGORITHMS = ("direct", "ring", "tree", "hierarchical")
+ALL_TO_ALLS = ("direct", "hierarchical")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Phase:
+    """Flows that begin together; what comes next waits for them all.  `hops`, `fast_hops`: of the longest chain of messages that
+    wait for one another, how many leave a node, and how many don't."""
+
+    source_F: Ints  # global ranks
+    target_F: Ints
+    bytes_F: Floats
+    hops: int
+    fast_hops: int
+
+
+def phases_of(
+    what: Collective,
+    ranks: Sequence[int],
+    *,
+    ranks_per_node: int,
+    algorithm: str = "direct",
+    rings: int = 1,
+    bytes_NN: Floats | None = None,
+) -> tuple[Phase, ...]:
+    """The flows of a collective over `ranks`, for a tensor of one byte.
+
+    direct: everybody sends to everybody, in one step each for reducing and gathering.
+    ring: from neighbour to neighbour in the order of nodes, so that one flow of each ring leaves a node; `rings` of them, each
+    with its part of the bytes, which leave a node from different ranks (channels, as in NCCL).
+    tree: for all-reduce, two trees of nodes with half the bytes each, chains inside nodes (NCCL); else as ring.
+    hierarchical: inside nodes, between ranks at the same place of their nodes, inside nodes again.
+
+    `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  ValueError for one of another shape or another
+    collective, and for hierarchical where nodes hold unequal numbers of the ranks."""
+    rank_N = np.asarray(ranks)
+    node_N = rank_N // ranks_per_node
+    n = len(rank_N)
+    if bytes_NN is not None and (what is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
+        raise ValueError(f"{what.value} over {n} ranks: bytes_NN is {bytes_NN.shape}, which only all-to-all takes, as {n, n}")
+    by_node = [rank_N[node_N == node] for node in np.unique(node_N)]
+    if algorithm == "hierarchical" and 1 < len(by_node) < n:
+        return _hierarchical(what, rank_N, by_node, bytes_NN)
+    if algorithm == "direct" or what is Collective.ALL_TO_ALL:
+        return (_direct(rank_N, len(by_node) > 1, what.rounds, bytes_NN),)
+    if algorithm == "tree" and what is Collective.ALL_REDUCE:
+        return (_trees(by_node),)
+    return (_rings(by_node, what.rounds, rings),)
+
+
+def _direct(rank_N: Ints, leaves: bool, rounds: int, bytes_NN: Floats | None = None) -> Phase:
+    n = len(rank_N)
+    sent_NN = np.full((n, n), rounds / n) if bytes_NN is None else bytes_NN
+    source_F, target_F = np.nonzero(~np.eye(n, dtype=bool) & (sent_NN > 0))
+    hops = (rounds, 0) if leaves else (0, rounds)
+    return Phase(rank_N[source_F], rank_N[target_F], sent_NN[source_F, target_F], *hops)
+
+
+def _rings(by_node: Sequence[Ints], rounds: int, rings: int) -> Phase:
+    orders = [np.concatenate([np.roll(row, -(k * len(row) // rings)) for row in by_node]) for k in range(rings)]
+    n, nodes = len(orders[0]), len(by_node)
+    leaving = min(nodes, n - 1) if nodes > 1 else 0
+    bytes_F = np.full(n * rings, rounds * (n - 1) / n / rings)
+    target_F = np.concatenate([np.roll(order, -1) for order in orders])
+    return Phase(np.concatenate(orders), target_F, bytes_F, rounds * leaving, rounds * (n - 1 - leaving))
+
+
+def _trees(by_node: Sequence[Ints]) -> Phase:
+    """Each node's first rank is its place in the tree; in the second tree the nodes' order is turned round, so that a node with
+    children in the one has none in the other."""
+    child, parent = [], []
+    for nodes in (list(by_node), list(reversed(by_node))):
+        for i, row in enumerate(nodes):
+            child += [*row[1:], *([row[0]] if i else [])]
+            parent += [*row[:-1], *([nodes[(i - 1) // 2][0]] if i else [])]
+    up_F, down_F = np.array(child), np.array(parent)
+    chain, depth = max(map(len, by_node)) - 1, len(by_node).bit_length() - 1
+    both = np.concatenate([up_F, down_F]), np.concatenate([down_F, up_F])
+    return Phase(*both, np.full(2 * len(up_F), 0.5), 2 * depth, 2 * chain)
+
+
+def _hierarchical(what: Collective, rank_N: Ints, by_node: Sequence[Ints], bytes_NN: Floats | None) -> tuple[Phase, ...]:
+    inside, nodes = len(by_node[0]), len(by_node)
+    if len({len(row) for row in by_node}) > 1:
+        counts = ", ".join(str(len(row)) for row in by_node)
+        raise ValueError(f"hierarchical {what.value}: its nodes hold {counts} ranks, not equally many; choose another algorithm")
+    rank_MD = np.stack(by_node)
+    if what is Collective.ALL_TO_ALL:
+        sent_NN = np.full((len(rank_N),) * 2, 1 / len(rank_N)) if bytes_NN is None else bytes_NN
+        place = {rank: i for i, rank in enumerate(rank_N.tolist())}
+        order_N = np.array([place[rank] for rank in rank_MD.ravel().tolist()])
+        sent_MDMD = sent_NN[np.ix_(order_N, order_N)].reshape(nodes, inside, nodes, inside)
+        near = [_direct(row, False, 1, sent_MDMD[m].sum(1)) for m, row in enumerate(by_node)]
+        far = [_direct(rank_MD[:, d], True, 1, sent_MDMD[:, :, :, d].sum(1)) for d in range(inside)]
+        return _side_by_side(near), _side_by_side(far)
+    near_phase = _side_by_side([_direct(row, False, 1) for row in by_node])
+    columns = [_rings([rank_MD[m : m + 1, d] for m in range(nodes)], what.rounds, 1) for d in range(inside)]
+    far_phase = _side_by_side(columns, 1 / inside)
+    before = () if what is Collective.ALL_GATHER else (near_phase,)
+    after = () if what is Collective.REDUCE_SCATTER else (near_phase,)
+    return (*before, far_phase, *after)
+
+
+def _side_by_side(phases: Sequence[Phase], share: float = 1.0) -> Phase:
+    joined = [np.concatenate([getattr(p, name) for p in phases]) for name in ("source_F", "target_F", "bytes_F")]
+    return Phase(joined[0], joined[1], joined[2] * share, max(p.hops for p in phases), max(p.fast_hops for p in phases))
