@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def contest(
             total = done + (rounds + 1 - number) * len(going_on)
             for contestant in going_on[at:] + going_on[:at]:
                 progress(done, total, contestant.name)
-                _take_turn(contestant, turn) if number else _warm_up(contestant)
+                _take_turn(contestant, turn, weigh=number == 1) if number else _warm_up(contestant)
                 done += 1
             if number == 1 and baseline is not None:
                 going_on = _without_hopeless(contestants, baseline, to_the_end)
@@ -142,11 +142,12 @@ def _undecided(steps: Steps) -> bool:
     return steps.searching or (steps.windows is not None and not steps.trainable.plan.gap_bytes)
 
 
-def _take_turn(contestant: Contestant, turn: int) -> None:
+def _take_turn(contestant: Contestant, turn: int, *, weigh: bool) -> None:
+    """`weigh`: find out how much memory it needs, too, which costs a second or two."""
     steps = contestant.steps
     recorder, device = steps.trainable.recorder, steps.trainable.device
     _together(steps)
-    with _PeakMemory() as memory:
+    with _PeakMemory() if weigh else nullcontext() as memory:
         for i in range(turn + 1):
             recorder.on = i > 0
             busy_s, overrun_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
@@ -159,7 +160,8 @@ def _take_turn(contestant: Contestant, turn: int) -> None:
                 contestant.busy_s.append(device.busy_s - busy_s)
                 contestant.overrun_s.append(device.overrun_s - overrun_s)
         recorder.on = False
-    contestant.peak_bytes = max(contestant.peak_bytes, memory.peak_bytes)
+    if memory is not None:
+        contestant.peak_bytes = memory.peak_bytes
     steps.trainable.settle()
 
 

@@ -1,0 +1,199 @@
+"""A forecast: how long a training step takes on a cluster, and what a rank holds, without starting anything.
+
+The list is the one that the trainer would run.  It is walked in virtual time, with the seconds of `megalina/cost` and the network
+of the cluster's file, and once more for its bytes.  All ranks are taken to be alike: routing is even.  Of many micro-batches few
+are walked, and the rest take what one more of them adds.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megalina.config import ClusterConfig, PretrainConfig
+from megalina.cost.stage_bytes import StageBytes
+from megalina.cost.stage_seconds import stage_seconds
+from megalina.cost.stage_work import StageWork
+from megalina.forecast.network import network_of
+from megalina.forecast.sent import sizes_of
+from megalina.mesh import rows
+from megalina.parallel.plans import first_plan
+from megalina.parallel.shard import shape_of
+from megalina.parameters import BYTES, padded_vocab_size
+from megalina.sim.memory import Memory, memory_of
+from megalina.sim.virtual import Timeline, simulate_alike
+from megalina.step.plan import Plan
+from megalina.step.program import Program
+from megalina.step.strategy import training_step
+from megalina.timeline.contention import summary
+from megalina.train.model_flops import ModelFlops, model_flops
+
+RESERVED_BYTES = 4 * 2**30  # of a device's memory: driver, NCCL's buffers, holes; assumed
+
+
+WALKED = 3  # rounds of micro-batches, at most: those between the first and the last are alike
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """A step in virtual time.  Seconds of one rank; the others do the same."""
+
+    step_s: float
+    compute_s: float
+    exposed_s: Mapping[str, float]  # by class (a2a, grads, params, other): how long the device stands still for it
+
+    def longer(self, by: "Walked", rounds: int) -> "Walked":
+        """With so many more rounds, each of which adds what this step has more than `by`."""
+
+        def more(own: float, less: float) -> float:
+            return own + rounds * (own - less)
+
+        exposed_s = {name: more(own, by.exposed_s[name]) for name, own in self.exposed_s.items()}
+        return Walked(more(self.step_s, by.step_s), more(self.compute_s, by.compute_s), exposed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One configuration under one plan.  Bytes are of one rank."""
+
+    plan: Plan
+    world: int
+    walked: Walked
+    timeline: Timeline  # of a step with `WALKED` rounds of micro-batches, if it has more
+    memory: Memory
+    memory_limit_bytes: float  # inf: the cluster's file doesn't say
+    tokens: int  # of a step, all ranks
+    flops: ModelFlops
+    peak_flops_per_s: float  # of a device
+
+    @property
+    def step_s(self) -> float:
+        return self.walked.step_s
+
+    @property
+    def exposed_s(self) -> Mapping[str, float]:
+        return self.walked.exposed_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+    @property
+    def tokens_a_day(self) -> float:
+        return self.tokens_per_s * 86400
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s over the devices' peak; None where no peak is known."""
+        peak = self.peak_flops_per_s * self.world
+        return self.tokens_per_s * self.flops.per_token / peak if peak else None
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.memory_limit_bytes
+
+
+def forecast(config: PretrainConfig, world: int, *, vocab_size: int, plan: Plan | None = None, load: float = 1.0) -> Forecast:
+    """`vocab_size`: before padding; `plan`: None takes the one that a run begins with; `load`: rows of the busiest rank's experts
+    over the mean, which all ranks then compute.
+
+    ValueError where the cluster's file lacks figures, or the layout does not fit the world."""
+    plan = plan or first_plan(config.strategy, packing=1 if config.strategy.packing == "auto" else int(config.strategy.packing))
+    train = config.train
+    held = StageBytes(
+        config,
+        world,
+        vocab_size=vocab_size,
+        skew=load,
+        packing=plan.packing,
+        piece_bytes=plan.piece_bytes,
+        cuda=on_cuda(config.cluster),
+    )
+    rounds, micro_batches = rounds_of(config, plan, held)
+    programs = [program_of(config, plan, held, micro_batches=n * micro_batches) for n in walked_rounds(rounds)]
+    timelines = [_timeline(config, plan, held, program, world, vocab_size=vocab_size, load=load) for program in programs]
+    walked = [_walked(timeline) for timeline in timelines]
+    return Forecast(
+        plan,
+        world,
+        walked[0] if len(walked) == 1 else walked[1].longer(walked[0], rounds - WALKED),
+        timelines[-1],
+        memory_of(held, programs[-1]),
+        memory_limit_bytes(config.cluster),
+        train.global_batch_size * train.seq_len,
+        model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=train.seq_len),
+        peak_of(config),
+    )
+
+
+def rounds_of(config: PretrainConfig, plan: Plan, held: StageBytes) -> tuple[int, int]:
+    """A step's rounds, and micro-batches of a round: as many as walk together."""
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * held.axes["dp"])
+    together = plan.parts if micro_batches % plan.parts == 0 else 1
+    return micro_batches // together, together
+
+
+def walked_rounds(rounds: int) -> tuple[int, ...]:
+    """Steps that are walked for one of so many rounds."""
+    return (rounds,) if rounds <= WALKED else (WALKED - 1, WALKED)
+
+
+def program_of(config: PretrainConfig, plan: Plan, held: StageBytes, *, micro_batches: int) -> Program:
+    """The list that the trainer would run for a step of so many micro-batches."""
+    setting = plan.setting(
+        shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
+        held.buckets,
+        micro_batches=micro_batches,
+        recompute_mode=config.train.recompute,
+        element_bytes=max(BYTES[config.train.dtype], 4),
+    )
+    return training_step(plan.strategy, setting)
+
+
+def _timeline(
+    config: PretrainConfig, plan: Plan, held: StageBytes, program: Program, world: int, *, vocab_size: int, load: float
+) -> Timeline:
+    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
+    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
+    return simulate_alike(
+        program,
+        ranks=world,
+        ranks_of=ranks_of(held.axes),
+        seconds=stage_seconds(config, work, load=load),
+        network=network_of(config.cluster),
+        sizes=sizes_of(config, held),
+        slowest=True,
+    )
+
+
+def _walked(timeline: Timeline) -> Walked:
+    found = summary(timeline.events(0), {})
+    return Walked(timeline.step_s, found.compute_s, {name: traffic.exposed_s for name, traffic in found.traffic.items()})
+
+
+def memory_limit_bytes(cluster: ClusterConfig) -> float:
+    """What a rank may hold; inf: the cluster's file doesn't say."""
+    gib = cluster.hardware.memory_gib
+    return gib * 2**30 - RESERVED_BYTES if gib else math.inf
+
+
+def fits_in(cluster: ClusterConfig, num_bytes: float) -> bool:
+    return num_bytes <= memory_limit_bytes(cluster)
+
+
+def on_cuda(cluster: ClusterConfig) -> bool:
+    """Whether its devices are GPUs, not emulated ones."""
+    return cluster.hardware.domain_ranks > 0
+
+
+def ranks_of(axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
+    """`axes`: ranks along each."""
+    table = rows({name: axes[name] for name in ("edp", "ep", "tp")})
+    row_of = {(axis, rank): tuple(row) for axis, found in table.items() for row in found for rank in row}
+    return lambda axis, rank: row_of[axis, rank]
+
+
+def peak_of(config: PretrainConfig) -> float:
+    """FLOP/s of a device in the run's type; 0: unknown."""
+    hardware = config.cluster.hardware
+    known = {"float32": hardware.float32_tflops, "bfloat16": hardware.bfloat16_tflops}
+    return (known.get(config.train.dtype) or config.cluster.peak_tflops) * 1e12

@@ -1,0 +1,145 @@
+"""A search: which layout, recompute mode, micro-batch and strategy is fastest of those that fit.
+
+Two rounds.  The first walks every layout that the trainer would accept under `eager`, with as little recomputed as fits; the
+second walks the fastest of them under every strategy.  What fits is known before anything is walked in time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megalina.config import PretrainConfig
+from megalina.cost.stage_bytes import StageBytes
+from megalina.forecast.forecast import Forecast, fits_in, forecast, on_cuda, program_of, rounds_of
+from megalina.parallel.plans import PIECE_BYTES, strategy_of
+from megalina.sim.memory import memory_of
+from megalina.step.plan import Plan
+from megalina.validate import check_config
+
+RECOMPUTE = ("none", "selective", "full")
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+FINALISTS = 12  # layouts that go to the second round
+EAGER = Plan("eager", piece_bytes=0)
+PLANS = (
+    EAGER,
+    Plan("ddp", merge_bytes=25 * 2**20),
+    Plan("priority_partition", yields=True, piece_bytes=PIECE_BYTES),
+    Plan("lina_nopack", chunks="2", yields=True, piece_bytes=PIECE_BYTES),
+    *(Plan("lina", chunks="2", yields=True, piece_bytes=PIECE_BYTES, packing=k) for k in (2, 4)),
+    *(Plan("flow", parts=2, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
+    Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A configuration that the trainer would accept, and what comes of it."""
+
+    config: PretrainConfig
+    plan: Plan
+    memory_bytes: int
+    found: Forecast | None  # None: it doesn't fit, and was not walked in time
+
+    @property
+    def fits(self) -> bool:
+        return self.found is not None
+
+    def overrides(self) -> tuple[str, ...]:
+        """What differs from the configuration that the search began with may differ in these alone."""
+        train, parallel, plan = self.config.train, self.config.parallel, self.plan
+        strategy = strategy_of(plan, self.config.strategy)
+        return (
+            f"parallel.tp={parallel.tp}",
+            f"parallel.ep={parallel.ep}",
+            f"parallel.zero={parallel.zero}",
+            f"train.micro_batch_size={train.micro_batch_size}",
+            f"train.recompute={train.recompute}",
+            f"strategy={plan.strategy}",
+            f"strategy.partition_bytes={strategy.partition_bytes}",
+            *([f"strategy.bucket_mb={strategy.bucket_mb:g}"] if plan.merge_bytes else []),
+            *([f"strategy.parts={plan.parts}"] if plan.parts > 1 else []),
+            *([f"strategy.chunks={plan.chunks}"] if plan.strategy in ("lina", "lina_nopack") else []),
+            *([f"strategy.yields={str(plan.yields).lower()}"] if plan.strategy in ("flow", "lina_zero") else []),
+            *([f"strategy.late_layers={plan.late_layers}"] if plan.strategy != "eager" else []),
+            "strategy.windows=none",
+            f"strategy.packing={plan.packing}",
+        )
+
+
+def search(
+    config: PretrainConfig,
+    world: int,
+    *,
+    vocab_size: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[Candidate]:
+    """All candidates, the fastest first; those that don't fit last, the smallest first.
+
+    ValueError where no layout is accepted, with what the checks said of the configuration as it is."""
+    layouts = [c for c in layouts_of(config, world) if accepted(c, world)]
+    if not layouts:
+        check_config(config, world)
+        raise ValueError(f"no layout of {world} ranks is accepted with train.global_batch_size={config.train.global_batch_size}")
+    first = []
+    for number, layout in enumerate(layouts):
+        progress(number, len(layouts), "layouts")
+        for mode in RECOMPUTE:
+            first.append(candidate(with_recompute(layout, mode), EAGER, world, vocab_size=vocab_size))
+            if first[-1].fits:
+                break  # recomputing more only saves memory
+    finalists = [c for c in ordered(first)[:FINALISTS] if c.fits]
+    pairs = [(c.config, plan) for c in finalists for plan in PLANS[1:]]
+    pairs = [(c, plan) for c, plan in pairs if accepted(replace(c, strategy=strategy_of(plan, c.strategy)), world)]
+    second = []
+    for number, (layout, plan) in enumerate(pairs):
+        progress(number, len(pairs), "strategies")
+        second.append(candidate(layout, plan, world, vocab_size=vocab_size))
+    return ordered([*first, *second])
+
+
+def layouts_of(config: PretrainConfig, world: int) -> Iterator[PretrainConfig]:
+    """Every combination of tp, ep, ZeRO and micro-batch, accepted or not, under a plain strategy."""
+    plain = strategy_of(EAGER, config.strategy)
+    for tp in divisors(min(world, config.cluster.ranks_per_node or world)):
+        for ep in divisors(config.model.num_experts):
+            for zero in (0, 1):
+                for micro in MICRO_BATCHES:
+                    parallel = replace(config.parallel, tp=tp, ep=ep, zero=zero)
+                    train = replace(config.train, micro_batch_size=micro)
+                    yield replace(config, parallel=parallel, train=train, strategy=plain)
+
+
+def with_recompute(config: PretrainConfig, mode: str) -> PretrainConfig:
+    return replace(config, train=replace(config.train, recompute=mode))
+
+
+def accepted(config: PretrainConfig, world: int) -> bool:
+    """Whether the trainer's own checks accept it."""
+    try:
+        check_config(config, world)
+    except ValueError:
+        return False
+    return True
+
+
+def candidate(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int) -> Candidate:
+    """Walked in time if it fits."""
+    config = replace(config, strategy=strategy_of(plan, config.strategy))
+    cuda = on_cuda(config.cluster)
+    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes, cuda=cuda)
+    if not fits_in(config.cluster, sum(held.state.values())):  # without an activation
+        return Candidate(config, plan, sum(held.state.values()), None)
+    rounds, micro_batches = rounds_of(config, plan, held)
+    shortest = program_of(config, plan, held, micro_batches=min(2, rounds) * micro_batches)  # more hold no more
+    memory = memory_of(held, shortest)
+    if not fits_in(config.cluster, memory.peak):
+        return Candidate(config, plan, memory.peak, None)
+    found = forecast(config, world, vocab_size=vocab_size, plan=plan)
+    return Candidate(config, plan, found.memory.peak, found)
+
+
+def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=lambda c: (not c.fits, c.found.step_s if c.found else c.memory_bytes))
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
