@@ -102,13 +102,12 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
     """The layout as it is, under every strategy that it can run."""
     from dataclasses import replace
 
-    from megalina.forecast.search import PLANS, accepted, candidate, ordered
+    from megalina.forecast.search import EAGER, candidate, ordered, plans_of
     from megalina.parallel.plans import strategy_of
     from megalina.validate import check_config
 
-    plain = replace(config, strategy=strategy_of(PLANS[0], config.strategy))
-    check_config(plain, world)
-    plans = [p for p in PLANS if accepted(replace(config, strategy=strategy_of(p, config.strategy)), world)]
+    check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)
+    plans = plans_of(config, world, vocab_size=vocab_size)
     return ordered([candidate(config, p, world, vocab_size=vocab_size) for p in plans])
 
 

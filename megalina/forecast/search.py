@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
+from megalina.cost.bucket_specs import bucket_specs
 from megalina.cost.stage_bytes import StageBytes
 from megalina.forecast.forecast import Forecast, fits_in, forecast, on_cuda, program_of, rounds_of
 from megalina.parallel.plans import PIECE_BYTES, strategy_of
+from megalina.parameters import BYTES
 from megalina.sim.memory import memory_of
 from megalina.step.plan import Plan
 from megalina.validate import check_config
@@ -18,6 +20,7 @@ from megalina.validate import check_config
 RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 12  # layouts that go to the second round
+PIECES_A_LAYER = 8  # of a large model: pieces of half a MiB would be ten thousands
 EAGER = Plan("eager", piece_bytes=0)
 PLANS = (
     EAGER,
@@ -87,13 +90,21 @@ def search(
             if first[-1].fits:
                 break  # recomputing more only saves memory
     finalists = [c for c in ordered(first)[:FINALISTS] if c.fits]
-    pairs = [(c.config, plan) for c in finalists for plan in PLANS[1:]]
-    pairs = [(c, plan) for c, plan in pairs if accepted(replace(c, strategy=strategy_of(plan, c.strategy)), world)]
+    pairs = [(c.config, plan) for c in finalists for plan in plans_of(c.config, world, vocab_size=vocab_size) if plan != EAGER]
     second = []
     for number, (layout, plan) in enumerate(pairs):
         progress(number, len(pairs), "strategies")
         second.append(candidate(layout, plan, world, vocab_size=vocab_size))
     return ordered([*first, *second])
+
+
+def plans_of(config: PretrainConfig, world: int, *, vocab_size: int) -> list[Plan]:
+    """`PLANS`, with pieces that suit the model, as far as this layout can run them."""
+    buckets = bucket_specs(config, world, vocab_size=vocab_size).values()
+    layer_bytes = sum(b.numel for b in buckets) * max(BYTES[config.train.dtype], 4) // config.model.num_layers
+    piece_bytes = max(1, layer_bytes // PIECES_A_LAYER // PIECE_BYTES) * PIECE_BYTES
+    plans = [replace(plan, piece_bytes=piece_bytes if plan.piece_bytes else 0) for plan in PLANS]
+    return [plan for plan in plans if accepted(replace(config, strategy=strategy_of(plan, config.strategy)), world)]
 
 
 def layouts_of(config: PretrainConfig, world: int) -> Iterator[PretrainConfig]:
