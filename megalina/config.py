@@ -197,9 +197,12 @@ class HardwareConfig:
     bfloat16_tflops: float = 0.0  # dense peak of bfloat16 products
     product_efficiency: float = 0.0  # share of the peak that large matrix products reach
     product_half_size: float = 0.0  # a product with so many rows, or columns, reaches half of what a large one does
+    product_sizes: list[float] = field(default_factory=list)  # measured, instead: the smallest of rows, columns and depth; rising
+    product_shares: list[float] = field(default_factory=list)  # ... and the share of a large product's rate that each reaches
     attention_efficiency: float = 0.0  # share of the peak that attention's kernel reaches, forward and backward, in model FLOPs
     kernel_us: float = 0.0  # what each kernel costs besides
     host_stage_us: float = 0.0  # what the host needs for a stage: a device with less to do waits for it
+    host_is_device: bool = False  # on CPU: what the host needs for a stage, also one that sends or waits, comes on top
     domain_ranks: int = 0  # devices that fast links join: an NVLink domain, a PCIe host; it may hold several nodes
     domain_gbyte_s: float = 0.0  # fast link of a device, each way
     domain_latency_us: float = 0.0  # of a fast link, one way

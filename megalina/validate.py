@@ -8,6 +8,7 @@ import math
 import netrc
 import os
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -195,12 +196,32 @@ def check_hardware(cluster: ClusterConfig) -> None:
             f"{where}: hardware.oversubscription is {hardware.oversubscription:g}, which must be at least 1 "
             "(all links at full rate): give how many times more the links carry than the switches"
         )
+    sizes, shares = hardware.product_sizes, hardware.product_shares
+    if len(sizes) != len(shares):
+        raise ValueError(
+            f"{where}: hardware.product_sizes has {len(sizes)} numbers and hardware.product_shares {len(shares)}: "
+            "give a share for each size"
+        )
+    if sizes and not (all(0 < a < b for a, b in pairwise(sizes)) and sizes[0] > 0 and sizes[-1] < math.inf):
+        raise ValueError(f"{where}: hardware.product_sizes ({_listed(sizes)}) must rise from above 0: put them in order")
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"{where}: hardware.product_shares ({_listed(shares)}) must be above 0 and at most 1: correct them")
+    for (small, a), (large, b) in pairwise(zip(sizes, shares)):
+        if b / a > 1.001 * large / small:  # figures are rounded
+            raise ValueError(
+                f"{where}: hardware.product_shares rise from {a:g} to {b:g} between sizes {small:g} and {large:g}, more than the "
+                "sizes do, so the larger product would take less time: correct them"
+            )
     node, domain, ranks = cluster.ranks_per_node, hardware.domain_ranks, cluster.nodes * cluster.ranks_per_node
     if domain and ((node % domain and domain % node) or ranks % domain):
         raise ValueError(
             f"{where}: hardware.domain_ranks ({domain}) must be some whole nodes of ranks_per_node ({node}), or divide one, and "
             f"divide the {ranks} ranks: correct one of them"
         )
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def check_machine(

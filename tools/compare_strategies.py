@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FAILED, BAD_INPUT = 1, 2  # exit codes
 SHOWN = ("eager", "flow")  # in the picture, one step of each
+TO_THE_END = ("ddp", "auto")  # take all turns, however slow: ratios are to them, or theirs count
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class RanksFailed(RuntimeError):
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Everything is checked before a rank starts; ValueError, or an error of Hydra, for bad input."""
-    from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, STRATEGIES, Setting
+    from megalina.compare.ladder import LADDER, LINK_MBIT, STRATEGIES, Setting
     from megalina.namespaces import check_figures, check_host
 
     for path in filter(None, (args.json, args.plot, args.slowdowns, args.picture, args.trace, args.markdown)):
@@ -104,15 +105,30 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         check_host()
     jobs = []
     for setting in settings:
-        configs = {}
-        for name in names:
-            pieces = EAGER_PIECES if name == "eager" else (None,)
-            for piece in pieces:
-                config = _config(setting, name, piece, args, variants)
-                title = name if piece is None else f"eager {piece // 1024} KiB" if piece else "eager whole"
-                configs[title] = config
-        jobs.append(Job(setting, configs, link_mbit / setting.slow_motion if setting.nodes > 1 else 0.0))
+        base = setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)
+        jobs.append(job_of(setting, names, variants=variants, base=base, link_mbit=link_mbit, overrides=args.overrides))
     return jobs
+
+
+def job_of(
+    setting: "Setting",
+    names: Sequence[str],
+    *,
+    variants: Mapping[str, Sequence[str]],
+    base: Sequence[str],
+    link_mbit: float,
+    overrides: Sequence[str] = (),
+) -> Job:
+    """A setting and those who compete in it: by name a strategy's YAML, or one of `variants`, of which each is some overrides;
+    eager with each of its pieces.  `base` comes before a contestant's own overrides, `overrides` after them."""
+    from megalina.compare.ladder import EAGER_PIECES
+
+    configs = {}
+    for name in names:
+        for piece in EAGER_PIECES if name == "eager" else (None,):
+            title = name if piece is None else f"eager {piece // 1024} KiB" if piece else "eager whole"
+            configs[title] = _config(setting, name, piece, variants=variants, base=base, overrides=overrides)
+    return Job(setting, configs, link_mbit / setting.slow_motion if setting.nodes > 1 else 0.0)
 
 
 def variants_of(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -127,21 +143,27 @@ def variants_of(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _config(
-    setting: "Setting", name: str, piece: int | None, args: argparse.Namespace, variants: Mapping[str, tuple[str, ...]]
+    setting: "Setting",
+    name: str,
+    piece: int | None,
+    *,
+    variants: Mapping[str, Sequence[str]],
+    base: Sequence[str],
+    overrides: Sequence[str],
 ) -> "PretrainConfig":
     from megalina.compare.ladder import OVERRIDES
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
-    overrides = [
-        *(setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)),
+    words = [
+        *base,
         *(variants.get(name) or OVERRIDES.get(name, (f"strategy={name}",))),
         *([f"strategy.partition_bytes={piece}"] if piece is not None else []),
-        *args.overrides,
+        *overrides,
         f"launch.ranks={setting.world}",
         "guard.spike=none",
     ]
-    config = with_plan(composed(overrides), setting.world)
+    config = with_plan(composed(words), setting.world)
     config = replace(config, cluster=slowed(config.cluster, setting.slow_motion))
     check_config(config, setting.world)
     return config
@@ -174,8 +196,10 @@ def composed(overrides: Sequence[str]) -> "PretrainConfig":
         return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
 
 
-def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dict[str, Any]:
-    """Runs a setting's contest on its own cluster; returns what rank 0 found."""
+def run(
+    job: Job, args: argparse.Namespace, folder: Path, *, first: bool, to_the_end: Sequence[str] = TO_THE_END
+) -> dict[str, Any]:
+    """Runs a setting's contest on its own cluster; returns what rank 0 found.  `to_the_end`: who takes all turns."""
     from omegaconf import OmegaConf
 
     from megalina import launch
@@ -194,6 +218,7 @@ def run(job: Job, args: argparse.Namespace, folder: Path, *, first: bool) -> dic
         "configs": configs,
         "rounds": args.rounds,
         "turn": args.steps,
+        "to_the_end": to_the_end,
         "ranks_per_node": setting.ranks_per_node,
         "link_mbit": job.link_mbit,
         "slow_motion": setting.slow_motion,
@@ -234,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains the same model on the same data under several strategies, which take turns step by step in one job: "
         "step times, their ratios to tuned eager, times that devices wait, slowdown of all-to-alls, and what no schedule could "
         "beat.  Nodes are emulated (root, iproute2); the trainer, its math and its losses are real.",
-        epilog="examples:\n  tools/compare_strategies.py --suite ladder --json ladder.json   (25 minutes, on an idle machine)\n"
+        epilog="examples:\n  tools/compare_strategies.py --suite ladder --json ladder.json   (20 minutes, on an idle machine)\n"
         "  tools/compare_strategies.py --nodes 2 --ranks-per-node 2 --link-mbit 300 --strategies flow,auto model=laptop "
         "parallel.ep=4 cluster.attention_ms=8 cluster.experts_ms=12",
         formatter_class=argparse.RawDescriptionHelpFormatter,

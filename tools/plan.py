@@ -2,13 +2,16 @@
 
     python tools/plan.py model=mixtral_8x7b cluster=h100_400g nodes=8 --search
     python tools/plan.py experiment=laptop cluster=h100_400g nodes=1 parallel.ep=8 train.global_batch_size=64
+    python tools/plan.py model=qwen3_30b_a3b cluster=h100_400g nodes=128 parallel.ep=128 parallel.zero=1 train.dtype=bfloat16 \
+        train.seq_len=4096 train.micro_batch_size=2 train.global_batch_size=2048 --tokens 1e12 --loads 1,1.5,3
 
 Overrides are those of pretrain_gpt_moe.py; `nodes=N` is short for cluster.nodes=N, and all ranks of these nodes take part.  The
 step's own list is walked in virtual time (megalina/sim) with the cluster's figures (conf/cluster), of which each says if it is
-published or assumed: results are as good as those.  Routing is taken to be even.
+published or assumed: results are as good as those.  Routing is taken to be even, but for the columns of --loads.
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2  # exit code
 SHOWN = 10
+GARBAGE = 100_000  # new objects
 DEFAULT_VOCAB = 32768  # where neither the model nor --vocab-size says it
 SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
@@ -43,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.dry_run import describe
-    from megalina.forecast.forecast import memory_limit_bytes
-    from megalina.forecast.report import as_json, memory_table, strategy_table
+    from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
     from megalina.validate import check_hardware
     from tools.compare_strategies import composed
 
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {args.json.absolute().parent}")
+    for path in filter(None, (args.json, args.picture)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     config = composed(overrides)
     check_hardware(config.cluster)
     world = config.cluster.nodes * config.cluster.ranks_per_node
@@ -61,6 +65,8 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     common = [*given, *added, f"launch.ranks={world}"]
     if added:
         print(f"chosen, since nothing else was asked for: {' '.join(added)}\n")
+    gc.freeze()  # what imports have made is not searched for garbage again and again ...
+    gc.set_threshold(GARBAGE)  # ... nor are lists while they grow
     if args.search:
         candidates = search(config, world, vocab_size=vocab_size, progress=show)
         print(file=sys.stderr)
@@ -68,11 +74,11 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
         candidates = of_one_layout(config, world, vocab_size)
     best = candidates[0]
     print(describe(best.config, world, vocab_size=vocab_size).rpartition("\n")[0])  # without the run's folder
-    if best.found is not None:
-        print(f"\nmemory of a rank, {best.plan}")
-        print(memory_table(best.found.memory, memory_limit_bytes(config.cluster)))
+    print_figures(best, world, vocab_size, args.loads)
     print(f"\n{config.cluster.name}, {config.cluster.nodes} nodes of {config.cluster.ranks_per_node}: {summary(candidates)}")
     print(strategy_table(candidates[:SHOWN] if args.search else candidates, layouts=args.search))
+    if best.found is None:
+        print(f"\n{would_fit(best, world, vocab_size)}")
     if best.found is not None:
         days = args.tokens / best.found.tokens_a_day if args.tokens else 0.0
         until = f"; {days:,.1f} days for {args.tokens:,.0f} tokens" if days else ""
@@ -111,11 +117,54 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
     return ordered([candidate(config, p, world, vocab_size=vocab_size) for p in plans])
 
 
+def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float]) -> None:
+    """FLOPs, memory, and the step from left to right if it fits."""
+    from megalina.forecast.forecast import WALKED, Shared, forecast, held_by, memory_limit_bytes
+    from megalina.forecast.report import load_table, memory_table, timeline_text
+    from megalina.forecast.what_if import under_loads
+    from megalina.sim.memory import memory_of
+    from megalina.train.model_flops import model_flops
+
+    config, plan, found = best.config, best.plan, best.found
+    train, limit_bytes, shared = config.train, memory_limit_bytes(config.cluster), Shared()
+    flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=train.seq_len).per_token
+    a_step = flops * train.global_batch_size * train.seq_len
+    print(f"FLOPs      {flops:.3g} for a token, forward and backward; {a_step:.3g} a step")
+    print(f"\nmemory of a rank, {plan}")
+    held = held_by(config, world, plan, vocab_size=vocab_size)
+    print(memory_table(memory_of(held, shared.list_for_memory(config, plan, held)), limit_bytes))
+    under = under_loads(config, plan, world, loads, vocab_size=vocab_size, shared=shared)
+    steps_s = {
+        u.load: forecast(config, world, vocab_size=vocab_size, plan=plan, load=u.load, shared=shared).step_s
+        for u in under
+        if u.peaks[train.recompute] <= limit_bytes
+    }
+    print(f"\nthe busiest rank under skew, {plan}; step with recompute {train.recompute}")
+    print(load_table(under, limit_bytes, steps_s))
+    if found is None:
+        return
+    longer = found.step_s > found.timeline.step_s * (1 + 1e-9)
+    of = f"{WALKED} rounds of micro-batches, {found.timeline.step_s * 1e3:.1f} ms, of " if longer else ""
+    print(f"\ntimeline of {of}a step of {found.step_s * 1e3:.1f} ms, {plan}; #: most of the time, +: some of it")
+    print(timeline_text(found.timeline.events(0), found.timeline.step_s))
+
+
+def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
+    from megalina.forecast.what_if import MOST_NODES, what_fits
+
+    config, plan = smallest.config, smallest.plan
+    words = what_fits(config, plan, world, vocab_size=vocab_size)
+    layout = f"parallel.tp={config.parallel.tp} parallel.ep={config.parallel.ep}, {plan}"
+    if not words:
+        return f"{layout}: nothing up to {MOST_NODES} times as many nodes fits: take devices with more memory, or a smaller model"
+    return f"fits with {' '.join(words)} (else as {layout})"
+
+
 def summary(candidates: "Sequence[Candidate]") -> str:
     fitting = sum(c.fits for c in candidates)
     if not fitting:
         least = min(c.memory_bytes for c in candidates)
-        return f"none of {len(candidates)} fits, the smallest needs {least / 2**30:.1f} GiB a rank: take more or larger devices"
+        return f"none of {len(candidates)} fits, the smallest needs {least / 2**30:.1f} GiB a rank"
     return f"{fitting} of {len(candidates)} candidates fit"
 
 
@@ -132,6 +181,17 @@ def draw_timelines(path: Path, candidates: "Sequence[Candidate]") -> None:
     draw(path, shown, note=f"simulated, {best.config.cluster.name}")
 
 
+def loads_of(text: str) -> tuple[float, ...]:
+    words = text.split(",")
+    try:
+        loads = tuple(map(float, words))
+    except ValueError:
+        loads = ()
+    if not loads or not all(1 <= load < float("inf") for load in loads):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers of 1 or more with commas, 1 for even routing")
+    return loads
+
+
 def show(done: int, total: int, what: str) -> None:
     print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
 
@@ -144,6 +204,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=float, default=0.0, metavar="N", help="say how many days so many tokens take")
     parser.add_argument("--vocab-size", type=int, default=0, metavar="N", help=f"default: the model's, or {DEFAULT_VOCAB}")
+    parser.add_argument(
+        "--loads", type=loads_of, default=(1.0, 1.5, 2.0), metavar="A,B,...", help="rows of the busiest rank, default 1,1.5,2"
+    )
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the fastest one's step as a timeline")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all candidates")
     return parser

@@ -23,13 +23,12 @@ from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.worker import load_config
 
-TO_THE_END = ("ddp", "auto")  # however slow: ratios are to them, or theirs count
 GAP_S = 0.05  # between two steps of a trace
 
 
 def main(spec_path: str) -> int:
-    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, ranks_per_node, link_mbit, slow_motion, shown (names),
-    note, and files: out (JSON), picture (PNG), trace (.json.gz)."""
+    """`SPEC`: JSON with name, configs {strategy: YAML}, rounds, turn, to_the_end (names), ranks_per_node, link_mbit, slow_motion,
+    shown (names), note, and files: out (JSON), picture (PNG), trace (.json.gz)."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
@@ -46,7 +45,7 @@ def main(spec_path: str) -> int:
             print(f"\r{spec['name']}: {done}/{total}{eta}  {name:20s}", end="", file=sys.stderr, flush=True)
 
     turns = {"rounds": spec["rounds"], "turn": spec["turn"]}
-    contestants = contest(configs, data, **turns, baseline=EAGER, to_the_end=TO_THE_END, progress=progress)
+    contestants = contest(configs, data, **turns, baseline=EAGER, to_the_end=spec["to_the_end"], progress=progress)
     eager = next(c for c in contestants if c.name.startswith(EAGER))
     known = alone([eager, *contestants])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}

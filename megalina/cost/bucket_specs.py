@@ -25,13 +25,14 @@ def axis_sizes(world: int, *, tp: int, ep: int) -> dict[str, int]:
 def bucket_specs(
     config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0
 ) -> dict[str, BucketSpec]:
-    """Group -> its bucket.  `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
+    """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
+    `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
     sizes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep // packing)
     numels: dict[str, int] = {}
     for group, shape in _parameters(config, vocab_size, sizes):
-        numels[group] = numels.get(group, 0) + _up(prod(shape), ALIGNMENT)
+        numels[group] = numels.pop(group, 0) + _up(prod(shape), ALIGNMENT)
     out = {}
-    for group, numel in numels.items():
+    for group, numel in reversed(numels.items()):
         axis = {"experts": "copies", "copied": "world", "ends": "world"}.get(group.split(".")[0], "dp")
         sharded = config.parallel.zero == 1 and sizes[axis] > 1
         grain = ALIGNMENT * (sizes[axis] if sharded else 1)
@@ -41,7 +42,7 @@ def bucket_specs(
 
 
 def _parameters(config: PretrainConfig, vocab_size: int, sizes: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The group and the shape of each parameter of one rank."""
+    """The group and the shape of each parameter of one rank, in the model's order."""
     model, tp = config.model, sizes["tp"]
     width, moe = model.d_model, tuple(is_moe_layer(model, i) for i in range(model.num_layers))
     names = Shape(moe, tied=model.tie_embeddings, tp=tp > 1)
@@ -51,10 +52,9 @@ def _parameters(config: PretrainConfig, vocab_size: int, sizes: dict[str, int]) 
         yield names.head, (words, width)
     if model.positions == "learned":
         yield names.ends, (model.max_positions or config.train.seq_len, width)
-    yield from ((names.ends, shape) for shape in _norm(model))
     for layer, is_moe in enumerate(moe):
         dense, copied, experts = names.dense(layer), names.copied(layer), f"experts.{layer}"
-        yield from ((copied, shape) for shape in _norm(model) * 2)
+        yield from ((copied, shape) for shape in _norm(model))
         head_dim = model.head_dim or width // model.num_heads
         q, kv = model.num_heads * head_dim // tp, model.num_kv_heads * head_dim // tp
         yield from ((dense, shape) for shape in ((q, width), (kv, width), (kv, width), (width, q)))
@@ -63,6 +63,7 @@ def _parameters(config: PretrainConfig, vocab_size: int, sizes: dict[str, int]) 
             yield copied, (width,)
         if model.qk_norm:
             yield from ((copied, (head_dim,)) for _ in range(2))
+        yield from ((copied, shape) for shape in _norm(model))
         if is_moe:
             if config.router.kind != "hash":
                 yield copied, (model.num_experts, width)
@@ -74,6 +75,7 @@ def _parameters(config: PretrainConfig, vocab_size: int, sizes: dict[str, int]) 
             *cut, last = _mlp(model, (model.dense_d_ff or config.router.top_k * model.d_ff) // tp)
             yield from ((dense, shape) for shape in cut)
             yield copied if model.bias else dense, last  # the output's bias is added after the sum over tp
+    yield from ((names.ends, shape) for shape in _norm(model))
 
 
 def _norm(model: ModelConfig) -> list[tuple[int, ...]]:

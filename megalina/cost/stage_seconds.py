@@ -2,10 +2,13 @@
 
 A matrix product takes the longer of its FLOPs, at the rate that products of its shape reach, and its bytes.  An output of
 [rows, columns] is computed in tiles, so a product costs as if it had `product_half_size` rows and columns more: what an expert
-with few rows pays.  All other kernels take their bytes, and every kernel a launch.
+with few rows pays.  Where shares were measured (`product_sizes`), the smallest of rows, columns and depth says the share instead.
+All other kernels take their bytes, and every kernel a launch.
 """
 
-from collections.abc import Callable
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megalina.config import ClusterConfig, PretrainConfig
@@ -28,10 +31,14 @@ class Device:
     bytes_per_s: float
     kernel_s: float
     host_stage_s: float
+    product_curve: tuple[tuple[float, float], ...] = ()  # measured: smallest sides, rising, and the share that each reaches
+    host_is_device: bool = False  # CPU: what the host needs comes on top
 
     def efficiency(self, product: Product) -> float:
-        """The share of what a large product reaches, from the shape of the output."""
+        """The share of what a large product reaches, from its shape."""
         rows, columns = product.rows, product.columns
+        if self.product_curve:
+            return share_at(self.product_curve, min(rows, columns, product.inner))
         return rows / (rows + self.half_size) * columns / (columns + self.half_size) if rows and columns else 1.0
 
     def product_s(self, product: Product) -> float:
@@ -44,11 +51,30 @@ class Device:
         return max(compute_s, product.num_bytes / self.bytes_per_s)
 
     def seconds(self, work: Work) -> float:
-        """Kernels run one after another; the device waits for a host that takes longer for the stage.  No kernels: 0."""
-        if not work.kernels:
-            return 0.0
+        """Kernels run one after another; the device waits for a host that takes longer for the stage.  No kernels: 0, but for
+        the host's own time where it is the device."""
         products_s = sum(map(self.product_s, work.products))
-        return max(products_s + work.moved_bytes / self.bytes_per_s + work.kernels * self.kernel_s, self.host_stage_s)
+        kernels_s = products_s + work.moved_bytes / self.bytes_per_s + work.kernels * self.kernel_s
+        if self.host_is_device:
+            return kernels_s + self.host_stage_s
+        return max(kernels_s, self.host_stage_s) if work.kernels else 0.0
+
+
+def share_at(curve: Sequence[tuple[float, float]], size: float) -> float:
+    """The share of a large product's rate that a product with this smallest side reaches, a straight line between logarithms.
+
+    What is smaller than all that was measured takes as long as the smallest, what is larger reaches what the largest does.
+    `curve`: sizes, rising, and their shares.  No product at all: 1."""
+    if not size:
+        return 1.0
+    sizes = [s for s, _ in curve]
+    i = bisect_right(sizes, size)
+    if i == 0:
+        return curve[0][1] * size / sizes[0]
+    if i == len(curve):
+        return curve[-1][1]
+    (small, low), (large, high) = curve[i - 1], curve[i]
+    return low * (high / low) ** (math.log(size / small) / math.log(large / small))
 
 
 def device_of(cluster: ClusterConfig, dtype: str) -> Device:
@@ -68,11 +94,14 @@ def device_of(cluster: ClusterConfig, dtype: str) -> Device:
         bytes_per_s=hardware.memory_gbyte_s * 1e9 * hardware.memory_efficiency,
         kernel_s=hardware.kernel_us / 1e6,
         host_stage_s=hardware.host_stage_us / 1e6,
+        product_curve=tuple(zip(hardware.product_sizes, hardware.product_shares, strict=True)),
+        host_is_device=hardware.host_is_device,
     )
 
 
 def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0) -> Callable[[Stage], float]:
-    """How long each stage takes on a device of `config.cluster`, emulated or not; 0 for stages that send or wait.
+    """How long each stage takes on a device of `config.cluster`, emulated or not; stages that send or wait take the host's time
+    where the host is the device, and else 0.
 
     `load`: rows of the experts there as a multiple of the mean; an emulated device is as fast whatever it is.
     ValueError where the cluster's file lacks a figure."""
@@ -85,7 +114,7 @@ def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0)
 
     def seconds(stage: Stage) -> float:
         if stage.kind is not Kind.COMPUTE:
-            return 0.0
+            return device.seconds(Work())
         key = stage.phase, stage.name, stage.share, stage.chunk[1], stage.recompute, stage.late
         if key not in known:
             known[key] = device.seconds(work(stage, load))

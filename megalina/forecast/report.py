@@ -5,9 +5,13 @@ from typing import Any
 
 from megalina.forecast.forecast import Forecast, memory_limit_bytes
 from megalina.forecast.search import Candidate
+from megalina.forecast.what_if import UnderLoad
 from megalina.sim.memory import Memory
+from megalina.timeline.recorder import COMPUTE, SEND, Event
+from megalina.timeline.spans import shared_s, union
 
 GIB = 2**30
+LANES = {"tokens": ("tokens",), "gradients": ("grads",), "weights": ("params",), "others": ("counts", "gather", "scatter", "sum")}
 CLASSES = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
 
 
@@ -22,6 +26,37 @@ def memory_table(memory: Memory, limit_bytes: float) -> str:
     return "\n".join([*lines, f"  {'peak':<{width}}  {memory.peak / GIB:8.2f} GiB{limit}"])
 
 
+def load_table(found: Sequence[UnderLoad], limit_bytes: float, steps_s: Mapping[float, float]) -> str:
+    """A column for each load.  `steps_s`: load -> seconds of a step, for those that fit."""
+    rows = [["rows of the busiest rank over the mean", *(f"{u.load:g}" for u in found)]]
+    for mode in found[0].peaks:
+        marks = (("" if u.peaks[mode] <= limit_bytes else " too much") for u in found)
+        peaks = [f"{u.peaks[mode] / GIB:.2f} GiB{mark}" for u, mark in zip(found, marks, strict=True)]
+        rows.append([f"peak, recompute {mode}", *peaks])
+    rows.append(["an all-to-all's rows, sent and received", *(f"{u.sent / GIB:.3f} + {u.received / GIB:.3f} GiB" for u in found)])
+    rows.append(["step", *(f"{steps_s[u.load] * 1e3:.1f} ms" if u.load in steps_s else "does not fit" for u in found)])
+    return _aligned([["", *row] for row in rows])
+
+
+def timeline_text(events: Sequence[Event], step_s: float, width: int = 100) -> str:
+    """What a rank computes, and what it has on the wire, from left to right: # most of that time, + some of it."""
+    lanes = {"computes": [(e.start_s, e.end_s) for e in events if e.kind == COMPUTE]}
+    for name, ops in LANES.items():
+        lanes[name] = [(e.start_s, e.end_s) for e in events if e.kind == SEND and e.op in ops]
+    margin = max(map(len, lanes))
+    return "\n".join(f"  {name:<{margin}} |{_bar(spans, step_s, width)}|" for name, spans in lanes.items())
+
+
+def _bar(spans: Sequence[tuple[float, float]], step_s: float, width: int) -> str:
+    cells = []
+    merged = union(spans)
+    for i in range(width):
+        low, high = i * step_s / width, (i + 1) * step_s / width
+        share = shared_s(merged, [(low, high)]) / (high - low)
+        cells.append("#" if share >= 0.5 else "+" if share > 0.02 else " ")
+    return "".join(cells)
+
+
 def strategy_table(candidates: Sequence[Candidate], *, layouts: bool) -> str:
     """The fastest first.  `layouts`: say them, too."""
     head = ["strategy", "step ms", "tokens/s", "MFU", *(f"waits for {what} ms" for what in CLASSES.values()), "GiB"]
@@ -31,6 +66,10 @@ def strategy_table(candidates: Sequence[Candidate], *, layouts: bool) -> str:
         layout = f"{parallel.tp} {parallel.ep} {parallel.zero} {train.micro_batch_size} {train.recompute}"
         figures = ["does not fit", *[""] * 6] if found is None else figures_of(found)
         rows.append([*([layout] if layouts else []), str(c.plan), *figures, f"{c.memory_bytes / GIB:.1f}"])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
-from megalina.cost.stage_bytes import StageBytes
-from megalina.forecast.forecast import Forecast, fits_in, forecast, on_cuda, program_of, rounds_of
+from megalina.forecast.forecast import Forecast, Shared, fits_in, held_by, timed
 from megalina.parallel.plans import PIECE_BYTES, strategy_of
 from megalina.parameters import BYTES
-from megalina.sim.memory import memory_of
+from megalina.sim.memory import memory_of, peak_of
 from megalina.step.plan import Plan
 from megalina.validate import check_config
 
@@ -82,19 +81,20 @@ def search(
     if not layouts:
         check_config(config, world)
         raise ValueError(f"no layout of {world} ranks is accepted with train.global_batch_size={config.train.global_batch_size}")
-    first = []
+    shared, first = Shared(), []
     for number, layout in enumerate(layouts):
         progress(number, len(layouts), "layouts")
         for mode in RECOMPUTE:
-            first.append(candidate(with_recompute(layout, mode), EAGER, world, vocab_size=vocab_size))
+            first.append(candidate(with_recompute(layout, mode), EAGER, world, vocab_size=vocab_size, shared=shared))
             if first[-1].fits:
                 break  # recomputing more only saves memory
     finalists = [c for c in ordered(first)[:FINALISTS] if c.fits]
     pairs = [(c.config, plan) for c in finalists for plan in plans_of(c.config, world, vocab_size=vocab_size) if plan != EAGER]
+    pairs.sort(key=lambda pair: repr((pair[0].parallel, pair[0].train.recompute, pair[1])))  # micro-batches share a list
     second = []
     for number, (layout, plan) in enumerate(pairs):
         progress(number, len(pairs), "strategies")
-        second.append(candidate(layout, plan, world, vocab_size=vocab_size))
+        second.append(candidate(layout, plan, world, vocab_size=vocab_size, shared=shared))
     return ordered([*first, *second])
 
 
@@ -132,20 +132,19 @@ def accepted(config: PretrainConfig, world: int) -> bool:
     return True
 
 
-def candidate(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int) -> Candidate:
+def candidate(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, shared: Shared | None = None) -> Candidate:
     """Walked in time if it fits."""
-    config = replace(config, strategy=strategy_of(plan, config.strategy))
-    cuda = on_cuda(config.cluster)
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes, cuda=cuda)
-    if not fits_in(config.cluster, sum(held.state.values())):  # without an activation
-        return Candidate(config, plan, sum(held.state.values()), None)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    shortest = program_of(config, plan, held, micro_batches=min(2, rounds) * micro_batches)  # more hold no more
-    memory = memory_of(held, shortest)
-    if not fits_in(config.cluster, memory.peak):
-        return Candidate(config, plan, memory.peak, None)
-    found = forecast(config, world, vocab_size=vocab_size, plan=plan)
-    return Candidate(config, plan, found.memory.peak, found)
+    config, shared = replace(config, strategy=strategy_of(plan, config.strategy)), shared or Shared()
+    held = held_by(config, world, plan, vocab_size=vocab_size)
+    state_bytes = sum(held.state.values())
+    if not fits_in(config.cluster, state_bytes):  # without an activation
+        return Candidate(config, plan, state_bytes, None)
+    program = shared.list_for_memory(config, plan, held)
+    peak_bytes, at = peak_of(held, program)
+    if not fits_in(config.cluster, peak_bytes):
+        return Candidate(config, plan, peak_bytes, None)
+    memory = memory_of(held, program, at=at)
+    return Candidate(config, plan, peak_bytes, timed(config, world, plan, held, memory, vocab_size=vocab_size, shared=shared))
 
 
 def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 
+from megalina.collective_log import NUM_RIDERS
 from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
-from megalina.parameters import BYTES
+from megalina.model.digest import LIMBS
+from megalina.parallel.functions import NUM_SUMS
+from megalina.parameters import BYTES, is_moe_layer
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Op, Stage
 
-COUNT_BYTES = 8  # of a number of rows
+NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
 
 
 def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:
@@ -20,7 +23,9 @@ def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Stage], floa
     """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
     weight_bytes = BYTES[config.train.dtype]
     gradient_bytes = max(weight_bytes, 4)
-    layers = config.model.num_layers if config.router.kind == "expert_choice" else 1  # told at once, see `Shape.equal_counts`
+    experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
+    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": NUM_SUMS + NUM_RIDERS + loads}
 
     def of(stage: Stage) -> float:
         elements = stage.piece[1] - stage.piece[0]
@@ -30,7 +35,9 @@ def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Stage], floa
             case Op.PARAMS:
                 return elements * weight_bytes
             case Op.COUNTS:
-                return config.model.num_experts * layers * COUNT_BYTES
+                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers, see `Shape.equal_counts`
+            case Op.SUM if stage.name in numbers:
+                return numbers[stage.name] * NUMBER_BYTES
             case Op.GATHER:
                 return held.value(stage.reads[0], stage) * held.axes[stage.axis]
             case _:

@@ -4,9 +4,10 @@ Letters: F flows, N ranks of the group, M nodes.  Bytes are of the whole tensor:
 after a gather.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ class Collective(Enum):
 
 ALGORITHMS = ("direct", "ring", "tree", "hierarchical")
 ALL_TO_ALLS = ("direct", "hierarchical")
+MOST_FLOWS = 2**23  # of one collective, followed one by one: some GB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,7 @@ class Phase:
     bytes_F: Floats
     hops: int
     fast_hops: int
+    count_F: Ints | None = None  # that many flows; None: one each
 
 
 def phases_of(
@@ -51,6 +54,8 @@ def phases_of(
     algorithm: str = "direct",
     rings: int = 1,
     bytes_NN: Floats | None = None,
+    few: bool = False,
+    nodes_per_group: int = 0,
 ) -> tuple[Phase, ...]:
     """The flows of a collective over `ranks`, for a tensor of one byte.
 
@@ -60,18 +65,20 @@ def phases_of(
     tree: for all-reduce, two trees of nodes with half the bytes each, chains inside nodes (NCCL); else as ring.
     hierarchical: inside nodes, between ranks at the same place of their nodes, inside nodes again.
 
-    `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  ValueError for one of another shape or another
-    collective, and for hierarchical where nodes hold unequal numbers of the ranks."""
+    `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  `few`: see `_direct_by_levels`, which needs
+    `nodes_per_group`.  ValueError for bytes of another shape or another collective, for hierarchical where nodes hold unequal
+    numbers of the ranks, and for more flows than memory has room for."""
     rank_N = np.asarray(ranks)
     node_N = rank_N // ranks_per_node
     n = len(rank_N)
     if bytes_NN is not None and (what is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
         raise ValueError(f"{what.value} over {n} ranks: bytes_NN is {bytes_NN.shape}, which only all-to-all takes, as {n, n}")
     by_node = [rank_N[node_N == node] for node in np.unique(node_N)]
+    direct = partial(_direct_by_levels, ranks_per_node, nodes_per_group) if few and bytes_NN is None else _direct
     if algorithm == "hierarchical" and 1 < len(by_node) < n:
-        return _hierarchical(what, rank_N, by_node, bytes_NN)
+        return _hierarchical(what, rank_N, by_node, bytes_NN, direct)
     if algorithm == "direct" or what is Collective.ALL_TO_ALL:
-        return (_direct(rank_N, len(by_node) > 1, what.rounds, bytes_NN),)
+        return (direct(rank_N, len(by_node) > 1, what.rounds, bytes_NN),)
     if algorithm == "tree" and what is Collective.ALL_REDUCE:
         return (_trees(by_node),)
     return (_rings(by_node, what.rounds, rings),)
@@ -79,10 +86,38 @@ def phases_of(
 
 def _direct(rank_N: Ints, leaves: bool, rounds: int, bytes_NN: Floats | None = None) -> Phase:
     n = len(rank_N)
+    if n * n > MOST_FLOWS:
+        raise ValueError(f"everybody to everybody is {n} x {n} flows, too many to follow one by one: choose hierarchical")
     sent_NN = np.full((n, n), rounds / n) if bytes_NN is None else bytes_NN
     source_F, target_F = np.nonzero(~np.eye(n, dtype=bool) & (sent_NN > 0))
     hops = (rounds, 0) if leaves else (0, rounds)
     return Phase(rank_N[source_F], rank_N[target_F], sent_NN[source_F, target_F], *hops)
+
+
+def _direct_by_levels(
+    ranks_per_node: int, nodes_per_group: int, rank_N: Ints, leaves: bool, rounds: int, bytes_NN: Floats | None = None
+) -> Phase:
+    """As `_direct` with even parts, but of all flows of a rank that stay in its node, in its group of nodes or leave that, one
+    each, with their number: to the next rank of the node, the same place of the next node, of the next group.
+
+    Each link carries what it carries of all flows.  Which flows meet on it is the same, too, if all links of a kind carry alike,
+    which whoever asks for this must check.  Where nodes hold unequal numbers of the ranks it is `_direct`."""
+    n = len(rank_N)
+    order_N = np.sort(rank_N)
+    node_M, in_node_M = np.unique(order_N // ranks_per_node, return_counts=True)
+    _, in_core_C = np.unique(node_M // nodes_per_group if nodes_per_group else node_M * 0, return_counts=True)
+    if len({*in_node_M.tolist()}) > 1 or len({*in_core_C.tolist()}) > 1:
+        return _direct(rank_N, leaves, rounds, bytes_NN)
+    rank_CMD = order_N.reshape(len(in_core_C), in_core_C[0], in_node_M[0])
+    inside, core = in_node_M[0], in_node_M[0] * in_core_C[0]
+    counts = ((2, inside - 1), (1, core - inside), (0, n - core))  # along which dimension the next one is, how many flows
+    levels = [(np.roll(rank_CMD, -1, dimension).ravel(), count) for dimension, count in counts if count]
+    targets = [target_N for target_N, _ in levels] or [order_N[:0]]
+    sources = [order_N] * len(levels) or [order_N[:0]]
+    count_F = np.repeat([count for _, count in levels], n).astype(int)
+    bytes_F = np.full(len(count_F), rounds / n)
+    hops = (rounds, 0) if leaves else (0, rounds)
+    return Phase(np.concatenate(sources), np.concatenate(targets), bytes_F, *hops, count_F)
 
 
 def _rings(by_node: Sequence[Ints], rounds: int, rings: int) -> Phase:
@@ -108,21 +143,25 @@ def _trees(by_node: Sequence[Ints]) -> Phase:
     return Phase(*both, np.full(2 * len(up_F), 0.5), 2 * depth, 2 * chain)
 
 
-def _hierarchical(what: Collective, rank_N: Ints, by_node: Sequence[Ints], bytes_NN: Floats | None) -> tuple[Phase, ...]:
+def _hierarchical(
+    what: Collective, rank_N: Ints, by_node: Sequence[Ints], bytes_NN: Floats | None, direct: Callable[..., Phase]
+) -> tuple[Phase, ...]:
     inside, nodes = len(by_node[0]), len(by_node)
     if len({len(row) for row in by_node}) > 1:
         counts = ", ".join(str(len(row)) for row in by_node)
         raise ValueError(f"hierarchical {what.value}: its nodes hold {counts} ranks, not equally many; choose another algorithm")
     rank_MD = np.stack(by_node)
-    if what is Collective.ALL_TO_ALL:
-        sent_NN = np.full((len(rank_N),) * 2, 1 / len(rank_N)) if bytes_NN is None else bytes_NN
+    if bytes_NN is None and what is Collective.ALL_TO_ALL:
+        near_phase = _side_by_side([direct(row, False, 1) for row in by_node])
+        return near_phase, _side_by_side([direct(rank_MD[:, d], True, 1) for d in range(inside)])
+    if bytes_NN is not None:
         place = {rank: i for i, rank in enumerate(rank_N.tolist())}
         order_N = np.array([place[rank] for rank in rank_MD.ravel().tolist()])
-        sent_MDMD = sent_NN[np.ix_(order_N, order_N)].reshape(nodes, inside, nodes, inside)
+        sent_MDMD = bytes_NN[np.ix_(order_N, order_N)].reshape(nodes, inside, nodes, inside)
         near = [_direct(row, False, 1, sent_MDMD[m].sum(1)) for m, row in enumerate(by_node)]
         far = [_direct(rank_MD[:, d], True, 1, sent_MDMD[:, :, :, d].sum(1)) for d in range(inside)]
         return _side_by_side(near), _side_by_side(far)
-    near_phase = _side_by_side([_direct(row, False, 1) for row in by_node])
+    near_phase = _side_by_side([direct(row, False, 1) for row in by_node])
     columns = [_rings([rank_MD[m : m + 1, d] for m in range(nodes)], what.rounds, 1) for d in range(inside)]
     far_phase = _side_by_side(columns, 1 / inside)
     before = () if what is Collective.ALL_GATHER else (near_phase,)
@@ -132,4 +171,6 @@ def _hierarchical(what: Collective, rank_N: Ints, by_node: Sequence[Ints], bytes
 
 def _side_by_side(phases: Sequence[Phase], share: float = 1.0) -> Phase:
     joined = [np.concatenate([getattr(p, name) for p in phases]) for name in ("source_F", "target_F", "bytes_F")]
-    return Phase(joined[0], joined[1], joined[2] * share, max(p.hops for p in phases), max(p.fast_hops for p in phases))
+    counts = [np.ones(len(p.bytes_F), int) if p.count_F is None else p.count_F for p in phases]
+    hops = max(p.hops for p in phases), max(p.fast_hops for p in phases)
+    return Phase(joined[0], joined[1], joined[2] * share, *hops, np.concatenate(counts))

@@ -7,14 +7,14 @@ on colours alone, for rates rise and stop alike.  So one link of each colour tel
 Letters: L links, B bundles, I places of bundles on links; folded: K colours of bundles, J colours of links.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.sim.collectives import Collective, Floats, Ints
+from megalina.sim.collectives import Collective, Floats, Ints, Phase
 from megalina.sim.network import Load, Loads, Network
 
 DIGITS = 10  # weights and amounts that agree so far are equal
@@ -37,17 +37,10 @@ class FoldedLoads(Loads):
         slowest: bool = False,
     ):
         super().__init__(network, ranks)
-        phases: dict[Use, list[_Phase]] = {}
-        for axis, what in uses:
-            groups = list(dict.fromkeys(ranks_of(axis, rank) for rank in range(ranks)))
-            if len(sizes := {len(group) for group in groups}) > 1:
-                raise ValueError(f"axis {axis} has groups of {sorted(sizes)} ranks, which aren't alike: simulate every rank")
-            if len(groups[0]) > 1:
-                found = [super(FoldedLoads, self).of(axis, what, group) for group in groups]
-                if not slowest and len({tuple(load.latency_s for load in loads) for loads in found}) > 1:
-                    raise ValueError(_unlike(axis, what))
-                phases[axis, what] = [_joined(alike) for alike in zip(*found, strict=True)]
-        colour_B, colour_L = _colours([phase for joined in phases.values() for phase in joined], self.capacity_L)
+        groups = {axis: _groups(axis, ranks, ranks_of) for axis in dict.fromkeys(axis for axis, _ in uses)}
+        phases, colour_B, colour_L = self._coloured(groups, uses, slowest=slowest, few=True)
+        if not self._crossed_alike(phases.values(), colour_L):
+            phases, colour_B, colour_L = self._coloured(groups, uses, slowest=slowest, few=False)
         links_J = np.bincount(colour_L)
         at, self._by_use = 0, dict[Use, tuple[Load, ...]]()
         for (axis, what), joined in phases.items():
@@ -68,31 +61,106 @@ class FoldedLoads(Loads):
         """Of all groups of the axis at once."""
         return self._by_use[axis, what]
 
+    def _coloured(
+        self, groups: Mapping[str, Ints], uses: Collection[Use], *, slowest: bool, few: bool
+    ) -> tuple[dict[Use, list["_Phase"]], Ints, Ints]:
+        """The phases of all uses, and the colours of all bundles, one phase after another, and of all links."""
+        phases = {
+            (axis, what): self._phases(axis, what, groups[axis], slowest=slowest, few=few)
+            for axis, what in uses
+            if groups[axis].shape[1] > 1
+        }
+        return phases, *_colours([phase for joined in phases.values() for phase in joined], self.capacity_L)
+
+    def _phases(self, axis: str, what: Collective, rank_GN: Ints, *, slowest: bool, few: bool) -> list["_Phase"]:
+        """Groups that lie over nodes in the same way have the same flows between other ranks."""
+        node_GN = rank_GN // self.network.ranks_per_node
+        core_GN = node_GN // max(1, self.network.nodes_per_group)
+        lies: dict[tuple[bytes, ...], list[int]] = {}
+        for g in range(len(rank_GN)):
+            lies.setdefault(tuple(_dense(row).tobytes() for row in (node_GN[g], core_GN[g])), []).append(g)
+        found: list[list[_Phase]] = []
+        for alike in lies.values():
+            first_N = rank_GN[alike[0]]
+            order_N = np.argsort(first_N)
+            phases = self.network.phases(what, tuple(first_N.tolist()), few=few)
+            places = [
+                [order_N[np.searchsorted(first_N, end_F, sorter=order_N)] for end_F in (p.source_F, p.target_F)] for p in phases
+            ]
+            after_s = self.network.after_s(what, phases)
+            found.append(
+                [
+                    self._of_groups(what, phase, rank_GN[alike], place, s)
+                    for phase, place, s in zip(phases, places, after_s, strict=True)
+                ]
+            )
+        if not slowest and len({tuple(phase.load.latency_s for phase in phases) for phases in found}) > 1:
+            raise ValueError(_unlike(axis, what))
+        return [_joined(same) for same in zip(*found, strict=True)]
+
+    def _of_groups(self, what: Collective, phase: Phase, rank_GN: Ints, places: Sequence[Ints], latency_s: float) -> "_Phase":
+        groups, flows = len(rank_GN), len(phase.bytes_F)
+        source_F, target_F = (rank_GN[:, place_F].ravel() for place_F in places)
+        count_F = None if phase.count_F is None else np.tile(phase.count_F, groups)
+        every = Phase(source_F, target_F, np.tile(phase.bytes_F, groups), phase.hops, phase.fast_hops, count_F)
+        load, group_B = self._load(what, every, latency_s, np.repeat(np.arange(groups), flows))
+        return _Phase(load, group_B, groups, few=count_F is not None)
+
+    def _crossed_alike(self, phases: Iterable[Sequence["_Phase"]], colour_L: Ints) -> bool:
+        """Whether each group whose flows are few by `phases_of` crosses links of one colour for each kind of them.  Where
+        collectives share, who meets whom doesn't matter."""
+        if self.network.share == "collective":
+            return True
+        kind_L = self.network.kinds(self.ranks)
+        for phase in (phase for joined in phases for phase in joined if phase.few):
+            load = phase.load
+            place_I = phase.group_B[load.bundle_I] * (kind_L.max() + 1) + kind_L[load.link_I]
+            colours = np.unique(place_I * len(colour_L) + colour_L[load.link_I])
+            if len(colours) > len(np.unique(place_I)):
+                return False
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _Phase:
-    """A phase of all groups of an axis."""
+    """A phase of groups of an axis."""
 
     load: Load
     group_B: Ints
     groups: int
+    few: bool  # one flow in place of many
 
 
 def _unlike(axis: str, what: Collective) -> str:
     return f"{what.value} along axis {axis}: its groups share links with different things: simulate every rank, or say slowest"
 
 
-def _joined(loads: Sequence[Load]) -> _Phase:
-    counts = [len(load.amount_B) for load in loads]
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+def _groups(axis: str, ranks: int, ranks_of: Callable[[str, int], tuple[int, ...]]) -> Ints:
+    """The ranks of each group.  ValueError where they aren't equally many."""
+    seen, groups = np.zeros(ranks, bool), []
+    for rank in range(ranks):
+        if not seen[rank]:
+            groups.append(ranks_of(axis, rank))
+            seen[list(groups[-1])] = True
+    if len(sizes := {len(group) for group in groups}) > 1:
+        raise ValueError(f"axis {axis} has groups of {sorted(sizes)} ranks, which aren't alike: simulate every rank")
+    return np.array(groups)
+
+
+def _joined(phases: Sequence[_Phase]) -> _Phase:
+    """Of all groups of an axis."""
+    loads = [phase.load for phase in phases]
+    starts = np.cumsum([0, *(len(load.amount_B) for load in loads)])
+    groups = np.cumsum([0, *(phase.groups for phase in phases)])
     load = Load(
         np.concatenate([load.amount_B for load in loads]),
-        np.concatenate([load.bundle_I + start for load, start in zip(loads, starts, strict=True)]),
+        np.concatenate([load.bundle_I + start for load, start in zip(loads, starts, strict=False)]),
         np.concatenate([load.link_I for load in loads]),
         np.concatenate([load.weight_I for load in loads]),
         max(load.latency_s for load in loads),
     )
-    return _Phase(load, np.repeat(np.arange(len(loads)), counts), len(loads))
+    group_B = np.concatenate([phase.group_B + before for phase, before in zip(phases, groups, strict=False)])
+    return _Phase(load, group_B, int(groups[-1]), any(phase.few for phase in phases))
 
 
 def _folded(load: Load, colour_B: Ints, colours: int, colour_L: Ints, links_J: Ints) -> Load:

@@ -162,14 +162,21 @@ class _Walk:
             self.bytes -= 0 if block.holders else block.bytes
 
 
-def memory_of(sizes: Sizes, program: Program) -> Memory:
-    """The peak of a step of this program, and what it is made of.
+def peak_of(sizes: Sizes, program: Program) -> tuple[int, int]:
+    """`Memory.peak` of a step of this program, and the number of the stage where it is."""
+    peaks = [size for size, _ in _Walk(program, sizes).peaks()]
+    most = max(peaks)
+    return sum(sizes.state.values()) + most, peaks.index(most)
+
+
+def memory_of(sizes: Sizes, program: Program, *, at: int | None = None) -> Memory:
+    """The peak of a step of this program, and what it is made of.  `at`: number of the stage where it is, if that is known.
 
     Of an evaluation, and of forward stages with recompute, what is inside a stage is an upper bound: without a graph some of it
     goes earlier."""
-    peaks = [size for size, _ in _Walk(program, sizes).peaks()]
+    at = peak_of(sizes, program)[1] if at is None else at
     walk = _Walk(program, sizes)
-    peak, stage = next(islice(walk.peaks(), peaks.index(max(peaks)), None))
+    peak, stage = next(islice(walk.peaks(), at, None))
     counted: set[int] = set()
 
     def more(blocks: Sequence[_Block]) -> int:

@@ -31,3 +31,15 @@ class Sizes:
         what = self.collective(stage)
         bytes_NN = self.matrix_of(stage, ranks) if self.matrix_of and what is Collective.ALL_TO_ALL else None
         return what, self.bytes_of(stage) if bytes_NN is None else 1.0, bytes_NN
+
+
+def own_bytes(what: Collective, num_bytes: float, ranks: int, place: int = 0, bytes_NN: Floats | None = None) -> float:
+    """What `megalina.comm.exchange.Pending` counts of one rank's part: bytes to others (of an all-to-all from others, if they are
+    more), of a sum or a scatter its tensor.  `num_bytes`, `bytes_NN`: as in `Sizes`."""
+    if what is Collective.ALL_GATHER:
+        return num_bytes / ranks
+    if what is not Collective.ALL_TO_ALL:
+        return num_bytes
+    if bytes_NN is None:
+        return num_bytes * (ranks - 1) / ranks
+    return float(max(bytes_NN[place].sum(), bytes_NN[:, place].sum()) - bytes_NN[place, place])

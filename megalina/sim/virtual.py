@@ -2,8 +2,10 @@
 
 Each rank has one device, which computes in the program's order, and one lane per axis of the mesh, in which what it starts
 leaves in order (`megalina/comm/links.py`).  The n-th collective of a group begins when every rank has started its n-th
-there, and its flows move over the links of a network (`network.py`), which all that is on them shares.  A host that runs ahead
-of its device gives the same times: what is sent leaves when the device is there.
+there, and its flows move over the links of a network (`network.py`), which all that is on them shares.
+
+A host that is far ahead of its device changes no time, and then it can be left out: what is sent leaves when the device is there.
+A host that is not has a clock of its own (`host`), as that of an emulated device has, where sockets and small math take time.
 """
 
 import heapq
@@ -13,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalina.sim.folding import FoldedLoads
+from megalina.sim.circle import circle_of
+from megalina.sim.collectives import Collective, Floats
+from megalina.sim.folding import FoldedLoads, Use
 from megalina.sim.lanes import OURS, Here, Rule, Sent
 from megalina.sim.network import Load, Loads, Network
-from megalina.sim.sizes import Sizes
+from megalina.sim.sizes import Sizes, own_bytes
 from megalina.sim.traffic import Moving, Traffic
 from megalina.step.program import Kind, Op, Program, Stage
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event, Recorder
@@ -27,7 +31,7 @@ Seconds = Callable[[int, Stage], float]  # of a rank: COMPUTE: takes; START: unt
 
 
 class Deadlock(RuntimeError):
-    """No rank can go on; the message says where each stands and what each of its lanes waits for."""
+    """No rank can go on; the message says who waits for whom in a circle, where each stands, what each of its lanes waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,20 @@ class Timeline:
 
 
 def simulate(
-    programs: Sequence[Program], *, ranks_of: RanksOf, seconds: Seconds, network: Network, sizes: Sizes, rule: Rule = OURS
+    programs: Sequence[Program],
+    *,
+    ranks_of: RanksOf,
+    seconds: Seconds,
+    network: Network,
+    sizes: Sizes,
+    rule: Rule = OURS,
+    host: Seconds | None = None,
 ) -> Timeline:
-    """One step: rank r walks `programs[r]`, normally the same list on all.  Deadlock if it has no end."""
-    return _Cluster(programs, ranks_of, seconds, Loads(network, len(programs)), sizes, rule).run()
+    """One step: rank r walks `programs[r]`, normally the same list on all.  Deadlock if it has no end.
+
+    `host`: what the thread that walks the list needs for each stage.  It then asks for stages one after another and stands at
+    WAITs alone; a device begins a stage when it is free and has been asked, and ends it no earlier than the host has asked."""
+    return _Cluster(programs, ranks_of, seconds, Loads(network, len(programs)), sizes, rule, host).run()
 
 
 def simulate_alike(
@@ -60,16 +74,25 @@ def simulate_alike(
     sizes: Sizes,
     rule: Rule = OURS,
     slowest: bool = False,
+    host: Callable[[Stage], float] | None = None,
+    loads: FoldedLoads | None = None,
 ) -> Timeline:
     """As `simulate` for ranks that all walk the same list at the same pace: rank 0 walks for all, and links that carry the same
     are one (`folding.py`), so more ranks take no longer.  ValueError where ranks aren't alike: sizes that differ between them, or
     groups of an axis that share links with other things than its other groups do (the one ring that leaves a node by its last
-    rank).  With `slowest` such groups wait for the slowest of them, which is a little pessimistic."""
+    rank).  With `slowest` such groups wait for the slowest of them, which is a little pessimistic.
+
+    `loads`: what a walk with the same network, groups and uses (`uses_of`) has folded already."""
     if sizes.matrix_of is not None:
         raise ValueError("matrix_of says that ranks send different sizes: simulate every rank, or leave it out")
-    uses = dict.fromkeys((s.axis, sizes.collective(s)) for s in program if s.kind is Kind.START)
-    loads = FoldedLoads(network, ranks, ranks_of, uses, slowest=slowest)
-    return _Cluster([program], ranks_of, lambda _, stage: seconds(stage), loads, sizes, rule).run()
+    loads = loads or FoldedLoads(network, ranks, ranks_of, uses_of(program, sizes), slowest=slowest)
+    of_host = None if host is None else lambda _, stage: host(stage)
+    return _Cluster([program], ranks_of, lambda _, stage: seconds(stage), loads, sizes, rule, of_host).run()
+
+
+def uses_of(program: Program, sizes: Sizes) -> tuple[Use, ...]:
+    """All that a program sends along each axis."""
+    return tuple(dict.fromkeys((s.axis, sizes.collective(s)) for s in program if s.kind is Kind.START))
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +108,9 @@ class _Group:
 class _Collective:
     group: _Group
     sent: dict[int, Sent] = field(default_factory=dict)  # by rank
+    what: Collective = Collective.ALL_REDUCE
     num_bytes: float = 0.0
+    bytes_NN: Floats | None = None
     urgency: int = 0
     phases: deque[Load] = field(default_factory=deque)  # that are to come
 
@@ -95,15 +120,29 @@ class _Rank:
     program: Program
     at: int = 0  # the stage where it stands
     clock_s: float = 0.0  # until when the device is busy
+    host_s: float = 0.0  # until when the host is, if it has a clock
     blocked: bool = False
     here: Here = field(default_factory=Here)
     on_wire: dict[str, Sent] = field(default_factory=dict)  # by value
     recorder: Recorder = field(default_factory=Recorder)
 
 
+_Waiting = tuple[int, Sent | None]  # a rank's program, or something that it has asked for
+
+
 class _Cluster:
-    def __init__(self, programs: Sequence[Program], ranks_of: RanksOf, seconds: Seconds, loads: Loads, sizes: Sizes, rule: Rule):
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        ranks_of: RanksOf,
+        seconds: Seconds,
+        loads: Loads,
+        sizes: Sizes,
+        rule: Rule,
+        host: Seconds | None,
+    ):
         self._ranks_of, self._seconds, self._loads, self._sizes, self._rule = ranks_of, seconds, loads, sizes, rule
+        self._host = host
         self._ranks = [_Rank(program) for program in programs]
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -122,9 +161,10 @@ class _Cluster:
             self._now_s, _, happen, arguments = heapq.heappop(self._events)
             happen(*arguments)
         if any(r.at < len(r.program) for r in self._ranks):
-            raise Deadlock("\n".join([f"no rank can go on at {self._now_s:.6g} s", *map(self._stands, range(len(self._ranks)))]))
+            stands = map(self._stands, range(len(self._ranks)))
+            raise Deadlock("\n".join([f"no rank can go on at {self._now_s:.6g} s", *self._circle(), *stands]))
         ledger = {key: group.tags for key, group in self._groups.items() if any(group.tags.values())}
-        return Timeline(max(r.clock_s for r in self._ranks), ledger, [r.recorder for r in self._ranks])
+        return Timeline(max(max(r.clock_s, r.host_s) for r in self._ranks), ledger, [r.recorder for r in self._ranks])
 
     def _at(self, time_s: float, happen: Callable[..., None], *arguments: Any) -> None:
         self._numbers += 1  # what is due at one time happens in the order of asking
@@ -137,8 +177,9 @@ class _Cluster:
         while rank.at < len(rank.program):
             stage = rank.program[rank.at]
             missing = [s for v in stage.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
-            if rank.clock_s > self._now_s and (stage.kind is not Kind.COMPUTE or missing):
-                self._at(rank.clock_s, self._walk, number)
+            due_s = rank.clock_s if self._host is None else rank.host_s
+            if due_s > self._now_s and (stage.kind is not Kind.COMPUTE or missing):
+                self._at(due_s, self._walk, number)
                 return
             if stage.kind is Kind.START:
                 self._ask(number, stage, missing)
@@ -152,12 +193,26 @@ class _Cluster:
             rank.at += 1
 
     def _pass(self, number: int, rank: _Rank, stage: Stage) -> None:
+        if self._host is not None:
+            self._pass_with_host(rank, stage, self._seconds(number, stage), self._host(number, stage))
+            return
         came_s, free_s = rank.clock_s, max(rank.clock_s, self._now_s)
         rank.clock_s = free_s + self._seconds(number, stage)
         if stage.kind is Kind.COMPUTE:
             rank.recorder.add(COMPUTE, stage, 0, free_s, free_s, rank.clock_s, 0.0)
         else:
             rank.recorder.add(WAIT, stage, 0, came_s, came_s, rank.clock_s, free_s - came_s)
+
+    def _pass_with_host(self, rank: _Rank, stage: Stage, device_s: float, host_s: float) -> None:
+        came_s, here_s = rank.host_s, max(rank.host_s, self._now_s)
+        rank.host_s = here_s + host_s
+        if stage.kind is Kind.COMPUTE:
+            start_s = max(rank.clock_s, here_s)
+            rank.clock_s = max(start_s + device_s, rank.host_s)
+            rank.recorder.add(COMPUTE, stage, 0, here_s, start_s, rank.clock_s, 0.0)
+        else:
+            exposed_s = max(0.0, rank.host_s - max(came_s, rank.clock_s))
+            rank.recorder.add(WAIT, stage, 0, came_s, came_s, rank.host_s, exposed_s)
 
     def _ask(self, number: int, stage: Stage, needs: list[Sent]) -> None:
         """Into its lane.  With nobody to talk to there is no lane."""
@@ -169,7 +224,11 @@ class _Cluster:
             sent.done = True
             return
         rank.here.queued.setdefault(self._rule.lane(stage), deque()).append(sent)
-        self._at(self._now_s + self._seconds(number, stage), self._ready, number, sent)
+        if self._host is None:
+            self._at(self._now_s + self._seconds(number, stage), self._ready, number, sent)
+        else:  # it leaves when the device is there
+            rank.host_s = self._now_s + self._host(number, stage)
+            self._at(max(rank.host_s, rank.clock_s), self._ready, number, sent)
 
     def _group(self, axis: str, number: int) -> _Group:
         if (axis, number) not in self._group_of:
@@ -207,11 +266,12 @@ class _Cluster:
     # links
     def _begin(self, collective: _Collective) -> None:
         group, sizes = collective.group, self._sizes
-        stage = max((s.stage for s in collective.sent.values()), key=sizes.bytes_of)  # ranks may have mixed them up
+        stages = [s.stage for s in collective.sent.values()]
+        stage = stages[0] if len(stages) == 1 else max(stages, key=sizes.bytes_of)  # ranks may have mixed them up
         assert stage.op is not None
-        what, collective.num_bytes, bytes_NN = sizes.sent(stage, group.ranks)
+        collective.what, collective.num_bytes, collective.bytes_NN = sizes.sent(stage, group.ranks)
         collective.urgency = self._loads.network.urgency(stage.op)
-        collective.phases.extend(self._loads.of(group.axis, what, group.ranks, bytes_NN))
+        collective.phases.extend(self._loads.of(group.axis, collective.what, group.ranks, collective.bytes_NN))
         self._move(collective)
 
     def _move(self, collective: _Collective) -> None:
@@ -239,17 +299,53 @@ class _Cluster:
             self._share()
 
     def _arrived(self, collective: _Collective) -> None:
+        ranks, bytes_NN = collective.group.ranks, collective.bytes_NN
         for number, sent in collective.sent.items():
             sent.done = True
             self._ranks[number].here.under_way[self._rule.lane(sent.stage)].remove(sent)
-            size, started_s = self._sizes.bytes_of(sent.stage), sent.started_s
-            assert started_s is not None
-            self._ranks[number].recorder.add(SEND, sent.stage, int(size), sent.asked_s, started_s, self._now_s, 0.0)
+            assert sent.started_s is not None
+            place = ranks.index(number) if bytes_NN is not None else 0
+            size = round(own_bytes(collective.what, collective.num_bytes, len(ranks), place, bytes_NN))
+            self._ranks[number].recorder.add(SEND, sent.stage, size, sent.asked_s, sent.started_s, self._now_s, 0.0)
         for number in collective.sent:
             self._look(number)
             if self._ranks[number].blocked:
                 self._ranks[number].blocked = False
                 self._walk(number)
+
+    def _circle(self) -> list[str]:
+        """For people: ranks that wait for one another; nothing where all wait for a rank that is done."""
+        begin: list[_Waiting] = [(number, None) for number in range(len(self._ranks))]
+        return [f"in a circle: {why}" if i == 0 else f"  {why}" for i, why in enumerate(circle_of(begin, self._waits_for))]
+
+    def _waits_for(self, waiting: _Waiting) -> list[tuple[_Waiting, str]]:
+        number, sent = waiting
+        rank = self._ranks[number]
+        if sent is None:
+            if rank.at == len(rank.program):
+                return []
+            stage = rank.program[rank.at]
+            missing = [s for v in stage.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
+            return [((number, s), f"rank {number} stands at {stage.tag}, for {s.stage.tag}") for s in missing]
+        tag = sent.stage.tag
+        if sent.started_s is not None:
+            group = self._group(sent.stage.axis, number)
+            collective = next(c for c in group.collectives if c.sent.get(number) is sent)
+            absent = [r for r in group.walking if r not in collective.sent]
+            return [((r, self._asked(r, group)), f"rank {number} has started {tag} and waits for rank {r} to") for r in absent]
+        head = rank.here.queued[self._rule.lane(sent.stage)][0]
+        if sent is not head:
+            return [((number, head), f"rank {number} starts {tag} after {head.stage.tag}")]
+        if needs := [n for n in sent.needs if not n.done]:
+            return [((number, n), f"rank {number} starts {tag} after {n.stage.tag}") for n in needs]
+        by = self._rule.held(sent.stage, rank.here)
+        assert by is not None
+        return [((number, by), f"rank {number} holds {tag} back for {by.stage.tag}")]
+
+    def _asked(self, number: int, group: _Group) -> Sent | None:
+        """What a rank will start next in the group; None: its program has not asked for it."""
+        queued = (s for lane in self._ranks[number].here.queued.values() for s in lane)
+        return next((s for s in queued if self._group(s.stage.axis, number) is group), None)
 
     def _stands(self, number: int) -> str:
         """For people: where a rank is, and what holds up each of its lanes."""

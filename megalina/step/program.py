@@ -19,6 +19,8 @@ from enum import Enum, auto
 
 
 class Kind(Enum):
+    __hash__ = object.__hash__  # stages are hashed often, and Enum's own is slow
+
     COMPUTE = auto()
     START = auto()  # something goes on the wire
     WAIT = auto()  # it has arrived; every wait is a stage
@@ -26,6 +28,8 @@ class Kind(Enum):
 
 class Op(Enum):
     """What is sent."""
+
+    __hash__ = object.__hash__
 
     TOKENS = auto()  # uneven all-to-all of rows; its mirror is the same with the sizes swapped
     COUNTS = auto()  # all-to-all of split sizes; the host needs the result
@@ -170,9 +174,11 @@ def _check_order(program: Program, given: Collection[str], writers: Mapping[str,
         raise ValueError(f"nobody reads {', '.join(unread)}: part of the step's data, or of its parameters, would be left out")
     for i, stage in enumerate(program):
         for value in reads_of(stage):
-            if value not in writers and value not in given:
+            places = writers.get(value, ())
+            if not places and value not in given:
                 raise ValueError(f"{stage.tag} reads {value}, which nobody writes")
-            if late := [program[j].tag for j in writers.get(value, ()) if j >= i]:
+            if places and places[-1] >= i:
+                late = [program[j].tag for j in places if j >= i]
                 raise ValueError(f"{stage.tag} reads {value} before it is written by {', '.join(late)}")
     for value, places in writers.items():
         if len(places) > 1 and not _may_have_many_writers(value, program[places[0]]):
@@ -202,9 +208,9 @@ def _check_waits(program: Program) -> None:
         raise ValueError(f"nobody waits for {', '.join(s.tag for s in lost.values())}")
 
 
-def _sent(stage: Stage) -> tuple[str | int | tuple[int, int], ...]:
+def _sent(stage: Stage) -> tuple[str | int | tuple[int, int] | Op | None, ...]:
     """Of a START or WAIT: what is sent, and along which axis."""
-    return stage.phase, stage.op.name if stage.op else "", stage.axis, *stage.key, stage.piece, stage.chunk
+    return stage.phase, stage.op, stage.axis, *stage.key, stage.piece, stage.chunk
 
 
 def _check_yields(program: Program) -> None:
@@ -228,7 +234,7 @@ def _check_backward(program: Program) -> None:
         found = present.pop((want.kind, want.key), None)
         if found is None:
             raise ValueError(f"no backward for {stage.tag}")
-        if replace(found, credit=want.credit) != want:
+        if (found if found.credit == want.credit else replace(found, credit=want.credit)) != want:
             raise ValueError(f"{found.tag} is not the mirror of {stage.tag}: {found}")
     if present:
         raise ValueError(f"backward without forward: {', '.join(s.tag for s in present.values())}")
@@ -245,11 +251,16 @@ def _tags(stages: Collection[Stage]) -> str:
 
 
 def _check_buckets(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
+    starts_of: dict[tuple[Op, str], list[Stage]] = defaultdict(list)
+    for stage in program:
+        if stage.op in MOVABLE and stage.kind is Kind.START:
+            for name in dict.fromkeys(stage.buckets):
+                starts_of[stage.op, name].append(stage)
     for op in MOVABLE:
         for name, bucket in buckets.items():
             if op is Op.PARAMS and not bucket.sharded:
                 continue
-            starts = [s for s in program if s.op is op and s.kind is Kind.START and name in s.buckets]
+            starts = starts_of[op, name]
             if any(s.axis != bucket.axis for s in starts):
                 raise ValueError(f"{op.name} of {name} must go along axis {bucket.axis}: {', '.join(s.tag for s in starts)}")
             for s in starts:

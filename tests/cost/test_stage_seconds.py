@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
-from megalina.cost.stage_seconds import Device, device_of, stage_seconds
+from megalina.cost.stage_seconds import Device, device_of, share_at, stage_seconds
 from megalina.cost.stage_work import StageWork
 from megalina.cost.work import Product, Work
 from megalina.parallel.emulated_device import emulated_device
@@ -24,6 +26,7 @@ from tests.sim.schedules import buckets_of
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "conf" / "cluster").glob("*.yaml"))}
 SIMULATED = [name for name, path in FILES.items() if "hardware:" in path.read_text()]
+FIGURE = r"([\d.]+|true|false|\[[\d., ]*\])"
 # 100 FLOP/s for large products, 50 in float32, 20 in attention, 10 bytes/s; a product of 4 rows reaches half
 PLAIN = Device(100.0, 50.0, 20.0, 4.0, 10.0, 0.0, 0.0)
 
@@ -76,6 +79,58 @@ def test_the_same_flops_in_experts_of_fewer_rows_take_longer() -> None:
     took_s = [PLAIN.seconds(Work((Product(64 / n, 64, 64, n, 0.0),))) for n in (1, 4, 16)]
     assert took_s == [pytest.approx(2 * 64**3 / 100 * (64 / n + 4) * n / 64 * 68 / 64) for n in (1, 4, 16)]
     assert took_s == sorted(set(took_s))
+
+
+# measured shares in place of the half size
+
+CURVE = ((4.0, 0.2), (16.0, 0.5), (256.0, 0.8))
+
+
+def test_a_measured_share_follows_from_the_smallest_side_between_two_sizes() -> None:
+    measured = replace(PLAIN, product_curve=CURVE)
+    for size, share in CURVE:
+        assert {
+            measured.efficiency(Product(*sides, 1, 0.0)) for sides in ((size, 512, 900), (512, size, 900), (512, 900, size))
+        } == {share}
+    assert share_at(CURVE, 8) == pytest.approx((0.2 * 0.5) ** 0.5)  # half-way in logarithms
+    assert share_at(CURVE, 64) == pytest.approx((0.5 * 0.8) ** 0.5)
+    assert share_at(CURVE, 1000) == 0.8
+    assert share_at(CURVE, 1) == 0.05  # as long as the smallest that was measured
+    assert share_at(CURVE, 0) == 1
+    few, many = (measured.product_s(Product(rows, 512, 512, 1, 0.0)) for rows in (1, 4))
+    assert few == pytest.approx(many)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1.01, 16.0), st.floats(0.0, 1.0)), min_size=1, max_size=8),
+    st.floats(0.1, 5000.0),
+    st.floats(1.0, 4.0),
+)
+def test_on_a_curve_that_passes_the_check_more_rows_never_take_less_time(
+    steps: list[tuple[float, float]], rows: float, more: float
+) -> None:
+    size, share, curve = 1.0, 0.01, []
+    for factor, growth in steps:
+        size, share = size * factor, min(1.0, share * factor**growth)
+        curve.append((size, share))
+    checked = changed("h100_400g", "product_sizes", [size for size, _ in curve])
+    checked.hardware.product_shares = [share for _, share in curve]
+    check_hardware(checked)
+    measured = replace(PLAIN, product_curve=tuple(curve))
+    less_s, more_s = (measured.product_s(Product(n, 1e9, 1e9, 1, 0.0)) for n in (rows, rows * more))
+    assert less_s <= more_s * (1 + 1e-9)
+
+
+def test_where_the_host_is_the_device_its_time_comes_on_top_and_what_travels_takes_it_too() -> None:
+    host = replace(PLAIN, host_stage_s=400.0, host_is_device=True)
+    work = Work((Product(4, 12, 50, 1, 100.0),), moved_bytes=50.0, moving_kernels=3)
+    assert host.seconds(work) == 128 + 5 + 400
+    assert host.seconds(Work()) == 400
+    cluster = changed("h100_400g", "host_is_device", True)
+    seconds = seconds_of(cluster)
+    assert seconds(Stage("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 20e-6
+    plain = seconds_of(cluster_of("h100_400g"))
+    assert seconds(stage("experts")) == pytest.approx(plain(stage("experts")) + 20e-6)
 
 
 def test_a_device_has_the_figures_of_its_file() -> None:
@@ -171,7 +226,7 @@ def test_an_emulated_device_costs_here_what_it_costs_there(given: dict[str, floa
 def test_a_file_with_hardware_is_whole_and_says_where_its_figures_are_from(name: str) -> None:
     check_hardware(cluster_of(name))
     for line in FILES[name].read_text().splitlines():
-        assert line.startswith(("#", "name:", "hardware:")) or re.search(r"^ *\w+: [\d.]+ # \w", line), line
+        assert line.startswith(("#", "name:", "hardware:")) or re.search(rf"^ *\w+: {FIGURE} # \w", line), line
 
 
 @pytest.mark.parametrize("name", [name for name in SIMULATED if name != "emulated"])
@@ -197,7 +252,7 @@ def test_peaks_are_those_of_the_table_that_mfu_uses(name: str, device: str) -> N
     assert hardware.float32_tflops * 1e12 == float32
 
 
-def changed(name: str, field: str, value: float) -> ClusterConfig:
+def changed(name: str, field: str, value: object) -> ClusterConfig:
     cluster = cluster_of(name)
     setattr(cluster.hardware if hasattr(cluster.hardware, field) else cluster, field, value)
     return cluster
@@ -223,16 +278,45 @@ def test_a_bad_file_is_one_line_that_names_file_and_field(field: str, value: flo
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shares", "said"),
+    [
+        ([1.0, 2.0], [0.5], "hardware.product_sizes has 2 numbers and hardware.product_shares 1: give a share for each size"),
+        ([], [0.5], "hardware.product_sizes has 0 numbers and hardware.product_shares 1"),
+        ([4.0, 2.0], [0.1, 0.2], r"hardware.product_sizes \(4, 2\) must rise from above 0: put them in order"),
+        ([2.0, 2.0], [0.1, 0.1], r"hardware.product_sizes \(2, 2\) must rise"),
+        ([0.0, 2.0], [0.1, 0.2], r"hardware.product_sizes \(0, 2\) must rise"),
+        ([float("nan")], [0.1], r"hardware.product_sizes \(nan\) must rise"),
+        ([1.0, float("inf")], [0.1, 0.2], r"hardware.product_sizes \(1, inf\) must rise"),
+        ([1.0, 2.0], [0.0, 0.2], r"hardware.product_shares \(0, 0.2\) must be above 0 and at most 1: correct them"),
+        ([1.0, 2.0], [0.9, 1.1], r"hardware.product_shares \(0.9, 1.1\) must be above 0 and at most 1"),
+        ([1.0, 2.0], [float("nan"), 1.0], r"hardware.product_shares \(nan, 1\) must be above 0"),
+        (
+            [4.0, 8.0],
+            [0.1, 0.3],
+            "hardware.product_shares rise from 0.1 to 0.3 between sizes 4 and 8, more than the sizes do, so",
+        ),
+    ],
+)
+def test_inconsistent_shares_of_products_are_one_line(sizes: list[float], shares: list[float], said: str) -> None:
+    cluster = changed("h100_400g", "product_sizes", sizes)
+    cluster.hardware.product_shares = shares
+    with pytest.raises(ValueError, match=f"^conf/cluster/h100_400g.yaml: {said}") as found:
+        check_hardware(cluster)
+    assert "\n" not in str(found.value)
+
+
 def test_no_figure_that_is_needed_may_be_missing() -> None:
     """Nor any other: a time of 0 is a figure, a rate of 0 is none."""
     free = {"kernel_us", "host_stage_us", "domain_latency_us", "product_half_size"}
+    figures = {name for name, value in asdict(HardwareConfig()).items() if type(value) in (int, float)}
     missed = set()
-    for field in asdict(HardwareConfig()):
+    for field in figures:
         try:
             check_hardware(changed("h100_400g", field, 0))
         except ValueError:
             missed.add(field)
-    assert missed == set(asdict(HardwareConfig())) - free
+    assert missed == figures - free
 
 
 def test_files_without_hardware_can_not_be_simulated_and_an_emulated_device_needs_links_alone() -> None:

@@ -70,7 +70,7 @@ def streams_of(network: Network, phase: Phase, num_bytes: Fraction, urgency: int
     for source, target, part in zip(phase.source_F.tolist(), phase.target_F.tolist(), phase.bytes_F.tolist(), strict=True):
         size = Fraction(part).limit_denominator(10**6) * num_bytes
         flows.append(Stream(dict.fromkeys(way(network, source, target), Fraction(1)), size, urgency, owner))
-    if network.share == "flow":
+    if network.share == "flow" or not flows:
         return flows
     bytes_on: dict[Link, Fraction] = {}
     for flow in flows:
@@ -93,13 +93,21 @@ def step_s(
     now, at, busy = Fraction(0), [0] * ranks, [Fraction(0)] * ranks
     here: dict[tuple, set[int]] = {}
     phases: dict[tuple, list[Phase]] = {}
+    size: dict[tuple, Fraction] = {}
     due: dict[tuple, Fraction] = {}  # when the latency of what was sent last is over
     arrived: set[tuple] = set()
     streams: list[Stream] = []
 
     def go(owner: tuple) -> None:
-        stage, group = owner
-        streams.extend(streams_of(network, phases[owner][0], Fraction(sizes.bytes_of(stage)), network.urgency(stage.op), owner))
+        flows = streams_of(network, phases[owner][0], size[owner], network.urgency(owner[0].op), owner)
+        streams.extend(flows)
+        if not flows:
+            end(owner)
+
+    def end(owner: tuple) -> None:
+        phase = phases[owner].pop(0)
+        hops_s = phase.hops * Fraction(network.hop_s) + phase.fast_hops * Fraction(network.fast_hop_s)
+        due[owner] = now + hops_s + (0 if phases[owner] else Fraction(network.latency_s))
 
     def walk(rank: int) -> bool:
         stage = program[at[rank]]
@@ -109,15 +117,27 @@ def step_s(
             owner = (stage, ranks_of(stage.axis, rank))
             here.setdefault(owner, set()).add(rank)
             if here[owner] == set(owner[1]):
-                phases[owner] = list(network.phases(sizes.collective(stage), owner[1]))
+                what, num_bytes, bytes_NN = sizes.sent(stage, owner[1])
+                phases[owner], size[owner] = list(network.phases(what, owner[1], bytes_NN)), Fraction(num_bytes)
                 go(owner)
         elif (next(s for s in program if s.writes == stage.reads), ranks_of(stage.axis, rank)) not in arrived:
             return False
         at[rank] += 1
         return True
 
+    def go_on() -> bool:
+        """What ends or begins at this very moment; whether there was anything."""
+        over = [owner for owner, time in due.items() if time <= now]
+        for owner in over:
+            del due[owner]
+            if phases[owner]:
+                go(owner)
+            else:
+                arrived.add(owner)
+        return bool(over) or any(busy[r] <= now and at[r] < len(program) and walk(r) for r in range(ranks))
+
     while True:
-        while any(busy[r] <= now and at[r] < len(program) and walk(r) for r in range(ranks)):
+        while go_on():
             pass
         if all(busy[r] <= now and at[r] == len(program) for r in range(ranks)):
             return now
@@ -130,12 +150,4 @@ def step_s(
         streams[:] = [s for s in streams if s.left]
         now = after
         for owner in over:
-            phase = phases[owner].pop(0)
-            hops_s = phase.hops * Fraction(network.hop_s) + phase.fast_hops * Fraction(network.fast_hop_s)
-            due[owner] = now + hops_s + (0 if phases[owner] else Fraction(network.latency_s))
-        for owner in [owner for owner, time in due.items() if time <= now]:
-            del due[owner]
-            if phases[owner]:
-                go(owner)
-            else:
-                arrived.add(owner)
+            end(owner)

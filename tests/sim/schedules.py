@@ -1,13 +1,14 @@
 """Schedules for tests: hand-made stages, settings of all kinds for a strategy, other orders of its list, delays, layouts."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from random import Random
 
 from megalina.mesh import rows
 from megalina.parallel.shard import axis_of_group
+from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds
 from megalina.step.forward import Shape, plain
@@ -109,6 +110,29 @@ def delays(random: Random, delays_s: tuple[float, ...] = DELAYS_S) -> Seconds:
         return drawn[key]
 
     return seconds
+
+
+def random_network(random: Random, groups: Collection[tuple[int, ...]]) -> Network:
+    """`groups`: of ranks that will talk; where a node holds more of one than another does, nothing is hierarchical."""
+    per_node = random.choice([1, 2, 3])
+    even = all(len(set(Counter(rank // per_node for rank in group).values())) == 1 for group in groups)
+    hierarchical = ["hierarchical"] if even else []
+    return Network(
+        nic_bytes_per_s=random.choice([10, 40]),
+        ranks_per_node=per_node,
+        nics_per_node=random.randint(1, per_node),
+        fast_bytes_per_s=random.choice([20, 100]),
+        nic_behind_port=random.random() < 0.5,
+        nodes_per_group=random.choice([0, 1, 2]),
+        oversubscription=random.choice([1, 2, 4]),
+        latency_s=random.choice([0, 0.25]),
+        hop_s=random.choice([0, 0.125]),
+        algorithm=random.choice(["direct", "ring", "tree", *hierarchical]),
+        all_to_all=random.choice(["direct", *hierarchical]),
+        rings=random.randint(1, per_node),
+        share=random.choice(["flow", "collective"]),
+        first=random.choice([(), ((Op.TOKENS,),), ((Op.SUM,), (Op.GRADS,))]),
+    )
 
 
 def reduced(program: Program, buckets: Mapping[str, BucketSpec]) -> dict[str, list[int]]:

@@ -139,3 +139,63 @@ def test_a_step_of_48_layers_on_1024_ranks_takes_seconds() -> None:
     )
     assert time.process_time() - began_s < 2
     assert timeline.step_s >= 1e-3 * sum(s.kind is Kind.COMPUTE for s in program)
+
+
+FEW = {  # nodes of 4, two nodes below a port of the core
+    "by flow": {"nics_per_node": 4, "rings": 4},
+    "by flow, unequal cards": {"nics_per_node": 3, "rings": 1},
+    "collectives share": {"nics_per_node": 4, "rings": 4, "share": "collective"},
+    "a core, all direct": {"nics_per_node": 2, "nodes_per_group": 2, "oversubscription": 3.0, "algorithm": "direct"},
+    "hierarchical": {"all_to_all": "hierarchical", "algorithm": "hierarchical"},
+    "ports behind": {"nics_per_node": 4, "nic_behind_port": True, "algorithm": "direct"},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("edp", "ep"), [(1, 16), (2, 8), (4, 4), (8, 2)])
+def test_a_few_flows_that_stand_for_many_make_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, name: str, edp: int, ep: int
+) -> None:
+    network = Network(nic_bytes_per_s=2e4, fast_bytes_per_s=6e4, ranks_per_node=4, **FEW[name])
+    program = training_step("flow", setting_of("flow", SHAPES["three layers, statistics of all ranks"], Random(3)))
+    what = {"ranks": 16, "ranks_of": groups_of(edp, ep), "seconds": lambda s: 1e-3, "network": network, "sizes": SIZES}
+    few = simulate_alike(program, **what, slowest=True)
+    phases = Network.phases
+    monkeypatch.setattr(Network, "phases", lambda self, what, ranks, *, few: phases(self, what, ranks))  # all of them
+    assert few.step_s == pytest.approx(simulate_alike(program, **what, slowest=True).step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("share", ["flow", "collective"])
+def test_all_to_alls_among_thousands_are_folded_in_a_moment(share: str) -> None:
+    network = Network(
+        nic_bytes_per_s=50e9, fast_bytes_per_s=4e11, ranks_per_node=8, nics_per_node=8, rings=8, algorithm="direct", share=share
+    )
+    began_s = time.process_time()
+    folded = FoldedLoads(network, 4096, groups_of(1, 4096), [("ep", Collective.ALL_TO_ALL), ("world", Collective.ALL_REDUCE)])
+    assert time.process_time() - began_s < 2
+    (load,) = folded.of("ep", Collective.ALL_TO_ALL, ())
+    carried = load.bytes_on(len(folded.capacity_L))
+    assert dict(zip(folded.capacity_L.tolist(), carried.tolist(), strict=True)) == {
+        50e9: pytest.approx(4088 / 4096),
+        4e11: pytest.approx(7 / 4096),
+    }
+
+
+def test_too_many_flows_are_refused() -> None:
+    network = Network(nic_bytes_per_s=1.0, ranks_per_node=8)
+    with pytest.raises(ValueError, match=r"4095 x 4095 flows, too many to follow one by one: choose hierarchical"):
+        FoldedLoads(network, 4095, lambda axis, rank: tuple(range(4095)), [("ep", Collective.ALL_TO_ALL)])
+
+
+def test_flows_between_unequal_cards_are_followed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card that two ranks share sends to all others, not to its like alone."""
+    network = Network(nic_bytes_per_s=10, ranks_per_node=4, nics_per_node=3)
+
+    def told() -> list[tuple[float, ...]]:
+        (load,) = FoldedLoads(network, 16, groups_of(1, 16), [("ep", Collective.ALL_TO_ALL)]).of("ep", Collective.ALL_TO_ALL, ())
+        places = zip(load.bundle_I.tolist(), load.link_I.tolist(), load.weight_I.tolist(), strict=True)
+        return sorted((float(load.amount_B[b]), link, weight) for b, link, weight in places)
+
+    found, phases = told(), Network.phases
+    monkeypatch.setattr(Network, "phases", lambda self, what, ranks, *, few: phases(self, what, ranks))
+    assert len(found) == 4 and found == told()  # between shared cards, between the others, and between one and the other

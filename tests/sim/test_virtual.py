@@ -176,6 +176,10 @@ def test_each_waiting_for_the_other_is_a_deadlock_that_names_both() -> None:
         play(program, lag=lag, rule=LITERAL)
     assert str(found.value).splitlines() == [
         "no rank can go on at 0.1 s",
+        "in a circle: rank 0 holds F:t 100>.-.0 back for F:g 100>.-.0",
+        "  rank 0 has started F:g 100>.-.0 and waits for rank 1 to",
+        "  rank 1 holds F:g 100>.-.0 back for F:t 100>.-.0",
+        "  rank 1 has started F:t 100>.-.0 and waits for rank 0 to",
         "rank 0 stands at F:t 100<.-.0; lane gradients: F:g 100>.-.0 has left, rank 1 has not started it; "
         "lane ep: F:t 100>.-.0 is held back by F:g 100>.-.0",
         "rank 1 stands at F:t 100<.-.0; lane gradients: F:g 100>.-.0 is held back by F:t 100>.-.0; "

@@ -1,0 +1,103 @@
+"""The scale map: on how many GPUs, over which links, does which schedule pay?  Simulated, in one process, without a GPU.
+
+    python benchmarks/scale_map.py --json scale-map.json --picture scale-map.png    all of it, some 15 minutes of CPU
+    python benchmarks/scale_map.py --quick                                          fewer points, some 3 minutes
+    python benchmarks/scale_map.py --redraw scale-map.json --picture scale-map.png  from a file that was made before
+
+Each point is one layout on one cluster under every rung of megalina/forecast/rungs.py, all with their best numbers.  Then a part
+of the map is walked again with other constants.  What is assumed: docs/when-does-scheduling-pay.md.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BAD_INPUT = 2  # exit code
+
+if TYPE_CHECKING:
+    from benchmarks.scale_grid import Place, Variant
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        result = whole(args)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    from benchmarks.scale_figure import draw
+    from benchmarks.scale_report import report
+
+    print(report(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if args.picture:
+        draw(args.picture, result)
+    return 0
+
+
+def whole(args: argparse.Namespace) -> dict[str, Any]:
+    """ValueError for a file that isn't one of ours, or a folder that isn't there."""
+    for path in filter(None, (args.json, args.picture)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    if args.redraw:
+        try:
+            found = json.loads(args.redraw.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{args.redraw} is no JSON ({error}): give what --json has written") from error
+        if not isinstance(found, dict) or not {"points", "varied"} <= found.keys():
+            raise ValueError(f"{args.redraw} has no points: give what --json has written")
+        return found
+    return swept(quick=args.quick)
+
+
+def swept(*, quick: bool) -> dict[str, Any]:
+    """Every point, then those with other constants."""
+    from benchmarks.scale_grid import Variant, places, varied
+
+    assumed = Variant()
+    jobs = [(assumed, place) for place in places(quick=quick)]
+    others = list(varied(quick=quick))
+    points = _run([*jobs, *others])
+    return {"quick": quick, "points": points[: len(jobs)], "varied": points[len(jobs) :]}
+
+
+def _run(jobs: "Sequence[tuple[Variant, Place]]") -> list[dict[str, Any]]:
+    from benchmarks.scale_grid import simulated
+
+    whole_cost, done_cost, started_s, out = sum(_cost(p) for _, p in jobs), 0.0, time.monotonic(), []
+    for number, (variant, place) in enumerate(jobs):
+        left_s = (time.monotonic() - started_s) * (whole_cost / done_cost - 1) if done_cost else 0.0
+        ahead = f", {left_s / 60:.0f} min left" if done_cost else ""
+        print(f"\r{number}/{len(jobs)} points{ahead}: {place.title:<60}", end="", file=sys.stderr, flush=True)
+        out.append({"variant": variant.title, **place.as_json(), **simulated(place, variant).as_json()})
+        done_cost += _cost(place)
+    print(file=sys.stderr)
+    return out
+
+
+def _cost(place: "Place") -> float:
+    """In points of few GPUs: what folding takes grows with them."""
+    return 1.0 + place.gpus / 200
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every point with all its rungs")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="the map")
+    parser.add_argument("--quick", action="store_true", help="fewer points")
+    parser.add_argument(
+        "--redraw", type=Path, metavar="FILE", help="simulate nothing: tables and picture of what --json has written"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

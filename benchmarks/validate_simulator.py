@@ -1,0 +1,139 @@
+"""Is the simulator right?  Steps on the emulated cluster, measured, against the same lists in virtual time.
+
+    sudo python benchmarks/validate_simulator.py --json FILE --plot PNG     (25 minutes on an idle machine; root, iproute2)
+    python benchmarks/validate_simulator.py --measured FILE                 (fit and errors again, from what was measured)
+    python benchmarks/validate_simulator.py --measured LADDER.json          (what compare_strategies.py --suite ladder wrote)
+
+Nodes, links and devices are emulated (docs/cluster.md); trainer, math, sockets and losses are real.  A configuration is a
+topology, a link rate, a model and a strategy.  A hash of its name says if the constants of hosts and links may be fitted on it or
+if it is held out (benchmarks/validation_cases.py); errors that count are those of the held-out ones.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FAILED, BAD_INPUT = 1, 2  # exit codes
+
+if TYPE_CHECKING:
+    from validation_cases import Case, Row
+
+    from megalina.config import PretrainConfig
+    from tools.compare_strategies import Job
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    from megalina.launch import Stopped
+    from megalina.namespaces import CannotEmulate
+    from tools.compare_strategies import RanksFailed
+
+    try:
+        return validate(args)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    except RanksFailed as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except (CannotEmulate, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+
+
+def validate(args: argparse.Namespace) -> int:
+    from validation_cases import rows_of
+    from validation_explained import explained
+    from validation_fit import errors, fit, simulated
+    from validation_report import draw, table
+
+    for path in filter(None, (args.json, args.plot)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    measured = read(args.measured) if args.measured else measure(args)
+    if args.json and not args.measured:
+        args.json.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")  # before anything can go wrong with it
+    rows, configs = with_configs(rows_of(measured))
+    fitted, held_out = ([r for r in rows if r.held_out == side] for side in (False, True))
+    if not fitted or not held_out:
+        raise ValueError(f"{len(fitted)} configurations to fit and {len(held_out)} held out: that is nothing to judge by")
+    print(f"{len(fitted)} configurations to fit, {len(held_out)} held out", file=sys.stderr)
+    host = fit(fitted, configs)
+    found = {row.name: simulated(row, configs[row.name], host) for row in rows}
+    result = {"host": asdict(host), "fitted": errors(fitted, found), "heldout": errors(held_out, found)}
+    print("\n\n".join(filter(None, (table(rows, found, result), explained(rows, configs, host)))))
+    if args.plot:
+        draw(args.plot, rows, found, result)
+    if args.json:
+        own = {name: asdict(s) for name, s in found.items()}
+        args.json.write_text(json.dumps(measured | result | {"simulated": own}, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """ValueError for what no benchmark here wrote."""
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(result, dict) or "settings" not in result:
+        raise ValueError(f"{path} has no settings: give what this benchmark or tools/compare_strategies.py wrote with --json")
+    return result
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every case's contest, one after another, each on a cluster of its own."""
+    from validation_cases import CASES
+
+    from megalina.namespaces import check_host
+    from tools.compare_strategies import note, run
+
+    check_host()
+    jobs = [job_of_case(case) for case in CASES]
+    spec = argparse.Namespace(rounds=args.rounds, steps=args.steps, picture=None, trace=None)
+    with tempfile.TemporaryDirectory(prefix="megalina_validate_") as folder:
+        found = [run(job, spec, Path(folder), first=False, to_the_end=tuple(job.configs)) for job in jobs]
+    return {"settings": found, "note": note(jobs[0])}
+
+
+def job_of_case(case: "Case") -> "Job":
+    from tools.compare_strategies import job_of
+
+    return job_of(
+        case.setting,
+        ("eager", *case.variants),
+        variants=case.variants,
+        base=case.setting.all_overrides(),
+        link_mbit=case.link_mbit,
+    )
+
+
+def with_configs(rows: "Sequence[Row]") -> "tuple[list[Row], dict[str, PretrainConfig]]":
+    """Rows that ran under the plan that their names stand for (a ladder's lina packs as it likes), and by name what they ran."""
+    from megalina.parallel.plans import first_plan
+
+    jobs = {case.setting.name: job_of_case(case) for case in dict.fromkeys(row.case for row in rows)}
+    configs = {row.name: jobs[row.case.setting.name].configs[row.strategy] for row in rows}
+    plans = {name: str(first_plan(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
+    return [row for row in rows if plans[row.name] == row.measured["plan"]], configs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="don't measure: take what was written with --json")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy (default: 3)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured, the constants, the errors")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="simulated against measured")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # tools, pretrain_gpt_moe.py
+    sys.exit(main())

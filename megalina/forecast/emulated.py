@@ -1,0 +1,98 @@
+"""A step on an emulated cluster, simulated: devices take the times that they are given, links are slow, and the host is real.
+
+Several ranks share a core there, so what the host does between two waits (small math, sockets, Python) is no trifle.  It has a
+clock of its own in the walk, and costs a few constants that are fitted on measured steps (`benchmarks/validate_simulator.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megalina.config import PretrainConfig
+from megalina.cost.stage_bytes import StageBytes
+from megalina.cost.stage_seconds import emulated_seconds
+from megalina.cost.stage_work import StageWork
+from megalina.forecast.forecast import program_of, ranks_of, rounds_of
+from megalina.forecast.sent import sizes_of
+from megalina.parameters import padded_vocab_size
+from megalina.sim.network import Network
+from megalina.sim.virtual import Timeline, simulate_alike
+from megalina.step.plan import Plan
+from megalina.step.program import Kind, Op, Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConstants:
+    """What a rank's host and its sockets take.  All are fitted."""
+
+    flops_per_s: float  # of the real math, which an emulated device hides if it can
+    bytes_per_s: float  # of its tensors
+    kernel_s: float  # of each operation of a stage
+    stage_s: float  # of each stage besides
+    outside_s: float  # of a step, besides its list: the batch, the verdict
+    link_efficiency: float  # share of a link's rate that collectives reach
+    all_to_all_s: float  # of each all-to-all, whatever its size
+    collective_s: float  # of each other collective
+    hop_s: float  # of each message that waits for another one
+    sum_weight: float  # what a flow of a ring gets of a link that it shares with one of an all-to-all, which gets 1
+
+
+def simulate_emulated(
+    config: PretrainConfig,
+    plan: Plan,
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    link_mbit: float,
+    vocab_size: int,
+    host: HostConstants,
+    tokens_first: bool = False,
+) -> Timeline:
+    """One step of `nodes` emulated nodes.  `tokens_first`: links, which the emulated ones can't, let all-to-alls pass everything
+    else.  ValueError where the configuration emulates no device."""
+    seconds = emulated_seconds(config)
+    if seconds is None:
+        raise ValueError("no device is emulated: give cluster.attention_ms and cluster.experts_ms, or cluster.device_gflops")
+    world = nodes * ranks_per_node
+    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
+    rounds, micro_batches = rounds_of(config, plan, held)
+    timeline = simulate_alike(
+        program_of(config, plan, held, micro_batches=rounds * micro_batches),
+        ranks=world,
+        ranks_of=ranks_of(held.axes),
+        seconds=lambda stage: seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
+        network=Network(
+            nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
+            ranks_per_node=ranks_per_node,
+            latency_s=host.collective_s,
+            all_to_all_s=host.all_to_all_s,
+            reduce_scatter="direct",  # gloo's own costs a whole all-reduce, see megalina/comm/exchange.py
+            hop_s=host.hop_s,
+            fast_hop_s=host.hop_s,
+            weight=host.sum_weight,
+            first=((Op.TOKENS,),) if tokens_first else (),
+        ),
+        sizes=sizes_of(config, held),
+        slowest=True,
+        host=_host_seconds(config, plan, held, world, vocab_size=vocab_size, host=host),
+    )
+    return replace(timeline, step_s=timeline.step_s + host.outside_s)
+
+
+def _host_seconds(
+    config: PretrainConfig, plan: Plan, held: StageBytes, world: int, *, vocab_size: int, host: HostConstants
+) -> Callable[[Stage], float]:
+    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
+    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
+    known: dict[tuple[str, str, float, int, bool, bool], float] = {}
+
+    def seconds(stage: Stage) -> float:
+        if stage.kind is not Kind.COMPUTE:
+            return host.stage_s
+        key = stage.phase, stage.name, stage.share, stage.chunk[1], stage.recompute, stage.late
+        if key not in known:
+            asked = work(stage)
+            math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s
+            known[key] = math_s + asked.kernels * host.kernel_s + host.stage_s
+        return known[key]
+
+    return seconds

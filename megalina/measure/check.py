@@ -1,0 +1,106 @@
+"""A forecast held against steps that were measured: the error, and what it is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from megalina.config import PretrainConfig
+from megalina.forecast.forecast import forecast
+from megalina.measure.trial_runs import WAITS, parts_of, whole
+
+SHOWN = 6  # parts of a step
+HEAD = f"{'predicted':>12}{'measured':>12}{'error':>9}"
+LEAST_CORE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One configuration.  `parts`: predicted and measured seconds of a step, by what they go to; `computed_s`: of what computes
+    alone, predicted and as CPU time, which is right on a busy machine too; None on CUDA."""
+
+    name: str
+    predicted_s: float
+    measured_s: float
+    computed_s: tuple[float, float] | None
+    core_share: float | None  # that a rank had while it computed
+    parts: Mapping[str, tuple[float, float]]
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+    @property
+    def causes(self) -> list[tuple[str, float]]:
+        """Parts by how much longer the forecast takes them, the largest difference first."""
+        differences = [(name, predicted - measured) for name, (predicted, measured) in self.parts.items()]
+        return sorted(differences, key=lambda pair: -abs(pair[1]))
+
+
+def overrides_of(world: int) -> dict[str, list[str]]:
+    """The configurations that are run: the laptop's recipe with its experts cut over the ranks, the same model as copies, and
+    a wider one with few tokens."""
+    ep, launched = gcd(world, 8), f"launch.ranks={world}"
+    return {
+        "laptop": ["experiment=laptop", launched, f"parallel.ep={ep}", f"train.global_batch_size={4 * world}"],
+        "copies": [
+            *("model=laptop", launched, "parallel.ep=1", "train.seq_len=128"),
+            *("train.micro_batch_size=2", f"train.global_batch_size={4 * world}"),
+        ],
+        "wide": [
+            *("model=bench", launched, f"parallel.ep={ep}", "train.seq_len=128"),
+            *("train.micro_batch_size=1", f"train.global_batch_size={world}"),
+        ],
+    }
+
+
+def checked(name: str, config: PretrainConfig, world: int, *, vocab_size: int, measured: Mapping[str, Any]) -> Checked:
+    """`measured`: as `trial_run` returns it."""
+    found = forecast(config, world, vocab_size=vocab_size)
+    predicted = whole(parts_of(found.timeline.events(0)), found.timeline.step_s)
+    names = dict.fromkeys([*measured["parts"], *predicted])
+    parts = {part: (predicted.get(part, 0.0), measured["parts"].get(part, 0.0)) for part in names}
+    computed = None if measured["computed_s"] is None else (computed_s(predicted), measured["computed_s"])
+    return Checked(name, found.step_s, measured["step_s"], computed, measured["core_share"], parts)
+
+
+def computed_s(parts: Mapping[str, float]) -> float:
+    """What isn't waited for."""
+    return sum(seconds for part, seconds in parts.items() if not part.startswith(WAITS))
+
+
+def busy(rows: list[Checked]) -> list[str]:
+    """Configurations whose steps were disturbed, and how much of its core a rank had."""
+    shares = {row.name: row.core_share for row in rows if row.core_share is not None}
+    return [f"{name} ({share:.0%})" for name, share in shares.items() if share < LEAST_CORE_SHARE]
+
+
+def table(rows: list[Checked]) -> str:
+    lines = [f"{'':14}{'step':>12}{'':12}{'':9}{'what computes':>18}", f"{'configuration':14}" + 2 * HEAD]
+    for row in rows:
+        computes = "" if row.computed_s is None else _cells(*row.computed_s)
+        lines.append(f"{row.name:14}{_cells(row.predicted_s, row.measured_s)}{computes}")
+    for row in rows:
+        lines += ["", f"{row.name}: where the forecast differs most, ms of a step", f"  {'':24}{'predicted':>10}{'measured':>10}"]
+        for part, _ in row.causes[:SHOWN]:
+            predicted_s, measured_s = row.parts[part]
+            lines.append(f"  {part:24}{predicted_s * 1e3:10.1f}{measured_s * 1e3:10.1f}")
+    return "\n".join(lines)
+
+
+def _cells(predicted_s: float, measured_s: float) -> str:
+    return f"{predicted_s * 1e3:9.1f} ms{measured_s * 1e3:9.1f} ms{predicted_s / measured_s - 1:+9.0%}"
+
+
+def as_json(rows: list[Checked]) -> dict[str, Any]:
+    return {
+        row.name: {
+            "predicted_s": row.predicted_s,
+            "measured_s": row.measured_s,
+            "error": row.error,
+            "computed_s": row.computed_s and {"predicted": row.computed_s[0], "measured": row.computed_s[1]},
+            "core_share": row.core_share,
+            "parts_s": {part: {"predicted": p, "measured": m} for part, (p, m) in row.parts.items()},
+        }
+        for row in rows
+    }
