@@ -9,7 +9,7 @@ from validation_fit import Simulated, simulated
 from megalina.config import PretrainConfig
 from megalina.forecast.emulated import HostConstants
 
-SETTINGS = ("4x1 heavy 500", "4x2 heavy 750")
+SETTINGS = ("4x1 light 250", "4x2 heavy 750")
 EAGER = "eager 512 KiB"
 OTHERS = ("priority_partition", "lina_nopack", "flow", "flow_packed")
 
@@ -29,7 +29,7 @@ def _table(name: str, by_strategy: Mapping[str, Row], configs: Mapping[str, Pret
     setting, config = base.case.setting, configs[base.name]
     shown: dict[str, Simulated] = {
         EAGER: simulated(base, config, host),
-        f"{EAGER}, sums that get no more than a flow": simulated(base, config, replace(host, sum_weight=1.0)),
+        f"{EAGER}, sums that get as much as a flow": simulated(base, config, replace(host, sum_weight=1.0)),
         f"{EAGER}, links that let tokens pass": simulated(base, config, host, tokens_first=True),
     }
     for strategy in OTHERS:

@@ -182,8 +182,8 @@ class StageWork:
 
     def _experts(self, rows: float) -> Piece:
         """All experts here in one kernel where the grouped product runs; else kernels of their own for each."""
-        model, local = self.model, self.local_experts
-        grouped = self.config.train.dtype == "bfloat16" and model.d_model % 8 == 0 and model.d_ff % 8 == 0
+        model, local, cpu = self.model, self.local_experts, self.config.cluster.hardware.host_is_device
+        grouped = self.config.train.dtype == "bfloat16" and not cpu and model.d_model % 8 == 0 and model.d_ff % 8 == 0
         one = self._mlp(rows / local, model.d_ff, count=local if grouped else 1)
         out = one if grouped else one.repeated(round(local))
         return out + (self._moved(4 * rows, 4 * rows, 2, 2) if self.regroups else Piece())

@@ -275,7 +275,9 @@ class StageFunctions:
         scale = min(1.0, self.clip_norm / (norm + 1e-6)) if self.clip_norm > 0 else 1.0
         valid = max(valid_tokens, 1)
         mean_loss = loss / max(loss_tokens, 1)
-        loads = measured[NUM_SUMS + NUM_RIDERS :].long().view(len(self.gpt.moe_layers), -1).cpu()
+        loads = (
+            measured[NUM_SUMS + NUM_RIDERS :].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
+        )
         finite = all(map(math.isfinite, (loss, balance, z, norm)))
         return Verdict(
             loss=mean_loss,

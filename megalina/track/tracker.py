@@ -92,9 +92,7 @@ class Background:
         with self._dropping:
             if not self._dropped.is_set():
                 line = " ".join(reason.split())
-                logger.warning(
-                    "%s is not tracking this run any more (%s); the files of the run have all", self._name, line
-                )
+                logger.warning("%s is not tracking this run any more (%s); the files of the run have all", self._name, line)
                 self._dropped.set()  # last: who sees it set may end the process
 
 

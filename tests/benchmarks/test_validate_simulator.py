@@ -70,16 +70,16 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
 def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plans = {"eager 512 KiB": "eager: pieces of 0.5 MiB", "serial": "serial", "flow": "flow: 2 parts", "ddp": "another plan"}
     strategies = {name: measured(0.9 + 0.01 * i, plan, 0.3, 0.05) for i, (name, plan) in enumerate(plans.items())}
-    late = {"name": "4x1 light 250", "valid": False, "strategies": strategies}
-    result = {"settings": [{"name": "4x1 heavy 500", "valid": True, "strategies": strategies}, late]}
+    late = {"name": "4x1 short 500", "valid": False, "strategies": strategies}
+    result = {"settings": [{"name": "4x1 light 250", "valid": True, "strategies": strategies}, late]}
     (tmp_path / "in.json").write_text(json.dumps(result))
     picture, out = tmp_path / "out.png", tmp_path / "out.json"
     assert bench.main.main(["--measured", str(tmp_path / "in.json"), "--json", str(out), "--plot", str(picture)]) == 0
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert set(found["simulated"]) == {"4x1 heavy 500 eager 512 KiB", "4x1 heavy 500 serial", "4x1 heavy 500 flow"}
+    assert set(found["simulated"]) == {"4x1 light 250 eager 512 KiB", "4x1 light 250 serial", "4x1 light 250 flow"}
     assert {"median_error", "p90_error", "pair_order", "ratio_error"} <= set(found["heldout"])
     assert found["host"].keys() == asdict(bench.fit.BEGIN).keys()
-    assert picture.stat().st_size > 10_000 and "| 4x1 heavy 500 flow |" in printed and "held" in printed
+    assert picture.stat().st_size > 10_000 and "| 4x1 light 250 flow |" in printed and "held" in printed
     assert "the 3 flows of an all-to-all get" in printed and "links that let tokens pass" in printed
 
 

@@ -130,7 +130,8 @@ def test_where_the_host_is_the_device_its_time_comes_on_top_and_what_travels_tak
     seconds = seconds_of(cluster)
     assert seconds(Stage("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 20e-6
     plain = seconds_of(cluster_of("h100_400g"))
-    assert seconds(stage("experts")) == pytest.approx(plain(stage("experts")) + 20e-6)
+    assert seconds(stage("attention")) == pytest.approx(plain(stage("attention")) + 20e-6)
+    assert seconds(stage("experts")) > plain(stage("experts")) + 20e-6  # there each expert has kernels of its own
 
 
 def test_a_device_has_the_figures_of_its_file() -> None:

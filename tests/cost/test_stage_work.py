@@ -150,6 +150,8 @@ def test_in_float32_each_expert_has_kernels_of_its_own() -> None:
     grouped = work_of(config)(stage("experts"))
     assert (len(loop.products), len(grouped.products)) == (2 * 4, 2)
     assert loop.flops == grouped.flops and loop.num_bytes == 2 * grouped.num_bytes
+    config.cluster.hardware.host_is_device = True  # the grouped kernel is one of GPUs
+    assert len(work_of(config)(stage("experts")).products) == 2 * 4
 
 
 def test_packing_gives_each_expert_here_fewer_rows_and_a_loaded_rank_more() -> None:

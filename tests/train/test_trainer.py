@@ -225,6 +225,10 @@ def test_the_time_limit_saves_and_stops_and_the_same_command_goes_on(folder: Pat
     assert [json.loads(line)["loss"] for line in lines] == records_of(config_of(folder, "no time limit", steps=4)).of("loss")
 
 
+def test_a_model_without_a_moe_layer_trains_too(folder: Path) -> None:
+    assert train(config_of(folder, "dense", dense_layers_first=2, steps=2))["finished"]
+
+
 def test_a_finished_run_has_nothing_left_to_do(folder: Path) -> None:
     config = config_of(folder, "finished", steps=2)
     first, again = train(config), train(config)
