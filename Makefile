@@ -5,8 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Tests start ranks of their own, so two workers fill two cores; a module stays on one worker, for the ranks it keeps.
-PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope
+# Tests start ranks of their own, so two workers fill two cores; a module stays on one worker, for the ranks it keeps.  They come
+# in the order of tests/conftest.py: long modules first, so that no worker is alone at the end.
+PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help

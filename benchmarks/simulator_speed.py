@@ -12,7 +12,6 @@ search of tools/plan.py over at least 500 candidates in 60 s.  --quick leaves ou
 
 import argparse
 import contextlib
-import gc
 import io
 import json
 import resource
@@ -33,6 +32,7 @@ from megalina.config import PretrainConfig  # noqa: E402
 from megalina.cost.stage_seconds import stage_seconds  # noqa: E402
 from megalina.cost.stage_work import StageWork  # noqa: E402
 from megalina.forecast.forecast import held_by, program_of, ranks_of  # noqa: E402
+from megalina.forecast.garbage import few_collections  # noqa: E402
 from megalina.forecast.network import network_of  # noqa: E402
 from megalina.forecast.search import plans_of  # noqa: E402
 from megalina.forecast.sent import sizes_of  # noqa: E402
@@ -47,7 +47,6 @@ TARGET_STEP_S, TARGET_STEP_MIB, TARGET_SEARCH_S, TARGET_CANDIDATES = 2.0, 1024.0
 SEARCH = ("model=mixtral_8x7b", "cluster=h100_400g", "nodes=8", "--search")
 ALGORITHMS = (("ring", "direct"), ("hierarchical", "hierarchical"), ("direct", "direct"))  # of sums; of all-to-alls
 MIB = 2**20
-GARBAGE = 100_000  # objects, as in tools/plan.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json and not args.json.absolute().parent.is_dir():
         print(f"--json {args.json}: there is no folder {args.json.absolute().parent}", file=sys.stderr)
         return 2
-    gc.freeze()  # what imports have made is not searched for garbage again and again ...
-    gc.set_threshold(GARBAGE)  # ... nor are lists while they grow
-    rows = []
-    for varied, value, config, world, plan in sizes(quick=args.quick):
-        show(f"{varied} {value}")
-        rows.append(measure(varied, value, config, world, plan))
+    with few_collections():
+        rows = []
+        for varied, value, config, world, plan in sizes(quick=args.quick):
+            show(f"{varied} {value}")
+            rows.append(measure(varied, value, config, world, plan))
+        show("strategies")
+        slowest = slowest_step(layers=8 if args.quick else 48, world=64 if args.quick else 1024)
+        searched = None
+        if not args.quick:
+            show("search")
+            searched = search_s()
     slopes = {varied: slope([r for r in rows if r.varied == varied]) for varied in ("layers", "chunks", "pieces")}
-    show("strategies")
-    slowest = slowest_step(layers=8 if args.quick else 48, world=64 if args.quick else 1024)
-    searched = None
-    if not args.quick:
-        show("search")
-        searched = search_s()
     print(file=sys.stderr)
     met = print_all(rows, slopes, slowest, searched)
     if args.json:

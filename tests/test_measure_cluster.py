@@ -107,6 +107,7 @@ def test_one_rank_measures_what_one_rank_can(tmp_path: Path, capsys: pytest.Capt
     assert "inside a node" not in text and "on another group" not in text
 
 
+@pytest.mark.full
 def test_ranks_that_something_else_has_started_on_two_nodes_measure_the_links_between_them(tmp_path: Path) -> None:
     port, ranks = launch.free_port(), []
     for rank in range(2):

@@ -11,7 +11,6 @@ published or assumed: results are as good as those.  Routing is taken to be even
 """
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2  # exit code
 SHOWN = 10
-GARBAGE = 100_000  # new objects
 DEFAULT_VOCAB = 32768  # where neither the model nor --vocab-size says it
 SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
@@ -47,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.dry_run import describe
+    from megalina.forecast.garbage import few_collections
     from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
     from megalina.validate import check_hardware
@@ -65,13 +64,12 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     common = [*given, *added, f"launch.ranks={world}"]
     if added:
         print(f"chosen, since nothing else was asked for: {' '.join(added)}\n")
-    gc.freeze()  # what imports have made is not searched for garbage again and again ...
-    gc.set_threshold(GARBAGE)  # ... nor are lists while they grow
-    if args.search:
-        candidates = search(config, world, vocab_size=vocab_size, progress=show)
-        print(file=sys.stderr)
-    else:
-        candidates = of_one_layout(config, world, vocab_size)
+    with few_collections():
+        if args.search:
+            candidates = search(config, world, vocab_size=vocab_size, progress=show)
+            print(file=sys.stderr)
+        else:
+            candidates = of_one_layout(config, world, vocab_size)
     best = candidates[0]
     print(describe(best.config, world, vocab_size=vocab_size).rpartition("\n")[0])  # without the run's folder
     print_figures(best, world, vocab_size, args.loads)

@@ -36,6 +36,7 @@ def test_what_is_missed_is_said(slopes, slowest, searched, met: bool, capsys: py
 
 def test_small_sizes_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_speed, "STEEPEST", 9.0)  # times are noise here
+    monkeypatch.setattr(simulator_speed, "TARGET_STEP_MIB", 1e9)  # it is the memory of all tests in this process
     out = tmp_path / "speed.json"
     assert main(["--quick", "--json", str(out)]) == 0
     found = json.loads(out.read_text())

@@ -53,7 +53,7 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
     """Steps that the simulator itself made, with other constants than those that the fit begins with."""
     case = bench.cases.CASES[0]
     truth = replace(bench.fit.BEGIN, link_efficiency=0.8, all_to_all_s=4e-3, sum_weight=3.0, stage_s=3e-4)
-    rows = [bench.cases.Row(case, name, measured(1.0)) for name in ("eager whole", "serial", "lina_nopack", "flow")]
+    rows = [bench.cases.Row(case, name, measured(1.0)) for name in ("eager whole", "serial", "flow")]
     _, configs = bench.main.with_configs(rows)
     made = []
     for row in rows:
