@@ -1,6 +1,6 @@
 """The scale map: on how many GPUs, over which links, does which schedule pay?  Simulated, in one process, without a GPU.
 
-    python benchmarks/scale_map.py --json scale-map.json --picture scale-map.png    all of it, some 15 minutes of CPU
+    python benchmarks/scale_map.py --json scale-map.json --picture scale-map.png    all of it, 9 minutes
     python benchmarks/scale_map.py --quick                                          fewer points, some 3 minutes
     python benchmarks/scale_map.py --redraw scale-map.json --picture scale-map.png  from a file that was made before
 
