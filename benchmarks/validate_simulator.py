@@ -1,6 +1,6 @@
 """Is the simulator right?  Steps on the emulated cluster, measured, against the same lists in virtual time.
 
-    sudo python benchmarks/validate_simulator.py --json FILE --plot PNG     (25 minutes on an idle machine; root, iproute2)
+    sudo python benchmarks/validate_simulator.py --json FILE --plot PNG     (half an hour on an idle machine; root, iproute2)
     python benchmarks/validate_simulator.py --measured FILE                 (fit and errors again, from what was measured)
     python benchmarks/validate_simulator.py --measured LADDER.json          (what compare_strategies.py --suite ladder wrote)
 
