@@ -195,8 +195,8 @@ def nothing_updated(job: "Job") -> list[str]:
 
 SHARD, STANDS, PLANT = r"__\d_0\.distcp", "no rank has made progress", r'fault_plants\.py", line \d+, in '
 SITE, PLANT_SITE = r"at \S*megalina/parallel/\w+\.py:\d+", r"at \S*fault_plants\.py:\d+"
-IN_EXPERTS = r"stage F:experts\.0\.0"
-KILLED = r"rank 1 of {} was ended by SIGKILL \(out of memory\?\) in step \d+, (stage \S|between)"
+IN_EXPERTS = r"instruction F:experts\.0\.0"
+KILLED = r"rank 1 of {} was ended by SIGKILL \(out of memory\?\) in step \d+, (instruction \S|between)"
 
 
 def damage(name: str, what: str, change: Callable[[Path], None], file: str, reason: str) -> Fault:
@@ -205,46 +205,46 @@ def damage(name: str, what: str, change: Callable[[Path], None], file: str, reas
 
 
 def stopped(rank: int) -> Fault:
-    last = rf"rank {rank} does not answer: its process is stopped.* it was last in step \d+, (stage \S|between)"
-    must = (STANDS, last, rf"rank {1 - rank} waits in stage \S+ of step \d+")
+    last = rf"rank {rank} does not answer: its process is stopped.* it was last in step \d+, (instruction \S|between)"
+    must = (STANDS, last, rf"rank {1 - rank} waits in instruction \S+ of step \d+")
     return Fault(f"stop_rank_{rank}", f"SIGSTOP to rank {rank}", struck(rank, signal.SIGSTOP), must)
 
 
 FAULTS = (
     Fault(
         *("swap_buckets", "two buckets of equal size in the other order on rank 1", planted("swap_buckets")),
-        (r"collectives in step 3; nothing was updated", rf"rank 0: \w+ in stage B:dense\.1>\S* of step 3 .*{SITE}",
-         rf"rank 1: \w+ in stage B:dense\.0>\S* of step 3 .*{SITE}"),
+        (r"collectives in step 3; nothing was updated", rf"rank 0: \w+ in instruction B:dense\.1>\S* of step 3 .*{SITE}",
+         rf"rank 1: \w+ in instruction B:dense\.0>\S* of step 3 .*{SITE}"),
         after=nothing_updated,
     ),
     Fault(
         *("another_size", "a sum of twice the size on rank 1", planted("another_size")),
-        (r"is not the same on all ranks", rf"rank 0: sum in stage U:divisor>\S* of step 3 .* 4 rows .*{SITE}",
-         rf"rank 1: sum in stage U:divisor>\S* of step 3 .* 8 rows .*{PLANT_SITE}"),
+        (r"is not the same on all ranks", rf"rank 0: sum in instruction U:divisor>\S* of step 3 .* 4 rows .*{SITE}",
+         rf"rank 1: sum in instruction U:divisor>\S* of step 3 .* 8 rows .*{PLANT_SITE}"),
     ),
     Fault(
         *("extra_collective", "rank 1 waits for a sum that no other asks for", planted("extra_collective")),
         (STANDS, rf"rank 1 computes in {IN_EXPERTS} of step 3", PLANT + "one_more", r"start_sum\(torch\.zeros",
-         r"rank 0 waits in stage \S"),
+         r"rank 0 waits in instruction \S"),
     ),
     Fault(
         *("wrong_splits", "rank 1 expects 3 rows more of an all-to-all", planted("wrong_splits")),
-        (r"on axis ep has sizes that don't match", rf"rank 0 sends \d+ .* stage F:dispatch>\.0\.0 of step 3.*{SITE}",
-         rf"rank 1 receives \d+ .* stage F:dispatch>\.0\.0 of step 3.*{PLANT_SITE}"),
+        (r"on axis ep has sizes that don't match", rf"rank 0 sends \d+ .* instruction F:dispatch>\.0\.0 of step 3.*{SITE}",
+         rf"rank 1 receives \d+ .* instruction F:dispatch>\.0\.0 of step 3.*{PLANT_SITE}"),
     ),
     Fault(
-        *("stall", "rank 2 of 4 sleeps in a stage", planted("stall")),
+        *("stall", "rank 2 of 4 sleeps in an instruction", planted("stall")),
         (STANDS, rf"rank 2 computes in {IN_EXPERTS} of step 3", PLANT + "<lambda>",
-         r"rank 3 waits in stage F:combine<.* which rank 2 has not"),
+         r"rank 3 waits in instruction F:combine<.* which rank 2 has not"),
         ranks=4,
     ),
     Fault(
-        *("loop", "an endless loop in a stage on rank 0", planted("loop")),
-        (STANDS, rf"rank 0 computes in {IN_EXPERTS} of step 3", PLANT + "endless", r"while True", r"rank 1 waits in stage \S"),
+        *("loop", "an endless loop in an instruction on rank 0", planted("loop")),
+        (STANDS, rf"rank 0 computes in {IN_EXPERTS} of step 3", PLANT + "endless", r"while True", r"rank 1 waits in instruction \S"),  # noqa: E501
     ),
     Fault(
         *("stall_data", "rank 1 never gets its sequences", planted("stall_data")),
-        (STANDS, r"rank 1 is outside of the stages, in step 3", PLANT + "batch", r"time\.sleep", r"rank 0 waits in stage \S"),
+        (STANDS, r"rank 1 is outside of the instructions, in step 3", PLANT + "batch", r"time\.sleep", r"rank 0 waits in instruction \S"),  # noqa: E501
     ),
     stopped(0),
     stopped(1),
@@ -254,7 +254,7 @@ FAULTS = (
         ranks=4,
     ),
     Fault(
-        *("raise_error", "rank 1 raises in a stage", planted("raise_error")),
+        *("raise_error", "rank 1 raises in an instruction", planted("raise_error")),
         (rf"rank 1 of 2 failed with exit code 1 in step 3, {IN_EXPERTS}", PLANT + "fail", r"KeyError: 'the lost key'"),
     ),
     Fault(
@@ -282,7 +282,7 @@ FAULTS = (
     damage("damage_values", "one bit of values.json", lambda path: flip_bit(path / "values.json"), r"values\.json", "checksum"),
     Fault(
         *("bad_weight", "a weight on rank 1 is NaN in one step", planted("bad_weight")),
-        (r"step 3 is skipped on all ranks.*the first is the output of stage F:experts\.1\.0 on rank 1",),
+        (r"step 3 is skipped on all ranks.*the first is the output of instruction F:experts\.1\.0 on rank 1",),
         0,
         goes_on=True,
         after=ended_with(steps=8, skipped_steps=1),

@@ -38,7 +38,7 @@ class Place:
 
 
 def before_experts(place: Place, on: int, fault: Callable[[Any], None]) -> None:
-    """On rank `on` call `fault(stage functions)` once, in the first experts' stage of step STEP."""
+    """On rank `on` call `fault(instruction functions)` once, in the first experts' instruction of step STEP."""
     from megalina.parallel.functions import StageFunctions
 
     experts, left = StageFunctions._experts, [fault]

@@ -9,7 +9,7 @@ damage come from outside, to the command as it is; what can't come from outside 
 "message" is the time from the fault to the last line that its explanation must have, "end" to the end of the last process of the
 job.  A damaged checkpoint is met by the next start of the command; its time counts from where the ranks begin to look at it.
 
-Exit code 0: each fault was explained (rank, step and stage, call site, file: whichever there is to tell) within 10 s, the job
+Exit code 0: each fault was explained (rank, step, instruction, call site or file, as far as there is one) within 10 s, the job
 ended in that time with the exit code that it must have or went on as it must, and no process was left.  Needs Linux: /proc says
 which processes belong to a job.
 """

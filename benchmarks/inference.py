@@ -57,7 +57,7 @@ from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
 from megalina.placement.workloads import WORKLOADS, own_part
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,11 +330,11 @@ def oracle_of(routing: Routing) -> OraclePredictor:
     return OraclePredictor(np.concatenate([routing.counts_BLE[:1], routing.counts_BLE]))
 
 
-def seconds(functions: InferenceFunctions, part: OwnPart, times: Times, even_rows: int, stage: Stage) -> float:
-    """What a stage takes on the device."""
-    if stage.name == "attention":
+def seconds(functions: InferenceFunctions, part: OwnPart, times: Times, even_rows: int, instruction: Instruction) -> float:
+    """What an instruction takes on the device."""
+    if instruction.name == "attention":
         return times.attention_s * len(part.ids_TL) / even_rows
-    if stage.name == "experts":
+    if instruction.name == "experts":
         return times.experts_s * (SMALLEST_SHARE + functions.rows_here / even_rows)
     return 0.0
 

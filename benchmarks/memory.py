@@ -127,7 +127,13 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     trainable.close()
     trainable._evaluation.close()
     same = sizes.buckets == {name: bucket.spec for name, bucket in trainable.buckets.items()}
-    return {"predicted": memory.peak, "measured": measured, "stage": memory.stage, "rows": memory.rows(), "same_buckets": same}
+    return {
+        "predicted": memory.peak,
+        "measured": measured,
+        "instruction": memory.instruction,
+        "rows": memory.rows(),
+        "same_buckets": same,
+    }
 
 
 def skews_of(verdict: Verdict, moe_layers: Sequence[int], num_layers: int, *, ep: int, ep_rank: int) -> dict[str, list[float]]:
@@ -185,7 +191,7 @@ def main() -> None:
             table[name] = {**worst, "error": error_of(worst)}
             print(
                 f"{name:34} {worst['predicted'] / 1e6:12.1f} {worst['measured'] / 1e6:12.1f} {error_of(worst):7.1%}  "
-                f"{worst['stage']}",
+                f"{worst['instruction']}",
                 flush=True,
             )
     if options.json:

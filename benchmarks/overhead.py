@@ -185,7 +185,7 @@ def work(folder: Path, rounds: int, steps: int) -> None:
     watched.switch(doctor=False, ledger=False)
     if run.is_first:
         entries = len(run.trainable.program)
-        (folder / "times.json").write_text(json.dumps({"times": times, "stages": entries, "spent": shares}))
+        (folder / "times.json").write_text(json.dumps({"times": times, "instructions": entries, "spent": shares}))
     dist.destroy_process_group()
 
 
@@ -220,7 +220,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rounds": options.rounds,
         "steps": options.steps,
-        "stages": measured["stages"],
+        "instructions": measured["instructions"],
         "spent": measured["spent"],
     } | results(measured["times"])
     text = json.dumps(found, indent=1)

@@ -4,7 +4,8 @@
     python benchmarks/simulator_speed.py --quick
 
 A step of a 128-expert model is simulated with all that it needs: the list made and checked, the network folded, the list walked.
-Seconds are CPU time of this process on one core, the least of some tries.  An operation is a stage of the list.  Where they grow,
+Seconds are CPU time of this process on one core, the least of some tries.  An operation is an instruction of the list.  Where
+they grow,
 the slope of the seconds over them, both as logarithms, must not exceed 1.15 (n log n: 1.1 in this range), else the exit code is
 1.  At the end two targets: the slowest of all strategies and algorithms at 48 layers on 1,024 GPUs, in 2 s and 1 GiB, and a
 search of tools/plan.py over at least 500 candidates in 60 s.  --quick leaves out the large sizes and the search.

@@ -1,6 +1,6 @@
 """The log of collectives: what this rank has put on the wire, per axis and in order, and where its program is.
 
-Every rank holds the same list, so on one axis all ranks must submit the same sequence: class, stage, number, type, size of
+Every rank holds the same list, so on one axis all ranks must submit the same sequence: class, instruction, number, type, size of
 a row, and number of elements where that is equal by definition.  An all-to-all's sizes differ by rank; there what i sends
 to j must be what j receives from i.  Both go into a few numbers that ride on the reduction which closes a step, so a
 difference is known on all ranks before anything is updated.  (On gloo a wrong order mixes tensors of equal size without a word.)
@@ -33,7 +33,7 @@ class Entry:
     number: int  # of this axis, from 0
     step: int
     kind: str  # all-to-all | gather | scatter | sum
-    tag: str  # the stage that started it
+    tag: str  # the instruction that started it
     dtype: str
     row: tuple[int, ...]  # shape of a row
     count: int | None  # rows, where all ranks of the axis must have as many; else None
@@ -49,8 +49,8 @@ class Entry:
 
     def describe(self) -> str:
         size = "uneven" if self.count is None else f"{self.count} rows"
-        stage = f"stage {self.tag} of step {self.step}" if self.tag else f"no stage, after step {self.step}"
-        return f"{self.kind} in {stage} ({self.dtype}, {size} of {list(self.row)}), at {self.site}"
+        instruction = f"instruction {self.tag} of step {self.step}" if self.tag else f"no instruction, after step {self.step}"
+        return f"{self.kind} in {instruction} ({self.dtype}, {size} of {list(self.row)}), at {self.site}"
 
 
 class Position:
@@ -60,16 +60,16 @@ class Position:
 
     def __init__(self) -> None:
         self.step = 0
-        self.tag = ""  # of the stage that runs; empty between steps
-        self.waits = False  # the stage waits for others
+        self.tag = ""  # of the instruction that runs; empty between steps
+        self.waits = False  # the instruction waits for others
         self.since_s = time.monotonic()  # when it began
         self._file: mmap.mmap | None = None
 
     def enter(self, tag: str, waits: bool) -> None:
-        self.since_s = time.monotonic()  # first: a reader in between must not see a new stage that is old
+        self.since_s = time.monotonic()  # first: a reader in between must not see a new instruction that is old
         self.tag, self.waits = tag, waits
         if self._file is not None:
-            text = f"step {self.step}, stage {tag}".encode()[: _MIRRORED_BYTES - 1]
+            text = f"step {self.step}, instruction {tag}".encode()[: _MIRRORED_BYTES - 1]
             self._file[: len(text) + 1] = text + b"\n"
 
     def leave(self) -> None:
@@ -86,7 +86,7 @@ class Position:
 
 
 def read_mirror(path: Path) -> str:
-    """What a rank's file says of where it was: "step 3, stage F:experts.1.0", or nothing."""
+    """What a rank's file says of where it was: "step 3, instruction F:experts.1.0", or nothing."""
     if not path.is_file():
         return ""
     return path.read_bytes().partition(b"\n")[0].strip(b"\0").decode(errors="replace")
@@ -106,7 +106,7 @@ class CollectiveLog:
         self._ring: mmap.mmap | None = None
         self._ring_end = 0
         self._lock = threading.Lock()
-        self.here = threading.local()  # `place`: (step, tag) of the stage on whose behalf this thread submits
+        self.here = threading.local()  # `place`: (step, tag) of the instruction on whose behalf this thread submits
 
     def submit(
         self,
@@ -202,7 +202,7 @@ def agree(sums: Sequence[float], world: int) -> bool:
 
 
 def first_difference(logs: Mapping[int, Sequence[Entry]]) -> str:
-    """What the first collective is that ranks don't agree on, with both sides' stages and call sites; "" if they do.
+    """What the first collective is that ranks don't agree on, with both sides' instructions and call sites; "" if they do.
 
     `logs`: rank -> its entries.  A rank that is merely behind does not differ."""
     by_place: dict[tuple[str, int], dict[int, Entry]] = {}

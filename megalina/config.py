@@ -201,8 +201,8 @@ class HardwareConfig:
     product_shares: list[float] = field(default_factory=list)  # ... and the share of a large product's rate that each reaches
     attention_efficiency: float = 0.0  # share of the peak that attention's kernel reaches, forward and backward, in model FLOPs
     kernel_us: float = 0.0  # what each kernel costs besides
-    host_stage_us: float = 0.0  # what the host needs for a stage: a device with less to do waits for it
-    host_is_device: bool = False  # on CPU: what the host needs for a stage, also one that sends or waits, comes on top
+    host_stage_us: float = 0.0  # what the host needs for an instruction: a device with less to do waits for it
+    host_is_device: bool = False  # on CPU: what the host needs for an instruction, also one that sends or waits, comes on top
     domain_ranks: int = 0  # devices that fast links join: an NVLink domain, a PCIe host; it may hold several nodes
     domain_gbyte_s: float = 0.0  # fast link of a device, each way
     domain_latency_us: float = 0.0  # of a fast link, one way
@@ -223,7 +223,9 @@ class ClusterConfig:
     device_gflops: float = 0.0  # emulated device: what it reaches in attention and experts; 0: no such device
     attention_ms: float = 0.0  # emulated device: forward of a layer's attention, for a whole micro-batch
     experts_ms: float = 0.0  # emulated device: forward of a layer's experts, for a whole micro-batch
-    kernel_floor_ms: float = 0.0  # emulated device: what a stage costs besides its share; 0: 2% of the whole micro-batch's time
+    kernel_floor_ms: float = (
+        0.0  # emulated device: what an instruction costs besides its share; 0: 2% of the whole micro-batch's time
+    )
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 

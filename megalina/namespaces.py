@@ -31,7 +31,7 @@ BURST = "128kb"  # the longest piece that a bucket lets pass at once; a packet o
 QUEUE_BYTES = 512 << 20  # longer than all windows of a link together: nothing is dropped
 WINDOW_BYTES = 1 << 20
 # The host's own settings may be others: BBR would measure and share the link in its own way, and a window that shrinks in a
-# pause would make the first exchange of a stage slower than the next.
+# pause would make the first exchange of an instruction slower than the next.
 TCP = {
     "tcp_congestion_control": "reno",
     "tcp_slow_start_after_idle": "0",

@@ -12,7 +12,7 @@ def traceback_path(logs: Path, rank: int) -> Path:
 
 
 def position_path(logs: Path, rank: int) -> Path:
-    """The stage that it was in; outlives a kill."""
+    """The instruction that it was in; outlives a kill."""
     return logs / f"rank_{rank}.position"
 
 

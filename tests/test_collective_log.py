@@ -54,7 +54,7 @@ def test_equal_orders_agree_and_have_no_difference() -> None:
 def test_another_order_class_or_size_is_found_with_both_sides_and_their_call_sites(other: list[Call], number: int) -> None:
     logs = logs_of([SUM_A, SUM_B], other)
     found = difference(logs)
-    assert found.startswith(f"collective {number} on axis dp is not the same on all ranks:\n  rank 0: sum in stage ")
+    assert found.startswith(f"collective {number} on axis dp is not the same on all ranks:\n  rank 0: sum in instruction ")
     assert "\n  rank 1: " in found
     assert not agreed(logs)
 
@@ -116,6 +116,6 @@ def test_a_position_can_be_read_from_its_file(tmp_path: Path) -> None:
     log.position.step = 12
     log.position.enter("F:attention_residual.10.3", waits=False)
     log.position.enter("F:mix.0.0", waits=False)
-    assert read_mirror(path) == "step 12, stage F:mix.0.0"
+    assert read_mirror(path) == "step 12, instruction F:mix.0.0"
     log.position.leave()
     assert read_mirror(path) == "step 12, between programs"

@@ -44,7 +44,7 @@ def test_an_exchange_with_the_wire_to_itself_takes_its_bytes_and_the_latency() -
 
 
 def test_a_device_computes_as_long_as_the_ladder_says() -> None:
-    """Forward 10 and 14 ms a layer and 2% of each; backward twice that; small stages take no time here."""
+    """Forward 10 and 14 ms a layer and 2% of each; backward twice that; small instructions take no time here."""
     computes = [e for e in drawn("eager").timeline.events(0) if e.kind == "compute"]
     large_s = sum(e.end_s - e.start_s for e in computes if e.name in ("attention", "experts"))
     assert large_s == pytest.approx(LAYERS * 3 * 24e-3 * 1.02)

@@ -262,8 +262,8 @@ def test_the_message_says_where_each_rank_was(tmp_path: Path) -> None:
     time.sleep(60)
     """
     err = Job(tmp_path, code).finish()[2]
-    assert "rank 1 of 3 was ended by SIGKILL (out of memory?) in step 7, stage F:experts.1.0" in err
-    assert "ranks 0, 2 were in step 7, stage F:combine<.1.0" in err
+    assert "rank 1 of 3 was ended by SIGKILL (out of memory?) in step 7, instruction F:experts.1.0" in err
+    assert "ranks 0, 2 were in step 7, instruction F:combine<.1.0" in err
 
 
 def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:

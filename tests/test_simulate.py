@@ -21,7 +21,7 @@ from megalina.forecast.uneven import MOST_RANKS, Unevenness, forecast_unevenly, 
 from megalina.parallel.plans import first_plan
 from megalina.sim.sizes import Sizes
 from megalina.step.plan import Plan
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
 from tests.train.test_timing import timed
@@ -194,20 +194,20 @@ def test_the_busiest_rank_costs_time_and_memory_and_everybody_gets_their_tokens_
 
 
 @pytest.mark.parametrize(
-    ("stage", "to_experts"),
+    ("instruction", "to_experts"),
     [
-        (Stage("F", Kind.START, "dispatch", 0, op=Op.TOKENS), True),
-        (Stage("F", Kind.START, "combine", 0, op=Op.TOKENS), False),
-        (Stage("B", Kind.START, "combine", 0, op=Op.TOKENS), True),  # gradients of what experts gave
-        (Stage("B", Kind.START, "dispatch", 0, op=Op.TOKENS), False),
+        (Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS), True),
+        (Instruction("F", Kind.START, "combine", 0, op=Op.TOKENS), False),
+        (Instruction("B", Kind.START, "combine", 0, op=Op.TOKENS), True),  # gradients of what experts gave
+        (Instruction("B", Kind.START, "dispatch", 0, op=Op.TOKENS), False),
     ],
 )
-def test_more_rows_go_to_the_busiest_rank_and_as_many_come_back(stage: Stage, to_experts: bool) -> None:
-    sent_NN = matrix_of(Sizes(lambda stage: 120.0), Unevenness(busiest_load=2.0))(stage, (4, 5, 6, 7))
+def test_more_rows_go_to_the_busiest_rank_and_as_many_come_back(instruction: Instruction, to_experts: bool) -> None:
+    sent_NN = matrix_of(Sizes(lambda instruction: 120.0), Unevenness(busiest_load=2.0))(instruction, (4, 5, 6, 7))
     assert sent_NN is not None
     got = sent_NN if to_experts else sent_NN.T
     assert np.allclose(got, [[60.0, 20.0, 20.0, 20.0]] * 4)
-    assert matrix_of(Sizes(lambda stage: 1.0), Unevenness())(replace(stage, op=Op.COUNTS), (0, 1)) is None
+    assert matrix_of(Sizes(lambda instruction: 1.0), Unevenness())(replace(instruction, op=Op.COUNTS), (0, 1)) is None
 
 
 @pytest.mark.parametrize(

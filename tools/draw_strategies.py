@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megalina.config import PretrainConfig
     from megalina.sim.virtual import Timeline
     from megalina.step.plan import Plan
-    from megalina.step.program import Program, Stage
+    from megalina.step.program import Instruction, Program
     from megalina.step.strategy import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,21 +97,24 @@ class VirtualJob:
         return simulate(
             [program] * self.cluster.ranks,
             ranks_of=lambda axis, rank: groups[axis, rank],
-            seconds=lambda rank, stage: device.seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
+            seconds=lambda rank, instruction: device.seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
             network=one_level(self.cluster.link_mbit * 1e6 / 8, self.cluster.latency_ms / 1e3),
-            sizes=Sizes(self._bytes_of, [bucket for stage in program if stage.op is Op.PARAMS for bucket in stage.buckets]),
+            sizes=Sizes(
+                self._bytes_of,
+                [bucket for instruction in program if instruction.op is Op.PARAMS for bucket in instruction.buckets],
+            ),
         )
 
-    def _bytes_of(self, stage: "Stage") -> float:
+    def _bytes_of(self, instruction: "Instruction") -> float:
         from megalina.parameters import BYTES
         from megalina.step.program import Op
 
         train, model, width = self.config.train, self.config.model, BYTES[self.config.train.dtype]
-        if stage.op is Op.TOKENS:
-            rows = train.micro_batch_size * train.seq_len * self.config.router.top_k * stage.share / stage.chunk[1]
+        if instruction.op is Op.TOKENS:
+            rows = train.micro_batch_size * train.seq_len * self.config.router.top_k * instruction.share / instruction.chunk[1]
             return rows * model.d_model * width
-        if stage.op in (Op.GRADS, Op.PARAMS):
-            return (self._element_bytes if stage.op is Op.GRADS else width) * (stage.piece[1] - stage.piece[0])
+        if instruction.op in (Op.GRADS, Op.PARAMS):
+            return (self._element_bytes if instruction.op is Op.GRADS else width) * (instruction.piece[1] - instruction.piece[0])
         return 8 * model.num_experts  # sizes and small sums: next to nothing
 
     @property

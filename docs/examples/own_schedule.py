@@ -24,8 +24,8 @@ from tools.draw_strategies import ladder_job
 def weights_under_tokens(setting: Setting) -> Program:
     forward = recompute(late_weights(plain(setting.shape), range(setting.shape.num_layers)), RECOMPUTED[setting.recompute_mode])
     both = step(forward, setting.micro_batches)  # the weights' gradients, phase W, come after all of backward ...
-    late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this stage each
-    moved = [s for stage in both if stage.phase != "W" for s in (stage, *late.get(stage.tag, []))]
+    late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this instruction each
+    moved = [s for instruction in both if instruction.phase != "W" for s in (instruction, *late.get(instruction.tag, []))]
     program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets)
     check(program, given(program, setting), setting.buckets)  # ValueError unless complete, in order, and free of deadlock
     return program

@@ -2,11 +2,12 @@
 
 A lane an axis of the mesh: what is asked for along an axis starts in that order and no other, on every rank, so its ranks
 always meet.  The head of a lane may be held until the emulated device has the data (`at_s`), until split sizes are known
-(`after`), while stages that it yields to are under way here, or while its `credit` is used up.  All of that delays, none of it
+(`after`), while instructions that it yields to are under way here, or while its `credit` is used up.  All that delays, none of it
 reorders; and as tokens yield to nobody, nobody waits in a circle.
 
 What need not be held starts at once, on the program's own thread; else a thread of the lane starts it.  On CUDA nothing is
-held on the host: a stage that yields starts on a stream of low priority, which waits for the tokens that were sent before it.
+held on the host: an instruction that yields starts on a stream of low priority, which waits for the tokens that were sent before
+it.
 """
 
 import threading
@@ -21,17 +22,19 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
 from megalina.comm.urgency import this_thread_is_urgent
-from megalina.step.program import Op, Stage
+from megalina.step.program import Instruction, Op
 from megalina.timeline.recorder import SEND, Recorder
 
 
 class Sent:
     """One thing that the program has asked for."""
 
-    __slots__ = ("after", "at_s", "begun", "enqueued_s", "error", "launch", "pending", "place", "stage", "started_s")
+    __slots__ = ("after", "at_s", "begun", "enqueued_s", "error", "launch", "pending", "place", "instruction", "started_s")
 
-    def __init__(self, stage: Stage, launch: Callable[[], Pending], at_s: float, after: "Later | None", place: tuple[int, str]):
-        self.stage, self.at_s, self.after, self.place = stage, at_s, after, place
+    def __init__(
+        self, instruction: Instruction, launch: Callable[[], Pending], at_s: float, after: "Later | None", place: tuple[int, str]
+    ):
+        self.instruction, self.at_s, self.after, self.place = instruction, at_s, after, place
         self.launch: Callable[[], Pending] | None = launch
         self.begun: threading.Event | None = None  # where a lane's thread begins it
         self.pending: Pending | None = None
@@ -77,7 +80,8 @@ class _Lane:
 
 
 class Links:
-    """All lanes of one rank.  `watched`: ends are noted, for a recorder, or since some stage is held back.  `marks`: the clock
+    """All lanes of one rank.  `watched`: ends are noted, for a recorder, or since some instruction is held back.  `marks`: the
+    clock
     by which a recorder is told of what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
 
     def __init__(
@@ -93,15 +97,17 @@ class Links:
         self._urgent = urgent
         self.watched = False
 
-    def send(self, stage: Stage, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None) -> Sent:
+    def send(
+        self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
+    ) -> Sent:
         """Ask for a collective, which `launch` starts once its turn has come."""
-        sent = Sent(stage, launch, at_s, after, (self._log.position.step, stage.tag))
+        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag))
         if self._low is not None:
             self._send_on_stream(sent)
             return sent
-        lane = self._lanes.get(stage.axis)
+        lane = self._lanes.get(instruction.axis)
         if lane is None:
-            lane = self._lanes[stage.axis] = _Lane()
+            lane = self._lanes[instruction.axis] = _Lane()
         with self._changed:
             at_once = not lane.queue and after is None and at_s <= sent.enqueued_s and not self._held(sent, lane)
             if at_once:
@@ -110,7 +116,7 @@ class Links:
                 sent.begun = threading.Event()
                 lane.queue.append(sent)
                 if lane.thread is None:
-                    lane.thread = threading.Thread(target=self._run, args=(lane,), name=f"lane {stage.axis}", daemon=True)
+                    lane.thread = threading.Thread(target=self._run, args=(lane,), name=f"lane {instruction.axis}", daemon=True)
                     lane.thread.start()
                 self._changed.notify_all()
         if at_once:
@@ -152,21 +158,21 @@ class Links:
                 self._changed.notify_all()
 
     def _held(self, sent: Sent, lane: _Lane) -> bool:
-        stage = sent.stage
-        if stage.credit and lane.under_way >= stage.credit:
+        instruction = sent.instruction
+        if instruction.credit and lane.under_way >= instruction.credit:
             return True
-        if not stage.yields_to:
+        if not instruction.yields_to:
             return False
-        if any(self._under_way[op] for op in stage.yields_to):
+        if any(self._under_way[op] for op in instruction.yields_to):
             return True
         now_s = time.perf_counter()
         heads = (other.queue[0] for other in self._lanes.values() if other is not lane and other.queue)
-        return any(head.stage.op in stage.yields_to and head.at_s <= now_s for head in heads)
+        return any(head.instruction.op in instruction.yields_to and head.at_s <= now_s for head in heads)
 
     def _count(self, sent: Sent, lane: _Lane) -> None:
         if self.watched or self._recorder.on:
-            assert sent.stage.op is not None
-            self._under_way[sent.stage.op] += 1
+            assert sent.instruction.op is not None
+            self._under_way[sent.instruction.op] += 1
             lane.under_way += 1
 
     def _begin(self, sent: Sent, lane: _Lane) -> None:
@@ -192,14 +198,14 @@ class Links:
             sent.begun.set()
 
     def _ended(self, sent: Sent, lane: _Lane, *, on_wire: bool) -> None:
-        stage, now_s = sent.stage, time.perf_counter()
+        instruction, now_s = sent.instruction, time.perf_counter()
         with self._changed:
-            assert stage.op is not None
-            self._under_way[stage.op] -= 1
+            assert instruction.op is not None
+            self._under_way[instruction.op] -= 1
             lane.under_way -= 1
             self._changed.notify_all()
         if on_wire and self._recorder.on and sent.pending is not None:
-            self._recorder.add(SEND, stage, sent.pending.num_bytes, sent.enqueued_s, sent.started_s, now_s, 0.0)
+            self._recorder.add(SEND, instruction, sent.pending.num_bytes, sent.enqueued_s, sent.started_s, now_s, 0.0)
 
     def _send_on_stream(self, sent: Sent) -> None:
         """CUDA: order on the host is the program's; only the device holds back."""
@@ -207,7 +213,7 @@ class Links:
             sent.after.get()
         self._tokens = [t for t in self._tokens if t.pending is not None and t.pending.work is not None]
         assert self._low is not None
-        if sent.stage.yields_to:
+        if sent.instruction.yields_to:
             self._low.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._low):
                 for tokens in self._tokens:
@@ -216,7 +222,7 @@ class Links:
                 self._launch_on_stream(sent)
         else:
             self._launch_on_stream(sent)
-            if sent.stage.op is Op.TOKENS:
+            if sent.instruction.op is Op.TOKENS:
                 self._tokens.append(sent)
         sent.launch = sent.after = None
 
@@ -227,5 +233,5 @@ class Links:
         enqueued = marks.now() if marks is not None else None
         sent.pending = sent.launch()
         if marks is not None and enqueued is not None and (work := sent.pending.work) is not None:
-            start, end = marks.of_work(work, sent.stage.axis, enqueued)
-            self._recorder.add(SEND, sent.stage, sent.pending.num_bytes, enqueued, start, end, 0.0)
+            start, end = marks.of_work(work, sent.instruction.axis, enqueued)
+            self._recorder.add(SEND, sent.instruction, sent.pending.num_bytes, enqueued, start, end, 0.0)

@@ -31,7 +31,7 @@ def slowdowns(mesh: Mesh, program: Program, events: Sequence[Event], alone: Mapp
 
 def _smallest(axis: Axis, program: Program, own: Mapping[str, float]) -> Mapping[str, float]:
     starts = [(s.op.name.lower(), s) for s in program if s.kind is Kind.START and s.op is not None and s.axis == axis.name]
-    tags = [stage.tag for op, stage in starts if CALIBRATED_AXIS.get(op) == axis.name]
+    tags = [instruction.tag for op, instruction in starts if CALIBRATED_AXIS.get(op) == axis.name]
     device = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu"
     mine_1X = torch.tensor([[own.get(tag, math.inf) for tag in tags]], dtype=torch.float64, device=device)
     smallest = exchange.start_gather(mine_1X, axis).wait().amin(0).tolist()

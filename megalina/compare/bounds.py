@@ -6,7 +6,7 @@ from megalina.mesh import rows
 from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import one_level
 from megalina.sim.sizes import Sizes
-from megalina.step.program import Kind, Program, Stage
+from megalina.step.program import Instruction, Kind, Program
 from megalina.timeline.recorder import SEND, Event
 
 
@@ -45,22 +45,22 @@ def bounds_of(
     program: Program,
     events: Sequence[Event],
     *,
-    seconds: Callable[[Stage], float],
+    seconds: Callable[[Instruction], float],
     ranks: int,
     link_bytes_per_s: float,
 ) -> dict[str, float]:
-    """compute_s: the device; critical_path_s: the longest chain of stages of this very list that need each other, with the
+    """compute_s: the device; critical_path_s: the longest chain of instructions of this very list that need each other, with the
     whole link for each exchange.  All ranks are taken to be alike; `events`: of one rank, for the bytes."""
     sent = {e.tag: e.num_bytes for e in events if e.kind == SEND}
 
-    def whole_bytes(stage: Stage) -> float:
-        size = sent.get(stage.tag, 0)
-        return size * ranks / (ranks - 1) if stage.op is not None and stage.op.name in ("TOKENS", "COUNTS") else size
+    def whole_bytes(instruction: Instruction) -> float:
+        size = sent.get(instruction.tag, 0)
+        return size * ranks / (ranks - 1) if instruction.op is not None and instruction.op.name in ("TOKENS", "COUNTS") else size
 
     found = lower_bound(
         [program],
         ranks_of=lambda axis, rank: tuple(range(ranks)),
-        seconds=lambda rank, stage: seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
+        seconds=lambda rank, instruction: seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
         network=one_level(link_bytes_per_s, 0.0),
         sizes=Sizes(whole_bytes),
     )

@@ -1,4 +1,4 @@
-"""How many bytes the functions of compute stages keep for backward, and how many more there are while one runs.
+"""How many bytes the functions of compute instructions keep for backward, and how many more there are while one runs.
 
 It follows `megalina/model` and `megalina/parallel/functions.py` tensor by tensor: whoever changes what a function saves changes
 it here, and `tests/sim/test_memory.py` holds both against each other.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
 from megalina.parameters import BYTES, padded_vocab_size
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 
 INT = 8  # bytes of an index
 SHORTEST_BLOCKED, LONGEST_BLOCKED, QUERIES_A_BLOCK = 129, 1024, 64  # of megalina/model/attend.py, on CPU
@@ -25,13 +25,13 @@ DIGESTED = 4  # indices of a routed row while it is sorted and hashed
 class Inside:
     """Of one function."""
 
-    kept: int = 0  # for backward, besides the values that the stage reads
+    kept: int = 0  # for backward, besides the values that the instruction reads
     forward: int = 0  # the most there is above what there was before, results and `kept` among it
     backward: int = 0  # the same of the mirror, results among it; what was kept counts as before until it is freed
 
 
 class FunctionBytes:
-    """Of one rank's compute stages."""
+    """Of one rank's compute instructions."""
 
     def __init__(
         self,
@@ -64,47 +64,47 @@ class FunctionBytes:
         self._got_over_sent_L = [min(skew, limit) if self._ep > 1 else 1.0 for skew in skew_L]
         self._fullest_L = [min(skew, limit) for skew in expert_skew_L]
 
-    # numbers of a stage
-    def part(self, stage: Stage) -> int:
-        return round(self.tokens * stage.share)
+    # numbers of an instruction
+    def part(self, instruction: Instruction) -> int:
+        return round(self.tokens * instruction.share)
 
-    def held(self, stage: Stage) -> int:
-        return self.part(stage) // self.cut
+    def held(self, instruction: Instruction) -> int:
+        return self.part(instruction) // self.cut
 
-    def own(self, stage: Stage) -> int:
-        return self.part(stage) // self.tp
+    def own(self, instruction: Instruction) -> int:
+        return self.part(instruction) // self.tp
 
-    def sent(self, stage: Stage) -> int:
-        return self._of_chunk(stage, self.own(stage) * self._sent)
+    def sent(self, instruction: Instruction) -> int:
+        return self._of_chunk(instruction, self.own(instruction) * self._sent)
 
-    def got(self, stage: Stage) -> int:
-        return self._of_chunk(stage, self.own(stage) * self._sent * self._got_over_sent_L[stage.layer])
+    def got(self, instruction: Instruction) -> int:
+        return self._of_chunk(instruction, self.own(instruction) * self._sent * self._got_over_sent_L[instruction.layer])
 
-    def late(self, stage: Stage) -> int:
-        """What the mirror of a late stage makes for its weights: gradients of what the first matrix gave."""
-        return self.got(stage) * self.inputs * self._model.d_ff * self.w
+    def late(self, instruction: Instruction) -> int:
+        """What the mirror of a late instruction makes for its weights: gradients of what the first matrix gave."""
+        return self.got(instruction) * self.inputs * self._model.d_ff * self.w
 
-    def late_rise(self, stage: Stage) -> int:
+    def late_rise(self, instruction: Instruction) -> int:
         """The most there is inside where the gradients of late weights are added."""
-        hidden, got = self._model.d_ff, self.got(stage)
-        return self._most(got, stage.layer) * hidden * self.w + self._outer(self.d, self.inputs * hidden)
+        hidden, got = self._model.d_ff, self.got(instruction)
+        return self._most(got, instruction.layer) * hidden * self.w + self._outer(self.d, self.inputs * hidden)
 
     @property
     def reorders(self) -> bool:
         """Whether rows that arrive must be sorted by expert."""
         return self._ep > 1 and self.experts_here > 1
 
-    def _of_chunk(self, stage: Stage, rows: float) -> int:
-        return round(rows / (stage.chunk[1] if "c" in stage.part else 1))
+    def _of_chunk(self, instruction: Instruction, rows: float) -> int:
+        return round(rows / (instruction.chunk[1] if "c" in instruction.part else 1))
 
     # functions
-    def of(self, stage: Stage) -> Inside:
-        """KeyError for a stage that is not known here."""
-        t, h, o, d = self.part(stage), self.held(stage), self.own(stage), self.d * self.w
-        rows, alone = self.sent(stage) * d, self.tp == 1
+    def of(self, instruction: Instruction) -> Inside:
+        """KeyError for an instruction that is not known here."""
+        t, h, o, d = self.part(instruction), self.held(instruction), self.own(instruction), self.d * self.w
+        rows, alone = self.sent(instruction) * d, self.tp == 1
         dense = (self._model.dense_d_ff or self.k * self._model.d_ff) // self.tp
-        index = INT * self.sent(stage)
-        match stage.name:
+        index = INT * self.sent(instruction)
+        match instruction.name:
             case "embed":
                 return self._embed(t, positions=alone)
             case "positions":
@@ -122,26 +122,26 @@ class FunctionBytes:
             case "slice":
                 return Inside(0, o * d, h * d)
             case "route":
-                return self._route(o, self.sent(stage), score=True, select=True)
+                return self._route(o, self.sent(instruction), score=True, select=True)
             case "score":
                 return self._route(o, 0, score=True, select=False)
             case "select":
-                return self._route(o, self.sent(stage), score=False, select=True)
+                return self._route(o, self.sent(instruction), score=False, select=True)
             case "cut":
                 return Inside(index, rows + DIGESTED * index, 2 * rows)
             case "join":
                 return Inside(index, 2 * rows, rows)
             case "experts":
-                return self._experts(self.got(stage), stage.layer, late=stage.late)
+                return self._experts(self.got(instruction), instruction.layer, late=instruction.late)
             case "mix":
-                return self._mix(o, self.sent(stage))
+                return self._mix(o, self.sent(instruction))
             case "loss" if alone:
                 return self._loss(t, norm=True)
             case "logits":
                 return self._loss(t, norm=False)
             case "loss" | "loads" | "balance" | "balance_of_group":  # a few numbers a token, or fewer
                 return Inside(0, 0, 0)
-        raise KeyError(f"no bytes known of stage {stage.tag}")
+        raise KeyError(f"no bytes known of instruction {instruction.tag}")
 
     def _embed(self, t: int, *, positions: bool) -> Inside:
         looked_up = t * self.d * self.w

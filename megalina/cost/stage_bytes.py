@@ -10,7 +10,7 @@ from functools import cached_property
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import axis_sizes, bucket_specs
 from megalina.cost.function_bytes import INT, ORDER, FunctionBytes
-from megalina.step.program import Op, Stage, has_gradient
+from megalina.step.program import Instruction, Op, has_gradient
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
@@ -68,58 +68,60 @@ class StageBytes:
     def ranks(self, axis: str) -> int:
         return self.axes[axis]
 
-    def kept(self, stage: Stage) -> int:
-        """What a forward stage keeps for its mirror, besides the values that it reads."""
-        return self._inside.of(stage).kept
+    def kept(self, instruction: Instruction) -> int:
+        """What a forward instruction keeps for its mirror, besides the values that it reads."""
+        return self._inside.of(instruction).kept
 
-    def keeps(self, stage: Stage) -> tuple[str, ...]:
-        """Those of its results that a forward stage keeps, too: the router reads the normed tokens as they are."""
-        same = stage.name in ("route", "score") and not self._inside.mixed and self._config.router.kind != "hash"
-        return tuple(v for v in stage.writes if same and v.startswith("moe_n."))
+    def keeps(self, instruction: Instruction) -> tuple[str, ...]:
+        """Those of its results that a forward instruction keeps, too: the router reads the normed tokens as they are."""
+        same = instruction.name in ("route", "score") and not self._inside.mixed and self._config.router.kind != "hash"
+        return tuple(v for v in instruction.writes if same and v.startswith("moe_n."))
 
-    def rise(self, stage: Stage) -> int:
-        """The most there is inside a compute stage above what there was before, its results among it."""
+    def rise(self, instruction: Instruction) -> int:
+        """The most there is inside a compute instruction above what there was before, its results among it."""
         inside = self._inside
-        if stage.phase == "U":
+        if instruction.phase == "U":
             return 0
-        if stage.phase == "W":
-            return inside.late_rise(stage)
-        of = inside.of(stage)
-        if stage.phase == "F":
+        if instruction.phase == "W":
+            return inside.late_rise(instruction)
+        of = inside.of(instruction)
+        if instruction.phase == "F":
             return of.forward
-        if not stage.recompute:
+        if not instruction.recompute:
             return of.backward
-        results = sum(self.value(v, stage) for v in stage.reads if has_gradient(v))  # as many as their gradients, which are read
+        results = sum(
+            self.value(v, instruction) for v in instruction.reads if has_gradient(v)
+        )  # as many as their gradients, which are read
         return max(of.forward, of.kept + results + of.backward)
 
-    def bucket(self, stage: Stage) -> int:
+    def bucket(self, instruction: Instruction) -> int:
         """What is set aside to send a piece of a bucket."""
-        spec, elements = self.buckets[stage.buckets[0]], stage.piece[1] - stage.piece[0]
+        spec, elements = self.buckets[instruction.buckets[0]], instruction.piece[1] - instruction.piece[0]
         if not spec.sharded:
             return 0  # it is summed where it is
         share = elements // self.axes[spec.axis]
-        if stage.op is Op.PARAMS:
+        if instruction.op is Op.PARAMS:
             return share * self._inside.w  # a copy of what this rank has
         return (share if self._cuda else elements) * self._inside.f  # on gloo all ranks' shares, summed here
 
-    def received(self, stage: Stage, sent: int, arrives: int) -> int:
+    def received(self, instruction: Instruction, sent: int, arrives: int) -> int:
         """The buffer for what arrives, beside what is sent."""
-        if stage.op is Op.SUM or (stage.op is Op.SCATTER and not self._cuda):
+        if instruction.op is Op.SUM or (instruction.op is Op.SCATTER and not self._cuda):
             return sent
-        direct = stage.op is Op.GATHER and sent <= DIRECT_BYTES and not self._cuda
-        return arrives + (sent * self.axes[stage.axis] if direct else 0)
+        direct = instruction.op is Op.GATHER and sent <= DIRECT_BYTES and not self._cuda
+        return arrives + (sent * self.axes[instruction.axis] if direct else 0)
 
-    def value(self, name: str, stage: Stage) -> int:
-        """Of a value that `stage` reads or writes.  KeyError for one that is not known here."""
+    def value(self, name: str, instruction: Instruction) -> int:
+        """Of a value that `instruction` reads or writes.  KeyError for one that is not known here."""
         head = name.partition(".")[0].rstrip("'")
         if " " in name:
-            return self._inside.late(stage) if name.startswith("#late") else 0  # buckets are state
+            return self._inside.late(instruction) if name.startswith("#late") else 0  # buckets are state
         if head in FEW:
             return 0
         inside = self._inside
-        t, h, o, d = inside.part(stage), inside.held(stage), inside.own(stage), inside.d * inside.w
-        whole = "c" not in name.rpartition(".")[2] and "c" not in stage.part  # of all chunks together
-        chunks = 1 if whole or "c" in stage.part else stage.chunk[1]
+        t, h, o, d = inside.part(instruction), inside.held(instruction), inside.own(instruction), inside.d * inside.w
+        whole = "c" not in name.rpartition(".")[2] and "c" not in instruction.part  # of all chunks together
+        chunks = 1 if whole or "c" in instruction.part else instruction.chunk[1]
         match head:
             case "e" | "n_all" | "m_all" | "a_part" | "o_part":
                 return t * d
@@ -128,9 +130,9 @@ class StageBytes:
             case "own" | "mixed" | "moe_n" | "s":
                 return o * d
             case "rows" | "back":
-                return inside.sent(stage) * d // chunks
+                return inside.sent(instruction) * d // chunks
             case "got" | "y":
-                return inside.got(stage) * d // chunks
+                return inside.got(instruction) * d // chunks
             case "weight":
                 return o * inside.k * inside.f
             case "score" | "#score":
@@ -142,10 +144,10 @@ class StageBytes:
             case "stats":
                 return 2 * t * inside.tp * inside.f
             case "#order":
-                return ORDER * INT * inside.sent(stage)
+                return ORDER * INT * inside.sent(instruction)
             case "#sizes":
-                return 2 * INT * inside.got(stage) if inside.reorders else 0
-        raise KeyError(f"no bytes known of value {name} of stage {stage.tag}")
+                return 2 * INT * inside.got(instruction) if inside.reorders else 0
+        raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
 
 
 def _of_layers(name: str, skew: float | Sequence[float], layers: int) -> Sequence[float]:

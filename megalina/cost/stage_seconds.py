@@ -1,4 +1,4 @@
-"""How long a device takes for a compute stage: a roofline over its kernels, or the times that an emulated device is given.
+"""How long a device takes for a compute instruction: a roofline over its kernels, or the times that an emulated device is given.
 
 A matrix product takes the longer of its FLOPs, at the rate that products of its shape reach, and its bytes.  An output of
 [rows, columns] is computed in tiles, so a product costs as if it had `product_half_size` rows and columns more: what an expert
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
 from megalina.cost.work import Product, Work
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 from megalina.validate import check_hardware
 
 SMALLEST_SHARE = 0.02  # of the full time, whatever the share: half a batch never takes exactly half the time
@@ -51,7 +51,8 @@ class Device:
         return max(compute_s, product.num_bytes / self.bytes_per_s)
 
     def seconds(self, work: Work) -> float:
-        """Kernels run one after another; the device waits for a host that takes longer for the stage.  No kernels: 0, but for
+        """Kernels run one after another; the device waits for a host that takes longer for the instruction.  No kernels: 0, but
+        for
         the host's own time where it is the device."""
         products_s = sum(map(self.product_s, work.products))
         kernels_s = products_s + work.moved_bytes / self.bytes_per_s + work.kernels * self.kernel_s
@@ -99,8 +100,9 @@ def device_of(cluster: ClusterConfig, dtype: str) -> Device:
     )
 
 
-def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0) -> Callable[[Stage], float]:
-    """How long each stage takes on a device of `config.cluster`, emulated or not; stages that send or wait take the host's time
+def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0) -> Callable[[Instruction], float]:
+    """How long each instruction takes on a device of `config.cluster`, emulated or not; instructions that send or wait take the
+    host's time
     where the host is the device, and else 0.
 
     `load`: rows of the experts there as a multiple of the mean; an emulated device is as fast whatever it is.
@@ -108,23 +110,30 @@ def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0)
     emulated = emulated_seconds(config)
     if emulated is not None:
         check_hardware(config.cluster)
-        return lambda stage: emulated(stage) if stage.kind is Kind.COMPUTE else 0.0
+        return lambda instruction: emulated(instruction) if instruction.kind is Kind.COMPUTE else 0.0
     device = device_of(config.cluster, config.train.dtype)
     known: dict[tuple[str, str, float, int, bool, bool], float] = {}  # layers are alike
 
-    def seconds(stage: Stage) -> float:
-        if stage.kind is not Kind.COMPUTE:
+    def seconds(instruction: Instruction) -> float:
+        if instruction.kind is not Kind.COMPUTE:
             return device.seconds(Work())
-        key = stage.phase, stage.name, stage.share, stage.chunk[1], stage.recompute, stage.late
+        key = (
+            instruction.phase,
+            instruction.name,
+            instruction.share,
+            instruction.chunk[1],
+            instruction.recompute,
+            instruction.late,
+        )
         if key not in known:
-            known[key] = device.seconds(work(stage, load))
+            known[key] = device.seconds(work(instruction, load))
         return known[key]
 
     return seconds
 
 
-def emulated_seconds(config: PretrainConfig) -> Callable[[Stage], float] | None:
-    """The costs of compute stages on the emulated device that `cluster` asks for; None where it asks for none."""
+def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] | None:
+    """The costs of compute instructions on the emulated device that `cluster` asks for; None where it asks for none."""
     cluster = config.cluster
     if cluster.attention_ms or cluster.experts_ms:
         times = dict.fromkeys(("attention", "attention_heads"), cluster.attention_ms / 1e3)
@@ -136,21 +145,21 @@ def emulated_seconds(config: PretrainConfig) -> Callable[[Stage], float] | None:
     return from_full_times(lambda name: times.get(name, 0.0), floor_s=cluster.kernel_floor_ms / 1e3)
 
 
-def from_full_times(full_s: Callable[[str], float], *, floor_s: float) -> Callable[[Stage], float]:
-    """Costs of stages from the forward times of whole micro-batches.
+def from_full_times(full_s: Callable[[str], float], *, floor_s: float) -> Callable[[Instruction], float]:
+    """Costs of instructions from the forward times of whole micro-batches.
 
-    `full_s(name)`: the time of a stage for a whole micro-batch; 0: it isn't emulated, and takes as long as it takes here, which
+    `full_s(name)`: the time of an instruction for a whole micro-batch; 0: it isn't emulated and takes as long as here, which
     holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time.
-    Backward is twice forward (once where the gradients of weights are a stage of their own, which is once too), and once more
+    Backward is twice forward (once where weights' gradients are an instruction of their own, which is once too), and once more
     where activations are computed again.
     """
 
-    def seconds(stage: Stage) -> float:
-        full = full_s(stage.name)
-        if stage.phase == "U" or not full:
+    def seconds(instruction: Instruction) -> float:
+        full = full_s(instruction.name)
+        if instruction.phase == "U" or not full:
             return 0.0
-        times = 1 if stage.phase in "FW" else 2 + stage.recompute - stage.late
-        share = stage.share / stage.chunk[1]
+        times = 1 if instruction.phase in "FW" else 2 + instruction.recompute - instruction.late
+        share = instruction.share / instruction.chunk[1]
         return times * ((floor_s or SMALLEST_SHARE * full) + share * full)
 
     return seconds

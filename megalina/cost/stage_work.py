@@ -1,4 +1,4 @@
-"""What each compute stage of a program asks of a device: matrix products, bytes in device memory, kernels.
+"""What each compute instruction of a program asks of a device: matrix products, bytes in device memory, kernels.
 
 Numbers from the configuration alone; routing is even.  Model FLOPs are counted, as for MFU: what is computed again counts
 where the program says so (`recompute`), not where a kernel does it by itself.  Passes over memory and kernels are those of
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from megalina.config import PretrainConfig
 from megalina.cost.work import Piece, Product, Work, small
 from megalina.parameters import BYTES
-from megalina.step.program import BucketSpec, Kind, Stage
+from megalina.step.program import BucketSpec, Instruction, Kind
 
-# Kernels of a stage whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
+# Kernels of an instruction whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
 SMALL = {
     **{"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 4},
     **{"loads": 1, "balance": 12, "balance_of_group": 14},
@@ -23,10 +23,10 @@ SELECT_PASSES = (12, 8)  # over the logits, forward and backward
 
 
 class StageWork:
-    """`work(stage)`: Work() for stages that send or wait.
+    """`work(instruction)`: Work() for instructions that send or wait.
 
     `world`: ranks; `vocab_rows`: of the output matrix, padding included, over all ranks; `buckets`: those of the program;
-    `packing`: times as many experts on a rank as parallel.ep says.  ValueError for a stage that no strategy makes.
+    `packing`: times as many experts on a rank as parallel.ep says.  ValueError for an instruction that no strategy makes.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class StageWork:
         self.head_dim = model.head_dim or model.d_model // model.num_heads
         self.hidden_in = 2 if model.activation == "swiglu" else 1  # numbers that the activation reads for each that it gives
 
-    def __call__(self, stage: Stage, load: float = 1.0) -> Work:
+    def __call__(self, instruction: Instruction, load: float = 1.0) -> Work:
         """`load`: rows of the experts here as a multiple of the mean."""
-        if stage.kind is not Kind.COMPUTE:
+        if instruction.kind is not Kind.COMPUTE:
             return Work()
-        if stage.phase == "U":
-            return self._without_autograd(stage)
-        piece = self._piece(stage, load)
-        if stage.phase == "F":
+        if instruction.phase == "U":
+            return self._without_autograd(instruction)
+        piece = self._piece(instruction, load)
+        if instruction.phase == "F":
             return piece.forward
-        if stage.phase == "W":
+        if instruction.phase == "W":
             return piece.weights
-        again = piece.forward if stage.recompute else Work()
-        return again + piece.backward + (Work() if stage.late else piece.weights)
+        again = piece.forward if instruction.recompute else Work()
+        return again + piece.backward + (Work() if instruction.late else piece.weights)
 
-    def _piece(self, stage: Stage, load: float) -> Piece:
-        train, tokens = self.config.train, stage.share * self.config.train.micro_batch_size * self.config.train.seq_len
+    def _piece(self, instruction: Instruction, load: float) -> Piece:
+        train, tokens = self.config.train, instruction.share * self.config.train.micro_batch_size * self.config.train.seq_len
         own = tokens / self.tp
         held = own if self.config.parallel.sequence else tokens  # with activations between attention and MLP
         rows = own * self.config.router.top_k
-        match stage.name:
+        match instruction.name:
             case "embed":
                 return self._embed(tokens) + (self._positions(tokens) if self.tp == 1 else Piece())
             case "positions":
@@ -93,7 +93,7 @@ class StageWork:
             case "cut" | "join":
                 return self._moved(2 * rows, 2 * rows, 2, 2)
             case "experts":
-                return self._experts(load * rows / stage.chunk[1])
+                return self._experts(load * rows / instruction.chunk[1])
             case "mix":
                 return self._mix(own, rows)
             case "logits":
@@ -102,9 +102,9 @@ class StageWork:
                 return self._norm(tokens) + self._head(tokens) if self.tp == 1 else Piece(small(8), small(8))
             case name if name in SMALL:
                 return Piece(small(SMALL[name]), small(SMALL[name]))
-        raise ValueError(f"{stage.tag}: what this stage costs isn't known; add it to megalina/cost/stage_work.py")
+        raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to megalina/cost/stage_work.py")
 
-    # pieces of stages
+    # pieces of instructions
     def _moved(self, forward: float, backward: float, kernels: float, kernels_back: float) -> Piece:
         """Kernels that read and write so many rows of the model's width."""
         row_bytes = self.model.d_model * self.element
@@ -220,15 +220,15 @@ class StageWork:
         return self._linear(tokens, self.words, self.model.d_model) + Piece(Work((), forward, 10), Work((), backward, 5))
 
     # without autograd
-    def _without_autograd(self, stage: Stage) -> Work:
-        if stage.name.startswith("update "):
-            return self._update(self.buckets[stage.name.removeprefix("update ")])
-        if stage.name == "measure":  # squares of gradients
-            names = [v.removesuffix("'sum") for v in stage.reads if v.endswith("'sum")]
+    def _without_autograd(self, instruction: Instruction) -> Work:
+        if instruction.name.startswith("update "):
+            return self._update(self.buckets[instruction.name.removeprefix("update ")])
+        if instruction.name == "measure":  # squares of gradients
+            names = [v.removesuffix("'sum") for v in instruction.reads if v.endswith("'sum")]
             return Work((), sum(self._here(self.buckets[n]) for n in names) * self.main, 8 + 2 * len(names))
-        if stage.name not in SMALL:
-            raise ValueError(f"{stage.tag}: what this stage costs isn't known; add it to megalina/cost/stage_work.py")
-        return small(SMALL[stage.name])
+        if instruction.name not in SMALL:
+            raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to megalina/cost/stage_work.py")
+        return small(SMALL[instruction.name])
 
     def _update(self, bucket: BucketSpec) -> Work:
         """AdamW reads gradient, weight and two moments and writes the last three; then the gradients are cleared."""
@@ -243,9 +243,9 @@ class StageWork:
 
 
 def forward_flops(config: PretrainConfig) -> dict[str, float]:
-    """Of a whole micro-batch's forward on one rank, by the stage in which nearly all of it is done."""
+    """Of a whole micro-batch's forward on one rank, by the instruction in which nearly all of it is done."""
     work = StageWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
     names = ("attention_heads", "mlp_hidden", "experts", "shared", "logits")
-    flops = {name: work(Stage("F", Kind.COMPUTE, name, 0)).flops for name in names}
+    flops = {name: work(Instruction("F", Kind.COMPUTE, name, 0)).flops for name in names}
     twins = {"attention": "attention_heads", "mlp": "mlp_hidden", "loss": "logits"}
     return flops | {name: flops[twin] for name, twin in twins.items()}

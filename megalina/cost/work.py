@@ -50,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a stage's function, there and back."""
+    """A part of an instruction's function, there and back."""
 
     forward: Work = Work()
     backward: Work = Work()  # the gradients of what it read

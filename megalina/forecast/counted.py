@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from megalina.sim.collectives import Floats, Ints
 from megalina.sim.sizes import Sizes
-from megalina.step.program import Op, Stage
+from megalina.step.program import Instruction, Op
 
 Counts = Mapping[tuple[int, str], Ints]  # (layer, part) -> [R, E]: rows that each rank of the world sends to each expert
 
@@ -16,14 +16,16 @@ def counted(sizes: Sizes, counts: Counts, *, row_bytes: int) -> Sizes:
 
     What it makes raises ValueError for a layer or part that was not counted, and for experts that a group can't share evenly."""
 
-    def matrix_of(stage: Stage, ranks: tuple[int, ...]) -> Floats | None:
-        if stage.op is not Op.TOKENS:
+    def matrix_of(instruction: Instruction, ranks: tuple[int, ...]) -> Floats | None:
+        if instruction.op is not Op.TOKENS:
             return None  # split sizes are as long for each rank
-        part = stage.part.partition("c")[0]
-        if (stage.layer, part) not in counts:
-            raise ValueError(f"{stage.tag}: no rows were counted in layer {stage.layer}, part {part}: record a step of this list")
-        rows_NN = rows_between(counts[stage.layer, part][list(ranks)], stage.chunk)
-        outward = (stage.name == "dispatch") == (stage.phase == "F")  # else what came goes back
+        part = instruction.part.partition("c")[0]
+        if (instruction.layer, part) not in counts:
+            raise ValueError(
+                f"{instruction.tag}: no rows were counted in layer {instruction.layer}, part {part}: record a step of this list"
+            )
+        rows_NN = rows_between(counts[instruction.layer, part][list(ranks)], instruction.chunk)
+        outward = (instruction.name == "dispatch") == (instruction.phase == "F")  # else what came goes back
         return row_bytes * (rows_NN if outward else rows_NN.T)
 
     return replace(sizes, matrix_of=matrix_of)

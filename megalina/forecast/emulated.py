@@ -17,7 +17,7 @@ from megalina.parameters import padded_vocab_size
 from megalina.sim.network import Network
 from megalina.sim.virtual import Timeline, simulate_alike
 from megalina.step.plan import Plan
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class HostConstants:
 
     flops_per_s: float  # of the real math, which an emulated device hides if it can
     bytes_per_s: float  # of its tensors
-    kernel_s: float  # of each operation of a stage
-    stage_s: float  # of each stage besides
+    kernel_s: float  # of each operation of an instruction
+    stage_s: float  # of each instruction besides
     outside_s: float  # of a step, besides its list: the batch, the verdict
     link_efficiency: float  # share of a link's rate that collectives reach
     all_to_all_s: float  # of each all-to-all, whatever its size
@@ -59,7 +59,7 @@ def simulate_emulated(
         program_of(config, plan, held, micro_batches=rounds * micro_batches),
         ranks=world,
         ranks_of=ranks_of(held.axes),
-        seconds=lambda stage: seconds(stage) if stage.kind is Kind.COMPUTE else 0.0,
+        seconds=lambda instruction: seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
         network=Network(
             nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
             ranks_per_node=ranks_per_node,
@@ -80,17 +80,24 @@ def simulate_emulated(
 
 def _host_seconds(
     config: PretrainConfig, plan: Plan, held: StageBytes, world: int, *, vocab_size: int, host: HostConstants
-) -> Callable[[Stage], float]:
+) -> Callable[[Instruction], float]:
     vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
     work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
     known: dict[tuple[str, str, float, int, bool, bool], float] = {}
 
-    def seconds(stage: Stage) -> float:
-        if stage.kind is not Kind.COMPUTE:
+    def seconds(instruction: Instruction) -> float:
+        if instruction.kind is not Kind.COMPUTE:
             return host.stage_s
-        key = stage.phase, stage.name, stage.share, stage.chunk[1], stage.recompute, stage.late
+        key = (
+            instruction.phase,
+            instruction.name,
+            instruction.share,
+            instruction.chunk[1],
+            instruction.recompute,
+            instruction.late,
+        )
         if key not in known:
-            asked = work(stage)
+            asked = work(instruction)
             math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s
             known[key] = math_s + asked.kernels * host.kernel_s + host.stage_s
         return known[key]

@@ -1,4 +1,4 @@
-"""Few garbage collections, where lists of ten thousands of stages are made."""
+"""Few garbage collections, where lists of ten thousands of instructions are made."""
 
 import gc
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from megalina.model.digest import LIMBS
 from megalina.parallel.functions import NUM_SUMS
 from megalina.parameters import BYTES, is_moe_layer
 from megalina.sim.sizes import Sizes
-from megalina.step.program import Op, Stage
+from megalina.step.program import Instruction, Op
 
 NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
 
@@ -19,7 +19,7 @@ def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:
     return Sizes(bytes_of(config, held), scattered=[name for name, spec in held.buckets.items() if spec.sharded])
 
 
-def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Stage], float]:
+def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction], float]:
     """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
     weight_bytes = BYTES[config.train.dtype]
     gradient_bytes = max(weight_bytes, 4)
@@ -27,20 +27,20 @@ def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Stage], floa
     loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": NUM_SUMS + NUM_RIDERS + loads}
 
-    def of(stage: Stage) -> float:
-        elements = stage.piece[1] - stage.piece[0]
-        match stage.op:
+    def of(instruction: Instruction) -> float:
+        elements = instruction.piece[1] - instruction.piece[0]
+        match instruction.op:
             case Op.GRADS:
                 return elements * gradient_bytes
             case Op.PARAMS:
                 return elements * weight_bytes
             case Op.COUNTS:
                 return experts * NUMBER_BYTES  # also where one exchange is enough for all layers, see `Shape.equal_counts`
-            case Op.SUM if stage.name in numbers:
-                return numbers[stage.name] * NUMBER_BYTES
+            case Op.SUM if instruction.name in numbers:
+                return numbers[instruction.name] * NUMBER_BYTES
             case Op.GATHER:
-                return held.value(stage.reads[0], stage) * held.axes[stage.axis]
+                return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
             case _:
-                return held.value(stage.reads[0], stage)
+                return held.value(instruction.reads[0], instruction)
 
     return of

@@ -12,7 +12,8 @@ First it is decided who sends how many rows where (`serving_decisions.py`), whic
 engine (`megalina/step/inference.py`) is walked by all ranks, which differ: each computes its own tokens and the rows that came to
 its slots (`serving_seconds.py`), and the all-to-alls send what was decided.
 
-The engine fetches experts behind its list, on a thread or a stream.  Here that is a stage: what a layer lacks leaves when the
+The engine fetches experts behind its list, on a thread or a stream.  Here that is an instruction: what a layer lacks leaves when
+the
 layer has been planned, comes after so many experts' time, and is awaited before the layer's counts are told.  All wait for the
 slowest device there, as they do in the engine, where the exchange of counts waits for everybody.  It costs a launch and a hop.
 
@@ -35,11 +36,11 @@ from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate
 from megalina.step.forward import Shape
 from megalina.step.inference import inference_step
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.recorder import COMPUTE, SEND
 
 NUMBER_BYTES = 8  # of what is told
-FETCH = "fetch"  # stage and axis
+FETCH = "fetch"  # instruction and axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,9 @@ class LayerTime:
 
     layer: int  # among MoE layers
     seconds: float  # from the end of the MoE layer before until the last device has mixed
-    parts_s: Mapping[str, float]  # mean over devices: of each compute stage; "wait dispatch" and so on: it stood still for that
+    parts_s: Mapping[
+        str, float
+    ]  # mean over devices: of each compute instruction; "wait dispatch" and so on: it stood still for that
     load_max: int  # rows of the busiest device
     load_mean: float
     planned: bool  # before the router had spoken
@@ -149,19 +152,19 @@ def walk(batch: ServedBatch, decisions: Sequence[Decision], setting: Serving) ->
 
 
 def program_of(decisions: Sequence[Decision], setting: Serving) -> Program:
-    """The engine's list, with a stage for each layer whose experts are fetched before its router has spoken."""
+    """The engine's list, with an instruction for each layer whose experts are fetched before its router has spoken."""
     learns = setting.policy.predictor is not None
     number_of = _number_of(setting.shape)
     fetches = {d.layer for d in decisions if d.fetched_N.any()}
-    out: list[Stage] = []
-    for stage in inference_step(setting.shape, learns=learns, chunks=setting.combine_chunks):
-        lacks = number_of.get(stage.layer) in fetches
-        plan, wire, there = (f"#{name}.{stage.layer}.0" for name in ("plan", "fetch>", "fetched"))
-        if lacks and stage.name == "told" and stage.kind is Kind.START:
-            out.append(Stage("F", Kind.WAIT, FETCH, stage.layer, "0", (wire,), (there,), op=Op.TOKENS, axis=FETCH))
-        out.append(stage)
-        if lacks and stage.name == "foresee":
-            out.append(Stage("F", Kind.START, FETCH, stage.layer, "0", (plan,), (wire,), op=Op.TOKENS, axis=FETCH))
+    out: list[Instruction] = []
+    for instruction in inference_step(setting.shape, learns=learns, chunks=setting.combine_chunks):
+        lacks = number_of.get(instruction.layer) in fetches
+        plan, wire, there = (f"#{name}.{instruction.layer}.0" for name in ("plan", "fetch>", "fetched"))
+        if lacks and instruction.name == "told" and instruction.kind is Kind.START:
+            out.append(Instruction("F", Kind.WAIT, FETCH, instruction.layer, "0", (wire,), (there,), op=Op.TOKENS, axis=FETCH))
+        out.append(instruction)
+        if lacks and instruction.name == "foresee":
+            out.append(Instruction("F", Kind.START, FETCH, instruction.layer, "0", (plan,), (wire,), op=Op.TOKENS, axis=FETCH))
     return tuple(out)
 
 
@@ -216,38 +219,38 @@ def _correct_s(decision: Decision, planner: PlannerSeconds) -> float:
     return planner.check_s if decision.agreed else 0.0
 
 
-def _seconds(batch: ServedBatch, decisions: Sequence[Decision], setting: Serving) -> Callable[[int, Stage], float]:
-    """Of each rank's stages; of a fetch: until it has come."""
+def _seconds(batch: ServedBatch, decisions: Sequence[Decision], setting: Serving) -> Callable[[int, Instruction], float]:
+    """Of each rank's instructions; of a fetch: until it has come."""
     tokens_R, device, planner, number_of = batch.tokens_R.tolist(), setting.device, setting.planner, _number_of(setting.shape)
     own_R: dict[str, list[float]] = {}
     known: dict[tuple[str, int, tuple[int, int]], list[float]] = {}
 
-    def of_ranks(stage: Stage) -> list[float]:
-        decision = decisions[number_of[stage.layer]] if stage.layer in number_of else None
-        if stage.name == "experts" and decision is not None:
-            rows_NS = decision.rows_RNS.sum(0)[:, slice(*_chunk(stage, decision))]
+    def of_ranks(instruction: Instruction) -> list[float]:
+        decision = decisions[number_of[instruction.layer]] if instruction.layer in number_of else None
+        if instruction.name == "experts" and decision is not None:
+            rows_NS = decision.rows_RNS.sum(0)[:, slice(*_chunk(instruction, decision))]
             return [device.experts_s(rows_S) for rows_S in rows_NS.tolist()]
-        if stage.name == FETCH and decision is not None:
+        if instruction.name == FETCH and decision is not None:
             return (decision.fetched_N * setting.expert_s).tolist()
-        if stage.name not in own_R:
-            own_R[stage.name] = [device.stage_s(stage.name, tokens) for tokens in tokens_R]
-        own = own_R[stage.name]
-        if stage.name == "foresee" and decision is not None:
+        if instruction.name not in own_R:
+            own_R[instruction.name] = [device.stage_s(instruction.name, tokens) for tokens in tokens_R]
+        own = own_R[instruction.name]
+        if instruction.name == "foresee" and decision is not None:
             hidden_s = _plan_s(decision, planner) if planner.hides or decision.layer == 0 else 0.0
             return [s + hidden_s for s in own]
-        if stage.name == "assign" and decision is not None:
+        if instruction.name == "assign" and decision is not None:
             all_s = _correct_s(decision, planner)
             if not planner.hides and decision.layer + 1 < len(decisions):
                 all_s += _plan_s(decisions[decision.layer + 1], planner)
             return [s + all_s + n * setting.expert_s for s, n in zip(own, decision.fetched_again_N.tolist(), strict=True)]
         return own
 
-    def seconds(rank: int, stage: Stage) -> float:
-        if stage.kind is not Kind.COMPUTE and not (stage.name == FETCH and stage.kind is Kind.START):
+    def seconds(rank: int, instruction: Instruction) -> float:
+        if instruction.kind is not Kind.COMPUTE and not (instruction.name == FETCH and instruction.kind is Kind.START):
             return 0.0
-        key = stage.name, stage.layer, stage.chunk
+        key = instruction.name, instruction.layer, instruction.chunk
         if key not in known:
-            known[key] = of_ranks(stage)
+            known[key] = of_ranks(instruction)
         return known[key][rank]
 
     return seconds
@@ -257,25 +260,25 @@ def sizes_of(decisions: Sequence[Decision], setting: Serving, ranks: int) -> Siz
     """What is told, and the rows that were decided to be sent: they go back the way they came."""
     number_of = _number_of(setting.shape)
 
-    def bytes_of(stage: Stage) -> float:
-        decision = decisions[number_of[stage.layer]]
-        if stage.op is Op.GATHER:
+    def bytes_of(instruction: Instruction) -> float:
+        decision = decisions[number_of[instruction.layer]]
+        if instruction.op is Op.GATHER:
             return float(decision.told_numbers * NUMBER_BYTES * ranks)
-        return 0.0 if stage.name == FETCH else float(decision.rows_RNS.sum()) * setting.row_bytes / ranks
+        return 0.0 if instruction.name == FETCH else float(decision.rows_RNS.sum()) * setting.row_bytes / ranks
 
-    def matrix_of(stage: Stage, group: tuple[int, ...]) -> Floats:
-        if stage.name == FETCH:
+    def matrix_of(instruction: Instruction, group: tuple[int, ...]) -> Floats:
+        if instruction.name == FETCH:
             return np.zeros((ranks, ranks))
-        decision = decisions[number_of[stage.layer]]
-        sent_RN: Floats = decision.sent_RN(range(*_chunk(stage, decision))) * np.float64(setting.row_bytes)
-        return sent_RN if stage.name == "dispatch" else sent_RN.T
+        decision = decisions[number_of[instruction.layer]]
+        sent_RN: Floats = decision.sent_RN(range(*_chunk(instruction, decision))) * np.float64(setting.row_bytes)
+        return sent_RN if instruction.name == "dispatch" else sent_RN.T
 
     return Sizes(bytes_of, matrix_of=matrix_of)
 
 
-def _chunk(stage: Stage, decision: Decision) -> tuple[int, int]:
-    """First and last slot, exclusive, of the stage's chunk, as `megalina/infer/slot_counts.py` cuts them."""
-    c, n = stage.chunk
+def _chunk(instruction: Instruction, decision: Decision) -> tuple[int, int]:
+    """First and last slot, exclusive, of the instruction's chunk, as `megalina/infer/slot_counts.py` cuts them."""
+    c, n = instruction.chunk
     slots = decision.rows_RNS.shape[2]
     return -(-c * slots // n), -(-(c + 1) * slots // n)
 

@@ -1,4 +1,5 @@
-"""How long a device takes for stages of an inference step: from times of a full batch, or by the roofline of a cluster's file.
+"""How long a device takes for instructions of an inference step: from times of a full batch, or by the roofline of a cluster's
+file.
 
 Experts take as long as the rows that really came to the device's slots.
 """
@@ -12,9 +13,9 @@ from megalina.cost.stage_seconds import SMALLEST_SHARE, device_of
 from megalina.cost.stage_work import StageWork
 from megalina.cost.work import Work
 from megalina.parameters import BYTES
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 
-# Compute stages of inference, and those of training that do the same.  Planning has seconds of its own (`PlannerSeconds`).
+# Compute instructions of inference, and those of training that do the same.  Planning has seconds of its own (`PlannerSeconds`).
 TWINS = {
     **{name: name for name in ("embed", "attention", "mlp", "score", "shared", "mix", "join")},
     **{"assign": "select", "final": "head_norm"},
@@ -25,7 +26,7 @@ class DeviceSeconds(Protocol):
     """Of one device, which is like the others."""
 
     def stage_s(self, name: str, tokens: int) -> float:
-        """A compute stage that is none of the experts, for so many tokens of this rank; without planning."""
+        """A compute instruction that is none of the experts, for so many tokens of this rank; without planning."""
 
     def experts_s(self, rows_S: Sequence[int]) -> float:
         """The experts of a layer, or of a chunk of it: rows of each slot here."""
@@ -33,7 +34,8 @@ class DeviceSeconds(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenTimes:
-    """As `benchmarks/inference.py` emulates devices: in proportion to tokens and rows.  `others_s`: of further stages, by name,
+    """As `benchmarks/inference.py` emulates devices: in proportion to tokens and rows.  `others_s`: of further instructions, by
+    name,
     whatever the number of tokens: what a host takes that nothing hides."""
 
     attention_s: float  # a layer, of an even share of tokens
@@ -106,5 +108,5 @@ def row_s(device: DeviceSeconds, even_rows: int, slots: int) -> float:
     return (device.experts_s([2 * part] * slots) - device.experts_s([part] * slots)) / (part * slots)
 
 
-def _stage(name: str, share: float) -> Stage:
-    return Stage("F", Kind.COMPUTE, name, 0, share=share)
+def _stage(name: str, share: float) -> Instruction:
+    return Instruction("F", Kind.COMPUTE, name, 0, share=share)

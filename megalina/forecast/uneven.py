@@ -21,7 +21,7 @@ from megalina.sim.memory import memory_of
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate
 from megalina.step.plan import Plan
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.contention import summary
 
 MOST_RANKS = 256  # that walk one by one; each takes as long as a whole forecast
@@ -116,9 +116,9 @@ def _timeline(
     load_R = [unevenness.load(rank, ranks("ep", rank)) for rank in range(world)]
     by_load = {load: stage_seconds(config, work, load=load) for load in set(load_R)}
 
-    def seconds(rank: int, stage: Stage) -> float:
-        slower = unevenness.slow_factor if rank == unevenness.slow_rank and stage.kind is Kind.COMPUTE else 1.0
-        return by_load[load_R[rank]](stage) * slower
+    def seconds(rank: int, instruction: Instruction) -> float:
+        slower = unevenness.slow_factor if rank == unevenness.slow_rank and instruction.kind is Kind.COMPUTE else 1.0
+        return by_load[load_R[rank]](instruction) * slower
 
     sizes = sizes_of(config, held)
     if unevenness.busiest_load != 1.0:
@@ -126,14 +126,14 @@ def _timeline(
     return simulate([program] * world, ranks_of=ranks, seconds=seconds, network=network_of(config.cluster), sizes=sizes)
 
 
-def matrix_of(sizes: Sizes, unevenness: Unevenness) -> Callable[[Stage, tuple[int, ...]], Floats | None]:
+def matrix_of(sizes: Sizes, unevenness: Unevenness) -> Callable[[Instruction, tuple[int, ...]], Floats | None]:
     """Every rank's own tokens are as many as ever; more of them go to the busiest rank's experts, and come back from there."""
 
-    def of(stage: Stage, ranks: tuple[int, ...]) -> Floats | None:
-        if stage.op is not Op.TOKENS or len(ranks) == 1:
+    def of(instruction: Instruction, ranks: tuple[int, ...]) -> Floats | None:
+        if instruction.op is not Op.TOKENS or len(ranks) == 1:
             return None
-        sent_N = sizes.bytes_of(stage) * unevenness.share_N(len(ranks))
-        to_experts = (stage.name == "dispatch") == (stage.phase == "F")  # backward, combine's gradients go there
+        sent_N = sizes.bytes_of(instruction) * unevenness.share_N(len(ranks))
+        to_experts = (instruction.name == "dispatch") == (instruction.phase == "F")  # backward, combine's gradients go there
         sent_NN = np.tile(sent_N, (len(ranks), 1))
         return sent_NN if to_experts else sent_NN.T
 

@@ -9,7 +9,7 @@ from megalina.forecast.search import RECOMPUTE, accepted, divisors, with_recompu
 from megalina.parallel.plans import strategy_of
 from megalina.sim.memory import peak_of
 from megalina.step.plan import Plan
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 
 MOST_NODES = 64  # times as many: further is no small change
 
@@ -88,5 +88,5 @@ def _changes(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[str, ..
                         yield tuple(word for changes, word in words if changes), changed, world * more
 
 
-def _token_starts(program: Program) -> Iterator[Stage]:
+def _token_starts(program: Program) -> Iterator[Instruction]:
     return (s for s in program if s.op is Op.TOKENS and s.kind is Kind.START)

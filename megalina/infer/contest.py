@@ -40,7 +40,7 @@ class Served:
     fetch_wait_s: float  # it stood still for experts
     fetched_bytes: int
     planner_s: tuple[float, ...]  # each call
-    stage_s: Mapping[tuple[int, str], float]  # (layer, or -1; stage): computed, or on the wire
+    stage_s: Mapping[tuple[int, str], float]  # (layer, or -1; instruction): computed, or on the wire
     moe_layer_s: Mapping[int, float]  # from a layer's router to its last sum
 
 
@@ -178,7 +178,7 @@ def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
             tokens=int(batch.valid_BS.sum()),
             a2a_wire_s=a2a.wire_s,
             a2a_exposed_s=a2a.exposed_s,
-            busy_s=_busy_s(events) - (done.waited_s - waited_s),  # fetches are awaited inside of a stage
+            busy_s=_busy_s(events) - (done.waited_s - waited_s),  # fetches are awaited inside of an instruction
             fetch_wait_s=done.waited_s - waited_s,
             fetched_bytes=done.num_bytes - num_bytes,
             planner_s=tuple(contestant.planner.taken_s) if contestant.planner is not None else (),
@@ -223,7 +223,7 @@ def _emulate(engine: Engine, tokens: int | None) -> None:
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[tuple[int, str], float]:
-    """{(layer, stage): seconds} of one rank's batch: computed, or on the wire for exchanges.  Layer -1: of none."""
+    """{(layer, instruction): seconds} of one rank's batch: computed, or on the wire for exchanges.  Layer -1: of none."""
     out: dict[tuple[int, str], float] = {}
     for e in events:
         if e.kind in (COMPUTE, SEND):

@@ -11,7 +11,7 @@ from typing import Any
 from megalina.config import ClusterConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.infer.functions import InferenceFunctions
 from megalina.parallel.emulated_device import SMALLEST_SHARE, EmulatedDevice, emulated_device
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 from megalina.validate import nearest
 
 KEYS = ("device_gflops", "attention_ms", "experts_ms", "kernel_floor_ms")
@@ -23,8 +23,8 @@ REAL = "nothing is emulated: ranks are processes that share their node's cores, 
 class FullBatch:
     """What a device takes for a whole batch of its own, rows spread evenly."""
 
-    seconds: Mapping[str, float]  # by stage
-    floor_s: float  # of a stage, besides its share; 0: 2% of the whole batch's time
+    seconds: Mapping[str, float]  # by instruction
+    floor_s: float  # of an instruction, besides its share; 0: 2% of the whole batch's time
     tokens: int
     rows: int  # that its experts get
 
@@ -42,11 +42,11 @@ class ServingDevice(EmulatedDevice):
         self.full, self._rows_here = full, rows_here
         self.tokens: int | None = None
 
-    def _seconds_of(self, stage: Stage) -> float:
-        whole_s = self.full.seconds.get(stage.name, 0.0)
+    def _seconds_of(self, instruction: Instruction) -> float:
+        whole_s = self.full.seconds.get(instruction.name, 0.0)
         if self.tokens is None or not whole_s:
             return 0.0
-        share = self._rows_here() / self.full.rows if stage.name == "experts" else self.tokens / self.full.tokens
+        share = self._rows_here() / self.full.rows if instruction.name == "experts" else self.tokens / self.full.tokens
         return (self.full.floor_s or SMALLEST_SHARE * whole_s) + share * whole_s
 
 
@@ -98,8 +98,8 @@ def full_batch(
     device = emulated_device(PretrainConfig(model=model, router=router, cluster=without_floor, train=train))
     if device is None:
         return None
-    stages = {name: Stage("F", Kind.COMPUTE, name, 0, "0", (), ()) for name in EMULATED_STAGES}
-    times = {name: device.seconds(stage) / (1 + SMALLEST_SHARE) for name, stage in stages.items()}
+    instructions = {name: Instruction("F", Kind.COMPUTE, name, 0, "0", (), ()) for name in EMULATED_STAGES}
+    times = {name: device.seconds(instruction) / (1 + SMALLEST_SHARE) for name, instruction in instructions.items()}
     return FullBatch(times, cluster.kernel_floor_ms / 1e3, sequences * length, sequences * length * router.top_k)
 
 
@@ -112,7 +112,7 @@ def device_maker(full: FullBatch | None) -> Callable[[InferenceFunctions], Emula
 
 
 def emulated_parts(full: FullBatch | None, environ: Mapping[str, str]) -> dict[str, Any]:
-    """For eval.json: `device_ms` of a layer's stages (None: real), `link_mbit` (0: real), `slowdown`, as
+    """For eval.json: `device_ms` of a layer's instructions (None: real), `link_mbit` (0: real), `slowdown`, as
     tools/emulate_cluster.py tells its ranks."""
     return {
         "device_ms": {name: 1e3 * s for name, s in full.seconds.items() if s} if full is not None else None,

@@ -1,4 +1,4 @@
-"""The functions of an inference step's compute stages: a model whose experts sit in slots.
+"""The functions of an inference step's compute instructions: a model whose experts sit in slots.
 
 T tokens of this rank, K choices a token, E experts, N devices (the ranks), S slots a device, Q = N x S slots in all.
 """
@@ -23,11 +23,11 @@ from megalina.parallel.dispatcher import by_expert, by_source
 from megalina.placement.controller import Controller
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Seen
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 
 
 class InferenceFunctions:
-    """`functions(stage)` for the executor.  `past`: of each layer, for the next batch; None: without a cache.
+    """`functions(instruction)` for the executor.  `past`: of each layer, for the next batch; None: without a cache.
 
     `tile`: rows that a kernel gets at a time, always so many, so that what becomes of a row doesn't depend on the others; 0: all
     at once, which is faster."""
@@ -36,24 +36,24 @@ class InferenceFunctions:
         self.gpt, self.mesh, self.slots, self.controller, self.tile = gpt, mesh, slots, controller, tile
         self.past: Sequence[KeyValues] | None = None
         self.reroute: Callable[[int, Tensor], Tensor] | None = None  # MoE layer, what the router chose -> what is done
-        self.rows_here = 0  # that the last stage of experts had on this device: of its layer, and of its chunk
+        self.rows_here = 0  # that the last instruction of experts had on this device: of its layer, and of its chunk
         self._number = {layer: number for number, layer in enumerate(gpt.moe_layers)}
         self._evidence_at: dict[int, slice] = {}  # among what is told of a MoE layer
         self._chosen: list[np.ndarray[Any, Any]] = []  # of this batch's MoE layers so far
 
-    def __call__(self, stage: Stage) -> Callable[..., Any]:
-        named = getattr(self, f"_{stage.name}")
-        if stage.layer < 0:
+    def __call__(self, instruction: Instruction) -> Callable[..., Any]:
+        named = getattr(self, f"_{instruction.name}")
+        if instruction.layer < 0:
             return named
-        if stage.name == "foresee":
-            return partial(named, self._number[stage.layer])
-        if stage.name == "join":
+        if instruction.name == "foresee":
+            return partial(named, self._number[instruction.layer])
+        if instruction.name == "join":
             return named
-        layer = self.gpt.layers[stage.layer]
-        if stage.name == "experts":
-            return partial(named, stage.chunk, layer, self._number[stage.layer])
-        if stage.name in ("score", "assign"):
-            return partial(named, layer, self._number[stage.layer])
+        layer = self.gpt.layers[instruction.layer]
+        if instruction.name == "experts":
+            return partial(named, instruction.chunk, layer, self._number[instruction.layer])
+        if instruction.name in ("score", "assign"):
+            return partial(named, layer, self._number[instruction.layer])
         return partial(named, layer)
 
     @property

@@ -47,7 +47,7 @@ HINTS = {
     "Placement": "Load: rows of the busiest device over the mean. Idle: devices computed nothing; by load: what imbalance alone "
     "leaves idle. All-to-all: tokens on the wire, with the waiting for slower devices. Slots: memory of one device.",
     "Where a MoE layer's time goes": "Mean over devices and MoE layers, median over batches; exchanges with their waiting for "
-    "slower devices. Stages may overlap.",
+    "slower devices. Instructions may overlap.",
     "Popularity of experts": "What the router chose in all timed batches: an expert's share of rows against an equal share.",
     "Foresight": "The 2 x top-k most popular experts of a layer: how often they were foreseen in their order, and how many of "
     "them. Phase 2: decisions that placed experts anew after the router spoke.",
@@ -136,9 +136,9 @@ def _tiles(modes: Mapping[str, Any], name: str) -> str:
 
 def _stages(modes: Mapping[str, Any], own: Mapping[str, str]) -> str:
     means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
-    names = list(dict.fromkeys(stage for stages in means.values() for stage in stages))
-    table = html_table(means, [(stage, number(stage)) for stage in names], own)
-    return f"<details><summary>By stage, milliseconds</summary>{table}</details>"
+    names = list(dict.fromkeys(instruction for instructions in means.values() for instruction in instructions))
+    table = html_table(means, [(instruction, number(instruction)) for instruction in names], own)
+    return f"<details><summary>By instruction, milliseconds</summary>{table}</details>"
 
 
 def _parts(found: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from megalina.track.svg_chart import Series, legend, short, ticks
 
 COLOURS = {STATIC: "var(--second)", "best": "var(--accent)", IDEAL: "var(--good)"}
 OTHERS = ("hsl(285 45% 55%)", "hsl(190 75% 40%)", "hsl(45 85% 43%)", "hsl(335 65% 55%)", "hsl(210 8% 50%)")
-PARTS = {  # of a MoE layer's time, by stage
+PARTS = {  # of a MoE layer's time, by instruction
     "attention": ("attention",),
     "experts": ("experts", "shared"),
     "all-to-all": ("dispatch", "combine"),
@@ -170,7 +170,7 @@ def accuracy_chart(modes: Mapping[str, Any]) -> str:
 def time_chart(modes: Mapping[str, Any]) -> str:
     """What a MoE layer's time is made of: a bar a mode."""
     means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
-    parts = {name: [sum(own.get(s, 0.0) for s in stages) for stages in PARTS.values()] for name, own in means.items()}
+    parts = {name: [sum(own.get(s, 0.0) for s in instructions) for instructions in PARTS.values()] for name, own in means.items()}
     highest = 1.03 * max(map(sum, parts.values()))
     keys = "".join(
         f'<span><i class="box" style="background:{escape(colour)}"></i>{escape(part)}</span>'
@@ -199,9 +199,9 @@ def time_chart(modes: Mapping[str, Any]) -> str:
 
 
 def stage_means(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of each stage, mean over MoE layers."""
-    names = dict.fromkeys(stage for layer in layers for stage in layer["stage_ms"])
-    return {stage: float(np.mean([layer["stage_ms"].get(stage, 0.0) for layer in layers])) for stage in names}
+    """Milliseconds of each instruction, mean over MoE layers."""
+    names = dict.fromkeys(instruction for layer in layers for instruction in layer["stage_ms"])
+    return {instruction: float(np.mean([layer["stage_ms"].get(instruction, 0.0) for layer in layers])) for instruction in names}
 
 
 def popularity_map(layers: Sequence[Mapping[str, Any]]) -> str:

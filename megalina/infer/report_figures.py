@@ -86,8 +86,8 @@ def _popularity(axes: Axes, layers: Any) -> None:
 def _layer_time(axes: Axes, modes: Mapping[str, Any]) -> None:
     means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
     begin = np.zeros(len(modes))
-    for (part, stages), colour in zip(PARTS.items(), PART_COLOURS, strict=True):
-        own = np.array([sum(of_mode.get(stage, 0.0) for stage in stages) for of_mode in means.values()])
+    for (part, instructions), colour in zip(PARTS.items(), PART_COLOURS, strict=True):
+        own = np.array([sum(of_mode.get(instruction, 0.0) for instruction in instructions) for of_mode in means.values()])
         axes.barh(list(modes), own, left=begin, color=colour, label=part)
         begin += own
     axes.invert_yaxis()

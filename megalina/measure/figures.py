@@ -30,7 +30,7 @@ class Measured:
     threads: int  # of each rank
     memory_gib: float  # of a rank
     dtypes: tuple[str, ...]  # the first one is what passes and attention were measured in
-    stages: int  # of the step of next to nothing ...
+    instructions: int  # of the step of next to nothing ...
     stage_kernels: float  # ... and its kernels
     tiny_ops: int
     passes: tuple[Mapping[str, float], ...]
@@ -104,7 +104,7 @@ def figures_of(measured: Measured) -> Figures:
     }
     half_size, half_size_error = _half_size(sizes, rates[own], best[own])
     attention_s = max(seconds["attention"], 1e-12)
-    host_stage_s = (seconds["tiny step"] - measured.stage_kernels * kernel_s) / measured.stages
+    host_stage_s = (seconds["tiny step"] - measured.stage_kernels * kernel_s) / measured.instructions
     return Figures(
         flops_per_s=best,
         curves=curves,

@@ -1,4 +1,4 @@
-"""What the host needs for a stage: a real training step whose tensors are next to nothing, on this rank alone.
+"""What the host needs for an instruction: a real training step whose tensors are next to nothing, on this rank alone.
 
 It is run before there is a process group, so nothing waits for another rank.
 """
@@ -22,10 +22,10 @@ TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class TinyStep:
-    """`run` makes a step of so many stages that compute, of so many kernels as the cost model counts them."""
+    """`run` makes a step of so many instructions that compute, of so many kernels as the cost model counts them."""
 
     run: Callable[[], object]
-    stages: int
+    instructions: int
     kernels: float
 
 
@@ -41,9 +41,9 @@ def tiny_step(device: torch.device) -> TinyStep:
     batch = _batch().to(device)
     buckets = {name: bucket.spec for name, bucket in trainable.buckets.items()}
     work = StageWork(config, world=1, vocab_rows=VOCAB, buckets=buckets)
-    computed = [stage for stage in trainable.program if stage.kind is Kind.COMPUTE]
+    computed = [instruction for instruction in trainable.program if instruction.kind is Kind.COMPUTE]
     return TinyStep(
-        lambda: trainable.step(batch, optimizer.update), len(computed), sum(work(stage).kernels for stage in computed)
+        lambda: trainable.step(batch, optimizer.update), len(computed), sum(work(instruction).kernels for instruction in computed)
     )
 
 

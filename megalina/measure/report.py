@@ -56,7 +56,7 @@ def _memory(measured: Measured, figures: Figures) -> str:
     return (
         f"memory: a copy {figures.copy_bytes_per_s / 1e9:.1f} GB/s; the model's passes, as counted: {rates} GB/s\n"
         f"attention {figures.attention_share:.0%} of the best rate; an operation {figures.kernel_s * 1e6:.1f} us; "
-        f"the host {figures.host_stage_s * 1e6:.0f} us a stage"
+        f"the host {figures.host_stage_s * 1e6:.0f} us an instruction"
     )
 
 

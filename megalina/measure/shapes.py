@@ -11,9 +11,9 @@ from functools import partial
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork
 from megalina.cost.work import Work
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 
-FORWARD = {"norm": "attention_norm", "activation": "mlp_hidden", "residual": "attention_residual"}  # pass -> its stage
+FORWARD = {"norm": "attention_norm", "activation": "mlp_hidden", "residual": "attention_residual"}  # pass -> its instruction
 MEASURED_BACKWARD = ("norm", "activation")
 
 
@@ -70,18 +70,18 @@ class Sizes:
         """What passes over memory count for, forward and backward together where backward is measured too."""
         work = self._work(dtype)
         out = {}
-        for name, stage in FORWARD.items():
-            found = work(_compute(stage, "F"))
+        for name, instruction in FORWARD.items():
+            found = work(_compute(instruction, "F"))
             if name in MEASURED_BACKWARD:  # without the gradients of weights, which are no passes
-                found += work(_compute(stage, "B", late=True))
+                found += work(_compute(instruction, "B", late=True))
             out[name] = Work((), found.moved_bytes, found.moving_kernels)
         return out
 
     def attention_flops(self, dtype: str) -> float:
         """Of attention's kernel, forward and backward."""
         work = self._work(dtype)
-        stages = (_compute("attention_heads", "F"), _compute("attention_heads", "B", late=True))
-        return sum(p.flops for stage in stages for p in work(stage).products if p.attention)
+        instructions = (_compute("attention_heads", "F"), _compute("attention_heads", "B", late=True))
+        return sum(p.flops for instruction in instructions for p in work(instruction).products if p.attention)
 
     def experts(self, dtype: str, rows: int) -> Work:
         """All experts with so many rows each, forward and backward."""
@@ -143,5 +143,5 @@ def sent_key(where: str, op: str, num_bytes: int) -> str:
     return f"{where} {op} {num_bytes}"
 
 
-def _compute(name: str, phase: str, *, late: bool = False) -> Stage:
-    return Stage(phase, Kind.COMPUTE, name, 0, late=late)
+def _compute(name: str, phase: str, *, late: bool = False) -> Instruction:
+    return Instruction(phase, Kind.COMPUTE, name, 0, late=late)

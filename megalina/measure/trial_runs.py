@@ -16,13 +16,13 @@ from megalina.timeline.recorder import COMPUTE, WAIT, Event
 from megalina.train.steps import Steps
 
 WARM_UP = 3  # steps: allocators, caches, pages of the optimizer's state
-BETWEEN = "between stages"  # all that is in no stage and no wait
+BETWEEN = "between instructions"  # all that is in no instruction and no wait
 WAITS = "waits for"
 
 
 def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Medians over steps, the same on every rank: {step_s: of the slowest rank, computed_s: CPU time of a rank's thread (on CUDA
-    null), core_share: that over the time in which stages computed (on CUDA null), parts: seconds by what they went to}.
+    null), core_share: that over the time in which instructions computed (on CUDA null), parts: seconds by what they went to}.
 
     All ranks call it together."""
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
@@ -59,7 +59,7 @@ def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> di
 
 
 def parts_of(events: Iterable[Event]) -> dict[str, float]:
-    """Seconds by what they went to: a stage's name over all layers and parts, or what was waited for."""
+    """Seconds by what they went to: an instruction's name over all layers and parts, or what was waited for."""
     out: defaultdict[str, float] = defaultdict(float)
     for e in events:
         if e.kind == COMPUTE:

@@ -96,7 +96,7 @@ def measure(mesh: Mesh, device: torch.device, step: TinyStep, *, seconds: float)
         threads=torch.get_num_threads(),
         memory_gib=memory_gib(device, ranks_per_node),
         dtypes=DTYPES[device.type],
-        stages=step.stages,
+        instructions=step.instructions,
         stage_kernels=step.kernels,
         tiny_ops=TINY_OPS,
         passes=tuple(passes),

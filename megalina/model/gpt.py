@@ -1,6 +1,6 @@
 """A GPT with mixture-of-experts layers, for one device: it knows no process group.
 
-`GPT.forward` composes the very functions of which a program's stages are made: it is used for generation and is the
+`GPT.forward` composes the very functions of which a program's instructions are made: it is used for generation and is the
 oracle against which every layout is tested.
 
 Shapes: B sequences, S tokens a sequence, T = B x S tokens, D width, V words, L layers.

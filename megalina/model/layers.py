@@ -1,7 +1,7 @@
-"""One layer of the model: attention and a dense MLP or a mixture of experts, in the pieces of which stages are made.
+"""One layer of the model: attention and a dense MLP or a mixture of experts, in the pieces of which instructions are made.
 
 One device: `attention`, then `mlp` or (`route`, `experts`, `mix`).  Where tensor parallelism cuts a layer, the pieces
-in between (`normed`, `heads`, `attention_residual`, ...) are stages of their own.
+in between (`normed`, `heads`, `attention_residual`, ...) are instructions of their own.
 
 Shapes: B sequences, S tokens a sequence, T = B x S tokens (or this rank's share of them), D model width, H query heads,
 G key-value heads, d numbers a head, N routed rows, E experts, K experts a token.

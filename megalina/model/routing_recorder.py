@@ -1,6 +1,6 @@
 """A routing recorder: what the routers of a model decide while it runs, token by token.
 
-It hangs on the routers themselves, so whoever runs them (the plain model, a program's stages on several ranks) need not know of
+It hangs on the routers themselves, so what runs them (the plain model, a program on several ranks) need not know of
 it, and a model that nobody watches does nothing more.
 
 With `ahead` it also asks each router one MoE layer before its time, on the hidden state that the layer there has read: what an

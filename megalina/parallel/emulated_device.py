@@ -1,7 +1,7 @@
-"""An emulated device: stages take the time that they would take on another device, while the real math is done here.
+"""An emulated device: instructions take the time that they would take on another device, while the real math is done here.
 
-It is asynchronous, as a GPU is: a stage adds its time to the moment at which the device is free, and the host goes on.  What
-is sent leaves when the device is ready (the lanes wait for that), and a rank sleeps only where its program waits.  So many
+It is asynchronous, as a GPU is: an instruction adds its time to the moment at which the device is free, and the host goes on.
+What is sent leaves when the device is ready (the lanes wait for that), and a rank sleeps only where its program waits.  So many
 ranks fit on few cores, and an idle device's time is not given to a busy one.
 """
 
@@ -11,21 +11,21 @@ from collections.abc import Callable
 from megalina.config import PretrainConfig
 from megalina.cost.stage_seconds import SMALLEST_SHARE as SMALLEST_SHARE
 from megalina.cost.stage_seconds import emulated_seconds
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 
 
 class EmulatedDevice:
-    """`seconds(stage)`: how long the device takes for a compute stage; 0: as long as the host does."""
+    """`seconds(instruction)`: how long the device takes for a compute instruction; 0: as long as the host does."""
 
-    def __init__(self, seconds: Callable[[Stage], float]):
+    def __init__(self, seconds: Callable[[Instruction], float]):
         self.seconds = seconds
         self.free_s = 0.0  # the moment at which all that was asked for is done
         self.busy_s = 0.0
         self.overrun_s = 0.0  # by which the real math ended later than the device would have
 
-    def ran(self, stage: Stage, began_s: float, ended_s: float) -> tuple[float, float]:
-        """A stage's real math was done between these moments; returns when the device begins and ends it."""
-        seconds = self.seconds(stage)
+    def ran(self, instruction: Instruction, began_s: float, ended_s: float) -> tuple[float, float]:
+        """An instruction's real math was done between these moments; returns when the device begins and ends it."""
+        seconds = self.seconds(instruction)
         start_s = max(self.free_s, began_s)
         end_s = start_s + seconds
         if seconds > 0:

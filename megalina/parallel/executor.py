@@ -1,8 +1,8 @@
-"""The executor: runs a program with torch.distributed.  It decides nothing: each stage runs when its turn comes; what its
-stage says may be held back is held by the links.
+"""The executor: runs a program with torch.distributed.  It decides nothing: each instruction runs when its turn comes; what its
+instruction says may be held back is held by the links.
 
-Forward stages run on detached leaves and keep a gradient edge, which keeps no output alive (with `recompute` only the
-leaves).  Backward stages call `torch.autograd.backward` and hand on the leaves' gradients.  Exchanges have no autograd.
+Forward instructions run on detached leaves and keep a gradient edge, which keeps no output alive (with `recompute` only the
+leaves).  Backward instructions call `torch.autograd.backward` and hand on the leaves' gradients.  Exchanges have no autograd.
 A value dies at its last reader.
 """
 
@@ -23,10 +23,10 @@ from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket, side_by_side
 from megalina.parallel.dispatcher import Counts
 from megalina.parallel.emulated_device import EmulatedDevice
-from megalina.step.program import Kind, Op, Program, Stage, has_gradient
+from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 from megalina.timeline.recorder import COMPUTE, WAIT, Recorder
 
-Functions = Callable[[Stage], Callable[..., Any]]
+Functions = Callable[[Instruction], Callable[..., Any]]
 Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of the outputs, None with recompute
 
 
@@ -50,14 +50,17 @@ class Executor:
         self._links = Links(mesh.log, self.recorder, cuda=cuda, marks=self._marks, urgent=device is not None)
         self._links.watched = any(s.yields_to or s.credit for s in program)
         last = {v: i for i, s in enumerate(program) for v in s.reads}
-        self._lines: list[tuple[Callable[[Stage, Any], None], Stage, Any, list[str], str, bool]] = []
-        for i, stage in enumerate(program):
+        self._lines: list[tuple[Callable[[Instruction, Any], None], Instruction, Any, list[str], str, bool]] = []
+        for i, instruction in enumerate(program):
             run = getattr(
-                self, f"_{stage.kind.name.lower()}_{stage.phase}" if stage.kind is Kind.COMPUTE else f"_{stage.kind.name.lower()}"
+                self,
+                f"_{instruction.kind.name.lower()}_{instruction.phase}"
+                if instruction.kind is Kind.COMPUTE
+                else f"_{instruction.kind.name.lower()}",
             )
-            function = functions(stage) if stage.kind is Kind.COMPUTE else None
-            dead = [v for v in stage.reads if last[v] == i]
-            self._lines.append((run, stage, function, dead, stage.tag, stage.kind is Kind.WAIT))
+            function = functions(instruction) if instruction.kind is Kind.COMPUTE else None
+            dead = [v for v in instruction.reads if last[v] == i]
+            self._lines.append((run, instruction, function, dead, instruction.tag, instruction.kind is Kind.WAIT))
         self._late_sizes = set() if cuda else {s.key for s in program if _may_be_late(program, s)}
         self._values: dict[str, Any] = {}
         self._kept: dict[tuple[str, int, str], Kept] = {}
@@ -71,29 +74,29 @@ class Executor:
         if marks is not None:
             marks.begin()
         clock: Callable[[], Any] = marks.now if marks is not None else time.perf_counter  # CUDA: when its stream gets there
-        for run, stage, function, dead, tag, waits in self._lines:
+        for run, instruction, function, dead, tag, waits in self._lines:
             position.enter(tag, waits)
             began_s = clock()
             try:
-                run(stage, function)
+                run(instruction, function)
             except Exception as error:
-                error.add_note(f"in stage {tag}")
+                error.add_note(f"in instruction {tag}")
                 raise
             for value in dead:
                 self._values.pop(value, None)
-            if stage.kind is Kind.COMPUTE:
+            if instruction.kind is Kind.COMPUTE:
                 ended_s = clock()
-                start_s, end_s = device.ran(stage, began_s, ended_s) if device is not None else (began_s, ended_s)
+                start_s, end_s = device.ran(instruction, began_s, ended_s) if device is not None else (began_s, ended_s)
                 if recorder.on:
-                    recorder.add(COMPUTE, stage, 0, began_s, start_s, end_s, 0.0)
+                    recorder.add(COMPUTE, instruction, 0, began_s, start_s, end_s, 0.0)
             elif waits and recorder.on:
                 ended_s = clock()
                 exposed_s = None if device is None else max(0.0, ended_s - max(began_s, device.free_s))
-                recorder.add(WAIT, stage, 0, began_s, began_s, ended_s, exposed_s)
+                recorder.add(WAIT, instruction, 0, began_s, began_s, ended_s, exposed_s)
         if device is not None:
             device.synchronize()
         position.leave()
-        assert not self._kept, "forward stages without backward"
+        assert not self._kept, "forward instructions without backward"
         out, self._values = self._values, {}
         return out
 
@@ -102,14 +105,14 @@ class Executor:
         self._links.close()
 
     # compute
-    def _compute_F(self, stage: Stage, function: Callable[..., Any]) -> None:
-        leaves = [self._leaf(v) for v in stage.reads]
-        graph = self._autograd and not stage.recompute
+    def _compute_F(self, instruction: Instruction, function: Callable[..., Any]) -> None:
+        leaves = [self._leaf(v) for v in instruction.reads]
+        graph = self._autograd and not instruction.recompute
         outputs = _outputs(function, leaves, graph)
-        for name, out in zip(stage.writes, outputs, strict=True):
+        for name, out in zip(instruction.writes, outputs, strict=True):
             self._values[name] = out.detach() if has_gradient(name) else out
-        if self._autograd and any(map(has_gradient, stage.writes)):
-            self._kept[stage.key] = leaves, _edges(stage, outputs) if graph else None
+        if self._autograd and any(map(has_gradient, instruction.writes)):
+            self._kept[instruction.key] = leaves, _edges(instruction, outputs) if graph else None
 
     def _leaf(self, name: str) -> Any:
         value = self._values[name]
@@ -117,88 +120,92 @@ class Executor:
             return value.get()
         return value.detach().requires_grad_(self._autograd) if has_gradient(name) else value
 
-    def _compute_B(self, stage: Stage, function: Callable[..., Any]) -> None:
-        leaves, edges = self._kept.pop(stage.key)
+    def _compute_B(self, instruction: Instruction, function: Callable[..., Any]) -> None:
+        leaves, edges = self._kept.pop(instruction.key)
         if edges is None:
             outputs = _outputs(function, leaves, True)
-            edges = [get_gradient_edge(o) if o.requires_grad else None for o in outputs[: sum(map(has_gradient, stage.reads))]]
-        gradients = [self._values[v] for v in stage.reads if has_gradient(v)]
+            edges = [
+                get_gradient_edge(o) if o.requires_grad else None for o in outputs[: sum(map(has_gradient, instruction.reads))]
+            ]
+        gradients = [self._values[v] for v in instruction.reads if has_gradient(v)]
         pairs = [(e, g) for e, g in zip(edges, gradients, strict=True) if e is not None]
         if pairs:
             torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
         with_gradient = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
-        for name, leaf in zip(filter(has_gradient, stage.writes), with_gradient, strict=True):
+        for name, leaf in zip(filter(has_gradient, instruction.writes), with_gradient, strict=True):
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             leaf.grad = None
             self._values[name] = self._values[name] + gradient if name in self._values else gradient
 
-    def _compute_W(self, stage: Stage, function: Callable[..., Any]) -> None:
+    def _compute_W(self, instruction: Instruction, function: Callable[..., Any]) -> None:
         with torch.no_grad():
             function()
 
-    def _compute_U(self, stage: Stage, function: Callable[..., Any]) -> None:
-        outputs = _outputs(function, [self._values.get(v) for v in stage.reads], False)
-        self._values.update(zip(stage.writes, outputs, strict=True))
+    def _compute_U(self, instruction: Instruction, function: Callable[..., Any]) -> None:
+        outputs = _outputs(function, [self._values.get(v) for v in instruction.reads], False)
+        self._values.update(zip(instruction.writes, outputs, strict=True))
 
     # exchanges
-    def _start(self, stage: Stage, _: None) -> None:
-        self._values[stage.writes[0]] = self._send(stage, getattr(self.mesh, stage.axis))
+    def _start(self, instruction: Instruction, _: None) -> None:
+        self._values[instruction.writes[0]] = self._send(instruction, getattr(self.mesh, instruction.axis))
 
-    def _send(self, stage: Stage, axis: Axis) -> Any:
-        assert stage.op is not None
+    def _send(self, instruction: Instruction, axis: Axis) -> Any:
+        assert instruction.op is not None
         at_s = self.device.free_s if self.device is not None else 0.0
-        if stage.op in (Op.GRADS, Op.PARAMS):
-            return self._links.send(stage, lambda: self._start_piece(stage, axis), at_s=at_s)
-        value = self._values[stage.reads[0]]
-        if stage.op is Op.COUNTS:
+        if instruction.op in (Op.GRADS, Op.PARAMS):
+            return self._links.send(instruction, lambda: self._start_piece(instruction, axis), at_s=at_s)
+        value = self._values[instruction.reads[0]]
+        if instruction.op is Op.COUNTS:
             assert isinstance(value, RowOrder)
             even = [value.count_E.numel() // axis.size] * axis.size
-            sent = self._links.send(stage, lambda: exchange.start_all_to_all(value.count_E, even, even, axis), at_s=at_s)
+            sent = self._links.send(instruction, lambda: exchange.start_all_to_all(value.count_E, even, even, axis), at_s=at_s)
             return value.count_E, sent
-        if stage.op is Op.TOKENS:
-            counts: Counts | Later = self._values[stage.reads[1]]
+        if instruction.op is Op.TOKENS:
+            counts: Counts | Later = self._values[instruction.reads[1]]
 
             def start_tokens() -> Pending:
                 known: Counts = counts.get() if isinstance(counts, Later) else counts
-                send, receive = known.sizes(stage.chunk).splits(outward=(stage.name == "dispatch") == (stage.phase == "F"))
+                send, receive = known.sizes(instruction.chunk).splits(
+                    outward=(instruction.name == "dispatch") == (instruction.phase == "F")
+                )
                 return exchange.start_all_to_all(value, send, receive, axis)
 
-            return self._links.send(stage, start_tokens, at_s=at_s, after=counts if isinstance(counts, Later) else None)
-        start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[stage.op]
-        return self._links.send(stage, lambda: start(value, axis), at_s=at_s)
+            return self._links.send(instruction, start_tokens, at_s=at_s, after=counts if isinstance(counts, Later) else None)
+        start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[instruction.op]
+        return self._links.send(instruction, lambda: start(value, axis), at_s=at_s)
 
-    def _start_piece(self, stage: Stage, axis: Axis) -> Pending:
-        if len(stage.buckets) > 1:
-            return exchange.start_sum_in_place(side_by_side([self.buckets[name] for name in stage.buckets]), axis)
-        bucket = self.buckets[stage.name]
-        flat = bucket.grad if stage.op is Op.GRADS else bucket.param
-        piece, own = flat[slice(*stage.piece)], flat[bucket.own(stage.piece)]
-        if stage.op is Op.PARAMS:
+    def _start_piece(self, instruction: Instruction, axis: Axis) -> Pending:
+        if len(instruction.buckets) > 1:
+            return exchange.start_sum_in_place(side_by_side([self.buckets[name] for name in instruction.buckets]), axis)
+        bucket = self.buckets[instruction.name]
+        flat = bucket.grad if instruction.op is Op.GRADS else bucket.param
+        piece, own = flat[slice(*instruction.piece)], flat[bucket.own(instruction.piece)]
+        if instruction.op is Op.PARAMS:
             return exchange.start_gather_in_place(piece, own, axis)
         return exchange.start_scatter_in_place(piece, own, axis) if bucket.sharded else exchange.start_sum_in_place(piece, axis)
 
-    def _wait(self, stage: Stage, _: None) -> None:
-        sent = self._values[stage.reads[0]]
-        name = stage.writes[0]
-        if stage.op is Op.COUNTS:
+    def _wait(self, instruction: Instruction, _: None) -> None:
+        sent = self._values[instruction.reads[0]]
+        name = instruction.writes[0]
+        if instruction.op is Op.COUNTS:
             count_E, counted = sent
-            ranks = getattr(self.mesh, stage.axis).size
+            ranks = getattr(self.mesh, instruction.axis).size
 
             def counts() -> Counts:
                 return Counts(count_E, counted.wait(), ranks)
 
-            self._values[name] = Later(counts) if stage.key in self._late_sizes else counts()
+            self._values[name] = Later(counts) if instruction.key in self._late_sizes else counts()
             return
         assert isinstance(sent, Sent)
         arrived = sent.wait()
-        if stage.op in (Op.GRADS, Op.PARAMS):
+        if instruction.op in (Op.GRADS, Op.PARAMS):
             arrived = None  # it is in the bucket
-        elif stage.phase == "B" and name in self._values:
+        elif instruction.phase == "B" and name in self._values:
             arrived = self._values[name] + arrived
-        self._values.update(dict.fromkeys(stage.writes, arrived))
+        self._values.update(dict.fromkeys(instruction.writes, arrived))
 
 
-def _may_be_late(program: Program, counts: Stage) -> bool:
+def _may_be_late(program: Program, counts: Instruction) -> bool:
     """Whether something is computed before the tokens arrive whose sizes a counts exchange tells: then a lane waits for them,
     not the program."""
     if counts.kind is not Kind.WAIT or counts.op is not Op.COUNTS:
@@ -216,7 +223,9 @@ def _outputs(function: Callable[..., Any], arguments: list[Any], graph: bool) ->
     return out if isinstance(out, tuple) else (out,)
 
 
-def _edges(stage: Stage, outputs: tuple[Any, ...]) -> list[GradientEdge | None]:
+def _edges(instruction: Instruction, outputs: tuple[Any, ...]) -> list[GradientEdge | None]:
     return [
-        get_gradient_edge(o) if o.requires_grad else None for n, o in zip(stage.writes, outputs, strict=True) if has_gradient(n)
+        get_gradient_edge(o) if o.requires_grad else None
+        for n, o in zip(instruction.writes, outputs, strict=True)
+        if has_gradient(n)
     ]

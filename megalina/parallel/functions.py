@@ -1,6 +1,6 @@
-"""The functions of compute stages: a model's pieces, bound to this rank's place in the mesh.
+"""The functions of compute instructions: a model's pieces, bound to this rank's place in the mesh.
 
-A function takes the values that its stage reads, in order, and returns those that it writes, in order.
+A function takes the values that its instruction reads, in order, and returns those that it writes, in order.
 """
 
 import math
@@ -23,7 +23,7 @@ from megalina.model.permute import RowOrder, reorder
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.dispatcher import Counts, by_expert, by_source, cut_index
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 
 # Values of a program that a step's measure sums up, losses among them: value -> quantity.
 MEASURED = {"loss": "loss", "aux": "balance", "global_aux": "balance", "z": "z", "#load": "load"}
@@ -60,7 +60,7 @@ class CollectivesDiffer(RuntimeError):
 
 
 class StageFunctions:
-    """`functions(stage)` for the executor.
+    """`functions(instruction)` for the executor.
 
     `update(name, verdict)` updates a bucket.  `wish_to_stop()` is asked once a step on each rank; one wish is enough,
     and all ranks learn of it in the same step.  `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where
@@ -82,7 +82,7 @@ class StageFunctions:
         ledger: bool,
     ):
         self.is_spike, self.explain, self.ledger = is_spike, explain, ledger
-        self._late: dict[tuple[str, int, str], Later] = {}  # of stages whose weights are late: what adds their gradients
+        self._late: dict[tuple[str, int, str], Later] = {}  # of instructions whose weights are late: what adds their gradients
         self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
         self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
         self.wish_to_stop = wish_to_stop
@@ -90,19 +90,19 @@ class StageFunctions:
         self.cut_activations = sequence and mesh.tp.size > 1
         self.first_word = mesh.tp.rank * len(gpt.embedding)
 
-    def __call__(self, stage: Stage) -> Callable[..., Any]:
-        if stage.name.startswith("update "):
-            return partial(self._update, stage.name.removeprefix("update "))
-        if stage.phase == "W":
-            return partial(self._add_late, stage.key)
-        named = getattr(self, f"_{stage.name}")
-        if stage.name in ("seed", "measure"):
-            return partial(named, [MEASURED.get(v.split(".")[0], "") for v in stage.reads])
-        if stage.name in ("experts", "cut", "join"):
-            named = partial(named, stage.chunk)
-            later = self._late.setdefault(stage.key, []) if stage.late else None
-            return named if stage.name != "experts" else partial(named, self.gpt.layers[stage.layer], later)
-        return partial(named, self.gpt.layers[stage.layer]) if stage.layer >= 0 else named
+    def __call__(self, instruction: Instruction) -> Callable[..., Any]:
+        if instruction.name.startswith("update "):
+            return partial(self._update, instruction.name.removeprefix("update "))
+        if instruction.phase == "W":
+            return partial(self._add_late, instruction.key)
+        named = getattr(self, f"_{instruction.name}")
+        if instruction.name in ("seed", "measure"):
+            return partial(named, [MEASURED.get(v.split(".")[0], "") for v in instruction.reads])
+        if instruction.name in ("experts", "cut", "join"):
+            named = partial(named, instruction.chunk)
+            later = self._late.setdefault(instruction.key, []) if instruction.late else None
+            return named if instruction.name != "experts" else partial(named, self.gpt.layers[instruction.layer], later)
+        return partial(named, self.gpt.layers[instruction.layer]) if instruction.layer >= 0 else named
 
     def own(self, batch: Batch) -> slice:
         """This rank's 1/tp of a micro-batch's tokens."""
@@ -187,7 +187,7 @@ class StageFunctions:
         return by_source(layer.experts(by_expert(got, sizes), sizes.count_e, later), sizes)
 
     def _add_late(self, key: tuple[str, int, str]) -> None:
-        """What backward of this stage left out."""
+        """What backward of this instruction left out."""
         late = self._late[key]
         for add in late:
             add()

@@ -1,4 +1,4 @@
-"""The origin of a value that is not finite: the first stage of the forward pass that makes one."""
+"""The origin of a value that is not finite: the first instruction of the forward pass that makes one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 
 NOWHERE = 1 << 40
 
@@ -17,13 +17,13 @@ NOWHERE = 1 << 40
 def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:
     """Run the forward passes of `batch` again, with the weights as they are; all ranks together.
 
-    Returns the place in order of this rank's first stage whose output is not finite, and its tag; (NOWHERE, "") if all are.
+    Returns the place in order of this rank's first instruction whose output is not finite, and its tag; (NOWHERE, "") if all are.
     """
     found = (NOWHERE, "")
     place = 0
 
-    def watched(stage: Stage) -> Callable[..., Any]:
-        function = trainable.functions(stage)
+    def watched(instruction: Instruction) -> Callable[..., Any]:
+        function = trainable.functions(instruction)
 
         def run(*arguments: Any) -> Any:
             nonlocal found, place
@@ -32,7 +32,7 @@ def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:
             values = out if isinstance(out, tuple) else (out,)
             bad = any(isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all() for v in values)
             if bad and found[0] == NOWHERE:
-                found = place, stage.tag
+                found = place, instruction.tag
             return out
 
         return run

@@ -53,7 +53,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
 def parameter_groups(gpt: nn.Module, shape: Shape) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Group -> its parameters by name, in the order in which backward is done with them (last layer first).
 
-    Group names are those that the stages of a program use.
+    Group names are those that the instructions of a program use.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, p in reversed(list(gpt.named_parameters())):

@@ -62,7 +62,7 @@ class Trainable:
             name: Bucket(name, members, getattr(mesh, axis_of_group(name)), sharded=parallel.zero == 1, piece=piece)
             for name, members in parameter_groups(self.gpt, shape).items()
         }
-        used = dict.fromkeys(group for stage in plain(shape) for group in stage.uses)
+        used = dict.fromkeys(group for instruction in plain(shape) for group in instruction.uses)
         lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)

@@ -17,7 +17,7 @@ from megalina.reenact.models import Model, config_of
 from megalina.sim.memory import Memory, memory_of
 from megalina.sim.virtual import simulate_alike
 from megalina.step.plan import Plan
-from megalina.step.program import Op, Program, Stage
+from megalina.step.program import Instruction, Op, Program
 from megalina.step.strategy import evaluation
 from megalina.timeline.recorder import COMPUTE, SEND, Event
 
@@ -26,7 +26,8 @@ GATE = ("route", "mix", "cut", "join", "balance")  # of a MoE layer, besides its
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
-    """What is fitted, see `fit.py`.  Factors multiply what conf/cluster/lina_testbed.yaml's roofline says of a stage; they are
+    """What is fitted, see `fit.py`.  Factors multiply what conf/cluster/lina_testbed.yaml's roofline says of an instruction;
+    they are
     what the paper's stack adds to it."""
 
     inside_factor: float  # an all-to-all inside a node takes as long as so many times its bytes would on the file's links ...
@@ -76,7 +77,7 @@ class Walk:
         return sum(e.end_s - e.start_s for e in self.events if e.kind == COMPUTE and e.name in names and phase in ("", e.phase))
 
     def moe_layer_s(self, phase: str) -> float:
-        """From a MoE layer's first stage to its last, mean over layers.  Attention isn't in it."""
+        """From a MoE layer's first instruction to its last, mean over layers.  Attention isn't in it."""
         found: dict[int, list[Event]] = {}
         for e in self.events:
             if e.phase == phase and e.layer >= 0 and not e.name.startswith("attention") and e.op != "grads":
@@ -148,10 +149,10 @@ def _in_virtual_time(listed: _Listed, ranks: int, constants: Constants) -> Walk:
     return Walk(timeline.step_s + constants.outside_ms / 1e3, timeline.events(0))
 
 
-def _seconds(roofline_s: Callable[[Stage], float], constants: Constants) -> Callable[[Stage], float]:
+def _seconds(roofline_s: Callable[[Instruction], float], constants: Constants) -> Callable[[Instruction], float]:
     factors = {"experts": constants.experts_factor, "attention": constants.attention_factor}
     factors |= dict.fromkeys(GATE, constants.gate_factor)
-    return lambda stage: roofline_s(stage) * factors.get(stage.name, 1.0)
+    return lambda instruction: roofline_s(instruction) * factors.get(instruction.name, 1.0)
 
 
 def _factors(listed: _Listed, constants: Constants) -> dict[Op | None, float]:
@@ -162,5 +163,5 @@ def _factors(listed: _Listed, constants: Constants) -> dict[Op | None, float]:
     }
 
 
-def _bytes(bytes_of: Callable[[Stage], float], factors: Mapping[Op | None, float]) -> Callable[[Stage], float]:
-    return lambda stage: bytes_of(stage) * factors.get(stage.op, 1.0)
+def _bytes(bytes_of: Callable[[Instruction], float], factors: Mapping[Op | None, float]) -> Callable[[Instruction], float]:
+    return lambda instruction: bytes_of(instruction) * factors.get(instruction.op, 1.0)

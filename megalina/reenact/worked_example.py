@@ -12,7 +12,7 @@ from megalina.reenact.row import Row
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate_alike
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.recorder import SEND
 
 GAP_MS, EXPERTS_MS, FAIR_MS, WHOLE_MS, HELD_MS = 13.3, 1.6, 29.0, 30.9, 24.6
@@ -96,7 +96,9 @@ def walk(
         ranks_of=lambda axis, rank: tuple(range(RANKS)),
         seconds=_seconds,
         network=Network(nic_bytes_per_s=1.0, algorithm="direct", share="collective"),
-        sizes=Sizes(lambda stage: lengths[stage.name] / 1e3 * RANKS / (RANKS - 1) / (2 if stage.op is Op.GRADS else 1)),
+        sizes=Sizes(
+            lambda instruction: lengths[instruction.name] / 1e3 * RANKS / (RANKS - 1) / (2 if instruction.op is Op.GRADS else 1)
+        ),
     )
 
 
@@ -114,19 +116,19 @@ def reduced_ms(timeline: Timeline) -> float:
     return 1e3 * max(e.end_s for e in timeline.events(0) if e.kind == SEND and e.op == "grads")
 
 
-def _compute(name: str, ms: float, part: int = 0) -> Stage:
-    return Stage("B", Kind.COMPUTE, name, layer=0, part=str(part), share=ms / 1e3)
+def _compute(name: str, ms: float, part: int = 0) -> Instruction:
+    return Instruction("B", Kind.COMPUTE, name, layer=0, part=str(part), share=ms / 1e3)
 
 
-def _seconds(stage: Stage) -> float:
-    return stage.share if stage.kind is Kind.COMPUTE else 0.0
+def _seconds(instruction: Instruction) -> float:
+    return instruction.share if instruction.kind is Kind.COMPUTE else 0.0
 
 
-def _sent(name: str, op: Op, axis: str, *, part: int = 0, piece: tuple[int, int] = (0, 0), yields: bool = False) -> Stage:
+def _sent(name: str, op: Op, axis: str, *, part: int = 0, piece: tuple[int, int] = (0, 0), yields: bool = False) -> Instruction:
     value = f"{name}>.0.{part}.{piece[0]}"
     yields_to = (Op.TOKENS,) if yields else ()
-    return Stage("B", Kind.START, name, 0, str(part), writes=(value,), op=op, axis=axis, piece=piece, yields_to=yields_to)
+    return Instruction("B", Kind.START, name, 0, str(part), writes=(value,), op=op, axis=axis, piece=piece, yields_to=yields_to)
 
 
-def _awaited(start: Stage) -> Stage:
+def _awaited(start: Instruction) -> Instruction:
     return replace(start, kind=Kind.WAIT, reads=start.writes, writes=(), yields_to=(), credit=0)

@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from megalina.step.program import MOVABLE, Op, Stage
+from megalina.step.program import MOVABLE, Instruction, Op
 
 
 @dataclass(slots=True, eq=False)
 class Sent:
     """A START of one rank."""
 
-    stage: Stage
+    instruction: Instruction
     asked_s: float
     needs: list["Sent"]  # split sizes that are still on their way
     ready: bool = False  # the device has it
@@ -32,35 +32,35 @@ class Here:
 
     def sent(self, ops: Collection[Op]) -> Sent | None:
         """Something of these on the wire, or started and waiting for other ranks."""
-        return next((s for lane in self.under_way.values() for s in lane if s.stage.op in ops), None)
+        return next((s for lane in self.under_way.values() for s in lane if s.instruction.op in ops), None)
 
     def asked(self, ops: Collection[Op]) -> Sent | None:
         """Something of these that the device has, at the head of its lane."""
-        return next((lane[0] for lane in self.queued.values() if lane and lane[0].stage.op in ops and lane[0].ready), None)
+        return next((lane[0] for lane in self.queued.values() if lane and lane[0].instruction.op in ops and lane[0].ready), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How a rank decides what starts when, by what it sees."""
 
-    lane: Callable[[Stage], str]  # what is in one lane starts in the program's order
-    held: Callable[[Stage, Here], Sent | None]  # what holds back the head of a lane, which could leave
+    lane: Callable[[Instruction], str]  # what is in one lane starts in the program's order
+    held: Callable[[Instruction, Here], Sent | None]  # what holds back the head of a lane, which could leave
 
 
-def _held(stage: Stage, here: Here) -> Sent | None:
-    if stage.credit and len(lane := here.under_way.get(stage.axis, [])) >= stage.credit:
+def _held(instruction: Instruction, here: Here) -> Sent | None:
+    if instruction.credit and len(lane := here.under_way.get(instruction.axis, [])) >= instruction.credit:
         return lane[0]
-    return here.sent(stage.yields_to) or here.asked(stage.yields_to) if stage.yields_to else None
+    return here.sent(instruction.yields_to) or here.asked(instruction.yields_to) if instruction.yields_to else None
 
 
-def _held_literally(stage: Stage, here: Here) -> Sent | None:
-    if stage.op in MOVABLE:
+def _held_literally(instruction: Instruction, here: Here) -> Sent | None:
+    if instruction.op in MOVABLE:
         return here.sent((*MOVABLE, Op.TOKENS)) or here.asked((Op.TOKENS,))
-    return here.sent(MOVABLE) if stage.op is Op.TOKENS else None
+    return here.sent(MOVABLE) if instruction.op is Op.TOKENS else None
 
 
-# Only what a stage itself names holds it back: tokens never wait for gradients.
-OURS = Rule(lambda stage: stage.axis, _held)
+# Only what an instruction itself names holds it back: tokens never wait for gradients.
+OURS = Rule(lambda instruction: instruction.axis, _held)
 # Lina's scheduler as the paper has it (sections 4.1 and 6.1): gradients in one queue, of which one leaves when no all-to-all is
 # queued or running here; an all-to-all leaves when no gradient is running here.  Each waits for the other.
-LITERAL = Rule(lambda stage: "gradients" if stage.op in MOVABLE else stage.axis, _held_literally)
+LITERAL = Rule(lambda instruction: "gradients" if instruction.op in MOVABLE else instruction.axis, _held_literally)

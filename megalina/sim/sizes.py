@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megalina.sim.collectives import Collective, Floats
-from megalina.step.program import Op, Stage
+from megalina.step.program import Instruction, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,24 +13,24 @@ class Sizes:
 
     `matrix_of` an all-to-all and the ranks of its group: bytes from each to each, in place of even parts; None: even."""
 
-    bytes_of: Callable[[Stage], float]
+    bytes_of: Callable[[Instruction], float]
     scattered: Collection[str] = ()  # buckets whose gradients are reduce-scattered, not all-reduced
-    matrix_of: Callable[[Stage, tuple[int, ...]], Floats | None] | None = None
+    matrix_of: Callable[[Instruction, tuple[int, ...]], Floats | None] | None = None
 
-    def collective(self, stage: Stage) -> Collective:
-        if stage.op in (Op.TOKENS, Op.COUNTS):
+    def collective(self, instruction: Instruction) -> Collective:
+        if instruction.op in (Op.TOKENS, Op.COUNTS):
             return Collective.ALL_TO_ALL
-        if stage.op in (Op.GATHER, Op.PARAMS):
+        if instruction.op in (Op.GATHER, Op.PARAMS):
             return Collective.ALL_GATHER
-        if stage.op is Op.SCATTER or (stage.op is Op.GRADS and stage.buckets[0] in self.scattered):
+        if instruction.op is Op.SCATTER or (instruction.op is Op.GRADS and instruction.buckets[0] in self.scattered):
             return Collective.REDUCE_SCATTER
         return Collective.ALL_REDUCE
 
-    def sent(self, stage: Stage, ranks: tuple[int, ...]) -> tuple[Collective, float, Floats | None]:
+    def sent(self, instruction: Instruction, ranks: tuple[int, ...]) -> tuple[Collective, float, Floats | None]:
         """Which collective, and for how many bytes; or for how many from each to each, and then the tensor counts as one byte."""
-        what = self.collective(stage)
-        bytes_NN = self.matrix_of(stage, ranks) if self.matrix_of and what is Collective.ALL_TO_ALL else None
-        return what, self.bytes_of(stage) if bytes_NN is None else 1.0, bytes_NN
+        what = self.collective(instruction)
+        bytes_NN = self.matrix_of(instruction, ranks) if self.matrix_of and what is Collective.ALL_TO_ALL else None
+        return what, self.bytes_of(instruction) if bytes_NN is None else 1.0, bytes_NN
 
 
 def own_bytes(what: Collective, num_bytes: float, ranks: int, place: int = 0, bytes_NN: Floats | None = None) -> float:

@@ -22,12 +22,14 @@ from megalina.sim.lanes import OURS, Here, Rule, Sent
 from megalina.sim.network import Load, Loads, Network
 from megalina.sim.sizes import Sizes, own_bytes
 from megalina.sim.traffic import Moving, Traffic
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event, Recorder
 
 Group = tuple[str, tuple[int, ...]]  # axis, ranks
 RanksOf = Callable[[str, int], tuple[int, ...]]  # the ranks of an axis that a rank talks to, itself among them
-Seconds = Callable[[int, Stage], float]  # of a rank: COMPUTE: takes; START: until it can leave; WAIT: takes after the arrival
+Seconds = Callable[
+    [int, Instruction], float
+]  # of a rank: COMPUTE: takes; START: until it can leave; WAIT: takes after the arrival
 
 
 class Deadlock(RuntimeError):
@@ -59,8 +61,10 @@ def simulate(
 ) -> Timeline:
     """One step: rank r walks `programs[r]`, normally the same list on all.  Deadlock if it has no end.
 
-    `host`: what the thread that walks the list needs for each stage.  It then asks for stages one after another and stands at
-    WAITs alone; a device begins a stage when it is free and has been asked, and ends it no earlier than the host has asked."""
+    `host`: what the thread that walks the list needs for each instruction.  It then asks for instructions one after another and
+    stands at
+    WAITs alone; a device begins an instruction when it is free and has been asked, and ends it no earlier than the host has
+    asked."""
     return _Cluster(programs, ranks_of, seconds, Loads(network, len(programs)), sizes, rule, host).run()
 
 
@@ -69,12 +73,12 @@ def simulate_alike(
     *,
     ranks: int,
     ranks_of: RanksOf,
-    seconds: Callable[[Stage], float],
+    seconds: Callable[[Instruction], float],
     network: Network,
     sizes: Sizes,
     rule: Rule = OURS,
     slowest: bool = False,
-    host: Callable[[Stage], float] | None = None,
+    host: Callable[[Instruction], float] | None = None,
     loads: FoldedLoads | None = None,
 ) -> Timeline:
     """As `simulate` for ranks that all walk the same list at the same pace: rank 0 walks for all, and links that carry the same
@@ -86,8 +90,8 @@ def simulate_alike(
     if sizes.matrix_of is not None:
         raise ValueError("matrix_of says that ranks send different sizes: simulate every rank, or leave it out")
     loads = loads or FoldedLoads(network, ranks, ranks_of, uses_of(program, sizes), slowest=slowest)
-    of_host = None if host is None else lambda _, stage: host(stage)
-    return _Cluster([program], ranks_of, lambda _, stage: seconds(stage), loads, sizes, rule, of_host).run()
+    of_host = None if host is None else lambda _, instruction: host(instruction)
+    return _Cluster([program], ranks_of, lambda _, instruction: seconds(instruction), loads, sizes, rule, of_host).run()
 
 
 def uses_of(program: Program, sizes: Sizes) -> tuple[Use, ...]:
@@ -118,7 +122,7 @@ class _Collective:
 @dataclass(slots=True, eq=False)
 class _Rank:
     program: Program
-    at: int = 0  # the stage where it stands
+    at: int = 0  # the instruction where it stands
     clock_s: float = 0.0  # until when the device is busy
     host_s: float = 0.0  # until when the host is, if it has a clock
     blocked: bool = False
@@ -175,59 +179,59 @@ class _Cluster:
         """Go on until the rank must wait.  Computing alone moves only its own clock."""
         rank = self._ranks[number]
         while rank.at < len(rank.program):
-            stage = rank.program[rank.at]
-            missing = [s for v in stage.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
+            instruction = rank.program[rank.at]
+            missing = [s for v in instruction.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
             due_s = rank.clock_s if self._host is None else rank.host_s
-            if due_s > self._now_s and (stage.kind is not Kind.COMPUTE or missing):
+            if due_s > self._now_s and (instruction.kind is not Kind.COMPUTE or missing):
                 self._at(due_s, self._walk, number)
                 return
-            if stage.kind is Kind.START:
-                self._ask(number, stage, missing)
-            elif stage.op is Op.COUNTS:  # passed: whoever reads the sizes waits for them
-                rank.on_wire[stage.writes[0]] = rank.on_wire[stage.reads[0]]
+            if instruction.kind is Kind.START:
+                self._ask(number, instruction, missing)
+            elif instruction.op is Op.COUNTS:  # passed: whoever reads the sizes waits for them
+                rank.on_wire[instruction.writes[0]] = rank.on_wire[instruction.reads[0]]
             elif missing:
                 rank.blocked = True
                 return
             else:
-                self._pass(number, rank, stage)
+                self._pass(number, rank, instruction)
             rank.at += 1
 
-    def _pass(self, number: int, rank: _Rank, stage: Stage) -> None:
+    def _pass(self, number: int, rank: _Rank, instruction: Instruction) -> None:
         if self._host is not None:
-            self._pass_with_host(rank, stage, self._seconds(number, stage), self._host(number, stage))
+            self._pass_with_host(rank, instruction, self._seconds(number, instruction), self._host(number, instruction))
             return
         came_s, free_s = rank.clock_s, max(rank.clock_s, self._now_s)
-        rank.clock_s = free_s + self._seconds(number, stage)
-        if stage.kind is Kind.COMPUTE:
-            rank.recorder.add(COMPUTE, stage, 0, free_s, free_s, rank.clock_s, 0.0)
+        rank.clock_s = free_s + self._seconds(number, instruction)
+        if instruction.kind is Kind.COMPUTE:
+            rank.recorder.add(COMPUTE, instruction, 0, free_s, free_s, rank.clock_s, 0.0)
         else:
-            rank.recorder.add(WAIT, stage, 0, came_s, came_s, rank.clock_s, free_s - came_s)
+            rank.recorder.add(WAIT, instruction, 0, came_s, came_s, rank.clock_s, free_s - came_s)
 
-    def _pass_with_host(self, rank: _Rank, stage: Stage, device_s: float, host_s: float) -> None:
+    def _pass_with_host(self, rank: _Rank, instruction: Instruction, device_s: float, host_s: float) -> None:
         came_s, here_s = rank.host_s, max(rank.host_s, self._now_s)
         rank.host_s = here_s + host_s
-        if stage.kind is Kind.COMPUTE:
+        if instruction.kind is Kind.COMPUTE:
             start_s = max(rank.clock_s, here_s)
             rank.clock_s = max(start_s + device_s, rank.host_s)
-            rank.recorder.add(COMPUTE, stage, 0, here_s, start_s, rank.clock_s, 0.0)
+            rank.recorder.add(COMPUTE, instruction, 0, here_s, start_s, rank.clock_s, 0.0)
         else:
             exposed_s = max(0.0, rank.host_s - max(came_s, rank.clock_s))
-            rank.recorder.add(WAIT, stage, 0, came_s, came_s, rank.host_s, exposed_s)
+            rank.recorder.add(WAIT, instruction, 0, came_s, came_s, rank.host_s, exposed_s)
 
-    def _ask(self, number: int, stage: Stage, needs: list[Sent]) -> None:
+    def _ask(self, number: int, instruction: Instruction, needs: list[Sent]) -> None:
         """Into its lane.  With nobody to talk to there is no lane."""
         rank = self._ranks[number]
-        sent = Sent(stage, self._now_s, needs)
-        for value in stage.writes:
+        sent = Sent(instruction, self._now_s, needs)
+        for value in instruction.writes:
             rank.on_wire[value] = sent
-        if len(self._group(stage.axis, number).ranks) == 1:
+        if len(self._group(instruction.axis, number).ranks) == 1:
             sent.done = True
             return
-        rank.here.queued.setdefault(self._rule.lane(stage), deque()).append(sent)
+        rank.here.queued.setdefault(self._rule.lane(instruction), deque()).append(sent)
         if self._host is None:
-            self._at(self._now_s + self._seconds(number, stage), self._ready, number, sent)
+            self._at(self._now_s + self._seconds(number, instruction), self._ready, number, sent)
         else:  # it leaves when the device is there
-            rank.host_s = self._now_s + self._host(number, stage)
+            rank.host_s = self._now_s + self._host(number, instruction)
             self._at(max(rank.host_s, rank.clock_s), self._ready, number, sent)
 
     def _group(self, axis: str, number: int) -> _Group:
@@ -247,18 +251,18 @@ class _Cluster:
         """Start what heads its lane and isn't held back."""
         here = self._ranks[number].here
         for name, lane in here.queued.items():
-            while lane and lane[0].can_leave and self._rule.held(lane[0].stage, here) is None:
+            while lane and lane[0].can_leave and self._rule.held(lane[0].instruction, here) is None:
                 sent = lane.popleft()
                 here.under_way.setdefault(name, []).append(sent)
                 self._start(number, sent)
 
     def _start(self, number: int, sent: Sent) -> None:
-        sent.started_s, group = self._now_s, self._group(sent.stage.axis, number)
+        sent.started_s, group = self._now_s, self._group(sent.instruction.axis, number)
         tags = group.tags[number]
         if len(tags) == len(group.collectives):
             group.collectives.append(_Collective(group))
         collective = group.collectives[len(tags)]
-        tags.append(sent.stage.tag)
+        tags.append(sent.instruction.tag)
         collective.sent[number] = sent
         if len(collective.sent) == len(group.walking):
             self._begin(collective)
@@ -266,11 +270,13 @@ class _Cluster:
     # links
     def _begin(self, collective: _Collective) -> None:
         group, sizes = collective.group, self._sizes
-        stages = [s.stage for s in collective.sent.values()]
-        stage = stages[0] if len(stages) == 1 else max(stages, key=sizes.bytes_of)  # ranks may have mixed them up
-        assert stage.op is not None
-        collective.what, collective.num_bytes, collective.bytes_NN = sizes.sent(stage, group.ranks)
-        collective.urgency = self._loads.network.urgency(stage.op)
+        instructions = [s.instruction for s in collective.sent.values()]
+        instruction = (
+            instructions[0] if len(instructions) == 1 else max(instructions, key=sizes.bytes_of)
+        )  # ranks may have mixed them up
+        assert instruction.op is not None
+        collective.what, collective.num_bytes, collective.bytes_NN = sizes.sent(instruction, group.ranks)
+        collective.urgency = self._loads.network.urgency(instruction.op)
         collective.phases.extend(self._loads.of(group.axis, collective.what, group.ranks, collective.bytes_NN))
         self._move(collective)
 
@@ -302,11 +308,11 @@ class _Cluster:
         ranks, bytes_NN = collective.group.ranks, collective.bytes_NN
         for number, sent in collective.sent.items():
             sent.done = True
-            self._ranks[number].here.under_way[self._rule.lane(sent.stage)].remove(sent)
+            self._ranks[number].here.under_way[self._rule.lane(sent.instruction)].remove(sent)
             assert sent.started_s is not None
             place = ranks.index(number) if bytes_NN is not None else 0
             size = round(own_bytes(collective.what, collective.num_bytes, len(ranks), place, bytes_NN))
-            self._ranks[number].recorder.add(SEND, sent.stage, size, sent.asked_s, sent.started_s, self._now_s, 0.0)
+            self._ranks[number].recorder.add(SEND, sent.instruction, size, sent.asked_s, sent.started_s, self._now_s, 0.0)
         for number in collective.sent:
             self._look(number)
             if self._ranks[number].blocked:
@@ -324,28 +330,28 @@ class _Cluster:
         if sent is None:
             if rank.at == len(rank.program):
                 return []
-            stage = rank.program[rank.at]
-            missing = [s for v in stage.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
-            return [((number, s), f"rank {number} stands at {stage.tag}, for {s.stage.tag}") for s in missing]
-        tag = sent.stage.tag
+            instruction = rank.program[rank.at]
+            missing = [s for v in instruction.reads if (s := rank.on_wire.get(v)) is not None and not s.done]
+            return [((number, s), f"rank {number} stands at {instruction.tag}, for {s.instruction.tag}") for s in missing]
+        tag = sent.instruction.tag
         if sent.started_s is not None:
-            group = self._group(sent.stage.axis, number)
+            group = self._group(sent.instruction.axis, number)
             collective = next(c for c in group.collectives if c.sent.get(number) is sent)
             absent = [r for r in group.walking if r not in collective.sent]
             return [((r, self._asked(r, group)), f"rank {number} has started {tag} and waits for rank {r} to") for r in absent]
-        head = rank.here.queued[self._rule.lane(sent.stage)][0]
+        head = rank.here.queued[self._rule.lane(sent.instruction)][0]
         if sent is not head:
-            return [((number, head), f"rank {number} starts {tag} after {head.stage.tag}")]
+            return [((number, head), f"rank {number} starts {tag} after {head.instruction.tag}")]
         if needs := [n for n in sent.needs if not n.done]:
-            return [((number, n), f"rank {number} starts {tag} after {n.stage.tag}") for n in needs]
-        by = self._rule.held(sent.stage, rank.here)
+            return [((number, n), f"rank {number} starts {tag} after {n.instruction.tag}") for n in needs]
+        by = self._rule.held(sent.instruction, rank.here)
         assert by is not None
-        return [((number, by), f"rank {number} holds {tag} back for {by.stage.tag}")]
+        return [((number, by), f"rank {number} holds {tag} back for {by.instruction.tag}")]
 
     def _asked(self, number: int, group: _Group) -> Sent | None:
         """What a rank will start next in the group; None: its program has not asked for it."""
         queued = (s for lane in self._ranks[number].here.queued.values() for s in lane)
-        return next((s for s in queued if self._group(s.stage.axis, number) is group), None)
+        return next((s for s in queued if self._group(s.instruction.axis, number) is group), None)
 
     def _stands(self, number: int) -> str:
         """For people: where a rank is, and what holds up each of its lanes."""
@@ -356,8 +362,8 @@ class _Cluster:
             for collective in (c for g in self._groups.values() for c in g.collectives if c.sent.get(number) in under_way):
                 sent = collective.sent[number]
                 absent = ", ".join(str(r) for r in collective.group.walking if r not in collective.sent)
-                out.append(f"lane {name}: {sent.stage.tag} has left, rank {absent} has not started it")
+                out.append(f"lane {name}: {sent.instruction.tag} has left, rank {absent} has not started it")
             if lane:
-                by = self._rule.held(lane[0].stage, rank.here) or lane[0].needs[0]
-                out.append(f"lane {name}: {lane[0].stage.tag} is held back by {by.stage.tag}")
+                by = self._rule.held(lane[0].instruction, rank.here) or lane[0].needs[0]
+                out.append(f"lane {name}: {lane[0].instruction.tag} is held back by {by.instruction.tag}")
         return "; ".join(out)

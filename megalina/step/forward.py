@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 
 C, S, W = Kind.COMPUTE, Kind.START, Kind.WAIT
 
@@ -63,43 +63,43 @@ def _names(text: str, layer: int) -> tuple[str, ...]:
     return tuple(map(name, text.split()))
 
 
-def _compute(name: str, layer: int, reads: str, writes: str, *uses: str) -> Stage:
-    return Stage("F", C, name, layer, "0", _names(reads, layer), _names(writes, layer), tuple(dict.fromkeys(uses)))
+def _compute(name: str, layer: int, reads: str, writes: str, *uses: str) -> Instruction:
+    return Instruction("F", C, name, layer, "0", _names(reads, layer), _names(writes, layer), tuple(dict.fromkeys(uses)))
 
 
-def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: tuple[str, ...] = ()) -> list[Stage]:
+def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: tuple[str, ...] = ()) -> list[Instruction]:
     """START and WAIT of one value; both read `also` (whole names: sizes)."""
     wire = _names(value + ">", layer)
-    start = Stage("F", S, name, layer, "0", _names(value, layer) + also, wire, op=op, axis=axis)
-    wait = Stage("F", W, name, layer, "0", wire + also, _names(writes, layer), op=op, axis=axis)
+    start = Instruction("F", S, name, layer, "0", _names(value, layer) + also, wire, op=op, axis=axis)
+    wait = Instruction("F", W, name, layer, "0", wire + also, _names(writes, layer), op=op, axis=axis)
     return [start, wait]
 
 
-def _embedding(shape: Shape) -> list[Stage]:
+def _embedding(shape: Shape) -> list[Instruction]:
     if not shape.tp:
-        return [Stage("F", C, "embed", -1, "0", ("#batch.-.0",), ("x.0.0",), ("embedding",))]
+        return [Instruction("F", C, "embed", -1, "0", ("#batch.-.0",), ("x.0.0",), ("embedding",))]
     op = Op.SCATTER if shape.sequence else Op.SUM
     return [
         _compute("embed", -1, "#batch", "e", "embedding"),
         *_exchange("embed_sum", -1, op, "tp", "e", "embedded"),
-        Stage("F", C, "positions", -1, "0", ("embedded.-.0", "#batch.-.0"), ("x.0.0",), (shape.ends,)),
+        Instruction("F", C, "positions", -1, "0", ("embedded.-.0", "#batch.-.0"), ("x.0.0",), (shape.ends,)),
     ]
 
 
-def _between(shape: Shape, layer: int, name: str, x: str, n: str, out: str, *uses: str) -> list[Stage]:
+def _between(shape: Shape, layer: int, name: str, x: str, n: str, out: str, *uses: str) -> list[Instruction]:
     """Norm, gather, the part of a layer that tp cuts, sum: Megatron's tensor and sequence parallelism."""
     whole = f"{n}_all" if shape.sequence else n
-    stages = [_compute(f"{name}_norm", layer, x, n, shape.copied(layer))]
+    instructions = [_compute(f"{name}_norm", layer, x, n, shape.copied(layer))]
     if shape.sequence:
-        stages += _exchange(f"{name}_gather", layer, Op.GATHER, "tp", n, whole)
-    stages.append(
+        instructions += _exchange(f"{name}_gather", layer, Op.GATHER, "tp", n, whole)
+    instructions.append(
         _compute(f"{name}_heads" if name == "attention" else f"{name}_hidden", layer, f"{whole} #batch", f"{out}_part", *uses)
     )
-    stages += _exchange(f"{name}_sum", layer, Op.SCATTER if shape.sequence else Op.SUM, "tp", f"{out}_part", out)
-    return stages
+    instructions += _exchange(f"{name}_sum", layer, Op.SCATTER if shape.sequence else Op.SUM, "tp", f"{out}_part", out)
+    return instructions
 
 
-def _attention(shape: Shape, layer: int) -> list[Stage]:
+def _attention(shape: Shape, layer: int) -> list[Instruction]:
     if not shape.tp:
         return [_compute("attention", layer, "x #batch", "h", shape.dense(layer))]
     return [
@@ -108,7 +108,7 @@ def _attention(shape: Shape, layer: int) -> list[Stage]:
     ]
 
 
-def _mlp(shape: Shape, layer: int) -> list[Stage]:
+def _mlp(shape: Shape, layer: int) -> list[Instruction]:
     if not shape.tp:
         return [_compute("mlp", layer, "h #batch", "x+", shape.dense(layer))]
     return [
@@ -117,7 +117,7 @@ def _mlp(shape: Shape, layer: int) -> list[Stage]:
     ]
 
 
-def _moe(shape: Shape, layer: int) -> list[Stage]:
+def _moe(shape: Shape, layer: int) -> list[Instruction]:
     """Router, dispatch, experts, combine.  With tp each rank routes its own 1/tp of the tokens."""
     copied = shape.copied(layer)
     slices = shape.tp and not shape.sequence  # activations are copied over tp: cut here, gather at the end
@@ -139,7 +139,7 @@ def _moe(shape: Shape, layer: int) -> list[Stage]:
     sizes = _names("#sizes", counted)
     dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", "rows", "got", sizes)
     combine = _exchange("combine", layer, Op.TOKENS, "ep", "y", "back", sizes)
-    experts = Stage("F", C, "experts", layer, "0", _names("got", layer) + sizes, _names("y", layer), (f"experts.{layer}",))
+    experts = Instruction("F", C, "experts", layer, "0", _names("got", layer) + sizes, _names("y", layer), (f"experts.{layer}",))
     result = "mixed" if slices else "x+"
     out += [
         *counts,
@@ -155,24 +155,24 @@ def _moe(shape: Shape, layer: int) -> list[Stage]:
     return out
 
 
-def _loss(shape: Shape) -> list[Stage]:
+def _loss(shape: Shape) -> list[Instruction]:
     last = f"x.{shape.num_layers}.0"
-    balance: list[Stage] = []
+    balance: list[Instruction] = []
     if shape.global_balance:
         layers = [i for i, moe in enumerate(shape.moe) if moe]
         loads, probs = (tuple(f"{v}.{i}.0" for i in layers) for v in ("#load", "prob"))
         balance = [
-            Stage("F", C, "loads", -1, "0", loads, ("#loads.-.0",)),
+            Instruction("F", C, "loads", -1, "0", loads, ("#loads.-.0",)),
             *_exchange("all_loads", -1, Op.SUM, "world", "#loads", "#all_loads"),
-            Stage("F", C, "balance", -1, "0", (*probs, "#all_loads.-.0"), ("global_aux.-.0",)),
+            Instruction("F", C, "balance", -1, "0", (*probs, "#all_loads.-.0"), ("global_aux.-.0",)),
         ]
     if not shape.tp:
         uses = tuple(dict.fromkeys((shape.head, shape.ends)))
-        return balance + [Stage("F", C, "loss", -1, "0", (last, "#batch.-.0"), ("loss.-.0",), uses)]
+        return balance + [Instruction("F", C, "loss", -1, "0", (last, "#batch.-.0"), ("loss.-.0",), uses)]
     whole = "n_all" if shape.sequence else "n"
     gather = _exchange("head_gather", -1, Op.GATHER, "tp", "n", whole) if shape.sequence else []
     return balance + [
-        Stage("F", C, "head_norm", -1, "0", (last,), ("n.-.0",), (shape.ends,)),
+        Instruction("F", C, "head_norm", -1, "0", (last,), ("n.-.0",), (shape.ends,)),
         *gather,
         _compute("logits", -1, f"{whole} #batch", "stat", shape.head),  # log-sum-exp and target logit of this rank's vocabulary
         *_exchange("stat_gather", -1, Op.GATHER, "tp", "stat", "stats"),

@@ -11,7 +11,7 @@ slots have computed, so the wire works while the next slots compute.
 from dataclasses import replace
 
 from megalina.step.forward import Shape
-from megalina.step.program import Kind, Op, Program, Stage, check
+from megalina.step.program import Instruction, Kind, Op, Program, check
 
 
 def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
@@ -44,7 +44,7 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     return program
 
 
-def _moe(layer: int, following: int | None, *, shared: bool, chunks: int) -> list[Stage]:
+def _moe(layer: int, following: int | None, *, shared: bool, chunks: int) -> list[Instruction]:
     """`following`: the next MoE layer."""
 
     def v(*names: str) -> tuple[str, ...]:
@@ -65,19 +65,19 @@ def _moe(layer: int, following: int | None, *, shared: bool, chunks: int) -> lis
     ]
 
 
-def _experts(layer: int, chunks: int) -> list[Stage]:
+def _experts(layer: int, chunks: int) -> list[Instruction]:
     """Slots, and the way back of their rows, chunk by chunk.
 
     Chunks on the wire have no credit, unlike training's: all are awaited together, so it is no loss if they end together."""
     got, sizes, back = f"got.{layer}.0", f"#sizes.{layer}.0", f"back.{layer}.0"
     names = ["0"] if chunks == 1 else [f"0c{c}" for c in range(chunks)]
-    out: list[Stage] = []
-    waits: list[Stage] = []
+    out: list[Instruction] = []
+    waits: list[Instruction] = []
     for c, part in enumerate(names):
         y = f"y.{layer}.{part}"
         start, wait = _exchange("combine", layer, Op.TOKENS, "ep", y, f"back.{layer}.{part}", (sizes,))
-        stages = [_compute("experts", layer, (got, sizes), (y,)), start, wait]
-        *first, last = (replace(s, part=part, chunk=(c, chunks)) for s in stages)
+        instructions = [_compute("experts", layer, (got, sizes), (y,)), start, wait]
+        *first, last = (replace(s, part=part, chunk=(c, chunks)) for s in instructions)
         out += first
         waits.append(last)
     if chunks == 1:
@@ -87,13 +87,13 @@ def _experts(layer: int, chunks: int) -> list[Stage]:
     return [*out, *waits, replace(join, chunk=(0, chunks))]
 
 
-def _compute(name: str, layer: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Stage:
-    return Stage("F", Kind.COMPUTE, name, layer, "0", reads, writes)
+def _compute(name: str, layer: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Instruction:
+    return Instruction("F", Kind.COMPUTE, name, layer, "0", reads, writes)
 
 
-def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: tuple[str, ...] = ()) -> list[Stage]:
+def _exchange(name: str, layer: int, op: Op, axis: str, value: str, writes: str, also: tuple[str, ...] = ()) -> list[Instruction]:
     head, rest = value.split(".", 1)
     wire = (f"{head}>.{rest}",)
-    start = Stage("F", Kind.START, name, layer, "0", (value, *also), wire, op=op, axis=axis)
-    wait = Stage("F", Kind.WAIT, name, layer, "0", (*wire, *also), (writes,), op=op, axis=axis)
+    start = Instruction("F", Kind.START, name, layer, "0", (value, *also), wire, op=op, axis=axis)
+    wait = Instruction("F", Kind.WAIT, name, layer, "0", (*wire, *also), (writes,), op=op, axis=axis)
     return [start, wait]

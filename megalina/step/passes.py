@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, backward, gradient, weights_of
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, weights_of
 
-RECOMPUTED = {  # train.recompute -> the stages whose activations are computed again; exchanges never repeat
+RECOMPUTED = {  # train.recompute -> the instructions whose activations are computed again; exchanges never repeat
     "none": (),
     "selective": ("attention", "attention_heads", "experts", "mlp", "mlp_hidden", "shared"),
     "full": (
@@ -19,7 +19,7 @@ RECOMPUTED = {  # train.recompute -> the stages whose activations are computed a
         *("head_norm", "logits", "loss"),
     ),
 }
-ROUTED = ("route", "select")  # the stages that decide which experts get a token
+ROUTED = ("route", "select")  # the instructions that decide which experts get a token
 LOSSES = ("loss", "aux", "global_aux", "z")  # nobody reads them in the forward pass
 
 
@@ -37,7 +37,7 @@ def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
 
 
 def recompute(forward: Program, names: Collection[str]) -> Program:
-    """Drop the activations of these compute stages after forward."""
+    """Drop the activations of these compute instructions after forward."""
     return tuple(replace(s, recompute=True) if s.kind is Kind.COMPUTE and s.name in names else s for s in forward)
 
 
@@ -60,19 +60,19 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
     Rows are cut after routing, each expert's in equal shares, so every router decides as before, and one exchange of counts
     tells all chunks' sizes.
     """
-    out: list[Stage] = []
+    out: list[Instruction] = []
     moved = ("dispatch", "experts", "combine")
-    for stage in forward:
-        n = chunks_of.get(stage.layer, 1)
-        rows, order, back = (f"{v}.{stage.layer}.0" for v in ("rows", "#order", "back"))
+    for instruction in forward:
+        n = chunks_of.get(instruction.layer, 1)
+        rows, order, back = (f"{v}.{instruction.layer}.0" for v in ("rows", "#order", "back"))
         cut = tuple(f"{rows}c{c}" for c in range(n))
-        cuts = Stage("F", Kind.COMPUTE, "cut", stage.layer, reads=(rows, order), writes=cut, chunk=(0, n))
-        if n == 1 or stage.name not in (*moved, "counts", "shared"):
-            out.append(stage)
-        elif stage.name == "counts":
-            out += [stage, cuts] if stage.kind is Kind.START else [stage]  # while the counts are on the wire
-        elif stage.name == "dispatch" and stage.kind is Kind.START:
-            layer = [s for s in forward if s.layer == stage.layer]
+        cuts = Instruction("F", Kind.COMPUTE, "cut", instruction.layer, reads=(rows, order), writes=cut, chunk=(0, n))
+        if n == 1 or instruction.name not in (*moved, "counts", "shared"):
+            out.append(instruction)
+        elif instruction.name == "counts":
+            out += [instruction, cuts] if instruction.kind is Kind.START else [instruction]  # while the counts are on the wire
+        elif instruction.name == "dispatch" and instruction.kind is Kind.START:
+            layer = [s for s in forward if s.layer == instruction.layer]
             if not any(s.name == "counts" for s in layer):
                 out.append(cuts)
             turns = zip_longest(*(segments(_chunk_of(s, c, n) for s in layer if s.name in moved) for c in range(n)), fillvalue=[])
@@ -80,26 +80,28 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
                 out += [s for segment in turn for s in segment]
                 out += [s for s in layer if s.name == "shared" and i == 0]  # under the first dispatch
             arrived = tuple(f"{back}c{c}" for c in range(n))
-            out.append(Stage("F", Kind.COMPUTE, "join", stage.layer, reads=(*arrived, order), writes=(back,), chunk=(0, n)))
+            out.append(
+                Instruction("F", Kind.COMPUTE, "join", instruction.layer, reads=(*arrived, order), writes=(back,), chunk=(0, n))
+            )
     return tuple(out)
 
 
-def _chunk_of(stage: Stage, c: int, n: int) -> Stage:
+def _chunk_of(instruction: Instruction, c: int, n: int) -> Instruction:
     def to(value: str) -> str:
         return value if value[0] == "#" else f"{value}c{c}"
 
-    reads, writes = tuple(map(to, stage.reads)), tuple(map(to, stage.writes))
-    credit = 1 if stage.op is Op.TOKENS else 0
-    return replace(stage, part=f"{stage.part}c{c}", chunk=(c, n), credit=credit, reads=reads, writes=writes)
+    reads, writes = tuple(map(to, instruction.reads)), tuple(map(to, instruction.writes))
+    credit = 1 if instruction.op is Op.TOKENS else 0
+    return replace(instruction, part=f"{instruction.part}c{c}", chunk=(c, n), credit=credit, reads=reads, writes=writes)
 
 
-def segments(stages: Iterable[Stage]) -> list[list[Stage]]:
+def segments(instructions: Iterable[Instruction]) -> list[list[Instruction]]:
     """Cut after each start: what follows can wait while another part computes.  Not after COUNTS: that would put a part's
     dispatch behind the other part's attention."""
-    out: list[list[Stage]] = [[]]
-    for stage in stages:
-        out[-1].append(stage)
-        if stage.kind is Kind.START and stage.op is not Op.COUNTS:
+    out: list[list[Instruction]] = [[]]
+    for instruction in instructions:
+        out[-1].append(instruction)
+        if instruction.kind is Kind.START and instruction.op is not Op.COUNTS:
             out.append([])
     return out
 
@@ -110,8 +112,8 @@ def interleave(parts: Sequence[Program]) -> Program:
     if len(parts) == 1:
         return parts[0]
     turns = zip_longest(*map(segments, parts), fillvalue=[])
-    stages = (s for turn in turns for segment in turn for s in segment)
-    return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in stages)
+    instructions = (s for turn in turns for segment in turn for s in segment)
+    return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in instructions)
 
 
 def share_group(parts: Sequence[Program]) -> list[Program]:
@@ -124,23 +126,25 @@ def share_group(parts: Sequence[Program]) -> list[Program]:
     """
     first, last = parts[0][0].part, parts[-1][0].part
     whole = f"#group.-.{first}"
-    latest = {stage.layer: whole for stage in parts[0] if stage.name in ROUTED}
+    latest = {instruction.layer: whole for instruction in parts[0] if instruction.name in ROUTED}
     if not latest:
         return list(parts)
 
-    def linked(stage: Stage) -> Stage:
-        if stage.name not in ROUTED:
-            return stage
-        before = latest[stage.layer]
-        latest[stage.layer] = f"#group.{stage.layer}.{stage.part}"
-        writes = tuple(f"prob{v.removeprefix('aux')}" if v.startswith("aux.") else v for v in stage.writes)
-        return replace(stage, reads=(*stage.reads, before), writes=(*writes, latest[stage.layer]))
+    def linked(instruction: Instruction) -> Instruction:
+        if instruction.name not in ROUTED:
+            return instruction
+        before = latest[instruction.layer]
+        latest[instruction.layer] = f"#group.{instruction.layer}.{instruction.part}"
+        writes = tuple(f"prob{v.removeprefix('aux')}" if v.startswith("aux.") else v for v in instruction.writes)
+        return replace(instruction, reads=(*instruction.reads, before), writes=(*writes, latest[instruction.layer]))
 
     out = [tuple(map(linked, part)) for part in parts]
     batches = tuple(f"#batch.-.{part[0].part}" for part in parts)
     probs = tuple(v for part in out for s in part for v in s.writes if v.startswith("prob."))
-    sizes = Stage("U", Kind.COMPUTE, "sizes_of_group", part=first, reads=batches, writes=(whole,))
-    balance = Stage("F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",))
+    sizes = Instruction("U", Kind.COMPUTE, "sizes_of_group", part=first, reads=batches, writes=(whole,))
+    balance = Instruction(
+        "F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",)
+    )
     out[0], out[-1] = (sizes, *out[0]), (*out[-1], balance)
     return out
 
@@ -155,8 +159,8 @@ def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0,
     batches = tuple(f"#batch.-.{i}" for i in range(parts))
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     out = [
-        Stage("U", compute, "sizes", reads=batches, writes=("#own_divisor.-.0",)),
-        Stage("U", start, "divisor", reads=("#own_divisor.-.0",), writes=("#own_divisor>.-.0",), op=Op.SUM, axis="dp"),
+        Instruction("U", compute, "sizes", reads=batches, writes=("#own_divisor.-.0",)),
+        Instruction("U", start, "divisor", reads=("#own_divisor.-.0",), writes=("#own_divisor>.-.0",), op=Op.SUM, axis="dp"),
     ]
     for first in range(0, parts, together):
         group = [rename_part(forward, str(i), share) for i in range(first, first + together)]
@@ -165,11 +169,13 @@ def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0,
         both = interleave(group)
         out += both
         if first == 0:
-            out.append(Stage("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp"))
+            out.append(
+                Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
+            )
         for i, part in enumerate(group, first):
             losses = losses_of(part)
             seeds = tuple(map(gradient, losses))
-            out.append(Stage("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
+            out.append(Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
         out += backward(both)
         out += (weights_of(s) for s in reversed(both) if s.late)
     return tuple(out)
@@ -195,9 +201,9 @@ def place_gradients(
     `yields`: tokens go first, and one piece is under way at a time.  All are awaited at the end, in the order of starts.
     """
     last = {group: i for i, s in enumerate(program) if s.phase in "BW" for group in s.uses}
-    out: list[Stage] = []
-    starts: list[Stage] = []
-    queue: list[Stage] = []
+    out: list[Instruction] = []
+    starts: list[Instruction] = []
+    queue: list[Instruction] = []
     held: dict[str, list[str]] = {}  # axis -> buckets that wait for more of it
     limits: dict[str, int] = {}  # axis -> how many elements are enough, once the first have been sent
 
@@ -208,14 +214,14 @@ def place_gradients(
 
     def send(elements: float) -> None:
         while queue and elements > 0:
-            stage = queue.pop(0)
-            elements -= stage.piece[1] - stage.piece[0]
-            starts.append(replace(stage, yields_to=(Op.TOKENS,), credit=1) if yields else stage)
+            instruction = queue.pop(0)
+            elements -= instruction.piece[1] - instruction.piece[0]
+            starts.append(replace(instruction, yields_to=(Op.TOKENS,), credit=1) if yields else instruction)
             out.append(starts[-1])
 
-    for i, stage in enumerate(program):
-        out.append(stage)
-        for group in stage.uses:
+    for i, instruction in enumerate(program):
+        out.append(instruction)
+        for group in instruction.uses:
             if last.get(group) != i:
                 continue
             spec = buckets[group]
@@ -228,9 +234,9 @@ def place_gradients(
                 queue += [_start(group, cut, Op.GRADS, spec.axis) for cut in cuts(spec.numel, spec.piece)]
         if place == "ready":
             send(float("inf"))
-        elif place == "pair" and stage.phase == "B" and stage.kind is Kind.WAIT and stage.name == "combine":
+        elif place == "pair" and instruction.phase == "B" and instruction.kind is Kind.WAIT and instruction.name == "combine":
             send(1)
-        elif place == "gap" and gaps is not None and (gap := gap_after(stage)):
+        elif place == "gap" and gaps is not None and (gap := gap_after(instruction)):
             send(gaps.get(gap, 0))
     for axis in list(held):
         close(axis)
@@ -238,32 +244,34 @@ def place_gradients(
     return tuple(out + list(map(_awaited, starts)))
 
 
-def gap_after(stage: Stage) -> str:
+def gap_after(instruction: Instruction) -> str:
     """The gap in which the wire is free once a token exchange of the backward pass has arrived: "experts", between the two
     all-to-alls of a layer; "attention", under what comes before the next layer's; "": none."""
-    if stage.phase != "B" or stage.kind is not Kind.WAIT or stage.op is not Op.TOKENS:
+    if instruction.phase != "B" or instruction.kind is not Kind.WAIT or instruction.op is not Op.TOKENS:
         return ""
-    return "experts" if stage.name == "combine" else "attention"
+    return "experts" if instruction.name == "combine" else "attention"
 
 
 def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead: bool = False) -> Program:
     """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
 
-    `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first stage that uses it."""
+    `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first instruction that uses it."""
     values = (v for s in program if s.phase == "F" for v in s.writes if v.split(".")[0] in (*LOSSES, "#load"))
     losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2])))  # part by part
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     out = [
         *(place_params(program, buckets) if params_ahead else program),
-        Stage("U", compute, "measure", reads=losses + sums, writes=("#own_measure.-.0",)),
-        Stage("U", start, "measured", reads=("#own_measure.-.0",), writes=("#own_measure>.-.0",), op=Op.SUM, axis="world"),
-        Stage("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
-        Stage("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0"), writes=("#verdict.-.0",)),
+        Instruction("U", compute, "measure", reads=losses + sums, writes=("#own_measure.-.0",)),
+        Instruction("U", start, "measured", reads=("#own_measure.-.0",), writes=("#own_measure>.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0"), writes=("#verdict.-.0",)),
     ]
-    waits: list[Stage] = []
+    waits: list[Instruction] = []
     for name, bucket in buckets.items():
-        out.append(Stage("U", compute, f"update {name}", reads=(f"{gradient(name)}sum", "#verdict.-.0"), writes=(f"new {name}",)))
+        out.append(
+            Instruction("U", compute, f"update {name}", reads=(f"{gradient(name)}sum", "#verdict.-.0"), writes=(f"new {name}",))
+        )
         if bucket.sharded and not params_ahead:
             starts = [_start(name, cut, Op.PARAMS, bucket.axis) for cut in cuts(bucket.numel, bucket.piece)]
             out += starts
@@ -273,7 +281,7 @@ def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead:
 
 def place_params(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
     """ZeRO-1's all-gathers under the forward pass: all start first thing, in the order of use, and yield to tokens; a bucket
-    is awaited by the first stage that uses it.  So what one step updated is gathered in the next."""
+    is awaited by the first instruction that uses it.  So what one step updated is gathered in the next."""
     order = [u for u in dict.fromkeys(u for s in program for u in s.uses) if buckets[u].sharded]
     starts = {
         name: [
@@ -289,10 +297,10 @@ def place_params(program: Program, buckets: Mapping[str, BucketSpec]) -> Program
         for name in order
     }
     out = [s for name in order for s in starts[name]]
-    for stage in program:
-        for name in stage.uses:
+    for instruction in program:
+        for name in instruction.uses:
             out += [replace(_awaited(s), writes=(name,)) for s in starts.pop(name, ())]
-        out.append(stage)
+        out.append(instruction)
     return tuple(out)
 
 
@@ -301,14 +309,14 @@ def shard_of(bucket: str) -> str:
     return f"shard {bucket}"
 
 
-def _start(name: str, piece: tuple[int, int], op: Op, axis: str) -> Stage:
+def _start(name: str, piece: tuple[int, int], op: Op, axis: str) -> Instruction:
     """The START of a piece of a bucket, or of several buckets at once."""
     reads = tuple(gradient(b) if op is Op.GRADS else f"new {b}" for b in name.split("+"))
     phase = "B" if op is Op.GRADS else "U"
-    return Stage(phase, Kind.START, name, reads=reads, writes=(f"{reads[0]}>{piece[0]}",), op=op, axis=axis, piece=piece)
+    return Instruction(phase, Kind.START, name, reads=reads, writes=(f"{reads[0]}>{piece[0]}",), op=op, axis=axis, piece=piece)
 
 
-def _awaited(start: Stage) -> Stage:
+def _awaited(start: Instruction) -> Instruction:
     done = tuple(f"{gradient(b)}sum" if start.op is Op.GRADS else f"whole {b}" for b in start.buckets)
     return replace(start, kind=Kind.WAIT, reads=start.writes, writes=done, yields_to=(), credit=0)
 

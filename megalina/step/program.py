@@ -1,6 +1,6 @@
-"""A program: one training step as a list of stages, the same on every rank.  No torch, no rank, no clock.
+"""A program: one training step as a list of instructions, the same on every rank.  No torch, no rank, no clock.
 
-A stage reads and writes named values.  `rows.2.0` is `rows` of layer 2, part 0; `-` stands for no layer.
+An instruction reads and writes named values.  `rows.2.0` is `rows` of layer 2, part 0; `-` stands for no layer.
 
 - `h.2.0'` is the gradient of `h.2.0`.  It may have several writers, which add up; its reader comes after them all.
 - `#order.2.0` has no gradient.
@@ -19,11 +19,11 @@ from enum import Enum, auto
 
 
 class Kind(Enum):
-    __hash__ = object.__hash__  # stages are hashed often, and Enum's own is slow
+    __hash__ = object.__hash__  # instructions are hashed often, and Enum's own is slow
 
     COMPUTE = auto()
     START = auto()  # something goes on the wire
-    WAIT = auto()  # it has arrived; every wait is a stage
+    WAIT = auto()  # it has arrived; every wait is an instruction
 
 
 class Op(Enum):
@@ -45,7 +45,7 @@ MOVABLE = (Op.GRADS, Op.PARAMS)  # of buckets: nothing that is computed in this 
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Instruction:
     """One line of a program."""
 
     phase: str  # F forward; B backward; W weights' gradients that B left out; U without autograd: sizes, seeds, norm, update
@@ -63,12 +63,12 @@ class Stage:
     share: float = 1.0  # how much of a micro-batch the part is
     chunk: tuple[int, int] = (0, 1)  # chunk c of n of the part's rows; of COUNTS: all n
     yields_to: tuple[Op, ...] = ()  # START: held back here while one of these is under way on this rank
-    late: bool = False  # backward leaves out the gradients of its weights, which are a stage of their own
+    late: bool = False  # backward leaves out the gradients of its weights, which are an instruction of their own
     credit: int = 0  # START: held back here while so many of its axis are under way on this rank; 0: never
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """The same for a forward stage and its mirror."""
+        """The same for a forward instruction and its mirror."""
         return self.name, self.layer, self.part
 
     @property
@@ -85,7 +85,7 @@ class Stage:
         return tuple(self.name.split("+"))
 
 
-Program = tuple[Stage, ...]
+Program = tuple[Instruction, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,46 +106,47 @@ def gradient(value: str) -> str:
     return value + "'"
 
 
-def is_mirrored(stage: Stage) -> bool:
-    """Whether a forward stage has a backward stage."""
-    return stage.phase == "F" and stage.op is not Op.PARAMS and any(map(has_gradient, stage.writes))
+def is_mirrored(instruction: Instruction) -> bool:
+    """Whether a forward instruction has a backward instruction."""
+    return instruction.phase == "F" and instruction.op is not Op.PARAMS and any(map(has_gradient, instruction.writes))
 
 
-def mirror(stage: Stage) -> Stage:
-    """The backward stage: reads and writes swap, so the exchange that was waited for is the one that starts."""
-    late = (f"#late {stage.name}.{stage.layer}.{stage.part}",) if stage.late else ()
+def mirror(instruction: Instruction) -> Instruction:
+    """The backward instruction: reads and writes swap, so the exchange that was waited for is the one that starts."""
+    late = (f"#late {instruction.name}.{instruction.layer}.{instruction.part}",) if instruction.late else ()
     swap = {Kind.START: Kind.WAIT, Kind.WAIT: Kind.START, Kind.COMPUTE: Kind.COMPUTE}
     return replace(
-        stage,
+        instruction,
         phase="B",
-        kind=swap[stage.kind],
-        op=MIRRORED_OP.get(stage.op, stage.op) if stage.op else None,
-        reads=tuple(gradient(v) for v in stage.writes if has_gradient(v)) + tuple(v for v in stage.reads if not has_gradient(v)),
-        writes=tuple(gradient(v) for v in stage.reads if has_gradient(v)) + late,
-        uses=() if late else stage.uses,
+        kind=swap[instruction.kind],
+        op=MIRRORED_OP.get(instruction.op, instruction.op) if instruction.op else None,
+        reads=tuple(gradient(v) for v in instruction.writes if has_gradient(v))
+        + tuple(v for v in instruction.reads if not has_gradient(v)),
+        writes=tuple(gradient(v) for v in instruction.reads if has_gradient(v)) + late,
+        uses=() if late else instruction.uses,
     )
 
 
-def weights_of(stage: Stage) -> Stage:
-    """What a forward stage whose weights are late leaves to be done after its mirror."""
-    reads = tuple(v for v in mirror(stage).writes if not has_gradient(v))
-    return replace(stage, phase="W", reads=reads, writes=())
+def weights_of(instruction: Instruction) -> Instruction:
+    """What a forward instruction whose weights are late leaves to be done after its mirror."""
+    reads = tuple(v for v in mirror(instruction).writes if not has_gradient(v))
+    return replace(instruction, phase="W", reads=reads, writes=())
 
 
 def backward(forward: Program) -> Program:
     return tuple(mirror(s) for s in reversed(forward) if is_mirrored(s))
 
 
-def reads_of(stage: Stage) -> tuple[str, ...]:
-    """All that a stage needs: values, parameters, and what its forward stage kept."""
-    kept = (f"kept {stage.key}",) if stage.phase == "B" and stage.kind is Kind.COMPUTE else ()
-    return stage.reads + kept + (stage.uses if stage.phase in "FB" else ())  # W needs no weights
+def reads_of(instruction: Instruction) -> tuple[str, ...]:
+    """All that an instruction needs: values, parameters, and what its forward instruction kept."""
+    kept = (f"kept {instruction.key}",) if instruction.phase == "B" and instruction.kind is Kind.COMPUTE else ()
+    return instruction.reads + kept + (instruction.uses if instruction.phase in "FB" else ())  # W needs no weights
 
 
-def writes_of(stage: Stage) -> tuple[str, ...]:
-    """All that a stage leaves behind: values, what it keeps for backward, gradients of parameters."""
-    kept = (f"kept {stage.key}",) if stage.phase == "F" and stage.kind is Kind.COMPUTE else ()
-    return stage.writes + kept + (tuple(map(gradient, stage.uses)) if stage.phase in "BW" else ())
+def writes_of(instruction: Instruction) -> tuple[str, ...]:
+    """All that an instruction leaves behind: values, what it keeps for backward, gradients of parameters."""
+    kept = (f"kept {instruction.key}",) if instruction.phase == "F" and instruction.kind is Kind.COMPUTE else ()
+    return instruction.writes + kept + (tuple(map(gradient, instruction.uses)) if instruction.phase in "BW" else ())
 
 
 def check(program: Program, given: Collection[str], buckets: Mapping[str, BucketSpec]) -> None:
@@ -154,11 +155,11 @@ def check(program: Program, given: Collection[str], buckets: Mapping[str, Bucket
     A program that passes can't deadlock: every rank holds this very list, so each group's collectives start in one
     order, and every wait is for something started before.  What `yields_to` and `credit` hold back at run time keeps its
     order too, and what it is held back for (tokens) is never held back itself.  `given`: values that exist before the step,
-    parameter groups among them.  Without backward stages (evaluation) only order and waits are checked.
+    parameter groups among them.  Without backward instructions (evaluation) only order and waits are checked.
     """
     writers: dict[str, list[int]] = defaultdict(list)
-    for i, stage in enumerate(program):
-        for value in writes_of(stage):
+    for i, instruction in enumerate(program):
+        for value in writes_of(instruction):
             writers[value].append(i)
     _check_order(program, given, writers)
     _check_waits(program)
@@ -169,34 +170,34 @@ def check(program: Program, given: Collection[str], buckets: Mapping[str, Bucket
 
 
 def _check_order(program: Program, given: Collection[str], writers: Mapping[str, list[int]]) -> None:
-    read = {value for stage in program for value in reads_of(stage)}
+    read = {value for instruction in program for value in reads_of(instruction)}
     if unread := sorted(set(given) - read):
         raise ValueError(f"nobody reads {', '.join(unread)}: part of the step's data, or of its parameters, would be left out")
-    for i, stage in enumerate(program):
-        for value in reads_of(stage):
+    for i, instruction in enumerate(program):
+        for value in reads_of(instruction):
             places = writers.get(value, ())
             if not places and value not in given:
-                raise ValueError(f"{stage.tag} reads {value}, which nobody writes")
+                raise ValueError(f"{instruction.tag} reads {value}, which nobody writes")
             if places and places[-1] >= i:
                 late = [program[j].tag for j in places if j >= i]
-                raise ValueError(f"{stage.tag} reads {value} before it is written by {', '.join(late)}")
+                raise ValueError(f"{instruction.tag} reads {value} before it is written by {', '.join(late)}")
     for value, places in writers.items():
         if len(places) > 1 and not _may_have_many_writers(value, program[places[0]]):
             raise ValueError(f"{value} is written by {', '.join(program[i].tag for i in places)}; only gradients add up")
     seen: set[tuple] = set()
-    for stage in program:
-        same = (stage.phase, stage.kind, stage.op, stage.key, stage.piece)
+    for instruction in program:
+        same = (instruction.phase, instruction.kind, instruction.op, instruction.key, instruction.piece)
         if same in seen:
-            raise ValueError(f"{stage.tag} occurs twice")
+            raise ValueError(f"{instruction.tag} occurs twice")
         seen.add(same)
 
 
-def _may_have_many_writers(value: str, first: Stage) -> bool:
+def _may_have_many_writers(value: str, first: Instruction) -> bool:
     return "'" in value or first.op in (Op.GRADS, Op.PARAMS)
 
 
 def _check_waits(program: Program) -> None:
-    """What is sent is awaited, by a stage that says the same of it."""
+    """What is sent is awaited, by an instruction that says the same of it."""
     lost = {s.writes[0]: s for s in program if s.kind is Kind.START}
     for wait in (s for s in program if s.kind is Kind.WAIT):
         start = lost.pop(wait.reads[0], None)
@@ -208,9 +209,9 @@ def _check_waits(program: Program) -> None:
         raise ValueError(f"nobody waits for {', '.join(s.tag for s in lost.values())}")
 
 
-def _sent(stage: Stage) -> tuple[str | int | tuple[int, int] | Op | None, ...]:
+def _sent(instruction: Instruction) -> tuple[str | int | tuple[int, int] | Op | None, ...]:
     """Of a START or WAIT: what is sent, and along which axis."""
-    return stage.phase, stage.op, stage.axis, *stage.key, stage.piece, stage.chunk
+    return instruction.phase, instruction.op, instruction.axis, *instruction.key, instruction.piece, instruction.chunk
 
 
 def _check_yields(program: Program) -> None:
@@ -229,33 +230,35 @@ def _check_yields(program: Program) -> None:
 
 def _check_backward(program: Program) -> None:
     present = {(s.kind, s.key): s for s in program if s.phase == "B" and s.op not in MOVABLE}
-    for stage in filter(is_mirrored, program):
-        want = mirror(stage)
+    for instruction in filter(is_mirrored, program):
+        want = mirror(instruction)
         found = present.pop((want.kind, want.key), None)
         if found is None:
-            raise ValueError(f"no backward for {stage.tag}")
+            raise ValueError(f"no backward for {instruction.tag}")
         if (found if found.credit == want.credit else replace(found, credit=want.credit)) != want:
-            raise ValueError(f"{found.tag} is not the mirror of {stage.tag}: {found}")
+            raise ValueError(f"{found.tag} is not the mirror of {instruction.tag}: {found}")
     if present:
         raise ValueError(f"backward without forward: {', '.join(s.tag for s in present.values())}")
     late, left = {weights_of(s) for s in program if s.late and s.phase == "F"}, {s for s in program if s.phase == "W"}
     if late != left:
-        raise ValueError(f"gradients of weights must be stages exactly where backward leaves them out: {_tags(late ^ left)}")
+        raise ValueError(
+            f"gradients of weights must be instructions exactly where backward leaves them out: {_tags(late ^ left)}"
+        )
     updated = {s.name for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
     if idle := {f"update {u}" for s in program for u in s.uses} - updated:
         raise ValueError(f"missing: {', '.join(sorted(idle))}")
 
 
-def _tags(stages: Collection[Stage]) -> str:
-    return ", ".join(sorted(s.tag for s in stages))
+def _tags(instructions: Collection[Instruction]) -> str:
+    return ", ".join(sorted(s.tag for s in instructions))
 
 
 def _check_buckets(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
-    starts_of: dict[tuple[Op, str], list[Stage]] = defaultdict(list)
-    for stage in program:
-        if stage.op in MOVABLE and stage.kind is Kind.START:
-            for name in dict.fromkeys(stage.buckets):
-                starts_of[stage.op, name].append(stage)
+    starts_of: dict[tuple[Op, str], list[Instruction]] = defaultdict(list)
+    for instruction in program:
+        if instruction.op in MOVABLE and instruction.kind is Kind.START:
+            for name in dict.fromkeys(instruction.buckets):
+                starts_of[instruction.op, name].append(instruction)
     for op in MOVABLE:
         for name, bucket in buckets.items():
             if op is Op.PARAMS and not bucket.sharded:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import RECOMPUTED, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, check
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,9 @@ def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
     losses = tuple(v for s in forward for v in s.writes if v.startswith("loss."))
     program = (
         *forward,
-        Stage("U", Kind.COMPUTE, "evaluated", reads=(*losses, "#batch.-.0"), writes=("#own_loss.-.0",)),
-        Stage("U", Kind.START, "evaluated", reads=("#own_loss.-.0",), writes=("#own_loss>.-.0",), op=Op.SUM, axis="world"),
-        Stage("U", Kind.WAIT, "evaluated", reads=("#own_loss>.-.0",), writes=("#loss.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", Kind.COMPUTE, "evaluated", reads=(*losses, "#batch.-.0"), writes=("#own_loss.-.0",)),
+        Instruction("U", Kind.START, "evaluated", reads=("#own_loss.-.0",), writes=("#own_loss>.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", Kind.WAIT, "evaluated", reads=("#own_loss>.-.0",), writes=("#loss.-.0",), op=Op.SUM, axis="world"),
     )
     check(program, given(program, Setting(shape, buckets)), buckets)
     return program

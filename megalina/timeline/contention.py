@@ -149,7 +149,7 @@ def slowdowns(
 def all_to_alls(by_rank: Sequence[Sequence[Event]], alone: Mapping[str, Alone]) -> list[AllToAll]:
     """Every exchange of tokens of one step that was calibrated, by its tag.
 
-    `by_rank`: the events of the ranks of *one* group of the ep axis; another group's exchange of the same stage is another.
+    `by_rank`: the events of the ranks of *one* group of the ep axis; another group's exchange of the same instruction is another.
     """
     phases: dict[str, str] = {}
     beside: dict[str, set[str]] = {}

@@ -9,7 +9,7 @@ ALL_TO_ALL = "all-to-all"
 
 
 def forward_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """{stage: seconds}, of one rank's step, mean over its MoE layers; nothing if there are none.
+    """{instruction: seconds}, of one rank's step, mean over its MoE layers; nothing if there are none.
 
     Attention isn't in it.  An exchange counts with its time on the wire, as long as this rank saw it, "all-to-all dispatch"
     and "all-to-all combine" among them; what overlaps is counted twice."""

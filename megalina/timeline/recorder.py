@@ -1,4 +1,4 @@
-"""The recorder: when each stage of a step computed, waited and was on the wire, on this rank's clock.
+"""The recorder: when each instruction of a step computed, waited and was on the wire, on this rank's clock.
 
 Appending a tuple is all that it does while a step runs; events are made when somebody asks.
 """
@@ -25,7 +25,7 @@ class Event:
     """One span of one rank.  Times are seconds of this rank's `time.perf_counter`."""
 
     kind: str  # compute: the device was busy; wait: the program stood at a WAIT; send: something was on the wire
-    tag: str  # the stage, as `B:dispatch>.2.0`
+    tag: str  # the instruction, as `B:dispatch>.2.0`
     phase: str
     name: str
     layer: int
@@ -60,15 +60,16 @@ class Recorder:
     def add(
         self,
         kind: str,
-        stage: Any,
+        instruction: Any,
         num_bytes: int,
         enqueued_s: Moment,
         start_s: Moment,
         end_s: Moment,
         exposed_s: float | None,
     ) -> None:
-        """From any thread; `stage` is a `megalina.step.program.Stage`.  `exposed_s` None: all the time from start to end."""
-        self._rows.append((kind, stage, num_bytes, enqueued_s, start_s, end_s, exposed_s))
+        """From any thread; `instruction` is a `megalina.step.program.Instruction`.  `exposed_s` None: all the time from start to
+        end."""
+        self._rows.append((kind, instruction, num_bytes, enqueued_s, start_s, end_s, exposed_s))
 
     def events(self) -> list[Event]:
         """Of the last step, in the order in which they ended."""

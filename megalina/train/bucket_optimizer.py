@@ -1,4 +1,4 @@
-"""The optimizer of all buckets: updates one when its stage comes, and knows its state by parameter for checkpoints."""
+"""The optimizer of all buckets: updates one when its instruction comes, and knows its state by parameter for checkpoints."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -44,7 +44,7 @@ class BucketOptimizer:
             optimizer.step_count = value
 
     def update(self, name: str, verdict: Verdict) -> None:
-        """The stage `update NAME` of a program.  A step that isn't finite, or that the guard refuses, changes nothing."""
+        """The instruction `update NAME` of a program.  A step that isn't finite, or that the guard refuses, changes nothing."""
         bucket = self.buckets[name]
         if verdict.updates:
             self._optimizers[name].step(lr=self.lr, grad_scale=verdict.grad_scale)

@@ -17,8 +17,8 @@ class State:
 
     rank: int
     step: int
-    tag: str  # the stage that runs; empty: outside of a step's program
-    waits: bool  # the stage waits for others
+    tag: str  # the instruction that runs; empty: outside of a step's program
+    waits: bool  # the instruction waits for others
     idle_s: float  # for so long it has been there
     asks: bool  # it has found that the ranks' collectives differ
     stack: tuple[str, ...]  # of the main thread, outermost first, as Python formats it
@@ -38,11 +38,13 @@ class State:
 
     @property
     def place(self) -> str:
-        return f"in stage {self.tag} of step {self.step}" if self.tag else f"outside of the stages, in step {self.step}"
+        return (
+            f"in instruction {self.tag} of step {self.step}" if self.tag else f"outside of the instructions, in step {self.step}"
+        )
 
     @property
     def awaited(self) -> Entry | None:
-        """The collective that it waits for: the one that the stage's start submitted."""
+        """The collective that it waits for: the one that the instruction's start submitted."""
         if not self.waits:
             return None
         start = self.tag.replace("<", ">", 1)
@@ -116,7 +118,7 @@ def _half_begun(states: Mapping[int, State]) -> list[str]:
         if entry.number == reached[group] + 1 and group not in found:
             begun = [rank for rank in entry.ranks if last.get((rank, entry.axis), -1) >= entry.number]
             lacking = [rank for rank in entry.ranks if rank in states and rank not in begun]
-            what = f"{entry.kind} in stage {entry.tag} of step {entry.step}"
+            what = f"{entry.kind} in instruction {entry.tag} of step {entry.step}"
             submitted = f"{name_ranks(begun)} submitted it, {name_ranks(lacking)} did not"
             found[group] = f"  collective {entry.number} on axis {entry.axis}, {what}: {submitted}"
     return list(found.values())

@@ -1,7 +1,7 @@
 """The doctor: a thread beside each rank that notices when the job makes no progress, says why, and ends it.
 
 It uses no process group, which may be what is stuck, but the job's store.  Between suspicions a beat is one small call.
-A rank that has stood in one stage for the time-out claims a round: every doctor posts its rank's state, the claimer
+A rank that has stood in one instruction for the time-out claims a round: every doctor posts its rank's state, the claimer
 collects them.  If any rank has moved since, the job is slow and not stuck.  Else the claimer says what it sees, each rank
 writes its file, and all end.
 """
@@ -46,7 +46,7 @@ class Doctor:
         folder: Path,
         connect: Callable[[], Store] = job_store,
     ):
-        """`timeout_s`: a stage in which a rank stands for so long is looked into; 0: never.  `folder`: RUN/logs."""
+        """`timeout_s`: an instruction in which a rank stands for so long is looked into; 0: never.  `folder`: RUN/logs."""
         self._log, self._world, self._rank, self._timeout_s, self._folder = log, world, rank, timeout_s, folder
         self._answer_s = min(LONGEST_ANSWER_S, max(2.0, timeout_s))  # a rank whose doctor is silent for so long is lost
         self._connect = connect

@@ -22,13 +22,13 @@ def name_non_finite(steps: Steps, verdict: Verdict) -> None:
     """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
     functions = steps.trainable.stage_functions
     names, functions.non_finite = functions.non_finite, []
-    stages, gradients = zip(*everybodys(steps.mesh, (first_bad_stage(steps.trainable, steps.batch), names)), strict=True)
+    instructions, gradients = zip(*everybodys(steps.mesh, (first_bad_stage(steps.trainable, steps.batch), names)), strict=True)
     if not steps.is_first:
         return
     bad = sorted({name for own in gradients for name in own}, key=_backward_order(steps))
-    place, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(stages))
+    place, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(instructions))
     if tag:
-        where = f"the first is the output of stage {tag} on rank {rank}"
+        where = f"the first is the output of instruction {tag} on rank {rank}"
     elif bad:
         where = "every value of the forward pass is finite, so it arose in backward"
     else:

@@ -278,6 +278,6 @@ class Run(Steps):
             f"model: {self.config.model.name}, {self.flops.total_params / 1e6:,.1f} M parameters, "
             f"{self.flops.active_params / 1e6:,.1f} M active; {self.mesh.world.size} rank(s) = {shape}, "
             f"{self.trainable.micro_batches} micro-batch(es) of {train.micro_batch_size}, {train.dtype} on {self.device.type}\n"
-            f"optimizer: {self.optimizer.description}; {len(self.trainable.program)} stages a step; "
+            f"optimizer: {self.optimizer.description}; {len(self.trainable.program)} instructions a step; "
             f"peak for MFU {self.peak / 1e12:,.2f} TFLOP/s a rank" + (f"; {note}" if note else "")
         )

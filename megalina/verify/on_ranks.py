@@ -1,6 +1,6 @@
 """The steps on ranks, by program: what one rank has of every recorded tensor, and the whole put together from all ranks.
 
-What is seen is what stages of the program really read and write; the observer changes nothing.
+What is seen is what instructions of the program really read and write; the observer changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from megalina.parallel.buckets import Bucket
 from megalina.parallel.functions import Verdict
 from megalina.parallel.shard import cut_of
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.verify.recording import (
     INITIAL,
@@ -119,7 +119,7 @@ def together(config: PretrainConfig, layout: Layout, batches: Sequence[Batch], r
 
 
 class _Observer:
-    """Notes what forward stages read and write, by (kind, name); the first that shows a value counts."""
+    """Notes what forward instructions read and write, by (kind, name); the first that shows a value counts."""
 
     def __init__(self, trainable: Trainable, config: PretrainConfig):
         self.seen: dict[tuple[str, str], Held] = {}
@@ -127,7 +127,7 @@ class _Observer:
         self._tp = trainable.mesh.tp
         self._first = 0  # sample number of the step's first sequence
         self._batches: dict[str, Batch] = {}  # by part
-        self._stage: Stage | None = None  # the forward stage that runs
+        self._stage: Instruction | None = None  # the forward instruction that runs
         self._noted: set[str] = set()
         for i in trainable.gpt.moe_layers:
             trainable.gpt.layers[i].router.register_forward_pre_hook(self._logits)
@@ -136,62 +136,62 @@ class _Observer:
         self.seen, self._first = {}, step * SEQUENCES
         self._batches, self._noted = {}, set()
 
-    def observed(self, functions: Callable[[Stage], Callable[..., Any]]) -> Callable[[Stage], Callable[..., Any]]:
+    def observed(self, functions: Callable[[Instruction], Callable[..., Any]]) -> Callable[[Instruction], Callable[..., Any]]:
         """The same functions, watched."""
 
-        def of(stage: Stage) -> Callable[..., Any]:
-            function = functions(stage)
-            if stage.phase != "F":
+        def of(instruction: Instruction) -> Callable[..., Any]:
+            function = functions(instruction)
+            if instruction.phase != "F":
                 return function
 
             def watched(*arguments: Any) -> Any:
-                for name, value in zip(stage.reads, arguments, strict=True):
+                for name, value in zip(instruction.reads, arguments, strict=True):
                     if isinstance(value, Batch):
-                        self._batches[stage.part] = value
+                        self._batches[instruction.part] = value
                     else:
-                        self._note(name, value, stage)
-                self._stage = stage
+                        self._note(name, value, instruction)
+                self._stage = instruction
                 try:
                     out = function(*arguments)
                 finally:
                     self._stage = None
-                for name, value in zip(stage.writes, out if isinstance(out, tuple) else (out,), strict=True):
-                    self._note(name, value, stage)
+                for name, value in zip(instruction.writes, out if isinstance(out, tuple) else (out,), strict=True):
+                    self._note(name, value, instruction)
                 return out
 
             return watched
 
         return of
 
-    def _note(self, value_name: str, value: Any, stage: Stage) -> None:
+    def _note(self, value_name: str, value: Any, instruction: Instruction) -> None:
         base, layer, part = value_name.split(".")
         if base not in ("x", "h", "weight", "#order") or value_name in self._noted:
             return
         self._noted.add(value_name)
         if base == "x":
-            self._fill("activation", "embedded" if layer == "0" else f"layers.{int(layer) - 1}", value, stage, part)
+            self._fill("activation", "embedded" if layer == "0" else f"layers.{int(layer) - 1}", value, instruction, part)
         elif base == "h":
-            self._fill("activation", f"layers.{layer}.attention", value, stage, part)
+            self._fill("activation", f"layers.{layer}.attention", value, instruction, part)
         elif base == "weight":
-            self._fill("activation", f"layers.{layer}.weight", widened(value, self._columns, 0.0), stage, part)
+            self._fill("activation", f"layers.{layer}.weight", widened(value, self._columns, 0.0), instruction, part)
         else:
             assert isinstance(value, RowOrder)
-            self._fill("routing", f"layers.{layer}.expert", choices_of(value, self._columns), stage, part)
+            self._fill("routing", f"layers.{layer}.expert", choices_of(value, self._columns), instruction, part)
 
     def _logits(self, router: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Before a router runs; also called when a stage is computed again in backward, which does not count."""
-        stage = self._stage
-        if stage is not None:
-            self._fill("activation", f"layers.{stage.layer}.logits", arguments[0], stage, stage.part)
+        """Before a router runs; also called when an instruction is computed again in backward, which does not count."""
+        instruction = self._stage
+        if instruction is not None:
+            self._fill("activation", f"layers.{instruction.layer}.logits", arguments[0], instruction, instruction.part)
 
-    def _fill(self, kind: str, name: str, value_TA: Tensor, stage: Stage, part: str) -> None:
+    def _fill(self, kind: str, name: str, value_TA: Tensor, instruction: Instruction, part: str) -> None:
         """Put a part's tokens where they belong in the global batch."""
         batch = self._batches[part]
         value_TA = value_TA.detach()
         tokens, width = batch.tokens_BS.numel(), value_TA.shape[1]
         if (kind, name) not in self.seen:
             whole = _nothing((SEQUENCES, self._length, width), value_TA)
-            self.seen[kind, name] = Held(whole, stage.tag)
+            self.seen[kind, name] = Held(whole, instruction.tag)
         place = (batch.sample_B[:, None] - self._first) * self._length + torch.arange(
             self._length, device=value_TA.device
         )  # of each token in the global batch

@@ -72,7 +72,7 @@ class Entry:
     name: str
     value: Tensor  # float64; int64 for routing
     by_rank: list[Tensor] | None = None  # of more than one rank: what each has, in the whole's shape; NaN or NOBODY elsewhere
-    note: str = ""  # for people: where it comes from, such as the stage's tag
+    note: str = ""  # for people: where it comes from, such as the instruction's tag
 
 
 @dataclass(slots=True)

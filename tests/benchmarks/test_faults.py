@@ -86,18 +86,18 @@ def test_what_a_hang_must_say_is_what_the_doctor_says_of_it_and_of_no_other() ->
     loop = CASES["loop"].must
     assert explained(stands(0, "F:experts.0.0", stack), loop)[1] == []
     assert len(explained(stands(1, "F:experts.0.0", stack), loop)[1]) == 2  # both ranks
-    assert len(explained(stands(0, "F:route.0.0", stack), loop)[1]) == 1  # the stage
+    assert len(explained(stands(0, "F:route.0.0", stack), loop)[1]) == 1  # the instruction
     assert len(explained(stands(0, "F:experts.0.0", stack.replace("plants", "cases")), loop)[1]) == 1  # the call site
     outside = stands(1, "", stack.replace("while True:", "time.sleep(600)").replace("endless", "batch"))
     assert explained(outside, CASES["stall_data"].must)[1] == []
 
 
 def test_what_a_lost_rank_must_say_has_rank_and_place() -> None:
-    said = "rank 1 of 4 was ended by SIGKILL (out of memory?) in step 9, stage F:mix.1.0; the job was ended"
+    said = "rank 1 of 4 was ended by SIGKILL (out of memory?) in step 9, instruction F:mix.1.0; the job was ended"
     first = CASES["kill_rank"].must[0]
     assert re.search(first, said)
     assert not re.search(first, said.replace("rank 1", "rank 2"))
-    assert not re.search(first, said.replace(" in step 9, stage F:mix.1.0", ""))
+    assert not re.search(first, said.replace(" in step 9, instruction F:mix.1.0", ""))
 
 
 def test_damage_is_one_bit_or_a_shorter_file_of_the_largest_shard(tmp_path: Path) -> None:

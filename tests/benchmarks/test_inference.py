@@ -21,7 +21,7 @@ from megalina.placement.routing_trace import read_trace, traced, write_trace
 from megalina.placement.split import load_aware
 from megalina.placement.triggers import never
 from megalina.placement.workloads import WORKLOADS, Size, drawn
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--layers 2 --batches 2 --batch-tokens 48 --attention-ms 0.5 --experts-ms 2 --slow-motion 1 --slots 7"
@@ -129,8 +129,8 @@ def test_devices_take_time_for_their_own_tokens_and_rows(inference: Any) -> None
     times, functions = inference.Times(attention_s=1.0, experts_s=3.0, expert_s=0.1), SimpleNamespace(rows_here=24)
 
     def seconds(name: str, tokens: int) -> float:
-        part, stage = inference.OwnPart(np.zeros((tokens, 1)), 0), Stage("F", Kind.COMPUTE, name, 0, "0", (), ())
-        taken: float = inference.seconds(functions, part, times, 16, stage)
+        part, instruction = inference.OwnPart(np.zeros((tokens, 1)), 0), Instruction("F", Kind.COMPUTE, name, 0, "0", (), ())
+        taken: float = inference.seconds(functions, part, times, 16, instruction)
         return taken
 
     assert [seconds("attention", tokens) for tokens in (0, 16, 24)] == [0, 1, 1.5]

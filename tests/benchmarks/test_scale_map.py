@@ -87,7 +87,7 @@ def test_bounds_are_those_of_all_ranks_and_no_schedule_of_the_layout_beats_them(
     found = lower_bound(
         [program] * 16,
         ranks_of=ranks_of(held.axes),
-        seconds=lambda _, stage: seconds(stage),
+        seconds=lambda _, instruction: seconds(instruction),
         network=network_of(config.cluster),
         sizes=sizes_of(config, held),
     )

@@ -11,7 +11,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Links
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.timeline.recorder import Event, Recorder
 
 ZERO_S = 50.0  # the host's clock at `begin`; the device's starts at 7
@@ -87,14 +87,14 @@ def sent(device: Device, *, on: bool = True) -> list[Event]:
     links = Links(CollectiveLog(0), recorder, cuda=True, marks=marks)
     marks.begin()
 
-    def send(stage: Stage, seconds: float, num_bytes: int) -> None:
-        links.send(stage, lambda: Pending(device.launch(stage.axis, seconds), lambda: torch.zeros(0), num_bytes))  # type: ignore[arg-type]
+    def send(instruction: Instruction, seconds: float, num_bytes: int) -> None:
+        links.send(instruction, lambda: Pending(device.launch(instruction.axis, seconds), lambda: torch.zeros(0), num_bytes))  # type: ignore[arg-type]
 
-    send(Stage("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep"), 2.0, 10)
-    send(Stage("F", Kind.START, "dispatch", 1, op=Op.TOKENS, axis="ep"), 1.0, 20)
-    send(Stage("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp", yields_to=(Op.TOKENS,)), 5.0, 30)
+    send(Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep"), 2.0, 10)
+    send(Instruction("F", Kind.START, "dispatch", 1, op=Op.TOKENS, axis="ep"), 1.0, 20)
+    send(Instruction("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp", yields_to=(Op.TOKENS,)), 5.0, 30)
     device.main.at_s += 1.0
-    send(Stage("B", Kind.START, "dense.1", op=Op.GRADS, axis="dp"), 1.0, 40)
+    send(Instruction("B", Kind.START, "dense.1", op=Op.GRADS, axis="dp"), 1.0, 40)
     assert device.main.at_s == 8.0  # nobody made the stream that computes wait
     return recorder.events()
 
@@ -119,6 +119,6 @@ def test_a_mark_is_told_on_the_hosts_clock(device: Device) -> None:
     clock.begin()
     device.main.at_s += 0.25
     recorder = Recorder()
-    recorder.add("wait", Stage("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep"), 0, 1.0, ZERO_S, clock.now(), None)
+    recorder.add("wait", Instruction("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep"), 0, 1.0, ZERO_S, clock.now(), None)
     (event,) = recorder.events()
     assert (event.start_s, event.end_s, event.exposed_s) == (ZERO_S, ZERO_S + 0.25, 0.25)

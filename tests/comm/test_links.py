@@ -9,14 +9,14 @@ import torch
 from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.timeline.recorder import Recorder
 
 SOON_S = 0.02  # until an emulated device has what is sent
 
 
-def stage(op: Op, name: str, axis: str, yields_to: tuple[Op, ...] = (), credit: int = 0) -> Stage:
-    return Stage("B", Kind.START, name, op=op, axis=axis, yields_to=yields_to, credit=credit)
+def instruction(op: Op, name: str, axis: str, yields_to: tuple[Op, ...] = (), credit: int = 0) -> Instruction:
+    return Instruction("B", Kind.START, name, op=op, axis=axis, yields_to=yields_to, credit=credit)
 
 
 def launching(seen: list[str], name: str, before: Callable[[], object] = lambda: None) -> Callable[[], Pending]:
@@ -36,9 +36,9 @@ def test_what_a_lane_is_about_to_start_is_not_overtaken_by_the_program() -> None
         taken_up.set()
         time.sleep(0.1)
 
-    first = links.send(stage(Op.GRADS, "first", "dp"), launching(seen, "first", stand), at_s=time.perf_counter() + SOON_S)
+    first = links.send(instruction(Op.GRADS, "first", "dp"), launching(seen, "first", stand), at_s=time.perf_counter() + SOON_S)
     assert taken_up.wait(5.0)
-    second = links.send(stage(Op.GRADS, "second", "dp"), launching(seen, "second"))
+    second = links.send(instruction(Op.GRADS, "second", "dp"), launching(seen, "second"))
     first.wait()
     second.wait()
     links.close()
@@ -47,8 +47,8 @@ def test_what_a_lane_is_about_to_start_is_not_overtaken_by_the_program() -> None
 
 def test_lanes_of_two_axes_do_not_wait_for_one_another() -> None:
     links, seen = Links(CollectiveLog(0), Recorder(), cuda=False), list[str]()
-    late = links.send(stage(Op.GRADS, "late", "dp"), launching(seen, "late"), at_s=time.perf_counter() + 10 * SOON_S)
-    links.send(stage(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens")).wait()
+    late = links.send(instruction(Op.GRADS, "late", "dp"), launching(seen, "late"), at_s=time.perf_counter() + 10 * SOON_S)
+    links.send(instruction(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens")).wait()
     assert seen == ["tokens"]
     late.wait()
     links.close()
@@ -58,8 +58,8 @@ def test_lanes_of_two_axes_do_not_wait_for_one_another() -> None:
 def test_gradients_that_yield_wait_for_tokens_whose_sizes_are_on_their_way() -> None:
     links, seen, sizes = Links(CollectiveLog(0), Recorder(), cuda=False), list[str](), threading.Event()
     links.watched = True
-    tokens = links.send(stage(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens"), after=Later(lambda: sizes.wait(5.0)))
-    gradients = links.send(stage(Op.GRADS, "gradients", "dp", yields_to=(Op.TOKENS,)), launching(seen, "gradients"))
+    tokens = links.send(instruction(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens"), after=Later(lambda: sizes.wait(5.0)))
+    gradients = links.send(instruction(Op.GRADS, "gradients", "dp", yields_to=(Op.TOKENS,)), launching(seen, "gradients"))
     time.sleep(SOON_S)
     assert seen == []
     sizes.set()
@@ -75,7 +75,7 @@ def test_an_error_of_a_lane_is_raised_where_the_program_waits() -> None:
     def broken() -> Pending:
         raise RuntimeError("the wire is cut")
 
-    sent = links.send(stage(Op.GRADS, "gradients", "dp"), broken, at_s=time.perf_counter() + SOON_S)
+    sent = links.send(instruction(Op.GRADS, "gradients", "dp"), broken, at_s=time.perf_counter() + SOON_S)
     try:
         sent.wait()
     except RuntimeError as error:

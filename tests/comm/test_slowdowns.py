@@ -2,18 +2,18 @@
 
 from megalina.comm.slowdowns import slowdowns
 from megalina.mesh import build_mesh
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.contention import Alone
 from tests.parallel.ranks import run_on_ranks
 from tests.timeline.made import compute, grads, tokens
 
 ALONE = {"tokens": Alone(0.0, 0.01), "grads": Alone(0.5, 0.0)}
 PROGRAM: Program = (
-    Stage("F", Kind.COMPUTE, "route", 0),
-    Stage("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep"),
-    Stage("F", Kind.START, "combine", 0, op=Op.TOKENS, axis="ep"),
-    Stage("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp"),
-    Stage("B", Kind.START, "experts.0", op=Op.GRADS, axis="copies"),  # nobody calibrates that
+    Instruction("F", Kind.COMPUTE, "route", 0),
+    Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep"),
+    Instruction("F", Kind.START, "combine", 0, op=Op.TOKENS, axis="ep"),
+    Instruction("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp"),
+    Instruction("B", Kind.START, "experts.0", op=Op.GRADS, axis="copies"),  # nobody calibrates that
 )
 
 

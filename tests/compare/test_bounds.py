@@ -1,4 +1,4 @@
-"""Bounds by hand: bytes over the links of nodes, and the longest chain of a few stages."""
+"""Bounds by hand: bytes over the links of nodes, and the longest chain of a few instructions."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.compare.bounds import bounds_of, link_bytes
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.timeline.recorder import Event
 from tests.timeline.made import compute, event, grads, tokens, wait
 
@@ -62,11 +62,11 @@ def test_the_busiest_node_counts(sizes: list[int]) -> None:
 def test_the_longest_chain_is_not_the_sum_of_all_that_is_computed() -> None:
     """attention 1 s -> 300 bytes to three others at 100 bytes a second -> experts 2 s, and beside it shared 4 s."""
     program = (
-        Stage("F", Kind.COMPUTE, "attention", 0, reads=("x",), writes=("a",)),
-        Stage("F", Kind.START, "dispatch", 0, reads=("a",), writes=("a>",), op=Op.TOKENS, axis="ep"),
-        Stage("F", Kind.COMPUTE, "shared", 0, reads=("a",), writes=("s",)),
-        Stage("F", Kind.WAIT, "dispatch", 0, reads=("a>",), writes=("r",), op=Op.TOKENS, axis="ep"),
-        Stage("F", Kind.COMPUTE, "experts", 0, reads=("r",), writes=("e",)),
+        Instruction("F", Kind.COMPUTE, "attention", 0, reads=("x",), writes=("a",)),
+        Instruction("F", Kind.START, "dispatch", 0, reads=("a",), writes=("a>",), op=Op.TOKENS, axis="ep"),
+        Instruction("F", Kind.COMPUTE, "shared", 0, reads=("a",), writes=("s",)),
+        Instruction("F", Kind.WAIT, "dispatch", 0, reads=("a>",), writes=("r",), op=Op.TOKENS, axis="ep"),
+        Instruction("F", Kind.COMPUTE, "experts", 0, reads=("r",), writes=("e",)),
     )
     seconds = {"attention": 1.0, "shared": 4.0, "experts": 2.0}
 

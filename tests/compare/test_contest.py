@@ -138,7 +138,7 @@ def test_exchanges_are_calibrated(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_an_emulated_device_is_busy_for_what_its_list_costs(ranks: list[dict[str, Any]]) -> None:
-    """Two layers, forward once and backward twice, and small stages for the rest."""
+    """Two layers, forward once and backward twice, and small instructions for the rest."""
     for rank in ranks:
         emulated = rank["emulated"]
         assert emulated.device_s == pytest.approx(rank["device step_s"])

@@ -1,4 +1,4 @@
-"""What stages cost on a device, by hand and by what must hold; and the files of clusters, which say what devices are."""
+"""What instructions cost on a device, by hand and by what must hold; and the files of clusters, which say what devices are."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from megalina.cost.stage_work import StageWork
 from megalina.cost.work import Product, Work
 from megalina.parallel.emulated_device import emulated_device
 from megalina.parallel.shard import shape_of
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import Setting, training_step
 from megalina.train.throughput import published_peak_flops
 from megalina.validate import check_hardware
@@ -37,7 +37,9 @@ def cluster_of(name: str) -> ClusterConfig:
     return ClusterConfig(**figures, hardware=hardware)
 
 
-def seconds_of(cluster: ClusterConfig, *, dtype: str = "bfloat16", load: float = 1.0, **model: int) -> Callable[[Stage], float]:
+def seconds_of(
+    cluster: ClusterConfig, *, dtype: str = "bfloat16", load: float = 1.0, **model: int
+) -> Callable[[Instruction], float]:
     """OLMoE-like layers, 2 sequences of 1024 tokens, experts on 8 ranks."""
     config = PretrainConfig(cluster=cluster)
     config.train.micro_batch_size, config.train.seq_len, config.train.dtype = 2, 1024, dtype
@@ -48,8 +50,8 @@ def seconds_of(cluster: ClusterConfig, *, dtype: str = "bfloat16", load: float =
     return stage_seconds(config, StageWork(config, world=8, vocab_rows=50304, buckets={}), load=load)
 
 
-def stage(name: str, phase: str = "F", **more: object) -> Stage:
-    return Stage(phase, Kind.COMPUTE, name, 0, **more)  # type: ignore[arg-type]
+def instruction(name: str, phase: str = "F", **more: object) -> Instruction:
+    return Instruction(phase, Kind.COMPUTE, name, 0, **more)  # type: ignore[arg-type]
 
 
 # the roofline, by hand
@@ -128,10 +130,10 @@ def test_where_the_host_is_the_device_its_time_comes_on_top_and_what_travels_tak
     assert host.seconds(Work()) == 400
     cluster = changed("h100_400g", "host_is_device", True)
     seconds = seconds_of(cluster)
-    assert seconds(Stage("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 20e-6
+    assert seconds(Instruction("F", Kind.WAIT, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 20e-6
     plain = seconds_of(cluster_of("h100_400g"))
-    assert seconds(stage("attention")) == pytest.approx(plain(stage("attention")) + 20e-6)
-    assert seconds(stage("experts")) > plain(stage("experts")) + 20e-6  # there each expert has kernels of its own
+    assert seconds(instruction("attention")) == pytest.approx(plain(instruction("attention")) + 20e-6)
+    assert seconds(instruction("experts")) > plain(instruction("experts")) + 20e-6  # there each expert has kernels of its own
 
 
 def test_a_device_has_the_figures_of_its_file() -> None:
@@ -146,7 +148,7 @@ def test_a_device_has_the_figures_of_its_file() -> None:
         device_of(cluster, "float64")
 
 
-# stages
+# instructions
 
 
 @pytest.mark.parametrize("name", [name for name in SIMULATED if name != "emulated"])
@@ -156,8 +158,8 @@ def test_stages_take_plausible_times(name: str) -> None:
     config_flops = {"attention": 2 * 2048 * (4 * 2048**2 + 1024 * 2048), "experts": 2 * 2048 * 8 * 3 * 2048 * 1024}
     for which, flops in config_flops.items():
         ideal_s = flops / (cluster.hardware.bfloat16_tflops * 1e12)
-        assert ideal_s < work_s(stage(which)) < 10 * ideal_s
-        assert 1.8 < work_s(stage(which, "B")) / work_s(stage(which)) < 3.5
+        assert ideal_s < work_s(instruction(which)) < 10 * ideal_s
+        assert 1.8 < work_s(instruction(which, "B")) / work_s(instruction(which)) < 3.5
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_more_of_anything_makes_no_stage_slower(field: str) -> None:
     for factor in (0.5, 0.8, 1):
         hardware = replace(cluster.hardware, **{field: getattr(cluster.hardware, field) * factor})
         seconds = seconds_of(replace(cluster, hardware=hardware))
-        took_s.append([seconds(stage(name, phase)) for name in names for phase in "FB"])
+        took_s.append([seconds(instruction(name, phase)) for name in names for phase in "FB"])
     slow, middle, fast = took_s
     assert all(a >= b >= c for a, b, c in zip(slow, middle, fast, strict=True))
     assert sum(slow) > sum(middle) > sum(fast)
@@ -181,24 +183,24 @@ def test_a_half_takes_more_than_half_and_no_more_than_all() -> None:
     seconds = seconds_of(cluster_of("h100_400g"))
     for name in ("attention", "experts", "route", "mix", "loss"):
         for phase in "FB":
-            whole = seconds(stage(name, phase))
-            assert whole / 2 < seconds(stage(name, phase, share=0.5)) < whole
-    assert seconds(stage("experts", share=0.5)) == seconds(stage("experts", chunk=(0, 2)))
-    assert seconds(stage("experts", chunk=(0, 64))) > seconds(stage("experts")) / 32  # weights and launches stay
+            whole = seconds(instruction(name, phase))
+            assert whole / 2 < seconds(instruction(name, phase, share=0.5)) < whole
+    assert seconds(instruction("experts", share=0.5)) == seconds(instruction("experts", chunk=(0, 2)))
+    assert seconds(instruction("experts", chunk=(0, 64))) > seconds(instruction("experts")) / 32  # weights and launches stay
 
 
 def test_fine_grained_experts_are_slower_for_the_same_flops() -> None:
     coarse = seconds_of(cluster_of("h100_400g"), num_experts=64, d_ff=1024)
     fine = seconds_of(cluster_of("h100_400g"), num_experts=2048, d_ff=1024)  # 64 rows each, not 2048
-    assert fine(stage("experts")) > 2 * coarse(stage("experts"))
-    assert fine(stage("attention")) == coarse(stage("attention"))
-    assert seconds_of(cluster_of("h100_400g"), load=2.0)(stage("experts")) > 1.5 * coarse(stage("experts"))
+    assert fine(instruction("experts")) > 2 * coarse(instruction("experts"))
+    assert fine(instruction("attention")) == coarse(instruction("attention"))
+    assert seconds_of(cluster_of("h100_400g"), load=2.0)(instruction("experts")) > 1.5 * coarse(instruction("experts"))
 
 
 def test_a_small_stage_waits_for_the_host_and_what_travels_costs_the_device_nothing() -> None:
     seconds = seconds_of(cluster_of("h100_400g"))
-    assert seconds(stage("verdict", "U")) == 20e-6
-    assert seconds(Stage("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 0
+    assert seconds(instruction("verdict", "U")) == 20e-6
+    assert seconds(Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Group, simulate
 from megalina.step.passes import ROUTED
-from megalina.step.program import Program, Stage
+from megalina.step.program import Instruction, Program
 from megalina.timeline.recorder import SEND, Event
 from megalina.train.steps import Steps
 from tests.sim.schedules import delays
@@ -111,15 +111,15 @@ def padded(batch: Batch) -> Batch:
 def counting(functions: Functions, rows: dict[tuple[int, str], list[int]]) -> Functions:
     """Note what the routers decide; the split sizes of the dispatcher are not looked at."""
 
-    def of(stage: Stage) -> Callable[..., Any]:
-        function = functions(stage)
-        if stage.phase != "F" or stage.name not in ROUTED:
+    def of(instruction: Instruction) -> Callable[..., Any]:
+        function = functions(instruction)
+        if instruction.phase != "F" or instruction.name not in ROUTED:
             return function
 
         def routed(*arguments: Any) -> Any:
             out = function(*arguments)
             (order,) = (v for v in out if isinstance(v, RowOrder))
-            rows[stage.layer, stage.part] = order.count_E.tolist()
+            rows[instruction.layer, instruction.part] = order.count_E.tolist()
             return out
 
         return routed
@@ -200,9 +200,9 @@ def watched(sizes: Sizes, begun: dict[Group, list[Begun]]) -> Sizes:
     """Note what the simulator puts on the links."""
 
     class Watched(Sizes):
-        def sent(self, stage: Stage, ranks: tuple[int, ...]) -> Begun:
-            begun[stage.axis, ranks].append(super().sent(stage, ranks))
-            return begun[stage.axis, ranks][-1]
+        def sent(self, instruction: Instruction, ranks: tuple[int, ...]) -> Begun:
+            begun[instruction.axis, ranks].append(super().sent(instruction, ranks))
+            return begun[instruction.axis, ranks][-1]
 
     return Watched(sizes.bytes_of, sizes.scattered, sizes.matrix_of)
 

@@ -66,8 +66,8 @@ def test_sums_that_weigh_more_slow_the_tokens_beside_them(ladder: PretrainConfig
 def test_a_slow_host_is_hidden_where_the_device_is_busy_and_not_after_a_wait(ladder: PretrainConfig) -> None:
     slow = replace(FREE, stage_s=0.2e-3)
     alone = walked(ladder, slow).step_s - DEVICE_S
-    stages = sum(1 for e in walked(ladder, FREE).events(0) if e.kind != "send")
-    assert 0 < alone < 0.9 * stages * slow.stage_s
+    instructions = sum(1 for e in walked(ladder, FREE).events(0) if e.kind != "send")
+    assert 0 < alone < 0.9 * instructions * slow.stage_s
 
 
 def test_no_emulated_device_is_refused(ladder: PretrainConfig) -> None:

@@ -21,7 +21,7 @@ from megalina.forecast.counted import counted, rows_between
 from megalina.forecast.search import accepted
 from megalina.parallel.shard import shape_of
 from megalina.sim.sizes import Sizes
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
 from tests.forecast.sequence_ranks import (
@@ -120,7 +120,7 @@ def simulated(found: Forecasted, seen: Sequence[Seen], *, seed: int = 0) -> Sequ
 def test_the_forecasts_list_is_the_trainers(name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
     program = forecasted(configs[name]).program
     for own in seen[name]:
-        assert [stage.tag for stage in own.program] == [stage.tag for stage in program]
+        assert [instruction.tag for instruction in own.program] == [instruction.tag for instruction in program]
         assert own.program == program
 
 
@@ -204,22 +204,28 @@ def test_two_collectives_swapped_on_one_rank_are_noticed_there(
 def test_one_size_doubled_is_noticed(name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
     found, random = forecasted(configs[name]), Random(0)
     sizes = as_counted(found, seen[name])
-    sent = {stage.op: stage for stage in random.sample(found.program, len(found.program)) if stage.kind is Kind.START}
+    sent = {
+        instruction.op: instruction
+        for instruction in random.sample(found.program, len(found.program))
+        if instruction.kind is Kind.START
+    }
     assert len(sent) >= 4
-    for stage in sent.values():
-        if found.axes[stage.axis] > 1:
-            said = difference(on_gloo(seen[name]), in_virtual_time([found.program] * WORLD, doubled(sizes, stage), found.axes))
-            assert stage.tag in said.splitlines()[1] and stage.tag in said.splitlines()[2]
+    for instruction in sent.values():
+        if found.axes[instruction.axis] > 1:
+            said = difference(
+                on_gloo(seen[name]), in_virtual_time([found.program] * WORLD, doubled(sizes, instruction), found.axes)
+            )
+            assert instruction.tag in said.splitlines()[1] and instruction.tag in said.splitlines()[2]
 
 
-def doubled(sizes: Sizes, which: Stage) -> Sizes:
+def doubled(sizes: Sizes, which: Instruction) -> Sizes:
     assert (matrix_of := sizes.matrix_of) is not None
 
-    def twice(stage: Stage, ranks: tuple[int, ...]) -> Any:
-        found = matrix_of(stage, ranks)
-        return found if found is None else found * (1 + (stage.tag == which.tag))
+    def twice(instruction: Instruction, ranks: tuple[int, ...]) -> Any:
+        found = matrix_of(instruction, ranks)
+        return found if found is None else found * (1 + (instruction.tag == which.tag))
 
-    return Sizes(lambda stage: sizes.bytes_of(stage) * (1 + (stage.tag == which.tag)), sizes.scattered, twice)
+    return Sizes(lambda instruction: sizes.bytes_of(instruction) * (1 + (instruction.tag == which.tag)), sizes.scattered, twice)
 
 
 def test_even_routing_is_not_what_was_sent(configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
@@ -234,8 +240,8 @@ def test_rows_that_go_back_go_the_other_way(configs: dict[str, PretrainConfig], 
     sizes = as_counted(found, seen["eager, plain"])
     assert (matrix_of := sizes.matrix_of) is not None
 
-    def one_way(stage: Stage, ranks: tuple[int, ...]) -> Any:
-        return matrix_of(replace(stage, name="dispatch", phase="F"), ranks)
+    def one_way(instruction: Instruction, ranks: tuple[int, ...]) -> Any:
+        return matrix_of(replace(instruction, name="dispatch", phase="F"), ranks)
 
     virtual = in_virtual_time([found.program] * WORLD, replace(sizes, matrix_of=one_way), found.axes)
     assert "'F:combine>.0.0'" in difference(on_gloo(seen["eager, plain"]), virtual)
@@ -249,8 +255,8 @@ def test_rows_go_to_whoever_has_their_experts_chunk_by_chunk() -> None:
     assert rows_between(count_NE).tolist() == [[3, 5], [0, 6]]
     chunks = [rows_between(count_NE, (c, 2)) for c in range(2)]
     assert [chunk.tolist() for chunk in chunks] == [[[1, 2], [0, 2]], [[2, 3], [0, 4]]]  # halves of 3, 1, 4; of 5, 1
-    dispatch = Stage("F", Kind.START, "dispatch", 0, "2c1", op=Op.TOKENS, axis="ep", chunk=(1, 2))
-    sizes = counted(Sizes(lambda stage: 0.0), {(0, "2"): np.vstack([count_NE * 0, count_NE])}, row_bytes=10)
+    dispatch = Instruction("F", Kind.START, "dispatch", 0, "2c1", op=Op.TOKENS, axis="ep", chunk=(1, 2))
+    sizes = counted(Sizes(lambda instruction: 0.0), {(0, "2"): np.vstack([count_NE * 0, count_NE])}, row_bytes=10)
     assert (matrix_of := sizes.matrix_of) is not None
     for phase, name, out in (("F", "dispatch", True), ("F", "combine", False), ("B", "dispatch", False), ("B", "combine", True)):
         found = matrix_of(replace(dispatch, phase=phase, name=name), (2, 3))

@@ -28,7 +28,7 @@ from megalina.placement.triggers import always, never
 from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
 from megalina.sim.network import Network
 from megalina.step.forward import Shape
-from megalina.step.program import Kind, Op, Stage, check
+from megalina.step.program import Instruction, Kind, Op, check
 from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
@@ -218,9 +218,9 @@ def test_rows_go_back_the_way_they_came_chunk_by_chunk(chunks: int) -> None:
     decisions = Decider(setting.policy, setting.residents).decide(workload_batches("hot_rank")[0])
     sizes, everybody = sizes_of(decisions, setting, DEVICES), tuple(range(DEVICES))
     for d in decisions:
-        out = Stage("F", Kind.START, "dispatch", d.layer, op=Op.TOKENS)
+        out = Instruction("F", Kind.START, "dispatch", d.layer, op=Op.TOKENS)
         back = [replace(out, name="combine", chunk=(c, chunks)) for c in range(chunks)]
-        out_NN, *back_NN = (sizes.sent(stage, everybody)[2] for stage in (out, *back))
+        out_NN, *back_NN = (sizes.sent(instruction, everybody)[2] for instruction in (out, *back))
         assert out_NN is not None and (out_NN != out_NN.T).any()
         assert out_NN.tolist() == (8.0 * d.rows_RNS.sum(2)).tolist() == sum(x.T for x in back_NN if x is not None).tolist()
         assert out_NN.sum() == TOKENS * 8.0

@@ -6,15 +6,15 @@ import pytest
 
 from megalina.config import ClusterConfig, ModelConfig, RouterConfig
 from megalina.infer.emulation import REAL, ServingDevice, emulated_parts, emulation_note, full_batch, is_emulated, read_cluster
-from megalina.step.program import Kind, Stage
+from megalina.step.program import Instruction, Kind
 
 MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, num_experts=4, d_ff=16)
 ROUTER = RouterConfig(top_k=2)
 TIMES = ClusterConfig(attention_ms=10.0, experts_ms=20.0)
 
 
-def stage(name: str, chunk: tuple[int, int] = (0, 1)) -> Stage:
-    return Stage("F", Kind.COMPUTE, name, 0, "0", (), (), chunk=chunk)
+def instruction(name: str, chunk: tuple[int, int] = (0, 1)) -> Instruction:
+    return Instruction("F", Kind.COMPUTE, name, 0, "0", (), (), chunk=chunk)
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,19 @@ def test_attention_takes_its_tokens_time_and_experts_their_rows() -> None:
     assert full is not None and full.row_us == pytest.approx(20e3 / (16 * 2))
     rows = [32]
     device = ServingDevice(full, lambda: rows[0])
-    assert device.seconds(stage("attention")) == 0  # nothing is served yet
+    assert device.seconds(instruction("attention")) == 0  # nothing is served yet
     device.tokens = 16
     floor = 0.02
-    assert device.seconds(stage("attention")) == pytest.approx(10e-3 * (1 + floor))
-    assert device.seconds(stage("experts")) == pytest.approx(20e-3 * (1 + floor))
-    assert device.seconds(stage("score")) == 0  # real
+    assert device.seconds(instruction("attention")) == pytest.approx(10e-3 * (1 + floor))
+    assert device.seconds(instruction("experts")) == pytest.approx(20e-3 * (1 + floor))
+    assert device.seconds(instruction("score")) == 0  # real
     rows[0], device.tokens = 48, 4
-    assert device.seconds(stage("attention")) == pytest.approx(10e-3 * (0.25 + floor))
-    assert device.seconds(stage("experts")) == pytest.approx(20e-3 * (1.5 + floor))
+    assert device.seconds(instruction("attention")) == pytest.approx(10e-3 * (0.25 + floor))
+    assert device.seconds(instruction("experts")) == pytest.approx(20e-3 * (1.5 + floor))
     rows[0] = 8  # of one of two chunks: the rows are its own already
-    assert device.seconds(stage("experts", (0, 2))) == pytest.approx(20e-3 * (0.25 + floor))
+    assert device.seconds(instruction("experts", (0, 2))) == pytest.approx(20e-3 * (0.25 + floor))
     device.tokens = None
-    assert device.seconds(stage("experts")) == 0
+    assert device.seconds(instruction("experts")) == 0
 
 
 def test_a_floor_counts_once_a_stage_and_rates_follow_the_model() -> None:
@@ -71,8 +71,8 @@ def test_a_floor_counts_once_a_stage_and_rates_follow_the_model() -> None:
     assert full is not None
     device = ServingDevice(full, lambda: 0)
     device.tokens = 16
-    assert device.seconds(stage("attention")) == pytest.approx(13e-3)
-    assert device.seconds(stage("experts")) == pytest.approx(3e-3)
+    assert device.seconds(instruction("attention")) == pytest.approx(13e-3)
+    assert device.seconds(instruction("experts")) == pytest.approx(3e-3)
     by_rate = full_batch(ClusterConfig(device_gflops=0.001), MODEL, ROUTER, sequences=2, length=8)
     assert by_rate is not None
     assert by_rate.seconds["experts"] == pytest.approx(2 * 16 * 2 * 3 * 32 * 16 / 1e6)  # swiglu: three matrices

@@ -19,7 +19,7 @@ from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity
 from megalina.placement.split import even, load_aware, local_first
 from megalina.placement.triggers import always, never
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 from tests.infer.small_engine import EXPERTS, batch_of, layer_bytes, random_placement, small_engine, small_gpt, tokens_of
 from tests.parallel.ranks import run_on_ranks
 
@@ -106,14 +106,14 @@ def moving(split: Split, trigger: Trigger) -> Policy:
 
 
 class RowsSeen(EmulatedDevice):
-    """Every stage takes a little, so what is sent leaves through a lane; notes the rows that experts had."""
+    """Every instruction takes a little, so what is sent leaves through a lane; notes the rows that experts had."""
 
     def __init__(self, functions: InferenceFunctions):
         super().__init__(self._note)
         self.functions, self.rows = functions, list[int]()
 
-    def _note(self, stage: Stage) -> float:
-        if stage.name == "experts":
+    def _note(self, instruction: Instruction) -> float:
+        if instruction.name == "experts":
             self.rows.append(self.functions.rows_here)
         return 1e-4
 

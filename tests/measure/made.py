@@ -59,7 +59,7 @@ def machine(nodes: int = 1, ranks_per_node: int = 2, *, disturbed: float = 1.0) 
         threads=1,
         memory_gib=16.0,
         dtypes=("float32", "bfloat16"),
-        stages=STAGES,
+        instructions=STAGES,
         stage_kernels=STAGE_KERNELS,
         tiny_ops=TINY_OPS,
         passes=(first, second),

@@ -121,7 +121,7 @@ def test_the_step_of_next_to_nothing_is_a_whole_step_and_its_stages_are_counted(
     step = tiny_step(DEVICE)
     step.run()
     step.run()
-    assert step.stages > 40 and step.kernels > step.stages
+    assert step.instructions > 40 and step.kernels > step.instructions
 
 
 def test_the_stopwatch_leaves_out_when_others_had_the_core() -> None:

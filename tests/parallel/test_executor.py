@@ -18,7 +18,7 @@ from megalina.mesh import Mesh, build_mesh
 from megalina.model.digest import LIMBS
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Kind, Op, Program, Stage, backward
+from megalina.step.program import Instruction, Kind, Op, Program, backward
 from megalina.train.bucket_optimizer import BucketOptimizer
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import GROUPS, LENGTH, VOCABULARY, config_of, random_batch
@@ -34,16 +34,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-# a program of a few stages
+# a program of a few instructions
 def small_program(*, recompute: bool = False) -> Program:
     """x -> a -> (b, c) -> loss: the gradients of a and x have two writers each."""
     forward = (
-        Stage(F, C, "square", reads=("x",), writes=("a",), recompute=recompute),
-        Stage(F, C, "scale", reads=("a", "#k"), writes=("b",), recompute=recompute),
-        Stage(F, C, "times", reads=("a", "x"), writes=("c",), recompute=recompute),
-        Stage(F, C, "loss", reads=("b", "c"), writes=("loss",)),
+        Instruction(F, C, "square", reads=("x",), writes=("a",), recompute=recompute),
+        Instruction(F, C, "scale", reads=("a", "#k"), writes=("b",), recompute=recompute),
+        Instruction(F, C, "times", reads=("a", "x"), writes=("c",), recompute=recompute),
+        Instruction(F, C, "loss", reads=("b", "c"), writes=("loss",)),
     )
-    seed = Stage(U, C, "seed", reads=("loss",), writes=("loss'",))
+    seed = Instruction(U, C, "seed", reads=("loss",), writes=("loss'",))
     return (*forward, seed, *backward(forward))
 
 
@@ -57,7 +57,7 @@ SMALL: dict[str, Callable[..., Any]] = {
 
 
 def executor_of(program: Program, functions: dict[str, Callable[..., Any]]) -> Executor:
-    return Executor(program, lambda stage: functions[stage.name], build_mesh(), {})
+    return Executor(program, lambda instruction: functions[instruction.name], build_mesh(), {})
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -74,13 +74,13 @@ def test_gradients_with_several_writers_are_those_of_autograd(recompute: bool) -
 def test_a_gradient_from_the_wire_adds_to_one_that_was_there() -> None:
     """`a` is sent and read here too; in backward the wait is the second writer of its gradient."""
     forward = (
-        Stage(F, C, "square", reads=("x",), writes=("a",)),
-        Stage(F, Kind.START, "send", reads=("a",), writes=("a>",), op=Op.SUM, axis="tp"),
-        Stage(F, C, "scale", reads=("a", "#k"), writes=("b",)),
-        Stage(F, Kind.WAIT, "send", reads=("a>",), writes=("c",), op=Op.SUM, axis="tp"),
-        Stage(F, C, "loss", reads=("b", "c"), writes=("loss",)),
+        Instruction(F, C, "square", reads=("x",), writes=("a",)),
+        Instruction(F, Kind.START, "send", reads=("a",), writes=("a>",), op=Op.SUM, axis="tp"),
+        Instruction(F, C, "scale", reads=("a", "#k"), writes=("b",)),
+        Instruction(F, Kind.WAIT, "send", reads=("a>",), writes=("c",), op=Op.SUM, axis="tp"),
+        Instruction(F, C, "loss", reads=("b", "c"), writes=("loss",)),
     )
-    program = (*forward, Stage(U, C, "seed", reads=("loss",), writes=("loss'",)), *backward(forward))
+    program = (*forward, Instruction(U, C, "seed", reads=("loss",), writes=("loss'",)), *backward(forward))
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(0.5 * ((leaf * leaf).sin() * 3.0 * leaf * leaf).sum(), leaf)
@@ -99,18 +99,18 @@ def test_a_value_dies_at_its_last_reader() -> None:
         watched.append(weakref.ref(thing := Thing()))
         return thing
 
-    def note(stage: str) -> Callable[..., int]:
+    def note(instruction: str) -> Callable[..., int]:
         def function(*_: Any) -> int:
-            alive[stage] = watched[0]() is not None
+            alive[instruction] = watched[0]() is not None
             return 0
 
         return function
 
     program = (
-        Stage(U, C, "make", writes=("#thing",)),
-        Stage(U, C, "first", reads=("#thing",), writes=("#1",)),
-        Stage(U, C, "last", reads=("#thing", "#1"), writes=("#2",)),
-        Stage(U, C, "after", reads=("#2",), writes=("#3",)),
+        Instruction(U, C, "make", writes=("#thing",)),
+        Instruction(U, C, "first", reads=("#thing",), writes=("#1",)),
+        Instruction(U, C, "last", reads=("#thing", "#1"), writes=("#2",)),
+        Instruction(U, C, "after", reads=("#2",), writes=("#3",)),
     )
     out = executor_of(program, {"make": make} | {n: note(n) for n in ("first", "last", "after")}).run({})
     assert alive == {"first": True, "last": True, "after": False}
@@ -129,7 +129,7 @@ def test_an_error_in_a_stage_is_raised_with_its_name_and_the_next_run_is_whole()
     given = {"x": torch.ones(3), "#k": 1.0}
     with pytest.raises(ZeroDivisionError, match="planted") as caught:
         executor.run(given)
-    assert caught.value.__notes__ == ["in stage F:times.-.0"]
+    assert caught.value.__notes__ == ["in instruction F:times.-.0"]
     fail = False
     assert torch.equal(executor.run(given)["x'"], executor_of(small_program(), SMALL).run(given)["x'"])
 

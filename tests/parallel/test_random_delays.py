@@ -103,7 +103,7 @@ class Outcome:
     """What is reported of a schedule by one rank."""
 
     error: float  # the greatest difference to the plain schedule, relative to the greatest element
-    ledger: Ledger  # what each of its groups saw: class, stage, type and size
+    ledger: Ledger  # what each of its groups saw: class, instruction, type and size
     tags: Ledger
     simulated: Ledger
     times_sent: dict[str, set[int]]  # bucket -> how often its elements were reduced
@@ -111,7 +111,7 @@ class Outcome:
 
 
 class Delays:
-    """Sleeps before stages and before collectives leave, a function of rank, stage and seed."""
+    """Sleeps before instructions and before collectives leave, a function of rank, instruction and seed."""
 
     def __init__(self, mesh: Mesh, schedule: Schedule):
         self._mesh, self._seed, self.slept_s = mesh, str(schedule), 0.0
@@ -126,12 +126,12 @@ class Delays:
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
-        """In the program's thread when a stage begins; in the thread that starts a collective, just before it does."""
+        """In the program's thread when an instruction begins; in the thread that starts a collective, just before it does."""
         log = self._mesh.log
         enter, submit = log.position.enter, log.submit
 
         def late_enter(tag: str, waits: bool) -> None:
-            self.sleep(f"stage {tag}")
+            self.sleep(f"instruction {tag}")
             enter(tag, waits)
 
         def late_submit(*arguments: Any, **named: Any) -> None:
@@ -190,7 +190,7 @@ class Model:
         setting = schedule.setting(self.base)
         program, delays = schedule.program(setting), Delays(self.mesh, schedule)
         if schedule.emulated:  # what is sent leaves when the device is there
-            self.trainable.device = EmulatedDevice(lambda stage: delays.seconds(f"device {stage.tag}"))
+            self.trainable.device = EmulatedDevice(lambda instruction: delays.seconds(f"device {instruction.tag}"))
         with delays.everywhere():
             found = self.run(setting, program)
         self.trainable.device = None
@@ -227,9 +227,9 @@ def simulated(program: Program, layout: tuple[int, int, int], rank: int) -> Ledg
     timeline = simulate(
         [program] * WORLD,
         ranks_of=ranks_of(layout),
-        seconds=lambda rank, stage: 1e-4,
+        seconds=lambda rank, instruction: 1e-4,
         network=one_level(1e6, 1e-5),
-        sizes=Sizes(lambda stage: 1000.0),
+        sizes=Sizes(lambda instruction: 1000.0),
     )
     return {group: list(tags[rank]) for group, tags in timeline.ledger.items() if rank in tags}
 
@@ -239,17 +239,17 @@ def times_sent(entries: list[Entry], program: Program, setting: Setting) -> dict
     starts = {s.tag: s for s in program if s.op is Op.GRADS and s.kind is Kind.START}
     counts: dict[str, list[int]] = {}
     for entry in entries:
-        if (stage := starts.get(entry.tag)) is None:
+        if (instruction := starts.get(entry.tag)) is None:
             continue
         left = entry.count or 0  # elements that are on the wire
-        for name in stage.buckets:
+        for name in instruction.buckets:
             numel = setting.buckets[name].numel
-            first, stop = stage.piece if len(stage.buckets) == 1 else (0, numel)
-            assert left >= stop - first, (entry, stage)
+            first, stop = instruction.piece if len(instruction.buckets) == 1 else (0, numel)
+            assert left >= stop - first, (entry, instruction)
             left -= stop - first
             counts.setdefault(name, [0] * numel)
             counts[name][first:stop] = [n + 1 for n in counts[name][first:stop]]
-        assert left == 0, (entry, stage)
+        assert left == 0, (entry, instruction)
     return {name: set(n) for name, n in counts.items()}
 
 

@@ -46,9 +46,9 @@ def test_each_constant_moves_what_it_is_of() -> None:
     assert walk(16, gradient_factor=5.0).all_to_all_s("F") == pytest.approx(walk(16).all_to_all_s("F"))
     gradients = [sum(e.end_s - e.start_s for e in walk(16, gradient_factor=f).sends("grads")) for f in (1.0, 5.0)]
     assert gradients[1] > 2 * gradients[0]
-    for name, stage in (("experts_factor", "experts"), ("gate_factor", "route"), ("attention_factor", "attention")):
+    for name, instruction in (("experts_factor", "experts"), ("gate_factor", "route"), ("attention_factor", "attention")):
         for seen in ("experts", "route", "attention"):
-            times = 3.0 if seen == stage else 1.0
+            times = 3.0 if seen == instruction else 1.0
             assert walk(16, **{name: 3.0}).compute_s(seen) == pytest.approx(times * walk(16).compute_s(seen)), (name, seen)
     assert walk(16, outside_ms=100.0).step_s == pytest.approx(walk(16).step_s + 0.1)
 

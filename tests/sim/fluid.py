@@ -7,7 +7,7 @@ from fractions import Fraction
 from megalina.sim.collectives import Phase
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
-from megalina.step.program import Kind, Program, Stage
+from megalina.step.program import Instruction, Kind, Program
 
 Link = Hashable
 
@@ -85,7 +85,7 @@ def step_s(
     ranks: int,
     *,
     ranks_of: Callable[[str, int], tuple[int, ...]],
-    seconds: Mapping[tuple[int, Stage], Fraction],
+    seconds: Mapping[tuple[int, Instruction], Fraction],
     network: Network,
     sizes: Sizes,
 ) -> Fraction:
@@ -110,17 +110,17 @@ def step_s(
         due[owner] = now + hops_s + (0 if phases[owner] else Fraction(network.latency_s))
 
     def walk(rank: int) -> bool:
-        stage = program[at[rank]]
-        if stage.kind is Kind.COMPUTE:
-            busy[rank] = now + seconds[rank, stage]
-        elif stage.kind is Kind.START:
-            owner = (stage, ranks_of(stage.axis, rank))
+        instruction = program[at[rank]]
+        if instruction.kind is Kind.COMPUTE:
+            busy[rank] = now + seconds[rank, instruction]
+        elif instruction.kind is Kind.START:
+            owner = (instruction, ranks_of(instruction.axis, rank))
             here.setdefault(owner, set()).add(rank)
             if here[owner] == set(owner[1]):
-                what, num_bytes, bytes_NN = sizes.sent(stage, owner[1])
+                what, num_bytes, bytes_NN = sizes.sent(instruction, owner[1])
                 phases[owner], size[owner] = list(network.phases(what, owner[1], bytes_NN)), Fraction(num_bytes)
                 go(owner)
-        elif (next(s for s in program if s.writes == stage.reads), ranks_of(stage.axis, rank)) not in arrived:
+        elif (next(s for s in program if s.writes == instruction.reads), ranks_of(instruction.axis, rank)) not in arrived:
             return False
         at[rank] += 1
         return True

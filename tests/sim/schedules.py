@@ -1,4 +1,5 @@
-"""Schedules for tests: hand-made stages, settings of all kinds for a strategy, other orders of its list, delays, layouts."""
+"""Schedules for tests: hand-made instructions, settings of all kinds for a strategy, other orders of its list, delays,
+layouts."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds
 from megalina.step.forward import Shape, plain
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, reads_of, writes_of
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, reads_of, writes_of
 from megalina.step.strategy import Setting
 
 SHAPES = {
@@ -25,23 +26,23 @@ SHAPES = {
 }
 LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
 WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn
-NAMED = Sizes(lambda stage: float(stage.name.split()[1]))  # "b 200" sends 200 bytes
+NAMED = Sizes(lambda instruction: float(instruction.name.split()[1]))  # "b 200" sends 200 bytes
 DELAYS_S = (0.0, 0.0, 1e-5, 1e-3, 3e-3, 0.1)  # some devices are much slower than the wire, some not
 
 
-def compute(name: str, reads: str = "", writes: str = "") -> Stage:
+def compute(name: str, reads: str = "", writes: str = "") -> Instruction:
     """ "a 3" computes for 3 s, where tests say so."""
-    return Stage("F", Kind.COMPUTE, name, reads=tuple(reads.split()), writes=tuple(writes.split()))
+    return Instruction("F", Kind.COMPUTE, name, reads=tuple(reads.split()), writes=tuple(writes.split()))
 
 
-def start(name: str, op: Op = Op.TOKENS, axis: str = "ep", reads: str = "", **more: object) -> Stage:
+def start(name: str, op: Op = Op.TOKENS, axis: str = "ep", reads: str = "", **more: object) -> Instruction:
     """ "a 200" sends 200 bytes with `NAMED`."""
-    stage = Stage("F", Kind.START, name, reads=tuple(reads.split()), writes=(f"{name}>",), op=op, axis=axis)
-    return replace(stage, **more)
+    instruction = Instruction("F", Kind.START, name, reads=tuple(reads.split()), writes=(f"{name}>",), op=op, axis=axis)
+    return replace(instruction, **more)
 
 
-def wait(name: str, op: Op = Op.TOKENS, axis: str = "ep", writes: str = "") -> Stage:
-    return Stage("F", Kind.WAIT, name, reads=(f"{name}>",), writes=(writes or f"{name}.",), op=op, axis=axis)
+def wait(name: str, op: Op = Op.TOKENS, axis: str = "ep", writes: str = "") -> Instruction:
+    return Instruction("F", Kind.WAIT, name, reads=(f"{name}>",), writes=(writes or f"{name}.",), op=op, axis=axis)
 
 
 def buckets_of(shape: Shape, *, sharded: bool = False, piece: int | None = None) -> dict[str, BucketSpec]:
@@ -66,12 +67,12 @@ def setting_of(name: str, shape: Shape, random: Random) -> Setting:
 
 
 def order_of(program: Program, random: Random) -> Program:
-    """Another order of the same stages in which every value is written before it is read."""
-    left = Counter(value for stage in program for value in writes_of(stage))  # writers that are still to come
+    """Another order of the same instructions in which every value is written before it is read."""
+    left = Counter(value for instruction in program for value in writes_of(instruction))  # writers that are still to come
     readers: dict[str, list[int]] = {}
     missing = []
-    for i, stage in enumerate(program):
-        values = {v for v in reads_of(stage) if v in left}
+    for i, instruction in enumerate(program):
+        values = {v for v in reads_of(instruction) if v in left}
         missing.append(len(values))
         for value in values:
             readers.setdefault(value, []).append(i)
@@ -79,9 +80,9 @@ def order_of(program: Program, random: Random) -> Program:
     while free:
         at = random.randrange(len(free))
         free[at], free[-1] = free[-1], free[at]
-        stage = program[free.pop()]
-        out.append(stage)
-        for value in writes_of(stage):
+        instruction = program[free.pop()]
+        out.append(instruction)
+        for value in writes_of(instruction):
             left[value] -= 1
             for reader in readers.get(value, ()) if left[value] == 0 else ():
                 missing[reader] -= 1
@@ -100,11 +101,11 @@ def ranks_of(layout: tuple[int, int, int]) -> RanksOf:
 
 
 def delays(random: Random, delays_s: tuple[float, ...] = DELAYS_S) -> Seconds:
-    """Of each rank and stage, drawn once."""
+    """Of each rank and instruction, drawn once."""
     drawn: dict[tuple[int, int], float] = {}
 
-    def seconds(rank: int, stage: Stage) -> float:
-        key = rank, id(stage)  # hashing a stage takes longer than walking it
+    def seconds(rank: int, instruction: Instruction) -> float:
+        key = rank, id(instruction)  # hashing an instruction takes longer than walking it
         if key not in drawn:
             drawn[key] = random.choice(delays_s)
         return drawn[key]
@@ -138,10 +139,10 @@ def random_network(random: Random, groups: Collection[tuple[int, ...]]) -> Netwo
 def reduced(program: Program, buckets: Mapping[str, BucketSpec]) -> dict[str, list[int]]:
     """How often each element of each bucket is summed."""
     counts = {name: [0] * bucket.numel for name, bucket in buckets.items()}
-    for stage in program:
-        if stage.op is Op.GRADS and stage.kind is Kind.START:
-            for name in stage.buckets:
-                first, stop = stage.piece if len(stage.buckets) == 1 else (0, buckets[name].numel)
+    for instruction in program:
+        if instruction.op is Op.GRADS and instruction.kind is Kind.START:
+            for name in instruction.buckets:
+                first, stop = instruction.piece if len(instruction.buckets) == 1 else (0, buckets[name].numel)
                 for i in range(first, stop):
                     counts[name][i] += 1
     return counts

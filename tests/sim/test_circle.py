@@ -63,7 +63,7 @@ def test_the_papers_rule_deadlocks_in_a_circle_that_is_named(name: str) -> None:
     setting = Setting(shape, buckets_of(shape, piece=40), yields=True, parts=2 if name == "flow" else 1, chunks_of=chunks)
     program, found = training_step(name, setting), 0
     for seed in range(40):
-        what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda stage: 1000.0), "rule": LITERAL}
+        what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda instruction: 1000.0), "rule": LITERAL}
         try:
             simulate([program] * 4, ranks_of=ranks_of((2, 2, 1)), seconds=delays(Random(seed)), **what)
         except Deadlock as deadlock:
@@ -77,7 +77,7 @@ def stuck(*programs: Program) -> str:
         simulate(
             programs,
             ranks_of=lambda axis, rank: tuple(range(len(programs))),
-            seconds=lambda rank, stage: 0.0,
+            seconds=lambda rank, instruction: 0.0,
             network=one_level(100.0, 0.0),
             sizes=NAMED,
         )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megalina.sim.network import Network
 from megalina.sim.virtual import simulate
-from megalina.step.program import Op, Stage
+from megalina.step.program import Instruction, Op
 from tests.sim.schedules import NAMED, start, wait
 
 drawn = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -27,14 +27,14 @@ def alone_s(network: Network, size: int, op: Op, ranks: int) -> float:
     return ends_s(network, [(start(f"a {size}", op), 0.0)], ranks)["a"]
 
 
-def ends_s(network: Network, starts: list[tuple[Stage, float]], ranks: int) -> dict[str, float]:
+def ends_s(network: Network, starts: list[tuple[Instruction, float]], ranks: int) -> dict[str, float]:
     """When each has arrived, of things that leave after so many seconds, each on an axis of its own."""
     program = (*(s for s, _ in starts), *(wait(s.name, s.op, s.axis) for s, _ in starts))
     lag = {s.name: lag_s for s, lag_s in starts}
     timeline = simulate(
         [program] * ranks,
         ranks_of=lambda axis, rank: tuple(range(ranks)),
-        seconds=lambda rank, stage: lag.get(stage.name, 0.0) if stage.kind.name == "START" else 0.0,
+        seconds=lambda rank, instruction: lag.get(instruction.name, 0.0) if instruction.kind.name == "START" else 0.0,
         network=network,
         sizes=NAMED,
     )

@@ -15,7 +15,7 @@ from megalina.sim.network import Network, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Timeline, simulate, simulate_alike
 from megalina.step.forward import Shape, plain
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program
 from megalina.step.strategy import STRATEGIES, Setting, training_step
 from tests.sim.schedules import SHAPES, setting_of
 
@@ -59,7 +59,7 @@ def network_of(name: str, per_node: int, rate: float = 2e4) -> Network:
 
 
 def spans(timeline: Timeline, rank: int) -> dict[tuple[str, str, str], float]:
-    """When each stage was asked for, began and ended."""
+    """When each instruction was asked for, began and ended."""
     events = timeline.events(rank)
     return {(e.kind, e.tag, which): getattr(e, which) for e in events for which in ("enqueued_s", "start_s", "end_s")}
 
@@ -80,11 +80,11 @@ def test_one_rank_for_all_sees_what_all_see(name: str, nodes: int, per_node: int
 
 def test_one_rank_for_all_is_told_what_holds_it_up() -> None:
     program = (
-        Stage("F", Kind.START, "g", writes=("g>",), op=Op.GRADS, axis="dp"),
-        Stage("F", Kind.COMPUTE, "x"),
-        Stage("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep", reads=("g>",)),
-        Stage("F", Kind.WAIT, "t", reads=("t>",), op=Op.TOKENS, axis="ep"),
-        Stage("F", Kind.WAIT, "g", reads=("g>",), op=Op.GRADS, axis="dp"),
+        Instruction("F", Kind.START, "g", writes=("g>",), op=Op.GRADS, axis="dp"),
+        Instruction("F", Kind.COMPUTE, "x"),
+        Instruction("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep", reads=("g>",)),
+        Instruction("F", Kind.WAIT, "t", reads=("t>",), op=Op.TOKENS, axis="ep"),
+        Instruction("F", Kind.WAIT, "g", reads=("g>",), op=Op.GRADS, axis="dp"),
     )
     what = {"ranks": 4, "ranks_of": groups_of(2, 2), "seconds": lambda s: 1.0, "network": one_level(10, 0), "sizes": SIZES}
     assert simulate_alike(program, **what, rule=OURS).ledger == {
@@ -106,11 +106,11 @@ def test_groups_that_meet_other_things_are_refused_or_end_with_the_slowest() -> 
 
 
 def test_ranks_that_are_not_alike_are_refused() -> None:
-    program = (Stage("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep"),)
+    program = (Instruction("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep"),)
     what = {"seconds": lambda s: 1.0, "network": one_level(10, 0), "ranks": 3}
     with pytest.raises(ValueError, match=r"axis ep has groups of \[1, 2\] ranks"):
         simulate_alike(program, ranks_of=lambda axis, rank: (0, 1) if rank < 2 else (2,), sizes=SIZES, **what)
-    uneven = Sizes(SIZES.bytes_of, matrix_of=lambda stage, ranks: np.ones((3, 3)))
+    uneven = Sizes(SIZES.bytes_of, matrix_of=lambda instruction, ranks: np.ones((3, 3)))
     with pytest.raises(ValueError, match="ranks send different sizes"):
         simulate_alike(program, ranks_of=lambda axis, rank: (0, 1, 2), sizes=uneven, **what)
 

@@ -7,23 +7,23 @@ import pytest
 from megalina.sim.network import Network, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import simulate, simulate_alike
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import STRATEGIES, training_step
 from tests.sim.schedules import SHAPES, delays, ranks_of, setting_of
 
 SIZES = Sizes(lambda s: 100.0)
 SMALL_S = 0.5
 PROGRAM = (
-    Stage("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep"),
-    Stage("F", Kind.COMPUTE, "large"),
-    Stage("F", Kind.WAIT, "t", reads=("t>",), writes=("t",), op=Op.TOKENS, axis="ep"),
-    Stage("F", Kind.COMPUTE, "small", reads=("t",)),
-    Stage("F", Kind.COMPUTE, "last"),
+    Instruction("F", Kind.START, "t", writes=("t>",), op=Op.TOKENS, axis="ep"),
+    Instruction("F", Kind.COMPUTE, "large"),
+    Instruction("F", Kind.WAIT, "t", reads=("t>",), writes=("t",), op=Op.TOKENS, axis="ep"),
+    Instruction("F", Kind.COMPUTE, "small", reads=("t",)),
+    Instruction("F", Kind.COMPUTE, "last"),
 )
 
 
 def step_s(large_s: float, small_s: float) -> float:
-    """The wire takes 10 s; the host needs `small_s` for the small stage, for which the device needs nothing."""
+    """The wire takes 10 s; the host needs `small_s` for the small instruction, for which the device needs nothing."""
     device_s, host_s = {"large": large_s, "last": 1.0}, {"small": small_s}
     return simulate_alike(
         PROGRAM,

@@ -13,7 +13,7 @@ from megalina.sim import virtual
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate
-from megalina.step.program import Kind, Program, Stage
+from megalina.step.program import Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, training_step
 from tests.sim.fluid import way
 from tests.sim.schedules import SHAPES, delays, random_network, ranks_of, setting_of
@@ -50,11 +50,11 @@ def carried(network: Network, ranks: int, carried_L: np.ndarray) -> dict[Hashabl
 def expected(network: Network, program: Program, sizes: Sizes) -> Mapping[Hashable, float]:
     """What the flows of all collectives put on each link."""
     bytes_on: Counter[Hashable] = Counter()
-    for stage in (s for s in program if s.kind is Kind.START):
-        for group in {ranks_of(LAYOUT)(stage.axis, rank) for rank in range(4)}:
+    for instruction in (s for s in program if s.kind is Kind.START):
+        for group in {ranks_of(LAYOUT)(instruction.axis, rank) for rank in range(4)}:
             if len(group) == 1:
                 continue
-            what, num_bytes, bytes_NN = sizes.sent(stage, group)
+            what, num_bytes, bytes_NN = sizes.sent(instruction, group)
             for phase in network.phases(what, group, bytes_NN):
                 for source, target, part in zip(phase.source_F, phase.target_F, phase.bytes_F, strict=True):
                     for link in way(network, int(source), int(target)):
@@ -63,14 +63,14 @@ def expected(network: Network, program: Program, sizes: Sizes) -> Mapping[Hashab
 
 
 def sizes_of(random: Random, program: Program, *, uneven: bool) -> Sizes:
-    size = {stage: random.choice((10.0, 300.0, 4000.0)) for stage in program if stage.kind is Kind.START}
-    matrices: dict[tuple[Stage, tuple[int, ...]], np.ndarray] = {}
+    size = {instruction: random.choice((10.0, 300.0, 4000.0)) for instruction in program if instruction.kind is Kind.START}
+    matrices: dict[tuple[Instruction, tuple[int, ...]], np.ndarray] = {}
 
-    def matrix_of(stage: Stage, ranks: tuple[int, ...]) -> np.ndarray:
-        if (stage, ranks) not in matrices:
+    def matrix_of(instruction: Instruction, ranks: tuple[int, ...]) -> np.ndarray:
+        if (instruction, ranks) not in matrices:
             drawn = [[random.choice((0.0, 50.0, 900.0)) for _ in ranks] for _ in ranks]
-            matrices[stage, ranks] = np.array(drawn)
-        return matrices[stage, ranks]
+            matrices[instruction, ranks] = np.array(drawn)
+        return matrices[instruction, ranks]
 
     return Sizes(size.__getitem__, matrix_of=matrix_of if uneven else None)
 

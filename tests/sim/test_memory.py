@@ -19,7 +19,7 @@ from megalina.parallel.plans import first_plan
 from megalina.parallel.shard import shape_of
 from megalina.parallel.trainable import Trainable
 from megalina.sim.memory import Memory, by_stage, memory_of
-from megalina.step.program import Kind, Op, Program, Stage, backward
+from megalina.step.program import Instruction, Kind, Op, Program, backward
 from megalina.step.strategy import STRATEGIES, evaluation, training_step
 from tests.parallel.ranks import run_on_ranks
 from tests.sim.schedules import SHAPES, setting_of
@@ -42,27 +42,27 @@ class Given:
     def ranks(self, axis: str) -> int:
         return 1 if self.alone else 2
 
-    def value(self, name: str, stage: Stage) -> int:
+    def value(self, name: str, instruction: Instruction) -> int:
         return self.values[name.rstrip("'")]
 
-    def bucket(self, stage: Stage) -> int:
+    def bucket(self, instruction: Instruction) -> int:
         return 0
 
-    def kept(self, stage: Stage) -> int:
-        return self.kept_by.get(stage.name, 0)
+    def kept(self, instruction: Instruction) -> int:
+        return self.kept_by.get(instruction.name, 0)
 
-    def keeps(self, stage: Stage) -> tuple[str, ...]:
+    def keeps(self, instruction: Instruction) -> tuple[str, ...]:
         return ()
 
-    def rise(self, stage: Stage) -> int:
-        return self.inside.get(stage.tag, 0)
+    def rise(self, instruction: Instruction) -> int:
+        return self.inside.get(instruction.tag, 0)
 
-    def received(self, stage: Stage, sent: int, arrives: int) -> int:
+    def received(self, instruction: Instruction, sent: int, arrives: int) -> int:
         return arrives
 
 
-def compute(name: str, reads: str, writes: str, **more: Any) -> Stage:
-    return Stage(F, C, name, reads=tuple(reads.split()), writes=tuple(writes.split()), **more)
+def compute(name: str, reads: str, writes: str, **more: Any) -> Instruction:
+    return Instruction(F, C, name, reads=tuple(reads.split()), writes=tuple(writes.split()), **more)
 
 
 def bytes_of(sizes: Any, program: Program) -> list[int]:
@@ -87,10 +87,15 @@ def test_what_is_inside_a_stage_and_what_is_there_throughout_count() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_forward_keeps_what_it_reads_and_more_without_recompute(recompute: bool) -> None:
-    """a (100) -> b (30) -> c (300); a is read by the first stage alone, and stays for its mirror all the same."""
+    """a (100) -> b (30) -> c (300); a is read by the first instruction alone, and stays for its mirror all the same."""
     forward = (compute("f", "a", "b", recompute=recompute), compute("g", "b", "c", recompute=recompute))
     given = Given({"#a": 0, "a": 100, "b": 30, "c": 300}, kept_by={"f": 7, "g": 5})
-    program = (compute("make", "#a", "a"), *forward, Stage("U", C, "seed", reads=("c",), writes=("c'",)), *backward(forward))
+    program = (
+        compute("make", "#a", "a"),
+        *forward,
+        Instruction("U", C, "seed", reads=("c",), writes=("c'",)),
+        *backward(forward),
+    )
     f, g = (0, 0) if recompute else (7, 5)
     assert bytes_of(given, program) == [
         100,
@@ -104,7 +109,7 @@ def test_forward_keeps_what_it_reads_and_more_without_recompute(recompute: bool)
 
 def test_gradients_that_add_up_are_there_three_times() -> None:
     forward = (compute("make", "#a", "a"), compute("f", "a", "b"), compute("g", "a", "c"))
-    seed = Stage("U", C, "seed", reads=("b", "c"), writes=("b'", "c'"))
+    seed = Instruction("U", C, "seed", reads=("b", "c"), writes=("b'", "c'"))
     given = Given({"#a": 0, "a": 100, "b": 0, "c": 0})
     sizes = bytes_of(given, (*forward, seed, *backward(forward)))
     # g's mirror: a, a'; f's: a, and of a' what was there, what comes and their sum; a is given by nobody with a gradient
@@ -112,7 +117,7 @@ def test_gradients_that_add_up_are_there_three_times() -> None:
 
 
 def test_the_wire_holds_what_is_sent_until_it_is_awaited_and_nothing_twice() -> None:
-    start = Stage(F, Kind.START, "send", reads=("a",), writes=("a>",), op=Op.TOKENS, axis="ep")
+    start = Instruction(F, Kind.START, "send", reads=("a",), writes=("a>",), op=Op.TOKENS, axis="ep")
     program = (compute("make", "", "a"), start, replace(start, kind=Kind.WAIT, reads=("a>",), writes=("b",)))
     program = (*program, compute("use", "b", "#c"))
     values = {"a": 100, "b": 60, "#c": 0}
@@ -200,8 +205,8 @@ def test_zero_shards_moments_and_gloo_takes_buffers_for_its_gradients() -> None:
     assert sizes[1].state["moments"] == 8 * (dense // 8 + experts // 4)
     whole = sum(b.numel for b in sizes[0].buckets.values())
     assert sizes[0].state["moments"] == 8 * whole
-    stage = Stage("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp", piece=(0, sizes[1].buckets["dense.0"].numel))
-    assert (sizes[0].bucket(stage), sizes[1].bucket(stage)) == (0, 4 * sizes[1].buckets["dense.0"].numel)
+    instruction = Instruction("B", Kind.START, "dense.0", op=Op.GRADS, axis="dp", piece=(0, sizes[1].buckets["dense.0"].numel))
+    assert (sizes[0].bucket(instruction), sizes[1].bucket(instruction)) == (0, 4 * sizes[1].buckets["dense.0"].numel)
 
 
 @pytest.mark.parametrize("skew", [0.0, -1.0, float("nan"), float("inf")])

@@ -17,7 +17,7 @@ from megalina.sim.sharing import fair_rates
 from megalina.sim.sizes import Sizes
 from megalina.sim.traffic import Moving, Traffic
 from megalina.sim.virtual import simulate
-from megalina.step.program import Kind, Op, Program, Stage
+from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.step.strategy import training_step
 from tests.sim import fluid
 from tests.sim.schedules import LAYOUTS, NAMED, SHAPES, delays, random_network, ranks_of, setting_of, start, wait
@@ -27,13 +27,13 @@ SIZES = Sizes(lambda s: 4.0 * max(10, s.piece[1] - s.piece[0]))
 drawn = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
-def ends_s(network: Network, *starts: Stage, ranks: int = 8) -> dict[str, float]:
+def ends_s(network: Network, *starts: Instruction, ranks: int = 8) -> dict[str, float]:
     """When each has arrived, on all ranks, with nothing else to do."""
     program = (*starts, *(wait(s.name, s.op, s.axis) for s in starts))
     timeline = simulate(
         [program] * ranks,
         ranks_of=lambda axis, rank: tuple(range(ranks)),
-        seconds=lambda rank, stage: 0.0,
+        seconds=lambda rank, instruction: 0.0,
         network=network,
         sizes=NAMED,
     )
@@ -103,9 +103,9 @@ def test_uneven_routing_takes_as_long_as_the_rank_that_gets_most() -> None:
         timeline = simulate(
             [(start("a 0"), wait("a 0"))] * 3,
             ranks_of=lambda axis, rank: (0, 1, 2),
-            seconds=lambda rank, stage: 0.0,
+            seconds=lambda rank, instruction: 0.0,
             network=network,
-            sizes=Sizes(NAMED.bytes_of, matrix_of=lambda stage, ranks: matrix),
+            sizes=Sizes(NAMED.bytes_of, matrix_of=lambda instruction, ranks: matrix),
         )
         assert timeline.step_s == pytest.approx(want_s)
 
@@ -185,17 +185,17 @@ def takes_as_long_as_said(seed: int) -> None:
     random = Random(seed)
     ranks = random.choice([2, 3, 4, 6])
     halves = {r: tuple(o for o in range(ranks) if o % 2 == r % 2) for r in range(ranks)} if ranks in (4, 6) else None
-    stages: list[Stage] = []
-    open_: list[Stage] = []
+    instructions: list[Instruction] = []
+    open_: list[Instruction] = []
     axes = ["ep", "dp", "half"] if halves else ["ep", "dp"]
     for i in range(random.randint(2, 7)):
         op = random.choice([Op.TOKENS, Op.SUM, Op.GATHER, Op.GRADS])
         open_.append(start(f"x{i} {random.choice([30, 60, 120])}", op, random.choice(axes)))
-        stages += [Stage("F", Kind.COMPUTE, f"c{i}"), open_[-1]]
+        instructions += [Instruction("F", Kind.COMPUTE, f"c{i}"), open_[-1]]
         if random.random() < 0.5:
             done = open_.pop(random.randrange(len(open_)))
-            stages.append(wait(done.name, done.op, done.axis))
-    program: Program = (*stages, *(wait(s.name, s.op, s.axis) for s in open_), Stage("F", Kind.COMPUTE, "end"))
+            instructions.append(wait(done.name, done.op, done.axis))
+    program: Program = (*instructions, *(wait(s.name, s.op, s.axis) for s in open_), Instruction("F", Kind.COMPUTE, "end"))
     durations: Mapping = {
         (r, s): Fraction(random.choice([0, 1, 2, 7]), 4) for r in range(ranks) for s in program if s.kind is Kind.COMPUTE
     }
@@ -210,7 +210,7 @@ def takes_as_long_as_said(seed: int) -> None:
     what = {
         "ranks_of": lambda axis, r: halves[r] if axis == "half" else tuple(range(ranks)),
         "network": network,
-        "sizes": Sizes(NAMED.bytes_of, matrix_of=lambda stage, group: uneven.get((stage, group))),
+        "sizes": Sizes(NAMED.bytes_of, matrix_of=lambda instruction, group: uneven.get((instruction, group))),
     }
     want_s = fluid.step_s(program, ranks, seconds=durations, **what)
     found = simulate([program] * ranks, seconds=lambda r, s: float(durations.get((r, s), 0)), **what)

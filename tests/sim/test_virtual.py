@@ -20,7 +20,7 @@ from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import Loads, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Deadlock, Timeline, simulate
-from megalina.step.program import Kind, Op, Program, Stage, check
+from megalina.step.program import Instruction, Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from tests.sim.schedules import (
     DELAYS_S,
@@ -43,16 +43,18 @@ C, START, WAIT = Kind.COMPUTE, Kind.START, Kind.WAIT
 SMALL = [layout for layout in LAYOUTS if layout != (2, 2, 2)]
 
 
-# hand-made traces: two ranks, 100 bytes a second, and stages that are named after what they take
+# hand-made traces: two ranks, 100 bytes a second, and instructions that are named after what they take
 
 
 def play(
     *programs: Program, ranks: int = 2, lag: dict[str, float] | None = None, latency_s: float = 0.0, rule: Rule = OURS
 ) -> Timeline:
-    """Stage "a 3" computes for 3 s, "b 200" sends 200 bytes; `lag`: by stage name, until it can leave."""
+    """Instruction "a 3" computes for 3 s, "b 200" sends 200 bytes; `lag`: by instruction name, until it can leave."""
 
-    def seconds(rank: int, stage: Stage) -> float:
-        return float(stage.name.split()[1]) if stage.kind is C else (lag or {}).get(f"{stage.name} on {rank}", 0.0)
+    def seconds(rank: int, instruction: Instruction) -> float:
+        return (
+            float(instruction.name.split()[1]) if instruction.kind is C else (lag or {}).get(f"{instruction.name} on {rank}", 0.0)
+        )
 
     lists = programs if len(programs) > 1 else programs * ranks
     return simulate(
@@ -65,10 +67,10 @@ def play(
     )
 
 
-def link_bytes(sizes: Sizes, stage: Stage) -> float:
+def link_bytes(sizes: Sizes, instruction: Instruction) -> float:
     """What four ranks put on each of their links."""
-    what, num_bytes, _ = sizes.sent(stage, (0, 1, 2, 3))
-    (load,) = Loads(one_level(1.0, 0.0), 4).of(stage.axis, what, (0, 1, 2, 3))
+    what, num_bytes, _ = sizes.sent(instruction, (0, 1, 2, 3))
+    (load,) = Loads(one_level(1.0, 0.0), 4).of(instruction.axis, what, (0, 1, 2, 3))
     out_bytes, in_bytes = load.bytes_on(16)[8:].reshape(2, 4) * num_bytes
     assert set(out_bytes) == set(in_bytes) == {out_bytes[0]}
     return float(out_bytes[0])
@@ -100,7 +102,7 @@ def test_a_collective_is_as_fast_as_on_its_fullest_link() -> None:
     timeline = simulate(
         [one + two] * 2 + [one] * 2,
         ranks_of=lambda axis, rank: (0, 1, 2, 3) if axis == "world" else (0, 1),
-        seconds=lambda rank, stage: 0.0,
+        seconds=lambda rank, instruction: 0.0,
         network=one_level(100.0, 0.0),
         sizes=NAMED,
     )
@@ -109,7 +111,7 @@ def test_a_collective_is_as_fast_as_on_its_fullest_link() -> None:
     timeline = simulate(
         [together] * 2 + [one] * 2,
         ranks_of=lambda axis, rank: (0, 1, 2, 3) if axis == "world" else (0, 1),
-        seconds=lambda rank, stage: 0.0,
+        seconds=lambda rank, instruction: 0.0,
         network=one_level(100.0, 0.0),
         sizes=NAMED,
     )
@@ -159,9 +161,9 @@ def test_split_sizes_hold_the_tokens_and_not_the_program() -> None:
 
 
 def test_a_reduce_scatter_sends_half_of_an_all_reduce() -> None:
-    stage = start("dense.0", Op.GRADS)
-    assert link_bytes(Sizes(lambda s: 400.0), stage) == 600
-    assert link_bytes(Sizes(lambda s: 400.0, scattered=["dense.0"]), stage) == 300
+    instruction = start("dense.0", Op.GRADS)
+    assert link_bytes(Sizes(lambda s: 400.0), instruction) == 600
+    assert link_bytes(Sizes(lambda s: 400.0, scattered=["dense.0"]), instruction) == 300
 
 
 # deadlocks
@@ -228,7 +230,7 @@ def deadlocks(program: Program, rule: Rule, schedules: int = 100) -> int:
     """Of so many schedules on 2 x 2 ranks, how many have no end."""
     count = 0
     for seed in range(schedules):
-        what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda stage: 1000.0), "rule": rule}
+        what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda instruction: 1000.0), "rule": rule}
         try:
             simulate([program] * 4, ranks_of=ranks_of((2, 2, 1)), seconds=delays(Random(seed)), **what)
         except Deadlock:
@@ -304,15 +306,15 @@ def ends_with_one_ledger(timeline: Timeline, asked: list[set[str]]) -> None:
         assert sorted(chain(*(group.get(rank, ()) for group in timeline.ledger.values()))) == sorted(tags)
 
 
-def yields_are_kept(timeline: Timeline, starts: dict[str, Stage], rank: int) -> None:
+def yields_are_kept(timeline: Timeline, starts: dict[str, Instruction], rank: int) -> None:
     """Nothing that yields starts while tokens are under way here, and no more than its credit is under way."""
     sends = [e for e in timeline.events(rank) if e.kind == "send"]
     for e in sends:
-        stage = starts[e.tag]
-        if stage.yields_to or stage.credit:
+        instruction = starts[e.tag]
+        if instruction.yields_to or instruction.credit:
             under_way = [o for o in sends if o.start_s < e.start_s < o.end_s]
-            assert not [o.tag for o in under_way if starts[o.tag].op in stage.yields_to]
-            assert not stage.credit or sum(o.axis == e.axis for o in under_way) < stage.credit
+            assert not [o.tag for o in under_way if starts[o.tag].op in instruction.yields_to]
+            assert not instruction.credit or sum(o.axis == e.axis for o in under_way) < instruction.credit
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -329,7 +331,7 @@ def test_none_of_thousands_of_schedules_deadlocks(name: str, tried: Counter[str]
 def test_the_same_delays_give_the_same_timeline() -> None:
     shape = SHAPES["tensor parallel, shared experts"]
     program = training_step("flow", Setting(shape, buckets_of(shape, piece=40), yields=True, parts=2))
-    what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda stage: 1000.0), "ranks_of": ranks_of((2, 2, 2))}
+    what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda instruction: 1000.0), "ranks_of": ranks_of((2, 2, 2))}
     first, second = (simulate([program] * 8, seconds=delays(Random(3)), **what) for _ in range(2))
     assert first.step_s == second.step_s
     assert [first.events(rank) for rank in range(8)] == [second.events(rank) for rank in range(8)]
@@ -338,41 +340,41 @@ def test_the_same_delays_give_the_same_timeline() -> None:
 # against something simpler
 
 
-def fluid(program: Program, seconds: dict[Stage, float], bytes_of: dict[Stage, float], rate: float) -> float:
+def fluid(program: Program, seconds: dict[Instruction, float], bytes_of: dict[Instruction, float], rate: float) -> float:
     """Step time of ranks that are all alike, with one link and nothing held back but for sizes, by short steps from change to
     change: no heap, no ranks, no groups."""
     now_s = busy_s = 0.0
-    at, on_wire, queued, arrived = 0, dict[Stage, float](), list[Stage](), set[str]()
+    at, on_wire, queued, arrived = 0, dict[Instruction, float](), list[Instruction](), set[str]()
     sizes: dict[str, str] = {}
     while True:
-        for stage in queued.copy():
-            behind = any(s.axis == stage.axis for s in queued[: queued.index(stage)])
-            if not behind and all(sizes.get(v, v) in arrived for v in stage.reads if v in sizes):
-                queued.remove(stage)
-                on_wire[stage] = bytes_of[stage]
+        for instruction in queued.copy():
+            behind = any(s.axis == instruction.axis for s in queued[: queued.index(instruction)])
+            if not behind and all(sizes.get(v, v) in arrived for v in instruction.reads if v in sizes):
+                queued.remove(instruction)
+                on_wire[instruction] = bytes_of[instruction]
         if busy_s <= now_s:
             if at == len(program):
                 return now_s
-            stage = program[at]
-            awaited = [sizes.get(v, v) for v in stage.reads if v in sizes or (stage.kind is WAIT and ">" in v)]
-            if stage.kind is WAIT and stage.op is Op.COUNTS:
-                sizes[stage.writes[0]] = stage.reads[0]
+            instruction = program[at]
+            awaited = [sizes.get(v, v) for v in instruction.reads if v in sizes or (instruction.kind is WAIT and ">" in v)]
+            if instruction.kind is WAIT and instruction.op is Op.COUNTS:
+                sizes[instruction.writes[0]] = instruction.reads[0]
                 at += 1
                 continue
-            if stage.kind is START:
-                queued.append(stage)
+            if instruction.kind is START:
+                queued.append(instruction)
                 at += 1
                 continue
             if all(v in arrived for v in awaited):
-                busy_s, at = now_s + seconds.get(stage, 0.0), at + 1
+                busy_s, at = now_s + seconds.get(instruction, 0.0), at + 1
                 continue
         speed = rate / max(len(on_wire), 1)
         next_s = min([now_s + left / speed for left in on_wire.values()] + ([busy_s] if busy_s > now_s else []))
-        for stage in list(on_wire):
-            on_wire[stage] -= (next_s - now_s) * speed
-            if on_wire[stage] <= 1e-9 * bytes_of[stage]:
-                del on_wire[stage]
-                arrived.add(stage.writes[0])
+        for instruction in list(on_wire):
+            on_wire[instruction] -= (next_s - now_s) * speed
+            if on_wire[instruction] <= 1e-9 * bytes_of[instruction]:
+                del on_wire[instruction]
+                arrived.add(instruction.writes[0])
         now_s = next_s
 
 

@@ -5,15 +5,15 @@ import pytest
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import simulate
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 
 
-def start(name: str, op: Op, axis: str) -> Stage:
-    return Stage("F", Kind.START, name, op=op, axis=axis, writes=(name,))
+def start(name: str, op: Op, axis: str) -> Instruction:
+    return Instruction("F", Kind.START, name, op=op, axis=axis, writes=(name,))
 
 
-def wait(name: str, op: Op, axis: str) -> Stage:
-    return Stage("F", Kind.WAIT, name, op=op, axis=axis, reads=(name,), writes=(f"{name}!",))
+def wait(name: str, op: Op, axis: str) -> Instruction:
+    return Instruction("F", Kind.WAIT, name, op=op, axis=axis, reads=(name,), writes=(f"{name}!",))
 
 
 def ends_s(weight: float, *, share: str = "flow", alone: bool = False) -> dict[str, float]:
@@ -24,9 +24,9 @@ def ends_s(weight: float, *, share: str = "flow", alone: bool = False) -> dict[s
     timeline = simulate(
         [(*sent, *waits)] * 2,
         ranks_of=lambda axis, rank: (0, 1),
-        seconds=lambda rank, stage: 0.0,
+        seconds=lambda rank, instruction: 0.0,
         network=Network(nic_bytes_per_s=100, weight=weight, share=share),
-        sizes=Sizes(lambda stage: 800.0 if stage.op is Op.TOKENS else 200.0),
+        sizes=Sizes(lambda instruction: 800.0 if instruction.op is Op.TOKENS else 200.0),
     )
     return {e.name: e.end_s for e in timeline.events(0) if e.kind == "send"}
 
@@ -41,16 +41,16 @@ def test_a_weight_divides_the_link_and_wastes_nothing_of_it(share: str) -> None:
 
 def test_a_direct_reduce_scatter_is_an_all_to_all() -> None:
     """Four ranks, two a node: each rank sends a quarter to each of the two on the other node, and has no weight."""
-    scattered = Stage("B", Kind.START, "scatter", op=Op.SCATTER, axis="tp", writes=("s",))
-    awaited = Stage("B", Kind.WAIT, "scatter", op=Op.SCATTER, axis="tp", reads=("s",), writes=("s!",))
+    scattered = Instruction("B", Kind.START, "scatter", op=Op.SCATTER, axis="tp", writes=("s",))
+    awaited = Instruction("B", Kind.WAIT, "scatter", op=Op.SCATTER, axis="tp", reads=("s",), writes=("s!",))
 
     def end_s(**settings: str) -> float:
         return simulate(
             [(scattered, awaited)] * 4,
             ranks_of=lambda axis, rank: (0, 1, 2, 3),
-            seconds=lambda rank, stage: 0.0,
+            seconds=lambda rank, instruction: 0.0,
             network=Network(nic_bytes_per_s=100, ranks_per_node=2, weight=3.0, **settings),
-            sizes=Sizes(lambda stage: 800.0),
+            sizes=Sizes(lambda instruction: 800.0),
         ).step_s
 
     assert end_s() == pytest.approx(6.0)  # a ring: three quarters leave by one rank

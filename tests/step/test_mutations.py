@@ -1,4 +1,4 @@
-"""The checker refuses every single stage that is dropped, doubled, changed or in a wrong place, over whole lists of every
+"""The checker refuses every single instruction that is dropped, doubled, changed or in a wrong place, over whole lists of every
 strategy, and accepts every order of a list in which values are written before they are read.
 
 .venv/bin/python -m pytest tests/step/test_mutations.py -m 'full or not full' -rP     # prints how many lists were tried
@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from megalina.step.program import MOVABLE, Kind, Op, Program, Stage, check, is_mirrored, reads_of, writes_of
+from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program, check, is_mirrored, reads_of, writes_of
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from tests.sim.schedules import SHAPES, WALKING, buckets_of, order_of, setting_of
 
@@ -79,20 +79,20 @@ def test_each_doubled_stage_is_refused(name: str, seed: int, tried: Counter[str]
     program, setting = list_of(name, seed)
 
     def doubled() -> Mutants:
-        for i, stage in enumerate(program):
-            yield f"{stage.tag} twice", program[: i + 1] + program[i:]
-            yield f"{stage.tag} again at the end", (*program, stage)
+        for i, instruction in enumerate(program):
+            yield f"{instruction.tag} twice", program[: i + 1] + program[i:]
+            yield f"{instruction.tag} again at the end", (*program, instruction)
 
     assert accepted(doubled(), program, setting, tried) == []
 
 
 @every_list
 def test_each_swap_that_breaks_a_dependence_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
-    """Each stage changes places with the first and the last of those that need it, and with the last that it needs."""
+    """Each instruction changes places with the first and the last of those that need it, and with the last that it needs."""
     program, setting = list_of(name, seed)
     writers: dict[str, list[int]] = {}
-    for i, stage in enumerate(program):
-        for value in writes_of(stage):
+    for i, instruction in enumerate(program):
+        for value in writes_of(instruction):
             writers.setdefault(value, []).append(i)
     needs = [sorted({i for value in reads_of(s) for i in writers.get(value, ())}) for s in program]
     needed_by: dict[int, list[int]] = {}
@@ -101,7 +101,7 @@ def test_each_swap_that_breaks_a_dependence_is_refused(name: str, seed: int, tri
             needed_by.setdefault(i, []).append(j)
     pairs = {(i, j) for i, after in needed_by.items() for j in (after[0], after[-1])}
     pairs |= {(before[-1], j) for j, before in enumerate(needs) if before}
-    assert {i for pair in pairs for i in pair} == set(range(len(program)))  # every stage of a step needs or is needed
+    assert {i for pair in pairs for i in pair} == set(range(len(program)))  # every instruction of a step needs or is needed
 
     def swapped() -> Mutants:
         for i, j in sorted(pairs):
@@ -112,33 +112,33 @@ def test_each_swap_that_breaks_a_dependence_is_refused(name: str, seed: int, tri
     assert accepted(swapped(), program, setting, tried) == []
 
 
-def wrong(stage: Stage, setting: Setting) -> Iterator[dict[str, object]]:
-    """Single fields of a stage that must not be what they are made."""
-    start, stop = stage.piece
-    if stage.kind is Kind.COMPUTE:
+def wrong(instruction: Instruction, setting: Setting) -> Iterator[dict[str, object]]:
+    """Single fields of an instruction that must not be what they are made."""
+    start, stop = instruction.piece
+    if instruction.kind is Kind.COMPUTE:
         yield {"yields_to": (Op.TOKENS,)}
         yield {"credit": 1}
-        if stage.phase == "B":
-            yield {"recompute": not stage.recompute}
-            yield {"chunk": (stage.chunk[0], stage.chunk[1] + 1)}
+        if instruction.phase == "B":
+            yield {"recompute": not instruction.recompute}
+            yield {"chunk": (instruction.chunk[0], instruction.chunk[1] + 1)}
         return
-    yield {"axis": "ep" if stage.axis != "ep" else "dp"}
-    yield {"op": Op.SUM if stage.op is not Op.SUM else Op.GATHER}
-    if stage.op not in MOVABLE:
+    yield {"axis": "ep" if instruction.axis != "ep" else "dp"}
+    yield {"op": Op.SUM if instruction.op is not Op.SUM else Op.GATHER}
+    if instruction.op not in MOVABLE:
         yield {"yields_to": (Op.GRADS,)}
         yield {"yields_to": (Op.COUNTS,)}
-        yield {"layer": stage.layer + 1}
-        yield {"part": f"{stage.part}9"}
-        yield {"chunk": (stage.chunk[0], stage.chunk[1] + 1)}
-        yield {"chunk": (stage.chunk[0] + 1, stage.chunk[1])}
+        yield {"layer": instruction.layer + 1}
+        yield {"part": f"{instruction.part}9"}
+        yield {"chunk": (instruction.chunk[0], instruction.chunk[1] + 1)}
+        yield {"chunk": (instruction.chunk[0] + 1, instruction.chunk[1])}
         return
     yield {"yields_to": (Op.GRADS,)}
     yield {"yields_to": (Op.TOKENS, Op.PARAMS)}
-    if stage.axis in ("dp", "world"):
+    if instruction.axis in ("dp", "world"):
         yield {"yields_to": (Op.SUM,)}  # the step's own sums stand in these lanes too, behind what is held back
     yield from ({"piece": piece} for piece in ((start + 1, stop + 1), (start + 1, stop), (start, stop - 1), (start, stop + 1)))
-    yield {"name": next(name for name in setting.buckets if name not in stage.buckets)}
-    if stage.kind is Kind.WAIT:
+    yield {"name": next(name for name in setting.buckets if name not in instruction.buckets)}
+    if instruction.kind is Kind.WAIT:
         yield {"yields_to": (Op.TOKENS,)}
 
 
@@ -147,9 +147,9 @@ def test_each_changed_stage_is_refused(name: str, seed: int, tried: Counter[str]
     """Axis, class, piece, part, chunk; what may not be held back, or not by that."""
     program, setting = list_of(name, seed)
     mutants = (
-        (f"{stage.tag} with {values}", changed(program, i, **values))
-        for i, stage in enumerate(program)
-        for values in wrong(stage, setting)
+        (f"{instruction.tag} with {values}", changed(program, i, **values))
+        for i, instruction in enumerate(program)
+        for values in wrong(instruction, setting)
     )
     assert accepted(mutants, program, setting, tried) == []
 
@@ -161,18 +161,20 @@ def test_each_exchange_that_is_changed_at_both_ends_is_refused(name: str, seed: 
     waits = {s.reads[0]: i for i, s in enumerate(program) if s.kind is Kind.WAIT}
 
     def both_changed() -> Mutants:
-        for i, stage in enumerate(program):
-            if stage.kind is not Kind.START:
+        for i, instruction in enumerate(program):
+            if instruction.kind is not Kind.START:
                 continue
-            j, (start, stop) = waits[stage.writes[0]], stage.piece
-            yield f"{stage.tag} and its wait dropped", tuple(s for k, s in enumerate(program) if k not in (i, j))
+            j, (start, stop) = waits[instruction.writes[0]], instruction.piece
+            yield f"{instruction.tag} and its wait dropped", tuple(s for k, s in enumerate(program) if k not in (i, j))
             changes: list[dict[str, object]] = []
-            if stage.phase == "B" or is_mirrored(stage) or stage.op is Op.PARAMS:  # of others the list alone says the axis
+            if (
+                instruction.phase == "B" or is_mirrored(instruction) or instruction.op is Op.PARAMS
+            ):  # of others the list alone says the axis
                 changes += [{"axis": "edp"}]
-            if stage.op in MOVABLE:
+            if instruction.op in MOVABLE:
                 changes += [{"piece": piece} for piece in ((start + 1, stop + 1), (start + 1, stop), (start, stop + 1))]
             for values in changes:
-                yield f"{stage.tag} with {values}", changed(changed(program, i, **values), j, **values)
+                yield f"{instruction.tag} with {values}", changed(changed(program, i, **values), j, **values)
 
     assert accepted(both_changed(), program, setting, tried) == []
 
@@ -180,7 +182,7 @@ def test_each_exchange_that_is_changed_at_both_ends_is_refused(name: str, seed: 
 @every_list
 def test_a_backward_exchange_without_forward_is_refused(name: str, seed: int) -> None:
     program, setting = list_of(name, seed)
-    sent = Stage("B", Kind.START, "more", writes=("more>'",), op=Op.TOKENS, axis="ep")
+    sent = Instruction("B", Kind.START, "more", writes=("more>'",), op=Op.TOKENS, axis="ep")
     came = replace(sent, kind=Kind.WAIT, reads=("more>'",), writes=("more'",))
     with pytest.raises(ValueError, match="backward without forward: B:more>.-.0, B:more<.-.0"):
         check((*program, sent, came), given(program, setting), setting.buckets)
@@ -206,7 +208,7 @@ def test_a_batch_that_nobody_reads_is_refused(name: str, seed: int) -> None:
 @every_list
 def test_a_value_with_two_writers_is_refused(name: str, seed: int) -> None:
     program, setting = list_of(name, seed)
-    again = Stage("U", Kind.COMPUTE, "again", writes=("#own_divisor.-.0",))
+    again = Instruction("U", Kind.COMPUTE, "again", writes=("#own_divisor.-.0",))
     with pytest.raises(ValueError, match="#own_divisor.-.0 is written by U:again.-.0, U:sizes.-.0; only gradients add up"):
         check((again, *program), given(program, setting), setting.buckets)
 
@@ -220,8 +222,12 @@ def test_pieces_may_be_cut_elsewhere_unless_shards_belong_to_them(sharded: bool)
     first = next(iter(setting.buckets))
     assert setting.buckets[first].numel == 64
 
-    def moved(stage: Stage) -> Stage:
-        return replace(stage, piece=elsewhere[stage.piece]) if stage.name == first and stage.op in MOVABLE else stage
+    def moved(instruction: Instruction) -> Instruction:
+        return (
+            replace(instruction, piece=elsewhere[instruction.piece])
+            if instruction.name == first and instruction.op in MOVABLE
+            else instruction
+        )
 
     assert sum(moved(s) != s for s in program) == 4 * (1 + sharded)
     assert refused(tuple(map(moved, program)), program, setting) == sharded

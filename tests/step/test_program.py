@@ -9,7 +9,7 @@ import pytest
 
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
-from megalina.step.program import BucketSpec, Kind, Op, Program, Stage, check, reads_of, writes_of
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, reads_of, writes_of
 from megalina.step.strategy import Setting, evaluation, given, training_step
 
 SHAPES = {
@@ -43,10 +43,10 @@ def refused(program: Program, have: set[str], buckets: dict[str, BucketSpec]) ->
 
 
 def legal_orders(program: Program, count: int) -> Iterator[Program]:
-    """Other orders of the same stages that respect every read."""
+    """Other orders of the same instructions that respect every read."""
     writers: dict[str, set[int]] = {}
-    for i, stage in enumerate(program):
-        for value in writes_of(stage):
+    for i, instruction in enumerate(program):
+        for value in writes_of(instruction):
             writers.setdefault(value, set()).add(i)
     needs = [set().union(*(writers.get(v, set()) for v in reads_of(s))) for s in program]
     for seed in range(count):
@@ -153,11 +153,11 @@ def test_parts_of_a_group_are_routed_one_after_another(name: str, micro_batches:
     for layer in (i for i, moe in enumerate(SHAPES[name].moe) if moe):
         routed = [s for s in program if s.phase == "F" and s.name in ("route", "select") and s.layer == layer]
         assert [s.part for s in routed] == [str(i) for i in range(micro_batches * parts)]
-        for i, stage in enumerate(routed):
+        for i, instruction in enumerate(routed):
             before = f"{layer}.{i - 1}" if i % parts else f"-.{i}"
-            known = [v for v in (*stage.reads, *stage.writes) if v.startswith("#group")]
+            known = [v for v in (*instruction.reads, *instruction.writes) if v.startswith("#group")]
             assert known == [f"#group.{before}", f"#group.{layer}.{i}"]
-            assert f"prob.{layer}.{i}" in stage.writes and f"aux.{layer}.{i}" not in stage.writes
+            assert f"prob.{layer}.{i}" in instruction.writes and f"aux.{layer}.{i}" not in instruction.writes
     balances = [s for s in program if s.phase == "F" and s.name == "balance_of_group"]
     assert [s.part for s in balances] == [str(i) for i in range(parts - 1, micro_batches * parts, parts)]
     seeded = {v for s in program if s.name == "seed" for v in s.writes}
@@ -196,7 +196,7 @@ def test_an_unknown_strategy_is_named() -> None:
 
 def test_a_start_that_nobody_awaits_is_named() -> None:
     program, have, buckets = example()
-    lost = Stage("F", Kind.START, "gossip", reads=("x.0.0",), writes=("x>.0.0",), op=Op.TOKENS, axis="ep")
+    lost = Instruction("F", Kind.START, "gossip", reads=("x.0.0",), writes=("x>.0.0",), op=Op.TOKENS, axis="ep")
     at = next(i for i, s in enumerate(program) if "x.0.0" in s.writes) + 1
     with pytest.raises(ValueError, match="nobody waits for F:gossip>"):
         check(program[:at] + (lost,) + program[at:], have, buckets)

@@ -94,7 +94,7 @@ def checked(config: PretrainConfig) -> dict[str, Any]:
 
 
 def before_experts(fault: Callable[[], None], *, on: int, times: int = 1) -> Callable[[int], None]:
-    """Plant `fault` in a stage function of step FAULT_STEP on rank `on`."""
+    """Plant `fault` in an instruction function of step FAULT_STEP on rank `on`."""
     experts, left = StageFunctions._experts, [times]
 
     def faulty(self: StageFunctions, *arguments: Any) -> Any:
@@ -208,7 +208,7 @@ def waits_alone(rank: int, mark: Callable[[], None]) -> None:
 
 
 def computes_long(rank: int, mark: Callable[[], None]) -> None:
-    """Rank 1 takes its time in three stages, while rank 0 waits for it in one, for longer than the time-out."""
+    """Rank 1 takes its time in three instructions, while rank 0 waits for it in one, for longer than the time-out."""
 
     def slowly(name: str) -> None:
         quick = getattr(StageFunctions, name)
@@ -228,54 +228,54 @@ def computes_long(rank: int, mark: Callable[[], None]) -> None:
 
 
 def test_a_rank_that_sleeps_in_a_stage_is_named_with_its_stack(job: Callable[..., Outcome], folder: Path) -> None:
-    text = explained(job(sleeps), "no rank has made progress", "rank 1 computes in stage F:experts.0.0 of step 2")
+    text = explained(job(sleeps), "no rank has made progress", "rank 1 computes in instruction F:experts.0.0 of step 2")
     assert text.count("time.sleep(60)") == 1
-    assert "rank 0 waits in stage F:combine<.0.0 of step 2" in text
+    assert "rank 0 waits in instruction F:combine<.0.0 of step 2" in text
     assert "on axis ep (all-to-all), which rank 1 has not submitted" in text
     for rank in range(2):
         report = (folder / "sleeps" / "logs" / f"hang_rank_{rank}.txt").read_text()
         assert "last collectives:\n" in report
-        assert "all-to-all in stage F:dispatch>.0.0 of step 2 (torch.float32, uneven of [32])" in report
+        assert "all-to-all in instruction F:dispatch>.0.0 of step 2 (torch.float32, uneven of [32])" in report
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_stack(job: Callable[..., Outcome]) -> None:
-    explained(job(loops), "no rank has made progress", "rank 0 computes in stage F:experts.0.0 of step 2", "while True:")
+    explained(job(loops), "no rank has made progress", "rank 0 computes in instruction F:experts.0.0 of step 2", "while True:")
 
 
 def test_a_rank_that_does_not_come_back_to_its_program_is_named_with_its_stack(job: Callable[..., Outcome]) -> None:
-    text = explained(job(sleeps_outside), "rank 1 is outside of the stages, in step 2", "time.sleep(60)")
-    assert "rank 0 waits in stage F:counts<" in text
+    text = explained(job(sleeps_outside), "rank 1 is outside of the instructions, in step 2", "time.sleep(60)")
+    assert "rank 0 waits in instruction F:counts<" in text
 
 
 def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Callable[..., Outcome]) -> None:
     text = explained(job(waits_alone), "no rank has made progress", "exchange.start_sum(torch.zeros(4), self.mesh.world).wait()")
-    assert "rank 0 waits in stage F:combine<.0.0" in text
+    assert "rank 0 waits in instruction F:combine<.0.0" in text
 
 
 @pytest.mark.parametrize("rank", [0, 1])  # rank 0 has the store: it stops as well
 def test_a_stopped_rank_is_said_to_be_silent(job: Callable[..., Outcome], rank: int) -> None:
     text = explained(job(signals_itself, rank, int(signal.SIGSTOP)), f"rank {rank} does not answer: its process is stopped")
-    assert "it was last in step 2, stage F:experts.0.0" in text
-    assert text.count(f"rank {1 - rank} waits in stage F:combine<.0.0 of step 2") == 1
+    assert "it was last in step 2, instruction F:experts.0.0" in text
+    assert text.count(f"rank {1 - rank} waits in instruction F:combine<.0.0 of step 2") == 1
 
 
 def test_a_killed_rank_is_named_with_its_place_and_nothing_is_updated(job: Callable[..., Outcome], folder: Path) -> None:
     outcome = job(signals_itself, 1, int(signal.SIGKILL))
-    explained(outcome, "rank 1 of 2 was ended by SIGKILL (out of memory?) in step 2, stage F:experts.0.0")
-    assert "rank 0 was in step 2, stage F:combine<.0.0" in outcome.error
+    explained(outcome, "rank 1 of 2 was ended by SIGKILL (out of memory?) in step 2, instruction F:experts.0.0")
+    assert "rank 0 was in step 2, instruction F:combine<.0.0" in outcome.error
     assert (folder / "signals_itself_1_9" / "weights.0").read_text() == "same"
 
 
 def test_a_rank_that_raises_is_shown_and_not_the_one_that_lost_it(job: Callable[..., Outcome]) -> None:
     outcome = job(raises)
-    explained(outcome, "rank 1 of 2 failed with exit code 1 in step 2, stage F:experts.0.0", "KeyError: 'the lost key'")
+    explained(outcome, "rank 1 of 2 failed with exit code 1 in step 2, instruction F:experts.0.0", "KeyError: 'the lost key'")
     assert "closed by peer" not in outcome.text and "reset by peer" not in outcome.text
 
 
 def test_gradients_that_gloo_mixes_up_in_silence_are_caught_before_the_update(job: Callable[..., Outcome], folder: Path) -> None:
     outcome = job(swaps_buckets)
     found = explained(outcome, "collectives in step 1; nothing was updated", "is not the same on all ranks")
-    assert "rank 0: sum in stage B:dense.1>" in found and "rank 1: sum in stage B:dense.0>" in found
+    assert "rank 0: sum in instruction B:dense.1>" in found and "rank 1: sum in instruction B:dense.0>" in found
     assert found.count("megalina/parallel/executor.py:") >= 2
     assert [(folder / "swaps_buckets" / f"weights.{rank}").read_text() for rank in range(2)] == ["same", "same"]
 
@@ -283,13 +283,13 @@ def test_gradients_that_gloo_mixes_up_in_silence_are_caught_before_the_update(jo
 def test_another_size_on_one_rank_is_explained_though_gloo_ends_the_process(job: Callable[..., Outcome]) -> None:
     outcome = job(sends_another_size)
     explained(outcome, "is not the same on all ranks")
-    assert "rank 0: sum in stage U:divisor>.-.0 of step 2 (torch.float64, 4 rows of [])" in outcome.text
-    assert "rank 1: sum in stage U:divisor>.-.0 of step 2 (torch.float64, 8 rows of [])" in outcome.text
+    assert "rank 0: sum in instruction U:divisor>.-.0 of step 2 (torch.float64, 4 rows of [])" in outcome.text
+    assert "rank 1: sum in instruction U:divisor>.-.0 of step 2 (torch.float64, 8 rows of [])" in outcome.text
 
 
 def test_split_sizes_that_do_not_match_are_explained(job: Callable[..., Outcome]) -> None:
     text = explained(job(sends_other_splits), "on axis ep has sizes that don't match", "rank 0 sends", "rank 1 receives")
-    assert "all-to-all in stage F:dispatch>.0.0 of step 2" in text
+    assert "all-to-all in instruction F:dispatch>.0.0 of step 2" in text
 
 
 def test_a_slow_rank_is_looked_into_and_left_alone(job: Callable[..., Outcome], folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
 from megalina.parallel import executor
-from megalina.step.program import MOVABLE, Op, Stage
+from megalina.step.program import MOVABLE, Instruction, Op
 from tests.train import test_doctor
 from tests.train.forked_ranks import Outcome
 from tests.train.test_doctor import explained
@@ -37,13 +37,15 @@ class LiteralLinks:
         self._under_way: Counter[Op] = Counter()
         threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
-    def send(self, stage: Stage, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None) -> Sent:
-        if stage.op is not Op.TOKENS and stage.op not in MOVABLE:
-            return self._others.send(stage, launch, at_s=at_s, after=after)
-        sent = Sent(stage, launch, at_s, after, (self._log.position.step, stage.tag))
+    def send(
+        self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
+    ) -> Sent:
+        if instruction.op is not Op.TOKENS and instruction.op not in MOVABLE:
+            return self._others.send(instruction, launch, at_s=at_s, after=after)
+        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag))
         sent.begun = threading.Event()
         with self._changed:
-            (self._tokens if stage.op is Op.TOKENS else self._gradients).append(sent)
+            (self._tokens if instruction.op is Op.TOKENS else self._gradients).append(sent)
             self._changed.notify_all()
         return sent
 
@@ -56,17 +58,17 @@ class LiteralLinks:
                 while (queue := self._next()) is None:
                     self._changed.wait(0.01)
                 sent = queue.popleft()
-                assert sent.stage.op is not None
-                self._under_way[sent.stage.op] += 1
+                assert sent.instruction.op is not None
+                self._under_way[sent.instruction.op] += 1
             if sent.after is not None:
                 sent.after.get()
             assert sent.launch is not None
             self._log.here.place = sent.place
             sent.pending = sent.launch()
             if sent.pending.work is None:
-                self._ended(sent.stage.op)
+                self._ended(sent.instruction.op)
             else:
-                sent.pending.work.get_future().add_done_callback(lambda _, op=sent.stage.op: self._ended(op))
+                sent.pending.work.get_future().add_done_callback(lambda _, op=sent.instruction.op: self._ended(op))
             assert sent.begun is not None
             sent.begun.set()
 
@@ -88,11 +90,13 @@ def late(links: Callable[..., Any], rank: int, mark: Callable[[], None]) -> Call
     """Links on which rank 0's program is late after a gradient, and rank 1's device has the gradient late."""
 
     class Late(links):  # type: ignore[misc, valid-type]
-        def send(self, stage: Stage, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None) -> Sent:
-            if stage.tag.startswith(FIRST) and rank == 1:
+        def send(
+            self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
+        ) -> Sent:
+            if instruction.tag.startswith(FIRST) and rank == 1:
                 at_s = time.perf_counter() + LATE_S
-            sent = super().send(stage, launch, at_s=at_s, after=after)
-            if stage.tag.startswith(FIRST) and rank == 0:
+            sent = super().send(instruction, launch, at_s=at_s, after=after)
+            if instruction.tag.startswith(FIRST) and rank == 0:
                 mark()
                 time.sleep(LATE_S)
             return sent
@@ -113,10 +117,10 @@ def test_the_papers_literal_rule_hangs_and_both_collectives_and_ranks_are_named(
     text = explained(
         outcome, "no rank has made progress", "the ranks wait for one another: each has begun what another holds back"
     )
-    assert "rank 0 waits in stage B:combine<.0.0 of step 1" in text and "not submitted: a lane holds it back" in text
-    assert "rank 1 waits in stage B:combine<.0.0 of step 1" in text and "which rank 0 has not submitted" in text
-    assert "on axis dp, sum in stage B:dense.1>.-.0[0:4288] of step 1: rank 0 submitted it, rank 1 did not" in text
-    assert "on axis ep, all-to-all in stage B:combine>.0.0 of step 1: rank 1 submitted it, rank 0 did not" in text
+    assert "rank 0 waits in instruction B:combine<.0.0 of step 1" in text and "not submitted: a lane holds it back" in text
+    assert "rank 1 waits in instruction B:combine<.0.0 of step 1" in text and "which rank 0 has not submitted" in text
+    assert "on axis dp, sum in instruction B:dense.1>.-.0[0:4288] of step 1: rank 0 submitted it, rank 1 did not" in text
+    assert "on axis ep, all-to-all in instruction B:combine>.0.0 of step 1: rank 1 submitted it, rank 0 did not" in text
 
 
 def test_our_rule_ends_with_the_same_delays(job: Callable[..., Outcome], folder: Path) -> None:

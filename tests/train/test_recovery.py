@@ -160,7 +160,7 @@ def test_a_bad_weight_is_named_by_the_first_stage_that_gives_a_bad_value(folder:
         lines = run_on_ranks(ranks, poisoned, folder, "weight", ranks)
         assert all(own == [] for own in lines[1:])
         assert len(lines[0]) == 2 and "step 3 is skipped on all ranks: loss nan" in lines[0][0]
-        assert f"the first is the output of stage F:experts.1.0 on rank {ranks - 1}" in lines[0][0]
+        assert f"the first is the output of instruction F:experts.1.0 on rank {ranks - 1}" in lines[0][0]
 
 
 def test_a_bad_gradient_is_named_with_its_parameter(folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_rows_of_one_world_share_processes_and_a_failed_row_gets_new_ones() -> N
         second = pool.record(config, Layout(2, 2), batches)
         assert processes_of(pool) == used
         broken = replace(batches[0], tokens_BS=batches[0].tokens_BS + 10**6)  # no such words
-        with pytest.raises(RowFailed, match=r"^rank \d of 2: IndexError: index out of range(.|\n)*in stage F:embed"):
+        with pytest.raises(RowFailed, match=r"^rank \d of 2: IndexError: index out of range(.|\n)*in instruction F:embed"):
             pool.record(config, Layout(2, 1, 2), [broken])
         assert gone(used, 5)
         third = pool.record(config, Layout(2, 1, 2), batches)

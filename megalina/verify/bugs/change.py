@@ -1,25 +1,25 @@
-"""How a rank's `Trainable` is changed: its stages' functions, the seeds of its losses, its program."""
+"""How a rank's `Trainable` is changed: its instructions' functions, the seeds of its losses, its program."""
 
 from collections.abc import Callable
 from typing import Any
 
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Program, Stage
+from megalina.step.program import Instruction, Program
 
 Function = Callable[..., Any]
 
 
-def around(trainable: Trainable, change: Callable[[Stage, Function], Function]) -> None:
-    """Every compute stage's function becomes `change(stage, function)`."""
+def around(trainable: Trainable, change: Callable[[Instruction, Function], Function]) -> None:
+    """Every compute instruction's function becomes `change(instruction, function)`."""
     inner = trainable.functions
-    trainable.run_with(trainable.program, lambda stage: change(stage, inner(stage)))
+    trainable.run_with(trainable.program, lambda instruction: change(instruction, inner(instruction)))
 
 
 def after(trainable: Trainable, name: str, change: Callable[..., Any]) -> None:
-    """`change(out, *arguments)` is what the stages of a name give."""
+    """`change(out, *arguments)` is what the instructions of a name give."""
 
-    def of(stage: Stage, function: Function) -> Function:
-        return (lambda *a: change(function(*a), *a)) if stage.name == name else function
+    def of(instruction: Instruction, function: Function) -> Function:
+        return (lambda *a: change(function(*a), *a)) if instruction.name == name else function
 
     around(trainable, of)
 
@@ -27,10 +27,10 @@ def after(trainable: Trainable, name: str, change: Callable[..., Any]) -> None:
 def seeds(trainable: Trainable, factor: Callable[[str, str], float]) -> None:
     """The gradient that a loss starts from is multiplied by `factor(kind of loss, part)`."""
 
-    def of(stage: Stage, function: Function) -> Function:
-        if stage.name != "seed":
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "seed":
             return function
-        factors = [factor(loss.split(".")[0], stage.part) for loss in stage.reads[1:]]
+        factors = [factor(loss.split(".")[0], instruction.part) for loss in instruction.reads[1:]]
         return lambda *a: tuple(f * g for f, g in zip(factors, function(*a), strict=True))
 
     around(trainable, of)

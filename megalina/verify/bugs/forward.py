@@ -6,18 +6,18 @@ from megalina.config import PretrainConfig
 from megalina.model.layers import ALL
 from megalina.model.routers import Router, RouterTokens, Routing
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, around
 
 
 def bias_added_tp_times(trainable: Trainable, config: PretrainConfig) -> None:
     more = trainable.mesh.tp.size - 1
 
-    def of(stage: Stage, function: Function) -> Function:
-        if stage.name not in ("attention_residual", "mlp_residual"):
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name not in ("attention_residual", "mlp_residual"):
             return function
-        layer = trainable.gpt.layers[stage.layer]
-        bias = layer.attention.proj_bias if stage.name == "attention_residual" else layer.mlp.b2
+        layer = trainable.gpt.layers[instruction.layer]
+        bias = layer.attention.proj_bias if instruction.name == "attention_residual" else layer.mlp.b2
         assert bias is not None
         return lambda x, added, batch: function(x, added + more * bias, batch)
 
@@ -41,11 +41,11 @@ def _own_capacity(router: Router) -> Function:
 
 
 def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
-    def of(stage: Stage, function: Function) -> Function:
-        if stage.name != "experts":
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "experts":
             return function
-        experts = trainable.gpt.layers[stage.layer].experts
-        return lambda got, counts: experts(got, counts.sizes(stage.chunk).count_e)
+        experts = trainable.gpt.layers[instruction.layer].experts
+        return lambda got, counts: experts(got, counts.sizes(instruction.chunk).count_e)
 
     around(trainable, of)
 
@@ -53,10 +53,10 @@ def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
 def vocabulary_first_words(trainable: Trainable, config: PretrainConfig) -> None:
     gpt = trainable.gpt
 
-    def of(stage: Stage, function: Function) -> Function:
-        if stage.name == "embed":
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name == "embed":
             return lambda batch: gpt.embed(batch, 0)
-        return (lambda n, batch: gpt.stat(n, batch, 0)) if stage.name == "logits" else function
+        return (lambda n, batch: gpt.stat(n, batch, 0)) if instruction.name == "logits" else function
 
     around(trainable, of)
 

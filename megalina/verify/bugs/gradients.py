@@ -5,13 +5,13 @@ from typing import Any
 
 from megalina.config import PretrainConfig
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Kind, Op, Stage
+from megalina.step.program import Instruction, Kind, Op
 from megalina.verify.bugs.change import Function, around, expert_buckets, seeds, with_program
 
 
 def experts_scaled_by_edp(trainable: Trainable, config: PretrainConfig) -> None:
-    def of(stage: Stage, function: Function) -> Function:
-        if stage.name != "measure":
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "measure":
             return function
 
         def scaled(*a: Any) -> Any:
@@ -29,8 +29,10 @@ def divided_by_dp_twice(trainable: Trainable, config: PretrainConfig) -> None:
 
 
 def router_detached(trainable: Trainable, config: PretrainConfig) -> None:
-    def of(stage: Stage, function: Function) -> Function:
-        return (lambda h, back, weight, *rest: function(h, back, weight.detach(), *rest)) if stage.name == "mix" else function
+    def of(instruction: Instruction, function: Function) -> Function:
+        return (
+            (lambda h, back, weight, *rest: function(h, back, weight.detach(), *rest)) if instruction.name == "mix" else function
+        )
 
     around(trainable, of)
 
@@ -74,20 +76,20 @@ def balance_loss_without_gradient(trainable: Trainable, config: PretrainConfig) 
 
 def sequence_norm_not_summed(trainable: Trainable, config: PretrainConfig) -> None:
     """The norms between the parts that tp cuts are reduced apart, over the ranks that hold the same tp coordinate."""
-    out: list[Stage] = []
+    out: list[Instruction] = []
     done: set[tuple[str, Kind]] = set()
-    for stage in trainable.program:
-        if stage.op is not Op.GRADS or not stage.name.startswith(("copied.", "ends")):
-            out.append(stage)
+    for instruction in trainable.program:
+        if instruction.op is not Op.GRADS or not instruction.name.startswith(("copied.", "ends")):
+            out.append(instruction)
             continue
-        if (stage.name, stage.kind) in done:
+        if (instruction.name, instruction.kind) in done:
             continue  # a further piece
-        done.add((stage.name, stage.kind))
-        bucket = trainable.buckets[stage.name]
+        done.add((instruction.name, instruction.kind))
+        bucket = trainable.buckets[instruction.name]
         starts = [m.start for m in bucket.members]
         for m, start, stop in zip(bucket.members, starts, [*starts[1:], bucket.numel], strict=True):
             is_norm = any(n in m.name for n in ("attention_norm", "mlp_norm", "final_norm"))
-            wire = (f"{stage.name}'>{start}",)
-            to = {"reads": wire} if stage.kind is Kind.WAIT else {"writes": wire}
-            out.append(replace(stage, axis="dp" if is_norm else stage.axis, piece=(start, stop), **to))  # type: ignore[arg-type]
+            wire = (f"{instruction.name}'>{start}",)
+            to = {"reads": wire} if instruction.kind is Kind.WAIT else {"writes": wire}
+            out.append(replace(instruction, axis="dp" if is_norm else instruction.axis, piece=(start, stop), **to))  # type: ignore[arg-type]
     with_program(trainable, tuple(out))

@@ -10,7 +10,7 @@ from megalina.config import PretrainConfig
 from megalina.model.balance import balance_loss
 from megalina.model.routers import Router, RouterTokens, Routing
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Stage
+from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, after, around
 
 
@@ -27,15 +27,15 @@ def balance_loss_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
     if config.router.group == "global":
         own: list[Tensor] = []
 
-        def of(stage: Stage, function: Function) -> Function:
-            if stage.name == "loads":
+        def of(instruction: Instruction, function: Function) -> Function:
+            if instruction.name == "loads":
 
                 def noted(*a: Any) -> Any:
                     own[:] = [function(*a)]
                     return own[0]
 
                 return noted
-            return (lambda *a: function(*a[:-1], own[0])) if stage.name == "balance" else function
+            return (lambda *a: function(*a[:-1], own[0])) if instruction.name == "balance" else function
 
         around(trainable, of)
         return
