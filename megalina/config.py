@@ -46,6 +46,7 @@ class ModelConfig:
     vocab_size: int = 0  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
     init_std: float = 0.02  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
     dropout: float = 0.0  # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
+    layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class RouterConfig:
     num_groups: int = 1  # group_limited: experts are cut into this many groups
     groups_per_token: int = 1  # group_limited: a token's experts come from this many groups
     noise_std: float = 0.0  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
+    losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
 
 
 @dataclass(slots=True, kw_only=True)

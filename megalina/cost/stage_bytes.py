@@ -4,19 +4,25 @@
 sends on average, and `skew` times as many where its experts are the fullest.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+from megalina.blocks.attention import head_dim
+from megalina.blocks.memory import Inside
+from megalina.blocks.model import blocks_of
+from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import axis_sizes, bucket_specs
-from megalina.cost.function_bytes import INT, ORDER, FunctionBytes
+from megalina.parameters import padded_vocab_size
 from megalina.step.program import Instruction, Op, has_gradient
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
-    *("loss", "aux", "global_aux", "prob", "z", "#load", "#loads", "#all_loads", "#group", "#batch", "#own_loss", "#loss"),
-    *("#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict"),
+    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict"),
+    *("prob", "#load", "#loads", "#all_loads", "#group"),
 )
+STREAM = re.compile(r"x|h\d*")  # values of the residual stream
 
 
 class StageBytes:
@@ -43,26 +49,44 @@ class StageBytes:
         self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
         skew_L = _of_layers("skew", skew, config.model.num_layers)
         expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, config.model.num_layers)
-        self._inside = FunctionBytes(
-            config, self.axes, vocab_size=vocab_size, skew_L=skew_L, expert_skew_L=expert_skew_L, cuda=cuda
+        tp, rows = config.parallel.tp, padded_vocab_size(vocab_size, config.parallel.tp)
+        self.rank = Rank(
+            config=config,
+            ep=self.axes["ep"],
+            vocab_rows=rows,
+            padded=vocab_size < rows,
+            skew_L=skew_L,
+            expert_skew_L=expert_skew_L,
+            cuda=cuda,
         )
+        self.blocks = blocks_of(
+            config.model,
+            config.router,
+            vocab_size=vocab_size,
+            padded_vocab=padded_vocab_size(vocab_size, tp),
+            max_positions=config.model.max_positions or config.train.seq_len,
+        )
+
+    @cached_property
+    def _few(self) -> frozenset[str]:
+        return frozenset(FEW) | {value for loss in self.blocks.losses for value in loss.values}
 
     @cached_property
     def state(self) -> Mapping[str, int]:
         """What is there throughout."""
-        train, inside = self._config.train, self._inside
+        train, rank = self._config.train, self.rank
         numel = sum(spec.numel for spec in self.buckets.values())
         own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
-        rope = inside.head_dim if self._config.model.positions == "rope" else 0  # cosines and sines, half as many each
+        rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half as many each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
         return {
-            "weights": numel * inside.w,
-            "gradients": numel * inside.f,
-            "master weights": own * inside.f if inside.mixed else 0,
-            "moments": 2 * own * inside.f if self._config.optim.name == "adamw" else 0,
+            "weights": numel * rank.element,
+            "gradients": numel * rank.main,
+            "master weights": own * rank.main if rank.mixed else 0,
+            "moments": 2 * own * rank.main if self._config.optim.name == "adamw" else 0,
             # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
-            "batches": tokens * (6 * INT + 2 + rope * inside.w) + table,
+            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element) + table,
         }
 
     def ranks(self, axis: str) -> int:
@@ -70,21 +94,19 @@ class StageBytes:
 
     def kept(self, instruction: Instruction) -> int:
         """What a forward instruction keeps for its mirror, besides the values that it reads."""
-        return self._inside.of(instruction).kept
+        return self._memory(instruction).kept
 
     def keeps(self, instruction: Instruction) -> tuple[str, ...]:
-        """Those of its results that a forward instruction keeps, too: the router reads the normed tokens as they are."""
-        same = instruction.name in ("route", "score") and not self._inside.mixed and self._config.router.kind != "hash"
-        return tuple(v for v in instruction.writes if same and v.startswith("moe_n."))
+        """Those of its results that a forward instruction keeps, too."""
+        return tuple(self.blocks.block_of(instruction).keeps(self.rank.shapes(instruction)))
 
     def rise(self, instruction: Instruction) -> int:
         """The most there is inside a compute instruction above what there was before, its results among it."""
-        inside = self._inside
         if instruction.phase == "U":
             return 0
         if instruction.phase == "W":
-            return inside.late_rise(instruction)
-        of = inside.of(instruction)
+            return self.blocks.block_of(instruction).late_rise(self.rank.shapes(instruction))
+        of = self._memory(instruction)
         if instruction.phase == "F":
             return of.forward
         if not instruction.recompute:
@@ -101,8 +123,8 @@ class StageBytes:
             return 0  # it is summed where it is
         share = elements // self.axes[spec.axis]
         if instruction.op is Op.PARAMS:
-            return share * self._inside.w  # a copy of what this rank has
-        return (share if self._cuda else elements) * self._inside.f  # on gloo all ranks' shares, summed here
+            return share * self.rank.element  # a copy of what this rank has
+        return (share if self._cuda else elements) * self.rank.main  # on gloo all ranks' shares, summed here
 
     def received(self, instruction: Instruction, sent: int, arrives: int) -> int:
         """The buffer for what arrives, beside what is sent."""
@@ -113,41 +135,24 @@ class StageBytes:
 
     def value(self, name: str, instruction: Instruction) -> int:
         """Of a value that `instruction` reads or writes.  KeyError for one that is not known here."""
+        rank = self.rank
         head = name.partition(".")[0].rstrip("'")
-        if " " in name:
-            return self._inside.late(instruction) if name.startswith("#late") else 0  # buckets are state
-        if head in FEW:
+        if " " in name and not name.startswith("#late "):
+            return 0  # buckets are state
+        if head in self._few:
             return 0
-        inside = self._inside
-        t, h, o, d = inside.part(instruction), inside.held(instruction), inside.own(instruction), inside.d * inside.w
+        at = rank.shapes(instruction)
+        if STREAM.fullmatch(head):
+            return int(at.held) * rank.width * rank.element
         whole = "c" not in name.rpartition(".")[2] and "c" not in instruction.part  # of all chunks together
         chunks = 1 if whole or "c" in instruction.part else instruction.chunk[1]
-        match head:
-            case "e" | "n_all" | "m_all" | "a_part" | "o_part":
-                return t * d
-            case "x" | "h" | "a" | "o" | "n" | "m" | "embedded":
-                return h * d
-            case "own" | "mixed" | "moe_n" | "s":
-                return o * d
-            case "rows" | "back":
-                return inside.sent(instruction) * d // chunks
-            case "got" | "y":
-                return inside.got(instruction) * d // chunks
-            case "weight":
-                return o * inside.k * inside.f
-            case "score" | "#score":
-                return o * inside.e * inside.f
-            case "#scores":
-                return t * inside.e * inside.f
-            case "stat":
-                return 2 * t * inside.f
-            case "stats":
-                return 2 * t * inside.tp * inside.f
-            case "#order":
-                return ORDER * INT * inside.sent(instruction)
-            case "#sizes":
-                return 2 * INT * inside.got(instruction) if inside.reorders else 0
-        raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
+        known = self.blocks.block_of(instruction).value_bytes(at)
+        if head not in known:
+            raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
+        return known[head] // chunks
+
+    def _memory(self, instruction: Instruction) -> Inside:
+        return self.blocks.block_of(instruction).memory(self.rank.shapes(instruction))
 
 
 def _of_layers(name: str, skew: float | Sequence[float], layers: int) -> Sequence[float]:

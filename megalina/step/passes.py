@@ -7,21 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, weights_of
-
-RECOMPUTED = {  # train.recompute -> the instructions whose activations are computed again; exchanges never repeat
-    "none": (),
-    "selective": ("attention", "attention_heads", "experts", "mlp", "mlp_hidden", "shared"),
-    "full": (
-        *("embed", "positions", "attention", "attention_norm", "attention_heads", "attention_residual"),
-        *("mlp", "mlp_norm", "mlp_hidden", "mlp_residual", "slice", "score", "select", "route"),
-        *("cut", "experts", "join", "shared", "mix"),
-        *("head_norm", "logits", "loss"),
-    ),
-}
-ROUTED = ("route", "select")  # the instructions that decide which experts get a token
-LOSSES = ("loss", "aux", "global_aux", "z")  # nobody reads them in the forward pass
-
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, has_gradient, weights_of
 
 def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
     """The same forward pass for another part of the step, which is `share` of a micro-batch."""
@@ -48,9 +34,16 @@ def late_weights(forward: Program, layers: Collection[int]) -> Program:
     return tuple(replace(s, late=True) if s.name == "experts" and s.layer in layers else s for s in forward)
 
 
-def losses_of(forward: Program) -> tuple[str, ...]:
-    """The values from which backward starts."""
-    return tuple(v for s in forward for v in s.writes if v.split(".")[0] in LOSSES)
+def losses_of(part: Program, forward: Program) -> tuple[str, ...]:
+    """The values of a part from which backward starts: those with a gradient that no instruction of `forward` reads, which is
+    this part and those that are taken together with it."""
+    read = {v for s in forward for v in s.reads}
+    return tuple(v for s in part if s.kind is Kind.COMPUTE for v in s.writes if has_gradient(v) and v not in read)
+
+
+def decides(instruction: Instruction) -> bool:
+    """Whether it decides which experts get a token."""
+    return any(v.startswith("#order.") for v in instruction.writes)
 
 
 def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
@@ -126,12 +119,12 @@ def share_group(parts: Sequence[Program]) -> list[Program]:
     """
     first, last = parts[0][0].part, parts[-1][0].part
     whole = f"#group.-.{first}"
-    latest = {instruction.layer: whole for instruction in parts[0] if instruction.name in ROUTED}
+    latest = {instruction.layer: whole for instruction in parts[0] if decides(instruction)}
     if not latest:
         return list(parts)
 
     def linked(instruction: Instruction) -> Instruction:
-        if instruction.name not in ROUTED:
+        if not decides(instruction):
             return instruction
         before = latest[instruction.layer]
         latest[instruction.layer] = f"#group.{instruction.layer}.{instruction.part}"
@@ -173,7 +166,7 @@ def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0,
                 Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
             )
         for i, part in enumerate(group, first):
-            losses = losses_of(part)
+            losses = losses_of(part, both)
             seeds = tuple(map(gradient, losses))
             out.append(Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
         out += backward(both)
@@ -256,7 +249,8 @@ def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead:
     """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
 
     `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first instruction that uses it."""
-    values = (v for s in program if s.phase == "F" for v in s.writes if v.split(".")[0] in (*LOSSES, "#load"))
+    seeded = {v for s in program if s.phase == "U" and s.name == "seed" for v in s.reads}
+    values = (v for s in program if s.phase == "F" for v in s.writes if v in seeded or v.startswith("#load."))
     losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2])))  # part by part
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import RECOMPUTED, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
+from megalina.step.passes import chunk, finish, late_weights, place_gradients, recompute, shard_of, step
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 
 
@@ -154,7 +154,7 @@ def _plain_step(setting: Setting) -> Program:
 def _step(setting: Setting, *, together: int) -> Program:
     late = [i for i, is_moe in enumerate(setting.shape.moe) if is_moe][: setting.late_layers]
     forward = late_weights(chunk(plain(setting.shape), setting.chunks_of), late)
-    forward = recompute(forward, RECOMPUTED[setting.recompute_mode])
+    forward = recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
     cut = setting.cut if together > 1 else 1
     one_group = cut > 1 and setting.shape.micro_batch_groups
     return step(forward, setting.micro_batches * cut, together=together, share=1 / cut, one_group=one_group)

@@ -1,0 +1,130 @@
+"""Grouped-query attention behind a norm and beside a residual."""
+
+from collections.abc import Mapping, Sequence
+
+from megalina.blocks import memory
+from megalina.blocks.block import Block, between, norm_parameters, output_std
+from megalina.blocks.memory import Inside
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.sizes import At
+from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
+from megalina.config import ModelConfig
+from megalina.step.forward import Shape
+from megalina.step.lines import compute
+from megalina.step.program import Instruction
+
+SHORTEST_BLOCKED, LONGEST_BLOCKED, QUERIES_A_BLOCK = 129, 1024, 64  # on CPU: tokens of a sequence that is attended to by blocks
+
+
+def head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.d_model // model.num_heads
+
+
+class Attention(Block):
+    name = "attention"
+    functions = "megalina.model.attention:Attention"
+    heavy = ("attention", "attention_heads")
+
+    def parameters(self) -> Sequence[Parameter]:
+        model, width = self.model, self.model.d_model
+        q, kv, rows, tp = self._q(), self._kv(), {"tp": 0}, {"tp": 1}
+        out = norm_parameters("attention_norm", model)
+        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+        out.append(Parameter("attention.proj", (width, q), output_std(model), tp))
+        if model.bias:
+            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+            out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
+        if model.qk_norm:
+            out += [Parameter(f"attention.{n}_norm.weight", (head_dim(model),), None) for n in ("q", "k")]
+        return out
+
+    def _q(self) -> int:
+        return self.model.num_heads * head_dim(self.model)
+
+    def _kv(self) -> int:
+        return self.model.num_kv_heads * head_dim(self.model)
+
+    def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        if not shape.tp:
+            return [compute("attention", layer, f"{reads} #batch", writes, shape.dense(layer))]
+        uses = (shape.dense(layer), shape.copied(layer))
+        return [
+            *between(shape, layer, "attention", "heads", reads, "n", "a", uses),
+            compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer)),
+        ]
+
+    def work(self, at: At) -> Piece:
+        match at.name:
+            case "attention_norm":
+                return norm(at.rank, at.held)
+            case "attention_residual":
+                return residual(at.rank, at.held)
+            case "attention_heads":
+                return self._heads_work(at)
+        return norm(at.rank, at.tokens) + self._heads_work(at) + residual(at.rank, at.tokens)
+
+    def _heads_work(self, at: At) -> Piece:
+        rank, model, d, size = at.rank, self.model, self.model.d_model, head_dim(self.model)
+        tokens, length = at.tokens, rank.seq_len
+        heads, groups = model.num_heads / rank.tp, model.num_kv_heads / rank.tp
+        q, kv = heads * size, groups * size
+        out = linear(rank, tokens, q, d) + linear(rank, tokens, kv, d) + linear(rank, tokens, kv, d) + linear(rank, tokens, d, q)
+        if model.positions == "rope":
+            turned_bytes = 5 * tokens * (q + kv) * rank.element
+            out += Piece(Work((), turned_bytes, 8), Work((), turned_bytes, 8))
+        if model.qk_norm:
+            out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
+        sequences = tokens / length
+        # Two products, queries with keys and weights with values, of which the mask leaves a half: together one whole.
+        one = Product(length, size, length, sequences * heads, tokens * 2 * (q + kv) * rank.element, attention=True)
+        two = Product(length, size, length, 2 * sequences * heads, tokens * 4 * (q + kv) * rank.element, attention=True)
+        return out + Piece(Work((one,)), Work((two,)))
+
+    def memory(self, at: At) -> Inside:
+        match at.name:
+            case "attention_norm":
+                return memory.norm(at.rank, int(at.held))
+            case "attention_residual":
+                return memory.residual(at.rank, int(at.held))
+        return self._heads_memory(at, whole=at.rank.tp == 1)
+
+    def _heads_memory(self, at: At, *, whole: bool) -> Inside:
+        """`whole`: with norm and residual."""
+        rank, model, t = at.rank, self.model, int(at.tokens)
+        width_q, width_g = self._q() // rank.tp, self._kv() // rank.tp
+        x, q, g = t * rank.width * rank.element, t * width_q * rank.element, t * width_g * rank.element
+        before, after = (memory.norm(rank, t), memory.residual(rank, t)) if whole else (Inside(), Inside())
+        block, weights = self._scores(at)
+        normed = before.kept + x * whole
+        cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
+        turned = model.positions == "rope" or model.qk_norm
+        kept = normed + cores
+        if model.qk_norm:
+            kept += q + g
+        forward = max(
+            before.forward + before.kept,
+            normed + (q + 2 * g) + (q + g) * turned,
+            kept + block,
+            kept + x + after.forward,
+        )
+        tail = x + before.backward - kept if whole else q + 2 * g + x - cores
+        inner = q if weights > t * self._heads_here(at) * rank.main else 0  # its product with what came out
+        backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q), tail)
+        return Inside(kept + after.kept, forward, backward)
+
+    def _heads_here(self, at: At) -> int:
+        return self.model.num_heads // at.rank.tp
+
+    def _scores(self, at: At) -> tuple[int, int]:
+        """Of attention's core: what one block needs, and what is kept beside queries, keys, values and result."""
+        rank, t, s = at.rank, int(at.tokens), at.rank.seq_len
+        heads = self._heads_here(at)
+        if rank.cuda or rank.mixed or not SHORTEST_BLOCKED <= s <= LONGEST_BLOCKED:
+            return 0, t * heads * rank.main  # log-sum-exps
+        seen = sum(min(b + QUERIES_A_BLOCK, s) * min(QUERIES_A_BLOCK, s - b) for b in range(0, s, QUERIES_A_BLOCK))
+        return QUERIES_A_BLOCK * s * heads * rank.element, t // s * heads * seen * rank.element
+
+    def value_bytes(self, at: At) -> Mapping[str, int]:
+        number = at.rank.width * at.rank.element
+        held, tokens = int(at.held) * number, int(at.tokens) * number
+        return {"n": held, "n_all": tokens, "a_part": tokens, "a": held}

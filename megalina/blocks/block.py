@@ -1,0 +1,111 @@
+"""A block: one part of a model, declared once and without torch.
+
+From the blocks of a model follow the forward program, buckets, parameter counts, FLOPs, times, memory and what is recomputed.
+Its torch functions, named as its instructions, are one class, which `functions` points to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megalina.blocks.loss import Loss
+from megalina.blocks.memory import Inside
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.sizes import At
+from megalina.blocks.work import Piece
+from megalina.config import ModelConfig, RouterConfig
+from megalina.step.forward import Shape
+from megalina.step.lines import compute, exchange
+from megalina.step.program import Instruction, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What blocks know of the model as a whole."""
+
+    model: ModelConfig
+    router: RouterConfig
+    vocab_size: int  # words
+    padded_vocab: int  # rows of the embedding
+    max_positions: int
+
+
+class Block:
+    """Declare `name`, `functions`, `parameters`, `work` and `memory`; the rest has defaults, those of a block that works on each
+    token by itself: one instruction, whose weights every tensor-parallel rank holds whole."""
+
+    name: ClassVar[str]
+    functions: ClassVar[str]  # where its torch functions are: "package.module:Class" or "folder/file.py:Class"
+    heavy: ClassVar[tuple[str, ...]] = ()  # instructions that train.recompute=selective computes again
+    cheap: ClassVar[tuple[str, ...]] = ()  # instructions that are never computed again
+
+    def __init__(self, whole: Whole):
+        self.whole, self.model, self.router = whole, whole.model, whole.router
+
+    @property
+    def emulated(self) -> Sequence[str]:
+        """Instructions that nearly all FLOPs are in: an emulated device takes its time for them, and for no others."""
+        return self.heavy
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """Those that it writes in one layer."""
+        return ()
+
+    def parameters(self) -> Sequence[Parameter]:
+        """Of one layer, in the order in which they lie in their buckets."""
+        return ()
+
+    def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        """Its forward instructions; `reads` and `writes` are the residual stream before and after it."""
+        return [compute(self.name, layer, f"{reads} #batch", writes, *self.groups(shape, layer))]
+
+    def groups(self, shape: Shape, layer: int) -> Sequence[str]:
+        """The buckets that its parameters are in."""
+        return [p.group(layer, tp=shape.tp) for p in self.parameters()]
+
+    def work(self, at: At) -> Piece:
+        """What one of its compute instructions asks of a device."""
+        raise ValueError(f"{at.instruction.tag}: block {self.name} doesn't say what this costs; define {type(self).__name__}.work")
+
+    def memory(self, at: At) -> Inside:
+        """What one of its compute instructions keeps and needs; in whole tokens."""
+        raise ValueError(
+            f"{at.instruction.tag}: block {self.name} doesn't say what this keeps; define {type(self).__name__}.memory"
+        )
+
+    def late_rise(self, at: At) -> int:
+        """The most there is inside where the gradients of weights that its mirror left out are added."""
+        return 0
+
+    def keeps(self, at: At) -> Sequence[str]:
+        """Values it writes that the same memory is kept for backward of, too: they are not in `memory(at).kept`."""
+        return ()
+
+    def value_bytes(self, at: At) -> Mapping[str, int]:
+        """Bytes of the values that its instructions write, by what their names begin with, but those of the residual stream."""
+        return {}
+
+
+def between(
+    shape: Shape, layer: int, name: str, inner: str, x: str, n: str, out: str, uses: Sequence[str]
+) -> list[Instruction]:
+    """Norm, gather, the part of a layer that tp cuts, sum: Megatron's tensor and sequence parallelism.  `uses`: of the part."""
+    whole = f"{n}_all" if shape.sequence else n
+    instructions = [compute(f"{name}_norm", layer, x, n, shape.copied(layer))]
+    if shape.sequence:
+        instructions += exchange(f"{name}_gather", layer, Op.GATHER, "tp", n, whole)
+    instructions.append(compute(f"{name}_{inner}", layer, f"{whole} #batch", f"{out}_part", *uses))
+    instructions += exchange(f"{name}_sum", layer, Op.SCATTER if shape.sequence else Op.SUM, "tp", f"{out}_part", out)
+    return instructions
+
+
+def norm_parameters(name: str, model: ModelConfig) -> list[Parameter]:
+    """RMSNorm or LayerNorm over the model's width."""
+    weight = Parameter(f"{name}.weight", (model.d_model,), None)
+    return [weight] if model.norm == "rmsnorm" else [weight, Parameter(f"{name}.bias", (model.d_model,), 0.0)]
+
+
+def output_std(model: ModelConfig) -> float:
+    """Of matrices that write to the residual stream."""
+    return model.init_std / (2 * model.num_layers) ** 0.5

@@ -1,0 +1,111 @@
+"""The head: the last norm, the logits and their cross entropy; and the balance loss over all layers."""
+
+from collections.abc import Mapping, Sequence
+
+from megalina.blocks import memory
+from megalina.blocks.block import Block, norm_parameters
+from megalina.blocks.loss import Loss
+from megalina.blocks.memory import Inside
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.sizes import At
+from megalina.blocks.work import Piece, Work, linear, norm, small
+from megalina.step.forward import Shape
+from megalina.step.lines import compute, exchange
+from megalina.step.program import Instruction, Op
+
+
+class Balance(Block):
+    """Where it needs the choices of all ranks, or of all parts of a micro-batch; layers give the sums it is made of."""
+
+    name = "balance"
+    functions = "megalina.model.head:Balance"
+    cheap = ("loads", "balance", "balance_of_group")
+    KERNELS: Mapping[str, int] = {"loads": 1, "balance": 12, "balance_of_group": 14}
+
+    def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        if self.router.group != "global" or not shape.moe_layers:
+            return []
+        loads, probs = (" ".join(f"{v}.{i}.0" for i in shape.moe_layers) for v in ("#load", "prob"))
+        return [
+            compute("loads", layer, loads, "#loads"),
+            *exchange("all_loads", layer, Op.SUM, "world", "#loads", "#all_loads"),
+            compute("balance", layer, f"{probs} #all_loads", "global_aux"),
+        ]
+
+    def work(self, at: At) -> Piece:
+        kernels = self.KERNELS[at.name]
+        return Piece(small(kernels), small(kernels))
+
+    def memory(self, at: At) -> Inside:
+        return Inside()
+
+
+class Head(Block):
+    name = "head"
+    functions = "megalina.model.head:Head"
+
+    @property
+    def emulated(self) -> Sequence[str]:
+        return ("logits", "loss")  # the second has next to no FLOPs where there is the first
+
+    @property
+    def losses(self) -> Sequence[Loss]:
+        return [Loss("loss", ("loss",), 1.0, "loss_tokens")]
+
+    def parameters(self) -> Sequence[Parameter]:
+        return norm_parameters("final_norm", self.model)
+
+    def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        matrix = "embedding" if self.model.tie_embeddings else "head"
+        if not shape.tp:
+            return [compute("loss", layer, f"{reads} #batch", "loss", matrix, shape.ends)]
+        whole = "n_all" if shape.sequence else "n"
+        return [
+            compute("head_norm", layer, reads, "n", shape.ends),
+            *(exchange("head_gather", layer, Op.GATHER, "tp", "n", whole) if shape.sequence else []),
+            # log-sum-exp and target logit of this rank's vocabulary
+            compute("logits", layer, f"{whole} #batch", "stat", matrix),
+            *exchange("stat_gather", layer, Op.GATHER, "tp", "stat", "stats"),
+            compute("loss", layer, "stats #batch", "loss"),
+        ]
+
+    def work(self, at: At) -> Piece:
+        match at.name:
+            case "head_norm":
+                return norm(at.rank, at.held)
+            case "logits":
+                return self._logits_work(at)
+        return norm(at.rank, at.tokens) + self._logits_work(at) if at.rank.tp == 1 else Piece(small(8), small(8))
+
+    def _logits_work(self, at: At) -> Piece:
+        """Logits, and their cross entropy in at least float32, in one memory if the model's type is."""
+        rank = at.rank
+        numbers, element, wide = at.tokens * rank.words, rank.element, rank.main
+        forward = numbers * (element + 2 * element + wide)
+        backward = numbers * (2 * wide + (wide + element) * (wide != element))
+        return linear(rank, at.tokens, rank.words, rank.width) + Piece(Work((), forward, 10), Work((), backward, 5))
+
+    def memory(self, at: At) -> Inside:
+        if at.name == "head_norm":
+            return memory.norm(at.rank, int(at.held))
+        if at.name == "loss" and at.rank.tp > 1:  # a few numbers a token
+            return Inside()
+        return self._logits_memory(at, with_norm=at.name == "loss")
+
+    def _logits_memory(self, at: At, *, with_norm: bool) -> Inside:
+        """The largest activation: logits, in place of which their gradient comes; beside them probabilities of 32 bits."""
+        rank, t, words = at.rank, int(at.tokens), int(at.rank.words)
+        x, logits, wide = t * rank.width * rank.element, t * words * rank.element, t * words * rank.main
+        before = memory.norm(rank, t) if with_norm else Inside()
+        kept = before.kept + x * with_norm + logits + wide * rank.mixed
+        # probabilities are taken in place, but where rows end in padding of a contiguous copy, and written from another
+        copies = wide if rank.mixed else 2 * wide if rank.padded and not rank.cuda else 0
+        backward = x + memory.outer(rank, words, rank.width)
+        tail = x + before.backward - kept if with_norm else 0
+        return Inside(kept, max(before.forward, kept + copies), max(backward, tail))
+
+    def value_bytes(self, at: At) -> Mapping[str, int]:
+        rank, tokens = at.rank, int(at.tokens)
+        number = rank.width * rank.element
+        stat = 2 * tokens * rank.main
+        return {"n": int(at.held) * number, "n_all": tokens * number, "stat": stat, "stats": stat * rank.tp}

@@ -1,0 +1,142 @@
+"""A model as its blocks, from which everything else follows that can be known without torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megalina.blocks.attention import Attention
+from megalina.blocks.block import Block, Whole
+from megalina.blocks.embedding import Embedding
+from megalina.blocks.head import Balance, Head
+from megalina.blocks.loss import Loss
+from megalina.blocks.mlp import DenseMlp
+from megalina.blocks.moe import MoE
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.reference import is_reference, load
+from megalina.config import ModelConfig, RouterConfig
+from megalina.parameters import is_moe_layer
+from megalina.step.forward import Shape
+from megalina.step.program import Instruction
+
+ATTENTION, FFN = "attention", "ffn"  # of `model.layer`; the second is a dense MLP or a mixture of experts, layer by layer
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of one model."""
+
+    whole: Whole
+    embedding: Embedding
+    layers: tuple[tuple[Block, ...], ...]
+    last: tuple[Block, ...]  # the balance of all layers, the head
+
+    @property
+    def moe(self) -> tuple[bool, ...]:
+        """Of each layer: MoE or dense."""
+        return tuple(any(isinstance(block, MoE) for block in blocks) for blocks in self.layers)
+
+    def all(self) -> Iterator[tuple[int, Block]]:
+        """Each block with its layer, -1 outside of the layers, in the order of the model's parameters."""
+        yield -1, self.embedding
+        for layer, blocks in enumerate(self.layers):
+            for block in blocks:
+                yield layer, block
+        for block in self.last:
+            yield -1, block
+
+    def parameters(self) -> Iterator[tuple[int, Parameter]]:
+        """Each parameter with its layer, in the model's order."""
+        for layer, block in self.all():
+            for parameter in block.parameters():
+                yield layer, parameter
+
+    @cached_property
+    def losses(self) -> Sequence[Loss]:
+        """Each of them once, that of the head first; `layers`: how many layers have it."""
+        found: dict[str, Loss] = {}
+        for _, block in reversed(list(self.all())):
+            for loss in block.losses:
+                layers = found[loss.name].layers + 1 if loss.name in found else 1
+                found[loss.name] = Loss(loss.name, loss.values, loss.weight, loss.divisor, layers)
+        return list(found.values())
+
+    @cached_property
+    def _owner(self) -> dict[tuple[int, str], Block]:
+        """Which block an instruction is of, for those of blocks alike: the first layers of each kind say it."""
+        out: dict[tuple[int, str], Block] = {}
+        for layout in (self.shape(tp=1, sequence=True), self.shape(tp=2, sequence=True), self.shape(tp=2, sequence=False)):
+            for layer, lines, reads, writes in layout.placed():
+                assert isinstance(lines, Block)
+                for instruction in lines.lines(layout, layer, reads, writes):
+                    other = out.setdefault((layer, instruction.name), lines)
+                    if other is not lines:
+                        raise ValueError(
+                            f"blocks {other.name} and {lines.name} of layer {layer} both have an instruction {instruction.name}"
+                        )
+                made = ("cut", "join") if isinstance(lines, MoE) else lines.cheap  # by passes
+                out |= {(layer, name): lines for name in made}
+        return out
+
+    def block_of(self, instruction: Instruction) -> Block:
+        """KeyError for an instruction that no block has: those that open and close a step."""
+        return self._owner[instruction.layer, instruction.name]
+
+    def shape(self, *, tp: int, sequence: bool) -> Shape:
+        """What a program must know of the model in a layout."""
+        return Shape(
+            first=self.embedding,
+            layers=self.layers,
+            last=self.last,
+            moe=self.moe,
+            tp=tp > 1,
+            sequence=sequence,
+            micro_batch_groups=self.whole.router.group == "micro_batch",
+        )
+
+
+def blocks_of(
+    model: ModelConfig,
+    router: RouterConfig,
+    *,
+    vocab_size: int = 0,
+    padded_vocab: int = 0,
+    max_positions: int = 0,
+    moe: Sequence[bool] | None = None,
+) -> Blocks:
+    """`vocab_size`: words, 0: the configuration's; `padded_vocab`: rows of the embedding, 0: as many; `max_positions`: 0: the
+    configuration's; `moe`: of each layer, None: as the configuration says.
+
+    ValueError for a list of blocks that makes no layer, and for references that lead nowhere."""
+    words = vocab_size or model.vocab_size
+    whole = Whole(model, router, words, padded_vocab or words, max_positions or model.max_positions)
+    moe = [is_moe_layer(model, i) for i in range(model.num_layers)] if moe is None else moe
+    check_layer(model.layer)
+    kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
+    layers = []
+    made: dict[tuple[str, bool], Block] = {}  # layers are alike, and so may share them
+    for is_moe in moe:
+        blocks = []
+        for name in model.layer:
+            key = name, is_moe and name == FFN
+            if key not in made:
+                kind = kinds[name] or (Attention if name == ATTENTION else MoE if is_moe else DenseMlp)
+                if not (isinstance(kind, type) and issubclass(kind, Block)):
+                    raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
+                made[key] = kind(whole)
+            blocks.append(made[key])
+        layers.append(tuple(blocks))
+    return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Head(whole)))
+
+
+def check_layer(names: Sequence[str]) -> None:
+    """ValueError unless `model.layer` makes a layer."""
+    own = [name for name in names if name not in (ATTENTION, FFN)]
+    if [name for name in names if name not in own] != [ATTENTION, FFN]:
+        raise ValueError(
+            f"model.layer is [{', '.join(names)}]: it must have attention once and ffn once, in this order; blocks of your own, "
+            "as folder/file.py:Name, may stand before, between and after them"
+        )
+    if bad := [name for name in own if not is_reference(name)]:
+        raise ValueError(f"model.layer has {bad[0]}: choose attention, ffn, or a block of your own as folder/file.py:Name")
+    if len(set(own)) != len(own):
+        raise ValueError(f"model.layer is [{', '.join(names)}]: a layer has each block once")
