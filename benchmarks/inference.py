@@ -50,7 +50,7 @@ from megalina.infer.policies import Served, check_infer, policy_of
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 from megalina.parallel.emulated_device import SMALLEST_SHARE, EmulatedDevice
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.oracle import OraclePredictor
@@ -274,7 +274,7 @@ def rank(spec: dict[str, Any]) -> int:
 def tiny_gpt(layers: int) -> GPT:
     config = ModelConfig(num_layers=layers, d_model=32, num_heads=2, num_kv_heads=2, d_ff=16, num_experts=EXPERTS)
     gpt = GPT(config, RouterConfig(top_k=1), vocab_size=64, max_positions=4096, seed=0)
-    initialise(gpt, seed=0, dtype=torch.float32)
+    initialize(gpt, seed=0, dtype=torch.float32)
     return gpt
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.config import PretrainConfig
-from megalina.parameters import BYTES, ParameterCounts, count_parameters, padded_vocab_size
+from megalina.parameters import BYTES, padded_vocab_size
 
 SHOWN_GROUPS = 4  # of each axis
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
-from megalina.model.layers import KeyValues
 
 
 def generate(
@@ -62,7 +62,7 @@ def refuse_looking_ahead(gpt: GPT) -> None:
     for i, layer in enumerate(gpt.layers):
         if layer.is_moe and layer.router.looks_ahead:
             raise ValueError(
-                f"layer {i} routes with {layer.router.kind}, which looks at later tokens of the group: such a model can't "
+                f"layer {i} routes with {layer.router.config.kind}, which looks at later tokens of the group: such a model can't "
                 "generate as it was trained; train with a token-choice router (router=topk) to generate"
             )
 

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
+from megalina.blocks.model import check_layer
+from megalina.blocks.routers import KINDS, check_router, kind_of
 from megalina.config import ClusterConfig, DataConfig, PretrainConfig
 from megalina.parameters import is_moe_layer
 from megalina.step.strategy import STRATEGIES
@@ -24,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": ("swiglu", "gelu", "relu"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rope", "learned"),
-    "router.kind": ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"),
+    "router.kind": tuple(KINDS),
     "router.group": ("sequence", "micro_batch", "global"),
     "router.drop": ("position", "probability"),
     "strategy.name": (*STRATEGIES, "auto"),
@@ -164,7 +166,8 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_model(config)
-    _check_router(config)
+    check_layer(config.model.layer)
+    check_router(config.router, config.model.num_experts)
     _check_layout(config, world)
     _check_batch(config, world)
     check_strategy(config, world)
@@ -356,42 +359,6 @@ def _check_model(config: PretrainConfig) -> None:
         )
 
 
-def _check_router(config: PretrainConfig) -> None:
-    router, num_experts = config.router, config.model.num_experts
-    if router.top_k > num_experts:
-        raise ValueError(f"router.top_k ({router.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
-    if router.kind == "group_limited":
-        if num_experts % router.num_groups:
-            raise ValueError(f"router.num_groups ({router.num_groups}) must divide model.num_experts ({num_experts})")
-        if router.groups_per_token > router.num_groups:
-            raise ValueError(
-                f"router.groups_per_token ({router.groups_per_token}) is more than router.num_groups ({router.num_groups})"
-            )
-        within = router.groups_per_token * num_experts // router.num_groups
-        if router.top_k > within:
-            raise ValueError(
-                f"router.top_k ({router.top_k}) is more than the {within} experts of router.groups_per_token "
-                f"({router.groups_per_token}) of router.num_groups ({router.num_groups}) groups: raise router.groups_per_token"
-            )
-    elif router.num_groups > 1 or router.groups_per_token > 1:
-        raise ValueError(f"router.num_groups ({router.num_groups}) works with router=group_limited alone, not with {router.kind}")
-    if router.bias_update_rate and router.kind not in ("sigmoid", "group_limited"):
-        raise ValueError(
-            f"router.bias_update_rate ({router.bias_update_rate:g}) works with router=sigmoid or group_limited, "
-            f"not with {router.kind}"
-        )
-    if router.noise_std and router.kind != "noisy_topk":
-        raise ValueError(f"router.noise_std ({router.noise_std:g}) works with router=noisy_topk alone, not with {router.kind}")
-    if router.group == "global":
-        if router.capacity_factor or router.kind == "expert_choice":
-            choice = router.kind == "expert_choice"
-            what = "router=expert_choice" if choice else f"router.capacity_factor={router.capacity_factor:g}"
-            raise ValueError(
-                f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
-                "before any token is sent; set router.group=sequence or micro_batch"
-            )
-
-
 def _check_layout(config: PretrainConfig, world: int) -> None:
     model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
     if world % (tp * ep):
@@ -493,7 +460,7 @@ def _check_profile(config: PretrainConfig) -> None:
     model, router = config.model, config.router
     if not config.profile.record:
         return
-    if router.kind == "expert_choice":
+    if kind_of(router).experts_choose:
         raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
     if router.capacity_factor > 0:
         raise ValueError(

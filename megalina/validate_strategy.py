@@ -1,7 +1,9 @@
 """The check of `strategy`: what its mechanisms need of the model, the layout and the batch, and numbers that would do nothing."""
 
+from megalina.blocks.counts import expert_bytes_on_rank
+from megalina.blocks.routers import kind_of
 from megalina.config import PretrainConfig, StrategyConfig
-from megalina.parameters import expert_bytes_on_rank, is_moe_layer
+from megalina.parameters import is_moe_layer
 from megalina.step.strategy import chunks_of
 
 SMALLEST_PIECE_BYTES = 1024
@@ -83,9 +85,10 @@ def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
             "set router.group=micro_batch or sequence, or a strategy without parts"
         )
     by_probability = router.capacity_factor > 0 and router.drop == "probability"
-    if router.group == "micro_batch" and (router.kind == "expert_choice" or by_probability):
-        what, instead = "router=expert_choice", ""
-        if router.kind != "expert_choice":
+    experts_choose = kind_of(router).experts_choose
+    if router.group == "micro_batch" and (experts_choose or by_probability):
+        what, instead = f"router={router.kind}", ""
+        if not experts_choose:
             what = f"router.drop=probability with router.capacity_factor={router.capacity_factor:g}"
             instead = "router.drop=position, "
         raise ValueError(

@@ -17,12 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import pretrain_gpt_moe
+from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.config import PretrainConfig
 from megalina.dry_run import axis_groups, describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
-from megalina.parameters import ParameterCounts, count_parameters, is_moe_layer, padded_vocab_size
+from megalina.parameters import is_moe_layer, padded_vocab_size
 from megalina.validate import check_config
 from megalina.worker import load_config
 from tools import write_config_docs

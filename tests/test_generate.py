@@ -7,7 +7,7 @@ from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.generate import generate
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 
 VOCABULARY, POSITIONS = 150, 32
 
@@ -15,7 +15,7 @@ VOCABULARY, POSITIONS = 150, 32
 def small(router: RouterConfig | None = None, **model: object) -> GPT:
     config = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=16, init_std=0.3, **model)  # type: ignore[arg-type]
     gpt = GPT(config, router or RouterConfig(), vocab_size=VOCABULARY, max_positions=POSITIONS, seed=1)
-    initialise(gpt, seed=1, dtype=torch.float64)
+    initialize(gpt, seed=1, dtype=torch.float64)
     return gpt
 
 

@@ -56,8 +56,10 @@ class VirtualJob:
     @property
     def setting(self) -> "Setting":
         """What a strategy builds a step from.  Paddings of buckets are left out."""
+        from megalina.blocks.model import shape_of
+        from megalina.cost.bucket_specs import axis_of_group
         from megalina.model.gpt import GPT
-        from megalina.parallel.shard import axis_of_group, parameter_groups, shape_of
+        from megalina.parallel.shard import parameter_groups
         from megalina.parameters import padded_vocab_size
         from megalina.step.program import BucketSpec
 

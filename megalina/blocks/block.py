@@ -66,7 +66,9 @@ class Block:
 
     def work(self, at: At) -> Piece:
         """What one of its compute instructions asks of a device."""
-        raise ValueError(f"{at.instruction.tag}: block {self.name} doesn't say what this costs; define {type(self).__name__}.work")
+        raise ValueError(
+            f"{at.instruction.tag}: block {self.name} doesn't say what this costs; define {type(self).__name__}.work"
+        )
 
     def memory(self, at: At) -> Inside:
         """What one of its compute instructions keeps and needs; in whole tokens."""
@@ -87,9 +89,7 @@ class Block:
         return {}
 
 
-def between(
-    shape: Shape, layer: int, name: str, inner: str, x: str, n: str, out: str, uses: Sequence[str]
-) -> list[Instruction]:
+def between(shape: Shape, layer: int, name: str, inner: str, x: str, n: str, out: str, uses: Sequence[str]) -> list[Instruction]:
     """Norm, gather, the part of a layer that tp cuts, sum: Megatron's tensor and sequence parallelism.  `uses`: of the part."""
     whole = f"{n}_all" if shape.sequence else n
     instructions = [compute(f"{name}_norm", layer, x, n, shape.copied(layer))]

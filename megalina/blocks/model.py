@@ -90,6 +90,7 @@ class Blocks:
             moe=self.moe,
             tp=tp > 1,
             sequence=sequence,
+            shared_experts=self.whole.model.shared_d_ff > 0,
             micro_batch_groups=self.whole.router.group == "micro_batch",
         )
 
@@ -126,6 +127,29 @@ def blocks_of(
             blocks.append(made[key])
         layers.append(tuple(blocks))
     return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Head(whole)))
+
+
+def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
+    """What a program must know of the model and the layout."""
+    return blocks_of(model, router).shape(tp=tp, sequence=sequence)
+
+
+def plain_shape(
+    moe: Sequence[bool],
+    *,
+    tp: bool = False,
+    sequence: bool = True,
+    tied: bool = True,
+    shared_experts: bool = False,
+    global_balance: bool = False,
+    micro_batch_groups: bool = False,
+    experts_choose: bool = False,
+) -> Shape:
+    """The shape of a model of which only this matters: for lists alone."""
+    group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
+    model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
+    router = RouterConfig(kind="expert_choice" if experts_choose else "topk", group=group)
+    return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
 
 
 def check_layer(names: Sequence[str]) -> None:

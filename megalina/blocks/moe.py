@@ -27,8 +27,8 @@ DIGESTED = 4  # indices of a routed row while it is sorted and hashed
 class RouterLoss:
     """An auxiliary loss of one's own, of each MoE layer's router, named in `router.losses=[folder/file.py:Name]`.
 
-    `functions` points to `loss(logits_TE, expert_TK, valid_T) -> scalar`, a sum over the own valid tokens (T own tokens, E experts,
-    K choices, `E` where there is none); it is divided by the step's valid tokens."""
+    `functions` points to `loss(logits_TE, expert_TK, valid_T) -> scalar`, a sum over the own valid tokens (T own tokens, E
+    experts, K choices, `E` where there is none); it is divided by the step's valid tokens."""
 
     name: str  # of its value, and of what is reported
     weight: float
@@ -103,7 +103,7 @@ class MoE(Block):
             ]
         else:
             out.append(compute("route", layer, f"{h} #batch", ("moe_n " if shared else "") + routed, copied))
-        # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp, other numbers.
+        # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp, not as many.
         counted = shape.moe_layers[0] if self.kind.experts_choose and not shape.tp else layer
         counts = exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes") if counted == layer else []
         (sizes,) = names("#sizes", counted)

@@ -11,7 +11,9 @@ from megalina.config import RouterConfig
 class RouterKind:
     """A kind of one's own: a subclass, named in `router.kind=folder/file.py:Name`."""
 
-    functions: ClassVar[str]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
+    functions: ClassVar[
+        str
+    ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
     has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D]
     has_bias: ClassVar[bool] = False  # scores are independent of each other, so that a selection bias can balance them
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
@@ -31,7 +33,7 @@ class Sigmoid(RouterKind):
     functions = "megalina.model.routers:Sigmoid"
     has_bias = True
     scores_kept = 5
-    settings = ("bias_update_rate",)
+    settings: ClassVar[Sequence[str]] = ("bias_update_rate",)
 
 
 class GroupLimited(Sigmoid):
@@ -41,14 +43,14 @@ class GroupLimited(Sigmoid):
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         groups, chosen = config.num_groups, config.groups_per_token
-        if groups < 1 or num_experts % groups:
-            raise ValueError(f"router.num_groups is {groups}: choose a divisor of {num_experts}, the number of experts")
-        if not 1 <= chosen <= groups:
-            raise ValueError(f"router.groups_per_token is {chosen}: choose 1 to {groups}, the number of groups")
-        if chosen * (num_experts // groups) < config.top_k:
+        if num_experts % groups:
+            raise ValueError(f"router.num_groups ({groups}) must divide model.num_experts ({num_experts})")
+        if chosen > groups:
+            raise ValueError(f"router.groups_per_token ({chosen}) is more than router.num_groups ({groups})")
+        if config.top_k > (within := chosen * num_experts // groups):
             raise ValueError(
-                f"router.top_k is {config.top_k} but {chosen} groups hold {chosen * (num_experts // groups)} experts: "
-                "raise groups_per_token or lower top_k"
+                f"router.top_k ({config.top_k}) is more than the {within} experts of router.groups_per_token ({chosen}) of "
+                f"router.num_groups ({groups}) groups: raise router.groups_per_token"
             )
 
 
@@ -88,3 +90,22 @@ def kind_of(config: RouterConfig) -> type[RouterKind]:
     if config.kind not in KINDS:
         raise ValueError(f"router.kind is {config.kind!r}: choose one of {', '.join(KINDS)}, or folder/file.py:Name")
     return KINDS[config.kind]
+
+
+def check_router(config: RouterConfig, num_experts: int) -> None:
+    """ValueError for settings that contradict each other or would do nothing."""
+    kind = kind_of(config)
+    if config.top_k > num_experts:
+        raise ValueError(f"router.top_k ({config.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
+    for name in sorted({name for known in KINDS.values() for name in known.settings} - {*kind.settings}):
+        value = getattr(config, name)
+        if value != getattr(RouterConfig(), name):
+            kinds = " or ".join(known for known, of in KINDS.items() if name in of.settings)
+            raise ValueError(f"router.{name} ({value:g}) works with router={kinds} alone, not with {config.kind}")
+    if config.group == "global" and (config.capacity_factor or kind.experts_choose):
+        what = f"router={config.kind}" if kind.experts_choose else f"router.capacity_factor={config.capacity_factor:g}"
+        raise ValueError(
+            f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
+            "before any token is sent; set router.group=sequence or micro_batch"
+        )
+    kind.check(config, num_experts)

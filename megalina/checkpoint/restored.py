@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalina.blocks.routers import kind_of
 from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.checkpoint.files import MODEL
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise, spec_of
+from megalina.model.init import initialize, spec_of
 
 EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
@@ -33,7 +34,7 @@ def restore(
     config = values["config"]
     max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]
     router = RouterConfig(**config["router"])
-    if router.kind != "expert_choice":
+    if not kind_of(router).experts_choose:
         router = replace(router, capacity_factor=0.0)
     gpt = GPT(
         ModelConfig(**config["model"]),
@@ -47,7 +48,7 @@ def restore(
             gpt.layers[layer].experts.release()
     names = [name for name, _ in gpt.named_parameters()] + [n for n, _ in gpt.named_buffers() if n.endswith("bias_E")]
     whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
-    initialise(gpt, seed=0, dtype=dtype, device=device)
+    initialize(gpt, seed=0, dtype=dtype, device=device)
     with torch.no_grad():
         for name, p in gpt.named_parameters():
             p.copy_(whole[name].reshape(spec_of(p).shape).view(p.shape))

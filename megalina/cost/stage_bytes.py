@@ -78,7 +78,7 @@ class StageBytes:
         numel = sum(spec.numel for spec in self.buckets.values())
         own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
-        rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half as many each
+        rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
         return {
             "weights": numel * rank.element,

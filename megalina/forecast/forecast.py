@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalina.blocks.model import shape_of
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
@@ -18,7 +19,6 @@ from megalina.forecast.network import network_of
 from megalina.forecast.sent import sizes_of
 from megalina.mesh import rows
 from megalina.parallel.plans import first_plan
-from megalina.parallel.shard import shape_of
 from megalina.parameters import BYTES, padded_vocab_size
 from megalina.sim.folding import FoldedLoads, Use
 from megalina.sim.memory import Memory, memory_of

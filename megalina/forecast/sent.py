@@ -6,7 +6,6 @@ from megalina.collective_log import NUM_RIDERS
 from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.model.digest import LIMBS
-from megalina.parallel.functions import NUM_SUMS
 from megalina.parameters import BYTES, is_moe_layer
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Instruction, Op
@@ -25,7 +24,7 @@ def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction]
     gradient_bytes = max(weight_bytes, 4)
     experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
-    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": NUM_SUMS + NUM_RIDERS + loads}
+    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + loads}
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]
@@ -35,7 +34,7 @@ def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction]
             case Op.PARAMS:
                 return elements * weight_bytes
             case Op.COUNTS:
-                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers, see `Shape.equal_counts`
+                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
             case Op.SUM if instruction.name in numbers:
                 return numbers[instruction.name] * NUMBER_BYTES
             case Op.GATHER:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
 from megalina.forecast.serving import Serving, walk
 from megalina.forecast.serving_decisions import Decider, even_choices, shared_evenly
@@ -22,7 +23,6 @@ from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import RoutingTrace
 from megalina.sim.network import Network
-from megalina.step.forward import Shape
 
 BATCH_TOKENS, BATCHES, LAYERS = 512, 16, 26  # as they were measured with
 EXPERTS, SLOTS = 16, 4
@@ -90,7 +90,7 @@ def replayed(batches: Sequence[Ids], profile: RoutingTrace, config: InferConfig,
     policy = policy_of(config, Served(EXPERTS, 1, num_devices), profile)
     residents = [identity(np.ones(EXPERTS), num_devices, SLOTS)] * batches[0].shape[1]
     setting = Serving(
-        shape=Shape((True,) * len(residents)),
+        shape=plain_shape((True,) * len(residents)),
         policy=policy,
         residents=residents,
         device=GivenTimes(

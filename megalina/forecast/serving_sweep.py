@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig, PretrainConfig
 from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
@@ -27,7 +28,6 @@ from megalina.placement.planners.greedy import greedy
 from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import never
-from megalina.step.forward import Shape
 
 APART = 3  # layers that a policy may leave unplanned
 LAYERS = APART + 2  # one that is like those after it, and the last one
@@ -139,7 +139,7 @@ def mode_times(modes: Modes, hardware: Hardware, names: Sequence[str] = ()) -> d
     for name in names or modes.names:
         policy, served = modes.decided(name, row_us, replan_ms)
         setting = Serving(
-            shape=Shape((True,) * LAYERS, shared_experts=bool(config.model.shared_d_ff)),
+            shape=plain_shape((True,) * LAYERS, shared_experts=bool(config.model.shared_d_ff)),
             policy=policy,
             residents=modes.residents,
             device=device,

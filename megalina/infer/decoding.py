@@ -15,7 +15,7 @@ from megalina.batch import Batch
 from megalina.comm.objects import everybodys
 from megalina.generate import choose, refuse_looking_ahead
 from megalina.infer.engine import Engine
-from megalina.model.layers import KeyValues
+from megalina.model.attention import KeyValues
 
 PADDING, TEXT = 0, 1  # documents
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.model import shape_of
 from megalina.infer.expert_memory import num_swap_experts
 from megalina.infer.expert_stream import ExpertStream
 from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts
 from megalina.infer.slots import Slots
 from megalina.mesh import Mesh
+from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
-from megalina.model.layers import KeyValues
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.parallel.executor import Executor
-from megalina.parallel.shard import shape_of
 from megalina.placement.controller import Controller, Policy
 from megalina.placement.placement import Placement
 from megalina.step.inference import inference_step

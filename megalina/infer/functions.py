@@ -15,11 +15,12 @@ from megalina.batch import Batch
 from megalina.infer.slot_counts import SlotCounts
 from megalina.infer.slots import Slots
 from megalina.mesh import Mesh
-from megalina.model.gpt import GPT
-from megalina.model.layers import ALL, KeyValues, Layer, router_tokens
+from megalina.model.attention import KeyValues
+from megalina.model.dispatcher import by_expert, by_source
+from megalina.model.gpt import GPT, Layer
 from megalina.model.permute import RowOrder, permute, reorder, row_order
 from megalina.model.rows import expert_rows
-from megalina.parallel.dispatcher import by_expert, by_source
+from megalina.model.tokens import ALL, router_tokens
 from megalina.placement.controller import Controller
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Seen
@@ -64,10 +65,11 @@ class InferenceFunctions:
     # what is no mixture of experts
     def _embed(self, batch: Batch) -> Tensor:
         self._chosen = []
-        return self.gpt.place(self.gpt.embed(batch), batch)
+        return self.gpt.embedder.embed(batch)
 
     def _attention(self, layer: Layer, x: Tensor, batch: Batch) -> Tensor:
-        return layer.attend(x, batch, self.past[layer.index] if self.past is not None else None)
+        past = self.past[layer.index] if self.past is not None else None
+        return layer.attend(x, batch, past)
 
     def _mlp(self, layer: Layer, h: Tensor, batch: Batch) -> Tensor:
         return layer.feed(h, batch)
@@ -80,7 +82,7 @@ class InferenceFunctions:
         """What is told: rows for each expert here, whether the fetch for this layer did not come, a fingerprint of the plan,
         what is expected of the layer, what is to be learned from it, features of the next one (all three none where nothing is
         predicted)."""
-        n_TD, logits_TE = layer.score(h)
+        n_TD, logits_TE = layer.moe.scores(h)
         routing = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL)
         chosen_TK = routing.expert_TK if self.reroute is None else self.reroute(number, routing.expert_TK)
         count_E = torch.bincount(chosen_TK.flatten(), minlength=layer.num_experts + 1)[: layer.num_experts].double()
@@ -176,11 +178,11 @@ class InferenceFunctions:
         return reorder(torch.cat(chunks), *counts.join_index(len(chunks)))
 
     def _shared(self, layer: Layer, n: Tensor) -> Tensor:
-        return layer.share(n)
+        return layer.moe.shared(n)
 
     def _mix(self, layer: Layer, h: Tensor, back: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         shared, order, batch = rest if len(rest) == 3 else (None, *rest)
-        return layer.mix(h, back, weight, shared, order, batch)
+        return layer.moe.mixed(h, back, weight, shared, order, batch)
 
     def _learn(self, *heard: Tensor) -> None:
         for number, told in enumerate(heard):
@@ -190,7 +192,7 @@ class InferenceFunctions:
     def _look_ahead(self, number: int, h_TD: Tensor, batch: Batch) -> Floats:
         """Rows for each expert, would MoE layer `number` route what its predecessor has read."""
         layer = self.gpt.layers[self.gpt.moe_layers[number]]
-        logits_TE = layer.score(h_TD)[1]
+        logits_TE = layer.moe.scores(h_TD)[1]
         chosen = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL).expert_TK.flatten()
         return torch.bincount(chosen, minlength=layer.num_experts + 1)[: layer.num_experts].double().cpu().numpy()
 

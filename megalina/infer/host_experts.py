@@ -27,7 +27,7 @@ SHARED_MEMORY = Path("/dev/shm")
 class ExpertShape:
     """The tensors of one expert, side by side in memory."""
 
-    names: tuple[str, ...]  # as in megalina.model.layers.Experts
+    names: tuple[str, ...]  # as in megalina.model.moe.Experts
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
 

@@ -209,4 +209,4 @@ def _token_losses(engine: Engine, batch: Batch) -> Tensor:
     batch = batch.to(engine.gpt.embedding.device)
     n_TD = engine.hidden(batch)
     with torch.inference_mode():
-        return cross_entropy(engine.gpt.stat(n_TD, batch).unsqueeze(0)).double().cpu()
+        return cross_entropy(engine.gpt.output.stat(n_TD, batch).unsqueeze(0)).double().cpu()

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megalina.model.dispatcher import Counts, Sizes, sizes_of
 from megalina.model.permute import regroup_index
-from megalina.parallel.dispatcher import Counts, Sizes, sizes_of
 
 
 class SlotCounts(Counts):

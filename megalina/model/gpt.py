@@ -1,27 +1,36 @@
 """A GPT with mixture-of-experts layers, for one device: it knows no process group.
 
-`GPT.forward` composes the very functions of which a program's instructions are made: it is used for generation and is the
-oracle against which every layout is tested.
+`GPT.forward` composes its blocks as anybody would on one device; each block composes the very functions of which a program's
+instructions are made.  It is used for generation and is the oracle against which every layout is tested.
 
 Shapes: B sequences, S tokens a sequence, T = B x S tokens, D width, V words, L layers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.attention import head_dim
+from megalina.blocks.block import Block
+from megalina.blocks.model import blocks_of
+from megalina.blocks.reference import load
 from megalina.config import ModelConfig, RouterConfig
-from megalina.model.balance import global_balance
-from megalina.model.init import parameter
-from megalina.model.layers import ALL, KeyValues, Layer, Norm, Rotary, head_dim, places
-from megalina.model.linear import linear
+from megalina.model.attention import Heads, KeyValues
+from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.embedding import Embedding
+from megalina.model.head import Balance, Head
+from megalina.model.mlp import Mlp
+from megalina.model.moe import Experts, MoE
 from megalina.model.noise import dropout
-from megalina.model.rope import rope_table
-from megalina.model.vocabulary import cross_entropy, head_stat
+from megalina.model.norm import Norm
+from megalina.model.rope import Rotary, rope_table
+from megalina.model.routers import Router
+from megalina.model.tokens import WHOLE, TokenShare, places
+from megalina.step.program import Instruction
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,104 +38,141 @@ class Losses:
     """Sums over the tokens of a batch; the caller divides by the number of tokens."""
 
     loss: Tensor  # cross entropy in nats, over positions whose label counts
-    balance: Tensor  # load balance, summed over layers
-    z: Tensor  # router z-loss, summed over layers
+    auxiliary: dict[str, Tensor]  # by the name of the loss, summed over layers
     loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity
 
 
-class GPT(nn.Module):
-    """Parameters are on the meta device until `megalina.model.init.initialise` (or a checkpoint) fills them."""
+class Layer(nn.Module):
+    """The parameters of a layer's blocks, and their functions."""
 
-    layers: Sequence[Layer]  # an nn.ModuleList
+    attention_norm: Norm
+    attention: Heads
+    mlp_norm: Norm
+    mlp: Mlp  # of a dense layer; the others of a MoE layer
+    router: Router
+    experts: Experts
+    shared: Mlp | None
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, *, vocab_size: int, max_positions: int, seed: int, padded_vocab: int = 0
+        self, blocks: Sequence[Block], *, index: int, seed: int, rotary: Rotary | None, share: TokenShare, digests: bool
     ):
         super().__init__()
-        self.config, self.router, self.seed, self.vocab_size = config, router, seed, vocab_size
-        self.padded_vocab = padded_vocab or vocab_size
-        self.embedding = parameter(self.padded_vocab, config.d_model, std=config.init_std, rows=vocab_size, sharded={"tp": 0})
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = parameter(self.padded_vocab, config.d_model, std=config.init_std, rows=vocab_size, sharded={"tp": 0})
-        learned = config.positions == "learned"
-        self.positions = parameter(max_positions, config.d_model, std=config.init_std, decay=False) if learned else None
-        rotary = None if learned else Rotary(*rope_table(max_positions, head_dim(config), config.rope_theta))
-        self.rotary = rotary
-        layers = (Layer(config, router, index=i, seed=seed, rotary=rotary) for i in range(config.num_layers))
+        self.index, self.seed, self.share, self.digests = index, seed, share, digests
+        self.rate = blocks[0].model.dropout
+        self.num_experts = blocks[0].model.num_experts
+        self.rotary = [rotary]  # in a list: shared, not a part of each layer
+        self.functions = {block.name: functions_of(block, self) for block in blocks}
+
+    @property
+    def is_moe(self) -> bool:
+        return "moe" in self.functions
+
+    @property
+    def moe(self) -> MoE:
+        found = self.functions["moe"]
+        assert isinstance(found, MoE)
+        return found
+
+    def attend(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None) -> Tensor:
+        """The attention block, on one device."""
+        return self.functions["attention"].forward(x_TD, batch, Seen(), past)
+
+    def feed(self, h_TD: Tensor, batch: Batch) -> Tensor:
+        """The dense MLP's block, on one device."""
+        return self.functions["mlp"].forward(h_TD, batch, Seen())
+
+    def residual(self, x_TD: Tensor, added_TD: Tensor, bias_D: Tensor | None, site: str, batch: Batch, own: slice) -> Tensor:
+        """The stream with what a block adds: with its bias, after dropout."""
+        if bias_D is not None:
+            added_TD = added_TD + bias_D
+        if self.rate and self.training:
+            sample_T, position_T = places(batch, own)
+            added_TD = dropout(added_TD, self.rate, self.seed, self.index, site, sample_T, position_T)
+        return x_TD + added_TD
+
+
+class GPT(nn.Module):
+    """Parameters are on the meta device until `megalina.model.init.initialize` (or a checkpoint) fills them."""
+
+    layers: Sequence[Layer]  # an nn.ModuleList
+    embedding: nn.Parameter
+    head: nn.Parameter | None
+    positions: nn.Parameter | None
+    final_norm: Norm
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        router: RouterConfig,
+        *,
+        vocab_size: int,
+        max_positions: int,
+        seed: int,
+        padded_vocab: int = 0,
+        share: TokenShare = WHOLE,
+        digests: bool = False,
+    ):
+        """`share`: this rank's part of the tokens; `digests`: routing is digested, for the ledger."""
+        super().__init__()
+        blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
+        self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
+        self.seed, self.vocab_size, self.share = seed, whole.vocab_size, share
+        no_parameters(self, "embedding", "head", "positions")
+        embedder = functions_of(blocks.embedding, self)
+        table = None
+        if whole.model.positions == "rope":
+            table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
+        self.rotary = table
+        layers = (Layer(of, index=i, seed=seed, rotary=table, share=share, digests=digests) for i, of in enumerate(blocks.layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.final_norm = Norm(config.norm, config.d_model, config.norm_eps)
+        balancer, output = (functions_of(block, self) for block in blocks.last)
+        assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)
+        self.embedder, self.balancer, self.output = embedder, balancer, output
+        self.functions: dict[str, BlockFunctions] = {f.block.name: f for f in (embedder, balancer, output)}
 
     @property
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.is_moe]
 
-    # embedding
-    def embed(self, batch: Batch, first_word: int = 0) -> Tensor:
-        """[T, D]: the embeddings of those tokens whose words are here (from `first_word` on), zero for others."""
-        word_T = batch.tokens_BS.flatten() - first_word
-        if len(self.embedding) == self.padded_vocab:
-            return F.embedding(word_T, self.embedding)
-        here_T = (word_T >= 0) & (word_T < len(self.embedding))
-        return F.embedding(word_T.where(here_T, 0), self.embedding) * here_T.unsqueeze(1)
+    def functions_of(self, instruction: Instruction) -> BlockFunctions:
+        """Of the block that has this instruction.  KeyError where none has."""
+        name = self.blocks.block_of(instruction).name
+        return (self if instruction.layer < 0 else self.layers[instruction.layer]).functions[name]
 
-    def place(self, x_TD: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
-        """With learned positions and dropout."""
-        if self.positions is not None:
-            x_TD = x_TD + F.embedding(batch.position_BS.flatten()[own], self.positions)
-        if self.config.dropout and self.training:
-            sample_T, position_T = places(batch, own)
-            x_TD = dropout(x_TD, self.config.dropout, self.seed, -1, "embedding", sample_T, position_T)
-        return x_TD
-
-    # head
     def logits(self, n_TD: Tensor) -> Tensor:
         """[T, V] of the words that are here, padding included."""
-        return linear(n_TD, self.embedding if self.head is None else self.head)
+        return self.output.all_logits(n_TD)
 
-    def stat(self, n_TD: Tensor, batch: Batch, first_word: int = 0) -> Tensor:
-        """[T, 2], see `head_stat`."""
-        head_VD = self.embedding if self.head is None else self.head
-        words = min(max(self.vocab_size - first_word, 0), len(head_VD))
-        return head_stat(n_TD, head_VD, batch.labels_BS.flatten() - first_word, words)
-
-    def loss(self, stat_RA2: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
-        """Scalar: the sum of the own tokens' cross entropies, from each rank's statistics of all tokens."""
-        counts_T = batch.loss_mask_BS.flatten()[own]
-        return cross_entropy(stat_RA2[:, own]).where(counts_T, 0.0).sum()
-
-    # all of it
-    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-        """The last layer's output after the final norm, [T, D], and per MoE layer (balance, z, load)."""
-        x_TD = self.place(self.embed(batch), batch)
-        routed = []
+    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> tuple[Tensor, Seen]:
+        """The last layer's output after the final norm, [T, D], and what the routers did."""
+        seen = Seen()
+        x_TD = self.embedder.placed(self.embedder.looked_up(batch), batch)
         for i, layer in enumerate(self.layers):
-            h_TD = layer.attend(x_TD, batch, past[i] if past else None)
-            if not layer.is_moe:
-                x_TD = layer.feed(h_TD, batch)
-                continue
-            n_TD, logits_TE = layer.score(h_TD)
-            rows_ND, weight_TK, balance, z, order, load = layer.select(n_TD, logits_TE, logits_TE.detach(), batch)
-            back_ND = layer.experts(rows_ND, order.count_E.tolist())
-            shared_TD = layer.share(n_TD) if layer.shared is not None else None
-            x_TD = layer.mix(h_TD, back_ND, weight_TK, shared_TD, order, batch)
-            routed.append((balance, z, load))
-        return self.final_norm(x_TD), routed
+            for functions in layer.functions.values():
+                x_TD = functions.forward(x_TD, batch, seen, past[i] if past else None)
+        return self.output.head_norm(x_TD), seen
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of a batch, on one device."""
-        n_TD, routed = self.hidden(batch)
-        loss = self.loss(self.stat(n_TD, batch).unsqueeze(0), batch)
-        zero = loss.new_zeros(())
-        loads = [load for _, _, load in routed]
-        if routed and self.router.group == "global":
-            balance = self.balance_of_all([prob for prob, _, _ in routed], torch.stack(loads))
-        else:
-            balance = sum((b for b, _, _ in routed), zero)
-        return Losses(loss, balance, sum((z for _, z, _ in routed), zero), loads)
+        n_TD, seen = self.hidden(batch)
+        loss = self.output.sum_of(self.output.stat(n_TD, batch).unsqueeze(0), batch)
+        loads = [routed.load for routed in seen.routed]
+        auxiliary = self.auxiliary([routed.losses for routed in seen.routed], loads, loss.new_zeros(()))
+        return Losses(loss, auxiliary, loads)
 
-    def balance_of_all(self, prob_LE: Sequence[Tensor], load_LE: Tensor) -> Tensor:
-        """The balance loss over all ranks: own sums of probabilities, and everybody's loads (columns beyond E don't count)."""
-        chosen_LE = load_LE[:, : self.config.num_experts]
-        valid = chosen_LE[0].sum() // self.router.top_k
-        return global_balance(torch.stack(list(prob_LE)), chosen_LE, valid, self.router.top_k)
+    def auxiliary(self, losses_L: Sequence[Sequence[Tensor]], loads: Sequence[Tensor], zero: Tensor) -> dict[str, Tensor]:
+        """Each auxiliary loss over all MoE layers, from each layer's losses and loads."""
+        if not losses_L:
+            return {}
+        names = [loss.name for loss in self.layers[self.moe_layers[0]].moe.block.losses]
+        out = {name: sum((losses[i] for losses in losses_L), zero) for i, name in enumerate(names)}
+        if self.router.group == "global":
+            out[names[0]] = self.balancer.of_all([losses[0] for losses in losses_L], torch.stack(list(loads)))
+        return out
+
+
+def functions_of(block: Block, holder: Any) -> BlockFunctions:
+    """The torch functions that a block points to, with its parameters hung on `holder`."""
+    made = load(block.functions)(block, holder)
+    assert isinstance(made, BlockFunctions), f"{block.functions} is no BlockFunctions"
+    return made

@@ -1,6 +1,6 @@
-"""Initial values of parameters, and what else is known of each: its shape on one device and how layouts cut it.
+"""Initial values of parameters, from what their blocks declare.
 
-A model is built on the meta device, without memory.  `initialise` then fills each parameter with values that are a
+A model is built on the meta device, without memory.  `initialize` then fills each parameter with values that are a
 function of (seed, name, expert): the same on every layout, and a rank draws no expert but its own.
 """
 
@@ -12,17 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """Of a parameter, as `parameter.spec`."""
-
-    shape: tuple[int, ...]  # on one device
-    std: float | None  # of the initial normal distribution; 0: zeros, None: ones
-    sharded: Mapping[str, int] = field(default_factory=dict)  # axis of the mesh -> the dimension of `shape` that it cuts evenly
-    decay: bool = True  # weight decay applies
-    dims: int = 0  # > 0: held with so many dimensions, the leading ones merged, as its matrix product wants it
-    rows: int = 0  # > 0: only this many rows along dimension 0 are real, the rest is padding (zeros)
+from megalina.blocks.parameter import Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +21,7 @@ class Cut:
 
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
-    def of(self, spec: Spec) -> dict[int, slice]:
+    def of(self, spec: Parameter) -> dict[int, slice]:
         """dimension -> the indices that this rank holds."""
         out = {}
         for axis, dim in spec.sharded.items():
@@ -41,27 +31,24 @@ class Cut:
             out[dim] = slice(rank * width, (rank + 1) * width)
         return out
 
-    def local(self, whole: Tensor, spec: Spec) -> Tensor:
+    def local(self, whole: Tensor, spec: Parameter) -> Tensor:
         """This rank's part of a whole tensor (a view)."""
         indices = self.of(spec)
         return whole[tuple(indices.get(d, slice(None)) for d in range(whole.dim()))]
 
 
-def parameter(
-    *shape: int, std: float | None, sharded: Mapping[str, int] | None = None, dims: int = 0, rows: int = 0, decay: bool = True
-) -> nn.Parameter:
-    """A parameter without memory, with its spec: `parameter(E, F, D, std=0.02, sharded={"ep": 0})`."""
-    spec = Spec(tuple(shape), std, sharded or {}, decay and len(shape) > 1, dims, rows)
-    out = nn.Parameter(torch.empty(_held(spec.shape, dims), device="meta"))
-    out.spec = spec  # type: ignore[attr-defined]
+def parameter(declared: Parameter) -> nn.Parameter:
+    """A parameter without memory, with its declaration as `spec`."""
+    out = nn.Parameter(torch.empty(_held(declared.shape, declared.dims), device="meta"))
+    out.spec = declared  # type: ignore[attr-defined]
     return out
 
 
-def spec_of(p: Tensor) -> Spec:
+def spec_of(p: Tensor) -> Parameter:
     return p.spec  # type: ignore[attr-defined]
 
 
-def initialise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", cut: Cut = Cut()) -> None:
+def initialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", cut: Cut = Cut()) -> None:
     """Replace every parameter of `model` (on meta) by this rank's part with its initial values."""
     for module_name, module in model.named_modules():
         for name, old in list(module.named_parameters(recurse=False)):
@@ -94,19 +81,19 @@ def _held(shape: torch.Size | tuple[int, ...], dims: int) -> tuple[int, ...]:
     return (math.prod(shape[:split]), *shape[split:])
 
 
-def _initial(name: str, spec: Spec, seed: int, cut: Cut) -> Tensor:
+def _initial(name: str, spec: Parameter, seed: int, cut: Cut) -> Tensor:
     if not spec.std:
         indices = cut.of(spec)
         shape = [indices[d].stop - indices[d].start if d in indices else n for d, n in enumerate(spec.shape)]
         return torch.ones(shape) if spec.std is None else torch.zeros(shape)
     if "ep" in spec.sharded:  # one generator an expert
         experts = cut.of(spec)[spec.sharded["ep"]]
-        rest = Spec(spec.shape[1:], spec.std, {a: d - 1 for a, d in spec.sharded.items() if a != "ep"})
+        rest = Parameter(name, spec.shape[1:], spec.std, {a: d - 1 for a, d in spec.sharded.items() if a != "ep"})
         return torch.stack([cut.local(_normal(f"{name}.{e}", rest, seed), rest) for e in range(experts.start, experts.stop)])
     return cut.local(_normal(name, spec, seed), spec).clone()
 
 
-def _normal(name: str, spec: Spec, seed: int) -> Tensor:
+def _normal(name: str, spec: Parameter, seed: int) -> Tensor:
     number = int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
     rows = spec.rows or spec.shape[0]
     values = torch.empty(rows, *spec.shape[1:]).normal_(0.0, spec.std or 0.0, generator=torch.Generator().manual_seed(number))

@@ -7,10 +7,28 @@ Shapes: N rows (any leading dims), D width.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megalina.model.linear import main_grad
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm where there is a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -6,8 +6,26 @@ Shapes: B sequences, S tokens, H heads (of queries or keys), d numbers a head, P
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from megalina.batch import Batch
+
+
+class Rotary(nn.Module):
+    """The table of RoPE, shared by all layers; cast to the type of the queries."""
+
+    cos_Pi: Tensor
+    sin_Pi: Tensor
+
+    def __init__(self, cos_Pi: Tensor, sin_Pi: Tensor):
+        super().__init__()
+        self.register_buffer("cos_Pi", cos_Pi, persistent=False)
+        self.register_buffer("sin_Pi", sin_Pi, persistent=False)
+
+    def rows(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin at each position, [B, S, d/2]."""
+        return self.cos_Pi[batch.position_BS].to(dtype), self.sin_Pi[batch.position_BS].to(dtype)
 
 
 def rope_table(max_positions: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megalina.batch import Batch
-from megalina.model.gpt import GPT
-from megalina.model.layers import ALL, Layer
-from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.blocks.routers import kind_of
+from megalina.model.gpt import GPT, Layer
+from megalina.model.routers import Router, Routing
+from megalina.model.tokens import ALL, RouterTokens
 from megalina.placement.routing_trace import RoutingTrace, traced
 
 
@@ -65,8 +66,10 @@ class RoutingRecorder:
     @contextmanager
     def watching(self, gpt: GPT) -> Iterator[None]:
         """What `gpt` decides inside is recorded.  ValueError for experts that choose tokens: their number isn't a token's."""
-        if gpt.router.kind == "expert_choice":
-            raise ValueError("router.kind=expert_choice: experts choose tokens there, so a token has no choices to be recorded")
+        if kind_of(gpt.router).experts_choose:
+            raise ValueError(
+                f"router.kind={gpt.router.kind}: experts choose tokens there, so a token has no choices to be recorded"
+            )
         if not gpt.moe_layers:
             raise ValueError("the model has no MoE layer, so there is no routing to be recorded")
         layers = [gpt.layers[layer] for layer in gpt.moe_layers]
@@ -132,7 +135,7 @@ class RoutingRecorder:
         assert len(h_TD) == len(tokens.token_A), "tensor parallelism has cut the tokens"
         self._asking = True
         try:
-            logits_TE = layer.score(h_TD)[1]
+            logits_TE = layer.moe.scores(h_TD)[1]
             return _best_first(layer.router(logits_TE, tokens, logits_TE, ALL), count)[0]
         finally:
             self._asking = False

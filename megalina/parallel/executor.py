@@ -19,9 +19,9 @@ from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
 from megalina.mesh import Axis, Mesh
+from megalina.model.dispatcher import Counts
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket, side_by_side
-from megalina.parallel.dispatcher import Counts
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 from megalina.timeline.recorder import COMPUTE, WAIT, Recorder

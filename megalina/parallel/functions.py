@@ -1,10 +1,12 @@
-"""The functions of compute instructions: a model's pieces, bound to this rank's place in the mesh.
+"""The functions of compute instructions: those of the model's blocks, and those that open and close a step.
 
-A function takes the values that its instruction reads, in order, and returns those that it writes, in order.
+A function takes the values that its instruction reads, in order, and returns those that it writes, in order.  A step's measure,
+float64, is summed over the world: sums of losses, squares of gradients, wishes to stop, the riders of the log of collectives,
+each MoE layer's load.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,20 +17,12 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.collective_log import NUM_RIDERS, agree
 from megalina.mesh import Mesh
-from megalina.model.digest import LIMBS, routing_digest, tokens_digest
+from megalina.model.digest import LIMBS, tokens_digest
 from megalina.model.experts import Later
 from megalina.model.gpt import GPT
-from megalina.model.layers import ALL, Layer, places
-from megalina.model.permute import RowOrder, reorder
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.step.program import Instruction
-
-# Values of a program that a step's measure sums up, losses among them: value -> quantity.
-MEASURED = {"loss": "loss", "aux": "balance", "global_aux": "balance", "z": "z", "#load": "load"}
-# A step's measure, float64, summed over the world: these sums, the riders of the log of collectives, each MoE layer's load.
-NUM_SUMS = 5  # loss, balance, z, squares of gradients, wishes to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +30,9 @@ class Verdict:
     """What all ranks know at the end of a step, before anything is updated.  Losses are means a token."""
 
     loss: float  # nats, without auxiliary terms
-    balance_loss: float  # mean over MoE layers, unweighted; 1 at perfect balance
-    z_loss: float  # mean over MoE layers, unweighted
+    auxiliary: Mapping[
+        str, float
+    ]  # by the name of the loss: mean over MoE layers, unweighted; balance_loss is 1 at perfect balance
     grad_norm: float  # over all parameters, before clipping
     grad_scale: float  # what the update multiplies gradients by
     finite: bool  # False: the step is skipped, on all ranks alike
@@ -48,6 +43,14 @@ class Verdict:
     loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
     tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
     routing_digests: tuple[int, ...]  # 64 bits a MoE layer, of the step's routing decisions; 0 without ledger
+
+    @property
+    def balance_loss(self) -> float:
+        return self.auxiliary.get("balance_loss", 0.0)
+
+    @property
+    def z_loss(self) -> float:
+        return self.auxiliary.get("z_loss", 0.0)
 
     @property
     def updates(self) -> bool:
@@ -73,7 +76,6 @@ class StageFunctions:
         mesh: Mesh,
         buckets: dict[str, Bucket],
         *,
-        sequence: bool,
         clip_norm: float,
         update: Callable[[str, Verdict], None],
         wish_to_stop: Callable[[], bool],
@@ -86,105 +88,20 @@ class StageFunctions:
         self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
         self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
         self.wish_to_stop = wish_to_stop
-        self.router = gpt.router
-        self.cut_activations = sequence and mesh.tp.size > 1
-        self.first_word = mesh.tp.rank * len(gpt.embedding)
+        self.losses = gpt.blocks.losses
+        self._loss_of = {value: loss.name for loss in self.losses for value in loss.values}
 
     def __call__(self, instruction: Instruction) -> Callable[..., Any]:
         if instruction.name.startswith("update "):
             return partial(self._update, instruction.name.removeprefix("update "))
         if instruction.phase == "W":
             return partial(self._add_late, instruction.key)
-        named = getattr(self, f"_{instruction.name}")
-        if instruction.name in ("seed", "measure"):
-            return partial(named, [MEASURED.get(v.split(".")[0], "") for v in instruction.reads])
-        if instruction.name in ("experts", "cut", "join"):
-            named = partial(named, instruction.chunk)
-            later = self._late.setdefault(instruction.key, []) if instruction.late else None
-            return named if instruction.name != "experts" else partial(named, self.gpt.layers[instruction.layer], later)
-        return partial(named, self.gpt.layers[instruction.layer]) if instruction.layer >= 0 else named
-
-    def own(self, batch: Batch) -> slice:
-        """This rank's 1/tp of a micro-batch's tokens."""
-        tp = self.mesh.tp
-        if tp.size == 1:
-            return ALL
-        width = batch.tokens_BS.numel() // tp.size
-        return slice(tp.rank * width, (tp.rank + 1) * width)
-
-    def _held(self, batch: Batch) -> slice:
-        """The tokens whose activations this rank has between attention and MLP."""
-        return self.own(batch) if self.cut_activations else ALL
-
-    # embedding
-    def _embed(self, batch: Batch) -> Tensor:
-        if self.mesh.tp.size > 1:
-            return self.gpt.embed(batch, self.first_word)
-        return self.gpt.place(self.gpt.embed(batch), batch)
-
-    def _positions(self, embedded: Tensor, batch: Batch) -> Tensor:
-        return self.gpt.place(embedded, batch, self._held(batch))
-
-    # attention and dense MLP
-    def _attention(self, layer: Layer, x: Tensor, batch: Batch) -> Tensor:
-        return layer.attend(x, batch)
-
-    def _attention_norm(self, layer: Layer, x: Tensor) -> Tensor:
-        return layer.attention_norm(x)
-
-    def _attention_heads(self, layer: Layer, n: Tensor, batch: Batch) -> Tensor:
-        return layer.attention(n, batch)
-
-    def _attention_residual(self, layer: Layer, x: Tensor, added: Tensor, batch: Batch) -> Tensor:
-        return layer.attention_residual(x, added, batch, self._held(batch))
-
-    def _mlp(self, layer: Layer, h: Tensor, batch: Batch) -> Tensor:
-        return layer.feed(h, batch)
-
-    def _mlp_norm(self, layer: Layer, h: Tensor) -> Tensor:
-        return layer.mlp_norm(h)
-
-    def _mlp_hidden(self, layer: Layer, n: Tensor, batch: Batch) -> Tensor:
-        return layer.mlp(n)
-
-    def _mlp_residual(self, layer: Layer, h: Tensor, added: Tensor, batch: Batch) -> Tensor:
-        return layer.mlp_residual(h, added, batch, self._held(batch))
-
-    # mixture of experts
-    def _slice(self, layer: Layer, h: Tensor) -> Tensor:
-        width = len(h) // self.mesh.tp.size
-        return h[self.mesh.tp.rank * width : (self.mesh.tp.rank + 1) * width].clone()
-
-    def _route(self, layer: Layer, h: Tensor, batch: Batch, so_far: GroupSoFar | None = None) -> tuple[Any, ...]:
-        n, logits = layer.score(h)
-        routed = self._select(layer, n, logits, logits.detach(), batch, so_far)
-        return routed if layer.shared is None else (n, *routed)
-
-    def _score(self, layer: Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, logits = layer.score(h)
-        return n, logits, logits.detach()
-
-    def _select(
-        self, layer: Layer, n: Tensor, logits: Tensor, all_logits: Tensor, batch: Batch, so_far: GroupSoFar | None = None
-    ) -> tuple[Any, ...]:
-        own = self.own(batch)
-        if so_far is None:
-            return self._with_digest(layer.select(n, logits, all_logits, batch, own), batch)
-        *selected, so_far = layer.select_part(n, logits, all_logits, batch, own, so_far)
-        return *self._with_digest(tuple(selected), batch), so_far
-
-    def _with_digest(self, selected: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
-        """The load, last of what was selected, gets two more numbers: [E + 1 + LIMBS]."""
-        *rest, order, load = selected
-        digest = routing_digest(order, *places(batch, self.own(batch))) if self.ledger else load.new_zeros(LIMBS)
-        return *rest, order, torch.cat([load, digest])
-
-    def _shared(self, layer: Layer, n: Tensor) -> Tensor:
-        return layer.share(n)
-
-    def _experts(self, chunk: tuple[int, int], layer: Layer, later: Later | None, got: Tensor, counts: Counts) -> Tensor:
-        sizes = counts.sizes(chunk)
-        return by_source(layer.experts(by_expert(got, sizes), sizes.count_e, later), sizes)
+        if instruction.phase == "U":
+            named = getattr(self, f"_{instruction.name}")
+            values = [v.split(".")[0] for v in instruction.reads]
+            return partial(named, values) if instruction.name in ("seed", "measure") else named
+        later = self._late.setdefault(instruction.key, []) if instruction.late else None
+        return self.gpt.functions_of(instruction).bind(instruction, later)
 
     def _add_late(self, key: tuple[str, int, str]) -> None:
         """What backward of this instruction left out."""
@@ -193,52 +110,6 @@ class StageFunctions:
             add()
         late.clear()
 
-    def _cut(self, chunk: tuple[int, int], rows: Tensor, order: RowOrder) -> tuple[Tensor, ...]:
-        """Rows sorted by expert -> each chunk's, an equal share of every expert's."""
-        index_N, inverse_N, counts = cut_index(order.count_E, chunk[1])
-        return reorder(rows, index_N, inverse_N).split(counts)
-
-    def _join(self, chunk: tuple[int, int], *chunks_and_order: Any) -> Tensor:
-        *chunks, order = chunks_and_order
-        index_N, inverse_N, _ = cut_index(order.count_E, chunk[1])
-        return reorder(torch.cat(chunks), inverse_N, index_N)
-
-    def _mix(self, layer: Layer, h: Tensor, back: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        shared, order, batch = rest if len(rest) == 3 else (None, *rest)
-        assert isinstance(order, RowOrder)
-        return layer.mix(h, back, weight, shared, order, batch, self.own(batch))
-
-    # losses
-    def _loads(self, *loads: Tensor) -> Tensor:
-        return torch.stack(loads)
-
-    def _balance(self, *probs_and_loads: Any) -> Tensor:
-        *probs, loads = probs_and_loads
-        return self.gpt.balance_of_all(probs, loads)
-
-    def _sizes_of_group(self, *batches: Batch) -> GroupSoFar:
-        """Of a micro-batch, before the first of its parts is routed in any layer."""
-        tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
-        return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
-
-    def _balance_of_group(self, *probs_and_groups: Any) -> Tensor:
-        """Of a micro-batch's parts: each layer's sums of probabilities, part by part, then each layer's counts of all parts."""
-        layers = len(self.gpt.moe_layers)
-        probs, groups = probs_and_groups[:-layers], probs_and_groups[-layers:]
-        prob_LE = torch.stack(probs).view(-1, layers, *probs[0].shape).sum(0)
-        return self.gpt.balance_of_all(list(prob_LE), torch.stack([g.chosen_E for g in groups]))
-
-    def _head_norm(self, x: Tensor) -> Tensor:
-        return self.gpt.final_norm(x)
-
-    def _logits(self, n: Tensor, batch: Batch) -> Tensor:
-        return self.gpt.stat(n, batch, self.first_word)
-
-    def _loss(self, x: Tensor, batch: Batch) -> Tensor:
-        if self.mesh.tp.size == 1:
-            return self.gpt.loss(self.gpt.stat(self.gpt.final_norm(x), batch).unsqueeze(0), batch)
-        return self.gpt.loss(x.view(self.mesh.tp.size, -1, 2), batch, self.own(batch))
-
     # without autograd
     def _sizes(self, *batches: Batch) -> Tensor:
         loss_tokens = torch.stack([b.loss_mask_BS.sum() for b in batches]).sum()
@@ -246,43 +117,50 @@ class StageFunctions:
         digest = torch.stack([tokens_digest(b) if self.ledger else loss_tokens.new_zeros(LIMBS) for b in batches]).sum(0)
         return torch.cat([torch.stack([loss_tokens, valid_tokens]), digest]).double()
 
-    def _seed(self, kinds: list[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of what is minimised with respect to each loss."""
-        per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
-        weights = {"z": self.router.z_loss * per_valid, "balance": self.router.balance_loss * per_valid, "loss": per_loss}
-        return tuple(weights[kind].to(value.dtype) for kind, value in zip(kinds[1:], losses, strict=True))
+    def _sizes_of_group(self, *batches: Batch) -> GroupSoFar:
+        """Of a micro-batch, before the first of its parts is routed in any layer."""
+        tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
+        return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
 
-    def _measure(self, kinds: list[str], *values: Any) -> Tensor:
+    def _seed(self, names: list[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of what is minimized with respect to each loss."""
+        per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
+        per = {"loss_tokens": per_loss, "valid_tokens": per_valid}
+        weights = {loss.name: loss.weight * per[loss.divisor] for loss in self.losses}
+        return tuple(weights[self._loss_of[n]].to(v.dtype) for n, v in zip(names[1:], losses, strict=True))
+
+    def _measure(self, names: list[str], *values: Any) -> Tensor:
         """float64: sums of losses and squares over this rank, and its loads."""
-        sums = dict.fromkeys(("loss", "balance", "z"), torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device))
-        loads = [value for kind, value in zip(kinds, values, strict=True) if kind == "load"]
-        for kind, value in zip(kinds, values, strict=True):
-            if kind in sums:
-                sums[kind] = sums[kind] + value.double()
+        zero = torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device)
+        sums = {loss.name: zero for loss in self.losses}
+        loads = [value for name, value in zip(names, values, strict=True) if name == "#load"]
+        for name, value in zip(names, values, strict=True):
+            if (loss := self._loss_of.get(name)) is not None:
+                sums[loss] = sums[loss] + value.double()
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
         own = squares.new_tensor([float(self.wish_to_stop()), *self.mesh.log.riders()])
-        return torch.cat([torch.stack([sums["loss"], sums["balance"], sums["z"], squares]), own, load])
+        return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
     def _verdict(self, measured: Tensor, divisor: Tensor) -> Verdict:
         loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
-        loss, balance, z, squares, wishes, *riders = measured[: NUM_SUMS + NUM_RIDERS].tolist()
+        count = len(self.losses)
+        head = count + 2 + NUM_RIDERS
+        numbers = measured[:head].tolist()
+        sums, squares, wishes, riders = numbers[:count], numbers[count], numbers[count + 1], numbers[count + 2 :]
         if not agree(riders, self.mesh.world.size):
             raise CollectivesDiffer(self.explain())
-        layers = max(len(self.gpt.moe_layers), 1)
         norm = squares**0.5
         scale = min(1.0, self.clip_norm / (norm + 1e-6)) if self.clip_norm > 0 else 1.0
-        valid = max(valid_tokens, 1)
-        mean_loss = loss / max(loss_tokens, 1)
-        loads = (
-            measured[NUM_SUMS + NUM_RIDERS :].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
-        )
-        finite = all(map(math.isfinite, (loss, balance, z, norm)))
+        per = {"loss_tokens": max(loss_tokens, 1), "valid_tokens": max(valid_tokens, 1)}
+        means = {of.name: total / per[of.divisor] / of.layers for of, total in zip(self.losses, sums, strict=True)}
+        mean_loss = means.pop("loss")
+        loads = measured[head:].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
+        finite = all(map(math.isfinite, (*sums, norm)))
         return Verdict(
             loss=mean_loss,
-            balance_loss=balance / valid / layers,
-            z_loss=z / valid / layers,
+            auxiliary=means,
             grad_norm=norm,
             grad_scale=scale,
             finite=finite,

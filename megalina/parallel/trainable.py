@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
+from megalina.cost.bucket_specs import axis_of_group
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
@@ -16,7 +18,7 @@ from megalina.parallel.emulated_device import emulated_device
 from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import StageFunctions, Verdict
 from megalina.parallel.plans import first_plan
-from megalina.parallel.shard import axis_of_group, build_shard, parameter_groups, shape_of
+from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import Program
@@ -53,6 +55,8 @@ class Trainable:
             seed=train.seed,
             dtype=dtype,
             device=device,
+            sequence=parallel.sequence,
+            digests=train.ledger,
         )
         shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
         main_bytes = 8 if dtype == torch.float64 else 4
@@ -80,7 +84,6 @@ class Trainable:
             self.gpt,
             mesh,
             self.buckets,
-            sequence=parallel.sequence,
             clip_norm=config.optim.clip_norm,
             update=self._updated,
             wish_to_stop=wish_to_stop,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
 from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
@@ -25,7 +26,6 @@ from megalina.reenact.routing import SKEWS, Routed, next_concentration
 from megalina.reenact.row import Row
 from megalina.reenact.walk import Bed, Constants
 from megalina.sim.virtual import Timeline
-from megalina.step.forward import Shape
 from megalina.timeline.contention import quantile
 from megalina.timeline.recorder import COMPUTE
 
@@ -165,7 +165,7 @@ class Inference:
         profile = self.routed(model, experts).profile if infer.predictor != "none" else None
         slots = infer.slots_per_device or 1
         setting = Serving(
-            shape=Shape((True,) * model.layers),
+            shape=plain_shape((True,) * model.layers),
             policy=policy_of(infer, Served(experts, 1, experts), profile),
             residents=[identity(np.ones(experts), experts, slots)] * model.layers,
             device=device,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 
+from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
@@ -11,7 +12,6 @@ from megalina.cost.stage_work import StageWork
 from megalina.forecast.forecast import program_of, ranks_of
 from megalina.forecast.network import network_of
 from megalina.forecast.sent import sizes_of
-from megalina.parallel.shard import shape_of
 from megalina.parameters import padded_vocab_size
 from megalina.reenact.models import Model, config_of
 from megalina.sim.memory import Memory, memory_of

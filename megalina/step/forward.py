@@ -12,6 +12,9 @@ class Lines(Protocol):
     """What the list must know of a block; `megalina/blocks` declares them."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def heavy(self) -> tuple[str, ...]:
         """Compute instructions that `train.recompute=selective` computes again."""
         ...
@@ -36,6 +39,7 @@ class Shape:
     moe: tuple[bool, ...]  # per layer: MoE or a dense MLP
     tp: bool = False  # more than one tensor-parallel rank
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
+    shared_experts: bool = False
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
 
     @property

@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, has_gradient, weights_of
 
+
 def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
     """The same forward pass for another part of the step, which is `share` of a micro-batch."""
 

@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megalina.blocks.counts import count_parameters
 from megalina.checkpoint.restored import restore
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.generate import generate
-from megalina.parameters import count_parameters
 from megalina.track.report import Sample, write_report
 
 logger = logging.getLogger("megalina")

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megalina.blocks.counts import count_parameters, training_flops_per_token
 from megalina.config import ModelConfig, RouterConfig
-from megalina.parameters import count_parameters
-from megalina.train.throughput import measure_matmul_flops, published_peak_flops, training_flops_per_token
+from megalina.train.throughput import measure_matmul_flops, published_peak_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +17,9 @@ class ModelFlops:
 
 
 def model_flops(model: ModelConfig, router: RouterConfig, *, vocab_size: int, seq_len: int) -> ModelFlops:
-    """Counts of a model whose vocabulary isn't padded.  The lookup in the embedding costs nothing, the head does."""
+    """Counts of a model whose vocabulary isn't padded."""
     counts = count_parameters(model, router, vocab_size=vocab_size, seq_len=seq_len)
-    multiplied = counts.active - counts.embedding + vocab_size * model.d_model
-    per_token = training_flops_per_token(
-        active_params=multiplied,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        head_dim=model.head_dim or model.d_model // model.num_heads,
-        seq_len=seq_len,
-    )
+    per_token = training_flops_per_token(model, router, vocab_size=vocab_size, seq_len=seq_len)
     return ModelFlops(counts.total, counts.active, per_token)
 
 

@@ -49,21 +49,6 @@ _PEAK_TFLOPS: list[tuple[tuple[str, ...], dict[str, float]]] = [
 _NOT_THE_CARD = ("Laptop", "MIG", "D", "Ti", "Max-Q")
 
 
-def training_flops_per_token(
-    *, active_params: int, num_layers: int, num_heads: int, head_dim: int, seq_len: int, causal: bool = True
-) -> float:
-    """Model FLOPs of one token's forward and backward pass; recomputed activations don't count.
-
-    `active_params`: the weights a token is multiplied with: of the routed experts its top_k, and the output head (also
-    when it is tied), but not the lookup in the embedding.  Each costs 2 FLOPs forward and 4 backward.  Attention's two
-    products (queries with keys, weights with values) cost 12 num_layers num_heads head_dim seq_len on top (PaLM,
-    Chowdhery et al. 2022, appendix B); with `causal` half of it, for a token sees half of the sequence on average.
-    Attention cut at document ends is counted as if it were not.
-    """
-    attention = 12 * num_layers * num_heads * head_dim * seq_len
-    return 6 * active_params + (attention / 2 if causal else attention)
-
-
 def published_peak_flops(device_name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
     """Dense peak in FLOP/s of the GPU that `torch.cuda.get_device_name` calls so; None: not in the table.
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.parameter import Parameter
 from megalina.mesh import rows
 from megalina.model.gpt import GPT
-from megalina.model.init import Spec, spec_of
+from megalina.model.init import spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording
 from megalina.verify.reference import model_of
 
@@ -106,7 +107,7 @@ class Evidence:
         return gpt
 
     @cached_property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, Parameter]:
         return {name: spec_of(p) for name, p in self.model.named_parameters()}
 
     def is_expert(self, parameter: str) -> bool:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.model import blocks_of
+from megalina.blocks.parameter import Parameter
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
-from megalina.model.init import Spec, spec_of
+from megalina.model.init import spec_of
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.functions import Verdict
 from megalina.parallel.shard import cut_of
 from megalina.parallel.trainable import Trainable
+from megalina.step.lines import names
 from megalina.step.program import Instruction
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.verify.recording import (
@@ -31,6 +34,7 @@ from megalina.verify.recording import (
     choices_of,
     columns_of,
     order_of,
+    stream_name,
     widened,
 )
 from megalina.verify.start import shake
@@ -89,7 +93,9 @@ def record_rank(
             if gpt.layers[layer].router.bias_E is not None:
                 gpt.layers[layer].router.update_bias(load[:-1].to(device))
             seen["routing", f"layers.{layer}.load"] = Held(load, "U:verdict.-.0")
-        for name in ("loss", "balance_loss", "z_loss", "loss_tokens", "valid_tokens"):
+        for name, value in {"loss": verdict.loss, **verdict.auxiliary}.items():
+            seen["loss", name] = _scalar(value)
+        for name in ("loss_tokens", "valid_tokens"):
             seen["loss", name] = _scalar(getattr(verdict, name))
         for name in ("grad_norm", "grad_scale"):
             seen["norm", name] = _scalar(getattr(verdict, name))
@@ -103,10 +109,9 @@ def record_rank(
 def together(config: PretrainConfig, layout: Layout, batches: Sequence[Batch], ranks: Sequence[dict[Key, Held]]) -> Recording:
     """A recording from what each rank has; the first rank that has an element gives it to the whole."""
     weights = [name for step, _, name in ranks[0] if step == INITIAL]
-    moe_layers = {int(name.split(".")[1]) for _, kind, name in ranks[0] if kind == "routing"}
-    moe = [i in moe_layers for i in range(config.model.num_layers)]
+    blocks = blocks_of(config.model, config.router)
     keys = [(INITIAL, "weight", name) for name in weights]
-    keys += [(step, *key) for step in range(len(batches)) for key in order_of(moe, weights)]
+    keys += [(step, *key) for step in range(len(batches)) for key in order_of(blocks, weights)]
     entries = []
     for key in keys:
         by_rank = [held[key].value for held in ranks]
@@ -129,6 +134,12 @@ class _Observer:
         self._batches: dict[str, Batch] = {}  # by part
         self._stage: Instruction | None = None  # the forward instruction that runs
         self._noted: set[str] = set()
+        blocks, shape = trainable.gpt.blocks, trainable.setting.shape
+        self._streams = {"x.0": "embedded"}  # the residual stream's values -> their names
+        for layer, block, _, writes in shape.placed():
+            if layer >= 0:
+                (value,) = names(writes, layer)
+                self._streams[value.rpartition(".")[0]] = stream_name(blocks, layer, block.name)
         for i in trainable.gpt.moe_layers:
             trainable.gpt.layers[i].router.register_forward_pre_hook(self._logits)
 
@@ -165,13 +176,12 @@ class _Observer:
 
     def _note(self, value_name: str, value: Any, instruction: Instruction) -> None:
         base, layer, part = value_name.split(".")
-        if base not in ("x", "h", "weight", "#order") or value_name in self._noted:
+        stream = self._streams.get(f"{base}.{layer}")
+        if not (stream or base in ("weight", "#order")) or value_name in self._noted:
             return
         self._noted.add(value_name)
-        if base == "x":
-            self._fill("activation", "embedded" if layer == "0" else f"layers.{int(layer) - 1}", value, instruction, part)
-        elif base == "h":
-            self._fill("activation", f"layers.{layer}.attention", value, instruction, part)
+        if stream:
+            self._fill("activation", stream, value, instruction, part)
         elif base == "weight":
             self._fill("activation", f"layers.{layer}.weight", widened(value, self._columns, 0.0), instruction, part)
         else:
@@ -215,7 +225,7 @@ def _weights(trainable: Trainable, mesh: Mesh) -> dict[str, Tensor]:
     return {name: _whole(p.detach().flatten(), spec_of(p), mesh) for name, p in trainable.gpt.named_parameters()}
 
 
-def _whole(flat: Tensor, spec: Spec, mesh: Mesh) -> Tensor:
+def _whole(flat: Tensor, spec: Parameter, mesh: Mesh) -> Tensor:
     """A parameter-like tensor in its place in the whole, without the vocabulary's padding."""
     places = cut_of(mesh).of(spec)
     index = tuple(places.get(d, slice(None)) for d in range(len(spec.shape)))

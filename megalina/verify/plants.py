@@ -7,6 +7,7 @@ else holds on to its functions, its program or its buckets.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megalina.blocks.routers import kind_of
 from megalina.config import PretrainConfig
 from megalina.parallel.trainable import Trainable
 from megalina.parameters import is_moe_layer
@@ -34,8 +35,12 @@ def _has_moe(config: PretrainConfig) -> bool:
     return any(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
 
 
+def _is_balanced(config: PretrainConfig) -> bool:
+    return _has_scores(config) and config.router.balance_loss > 0 and not kind_of(config.router).experts_choose
+
+
 def _has_scores(config: PretrainConfig) -> bool:
-    return _has_moe(config) and config.router.kind != "hash"
+    return _has_moe(config) and kind_of(config.router).has_gate
 
 
 def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
@@ -49,7 +54,8 @@ def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
 
 def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
     router = config.router
-    if not _has_moe(config) or router.kind in ("hash", "expert_choice"):
+    kind = kind_of(router)
+    if not _has_moe(config) or not kind.has_gate or kind.experts_choose:
         return False
     if router.group == "global":
         return layout.world > 1
@@ -119,7 +125,7 @@ _ALL = (
         lambda layout, config: (
             _has_moe(config)
             and _groups_are_cut(layout, config)
-            and (config.router.capacity_factor > 0 or config.router.kind == "expert_choice")
+            and (config.router.capacity_factor > 0 or kind_of(config.router).experts_choose)
         ),
         forward.capacity_per_chunk,
         ("router.group=micro_batch", "router.capacity_factor=0.8"),
@@ -164,7 +170,7 @@ _ALL = (
     Plant(
         "balance_loss_without_gradient",
         "the balance loss is reported but has no gradient",
-        lambda layout, config: _has_scores(config) and config.router.balance_loss > 0 and config.router.kind != "expert_choice",
+        lambda layout, config: _is_balanced(config),
         gradients.balance_loss_without_gradient,
         ("router.balance_loss=0.1",),
     ),

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.model import Blocks
+from megalina.blocks.moe import MoE
+from megalina.blocks.routers import kind_of
 from megalina.config import ModelConfig, PretrainConfig, RouterConfig
 from megalina.model.permute import RowOrder
 
 SEQUENCES = 8  # of the global batch
 INITIAL = -1  # the step of the weights before the first step
+AUXILIARY = ("balance_loss", "z_loss")  # those that every router has
 NOBODY = -1  # in an integer `by_rank`: the rank does not hold this
 
 
@@ -83,8 +87,9 @@ class Recording:
     config: PretrainConfig  # what ran
     batches: list[Batch]  # the global batch of each step
     entries: list[Entry]
-    # Of the reference alone, filled by `reference.detail`: parameter -> [units, 3, *shape].  A unit is a micro-batch of the
-    # layout in question; main, balance and z loss as weighted in what is minimised.  They sum to the first step's gradient.
+    # Of the reference alone, filled by `reference.detail`: parameter -> [units, losses, *shape].  A unit is a micro-batch of the
+    # layout in question; main loss, `AUXILIARY`, losses of one's own, as weighted in what is minimized.  They sum to the first
+    # step's gradient.
     unit_gradients: dict[str, Tensor] = field(default_factory=dict)
     _places: dict[tuple[int, str, str], int] = field(default_factory=dict, repr=False)
 
@@ -97,26 +102,28 @@ class Recording:
         return self.entries[self._places[step, kind, name]]
 
 
-def order_of(moe: list[bool], parameters: list[str]) -> list[tuple[str, str]]:
-    """(kind, name) of the entries of a step, in the order of computation.
-
-    `moe`: per layer; `parameters`: as the model lists them.
-    """
+def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:
+    """(kind, name) of the entries of a step, in the order of computation.  `parameters`: as the model lists them."""
     out = [("activation", "embedded")]
-    for i, is_moe in enumerate(moe):
-        out.append(("activation", f"layers.{i}.attention"))
-        if is_moe:
-            out += [
-                ("activation", f"layers.{i}.logits"),
-                ("routing", f"layers.{i}.expert"),
-                ("activation", f"layers.{i}.weight"),
-            ]
-        out.append(("activation", f"layers.{i}"))
-    out += [("loss", name) for name in ("loss", "balance_loss", "z_loss", "loss_tokens", "valid_tokens")]
-    out += [("routing", f"layers.{i}.load") for i, is_moe in enumerate(moe) if is_moe]
+    for i, of_layer in enumerate(blocks.layers):
+        for block in of_layer:
+            if isinstance(block, MoE):
+                out += [
+                    ("activation", f"layers.{i}.logits"),
+                    ("routing", f"layers.{i}.expert"),
+                    ("activation", f"layers.{i}.weight"),
+                ]
+            out.append(("activation", stream_name(blocks, i, block.name)))
+    out += [("loss", name) for name in (*(loss.name for loss in blocks.losses), "loss_tokens", "valid_tokens")]
+    out += [("routing", f"layers.{i}.load") for i, is_moe in enumerate(blocks.moe) if is_moe]
     out += [("gradient", name) for name in reversed(parameters)]
     out += [("norm", "grad_norm"), ("norm", "grad_scale")]
     return out + [("weight", name) for name in parameters]
+
+
+def stream_name(blocks: Blocks, layer: int, block: str) -> str:
+    """What the residual stream is called after a block of a layer: that of the last one is the layer's."""
+    return f"layers.{layer}" if blocks.layers[layer][-1].name == block else f"layers.{layer}.{block}"
 
 
 def choices_of(order: RowOrder, columns: int) -> Tensor:
@@ -138,4 +145,4 @@ def widened(value_TK: Tensor, columns: int, fill: float) -> Tensor:
 
 def columns_of(model: ModelConfig, router: RouterConfig) -> int:
     """K of recorded routings."""
-    return model.num_experts if router.kind == "expert_choice" else router.top_k
+    return model.num_experts if kind_of(router).experts_choose else router.top_k

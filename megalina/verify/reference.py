@@ -4,16 +4,29 @@ It knows no program, mesh or bucket.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.config import ParallelConfig, PretrainConfig, StrategyConfig
+from megalina.model.block_functions import Routed, Seen
 from megalina.model.gpt import GPT
-from megalina.model.init import Cut, initialise, spec_of
-from megalina.verify.recording import INITIAL, SEQUENCES, Entry, Layout, Recording, choices_of, columns_of, order_of, widened
+from megalina.model.init import Cut, initialize, spec_of
+from megalina.verify.recording import (
+    AUXILIARY,
+    INITIAL,
+    SEQUENCES,
+    Entry,
+    Layout,
+    Recording,
+    choices_of,
+    columns_of,
+    order_of,
+    stream_name,
+    widened,
+)
 from megalina.verify.start import shake
 
 
@@ -21,12 +34,9 @@ from megalina.verify.start import shake
 class Pass:
     """A forward pass over some sequences: what is differentiated, and what was seen, each [sequences, L, ...]."""
 
-    loss: Tensor  # sums over tokens
-    balance: Tensor  # 0 with router.group=global, see `probs`
-    z: Tensor
-    probs: list[Tensor] = field(default_factory=list)  # with router.group=global: per MoE layer the sums of probabilities [E]
-    loads: list[Tensor] = field(default_factory=list)
-    seen: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    loss: Tensor  # sum over tokens
+    routed: list[Routed]  # of each MoE layer
+    seen: dict[tuple[str, str], Tensor]
 
 
 def reference_config(config: PretrainConfig) -> PretrainConfig:
@@ -46,26 +56,20 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
     entries = [Entry(INITIAL, "weight", name, value) for name, value in _weights(gpt).items()]
     for step, batch in enumerate(batches):
         parts = [forward(gpt, part) for part in batch.split(config.train.micro_batch_size)]
-        tokens, valid = int(batch.loss_mask_BS.sum()), int(batch.valid_BS.sum())
-        balances = _balances(gpt, parts)
-        whole = sum(
-            p.loss / tokens + config.router.balance_loss * b / valid + config.router.z_loss * p.z / valid
-            for p, b in zip(parts, balances, strict=True)
-        )
+        counted = _counted(batch)
+        auxiliary = _auxiliary(gpt, parts)
+        losses = [{"loss": p.loss} | more for p, more in zip(parts, auxiliary, strict=True)]
+        whole = sum(of.weight * found[of.name] / counted[of.divisor] for found in losses for of in gpt.blocks.losses if of.weight)
         optimizer.zero_grad()
         assert isinstance(whole, Tensor)
         whole.backward()
         found = {key: torch.cat([p.seen[key] for p in parts]) for key in parts[0].seen}
-        layers = max(len(gpt.moe_layers), 1)
         sums = {
-            "loss": sum(p.loss.item() for p in parts) / tokens,
-            "balance_loss": sum(b.item() for b in balances) / valid / layers,
-            "z_loss": sum(p.z.item() for p in parts) / valid / layers,
-            "loss_tokens": tokens,
-            "valid_tokens": valid,
+            of.name: sum(part[of.name].item() for part in losses) / counted[of.divisor] / of.layers for of in gpt.blocks.losses
         }
+        sums |= counted
         found |= {("loss", name): _scalar(value) for name, value in sums.items()}
-        loads = [torch.stack([p.loads[i] for p in parts]).sum(0) for i in range(len(gpt.moe_layers))]
+        loads = _loads(parts)
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             found["routing", f"layers.{layer}.load"] = load
         for name, p in parameters.items():
@@ -79,8 +83,7 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
             if gpt.layers[layer].router.bias_E is not None:
                 gpt.layers[layer].router.update_bias(load[:-1])
         found |= {("weight", name): value for name, value in _weights(gpt).items()}
-        moe = [layer.is_moe for layer in gpt.layers]
-        entries += [Entry(step, kind, name, found[kind, name]) for kind, name in order_of(moe, list(parameters))]
+        entries += [Entry(step, kind, name, found[kind, name]) for kind, name in order_of(gpt.blocks, list(parameters))]
     return Recording(None, config, list(batches), entries)
 
 
@@ -90,22 +93,23 @@ def detail(recording: Recording, layout: Layout) -> None:
     gpt = model_of(config)
     parameters = dict(gpt.named_parameters())
     units = [forward(gpt, part) for part in batch.split(layout.micro_batch)]
-    tokens, valid = int(batch.loss_mask_BS.sum()), int(batch.valid_BS.sum())
+    counted = _counted(batch)
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for unit, balance in zip(units, _balances(gpt, units), strict=True):
-        terms = (
-            unit.loss / tokens,
-            config.router.balance_loss * balance / valid,
-            config.router.z_loss * unit.z / valid,
-        )
-        for i, term in enumerate(terms):
+    terms = ("loss", *AUXILIARY, *(of.name for of in gpt.blocks.losses if of.name not in ("loss", *AUXILIARY)))
+    weights = {of.name: of.weight / counted[of.divisor] for of in gpt.blocks.losses}
+    for unit, auxiliary in zip(units, _auxiliary(gpt, units), strict=True):
+        losses = {"loss": unit.loss} | auxiliary
+        for name in terms:
+            term = losses[name] * weights[name] if name in losses else unit.loss.new_zeros(())
             wanted: Sequence[Tensor | None] = [None] * len(parameters)
             if term.requires_grad:
-                wanted = torch.autograd.grad(term, list(parameters.values()), retain_graph=i < 2, allow_unused=True)
-            for (name, p), gradient in zip(parameters.items(), wanted, strict=True):
+                wanted = torch.autograd.grad(term, list(parameters.values()), retain_graph=name != terms[-1], allow_unused=True)
+            for (of, p), gradient in zip(parameters.items(), wanted, strict=True):
                 value = torch.zeros_like(p) if gradient is None else gradient
-                found[name].append(value.detach().reshape(spec_of(p).shape))
-    recording.unit_gradients = {name: torch.stack(values).view(len(units), 3, *values[0].shape) for name, values in found.items()}
+                found[of].append(value.detach().reshape(spec_of(p).shape))
+    recording.unit_gradients = {
+        name: torch.stack(values).view(len(units), len(terms), *values[0].shape) for name, values in found.items()
+    }
 
 
 def model_of(config: PretrainConfig) -> GPT:
@@ -114,7 +118,7 @@ def model_of(config: PretrainConfig) -> GPT:
     gpt = GPT(
         model, config.router, vocab_size=model.vocab_size, max_positions=model.max_positions or train.seq_len, seed=train.seed
     )
-    initialise(gpt, seed=train.seed, dtype=torch.float64)
+    initialize(gpt, seed=train.seed, dtype=torch.float64)
     shake(gpt, train.seed, Cut())
     return gpt.train()
 
@@ -128,41 +132,35 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
         seen[kind, name] = value_TA.detach().view(sequences, length, -1)
 
     columns = columns_of(gpt.config, gpt.router)
-    x_TD = gpt.place(gpt.embed(batch), batch)
+    x_TD = gpt.embedder.embed(batch)
     note("activation", "embedded", x_TD)
-    zero = x_TD.new_zeros(())
-    out = Pass(zero, zero, zero, seen=seen)
+    routed = Seen()
     for i, layer in enumerate(gpt.layers):
-        h_TD = layer.attend(x_TD, batch)
-        note("activation", f"layers.{i}.attention", h_TD)
-        if layer.is_moe:
-            n_TD, logits_TE = layer.score(h_TD)
-            note("activation", f"layers.{i}.logits", logits_TE)
-            rows_ND, weight_TK, balance, z, order, load = layer.select(n_TD, logits_TE, logits_TE.detach(), batch)
-            note("routing", f"layers.{i}.expert", choices_of(order, columns))
-            note("activation", f"layers.{i}.weight", widened(weight_TK, columns, 0.0))
-            back_ND = layer.experts(rows_ND, order.count_E.tolist())
-            shared_TD = layer.share(n_TD) if layer.shared is not None else None
-            x_TD = layer.mix(h_TD, back_ND, weight_TK, shared_TD, order, batch)
-            if gpt.router.group == "global":
-                out.probs.append(balance)
-            else:
-                out.balance = out.balance + balance
-            out.z = out.z + z
-            out.loads.append(load[: gpt.config.num_experts + 1])
-        else:
-            x_TD = layer.feed(h_TD, batch)
-        note("activation", f"layers.{i}", x_TD)
-    out.loss = gpt.loss(gpt.stat(gpt.final_norm(x_TD), batch).unsqueeze(0), batch)
-    return out
+        for name, functions in layer.functions.items():
+            known = len(routed.routed)
+            x_TD = functions.forward(x_TD, batch, routed)
+            for of in routed.routed[known:]:
+                note("activation", f"layers.{i}.logits", of.logits_TE)
+                note("routing", f"layers.{i}.expert", choices_of(of.order, columns))
+                note("activation", f"layers.{i}.weight", widened(of.weight_TK, columns, 0.0))
+            note("activation", stream_name(gpt.blocks, i, name), x_TD)
+    loss = gpt.output.sum_of(gpt.output.stat(gpt.final_norm(x_TD), batch).unsqueeze(0), batch)
+    return Pass(loss, routed.routed, seen)
 
 
-def _balances(gpt: GPT, parts: Sequence[Pass]) -> list[Tensor]:
-    """The balance loss of each pass; with router.group=global from the loads of all of them."""
-    if gpt.router.group != "global" or not gpt.moe_layers:
-        return [p.balance for p in parts]
-    loads = torch.stack([torch.stack(p.loads) for p in parts]).sum(0)
-    return [gpt.balance_of_all(p.probs, loads) for p in parts]
+def _counted(batch: Batch) -> dict[str, int]:
+    return {"loss_tokens": int(batch.loss_mask_BS.sum()), "valid_tokens": int(batch.valid_BS.sum())}
+
+
+def _loads(parts: Sequence[Pass]) -> list[Tensor]:
+    """Of each MoE layer, over all passes."""
+    return [torch.stack([routed.load for routed in of_layer]).sum(0) for of_layer in zip(*(p.routed for p in parts), strict=True)]
+
+
+def _auxiliary(gpt: GPT, parts: Sequence[Pass]) -> list[dict[str, Tensor]]:
+    """The auxiliary losses of each pass; with router.group=global the balance loss from the loads of all of them."""
+    loads = _loads(parts)
+    return [gpt.auxiliary([r.losses for r in p.routed], loads, p.loss.new_zeros(())) for p in parts]
 
 
 def _optimizer(config: PretrainConfig, gpt: GPT) -> torch.optim.Optimizer:

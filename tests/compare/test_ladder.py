@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megalina.blocks.model import shape_of
 from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, OVERRIDES, STRATEGIES, Setting
 from megalina.mesh import build_mesh
-from megalina.parallel.shard import build_shard, parameter_groups, shape_of
+from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.step import strategy
 from megalina.train.packing import wire_bytes
 from megalina.validate import CHOICES, check_config

@@ -10,13 +10,13 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from megalina.cost.work import Product, Work
 
+from megalina.blocks.model import shape_of
 from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
 from megalina.cost.stage_seconds import Device, device_of, share_at, stage_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.cost.work import Product, Work
 from megalina.parallel.emulated_device import emulated_device
-from megalina.parallel.shard import shape_of
 from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import Setting, training_step
 from megalina.train.throughput import published_peak_flops

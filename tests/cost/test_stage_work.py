@@ -5,11 +5,11 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from megalina.cost.work import Product, Work
 
+from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
-from megalina.cost.work import Product, Work
-from megalina.parallel.shard import shape_of
 from megalina.step.program import BucketSpec, Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
 from megalina.train.model_flops import model_flops

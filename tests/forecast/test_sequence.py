@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.forecast.counted import counted, rows_between
 from megalina.forecast.search import accepted
-from megalina.parallel.shard import shape_of
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.validate import check_config

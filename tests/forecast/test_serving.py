@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalina.blocks.model import plain_shape
 from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch, even_choices, shared_evenly
@@ -27,7 +28,6 @@ from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import always, never
 from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
 from megalina.sim.network import Network
-from megalina.step.forward import Shape
 from megalina.step.program import Instruction, Kind, Op, check
 from tools.compare_strategies import composed
 
@@ -46,7 +46,7 @@ def resident(slots: int = 4) -> Placement:
 
 def serving(policy: Policy, **changes: object) -> Serving:
     one = Serving(
-        shape=Shape((True,) * LAYERS),
+        shape=plain_shape((True,) * LAYERS),
         policy=policy,
         residents=[resident()] * LAYERS,
         device=TIMES,
@@ -297,8 +297,8 @@ def test_the_list_is_complete_with_its_fetches() -> None:
 
 def test_dense_layers_count_with_the_moe_layer_after_them() -> None:
     batches = workload_batches("balanced")
-    shape = Shape((False, True) * LAYERS)
-    (first, *_), (plain, *_) = (served(batches, serving(NOTHING, shape=s)) for s in (shape, Shape((True,) * LAYERS)))
+    shape = plain_shape((False, True) * LAYERS)
+    (first, *_), (plain, *_) = (served(batches, serving(NOTHING, shape=s)) for s in (shape, plain_shape((True,) * LAYERS)))
     assert first.seconds == pytest.approx(plain.seconds + LAYERS * 1.0)
     assert [layer.parts_s["attention"] for layer in first.layers] == pytest.approx([2.0] * LAYERS)
 

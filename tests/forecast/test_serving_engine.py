@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig, RouterConfig
 from megalina.forecast.serving import Serving, program_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch
@@ -20,7 +21,6 @@ from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.placement.workloads import own_part
 from megalina.sim.network import Network
-from megalina.step.forward import Shape
 from tests.infer.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 from tests.parallel.ranks import run_on_ranks
 
@@ -106,7 +106,7 @@ def test_loads_placements_fetches_and_what_is_told_are_those_of_the_engine(run: 
     policy, config = policy_for(mode, world, profile)
     residents = [identity(np.ones(EXPERTS), world, SLOTS)] * LAYERS
     setting = Serving(
-        shape=Shape((True,) * LAYERS),
+        shape=plain_shape((True,) * LAYERS),
         policy=policy,
         residents=residents,
         device=GivenTimes(attention_s=1.0, experts_full_s=1.0, even_tokens=1, even_rows=1),

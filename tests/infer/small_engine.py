@@ -13,7 +13,7 @@ from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy
 from megalina.placement.placement import Placement
@@ -25,7 +25,7 @@ def small_gpt(router: RouterConfig | None = None, dtype: torch.dtype = torch.flo
     settings = {"num_layers": 3, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "num_experts": EXPERTS, "d_ff": 24}
     config = ModelConfig(**{**settings, "init_std": 0.3, **model})
     gpt = GPT(config, router or RouterConfig(), vocab_size=WORDS, max_positions=POSITIONS, seed=1)
-    initialise(gpt, seed=1, dtype=dtype)
+    initialize(gpt, seed=1, dtype=dtype)
     gpt.eval()
     return gpt
 

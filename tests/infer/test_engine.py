@@ -12,7 +12,7 @@ from megalina.config import RouterConfig
 from megalina.generate import generate
 from megalina.infer.decoding import write_on
 from megalina.infer.functions import InferenceFunctions
-from megalina.model.layers import KeyValues
+from megalina.model.attention import KeyValues
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy, Split, Trigger
 from megalina.placement.placement import Placement

@@ -33,7 +33,7 @@ from megalina.infer.perplexity import (
 from megalina.infer.tasks import Cloze, Mean, MultipleChoice, read_tasks, score_tasks, summed_up
 from megalina.mesh import build_mesh
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.split import even
@@ -59,7 +59,7 @@ def gpt_of(words: int, dtype: torch.dtype, kind: str = "topk") -> GPT:
         num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, num_experts=EXPERTS, d_ff=24, init_std=0.3, shared_d_ff=8
     )
     gpt = GPT(config, RouterConfig(kind=kind), vocab_size=words, max_positions=POSITIONS, seed=1)
-    initialise(gpt, seed=1, dtype=dtype)
+    initialize(gpt, seed=1, dtype=dtype)
     gpt.eval()
     return gpt
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megalina.infer.slot_counts import SlotCounts
-from megalina.parallel.dispatcher import by_expert, by_source
+from megalina.model.dispatcher import by_expert, by_source
 
 
 def test_each_slot_is_in_one_chunk_and_no_chunk_is_empty() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from megalina.config import RouterConfig
 from megalina.model.balance import global_balance
-from megalina.model.routers import Router, RouterTokens
+from megalina.model.tokens import RouterTokens
+from tests.model.made_router import made_router
 
 
 def test_the_ranks_parts_of_the_global_loss_add_up_to_the_formula_over_all_tokens() -> None:
@@ -18,7 +19,7 @@ def test_the_ranks_parts_of_the_global_loss_add_up_to_the_formula_over_all_token
         rank_tokens = RouterTokens(*(torch.arange(count) for _ in range(3)), valid[rank], 2)
         routings = []
         for layer in range(layers):
-            router = Router(config, d_model=4, num_experts=num_experts, layer=layer, seed=0)
+            router = made_router(config, d_model=4, num_experts=num_experts, layer=layer, seed=0)
             routings.append(router(logits[layer, rank], rank_tokens, logits[layer, rank], slice(0, count)))
         assert all(r.balance == 0 for r in routings)
         prob.append(torch.stack([r.prob_E for r in routings]))

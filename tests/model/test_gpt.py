@@ -13,7 +13,7 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 
 WORDS, SEQUENCES, LENGTH = 90, 3, 12
 MODELS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ def model(
 ) -> GPT:
     config = ModelConfig(d_model=32, d_ff=24, dense_d_ff=40, init_std=std, **MODELS[name])
     gpt = GPT(config, router or RouterConfig(), vocab_size=WORDS, max_positions=LENGTH, seed=1, padded_vocab=padded)
-    initialise(gpt, seed=1, dtype=dtype)
+    initialize(gpt, seed=1, dtype=dtype)
     return gpt
 
 
@@ -90,7 +90,7 @@ def test_a_padded_vocabulary_changes_no_loss_and_no_gradient(name: str) -> None:
     for padded in (0, 128):
         gpt = model(name, padded=padded)
         losses = gpt(batch_of())
-        (losses.loss + losses.balance).backward()
+        (losses.loss + losses.auxiliary["balance_loss"]).backward()
         found.append((losses.loss.detach(), {n: p.grad for n, p in gpt.named_parameters()}))
     (loss, plain), (padded_loss, with_padding) = found
     assert torch.equal(loss, padded_loss)

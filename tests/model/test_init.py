@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
-from megalina.model.init import Cut, initialise, local_shape, parameter, spec_of
+from megalina.model.init import Cut, initialize, local_shape, parameter, spec_of
 from megalina.parameters import padded_vocab_size
 
 WORDS, PADDED = 300, 512
@@ -30,7 +30,7 @@ NOWHERE = Cut()
 
 def built(name: str, cut: Cut = NOWHERE, *, seed: int = 3, padded: int = PADDED, dtype: torch.dtype = torch.float32) -> GPT:
     gpt = GPT(MODELS[name], RouterConfig(kind="sigmoid"), vocab_size=WORDS, max_positions=24, seed=seed, padded_vocab=padded)
-    initialise(gpt, seed=seed, dtype=dtype, cut=cut)
+    initialize(gpt, seed=seed, dtype=dtype, cut=cut)
     return gpt
 
 
@@ -79,7 +79,7 @@ def test_every_parameter_has_values_of_its_own_that_the_seed_decides() -> None:
 def test_spreads_are_those_of_the_configuration_and_outputs_are_scaled_by_depth() -> None:
     config = ModelConfig(d_model=64, d_ff=128, num_layers=8, init_std=0.05, bias=True)
     gpt = GPT(config, RouterConfig(), vocab_size=2000, max_positions=8, seed=0)
-    initialise(gpt, seed=0, dtype=torch.float64)
+    initialize(gpt, seed=0, dtype=torch.float64)
     scaled = 0.05 / 4
     for n, p in gpt.named_parameters():
         if "bias" in n or n.rpartition(".")[2] in ("b1", "b2"):
@@ -108,7 +108,7 @@ def test_matrices_decay_and_norms_biases_and_positions_do_not() -> None:
     assert {n for n, p in built("everything").named_parameters() if n.endswith("router.weight") and not spec_of(p).decay} == set()
 
 
-def test_a_model_has_no_memory_before_it_is_initialised() -> None:
+def test_a_model_has_no_memory_before_it_is_initialized() -> None:
     gpt = GPT(MODELS["everything"], RouterConfig(), vocab_size=WORDS, max_positions=24, seed=0)
     assert all(p.is_meta for p in gpt.parameters())
     assert {f.name for f in fields(spec_of(gpt.embedding))} >= {"shape", "std", "sharded", "decay", "rows"}
@@ -122,7 +122,7 @@ def test_a_buffer_without_values_is_an_error() -> None:
             self.register_buffer("table", torch.empty(3, device="meta"))
 
     with pytest.raises(RuntimeError, match="table has no values"):
-        initialise(Hollow(), seed=0, dtype=torch.float32)
+        initialize(Hollow(), seed=0, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

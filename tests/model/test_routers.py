@@ -13,7 +13,9 @@ from torch import Tensor
 from megalina.config import RouterConfig
 from megalina.model.balance import global_balance
 from megalina.model.noise import normal, uniform
-from megalina.model.routers import GroupSoFar, Router, RouterTokens, Routing
+from megalina.model.routers import GroupSoFar, Router, Routing
+from megalina.model.tokens import RouterTokens
+from tests.model.made_router import made_router
 
 B, S, E, D = 4, 6, 6, 5
 A = B * S
@@ -64,7 +66,7 @@ def some_padding() -> Tensor:
 
 
 def make_router(config: RouterConfig, num_experts: int = E) -> Router:
-    router = Router(config, d_model=D, num_experts=num_experts, layer=2, seed=7)
+    router = made_router(config, d_model=D, num_experts=num_experts, layer=2, seed=7)
     if router.bias_E is not None:
         router.bias_E.copy_(torch.linspace(-0.2, 0.2, num_experts).roll(2))
     return router
@@ -414,7 +416,7 @@ def test_noise_acts_in_training_only() -> None:
 def test_hash_depends_on_token_and_layer_alone_and_spreads_evenly() -> None:
     tokens = replace(make_tokens(sequences=1, length=8000), token_A=torch.arange(8000))
     config = RouterConfig(kind="hash", top_k=2)
-    routers = [Router(config, d_model=D, num_experts=8, layer=layer, seed=seed) for layer, seed in ((0, 1), (0, 2), (1, 1))]
+    routers = [made_router(config, d_model=D, num_experts=8, layer=layer, seed=seed) for layer, seed in ((0, 1), (0, 2), (1, 1))]
     first, same, other = (route(r, r.logits(torch.zeros(8000, D)), tokens) for r in routers)
     assert torch.equal(first.expert_TK, same.expert_TK)
     agree = (first.expert_TK[:, 0] == other.expert_TK[:, 0]).double().mean().item()
@@ -424,7 +426,7 @@ def test_hash_depends_on_token_and_layer_alone_and_spreads_evenly() -> None:
 
 
 def test_the_selection_bias_moves_towards_even_load() -> None:
-    router = Router(CONFIGS["sigmoid"], d_model=D, num_experts=3, layer=0, seed=0)
+    router = made_router(CONFIGS["sigmoid"], d_model=D, num_experts=3, layer=0, seed=0)
     router.update_bias(torch.tensor([5, 4, 3]))
     router.update_bias(torch.tensor([9, 1, 2]))
     assert router.bias_E.tolist() == pytest.approx([-0.2, 0.1, 0.2])
@@ -434,7 +436,7 @@ def test_the_selection_bias_moves_towards_even_load() -> None:
 
 def test_the_selection_bias_evens_out_a_skewed_router() -> None:
     config = RouterConfig(kind="sigmoid", bias_update_rate=0.01)
-    router, tokens = Router(config, d_model=D, num_experts=E, layer=0, seed=0), make_tokens(sequences=4, length=250)
+    router, tokens = made_router(config, d_model=D, num_experts=E, layer=0, seed=0), make_tokens(sequences=4, length=250)
     logits = make_logits(count=1000) + torch.linspace(-2, 2, E)
     before = route(router, logits, tokens).chosen_E
     for _ in range(100):
@@ -445,7 +447,7 @@ def test_the_selection_bias_evens_out_a_skewed_router() -> None:
 
 
 def test_logits_are_cast_up_and_never_down() -> None:
-    router = Router(RouterConfig(), d_model=D, num_experts=E, layer=0, seed=0)
+    router = made_router(RouterConfig(), d_model=D, num_experts=E, layer=0, seed=0)
     hidden = torch.randn(A, D, dtype=torch.bfloat16)
     assert router.logits(hidden).dtype == torch.float32
     assert router.to(torch.bfloat16).logits(hidden).dtype == torch.float32

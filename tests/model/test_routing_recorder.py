@@ -10,7 +10,7 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
-from megalina.model.init import initialise
+from megalina.model.init import initialize
 from megalina.model.routing_recorder import RoutingRecorder, record_routing, trace_of
 
 WORDS, LENGTH = 50, 12
@@ -20,7 +20,7 @@ MODEL = {"num_layers": 3, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "num
 def small(router: RouterConfig | None = None, **model: Any) -> GPT:
     config = ModelConfig(**{**MODEL, **model})
     gpt = GPT(config, router or RouterConfig(), vocab_size=WORDS, max_positions=LENGTH, seed=3)
-    initialise(gpt, seed=3, dtype=torch.float64)
+    initialize(gpt, seed=3, dtype=torch.float64)
     return gpt
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megalina.mesh import Axis, build_mesh
-from megalina.model.init import initialise, parameter
+from megalina.model.init import initialize, parameter
 from megalina.model.linear import linear
 from megalina.parallel.buckets import ALIGNMENT, Bucket
 from megalina.parallel.trainable import Trainable
@@ -30,7 +30,7 @@ class Small(nn.Module):
 
 def bucket_of(ranks: int, rank: int, piece: int | None, *, sharded: bool = True, dtype: torch.dtype = torch.float64) -> Bucket:
     model = Small()
-    initialise(model, seed=1, dtype=dtype)
+    initialize(model, seed=1, dtype=dtype)
     return Bucket("small", list(model.named_parameters()), Axis("dp", tuple(range(ranks)), rank), sharded=sharded, piece=piece)
 
 
@@ -73,7 +73,7 @@ def test_the_square_sum_over_ranks_counts_each_element_once(ranks: int, piece: i
 def test_parameters_keep_their_values_and_lie_in_the_bucket(dtype: torch.dtype) -> None:
     model, plain = Small(), Small()
     for m in (model, plain):
-        initialise(m, seed=1, dtype=dtype)
+        initialize(m, seed=1, dtype=dtype)
     bucket = Bucket("small", list(model.named_parameters()), Axis("dp"), sharded=False, piece=None)
     assert bucket.grad.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and bucket.param.dtype == dtype
     for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):

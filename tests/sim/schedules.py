@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import cache
 from random import Random
 
+from megalina.blocks.model import plain_shape
+from megalina.cost.bucket_specs import axis_of_group
 from megalina.mesh import rows
-from megalina.parallel.shard import axis_of_group
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds
@@ -17,12 +18,12 @@ from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, re
 from megalina.step.strategy import Setting
 
 SHAPES = {
-    "experts in every layer": Shape(moe=(True, True)),
-    "dense first, shared experts": Shape(moe=(False, True), shared_experts=True),
-    "three layers, statistics of all ranks": Shape(moe=(True, False, True), global_balance=True, tied=False),
-    "tensor parallel, shared experts": Shape(moe=(False, True), tp=True, shared_experts=True),
-    "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
-    "experts that choose": Shape(moe=(True, False, True), equal_counts=True),
+    "experts in every layer": plain_shape(moe=(True, True)),
+    "dense first, shared experts": plain_shape(moe=(False, True), shared_experts=True),
+    "three layers, statistics of all ranks": plain_shape(moe=(True, False, True), global_balance=True, tied=False),
+    "tensor parallel, shared experts": plain_shape(moe=(False, True), tp=True, shared_experts=True),
+    "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
+    "experts that choose": plain_shape(moe=(True, False, True), experts_choose=True),
 }
 LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
 WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn

@@ -6,15 +6,16 @@ from random import Random
 import numpy as np
 import pytest
 
+from megalina.blocks.model import plain_shape
+from megalina.cost.bucket_specs import axis_of_group
 from megalina.mesh import rows
-from megalina.parallel.shard import axis_of_group
 from megalina.sim.collectives import Collective
 from megalina.sim.folding import FoldedLoads
 from megalina.sim.lanes import LITERAL, OURS
 from megalina.sim.network import Network, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Timeline, simulate, simulate_alike
-from megalina.step.forward import Shape, plain
+from megalina.step.forward import plain
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program
 from megalina.step.strategy import STRATEGIES, Setting, training_step
 from tests.sim.schedules import SHAPES, setting_of
@@ -128,7 +129,7 @@ def test_what_all_links_carry_together_is_kept() -> None:
 
 def test_a_step_of_48_layers_on_1024_ranks_takes_seconds() -> None:
     """On one core; 128 experts, eight ranks a node."""
-    shape = Shape(moe=(True,) * 48, shared_experts=True)
+    shape = plain_shape(moe=(True,) * 48, shared_experts=True)
     names = dict.fromkeys(u for s in plain(shape) for u in s.uses)
     buckets = {name: BucketSpec(2**22, axis_of_group(name), True, 2**20) for name in names}
     program = training_step("lina", Setting(shape, buckets, yields=True, chunks_of=dict.fromkeys(range(48), 2)))

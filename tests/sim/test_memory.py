@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from megalina.cost.function_bytes import LONGEST_BLOCKED, QUERIES_A_BLOCK, SHORTEST_BLOCKED
 
 from benchmarks.memory import CASES, error_of, predicted_and_measured
+from megalina.blocks.model import shape_of
 from megalina.comm import exchange
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
-from megalina.cost.function_bytes import LONGEST_BLOCKED, QUERIES_A_BLOCK, SHORTEST_BLOCKED
 from megalina.cost.stage_bytes import DIRECT_BYTES, StageBytes
 from megalina.mesh import build_mesh
 from megalina.model import attend
 from megalina.parallel.plans import first_plan
-from megalina.parallel.shard import shape_of
 from megalina.parallel.trainable import Trainable
 from megalina.sim.memory import Memory, by_stage, memory_of
 from megalina.step.program import Instruction, Kind, Op, Program, backward

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.step.forward import Shape
+from megalina.blocks.model import plain_shape
 from megalina.step.inference import inference_step
 from megalina.step.program import Kind, Op, check
 
 
 @given(moe=st.lists(st.booleans(), min_size=1, max_size=6), shared=st.booleans(), learns=st.booleans(), chunks=st.integers(1, 4))
 def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: bool, chunks: int) -> None:
-    program = inference_step(Shape(moe=tuple(moe), shared_experts=shared), learns=learns, chunks=chunks)
+    program = inference_step(plain_shape(moe=tuple(moe), shared_experts=shared), learns=learns, chunks=chunks)
     check(program, {"#batch.-.0"}, {})
     tags = [s.tag for s in program]
     layers = [i for i, is_moe in enumerate(moe) if is_moe]
@@ -26,13 +26,13 @@ def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: 
 
 
 def test_exchanges_are_one_of_counts_and_two_of_tokens_a_layer() -> None:
-    program = inference_step(Shape(moe=(True, False, True)), learns=True)
+    program = inference_step(plain_shape(moe=(True, False, True)), learns=True)
     starts = [(s.op, s.layer) for s in program if s.kind is Kind.START]
     assert starts == [(op, layer) for layer in (0, 2) for op in (Op.GATHER, Op.TOKENS, Op.TOKENS)]
 
 
 def test_a_chunk_of_slots_goes_back_while_the_next_one_computes() -> None:
-    program = inference_step(Shape(moe=(True, True)), learns=False, chunks=3)
+    program = inference_step(plain_shape(moe=(True, True)), learns=False, chunks=3)
     tags = [s.tag for s in program]
     begin = tags.index("F:dispatch<.1.0")
     assert tags[begin + 1 : begin + 12] == [
@@ -47,9 +47,9 @@ def test_a_chunk_of_slots_goes_back_while_the_next_one_computes() -> None:
 
 def test_no_chunks_are_refused() -> None:
     with pytest.raises(ValueError, match="0 chunks of slots: choose 1 or more"):
-        inference_step(Shape(moe=(True,)), learns=False, chunks=0)
+        inference_step(plain_shape(moe=(True,)), learns=False, chunks=0)
 
 
 def test_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="leave parallel.tp at 1"):
-        inference_step(Shape(moe=(True,), tp=True), learns=False)
+        inference_step(plain_shape(moe=(True,), tp=True), learns=False)

@@ -7,18 +7,19 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, reads_of, writes_of
 from megalina.step.strategy import Setting, evaluation, given, training_step
 
 SHAPES = {
-    "one device": Shape(moe=(True, True)),
-    "dense first, shared experts": Shape(moe=(False, True), shared_experts=True),
-    "tensor parallel": Shape(moe=(False, True), tp=True, shared_experts=True),
-    "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
-    "global balance": Shape(moe=(True, True), global_balance=True),
-    "equal counts": Shape(moe=(True, False, True), equal_counts=True),
+    "one device": plain_shape(moe=(True, True)),
+    "dense first, shared experts": plain_shape(moe=(False, True), shared_experts=True),
+    "tensor parallel": plain_shape(moe=(False, True), tp=True, shared_experts=True),
+    "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
+    "global balance": plain_shape(moe=(True, True), global_balance=True),
+    "equal counts": plain_shape(moe=(True, False, True), experts_choose=True),
 }
 
 
@@ -132,7 +133,7 @@ def test_shared_experts_run_under_the_dispatch() -> None:
 
 def test_every_loss_is_seeded() -> None:
     forward = plain(SHAPES["global balance"])
-    assert losses_of(forward) == ("z.0.0", "z.1.0", "global_aux.-.0", "loss.-.0")
+    assert losses_of(forward, forward) == ("z.0.0", "z.1.0", "global_aux.-.0", "loss.-.0")
 
 
 def routed_in_parts(name: str, **numbers: int) -> tuple[Program, set[str], dict[str, BucketSpec]]:
@@ -143,7 +144,7 @@ def routed_in_parts(name: str, **numbers: int) -> tuple[Program, set[str], dict[
     return program, given(program, setting), setting.buckets
 
 
-WITHOUT_STATISTICS_OF_ALL = [name for name, shape in SHAPES.items() if not shape.global_balance]
+WITHOUT_STATISTICS_OF_ALL = [name for name in SHAPES if name != "global balance"]
 
 
 @pytest.mark.parametrize("name", WITHOUT_STATISTICS_OF_ALL)
@@ -183,7 +184,7 @@ def test_whole_micro_batches_tell_one_another_nothing() -> None:
 
 
 def test_parts_of_a_model_without_experts_share_nothing() -> None:
-    shape = Shape(moe=(False,), micro_batch_groups=True)
+    shape = plain_shape(moe=(False,), micro_batch_groups=True)
     program = training_step("flow", Setting(shape, buckets_of(shape), parts=2))
     assert not any("group" in s.name for s in program)
 
@@ -204,7 +205,7 @@ def test_a_start_that_nobody_awaits_is_named() -> None:
 
 def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner() -> None:
     """Two dense groups of 64 fill a bucket, one the first; experts of another axis in between don't end it."""
-    shape = Shape(moe=(True,) * 4)
+    shape = plain_shape(moe=(True,) * 4)
     buckets = {
         name: BucketSpec(64, "copies" if name.startswith("experts") else "dp", piece=None)
         for name in dict.fromkeys(u for s in plain(shape) for u in s.uses)
@@ -218,7 +219,7 @@ def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner() -> None:
 
 
 def test_one_exchange_of_counts_a_part_is_enough_where_all_layers_have_equal_ones() -> None:
-    shape = Shape(moe=(False, True, True, True), equal_counts=True)
+    shape = plain_shape(moe=(False, True, True, True), experts_choose=True)
     buckets = buckets_of(shape)
     for name, setting in {
         "eager": Setting(shape, buckets, micro_batches=2),

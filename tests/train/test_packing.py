@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, StrategyConfig, TrainConfig
-from megalina.parameters import expert_bytes_on_rank
 from megalina.train.packing import allowed_packings, wire_bytes, worth_trying
 from megalina.validate import check_config
 

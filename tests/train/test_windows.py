@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from megalina.blocks.model import plain_shape
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.mesh import build_mesh
-from megalina.step.forward import Shape, plain
+from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Kind, Op
 from megalina.step.strategy import Setting, training_step
@@ -99,7 +100,7 @@ def test_a_run_follows_windows_and_its_losses_are_the_same(tmp_path: Path) -> No
 
 
 def test_gaps_get_what_fits_and_the_tail_the_rest() -> None:
-    shape = Shape(moe=(True, True, True))
+    shape = plain_shape(moe=(True, True, True))
     buckets = {name: BucketSpec(64, "dp", piece=16) for name in dict.fromkeys(u for s in plain(shape) for u in s.uses)}
     program = training_step("priority", Setting(shape, buckets, gaps={"experts": 20, "attention": 0}))
     starts = [i for i, s in enumerate(program) if s.op is Op.GRADS and s.kind is Kind.START]

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from megalina.config import PretrainConfig
-from megalina.model.layers import ALL
-from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.model.routers import Router, Routing
+from megalina.model.tokens import ALL, RouterTokens
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, around
@@ -55,8 +55,8 @@ def vocabulary_first_words(trainable: Trainable, config: PretrainConfig) -> None
 
     def of(instruction: Instruction, function: Function) -> Function:
         if instruction.name == "embed":
-            return lambda batch: gpt.embed(batch, 0)
-        return (lambda n, batch: gpt.stat(n, batch, 0)) if instruction.name == "logits" else function
+            return lambda batch: gpt.embedder.looked_up(batch, 0)
+        return (lambda n, batch: gpt.output.stat(n, batch, 0)) if instruction.name == "logits" else function
 
     around(trainable, of)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megalina.config import PretrainConfig
 from megalina.model.balance import balance_loss
-from megalina.model.routers import Router, RouterTokens, Routing
+from megalina.model.routers import Router, Routing
+from megalina.model.tokens import RouterTokens
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, after, around
@@ -49,15 +50,14 @@ def _own_balance(router: Router) -> Function:
 
     def forward(logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
         routing: Routing = Router.forward(router, logits_TE, tokens, logits_AE, own)
-        groups = tokens.num_sequences if router.group == "sequence" else 1
+        groups = tokens.num_sequences if router.config.group == "sequence" else 1
         valid_T = tokens.valid_A[own]
         group_T = (torch.arange(len(tokens.valid_A)) // (len(tokens.valid_A) // groups))[own].to(valid_T.device)
         group_T = group_T.where(valid_T, groups)
         counts_GE = torch.zeros(groups + 1, router.num_experts + 1, dtype=torch.int64, device=valid_T.device)
         counts_GE.index_put_((group_T[:, None], routing.expert_TK), torch.ones_like(routing.expert_TK), accumulate=True)
         tokens_G = torch.bincount(group_T, minlength=groups + 1)[:groups]
-        log_TE = torch.nn.functional.logsigmoid(logits_TE) if router.sigmoid else logits_TE
-        balance = balance_loss(log_TE.softmax(1), group_T, counts_GE[:groups, :-1], tokens_G, router.top_k)
+        balance = balance_loss(router.log_scores(logits_TE).softmax(1), group_T, counts_GE[:groups, :-1], tokens_G, router.top_k)
         return replace(routing, balance=balance)
 
     return forward

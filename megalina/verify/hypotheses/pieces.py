@@ -4,12 +4,13 @@ A micro-batch's tokens, sequence after sequence, are cut evenly over tp; a seque
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megalina.model.layers import ALL, router_tokens
-from megalina.model.routers import RouterTokens, Routing
+from megalina.model.routers import Routing
+from megalina.model.tokens import ALL, RouterTokens, router_tokens
 from megalina.verify.evidence import Evidence
 
 Group = list[Tensor]  # of indices into the tokens of the global batch, a piece each
@@ -41,12 +42,12 @@ def routed(evidence: Evidence, layer: int, piece: Tensor) -> Routing:
     logits = evidence.pair("activation", f"layers.{layer}.logits").want.value.flatten(0, 1)[piece]
     known = router_tokens(evidence.batch)
     tokens = RouterTokens(known.token_A[piece], known.sample_A[piece], known.position_A[piece], known.valid_A[piece], 1)
-    group, router.group = router.group, "micro_batch"  # these tokens are all there are
+    config, router.config = router.config, replace(router.config, group="micro_batch")  # these tokens are all there are
     try:
         with torch.no_grad():
             routing: Routing = router(logits, tokens, logits, ALL)
     finally:
-        router.group = group
+        router.config = config
     return routing
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.model.experts import expert_mlp
-from megalina.model.layers import Layer
+from megalina.model.gpt import Layer
 from megalina.model.permute import RowOrder, permute, regroup_index, row_order
 from megalina.verify.evidence import Cause, Evidence, close
 
@@ -64,8 +64,8 @@ def _output(evidence: Evidence, index: int, arriving: bool, leaving: bool) -> Te
             sent = [permute(n, order) for n, (*_, order) in zip(normed, own)]
             backs = _exchanged(layer, sent, [order.count_E for *_, order in own], arriving, leaving)
             for n, back, (token_T, cut, part, order) in zip(normed, backs, own):
-                shared = layer.share(n) if layer.shared is not None else None
-                out[token_T] = layer.mix(h_TD[token_T], back, weight_TK[token_T], shared, order, part, cut)
+                shared = layer.moe.shared(n) if layer.shared is not None else None
+                out[token_T] = layer.moe.mixed(h_TD[token_T], back, weight_TK[token_T], shared, order, part, cut)
     return out
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megalina.model.layers import Layer
+from megalina.model.gpt import Layer
 from megalina.verify.evidence import MATCH, Cause, Evidence, close
 
 
@@ -21,7 +21,7 @@ def bias_on_each_rank(evidence: Evidence) -> Iterator[Cause]:
     bias = layer.attention.proj_bias if kind == "attention" else layer.mlp.b2 if not layer.is_moe else None
     if bias is None:
         return
-    residual = layer.attention_residual if kind == "attention" else layer.mlp_residual
+    residual = getattr(layer.functions[kind], f"{kind}_residual")
     with torch.no_grad():  # it adds the bias once itself
         more = residual(torch.zeros_like(want), bias * (tp - 2) + torch.zeros_like(want), evidence.batch)
     if close(more, got - want):
@@ -82,7 +82,7 @@ def _before_dropout(evidence: Evidence) -> tuple[Tensor, Tensor] | None:
     assert evidence.first is not None
     if evidence.first.name == "embedded":
         model.eval()
-        added = model.place(model.embed(batch), batch)
+        added = model.embedder.embed(batch)
         model.train()
         return torch.zeros_like(added), added
     if (site := _site(evidence)) is None:
@@ -107,8 +107,8 @@ def _mixed(evidence: Evidence, layer: Layer, h_TD: Tensor) -> Tensor:
     out = []
     parts = evidence.batch.split(size)
     for part, h in zip(parts, h_TD.chunk(len(parts))):
-        n, logits = layer.score(h)
-        got, weight, _, _, order, _ = layer.select(n, logits, logits, part)
+        n, logits = layer.moe.scores(h)
+        got, weight, *_, order, _, _ = layer.moe.selected(n, logits, logits, part)
         back = layer.experts(got, order.count_E.tolist())
-        out.append(layer.mix(h, back, weight, layer.share(n) if layer.shared is not None else None, order, part))
+        out.append(layer.moe.mixed(h, back, weight, layer.moe.shared(n) if layer.shared is not None else None, order, part))
     return torch.cat(out)

@@ -23,7 +23,7 @@ def embedding_of_first_words(evidence: Evidence) -> Iterator[Cause]:
     width = rank_tvD.shape[1]
     found_TD = rank_tvD.sum(0)[word_T.clamp(max=width - 1)] * (word_T < width)[:, None]
     with torch.no_grad():
-        predicted = evidence.model.place(found_TD, evidence.batch)
+        predicted = evidence.model.embedder.placed(found_TD, evidence.batch)
     if close(predicted.view_as(first.got.value), first.got.value):
         missing = int((word_T >= width).sum())
         yield Cause(

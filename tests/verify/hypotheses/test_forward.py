@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalina.model.layers import ALL, router_tokens
-from megalina.model.routers import RouterTokens
+from megalina.model.tokens import ALL, RouterTokens, router_tokens
 from megalina.verify.diagnosis import diagnose
 from megalina.verify.recording import INITIAL, SEQUENCES, Layout
 from megalina.verify.reference import model_of, record

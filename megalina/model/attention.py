@@ -1,0 +1,98 @@
+"""Attention in torch: its weights, its functions, and the keys and values that generation keeps.
+
+Shapes: B sequences, S tokens a sequence, T = B x S tokens (or this rank's share of them), D model width, H query heads,
+G key-value heads, d numbers a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalina.batch import Batch
+from megalina.blocks.attention import head_dim
+from megalina.blocks.block import Block
+from megalina.model.attend import attend
+from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.linear import linear, linears
+from megalina.model.norm import Norm
+from megalina.model.rope import Rotary, rotate
+from megalina.model.tokens import ALL
+
+
+class Heads(nn.Module):
+    """Grouped-query attention.  The number of heads follows from the weights, so that part of the heads works too."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    proj: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    proj_bias: Tensor | None
+
+    def __init__(self, head_dim: int, eps: float, rotary: Rotary | None, *, qk_norm: bool):
+        super().__init__()
+        self.head_dim = head_dim
+        self.rotary = [rotary]  # in a list: shared, not a part of each layer
+        no_parameters(self, "q", "k", "v", "proj", "q_bias", "k_bias", "v_bias", "proj_bias")
+        self.q_norm = Norm(eps) if qk_norm else None
+        self.k_norm = Norm(eps) if qk_norm else None
+
+    def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None) -> Tensor:
+        """What these heads add, [T, D], without the output's bias."""
+        shape = (*batch.tokens_BS.shape, -1, self.head_dim)
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
+        if (rotary := self.rotary[0]) is not None:
+            cos_BSi, sin_BSi = batch.once(rotary.rows, q_BSHd.dtype)
+            q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
+        if past is not None:
+            k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
+        mixed_BSD = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS)
+        return linear(mixed_BSD.reshape(n_TD.shape[0], -1), self.proj)
+
+
+class KeyValues:
+    """The keys and values of one layer's tokens so far, for generation."""
+
+    def __init__(self) -> None:
+        self.k_BLGd: Tensor | None = None
+        self.v_BLGd: Tensor | None = None
+
+    def extended(self, k_BSGd: Tensor, v_BSGd: Tensor) -> tuple[Tensor, Tensor]:
+        """All so far, with these behind."""
+        if self.k_BLGd is not None and self.v_BLGd is not None:
+            k_BSGd, v_BSGd = torch.cat([self.k_BLGd, k_BSGd], 1), torch.cat([self.v_BLGd, v_BSGd], 1)
+        self.k_BLGd, self.v_BLGd = k_BSGd, v_BSGd
+        return k_BSGd, v_BSGd
+
+
+class Attention(BlockFunctions):
+    def __init__(self, block: Block, layer: Any):
+        model = block.model
+        layer.attention_norm = Norm(model.norm_eps)
+        layer.attention = Heads(head_dim(model), model.norm_eps, layer.rotary[0], qk_norm=model.qk_norm)
+        super().__init__(block, layer)
+
+    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None) -> Tensor:
+        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past)
+        return self._residual(x_TD, heads_TD, batch, ALL)
+
+    def attention_norm(self, x_TD: Tensor) -> Tensor:
+        return self.holder.attention_norm(x_TD)
+
+    def attention_heads(self, n_TD: Tensor, batch: Batch) -> Tensor:
+        return self.holder.attention(n_TD, batch)
+
+    def attention_residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
+        return self._residual(x_TD, added_TD, batch, self.share.held(batch))
+
+    def forward(self, x_TD: Tensor, batch: Batch, seen: Seen, past: KeyValues | None = None) -> Tensor:
+        return self.attention(x_TD, batch, past)
+
+    def _residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch, own: slice) -> Tensor:
+        return self.holder.residual(x_TD, added_TD, self.holder.attention.proj_bias, "attention", batch, own)

@@ -1,0 +1,80 @@
+"""The head in torch, and the balance loss over all layers.
+
+Shapes: T tokens, D width, V words here, L MoE layers, E experts, R tensor-parallel ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.blocks.block import Block
+from megalina.model.balance import global_balance
+from megalina.model.block_functions import BlockFunctions
+from megalina.model.linear import linear
+from megalina.model.norm import Norm
+from megalina.model.routers import GroupSoFar
+from megalina.model.tokens import ALL
+from megalina.model.vocabulary import cross_entropy, head_stat
+
+
+class Balance(BlockFunctions):
+    def loads(self, *loads: Tensor) -> Tensor:
+        return torch.stack(loads)
+
+    def balance(self, *probs_and_loads: Any) -> Tensor:
+        *probs, loads = probs_and_loads
+        return self.of_all(probs, loads)
+
+    def balance_of_group(self, *probs_and_groups: Any) -> Tensor:
+        """Of a micro-batch's parts: each layer's sums of probabilities, part by part, then each layer's counts of all parts."""
+        layers = len(self.holder.moe_layers)
+        probs, groups = probs_and_groups[:-layers], probs_and_groups[-layers:]
+        assert all(isinstance(g, GroupSoFar) for g in groups)
+        prob_LE = torch.stack(probs).view(-1, layers, *probs[0].shape).sum(0)
+        return self.of_all(list(prob_LE), torch.stack([g.chosen_E for g in groups]))
+
+    def of_all(self, prob_LE: Sequence[Tensor], load_LE: Tensor) -> Tensor:
+        """The balance loss over all ranks: own sums of probabilities, and all ranks' loads (columns beyond E don't count)."""
+        chosen_LE, top_k = load_LE[:, : self.block.model.num_experts], self.block.router.top_k
+        valid = chosen_LE[0].sum() // top_k
+        return global_balance(torch.stack(list(prob_LE)), chosen_LE, valid, top_k)
+
+
+class Head(BlockFunctions):
+    """`holder` is the model."""
+
+    def __init__(self, block: Block, model: Any):
+        model.final_norm = Norm(block.model.norm_eps)
+        super().__init__(block, model)
+
+    def head_norm(self, x_TD: Tensor) -> Tensor:
+        return self.holder.final_norm(x_TD)
+
+    def logits(self, n_TD: Tensor, batch: Batch) -> Tensor:
+        return self.stat(n_TD, batch, self.share.rank * len(self.weight_VD))
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        if self.share.ranks == 1:
+            return self.sum_of(self.stat(self.holder.final_norm(x), batch).unsqueeze(0), batch)
+        return self.sum_of(x.view(self.share.ranks, -1, 2), batch, self.share.own(batch))
+
+    @property
+    def weight_VD(self) -> Tensor:
+        return self.holder.embedding if self.holder.head is None else self.holder.head
+
+    def all_logits(self, n_TD: Tensor) -> Tensor:
+        """[T, V] of the words that are here, padding included."""
+        return linear(n_TD, self.weight_VD)
+
+    def stat(self, n_TD: Tensor, batch: Batch, first_word: int = 0) -> Tensor:
+        """[T, 2], see `head_stat`."""
+        words = min(max(self.block.whole.vocab_size - first_word, 0), len(self.weight_VD))
+        return head_stat(n_TD, self.weight_VD, batch.labels_BS.flatten() - first_word, words)
+
+    def sum_of(self, stat_RA2: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
+        """Scalar: the sum of the own tokens' cross entropies, from each rank's statistics of all tokens."""
+        counts_T = batch.loss_mask_BS.flatten()[own]
+        return cross_entropy(stat_RA2[:, own]).where(counts_T, 0.0).sum()

@@ -1,0 +1,171 @@
+"""A mixture of experts in torch: its weights and its functions.
+
+Shapes: T own tokens, A all tokens of the micro-batch, D model width, N routed rows, E experts, K experts a token.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalina.batch import Batch
+from megalina.blocks.moe import MoE as MoEBlock
+from megalina.blocks.reference import load
+from megalina.model.block_functions import BlockFunctions, Routed, Seen, no_parameters
+from megalina.model.digest import LIMBS, routing_digest
+from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
+from megalina.model.experts import Later, expert_mlp
+from megalina.model.mlp import Mlp
+from megalina.model.norm import Norm
+from megalina.model.permute import RowOrder, permute, reorder, row_order, unpermute
+from megalina.model.routers import GroupSoFar, Router, Routing, router_class
+from megalina.model.tokens import ALL, OwnTokens, places, router_tokens
+from megalina.step.program import Instruction
+
+
+class Experts(nn.Module):
+    """The routed experts that this device holds."""
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+
+    def __init__(self, activation: str):
+        super().__init__()
+        self.activation = activation
+        no_parameters(self, "w1", "w2", "b1", "b2")
+
+    def release(self) -> None:
+        """Let go of all weights: the experts are computed elsewhere."""
+        for name in list(self._parameters):
+            del self._parameters[name]
+
+    def forward(self, rows_ND: Tensor, count_E: list[int], later: Later | None = None) -> Tensor:
+        """Rows sorted by expert, `count_E` of them each."""
+        return expert_mlp(rows_ND, count_E, self.w1, self.w2, self.b1, self.b2, activation=self.activation, later=later)
+
+
+class MoE(BlockFunctions):
+    block: MoEBlock
+
+    def __init__(self, block: MoEBlock, layer: Any):
+        model = block.model
+        layer.mlp_norm = Norm(model.norm_eps)
+        make: type[Router] = router_class(block.router)
+        layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed)
+        layer.experts = Experts(model.activation)
+        layer.shared = Mlp(model.activation) if model.shared_d_ff else None
+        self.num_experts = model.num_experts
+        self.own_losses = [load(loss.functions) for loss in block.router_losses]
+        super().__init__(block, layer)
+
+    def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
+        function = super().bind(instruction, later)
+        if instruction.name == "experts":
+            return partial(function, instruction.chunk, later)
+        return partial(function, instruction.chunk) if instruction.name in ("cut", "join") else function
+
+    # instructions
+    def slice(self, h_TD: Tensor) -> Tensor:
+        width = len(h_TD) // self.share.ranks
+        return h_TD[self.share.rank * width : (self.share.rank + 1) * width].clone()
+
+    def route(self, h_TD: Tensor, batch: Batch, so_far: GroupSoFar | None = None) -> tuple[Any, ...]:
+        n_TD, logits_TE = self.scores(h_TD)
+        routed = self.select(n_TD, logits_TE, logits_TE.detach(), batch, so_far)
+        return routed if self.holder.shared is None else (n_TD, *routed)
+
+    def score(self, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_TD, logits_TE = self.scores(h_TD)
+        return n_TD, logits_TE, logits_TE.detach()
+
+    def select(
+        self, n_TD: Tensor, logits_TE: Tensor, logits_AE: Tensor, batch: Batch, so_far: GroupSoFar | None = None
+    ) -> tuple[Any, ...]:
+        """As `selected`; the load gets two more numbers, [E + 1 + LIMBS], a digest of the choices or zeros."""
+        own = self.share.own(batch)
+        *rest, order, load, passed = self.selected(n_TD, logits_TE, logits_AE, batch, own, so_far)
+        digest = routing_digest(order, *places(batch, own)) if self.holder.digests else load.new_zeros(LIMBS)
+        selected = (*rest, order, torch.cat([load, digest]))
+        return selected if so_far is None else (*selected, passed)
+
+    def shared(self, n_TD: Tensor) -> Tensor:
+        out_TD = self.holder.shared(n_TD)
+        return out_TD if self.holder.shared.b2 is None else out_TD + self.holder.shared.b2
+
+    def experts(self, chunk: tuple[int, int], later: Later | None, got_ND: Tensor, counts: Counts) -> Tensor:
+        sizes = counts.sizes(chunk)
+        return by_source(self.holder.experts(by_expert(got_ND, sizes), sizes.count_e, later), sizes)
+
+    def cut(self, chunk: tuple[int, int], rows_ND: Tensor, order: RowOrder) -> tuple[Tensor, ...]:
+        """Rows sorted by expert -> each chunk's, an equal share of every expert's."""
+        index_N, inverse_N, counts = cut_index(order.count_E, chunk[1])
+        return reorder(rows_ND, index_N, inverse_N).split(counts)
+
+    def join(self, chunk: tuple[int, int], *chunks_and_order: Any) -> Tensor:
+        *chunks, order = chunks_and_order
+        index_N, inverse_N, _ = cut_index(order.count_E, chunk[1])
+        return reorder(torch.cat(chunks), inverse_N, index_N)
+
+    def mix(self, h_TD: Tensor, back_ND: Tensor, weight_TK: Tensor, *rest: Any) -> Tensor:
+        shared_TD, order, batch = rest if len(rest) == 3 else (None, *rest)
+        return self.mixed(h_TD, back_ND, weight_TK, shared_TD, order, batch, self.share.own(batch))
+
+    # of which they are made
+    def scores(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed tokens and the router's logits."""
+        n_TD = self.holder.mlp_norm(h_TD)
+        return n_TD, self.holder.router.logits(n_TD)
+
+    def selected(
+        self,
+        n_TD: Tensor,
+        logits_TE: Tensor,
+        logits_AE: Tensor,
+        batch: Batch,
+        own: OwnTokens = ALL,
+        so_far: GroupSoFar | None = None,
+    ) -> tuple[Any, ...]:
+        """Rows for the experts in the order of experts, their weights, the losses, the order, the load, and of a part of a
+        micro-batch (`so_far`) what the part after it must know.
+
+        `logits_AE`: of all tokens of the micro-batch, without gradient; `own`: which of them are `n_TD`.
+        The first loss is the balance loss; with `router.group=global`, and of a part of a micro-batch, the sums of probabilities
+        [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity.
+        """
+        tokens = router_tokens(batch)
+        group = () if so_far is None else (so_far,)
+        routing: Routing = self.holder.router(logits_TE, tokens, logits_AE, own, *group)
+        balance = routing.prob_E if self.block.is_global or so_far is not None else routing.balance
+        own_losses = [loss(logits_TE, routing.expert_TK, tokens.valid_A[own]) for loss in self.own_losses]
+        order = row_order(routing.expert_TK, self.num_experts)
+        load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
+        return permute(n_TD, order), routing.weight_TK, balance, routing.z, *own_losses, order, load, routing.so_far
+
+    def mixed(
+        self,
+        h_TD: Tensor,
+        back_ND: Tensor,
+        weight_TK: Tensor,
+        shared_TD: Tensor | None,
+        order: RowOrder,
+        batch: Batch,
+        own: OwnTokens = ALL,
+    ) -> Tensor:
+        """The residual plus each token's experts by weight, plus the shared experts."""
+        layer = self.holder
+        if shared_TD is None and not (layer.rate and layer.training):
+            return unpermute(h_TD, back_ND, weight_TK, order)
+        added_TD = unpermute(torch.zeros_like(h_TD) if shared_TD is None else shared_TD, back_ND, weight_TK, order)
+        return layer.residual(h_TD, added_TD, None, "mlp", batch, own)
+
+    def forward(self, h_TD: Tensor, batch: Batch, seen: Seen, past: Any = None) -> Tensor:
+        n_TD, logits_TE = self.scores(h_TD)
+        rows_ND, weight_TK, *losses, order, load, _ = self.selected(n_TD, logits_TE, logits_TE.detach(), batch)
+        back_ND = self.holder.experts(rows_ND, order.count_E.tolist())
+        shared_TD = self.shared(n_TD) if self.holder.shared is not None else None
+        seen.routed.append(Routed(logits_TE, weight_TK, tuple(losses), order, load))
+        return self.mixed(h_TD, back_ND, weight_TK, shared_TD, order, batch)
