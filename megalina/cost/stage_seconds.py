@@ -11,9 +11,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
-from megalina.cost.work import Product, Work
 from megalina.step.program import Instruction, Kind
 from megalina.validate import check_hardware
 

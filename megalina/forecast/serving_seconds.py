@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from megalina.blocks.work import Work
 from megalina.config import PretrainConfig
 from megalina.cost.stage_seconds import SMALLEST_SHARE, device_of
 from megalina.cost.stage_work import StageWork
-from megalina.cost.work import Work
 from megalina.parameters import BYTES
 from megalina.step.program import Instruction, Kind
 

@@ -8,9 +8,9 @@ it means here; experts with few rows, which nothing is fitted on.
 from dataclasses import dataclass
 from functools import partial
 
+from megalina.blocks.work import Work
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork
-from megalina.cost.work import Work
 from megalina.step.program import Instruction, Kind
 
 FORWARD = {"norm": "attention_norm", "activation": "mlp_hidden", "residual": "attention_residual"}  # pass -> its instruction

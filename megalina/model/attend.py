@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SHORTEST_BLOCKED = 129  # tokens; at 64 the fused kernel takes half the time, at 192 it takes 1.1 times as long
-LONGEST_BLOCKED = 1024  # tokens; saved attention weights grow with the square
-QUERIES_A_BLOCK = 64
+from megalina.blocks.attention import LONGEST_BLOCKED, QUERIES_A_BLOCK, SHORTEST_BLOCKED
 
 
 def attend(q_BSHd: Tensor, k_BLGd: Tensor, v_BLGd: Tensor, document_BL: Tensor | None = None) -> Tensor:

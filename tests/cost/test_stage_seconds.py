@@ -10,9 +10,9 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from megalina.cost.work import Product, Work
 
 from megalina.blocks.model import shape_of
+from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
 from megalina.cost.stage_seconds import Device, device_of, share_at, stage_seconds
 from megalina.cost.stage_work import StageWork

@@ -5,9 +5,9 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from megalina.cost.work import Product, Work
 
 from megalina.blocks.model import shape_of
+from megalina.blocks.work import Product, Work
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
 from megalina.step.program import BucketSpec, Instruction, Kind, Program

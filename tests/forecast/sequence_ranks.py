@@ -31,7 +31,7 @@ from megalina.sim.collectives import Collective, Floats
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Group, simulate
-from megalina.step.passes import ROUTED
+from megalina.step.passes import decides
 from megalina.step.program import Instruction, Program
 from megalina.timeline.recorder import SEND, Event
 from megalina.train.steps import Steps
@@ -113,7 +113,7 @@ def counting(functions: Functions, rows: dict[tuple[int, str], list[int]]) -> Fu
 
     def of(instruction: Instruction) -> Callable[..., Any]:
         function = functions(instruction)
-        if instruction.phase != "F" or instruction.name not in ROUTED:
+        if instruction.phase != "F" or not decides(instruction):
             return function
 
         def routed(*arguments: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megalina.cost.function_bytes import LONGEST_BLOCKED, QUERIES_A_BLOCK, SHORTEST_BLOCKED
 
 from benchmarks.memory import CASES, error_of, predicted_and_measured
 from megalina.blocks.model import shape_of
@@ -15,7 +14,6 @@ from megalina.comm import exchange
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.cost.stage_bytes import DIRECT_BYTES, StageBytes
 from megalina.mesh import build_mesh
-from megalina.model import attend
 from megalina.parallel.plans import first_plan
 from megalina.parallel.trainable import Trainable
 from megalina.sim.memory import Memory, by_stage, memory_of
@@ -228,11 +226,6 @@ def test_a_world_that_the_layout_does_not_fit_is_an_error() -> None:
 
 def test_constants_are_those_of_the_code_that_they_describe() -> None:
     assert exchange.DIRECT_BYTES == DIRECT_BYTES
-    assert (attend.SHORTEST_BLOCKED, attend.LONGEST_BLOCKED, attend.QUERIES_A_BLOCK) == (
-        SHORTEST_BLOCKED,
-        LONGEST_BLOCKED,
-        QUERIES_A_BLOCK,
-    )
 
 
 # predicted and measured

@@ -20,9 +20,16 @@ def test_losses_and_gradients_are_those_of_the_models_own_forward(model: str, ro
     loss = balance = 0.0
     for part in batch.split(config.train.micro_batch_size):
         found = gpt(part)
-        whole = found.loss / tokens + config.router.balance_loss * found.balance / valid + config.router.z_loss * found.z / valid
+        whole = (
+            found.loss / tokens
+            + config.router.balance_loss * found.auxiliary["balance_loss"] / valid
+            + config.router.z_loss * found.auxiliary["z_loss"] / valid
+        )
         whole.backward()
-        loss, balance = loss + found.loss.item() / tokens, balance + found.balance.item() / valid / len(gpt.moe_layers)
+        loss, balance = (
+            loss + found.loss.item() / tokens,
+            balance + found.auxiliary["balance_loss"].item() / valid / len(gpt.moe_layers),
+        )
     assert recording.entry(0, "loss", "loss").value.item() == pytest.approx(loss, rel=1e-13)
     assert recording.entry(0, "loss", "balance_loss").value.item() == pytest.approx(balance, rel=1e-13)
     for name, p in gpt.named_parameters():
