@@ -201,15 +201,11 @@ def test_accuracy_is_that_of_the_most_popular_experts(expected: list[float], cou
     assert accuracy(outcome(expected, counts), 2) == found
 
 
-def test_a_controller_keeps_outcomes_only_where_they_are_asked_for() -> None:
+def test_a_controller_says_what_came_of_every_decision() -> None:
     controller = Controller(Policy(None, None, even, never), [identity(np.ones(2), 2, 1)])
     counts_RE = np.array([[3, 1], [4, 0]])
     placement = identity(np.ones(2), 2, 1)
-    controller.decide(0, counts_RE, placement, None)
-    assert controller.outcomes is None
-    controller.outcomes = []
-    controller.decide(0, counts_RE, placement, None)
-    (kept,) = controller.outcomes
+    kept = controller.decide(0, counts_RE, placement, None)[2]
     assert (kept.count_E.tolist(), kept.load_N.tolist(), kept.expected_E, kept.replanned) == ([7, 1], [7, 1], None, False)
 
 

@@ -50,7 +50,8 @@ def _row_us(opened: Opened, batch: Batch) -> float:
         even_TK = EvenRouting(crowded, 1, 0)(layer, torch.where(chosen_TK == served.num_experts, crowded, 0))
         return torch.where(chosen_TK == served.num_experts, chosen_TK, even_TK)
 
-    engine = opened.engine(InferConfig(), None)
+    config = InferConfig()
+    engine = opened.engine(config, opened.policy(config, None))
     even = EvenRouting(served.num_experts, served.num_devices, mesh.ep.rank)
     routings: tuple[Callable[[int, Tensor], Tensor], ...] = (even, crowd)
     own_s: list[list[float]] = [[], []]
@@ -58,10 +59,9 @@ def _row_us(opened: Opened, batch: Batch) -> float:
     try:
         for _ in range(REPEATS + 1):
             for i, routing in enumerate(routings):  # in turn, so that what disturbs one disturbs the other
-                engine.functions.reroute = routing
                 everybodys(mesh, None)
                 began_s = time.perf_counter()
-                engine.hidden(batch)
+                engine.run(batch, reroute=routing)
                 own_s[i].append(time.perf_counter() - began_s)
                 rows[i] = sum(decided.largest_load[-1] for decided in engine.controller.decided)
     finally:

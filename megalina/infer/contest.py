@@ -15,9 +15,8 @@ import torch
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
 from megalina.infer.decoding import write_on
-from megalina.infer.emulation import ServingDevice
 from megalina.infer.engine import Engine
-from megalina.placement.controller import Outcome, Planner
+from megalina.placement.controller import Outcome, Planner, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.predictors.predictor import Floats
 from megalina.timeline.contention import summary
@@ -76,7 +75,7 @@ class Contestant:
     planner: TimedPlanner | None
     served: list[Served] = field(default_factory=list)  # of each timed batch
     written: list[Written] = field(default_factory=list)
-    outcomes: list[list[Outcome]] = field(default_factory=list)  # of each timed batch, alike on all ranks
+    outcomes: list[tuple[Outcome, ...]] = field(default_factory=list)  # of each timed batch, alike on all ranks
     agreed: int = 0  # decisions that left the plan as it was, in timed batches
     replanned: int = 0
     emulated_s: float = 0.0  # that an emulated device computed in timed batches
@@ -88,14 +87,12 @@ class Contestant:
         return None if self.engine.device is None else self.overrun_s / max(self.emulated_s, 1e-9)
 
 
-def contestant_of(name: str, engine: Engine) -> Contestant:
-    """Its planner's calls are timed from now on."""
-    policy = engine.controller.policy
+def timed(policy: Policy) -> tuple[Policy, TimedPlanner | None]:
+    """The policy with a planner that is timed, and that planner; None: it has none."""
     if policy.planner is None:
-        return Contestant(name, engine, None)
+        return policy, None
     planner = TimedPlanner(policy.planner)
-    engine.controller.policy = replace(policy, planner=planner)
-    return Contestant(name, engine, planner)
+    return replace(policy, planner=planner), planner
 
 
 def contest(
@@ -123,7 +120,7 @@ def contest(
             batch = batch_of(max(0, number - 1))
             for contestant in _rotated(contestants, number):
                 progress(done, total, contestant.name)
-                _serve(contestant, batch, timed=number > 0)
+                _serve(contestant, batch, counts=number > 0)
                 done += 1
         for number, texts in enumerate(prompts):
             for contestant in _rotated(contestants, number):
@@ -143,28 +140,20 @@ def _rotated(contestants: Sequence[Contestant], number: int) -> list[Contestant]
     return [*contestants[at:], *contestants[:at]]
 
 
-def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
-    engine, controller = contestant.engine, contestant.engine.controller
+def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
+    engine = contestant.engine
     waited_s, num_bytes = engine.slots.done.waited_s, engine.slots.done.num_bytes
-    before, device_before_s = _decisions(engine), _device_s(engine)
+    device_before_s = _device_s(engine)
     if contestant.planner is not None:
         contestant.planner.taken_s = []
-    controller.outcomes = []
     everybodys(engine.mesh, None)  # nobody starts before the last one is there
-    engine.recorder.on = True
-    engine.recorder.begin()
-    _emulate(engine, int(batch.valid_BS.sum()))
     began_s = time.perf_counter()
-    engine.hidden(batch)
+    outcomes = engine.run(batch, record=True, emulate=True).outcomes
     latency_s = time.perf_counter() - began_s
-    _emulate(engine, None)
-    engine.recorder.on = False
-    outcomes, controller.outcomes = controller.outcomes, None
-    if not timed:
+    if not counts:
         return
-    after = _decisions(engine)
-    contestant.agreed += after[0] - before[0]
-    contestant.replanned += after[1] - before[1]
+    contestant.agreed += sum(o.agreed or o.not_worth for o in outcomes)
+    contestant.replanned += sum(o.replanned for o in outcomes)
     contestant.outcomes.append(outcomes)
     emulated_s, overrun_s = _device_s(engine)
     contestant.emulated_s += emulated_s - device_before_s[0]
@@ -193,11 +182,6 @@ def _device_s(engine: Engine) -> tuple[float, float]:
     return (engine.device.busy_s, engine.device.overrun_s) if engine.device is not None else (0.0, 0.0)
 
 
-def _decisions(engine: Engine) -> tuple[int, int]:
-    decided = engine.controller.decided
-    return sum(d.agreed + d.not_worth for d in decided), sum(d.replanned for d in decided)
-
-
 def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int, max_positions: int) -> Written:
     engine = contestant.engine
     at_s: list[float] = []
@@ -206,20 +190,13 @@ def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int
     def each_pass(passes: int, tokens: int) -> None:
         at_s.append(time.perf_counter())
         fed.append(tokens)
-        _emulate(engine, len(prompts))  # the next pass has a token of each
 
     everybodys(engine.mesh, None)
-    _emulate(engine, sum(map(len, prompts)))
     with torch.inference_mode():
-        write_on(engine, prompts, max_tokens=decode + 1, max_positions=max_positions, each_pass=each_pass)  # prefill gives one
-    _emulate(engine, None)
+        write_on(  # prefill gives one token
+            engine, prompts, max_tokens=decode + 1, max_positions=max_positions, each_pass=each_pass, emulate=True
+        )
     return Written(at_s[-1] - at_s[0], sum(fed[1:]), len(fed) - 1)
-
-
-def _emulate(engine: Engine, tokens: int | None) -> None:
-    """An emulated device takes its time for the next batch, of so many tokens of this rank; None: no time."""
-    if isinstance(engine.device, ServingDevice):
-        engine.device.tokens = tokens
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[tuple[int, str], float]:

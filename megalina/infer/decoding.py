@@ -32,11 +32,12 @@ def write_on(
     stop_token: int | None = None,
     num_ids: int | None = None,
     each_pass: Callable[[int, int], None] = lambda passes, tokens: None,
+    emulate: bool = False,
 ) -> list[list[int]]:
     """The tokens after each of this rank's prompts (there may be none); all ranks call it together, with equal settings.
 
     As `megalina.generate.generate`, whose errors it has, of each sequence.  `each_pass(passes, tokens)`: after prefill and after
-    each decoded token, with the number of tokens that this rank has just fed.
+    each decoded token, with the number of tokens that this rank has just fed.  `emulate`: as `Engine.run`.
     """
     problem = _problem(engine, prompts, max_positions)
     if wrong := [text for text in everybodys(engine.mesh, problem) if text]:
@@ -53,7 +54,7 @@ def write_on(
     while True:
         batch = padded_batch(token_BS, padding, alive, length, engine.gpt.embedding.device)
         length += token_BS.shape[1]
-        logits_BV = engine.logits(batch, past)[:, :limit].double().cpu()
+        logits_BV = engine.logits(batch, past, emulate=emulate)[:, :limit].double().cpu()
         each_pass(passes, int(batch.valid_BS.sum()))
         passes += 1
         chosen = [0] * len(own)

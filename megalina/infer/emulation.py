@@ -4,13 +4,13 @@ A device's time follows what it really has to do: attention its own tokens, expe
 planning, exchanges and fetches are real.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megalina.config import ClusterConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
-from megalina.infer.functions import InferenceFunctions
-from megalina.parallel.emulated_device import SMALLEST_SHARE, EmulatedDevice, emulated_device
+from megalina.infer.serving_device import ServingDevice
+from megalina.parallel.emulated_device import SMALLEST_SHARE, emulated_device
 from megalina.step.program import Instruction, Kind
 from megalina.validate import nearest
 
@@ -33,21 +33,13 @@ class FullBatch:
         """What a row more costs in a MoE layer."""
         return 1e6 * self.seconds["experts"] / self.rows
 
-
-class ServingDevice(EmulatedDevice):
-    """`rows_here()`: that the experts just had.  `tokens`: of the batch that is served; None: nothing is emulated for now."""
-
-    def __init__(self, full: FullBatch, rows_here: Callable[[], int]):
-        super().__init__(self._seconds_of)
-        self.full, self._rows_here = full, rows_here
-        self.tokens: int | None = None
-
-    def _seconds_of(self, instruction: Instruction) -> float:
-        whole_s = self.full.seconds.get(instruction.name, 0.0)
-        if self.tokens is None or not whole_s:
+    def seconds_of(self, instruction: Instruction, tokens: int, rows: int) -> float:
+        """Of a batch with so many tokens here, and of experts with so many rows."""
+        whole_s = self.seconds.get(instruction.name, 0.0)
+        if not whole_s:
             return 0.0
-        share = self._rows_here() / self.full.rows if instruction.name == "experts" else self.tokens / self.full.tokens
-        return (self.full.floor_s or SMALLEST_SHARE * whole_s) + share * whole_s
+        share = rows / self.rows if instruction.name == "experts" else tokens / self.tokens
+        return (self.floor_s or SMALLEST_SHARE * whole_s) + share * whole_s
 
 
 def read_cluster(overrides: Sequence[str]) -> ClusterConfig:
@@ -103,12 +95,9 @@ def full_batch(
     return FullBatch(times, cluster.kernel_floor_ms / 1e3, sequences * length, sequences * length * router.top_k)
 
 
-def device_maker(full: FullBatch | None) -> Callable[[InferenceFunctions], EmulatedDevice] | None:
-    """What engines make their device with."""
-    if full is None:
-        return None
-    known = full
-    return lambda functions: ServingDevice(known, lambda: functions.rows_here)
+def device_of(full: FullBatch | None) -> ServingDevice | None:
+    """A new one; None: the real one."""
+    return None if full is None else ServingDevice(full.seconds_of)
 
 
 def emulated_parts(full: FullBatch | None, environ: Mapping[str, str]) -> dict[str, Any]:

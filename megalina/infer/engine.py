@@ -3,7 +3,7 @@
 Each rank has its own sequences; experts sit where placements say.  A placement never changes an answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +12,19 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.infer.expert_memory import num_swap_experts
 from megalina.infer.expert_stream import ExpertStream
-from megalina.infer.functions import InferenceFunctions
+from megalina.infer.functions import InferenceFunctions, Reroute
 from megalina.infer.host_experts import HostExperts
+from megalina.infer.serving_device import ServingDevice
 from megalina.infer.slots import Slots
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.model.layers import KeyValues
-from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.parallel.executor import Executor
 from megalina.parallel.shard import shape_of
-from megalina.placement.controller import Controller, Policy
+from megalina.placement.controller import Controller, Outcome, Policy
 from megalina.placement.placement import Placement
-from megalina.step.inference import inference_step
+from megalina.placement.predictors.predictor import Ids
+from megalina.step.inference import BATCH, PAST, REROUTE, inference_step
 from megalina.timeline.recorder import Recorder
 
 TILE_ROWS = 16  # of kernels whose result must not depend on the batch
@@ -38,11 +39,21 @@ class EngineSettings:
     combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Passed:
+    """What a batch gave."""
+
+    hidden_TD: Tensor  # the last norm's output of this rank's tokens, perhaps none
+    chosen: tuple[Ids, ...]  # [T, K] of each MoE layer, of this rank's tokens that are no padding; the router's order
+    outcomes: tuple[Outcome, ...]  # of each MoE layer, alike on all ranks
+
+
 class Engine:
     """`gpt`: this rank's copy without experts.  `residents`: where each MoE layer's experts sit at first, the same on all ranks.
 
-    `device`: makes an emulated one, given the functions that know how many rows were here.  ValueError for placements of other
-    layers or devices, for more chunks than slots, and for bytes on their way that are less than a layer's slots."""
+    `reroute`: what is done instead of what routers choose, in every batch.  `device`: an emulated one.  ValueError for
+    placements of other layers or devices, for more chunks than slots, and for bytes on their way that are less than a layer's
+    slots."""
 
     def __init__(
         self,
@@ -53,7 +64,8 @@ class Engine:
         residents: Sequence[Placement],
         settings: EngineSettings = EngineSettings(),
         *,
-        device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
+        reroute: Reroute | None = None,
+        device: ServingDevice | None = None,
     ):
         if mesh.ep.size != mesh.world.size:
             raise ValueError(
@@ -70,7 +82,7 @@ class Engine:
         if slots and settings.combine_chunks > min(slots):
             raise ValueError(f"{settings.combine_chunks} chunks of {min(slots)} slots: choose {min(slots)} or fewer")
         spare = num_swap_experts(settings.swap_bytes, max(slots, default=0), host.shape.num_bytes)
-        self.gpt, self.mesh, self.settings = gpt, mesh, settings
+        self.gpt, self.mesh, self.settings, self.device = gpt, mesh, settings, device
         gpt.eval()
         where = next(gpt.parameters()).device
         stream = ExpertStream(where) if where.type == "cuda" else None
@@ -78,22 +90,46 @@ class Engine:
         self.controller = Controller(policy, residents)
         self.recorder = Recorder()
         tile = TILE_ROWS if settings.batch_invariant else 0
-        self.functions = InferenceFunctions(gpt, mesh, self.slots, self.controller, tile=tile)
+        functions = InferenceFunctions(gpt=gpt, mesh=mesh, slots=self.slots, controller=self.controller, tile=tile, device=device)
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
         self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
-        self.device = device(self.functions) if device is not None else None
-        self._executor = Executor(self.program, self.functions, mesh, {}, recorder=self.recorder, device=self.device)
+        self._reroute = reroute
+        self._executor = Executor(self.program, functions, mesh, {}, recorder=self.recorder, device=device)
+
+    def run(
+        self,
+        batch: Batch,
+        past: Sequence[KeyValues] | None = None,
+        *,
+        reroute: Reroute | None = None,
+        record: bool = False,
+        emulate: bool = False,
+    ) -> Passed:
+        """One batch of this rank; `past` grows.  All ranks call it together.
+
+        `reroute`: for this batch, in place of the engine's.  `record`: the recorder has its events afterwards.  `emulate`: the
+        emulated device takes its time."""
+        if self.device is not None:
+            self.device.begin(int(batch.valid_BS.sum()) if emulate else None)
+        self.recorder.on = record
+        self.recorder.begin()
+        with torch.inference_mode():
+            out = self._executor.run({BATCH: batch, PAST: past, REROUTE: reroute or self._reroute})
+        self.recorder.end()
+        moe = self.gpt.moe_layers
+        return Passed(
+            out["#out.-.0"],
+            out[f"#seen.{moe[-1]}.0"] if moe else (),
+            tuple(out[f"#outcome.{layer}.0"] for layer in moe),
+        )
 
     def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> Tensor:
-        """The last norm's output [T, D] of this rank's tokens, perhaps none; `past` grows.  All ranks call it together."""
-        self.functions.past = past
-        with torch.inference_mode():
-            out: Tensor = self._executor.run({"#batch.-.0": batch})["#out.-.0"]
-        return out
+        """The last norm's output [T, D] of this rank's tokens, as `run` gives it."""
+        return self.run(batch, past).hidden_TD
 
-    def logits(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> Tensor:
-        """[B, V] after each sequence's last token."""
-        n_TD = self.hidden(batch, past)
+    def logits(self, batch: Batch, past: Sequence[KeyValues] | None = None, *, emulate: bool = False) -> Tensor:
+        """[B, V] after each sequence's last token; as `run`."""
+        n_TD = self.run(batch, past, emulate=emulate).hidden_TD
         sequences, length = batch.tokens_BS.shape
         with torch.inference_mode():
             return self.gpt.logits(n_TD.view(sequences, length, n_TD.shape[1])[:, -1])[:, : self.gpt.vocab_size]

@@ -1,6 +1,5 @@
 """Opening: an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from megalina.config import InferConfig
 from megalina.infer.engine import Engine, EngineSettings
 from megalina.infer.even_routing import EvenRouting
 from megalina.infer.expert_memory import num_swap_bytes
-from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
 from megalina.infer.policies import Served, policy_of, slots_of
+from megalina.infer.serving_device import ServingDevice
 from megalina.mesh import Mesh
-from megalina.parallel.emulated_device import EmulatedDevice
+from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace
 
@@ -29,27 +28,23 @@ class Opened:
     mesh: Mesh
     served: Served
 
-    def engine(
-        self,
-        config: InferConfig,
-        profile: RoutingTrace | None,
-        *,
-        device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
-    ) -> Engine:
-        """ValueError as `policy_of` and `Engine`."""
+    def policy(self, config: InferConfig, profile: RoutingTrace | None) -> Policy:
+        """ValueError as `policy_of`."""
+        return policy_of(config, self.served, profile)
+
+    def engine(self, config: InferConfig, policy: Policy, *, device: ServingDevice | None = None) -> Engine:
+        """`policy`: the configuration's.  ValueError as `Engine`."""
         served, gpt = self.served, self.restored.gpt
         slots = slots_of(config, served)
-        policy = policy_of(config, served, profile)
         resident = identity(torch.ones(served.num_experts).double().numpy(), served.num_devices, slots)
         settings = EngineSettings(
             batch_invariant=config.batch_invariant,
             swap_bytes=num_swap_bytes(config),
             combine_chunks=config.combine_chunks,
         )
-        engine = Engine(gpt, self.host, self.mesh, policy, [resident] * len(gpt.moe_layers), settings, device=device)
-        if config.even_routing:
-            engine.functions.reroute = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank)
-        return engine
+        even = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank) if config.even_routing else None
+        residents = [resident] * len(gpt.moe_layers)
+        return Engine(gpt, self.host, self.mesh, policy, residents, settings, reroute=even, device=device)
 
 
 def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, devices_per_node: int = 0) -> Opened:

@@ -39,15 +39,15 @@ def recorded(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTrace:
     """What tokens of the first half of a text choose, the same on every rank; all call it together."""
-    engine, world = opened.engine(InferConfig(), None), opened.mesh.world.size
+    config, world = InferConfig(), opened.mesh.world.size
+    engine = opened.engine(config, opened.policy(config, None))
     wanted = max(1, min(text.num_profiled, most_tokens // text.length))  # sequences
     at_once = max(1, min(wanted // world, BATCH_TOKENS // text.length))
     found: list[tuple[np.ndarray, list[int]]] = []
     try:
         for number in range(total := max(1, wanted // (world * at_once))):
             batch = text.profiled(number, at_once)
-            engine.hidden(batch)
-            ids_TLK = np.stack(engine.functions.chosen, axis=1).astype(np.int32)
+            ids_TLK = np.stack(engine.run(batch).chosen, axis=1).astype(np.int32)
             found += everybodys(opened.mesh, (ids_TLK, [n for n in batch.valid_BS.sum(1).tolist() if n]))
             progress(number + 1, total)
     finally:

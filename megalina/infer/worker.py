@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megalina.config import ClusterConfig, InferConfig
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
 from megalina.infer.calibration import calibrated
-from megalina.infer.contest import contest, contestant_of
-from megalina.infer.emulation import device_maker, emulated_parts, emulation_note, full_batch
+from megalina.infer.contest import Contestant, contest, timed
+from megalina.infer.emulation import device_of, emulated_parts, emulation_note, full_batch
 from megalina.infer.engine import Engine
 from megalina.infer.expert_memory import num_device_bytes
 from megalina.infer.measures import DEFINITIONS, STATIC, measure
@@ -159,9 +159,10 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     if device is not None:  # what a row costs there is known
         modes = {n: replace(c, row_us=c.row_us or device.row_us) if c.trigger == "gain" else c for n, c in modes.items()}
     configs = {name: calibrated(config, opened, profile, first) for name, config in modes.items()}
-    contestants = [
-        contestant_of(name, opened.engine(config, profile, device=device_maker(device))) for name, config in configs.items()
-    ]
+    contestants = []
+    for name, config in configs.items():
+        policy, planner = timed(opened.policy(config, profile))
+        contestants.append(Contestant(name, opened.engine(config, policy, device=device_of(device)), planner))
     try:
         contest(
             contestants,

@@ -132,10 +132,10 @@ class Inference:
             batches = [even_choices(batches[0], experts)]  # all are alike
         setting, attention_s = self._setting(model, experts, mode, tokens=len(routed.batches[0]))
         server = Decider(setting.policy, setting.residents)
-        server.controller.outcomes = []
-        times, idle = [], []
+        times, idle, outcomes = [], [], []
         for batch in batches:
             decisions = server.decide(batch)
+            outcomes += [decision.outcome for decision in decisions]
             # Phase 1 is worked out beside the devices, from the first all-to-all of the layer before to its second
             # (section 6.2), which take longer.
             timeline = walk(batch, [replace(d, planned=False) for d in decisions], setting)
@@ -144,7 +144,7 @@ class Inference:
             idle.append(_idle_percent(timeline, times[-1].seconds))
         planned = [layer for time in times for layer in time.layers if layer.planned]
         agreed = sum(layer.agreed for layer in planned)
-        return Replay(times, idle, server.controller.outcomes, attention_s, agreed, len(planned))
+        return Replay(times, idle, outcomes, attention_s, agreed, len(planned))
 
     def _setting(self, model: Model, experts: int, mode: str, *, tokens: int) -> tuple[Serving, float]:
         """And the seconds of a layer's attention.  `tokens`: of the routing's batches, each of which stands for several."""

@@ -1,6 +1,5 @@
 """A small model and its engine, for tests on ranks; everything from seeds, alike on all ranks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,11 @@ import torch
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
 from megalina.infer.engine import Engine, EngineSettings
-from megalina.infer.functions import InferenceFunctions
 from megalina.infer.host_experts import HostExperts, experts_of, share_experts
+from megalina.infer.serving_device import ServingDevice
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialise
-from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy
 from megalina.placement.placement import Placement
 
@@ -41,7 +39,7 @@ def small_engine(
     gpt: GPT,
     policy: Policy,
     residents: list[Placement],
-    device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
+    device: ServingDevice | None = None,
     **settings: Any,
 ) -> Engine:
     mesh = build_mesh(ep=torch.distributed.get_world_size())

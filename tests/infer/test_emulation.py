@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from megalina.config import ClusterConfig, ModelConfig, RouterConfig
-from megalina.infer.emulation import REAL, ServingDevice, emulated_parts, emulation_note, full_batch, is_emulated, read_cluster
+from megalina.infer.emulation import REAL, device_of, emulated_parts, emulation_note, full_batch, is_emulated, read_cluster
 from megalina.step.program import Instruction, Kind
 
 MODEL = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, num_experts=4, d_ff=16)
@@ -48,20 +48,22 @@ def test_a_device_is_asked_for_by_times_or_by_its_rate() -> None:
 def test_attention_takes_its_tokens_time_and_experts_their_rows() -> None:
     full = full_batch(TIMES, MODEL, ROUTER, sequences=2, length=8)
     assert full is not None and full.row_us == pytest.approx(20e3 / (16 * 2))
-    rows = [32]
-    device = ServingDevice(full, lambda: rows[0])
-    assert device.seconds(instruction("attention")) == 0  # nothing is served yet
-    device.tokens = 16
+    device = device_of(full)
+    assert device is not None and device.seconds(instruction("attention")) == 0  # nothing is served yet
+    device.begin(16)
+    device.give(32)
     floor = 0.02
     assert device.seconds(instruction("attention")) == pytest.approx(10e-3 * (1 + floor))
     assert device.seconds(instruction("experts")) == pytest.approx(20e-3 * (1 + floor))
     assert device.seconds(instruction("score")) == 0  # real
-    rows[0], device.tokens = 48, 4
+    device.begin(4)
+    device.give(48)
     assert device.seconds(instruction("attention")) == pytest.approx(10e-3 * (0.25 + floor))
     assert device.seconds(instruction("experts")) == pytest.approx(20e-3 * (1.5 + floor))
-    rows[0] = 8  # of one of two chunks: the rows are its own already
+    device.give(8)  # of one of two chunks: the rows are its own already
     assert device.seconds(instruction("experts", (0, 2))) == pytest.approx(20e-3 * (0.25 + floor))
-    device.tokens = None
+    device.begin(None)
+    device.give(8)
     assert device.seconds(instruction("experts")) == 0
 
 
@@ -69,8 +71,9 @@ def test_a_floor_counts_once_a_stage_and_rates_follow_the_model() -> None:
     with_floor = ClusterConfig(attention_ms=10.0, experts_ms=20.0, kernel_floor_ms=3.0)
     full = full_batch(with_floor, MODEL, ROUTER, sequences=2, length=8)
     assert full is not None
-    device = ServingDevice(full, lambda: 0)
-    device.tokens = 16
+    device = device_of(full)
+    assert device is not None
+    device.begin(16)
     assert device.seconds(instruction("attention")) == pytest.approx(13e-3)
     assert device.seconds(instruction("experts")) == pytest.approx(3e-3)
     by_rate = full_batch(ClusterConfig(device_gflops=0.001), MODEL, ROUTER, sequences=2, length=8)

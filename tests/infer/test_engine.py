@@ -11,9 +11,8 @@ import torch.distributed as dist
 from megalina.config import RouterConfig
 from megalina.generate import generate
 from megalina.infer.decoding import write_on
-from megalina.infer.functions import InferenceFunctions
+from megalina.infer.serving_device import ServingDevice
 from megalina.model.layers import KeyValues
-from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.placement.controller import Policy, Split, Trigger
 from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity
@@ -105,16 +104,16 @@ def moving(split: Split, trigger: Trigger) -> Policy:
     return Policy(Uniform(), lambda share_E, devices, slots: random_placement(random, devices, slots), split, trigger)
 
 
-class RowsSeen(EmulatedDevice):
+class RowsSeen(ServingDevice):
     """Every instruction takes a little, so what is sent leaves through a lane; notes the rows that experts had."""
 
-    def __init__(self, functions: InferenceFunctions):
+    def __init__(self) -> None:
         super().__init__(self._note)
-        self.functions, self.rows = functions, list[int]()
+        self.rows: list[int] = []
 
-    def _note(self, instruction: Instruction) -> float:
+    def _note(self, instruction: Instruction, tokens: int, rows: int) -> float:
         if instruction.name == "experts":
-            self.rows.append(self.functions.rows_here)
+            self.rows.append(rows)
         return 1e-4
 
 
@@ -127,14 +126,14 @@ def in_chunks(number: int) -> dict[str, Any]:
     for (name, model), split in zip(MODELS.items(), SPLITS.values(), strict=True):
         gpt = small_gpt(dtype=torch.float32, **model)
         residents = [static(world, slots)] * len(gpt.moe_layers)
-        engines = {n: small_engine(gpt, moving(split, always), residents, RowsSeen, combine_chunks=n) for n in (1, 2, 3, slots)}
+        engines = {n: small_engine(gpt, moving(split, always), residents, RowsSeen(), combine_chunks=n) for n in (1, 2, 3, slots)}
         for i in range(number):
             random = np.random.default_rng((i, rank))
             empty = i % (world + 1) == rank
             batch = batch_of(random.integers(0, 97, (1 if empty else int(random.integers(1, 4)), 12)).tolist())
             if empty:  # padding alone, as of a rank without a prompt
                 batch = replace(batch, valid_BS=torch.zeros_like(batch.valid_BS), loss_mask_BS=torch.zeros_like(batch.valid_BS))
-            outs = {n: engine.hidden(batch) for n, engine in engines.items()}
+            outs = {n: engine.run(batch, emulate=True).hidden_TD for n, engine in engines.items()}
             out["different"] += [(name, i, n) for n, o in outs.items() if not torch.equal(o, outs[1])]
         out["rows"][name] = {n: np.reshape(engine.device.rows, (-1, n)).tolist() for n, engine in engines.items()}
         out["experts"] += engines[slots].slots.done.experts

@@ -141,7 +141,8 @@ def jobs(tokenizer_path: str, tasks_path: str, checkpoint: str) -> dict[str, Any
         "ids": said(score_tasks, engine_of(gpt_of(256, torch.float32)), tokenizer, tasks, **room),
     }
     opened = open_checkpoint(Path(checkpoint), build_mesh(ep=WORLD))
-    of_run = opened.engine(InferConfig(), None)
+    config = InferConfig()
+    of_run = opened.engine(config, opened.policy(config, None))
     out["run"] = held_out_quality(of_run, open_held_out(Path(checkpoint)), batch_size=2)
     return out
 
