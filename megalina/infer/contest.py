@@ -14,6 +14,7 @@ import torch
 
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
+from megalina.generate import Sampling
 from megalina.infer.decoding import write_on
 from megalina.infer.engine import Engine
 from megalina.placement.controller import Outcome, Planner, Policy
@@ -191,11 +192,10 @@ def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int
         at_s.append(time.perf_counter())
         fed.append(tokens)
 
+    sampling = Sampling(max_tokens=decode + 1, max_positions=max_positions, temperature=0.0)  # prefill gives one token
     everybodys(engine.mesh, None)
     with torch.inference_mode():
-        write_on(  # prefill gives one token
-            engine, prompts, max_tokens=decode + 1, max_positions=max_positions, each_pass=each_pass, emulate=True
-        )
+        write_on(engine, prompts, sampling, each_pass=each_pass, emulate=True)
     return Written(at_s[-1] - at_s[0], sum(fed[1:]), len(fed) - 1)
 
 

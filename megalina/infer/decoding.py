@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
-from megalina.generate import choose, refuse_looking_ahead
+from megalina.generate import Sampling, choose, refuse_looking_ahead
 from megalina.infer.engine import Engine
 from megalina.model.layers import KeyValues
 
@@ -23,34 +23,31 @@ PADDING, TEXT = 0, 1  # documents
 def write_on(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    max_positions: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    stop_token: int | None = None,
-    num_ids: int | None = None,
     each_pass: Callable[[int, int], None] = lambda passes, tokens: None,
     emulate: bool = False,
 ) -> list[list[int]]:
     """The tokens after each of this rank's prompts (there may be none); all ranks call it together, with equal settings.
 
-    As `megalina.generate.generate`, whose errors it has, of each sequence.  `each_pass(passes, tokens)`: after prefill and after
+    As `megalina.generate.generate`, whose errors it has, of each sequence.  `seeds`: one a sequence, in place of one for all.
+    `each_pass(passes, tokens)`: after prefill and after
     each decoded token, with the number of tokens that this rank has just fed.  `emulate`: as `Engine.run`.
     """
-    problem = _problem(engine, prompts, max_positions)
+    problem = _problem(engine, prompts, sampling.max_positions)
     if wrong := [text for text in everybodys(engine.mesh, problem) if text]:
         raise ValueError(wrong[0])
     own = list(prompts) or [[0]]
     alive = [bool(prompts)] * len(own)
-    random = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * len(own))]
+    random = [torch.Generator().manual_seed(seed) for seed in (seeds or [sampling.seed] * len(own))]
     longest = max(map(len, own))
     padding = [longest - len(prompt) for prompt in own]
     token_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, own, strict=True)])
     length, written, passes = 0, [list[int]() for _ in own], 0
-    past = [KeyValues() for _ in engine.gpt.layers]
-    limit = min(engine.gpt.vocab_size, num_ids or engine.gpt.vocab_size)
+    most = min(sampling.max_tokens, sampling.max_positions - min(map(len, own)))
+    past = [KeyValues(longest + most - 1) for _ in engine.gpt.layers]  # the last token is not read
+    limit = sampling.limit(engine.gpt.vocab_size)
     while True:
         batch = padded_batch(token_BS, padding, alive, length, engine.gpt.embedding.device)
         length += token_BS.shape[1]
@@ -61,10 +58,10 @@ def write_on(
         for b, logits_V in enumerate(logits_BV):
             if not alive[b]:
                 continue
-            chosen[b] = choose(logits_V, temperature, top_p, random[b])
+            chosen[b] = choose(logits_V, sampling, random[b])
             written[b].append(chosen[b])
-            full = len(own[b]) + len(written[b]) >= max_positions or len(written[b]) >= max_tokens
-            alive[b] = not full and chosen[b] != stop_token
+            full = len(own[b]) + len(written[b]) >= sampling.max_positions or len(written[b]) >= sampling.max_tokens
+            alive[b] = not full and chosen[b] != sampling.stop_token
         if not any(everybodys(engine.mesh, any(alive))):
             return written[: len(prompts)]
         token_BS = torch.tensor(chosen).unsqueeze(1)

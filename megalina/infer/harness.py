@@ -8,6 +8,7 @@ from typing import Any
 
 from megalina.comm.objects import everybodys
 from megalina.data.tokenizer import Tokenizer
+from megalina.generate import Sampling
 from megalina.infer.decoding import write_on
 from megalina.infer.engine import Engine
 from megalina.infer.likelihood import Continuation, check_tokenizer, continuation_of, log_likelihoods
@@ -99,17 +100,15 @@ class HarnessModel(LM):
             )
         tokenizer, room = self.own_tokenizer, self.max_positions - max_tokens
         prompts = [(tokenizer.encode(context) or [tokenizer.eod])[-room:] for context in contexts]
-        written = write_on(
-            self.engine,
-            prompts,
+        sampling = Sampling(
             max_tokens=max_tokens,
             max_positions=self.max_positions,
             temperature=temperature,
             top_p=top_p,
-            seeds=[self.seed + number for number in numbers],
             stop_token=tokenizer.eod,
             num_ids=tokenizer.vocab_size,
         )
+        written = write_on(self.engine, prompts, sampling, seeds=[self.seed + number for number in numbers])
         return [tokenizer.decode([token for token in tokens if token != tokenizer.eod]) for tokens in written]
 
 
@@ -120,7 +119,8 @@ def _sampling_of(settings: Mapping[str, Any]) -> tuple[int, float, float]:
     temperature = float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
     if settings.get("do_sample") is False:
         temperature = 0.0
-    return int(settings.get("max_gen_toks", MOST_TOKENS)), temperature, float(settings.get("top_p", 1.0))
+    top_p = float(settings.get("top_p", 1.0)) if temperature else 1.0  # of the likeliest token it says nothing
+    return int(settings.get("max_gen_toks", MOST_TOKENS)), temperature, top_p
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:

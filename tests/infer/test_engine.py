@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megalina.config import RouterConfig
-from megalina.generate import generate
+from megalina.generate import Sampling, generate
 from megalina.infer.decoding import write_on
 from megalina.infer.serving_device import ServingDevice
 from megalina.model.layers import KeyValues
@@ -187,11 +187,12 @@ def write(prompts_of_ranks: list[list[list[int]]]) -> dict[str, Any]:
     engine = small_engine(gpt, moving(load_aware, always), [static(world, 4)] * len(gpt.moe_layers))
     fed: list[int] = []
     own = prompts_of_ranks[rank]
-    text = write_on(engine, own, max_tokens=9, max_positions=14, each_pass=lambda passes, tokens: fed.append(tokens))
+    text = write_on(engine, own, GREEDY, each_pass=lambda passes, tokens: fed.append(tokens))
     engine.close()
     return {"text": text, "fed": fed}
 
 
+GREEDY = Sampling(max_tokens=9, max_positions=14, temperature=0.0)
 PROMPTS = [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]], [], [[11, 12]]]
 
 
@@ -218,11 +219,11 @@ def bad(case: str) -> str:
     try:
         if case == "prompt":
             engine = small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * 3)
-            write_on(engine, [[1] * 60] if dist.get_rank() else [[1]], max_tokens=2, max_positions=48)
+            write_on(engine, [[1] * 60] if dist.get_rank() else [[1]], Sampling(max_tokens=2, max_positions=48))
         if case == "router":
             ahead = small_gpt(RouterConfig(kind="expert_choice"))
             engine = small_engine(ahead, Policy(None, None, even, never), [static(world, 4)] * 3)
-            write_on(engine, [[1]], max_tokens=2, max_positions=48)
+            write_on(engine, [[1]], Sampling(max_tokens=2, max_positions=48))
         if case == "layers":
             small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * 2)
         if case == "devices":
@@ -320,7 +321,7 @@ def test_plans_that_differ_between_ranks_are_not_followed(found: Found) -> None:
 def test_text_is_that_of_each_prompt_alone_on_one_device(found: Found) -> None:
     gpt = small_gpt(dtype=torch.float64)
     for prompts, rank in zip(PROMPTS, found[3], strict=True):
-        alone = [list(generate(gpt, p, max_tokens=9, max_positions=14, temperature=0.0)) for p in prompts]
+        alone = [list(generate(gpt, p, GREEDY)) for p in prompts]
         assert rank["text"]["text"] == alone
         assert len(rank["text"]["fed"]) == 9 and rank["text"]["fed"][0] == sum(map(len, prompts))
 

@@ -17,7 +17,7 @@ from megalina.batch import Batch
 from megalina.config import InferConfig, ModelConfig, RouterConfig
 from megalina.data.bpe import train_bpe
 from megalina.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, open_tokenizer
-from megalina.generate import generate
+from megalina.generate import Sampling, generate
 from megalina.infer.engine import Engine
 from megalina.infer.likelihood import Continuation, Likelihood, continuation_of, log_likelihoods
 from megalina.infer.opening import open_checkpoint
@@ -75,7 +75,7 @@ def continuations(tokenizer: Tokenizer, gpt: GPT) -> list[Continuation]:
     ids = tokenizer.encode(TEXT)
     some = [Continuation(tuple(ids[i : i + 1 + 7 * i % 60]), tuple(ids[200 + i : 201 + i + i % 6])) for i in range(14)]
     prompt = tuple(ids[:10])
-    greedy = tuple(generate(gpt, prompt, max_tokens=6, max_positions=POSITIONS, temperature=0.0))
+    greedy = tuple(generate(gpt, prompt, Sampling(max_tokens=6, max_positions=POSITIONS, temperature=0.0)))
     return [*some, Continuation(prompt, greedy), Continuation(prompt, (*greedy[:-1], greedy[-1] ^ 1))]
 
 
@@ -439,7 +439,7 @@ def test_the_harness_sees_what_the_model_gives_on_one_process(found: Found, toke
     written = []
     for prompt in ("def ", "import " * 40, "", "x"):
         ids = (tokenizer.encode(prompt) or [tokenizer.eod])[-(POSITIONS - 12) :]
-        tokens = generate(gpt, ids, max_tokens=12, max_positions=POSITIONS, temperature=0.0, stop_token=tokenizer.eod)
+        tokens = generate(gpt, ids, Sampling(max_tokens=12, max_positions=POSITIONS, temperature=0.0, stop_token=tokenizer.eod))
         written.append(tokenizer.decode([t for t in tokens if t != tokenizer.eod]).split("e")[0].split("zz")[0])
     for rank in found:
         of_rank, scores = rank["harness"], rank["tasks"].multiple_choice
