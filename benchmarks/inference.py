@@ -36,17 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from inference_report import PAPER, measured, table
-from inference_routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmarks`, of which this is a program
+
+from benchmarks.replay.report import PAPER, measured, table
+from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
 from megalina.config import InferConfig, ModelConfig, RouterConfig
-from megalina.infer.engine import Engine, EngineSettings
-from megalina.infer.host_experts import HostExperts, experts_of, share_experts
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, check_infer, policy_of
-from megalina.infer.serving_device import ServingDevice
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
@@ -57,6 +54,11 @@ from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
 from megalina.placement.workloads import WORKLOADS, own_part
+from megalina.serve.engine import Engine, EngineSettings
+from megalina.serve.host_experts import HostExperts, experts_of, share_experts
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, check_infer, policy_of
+from megalina.serve.serving_device import ServingDevice
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 

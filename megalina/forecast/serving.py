@@ -277,7 +277,7 @@ def sizes_of(decisions: Sequence[Decision], setting: Serving, ranks: int) -> Siz
 
 
 def _chunk(instruction: Instruction, decision: Decision) -> tuple[int, int]:
-    """First and last slot, exclusive, of the instruction's chunk, as `megalina/infer/slot_counts.py` cuts them."""
+    """First and last slot, exclusive, of the instruction's chunk, as `megalina/serve/slot_counts.py` cuts them."""
     c, n = instruction.chunk
     slots = decision.rows_RNS.shape[2]
     return -(-c * slots // n), -(-(c + 1) * slots // n)

@@ -3,8 +3,6 @@
 import argparse
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,8 @@ SIZE = Size(num_experts=16, num_devices=3, num_layers=2, batch_tokens=48, num_ba
 
 
 @pytest.fixture(scope="module")
-def inference() -> Iterator[Any]:
-    """The program, which imports its neighbours as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("benchmarks.inference")
-        for name in ("inference_report", "inference_routing"):
-            sys.modules.pop(name)
+def inference() -> Any:
+    return importlib.import_module("benchmarks.inference")
 
 
 @pytest.fixture(scope="module")

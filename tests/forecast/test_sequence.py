@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from megalina.config import PretrainConfig, StrategyConfig
-from megalina.forecast.counted import counted, rows_between
 from megalina.forecast.search import accepted
 from megalina.parallel.shard import shape_of
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
+from tests.forecast.counted import counted, rows_between
 from tests.forecast.sequence_ranks import (
     WORLD,
     Forecasted,

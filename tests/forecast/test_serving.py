@@ -14,8 +14,6 @@ from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch, even_choices, shared_evenly
 from megalina.forecast.serving_seconds import GivenTimes, RooflineSeconds, row_s
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.offline import replay
 from megalina.placement.placement import Placement
@@ -26,6 +24,8 @@ from megalina.placement.routing_trace import traced
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import always, never
 from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
 from megalina.step.forward import Shape
 from megalina.step.inference import given_of

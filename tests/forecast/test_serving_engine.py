@@ -13,16 +13,16 @@ from megalina.config import InferConfig, RouterConfig
 from megalina.forecast.serving import Serving, program_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch
 from megalina.forecast.serving_seconds import GivenTimes
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.placement.workloads import own_part
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
 from megalina.step.forward import Shape
-from tests.infer.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 from tests.parallel.ranks import run_on_ranks
+from tests.serve.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 LAYERS, BATCHES, SLOTS, LENGTH = 3, 5, 4, 4
