@@ -29,7 +29,7 @@ from papers.lina.walk import START
 from tests.papers.lina.testbed import base, bed
 from tools.compare_strategies import composed
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
+CONF = Path(__file__).resolve().parents[3] / "conf" / "infer"
 
 
 def short(model: Model, experts: int) -> Routed:
