@@ -56,7 +56,7 @@ def generate(gpt: GPT, prompt: Sequence[int], sampling: Sampling) -> Iterator[in
             n_TD, _ = gpt.hidden(_batch(tokens, position, gpt.embedding.device), past)
             logits_V = gpt.logits(n_TD[-1:])[0, :limit].double().cpu()
         position += len(tokens)
-        chosen = choose(logits_V, sampling, random)
+        chosen = choose(logits_V, sampling.temperature, sampling.top_p, random)
         yield chosen
         if chosen == sampling.stop_token:
             return
@@ -80,13 +80,13 @@ def _batch(tokens: Sequence[int], position: int, device: torch.device) -> Batch:
     return Batch(token_BS, token_BS, everything, everything, position_BS, None, torch.zeros(1, dtype=torch.int64, device=device))
 
 
-def choose(logits_V: Tensor, sampling: Sampling, random: torch.Generator) -> int:
+def choose(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
     """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`."""
-    if sampling.temperature == 0.0:
+    if temperature == 0.0:
         return int(logits_V.argmax())
-    probability_V = (logits_V / sampling.temperature).softmax(0)
-    if sampling.top_p < 1.0:
+    probability_V = (logits_V / temperature).softmax(0)
+    if top_p < 1.0:
         sorted_V, word_V = probability_V.sort(descending=True, stable=True)
-        above_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p  # what is likelier has top_p already
+        above_V = sorted_V.cumsum(0) - sorted_V >= top_p  # what is likelier has top_p already
         probability_V = torch.zeros_like(probability_V).scatter(0, word_V, sorted_V.masked_fill(above_V, 0.0))
     return int(torch.multinomial(probability_V, 1, generator=random))

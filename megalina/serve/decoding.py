@@ -58,7 +58,7 @@ def write_on(
         for b, logits_V in enumerate(logits_BV):
             if not alive[b]:
                 continue
-            chosen[b] = choose(logits_V, sampling, random[b])
+            chosen[b] = choose(logits_V, sampling.temperature, sampling.top_p, random[b])
             written[b].append(chosen[b])
             full = len(own[b]) + len(written[b]) >= sampling.max_positions or len(written[b]) >= sampling.max_tokens
             alive[b] = not full and chosen[b] != sampling.stop_token
