@@ -8,7 +8,7 @@ SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Tests start ranks of their own, so two workers fill two cores; a module stays on one worker, for the ranks it keeps.  They come
 # in the order of tests/conftest.py: long modules first, so that no worker is alone at the end.
 PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
-SOURCES := $(wildcard megalina pretrain_gpt_moe.py tools benchmarks tests)
+SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv pretrain test test-full lint benchmark docs clean

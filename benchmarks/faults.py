@@ -4,7 +4,7 @@
     python benchmarks/faults.py --only kill_rank swap_buckets       --list: their names
 
 Each fault meets a real job of the public command: a small model on 2 or 4 ranks (ep=2, ZeRO-1), hang.timeout_s=3.  Signals and
-damage come from outside, to the command as it is; what can't come from outside is planted in the ranks (fault_plants.py).
+damage come from outside, to the command as it is; what can't come from outside is planted in the ranks (fault/plants.py).
 
 "message" is the time from the fault to the last line that its explanation must have, "end" to the end of the last process of the
 job.  A damaged checkpoint is met by the next start of the command; its time counts from where the ranks begin to look at it.
@@ -25,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fault_cases import FAULTS, Fault, Outcome, core, explained, problems, seconds, table
-from fault_jobs import Job
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmarks`, of which this is a program
+
+from benchmarks.fault.cases import FAULTS, Fault, Outcome, core, explained, problems, seconds, table
+from benchmarks.fault.jobs import Job
 
 SHOWN_COLUMNS = 200
 

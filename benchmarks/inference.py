@@ -36,27 +36,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from inference_report import PAPER, measured, table
-from inference_routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmarks`, of which this is a program
+
+from benchmarks.replay.report import PAPER, measured, table
+from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
 from megalina.comm.objects import everybodys
 from megalina.config import InferConfig, ModelConfig, RouterConfig
-from megalina.infer.engine import Engine, EngineSettings
-from megalina.infer.functions import InferenceFunctions
-from megalina.infer.host_experts import HostExperts, experts_of, share_experts
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, check_infer, policy_of
 from megalina.launch import RankFailed, Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
-from megalina.parallel.emulated_device import SMALLEST_SHARE, EmulatedDevice
+from megalina.parallel.emulated_device import SMALLEST_SHARE
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
 from megalina.placement.workloads import WORKLOADS, own_part
+from megalina.serve.engine import Engine, EngineSettings
+from megalina.serve.host_experts import HostExperts, experts_of, share_experts
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, check_infer, policy_of
+from megalina.serve.serving_device import ServingDevice
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 
@@ -84,9 +86,9 @@ class Times:
     expert_s: float  # to fetch an expert
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class OwnPart:
-    """This rank's part of the batch that is served now; two ways to route it.  What is more in a batch goes to nobody."""
+    """This rank's part of a batch; two ways to route it.  What is more in a batch goes to nobody."""
 
     ids_TL: Ids
     begin: int  # of its tokens, in the whole batch
@@ -233,22 +235,19 @@ def rank(spec: dict[str, Any]) -> int:
     factor = spec["slow_motion"] / 1e3
     times = Times(spec["attention_ms"] * factor, spec["experts_ms"] * factor, spec["expert_ms"] * factor)
     even_rows = spec["batch_tokens"] // world
-    part = OwnPart(np.zeros((0, spec["layers"]), np.int64), 0)
-    engines = {mode: engine_of(mode, gpt, host, mesh, routing, part, times, even_rows, spec["slots"]) for mode in spec["modes"]}
+    engines = {mode: engine_of(mode, gpt, host, mesh, routing, times, even_rows, spec["slots"]) for mode in spec["modes"]}
     took_s: dict[str, list[float]] = {mode: [] for mode in engines}
     for number in range(-1, served):  # the first one warms up
         own = own_part(routing.tokens_BR[max(0, number)], me)
-        part.ids_TL, part.begin = routing.batches[max(0, number)][own, :, 0], own.start
+        part = OwnPart(routing.batches[max(0, number)][own, :, 0], own.start)
         batch = batch_of(own.stop - own.start)
         order = list(engines)[number % len(engines) :] + list(engines)[: number % len(engines)]
         for mode in order:
             engine = engines[mode]
             everybodys(mesh, None)
-            engine.recorder.on = number == served - 1
-            engine.recorder.begin()
+            reroute = part.evenly if config_of(mode).even_routing else part.replayed
             began_s = time.perf_counter()
-            engine.hidden(batch)
-            engine.recorder.end()
+            engine.run(batch, reroute=reroute, record=number == served - 1, emulate=True)
             step_s = max(everybodys(mesh, time.perf_counter() - began_s))
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
@@ -299,7 +298,6 @@ def engine_of(
     host: HostExperts,
     mesh: Mesh,
     routing: Routing,
-    part: OwnPart,
     times: Times,
     even_rows: int,
     slots: int,
@@ -318,10 +316,9 @@ def engine_of(
         policy,
         [resident] * len(gpt.moe_layers),
         EngineSettings(combine_chunks=config.combine_chunks),
-        device=lambda functions: EmulatedDevice(partial(seconds, functions, part, times, even_rows)),
+        device=ServingDevice(partial(seconds, times, even_rows)),
     )
     engine.slots.copy = partial(slowly, times.expert_s)
-    engine.functions.reroute = part.evenly if config.even_routing else part.replayed
     return engine
 
 
@@ -330,12 +327,12 @@ def oracle_of(routing: Routing) -> OraclePredictor:
     return OraclePredictor(np.concatenate([routing.counts_BLE[:1], routing.counts_BLE]))
 
 
-def seconds(functions: InferenceFunctions, part: OwnPart, times: Times, even_rows: int, instruction: Instruction) -> float:
+def seconds(times: Times, even_rows: int, instruction: Instruction, tokens: int, rows: int) -> float:
     """What an instruction takes on the device."""
     if instruction.name == "attention":
-        return times.attention_s * len(part.ids_TL) / even_rows
+        return times.attention_s * tokens / even_rows
     if instruction.name == "experts":
-        return times.experts_s * (SMALLEST_SHARE + functions.rows_here / even_rows)
+        return times.experts_s * (SMALLEST_SHARE + rows / even_rows)
     return 0.0
 
 

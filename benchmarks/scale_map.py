@@ -4,7 +4,7 @@
     python benchmarks/scale_map.py --quick                                          fewer points, some 3 minutes
     python benchmarks/scale_map.py --redraw scale-map.json --picture scale-map.png  from a file that was made before
 
-Each point is one layout on one cluster under every rung of megalina/forecast/rungs.py, all with their best numbers.  Then a part
+Each point is one layout on one cluster under every rung of benchmarks/scale/rungs.py, all with their best numbers.  Then a part
 of the map is walked again with other constants.  What is assumed: docs/when-does-scheduling-pay.md.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 
 if TYPE_CHECKING:
-    from benchmarks.scale_grid import Place, Variant
+    from benchmarks.scale.grid import Place, Variant
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    from benchmarks.scale_figure import draw
-    from benchmarks.scale_report import report
+    from benchmarks.scale.figure import draw
+    from benchmarks.scale.report import report
 
     print(report(result))
     if args.json:
@@ -59,7 +59,7 @@ def whole(args: argparse.Namespace) -> dict[str, Any]:
 
 def swept(*, quick: bool) -> dict[str, Any]:
     """Every point, then those with other constants."""
-    from benchmarks.scale_grid import Variant, places, varied
+    from benchmarks.scale.grid import Variant, places, varied
 
     assumed = Variant()
     jobs = [(assumed, place) for place in places(quick=quick)]
@@ -69,7 +69,7 @@ def swept(*, quick: bool) -> dict[str, Any]:
 
 
 def _run(jobs: "Sequence[tuple[Variant, Place]]") -> list[dict[str, Any]]:
-    from benchmarks.scale_grid import simulated
+    from benchmarks.scale.grid import simulated
 
     whole_cost, done_cost, started_s, out = sum(_cost(p) for _, p in jobs), 0.0, time.monotonic(), []
     for number, (variant, place) in enumerate(jobs):

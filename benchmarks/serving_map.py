@@ -8,7 +8,7 @@
 
 Batches are walked in virtual time (`megalina/forecast/serving.py`) with the predictors, planners, splits and triggers of the
 engine, on the networks of `conf/cluster`, with the roofline of their devices.  Routing is made, two tasks taking turns batch by
-batch (`megalina/forecast/serving_routing.py`); skew is the busiest expert's rows over the mean expert's.
+batch (`benchmarks/serving/routing.py`); skew is the busiest expert's rows over the mean expert's.
 
 Modes: `profile` replicates once, by the profile, and swaps nothing (as EPLB does); `window`, `lina` and `best` are those of
 `conf/infer` (`best` is the online map), `even` is `best` with rows split evenly over replicas.  They plan every layer of every
@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from benchmarks.serving.tables import Point
     from megalina.config import InferConfig, PretrainConfig
-    from megalina.forecast.serving_tables import Point
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
@@ -145,8 +145,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def the_map(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from megalina.forecast.serving_figure import draw
-    from megalina.forecast.serving_tables import map_table, modes_table, plan_table, slots_table, swap_table
+    from benchmarks.serving.figure import draw
+    from benchmarks.serving.tables import map_table, modes_table, plan_table, slots_table, swap_table
 
     models, clusters = args.models.split(","), args.clusters.split(",")
     counts = [int(word) for word in args.devices.split(",")] if args.devices else list(DEVICES)
@@ -190,10 +190,10 @@ def skews_of(model: str, devices: int) -> tuple[float, ...]:
 
 def points_of(spot: Spot, configs: "Mapping[str, PretrainConfig]", plans_ms: Sequence[float], check_ms: float) -> "list[Point]":
     """One of each cluster and time of a plan."""
+    from benchmarks.serving.sweep import Hardware, Load, Modes, mode_times
+    from benchmarks.serving.tables import Point
     from megalina.forecast.serving import PlannerSeconds
-    from megalina.forecast.serving_sweep import Hardware, Load, Modes, mode_times
-    from megalina.forecast.serving_tables import Point
-    from megalina.infer.expert_memory import num_expert_bytes
+    from megalina.serve.expert_memory import num_expert_bytes
 
     tokens, context = PHASES[spot.phase]
     if not configs:
@@ -253,7 +253,7 @@ def more_slots(spot: Spot, catalog: "Mapping[tuple[str, str], PretrainConfig]") 
 
 def settings() -> "dict[str, InferConfig]":
     from megalina.config import InferConfig
-    from megalina.infer.modes import read_mode
+    from megalina.serve.modes import read_mode
 
     found = {name: read_mode(CONF, name) for name in ("window", "lina", "best")}
     profile = InferConfig(name="profile", predictor="static", planner="greedy", split="load_aware")
@@ -308,9 +308,8 @@ def cpu_ms(what: Callable[[], object]) -> float:
 
 def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
     """ValueError for traces that have fewer layers than were measured."""
-    from inference_routing import routing_of
-
-    from megalina.forecast.serving_measured import (
+    from benchmarks.replay.routing import routing_of
+    from benchmarks.serving.measured import (
         BATCH_TOKENS,
         BATCHES,
         FITTED,
@@ -321,7 +320,7 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
         replayed,
         table,
     )
-    from megalina.infer.modes import read_mode
+    from megalina.serve.modes import read_mode
 
     common = {"traces": list(map(str, paths)), "layers": LAYERS, "batch_tokens": BATCH_TOKENS, "batches": BATCHES}
     routing = {(n, skew): routing_of({**common, "devices": n, "skew": skew}) for n, skew in MEASURED}

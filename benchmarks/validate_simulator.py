@@ -6,7 +6,7 @@
 
 Nodes, links and devices are emulated (docs/cluster.md); trainer, math, sockets and losses are real.  A configuration is a
 topology, a link rate, a model and a strategy.  A hash of its name says if the constants of hosts and links may be fitted on it or
-if it is held out (benchmarks/validation_cases.py); errors that count are those of the held-out ones.
+if it is held out (benchmarks/validation/cases.py); errors that count are those of the held-out ones.
 """
 
 import argparse
@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAILED, BAD_INPUT = 1, 2  # exit codes
 
 if TYPE_CHECKING:
-    from validation_cases import Case, Row
-
+    from benchmarks.validation.cases import Case, Row
     from megalina.config import PretrainConfig
     from tools.compare_strategies import Job
 
@@ -48,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def validate(args: argparse.Namespace) -> int:
-    from validation_cases import rows_of
-    from validation_explained import explained
-    from validation_fit import errors, fit, simulated
-    from validation_report import draw, table
+    from benchmarks.validation.cases import rows_of
+    from benchmarks.validation.explained import explained
+    from benchmarks.validation.fit import errors, fit, simulated
+    from benchmarks.validation.report import draw, table
 
     for path in filter(None, (args.json, args.plot)):
         if not path.absolute().parent.is_dir():
@@ -89,8 +88,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every case's contest, one after another, each on a cluster of its own."""
-    from validation_cases import CASES
-
+    from benchmarks.validation.cases import CASES
     from megalina.namespaces import check_host
     from tools.compare_strategies import note, run
 

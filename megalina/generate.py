@@ -1,6 +1,7 @@
 """Generation: a model on one device writes on from a prompt, a token at a time, with a KV cache."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,49 +11,54 @@ from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
 
 
-def generate(
-    gpt: GPT,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int,
-    max_positions: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_token: int | None = None,
-    num_ids: int | None = None,
-) -> Iterator[int]:
-    """The tokens after `prompt`, as they come; ends after `max_tokens`, at `stop_token`, or at `max_positions` in all.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a text is written on.  The same seed gives the same text.  ValueError for a temperature or a `top_p` that can't be."""
 
-    `num_ids`: of the tokenizer, where the model has more.
-    `temperature` 0 takes the likeliest token.  `top_p`: only the likeliest tokens that together have this probability.
-    The same seed gives the same text.  ValueError where generation would not be what training was: a router that looks
-    at later tokens.
-    """
+    max_tokens: int  # that are written
+    max_positions: int  # in all, the prompt among them
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability
+    seed: int = 0
+    stop_token: int | None = None  # the text ends with it
+    num_ids: int | None = None  # of the tokenizer, where the model has more
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: choose 0 (likeliest token) or a positive number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}: choose more than 0 and at most 1")
+
+    def limit(self, vocab_size: int) -> int:
+        """Of the model's words, the first so many are written."""
+        return min(vocab_size, self.num_ids or vocab_size)
+
+
+def generate(gpt: GPT, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    """The tokens after `prompt`, as they come.
+
+    ValueError for a prompt without a token or without room behind it, and where generation would not be what training was: a
+    router that looks at later tokens."""
     if not prompt:
         raise ValueError("the prompt has no token; give at least one (the end-of-document token starts a new document)")
-    if len(prompt) >= max_positions:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens, but the model reads at most {max_positions} (max_positions); shorten it"
-        )
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: choose 0 (likeliest token) or a positive number")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}: choose more than 0 and at most 1")
+    most = sampling.max_positions
+    if len(prompt) >= most:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, but the model reads at most {most} (max_positions); shorten it")
     refuse_looking_ahead(gpt)
-    random = torch.Generator().manual_seed(seed)
-    past = [KeyValues() for _ in gpt.layers]
+    random = torch.Generator().manual_seed(sampling.seed)
+    length = min(sampling.max_tokens, most - len(prompt))
+    past = [KeyValues(len(prompt) + length - 1) for _ in gpt.layers]  # the last token is not read
     tokens, position = list(prompt), 0
-    limit = min(gpt.vocab_size, num_ids or gpt.vocab_size)
+    limit = sampling.limit(gpt.vocab_size)
     gpt.eval()
-    for _ in range(min(max_tokens, max_positions - len(prompt))):
+    for _ in range(length):
         with torch.inference_mode():
             n_TD, _ = gpt.hidden(_batch(tokens, position, gpt.embedding.device), past)
             logits_V = gpt.logits(n_TD[-1:])[0, :limit].double().cpu()
         position += len(tokens)
-        chosen = choose(logits_V, temperature, top_p, random)
+        chosen = choose(logits_V, sampling.temperature, sampling.top_p, random)
         yield chosen
-        if chosen == stop_token:
+        if chosen == sampling.stop_token:
             return
         tokens = [chosen]
 

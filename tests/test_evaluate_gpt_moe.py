@@ -17,21 +17,21 @@ import torch
 
 from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
-from megalina.infer.even_routing import EvenRouting
-from megalina.infer.expert_memory import check_memory, num_device_bytes, num_expert_bytes
-from megalina.infer.host_experts import experts_of
-from megalina.infer.measures import accuracy
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served
-from megalina.infer.report import page
-from megalina.infer.report_tables import tables
-from megalina.infer.worker import Evaluation, evaluate
+from megalina.evaluate.measures import accuracy
+from megalina.evaluate.report import page
+from megalina.evaluate.report_tables import tables
+from megalina.evaluate.worker import Evaluation, evaluate
 from megalina.launch import Member
 from megalina.placement.controller import Controller, Outcome, Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.split import even
 from megalina.placement.triggers import never
-from tests.infer.small_engine import small_gpt
+from megalina.serve.even_routing import EvenRouting
+from megalina.serve.expert_memory import check_memory, num_device_bytes, num_expert_bytes
+from megalina.serve.host_experts import experts_of
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served
+from tests.serve.small_engine import small_gpt
 from tests.train.small_run import config_of, records_of
 from tools import evaluate_gpt_moe
 from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, command_of, main
@@ -164,7 +164,7 @@ def test_a_mode_that_does_not_fit_is_left_out_unless_it_was_asked_for(
         if config.name == "lina":
             raise ValueError("too few slots")
 
-    monkeypatch.setattr("megalina.infer.policies.check_infer", refuse_lina)
+    monkeypatch.setattr("megalina.serve.policies.check_infer", refuse_lina)
     assert main([str(run), "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert err == "mode lina is left out: too few slots\n" and "\nlina:" not in out and "\nwindow:" in out
@@ -201,15 +201,11 @@ def test_accuracy_is_that_of_the_most_popular_experts(expected: list[float], cou
     assert accuracy(outcome(expected, counts), 2) == found
 
 
-def test_a_controller_keeps_outcomes_only_where_they_are_asked_for() -> None:
+def test_a_controller_says_what_came_of_every_decision() -> None:
     controller = Controller(Policy(None, None, even, never), [identity(np.ones(2), 2, 1)])
     counts_RE = np.array([[3, 1], [4, 0]])
     placement = identity(np.ones(2), 2, 1)
-    controller.decide(0, counts_RE, placement, None)
-    assert controller.outcomes is None
-    controller.outcomes = []
-    controller.decide(0, counts_RE, placement, None)
-    (kept,) = controller.outcomes
+    kept = controller.decide(0, counts_RE, placement, None)[2]
     assert (kept.count_E.tolist(), kept.load_N.tolist(), kept.expected_E, kept.replanned) == ([7, 1], [7, 1], None, False)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
-from megalina.generate import generate
+from megalina.generate import Sampling, generate
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 
@@ -37,7 +37,7 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
 def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:
     gpt = small(**model)
     tokens = [3, 5, 7]
-    for chosen in generate(gpt, [3, 5, 7], max_tokens=12, max_positions=POSITIONS, temperature=0.0):
+    for chosen in generate(gpt, [3, 5, 7], Sampling(max_tokens=12, max_positions=POSITIONS, temperature=0.0)):
         assert chosen == int(whole_forward(gpt, tokens).argmax())
         tokens.append(chosen)
     assert len(tokens) == 15
@@ -47,44 +47,44 @@ def test_the_same_seed_writes_the_same_text() -> None:
     gpt = small()
 
     def write(seed: int) -> list[int]:
-        return list(generate(gpt, [1], max_tokens=20, max_positions=POSITIONS, temperature=1.0, top_p=0.9, seed=seed))
+        return list(generate(gpt, [1], Sampling(max_tokens=20, max_positions=POSITIONS, temperature=1.0, top_p=0.9, seed=seed)))
 
     assert write(1) == write(1) != write(2)
 
 
 def test_a_tiny_top_p_is_the_likeliest_token() -> None:
     gpt = small()
-    greedy = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0))
-    assert list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, top_p=1e-9)) == greedy
+    greedy = list(generate(gpt, [1], Sampling(max_tokens=10, max_positions=POSITIONS, temperature=0.0)))
+    assert list(generate(gpt, [1], Sampling(max_tokens=10, max_positions=POSITIONS, top_p=1e-9))) == greedy
 
 
 def test_it_ends_at_the_stop_token_and_at_the_last_position() -> None:
     gpt = small()
-    greedy = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0))
+    greedy = list(generate(gpt, [1], Sampling(max_tokens=10, max_positions=POSITIONS, temperature=0.0)))
     stop = greedy[3]
-    stopped = list(generate(gpt, [1], max_tokens=10, max_positions=POSITIONS, temperature=0.0, stop_token=stop))
+    stopped = list(generate(gpt, [1], Sampling(max_tokens=10, max_positions=POSITIONS, temperature=0.0, stop_token=stop)))
     assert stopped == greedy[: greedy.index(stop) + 1]
-    assert len(list(generate(gpt, [1] * 30, max_tokens=10, max_positions=POSITIONS))) == 2
+    assert len(list(generate(gpt, [1] * 30, Sampling(max_tokens=10, max_positions=POSITIONS)))) == 2
 
 
 def test_a_router_that_looks_ahead_is_refused() -> None:
     gpt = small(RouterConfig(kind="expert_choice"))
     with pytest.raises(ValueError, match="looks at later tokens"):
-        next(generate(gpt, [1], max_tokens=1, max_positions=POSITIONS))
+        next(generate(gpt, [1], Sampling(max_tokens=1, max_positions=POSITIONS)))
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_senseless_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        next(generate(small(), [1], max_tokens=1, max_positions=POSITIONS, **wrong))  # type: ignore[arg-type]
+        next(generate(small(), [1], Sampling(max_tokens=1, max_positions=POSITIONS, **wrong)))  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_fills_all_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="32 tokens, but the model reads at most 32"):
-        next(generate(small(), [1] * 32, max_tokens=1, max_positions=POSITIONS))
+        next(generate(small(), [1] * 32, Sampling(max_tokens=1, max_positions=POSITIONS)))
 
 
 def test_an_id_that_the_tokenizer_lacks_is_never_written() -> None:
     gpt, few = small(), 20
-    tokens = list(generate(gpt, [1], max_tokens=25, max_positions=POSITIONS, temperature=2.0, num_ids=few))
-    assert max(tokens) < few <= max(generate(gpt, [1], max_tokens=25, max_positions=POSITIONS, temperature=2.0))
+    tokens = list(generate(gpt, [1], Sampling(max_tokens=25, max_positions=POSITIONS, temperature=2.0, num_ids=few)))
+    assert max(tokens) < few <= max(generate(gpt, [1], Sampling(max_tokens=25, max_positions=POSITIONS, temperature=2.0)))

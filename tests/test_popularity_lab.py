@@ -11,11 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalina.config import InferConfig
-from megalina.infer import lab_replays, lab_report
-from megalina.infer.lab_input import CONTESTANTS, NEEDING_AHEAD, Lab, lab_of, modes_of
-from megalina.infer.lab_replays import PLANNERS, SPLITS, TRIGGERS, Contest, cases_of
-from megalina.infer.lab_report import report
-from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.offline import accuracy, balance, counts_of_batches, max_over_mean, replay
 from megalina.placement.planners.greedy import greedy
@@ -27,6 +22,12 @@ from megalina.placement.predictors.window import WindowPredictor
 from megalina.placement.routing_trace import RoutingTrace, counts_LE, traced, write_trace
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import OrderedTop, always, never
+from megalina.serve.policies import Served, policy_of
+from placement_lab import replays
+from placement_lab import report as lab_report
+from placement_lab.input import CONTESTANTS, NEEDING_AHEAD, Lab, lab_of, modes_of
+from placement_lab.replays import PLANNERS, SPLITS, TRIGGERS, Contest, cases_of
+from placement_lab.report import report
 from tools import popularity_lab
 from tools.popularity_lab import BAD_INPUT, CONF, asked_of, main
 
@@ -246,9 +247,9 @@ def test_a_sample_of_many_experts_and_all_of_few(folder: Path, monkeypatch: pyte
     found = lab(folder, "--train b.npz --serve a.npz --first-layer 1 --warm-up-batches 1")
     every = [(batch, layer) for batch in range(1, 5) for layer in range(1, L)]
     assert cases_of(found, 0) == every
-    monkeypatch.setattr(lab_replays, "SMALL", E - 1)
+    monkeypatch.setattr(replays, "SMALL", E - 1)
     sample = cases_of(found, 7)
-    assert len(sample) == lab_replays.SAMPLE == len(set(sample)) and set(sample) < set(every) and sample == sorted(sample)
+    assert len(sample) == replays.SAMPLE == len(set(sample)) and set(sample) < set(every) and sample == sorted(sample)
     assert sample == cases_of(found, 7) != cases_of(found, 8)
 
 

@@ -32,7 +32,11 @@ def test_the_tree_names_every_package_and_tool() -> None:
     tree = README.split("## The tree")[1]
     for package in sorted(p.parent.name for p in (ROOT / "megalina").glob("*/__init__.py")):
         assert f"  {package}/" in tree, package
-    for path in [*(ROOT / "megalina").glob("[!_]*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for beside in ("papers", "benchmarks"):
+        for package in sorted(p.parent.name for p in (ROOT / beside).glob("*/__init__.py")):
+            assert f"{package}/" in tree, package
+    assert "placement_lab/" in tree
+    for path in [*(ROOT / "megalina").glob("[!_]*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("[!_]*.py")]:
         assert path.stem in tree, path
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megalina.config import PretrainConfig
     from megalina.launch import Member
-    from megalina.timeline.alltoall import Analysis
     from megalina.timeline.trace import TracedStep
+    from papers.lina.alltoall import Analysis
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
@@ -134,12 +134,12 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
     from megalina.mesh import rows
-    from megalina.timeline.alltoall import analysis_of
     from megalina.timeline.recorder import Event
     from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.steps import Steps
     from megalina.train.timing import emulation_note, machine
     from megalina.train.trainer import choose_device
+    from papers.lina.alltoall import analysis_of
 
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     run = Steps(config, data, device=choose_device(config.launch.device))
@@ -184,10 +184,11 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
 
 def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
     """Print the tables, and write the files that are asked for."""
-    from megalina.timeline import alltoall_figure, picture
-    from megalina.timeline.alltoall import as_json
-    from megalina.timeline.alltoall_tables import report
+    from megalina.timeline import picture
     from megalina.timeline.trace import write_trace
+    from papers.lina import alltoall_figure
+    from papers.lina.alltoall import as_json
+    from papers.lina.alltoall_tables import report
 
     analyses, last = [m.analysis for m in settings], settings[-1]
     if sys.stderr.isatty():

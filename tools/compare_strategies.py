@@ -155,9 +155,10 @@ def _config(
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
+    own: Sequence[str] = variants.get(name) or OVERRIDES.get(name) or (f"strategy={name}",)
     words = [
         *base,
-        *(variants.get(name) or OVERRIDES.get(name, (f"strategy={name}",))),
+        *own,
         *([f"strategy.partition_bytes={piece}"] if piece is not None else []),
         *overrides,
         f"launch.ranks={setting.world}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megalina.infer.worker import Evaluation
+    from megalina.evaluate.worker import Evaluation
     from megalina.launch import Member
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +70,13 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     from megalina.checkpoint.profile import find_profile
     from megalina.config import ModelConfig
     from megalina.data.tokenizer import open_tokenizer
-    from megalina.infer.emulation import read_cluster
-    from megalina.infer.expert_memory import check_memory, free_memory_bytes
-    from megalina.infer.modes import read_mode
-    from megalina.infer.perplexity import open_held_out, read_documents
-    from megalina.infer.policies import Served, check_infer
-    from megalina.infer.tasks import check_tasks, read_tasks
-    from megalina.infer.worker import Evaluation, devices_per_node
+    from megalina.evaluate.emulation import read_cluster
+    from megalina.evaluate.perplexity import open_held_out, read_documents
+    from megalina.evaluate.tasks import check_tasks, read_tasks
+    from megalina.evaluate.worker import Evaluation, devices_per_node
+    from megalina.serve.expert_memory import check_memory, free_memory_bytes
+    from megalina.serve.modes import read_mode
+    from megalina.serve.policies import Served, check_infer
     from megalina.validate import has_wandb_key
 
     if args.wandb == "online" and not has_wandb_key(os.environ, Path.home()):
@@ -232,7 +232,7 @@ def run(evaluation: "Evaluation", ranks: int) -> dict[str, Any]:
         spec, found, logs = folder / "spec.json", folder / "found.json", folder / "logs"
         spec.write_text(replace(evaluation, logs=str(logs), out=str(found)).to_json())
         try:
-            launch.run_ranks([sys.executable, "-m", "megalina.infer.worker", str(spec)], ranks=ranks, logs=logs)
+            launch.run_ranks([sys.executable, "-m", "megalina.evaluate.worker", str(spec)], ranks=ranks, logs=logs)
         except launch.RankFailed as error:
             if not error.again:  # refused; its last line says why
                 raise ValueError(str(error).splitlines()[-1].partition("] ")[2]) from error
@@ -241,7 +241,7 @@ def run(evaluation: "Evaluation", ranks: int) -> dict[str, Any]:
 
 
 def _join(evaluation: "Evaluation", member: "Member") -> dict[str, Any]:
-    from megalina.infer.worker import work
+    from megalina.evaluate.worker import work
 
     os.environ.update(member.environment())
     return work(evaluation)
@@ -249,8 +249,8 @@ def _join(evaluation: "Evaluation", member: "Member") -> dict[str, Any]:
 
 def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
     """The tables on stdout; eval.json and eval.html, each as a whole or not at all."""
-    from megalina.infer.report import page
-    from megalina.infer.report_tables import tables
+    from megalina.evaluate.report import page
+    from megalina.evaluate.report_tables import tables
 
     html = page(found)
     texts = {"eval.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "eval.html": html}
@@ -266,7 +266,7 @@ def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
     print(f"\n{out / 'eval.json'}, {out / 'eval.html'}")
     if wandb:
         from megalina.config import WandbConfig
-        from megalina.infer.tracking import track
+        from megalina.evaluate.tracking import track
 
         settings = found["settings"]
         name = f"{settings['run']}, step {settings['step']}: evaluation"

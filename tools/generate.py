@@ -13,7 +13,7 @@ import torch
 
 from megalina.checkpoint.restored import restore
 from megalina.data.tokenizer import open_tokenizer
-from megalina.generate import generate
+from megalina.generate import Sampling, generate
 from megalina.train.resume import newest_checkpoint
 
 
@@ -56,9 +56,7 @@ def main() -> int:
         )
     written = tokenizer.encode(options.prompt) or [tokenizer.eod]
     shown = tokenizer.decode(written)
-    tokens = generate(
-        restored.gpt,
-        list(written),
+    sampling = Sampling(
         max_tokens=options.max_tokens,
         max_positions=restored.max_positions,
         temperature=options.temperature,
@@ -67,6 +65,7 @@ def main() -> int:
         stop_token=tokenizer.eod,
         num_ids=tokenizer.vocab_size,
     )
+    tokens = generate(restored.gpt, list(written), sampling)
     first = list(islice(tokens, 1))  # before anything is shown: what is wrong comes out here
     sys.stdout.write(options.prompt)
     for token in chain(first, tokens):

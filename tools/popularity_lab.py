@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megalina.infer.lab_input import Asked
+    from placement_lab.input import Asked
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
@@ -23,9 +23,9 @@ PICTURES = (".png", ".svg")
 
 
 def main(argv: list[str] | None = None) -> int:
-    from megalina.infer.lab_input import lab_of, modes_of, names_of, replayable
-    from megalina.infer.lab_replays import results
-    from megalina.infer.lab_report import report
+    from placement_lab.input import lab_of, modes_of, names_of, replayable
+    from placement_lab.replays import results
+    from placement_lab.report import report
 
     args = _parser().parse_args(argv)
     try:
@@ -59,7 +59,7 @@ def one_line(error: Exception) -> str:
 
 
 def asked_of(args: argparse.Namespace) -> "Asked":
-    from megalina.infer.lab_input import Asked
+    from placement_lab.input import Asked
 
     return Asked(**{field.name: getattr(args, field.name) for field in fields(Asked)})
 
@@ -87,7 +87,7 @@ def write(result: Mapping[str, Any], args: argparse.Namespace) -> int:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         writers.append((args.json, lambda path: path.write_text(text)))
     if args.plot:
-        from megalina.infer.lab_report import draw
+        from placement_lab.report import draw
 
         writers.append((args.plot, lambda path: draw(path, result)))
     aside = [path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}") for path, _ in writers]
@@ -141,7 +141,7 @@ class _Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megalina.infer.lab_replays import SAMPLE, SMALL, SOLVER_S
+    from placement_lab.replays import SAMPLE, SMALL, SOLVER_S
 
     parser = argparse.ArgumentParser(
         description="Replays batches of recorded routing under each predictor, planner, split and trigger, with the controller "
@@ -186,4 +186,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy comes in: small products are faster so, and steadier
+    sys.path.insert(0, str(ROOT))  # placement_lab/
     sys.exit(main())

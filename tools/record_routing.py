@@ -36,7 +36,7 @@ from megalina.data.preprocess import encode_documents
 from megalina.data.source import PackedSamples, Samples
 from megalina.data.statistics import max_id
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
-from megalina.infer.perplexity import open_held_out
+from megalina.evaluate.perplexity import open_held_out
 from megalina.model.routing_recorder import record_routing
 from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity

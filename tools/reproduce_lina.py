@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    from megalina.infer.modes import read_mode
-    from megalina.reenact.reenactment import reenact
-    from megalina.reenact.report import closing, constants_table, contradictions, draw, table, what_if
+    from megalina.serve.modes import read_mode
+    from papers.lina.reenactment import reenact
+    from papers.lina.report import closing, constants_table, contradictions, draw, table, what_if
     from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):

@@ -3,7 +3,7 @@
     policy = policy_of(read_mode(Path("conf/infer"), "lina"), Served(num_experts=16, top_k=1, num_devices=16), profile)
     residents = [identity(np.ones(16), 16, 4)] * 12                 # of 12 MoE layers; 16 devices of 4 slots
     device = RooflineSeconds(config)                                # or GivenTimes(attention_s=..., ...)
-    setting = Serving(shape=Shape((True,) * 12), policy=policy, residents=residents, device=device,
+    setting = Serving(shape=plain_shape((True,) * 12), policy=policy, residents=residents, device=device,
                       network=network_of(config.cluster), row_bytes=2048, expert_s=3.5e-4)
     server = Decider(policy, residents)
     times = [serve(shared_evenly(ids_TLK, 16), server, setting) for ids_TLK in batches]
@@ -277,7 +277,7 @@ def sizes_of(decisions: Sequence[Decision], setting: Serving, ranks: int) -> Siz
 
 
 def _chunk(instruction: Instruction, decision: Decision) -> tuple[int, int]:
-    """First and last slot, exclusive, of the instruction's chunk, as `megalina/infer/slot_counts.py` cuts them."""
+    """First and last slot, exclusive, of the instruction's chunk, as `megalina/serve/slot_counts.py` cuts them."""
     c, n = instruction.chunk
     slots = decision.rows_RNS.shape[2]
     return -(-c * slots // n), -(-(c + 1) * slots // n)

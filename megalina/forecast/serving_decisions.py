@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalina.placement.aligned import aligned
-from megalina.placement.controller import Controller, Counts, Policy
+from megalina.placement.controller import Controller, Counts, Outcome, Policy
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
 from megalina.placement.predictors.shares import choice_counts
@@ -60,10 +60,23 @@ class Decision:
     fetched_N: Counts  # experts that each device fetches before the router speaks: behind what is computed
     fetched_again_N: Counts  # after it has: everything waits for them
     planned: bool  # the planner was asked before the router had spoken
-    agreed: bool  # phase 2 was content with the expectation
-    replanned: bool  # phase 2 took another placement
-    in_vain: bool  # phase 2 planned anew, and it was not worth it
+    outcome: Outcome  # of phase 2
     told_numbers: int  # float64, of each rank, before rows travel
+
+    @property
+    def agreed(self) -> bool:
+        """Phase 2 was content with the expectation."""
+        return self.outcome.agreed
+
+    @property
+    def replanned(self) -> bool:
+        """Phase 2 took another placement."""
+        return self.outcome.replanned
+
+    @property
+    def in_vain(self) -> bool:
+        """Phase 2 planned anew, and it was not worth it."""
+        return self.outcome.not_worth
 
     @property
     def load_N(self) -> Counts:
@@ -98,15 +111,17 @@ class Decider:
         ids_LTK = np.ascontiguousarray(np.moveaxis(batch.ids_TLK, 1, 0), np.int64)  # as it is counted: many times over
         chosen_R = [tuple(ids_LTK[:, own_part(batch.tokens_R, rank)]) for rank in range(ranks)]
         features, out = self._features(0, chosen_R), []
+        all_features: list[Floats | None] = []
         for layer in range(layers):
             evidence = None if predictor is None else _evidence(predictor, layer, chosen_R)
             following = self._features(layer + 1, chosen_R) if layer + 1 < layers else None
             told = sum(len(v) for v in (evidence, following) if v is not None)
             out.append(self._layer(layer, features, chosen_R, told))
+            all_features.append(features)
             features = following
-        if predictor is not None:
-            for layer in range(layers):
-                self.controller.learn(layer, _evidence(predictor, layer, chosen_R))
+        for layer, known in enumerate(all_features):
+            if predictor is not None and known is not None:
+                self.controller.learn(layer, known, _evidence(predictor, layer, chosen_R))
         return out
 
     def _features(self, layer: int, chosen_R: Sequence[tuple[Ids, ...]]) -> Floats | None:
@@ -121,13 +136,13 @@ class Decider:
 
     def _layer(self, layer: int, features: Floats | None, chosen_R: Sequence[tuple[Ids, ...]], told: int) -> Decision:
         controller, policy = self.controller, self.controller.policy
-        before = self.present[layer]
+        before, expected_E = self.present[layer], None
         if features is not None:
-            self.present[layer] = _installed(before, controller.foresee(layer, features, before))
-        foreseen, expected_E, note = self.present[layer], controller.expected(layer), controller.decided[layer]
+            planned = controller.foresee(layer, features, before)
+            self.present[layer], expected_E = _installed(before, planned.placement), planned.expected_E
+        foreseen = self.present[layer]
         count_RE = np.stack([choice_counts(chosen[layer], before.num_experts) for chosen in chosen_R]).astype(np.int64)
-        was = note.agreed, note.replanned, note.not_worth
-        decided, split_REN = controller.decide(layer, count_RE, foreseen, expected_E)
+        decided, split_REN, outcome = controller.decide(layer, count_RE, foreseen, expected_E)
         self.present[layer] = _installed(foreseen, decided)
         return Decision(
             layer,
@@ -136,9 +151,7 @@ class Decider:
             _fetched(before, foreseen),
             _fetched(foreseen, self.present[layer]),
             planned=features is not None and policy.planner is not None and layer >= policy.first_planned,
-            agreed=note.agreed > was[0],
-            replanned=note.replanned > was[1],
-            in_vain=note.not_worth > was[2],
+            outcome=outcome,
             told_numbers=before.num_experts * (1 if expected_E is None else 2) + FIXED_NUMBERS + told,
         )
 

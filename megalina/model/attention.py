@@ -6,7 +6,6 @@ G key-value heads, d numbers a head.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
@@ -57,18 +56,32 @@ class Heads(nn.Module):
 
 
 class KeyValues:
-    """The keys and values of one layer's tokens so far, for generation."""
+    """The keys and values of one layer's tokens so far, for generation.
 
-    def __init__(self) -> None:
-        self.k_BLGd: Tensor | None = None
-        self.v_BLGd: Tensor | None = None
+    Room for C tokens is taken once, for `capacity` if that is known; twice as much whenever it is too little."""
+
+    def __init__(self, capacity: int = 0):
+        self.length = 0  # tokens so far
+        self._capacity = capacity
+        self._room: tuple[Tensor, Tensor] | None = None  # keys and values, [B, C, G, d]
 
     def extended(self, k_BSGd: Tensor, v_BSGd: Tensor) -> tuple[Tensor, Tensor]:
-        """All so far, with these behind."""
-        if self.k_BLGd is not None and self.v_BLGd is not None:
-            k_BSGd, v_BSGd = torch.cat([self.k_BLGd, k_BSGd], 1), torch.cat([self.v_BLGd, v_BSGd], 1)
-        self.k_BLGd, self.v_BLGd = k_BSGd, v_BSGd
-        return k_BSGd, v_BSGd
+        """All so far, with these behind, [B, L, G, d]: views that the next call leaves as they are."""
+        before, self.length = self.length, self.length + k_BSGd.shape[1]
+        if self._room is None or self.length > self._room[0].shape[1]:
+            self._grow(k_BSGd, v_BSGd, before)
+        assert self._room is not None
+        for room_BCGd, new_BSGd in zip(self._room, (k_BSGd, v_BSGd), strict=True):
+            room_BCGd[:, before : self.length] = new_BSGd
+        k_BCGd, v_BCGd = self._room
+        return k_BCGd[:, : self.length], v_BCGd[:, : self.length]
+
+    def _grow(self, k_BSGd: Tensor, v_BSGd: Tensor, before: int) -> None:
+        old, self._capacity = self._room, max(self._capacity, self.length, 2 * before)
+        keys, values = (x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in (k_BSGd, v_BSGd))
+        if old is not None:
+            keys[:, :before], values[:, :before] = (x[:, :before] for x in old)
+        self._room = keys, values
 
 
 class Attention(BlockFunctions):

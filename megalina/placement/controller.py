@@ -53,6 +53,15 @@ class Decided:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Foreseen:
+    """What is expected of a layer in one batch, and where its experts should sit for it."""
+
+    placement: Placement
+    expected_E: Floats | None = None  # shares; None: nothing is predicted
+    features: Floats | None = None  # what that follows from, summed over ranks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """What a layer was expected to get in one batch, and what it got."""
 
@@ -60,55 +69,51 @@ class Outcome:
     expected_E: Floats | None  # shares; None: nothing was predicted
     count_E: Counts  # rows that the router sent to each expert
     load_N: Counts  # rows that each device computed
-    replanned: bool
+    replanned: bool = False
+    agreed: bool = False  # the trigger was content with the expectation
+    not_worth: bool = False  # planned anew, to no use
 
 
 class Controller:
     """`residents`: where each MoE layer's experts sit at first.
 
-    `outcomes`: put a list there, and every decision leaves what came of it; None: nothing is kept."""
+    From batch to batch it keeps what was learned, and counts; what is decided within a batch is handed on by its caller."""
 
     def __init__(self, policy: Policy, residents: Sequence[Placement]):
         self.policy = policy
         self.decided = [Decided() for _ in residents]
         predictor = policy.predictor
         self._states: list[Any] = [predictor.start(layer) if predictor else None for layer in range(len(residents))]
-        self._features: dict[int, Floats] = {}
-        self._expected: dict[int, Floats] = {}
-        self.outcomes: list[Outcome] | None = None
 
     @property
     def learns(self) -> bool:
         return self.policy.predictor is not None
 
-    def foresee(self, layer: int, features: Floats, present: Placement) -> Placement:
+    def foresee(self, layer: int, features: Floats, present: Placement) -> Foreseen:
         """The placement for a layer, from features summed over ranks; `present` where nothing is planned or nothing gained."""
         policy = self.policy
         if policy.predictor is None:
-            return present
-        self._features[layer] = features
+            return Foreseen(present)
         share_E = policy.predictor.expect(layer, features, self._states[layer])
-        self._expected[layer] = share_E
+        unchanged = Foreseen(present, share_E, features)
         if policy.planner is None or layer < policy.first_planned:
-            return present
+            return unchanged
         planned = policy.planner(share_E, present.num_devices, present.slots_per_device)
         if policy.worth and self._gain(share_E, present, planned) <= policy.worth:
-            return present
+            return unchanged
         if planned.slots != present.slots:
             self.decided[layer].planned += 1
-        return planned
+        return Foreseen(planned, share_E, features)
 
-    def expected(self, layer: int) -> Floats | None:
-        """[E], what is expected of the layer in this batch; None where nothing is."""
-        return self._expected.get(layer)
-
-    def decide(self, layer: int, count_RE: Counts, placement: Placement, expected_E: Floats | None) -> tuple[Placement, Counts]:
-        """Once the router has spoken: the placement from now on, and how many rows go from each rank for each expert to each
-        device [R, E, N].  `expected_E`: of one rank, for all: machines may round sums of floats in ways of their own."""
+    def decide(
+        self, layer: int, count_RE: Counts, placement: Placement, expected_E: Floats | None
+    ) -> tuple[Placement, Counts, Outcome]:
+        """Once the router has spoken: the placement from now on, how many rows go from each rank for each expert to each device
+        [R, E, N], and what came of the expectation.  `expected_E`: of one rank, for all: machines may round sums of floats in
+        ways of their own; None: nothing was expected."""
         policy, note = self.policy, self.decided[layer]
         split_REN = policy.split(count_RE, placement)
-        self._expected.pop(layer, None)
-        foreseen_E, replanned = expected_E, note.replanned
+        foreseen_E, replanned, agreed, not_worth = expected_E, False, False, False
         may_plan = policy.planner is not None and layer >= policy.first_planned
         if may_plan and (expected_E is not None or policy.predictor is None):
             count_E = count_RE.sum(0)
@@ -122,24 +127,26 @@ class Controller:
                 largest = int(device_load(split_again_REN).max())
                 if policy.trigger(Situation(expected_E, count_E, load_N, largest)):  # now that what it would bring is known
                     placement, split_REN = again, split_again_REN
-                    note.replanned += 1
+                    replanned = True
                 else:
-                    note.not_worth += 1
+                    not_worth = True
             else:
-                note.agreed += 1
+                agreed = True
         load_N = device_load(split_REN)
+        note.replanned += replanned
+        note.not_worth += not_worth
+        note.agreed += agreed
         note.batches += 1
         note.rows += int(load_N.sum())
         note.largest_load.append(int(load_N.max()))
         note.mean_load.append(float(load_N.mean()))
-        if self.outcomes is not None:
-            self.outcomes.append(Outcome(layer, foreseen_E, count_RE.sum(0), load_N, note.replanned > replanned))
-        return placement, split_REN
+        outcome = Outcome(layer, foreseen_E, count_RE.sum(0), load_N, replanned, agreed, not_worth)
+        return placement, split_REN, outcome
 
-    def learn(self, layer: int, evidence: Floats) -> None:
-        """After the batch; `evidence` summed over ranks."""
+    def learn(self, layer: int, features: Floats, evidence: Floats) -> None:
+        """After the batch; both summed over ranks, `features` as they were foreseen from."""
         assert self.policy.predictor is not None
-        self._states[layer] = self.policy.predictor.learn(layer, self._features.pop(layer), evidence, self._states[layer])
+        self._states[layer] = self.policy.predictor.learn(layer, features, evidence, self._states[layer])
 
     def _gain(self, share_E: Floats, present: Placement, planned: Placement) -> float:
         """The share of the largest load that the planned placement would save, rows being as expected."""

@@ -86,28 +86,31 @@ def replay(
     for batch, ids_TLK in enumerate(batches):
         by_rank = _by_rank(ids_TLK, num_devices)
         ahead_by_rank = _by_rank(ahead[batch], num_devices) if ahead is not None and policy.looks_ahead else None
+        all_features: list[Floats] = []
         for layer in range(num_layers):
-            before = present[layer]
+            before, expected_E = present[layer], None
             if predictor is not None:
                 told_ahead = None
                 if ahead_by_rank is not None:
                     told_ahead = [choice_counts(said[layer], num_experts) for said in ahead_by_rank]
                 features = _summed_features(predictor, layer, by_rank, told_ahead)
-                present[layer] = _installed(before, controller.foresee(layer, features, before))
+                all_features.append(features)
+                planned = controller.foresee(layer, features, before)
+                present[layer], expected_E = _installed(before, planned.placement), planned.expected_E
             count_RE = np.stack([np.bincount(chosen[layer].ravel(), minlength=num_experts) for chosen in by_rank])
-            foreseen, expected_E = present[layer], controller.expected(layer)
+            foreseen = present[layer]
             if expected_E is not None:
                 expected.append(expected_E)
-            decided, split_REN = controller.decide(layer, count_RE, foreseen, expected_E)
+            decided, split_REN, _ = controller.decide(layer, count_RE, foreseen, expected_E)
             present[layer] = _installed(foreseen, decided)
             replanned_BL[batch, layer] = decided is not foreseen
             load_BLN[batch, layer] = device_load(split_REN)
             local_BL[batch, layer] = split_REN.sum(1).trace()
             moved_BL[batch, layer] = moved(before, foreseen) + moved(foreseen, present[layer])
         if predictor is not None:
-            for layer in range(num_layers):
+            for layer, features in enumerate(all_features):
                 told = [predictor.evidence(layer, Seen(chosen[:layer]), chosen[layer]) for chosen in by_rank]
-                controller.learn(layer, sum(told[1:], told[0]))
+                controller.learn(layer, features, sum(told[1:], told[0]))
     return Replay(
         counts_of_batches(batches, num_experts),
         load_BLN,

@@ -13,49 +13,65 @@ from dataclasses import replace
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction, Kind, Op, Program, check
 
+BATCH = "#batch.-.0"  # of this rank
+PAST = "#past.-.0"  # its earlier keys and values, of each layer; None: there are none, and none are kept
+REROUTE = "#reroute.-.0"  # what is done instead of what routers choose, or None
+
+
+def given_of(shape: Shape) -> set[str]:
+    """The values that exist before the step."""
+    return {BATCH, PAST, REROUTE} if any(shape.moe) else {BATCH, PAST}
+
 
 def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     """The checked program: prefill or decode of this rank's sequences; leaves `#out.-.0`, the last norm's output.
 
-    Given: `#batch.-.0`.  With `learns` a predictor learns at the end from what was heard.  A device's slots in a MoE layer are
+    Given: `given_of(shape)`.  With `learns` a predictor learns at the end from what was heard.  A device's slots in a layer are
     cut into `chunks` groups, and each group's rows go back by themselves.  ValueError with tensor parallelism: ranks are
     devices of experts here; and for less than one chunk.
+
+    Of MoE layer i, besides rows: `#plan.i` is what is expected and where experts should sit, `#seen.i` what tokens chose in the
+    MoE layers up to i, `#told.i` what a rank tells of its tokens and `#heard.i` what all told, `#evidence.i` which part of that
+    is to be learned from, `#outcome.i` what became of the expectation.  Left behind, too: the last `#seen`, each `#outcome`.
     """
     if chunks < 1:
         raise ValueError(f"{chunks} chunks of slots: choose 1 or more")
     if shape.tp:
         raise ValueError("inference has no tensor parallelism: its ranks share out experts and sequences; leave parallel.tp at 1")
     moe = [layer for layer, is_moe in enumerate(shape.moe) if is_moe]
-    following = dict(zip(moe, moe[1:], strict=False))
-    out = [_compute("embed", -1, ("#batch.-.0",), ("x.0.0",))]
+    before, following = dict(zip(moe[1:], moe, strict=False)), dict(zip(moe, moe[1:], strict=False))
+    out = [_compute("embed", -1, (BATCH,), ("x.0.0",))]
     if moe:
-        out.append(_compute("foresee", moe[0], ("#batch.-.0",), (f"#plan.{moe[0]}.0",)))
+        out.append(_foresee(moe[0], BATCH))
     for layer, is_moe in enumerate(shape.moe):
-        out.append(_compute("attention", layer, (f"x.{layer}.0", "#batch.-.0"), (f"h.{layer}.0",)))
+        out.append(_compute("attention", layer, (f"x.{layer}.0", BATCH, PAST), (f"h.{layer}.0",)))
         if is_moe:
-            out += _moe(layer, following.get(layer), shared=shape.shared_experts, chunks=chunks)
+            out += _moe(layer, before.get(layer), following.get(layer), shared=shape.shared_experts, chunks=chunks)
         else:
-            out.append(_compute("mlp", layer, (f"h.{layer}.0", "#batch.-.0"), (f"x.{layer + 1}.0",)))
+            out.append(_compute("mlp", layer, (f"h.{layer}.0", BATCH), (f"x.{layer + 1}.0",)))
     out.append(_compute("final", -1, (f"x.{shape.num_layers}.0",), ("#out.-.0",)))
     if learns and moe:
-        out.append(_compute("learn", -1, tuple(f"#heard.{layer}.0" for layer in moe), ("#learned.-.0",)))
+        heard = (f"#{name}.{layer}.0" for layer in moe for name in ("heard", "evidence", "plan"))
+        out.append(_compute("learn", -1, tuple(heard), ("#learned.-.0",)))
     program = tuple(out)
-    check(program, {"#batch.-.0"}, {})
+    check(program, given_of(shape), {})
     return program
 
 
-def _moe(layer: int, following: int | None, *, shared: bool, chunks: int) -> list[Instruction]:
-    """`following`: the next MoE layer."""
+def _moe(layer: int, before: int | None, following: int | None, *, shared: bool, chunks: int) -> list[Instruction]:
+    """`before`, `following`: the MoE layers next to it."""
 
     def v(*names: str) -> tuple[str, ...]:
-        return tuple("#batch.-.0" if name == "#batch" else f"{name}.{layer}.0" for name in names)
+        return tuple(BATCH if name == "#batch" else f"{name}.{layer}.0" for name in names)
 
     dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", f"rows.{layer}.0", f"got.{layer}.0", v("#sizes"))
-    foresee = [_compute("foresee", following, v("#heard"), (f"#plan.{following}.0",))] if following is not None else []
+    foresee = [_foresee(following, *v("#heard", "#evidence"))] if following is not None else []
+    seen = (f"#seen.{before}.0",) if before is not None else ()
+    score_writes = v("moe_n", "weight", "#chosen", "#seen", "#told", "#evidence")
     return [
-        _compute("score", layer, v("h", "#batch"), v("moe_n", "weight", "#chosen", "#told")),
+        _compute("score", layer, (*v("h", "#batch"), REROUTE, *v("#plan"), *seen), score_writes),
         *_exchange("told", layer, Op.GATHER, "counts", f"#told.{layer}.0", f"#heard.{layer}.0"),
-        _compute("assign", layer, v("moe_n", "#chosen", "#heard", "#plan"), v("rows", "#order", "#sizes")),
+        _compute("assign", layer, v("moe_n", "#chosen", "#heard", "#plan"), v("rows", "#order", "#sizes", "#outcome")),
         dispatch[0],
         *foresee,  # under the dispatch, as are the shared experts
         *([_compute("shared", layer, v("moe_n"), v("s"))] if shared else []),
@@ -85,6 +101,10 @@ def _experts(layer: int, chunks: int) -> list[Instruction]:
     arrived = tuple(f"back.{layer}.{part}" for part in names)
     join = _compute("join", layer, (*arrived, sizes), (back,))
     return [*out, *waits, replace(join, chunk=(0, chunks))]
+
+
+def _foresee(layer: int, *reads: str) -> Instruction:
+    return _compute("foresee", layer, reads, (f"#plan.{layer}.0",))
 
 
 def _compute(name: str, layer: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> Instruction:

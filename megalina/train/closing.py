@@ -8,7 +8,7 @@ from megalina.blocks.counts import count_parameters
 from megalina.checkpoint.restored import restore
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
-from megalina.generate import generate
+from megalina.generate import Sampling, generate
 from megalina.track.report import Sample, write_report
 
 logger = logging.getLogger("megalina")
@@ -32,9 +32,7 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
         restored = restore(checkpoint)
         for i in range(config.tracker.samples):  # from all over the validation text
             prompt = data.valid.batch(i * data.valid.num_sequences // config.tracker.samples, 1).tokens_BS[0, :length].tolist()
-            tokens = generate(
-                restored.gpt,
-                prompt,
+            sampling = Sampling(
                 max_tokens=config.tracker.sample_tokens,
                 max_positions=restored.max_positions,
                 temperature=TEMPERATURE,
@@ -43,6 +41,7 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
                 stop_token=data.tokenizer.eod,
                 num_ids=data.tokenizer.vocab_size,
             )
+            tokens = generate(restored.gpt, prompt, sampling)
             samples.append(
                 Sample(data.tokenizer.decode(prompt), data.tokenizer.decode([t for t in tokens if t != data.tokenizer.eod]))
             )

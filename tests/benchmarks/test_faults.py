@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_cases import (
+from benchmarks.fault.cases import (
     FAULTS,
     WITHIN_S,
     Fault,
@@ -25,8 +25,8 @@ from benchmarks.fault_cases import (
     table,
     truncate,
 )
-from benchmarks.fault_jobs import FAULT_FILE, Command, Job
-from benchmarks.fault_plants import MARK, PLANTS, Place
+from benchmarks.fault.jobs import FAULT_FILE, Command, Job
+from benchmarks.fault.plants import MARK, PLANTS, Place
 from megalina.train.diagnosis import State, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,7 +82,7 @@ def stands(culprit: int, tag: str, stack: str) -> list[tuple[float, str]]:
 
 
 def test_what_a_hang_must_say_is_what_the_doctor_says_of_it_and_of_no_other() -> None:
-    stack = '  File "x/fault_plants.py", line 7, in endless\n    while True:\n'
+    stack = '  File "x/fault/plants.py", line 7, in endless\n    while True:\n'
     loop = CASES["loop"].must
     assert explained(stands(0, "F:experts.0.0", stack), loop)[1] == []
     assert len(explained(stands(1, "F:experts.0.0", stack), loop)[1]) == 2  # both ranks

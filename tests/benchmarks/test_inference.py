@@ -3,10 +3,7 @@
 import argparse
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,13 +26,8 @@ SIZE = Size(num_experts=16, num_devices=3, num_layers=2, batch_tokens=48, num_ba
 
 
 @pytest.fixture(scope="module")
-def inference() -> Iterator[Any]:
-    """The program, which imports its neighbours as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("benchmarks.inference")
-        for name in ("inference_report", "inference_routing"):
-            sys.modules.pop(name)
+def inference() -> Any:
+    return importlib.import_module("benchmarks.inference")
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +118,11 @@ def test_a_rank_sends_its_own_tokens_and_padding_goes_to_nobody(inference: Any) 
 
 
 def test_devices_take_time_for_their_own_tokens_and_rows(inference: Any) -> None:
-    times, functions = inference.Times(attention_s=1.0, experts_s=3.0, expert_s=0.1), SimpleNamespace(rows_here=24)
+    times = inference.Times(attention_s=1.0, experts_s=3.0, expert_s=0.1)
 
     def seconds(name: str, tokens: int) -> float:
-        part, instruction = inference.OwnPart(np.zeros((tokens, 1)), 0), Instruction("F", Kind.COMPUTE, name, 0, "0", (), ())
-        taken: float = inference.seconds(functions, part, times, 16, instruction)
+        instruction = Instruction("F", Kind.COMPUTE, name, 0, "0", (), ())
+        taken: float = inference.seconds(times, 16, instruction, tokens, 24)
         return taken
 
     assert [seconds("attention", tokens) for tokens in (0, 16, 24)] == [0, 1, 1.5]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scale_grid, scale_map
-from benchmarks.scale_grid import Place, Variant, config_of, in_steps, places, simulated, varied
-from benchmarks.scale_report import (
+from benchmarks import scale_map
+from benchmarks.scale import grid
+from benchmarks.scale.grid import Place, Variant, config_of, in_steps, places, simulated, varied
+from benchmarks.scale.report import (
     findings,
     granularity_line,
     loss_line,
@@ -19,12 +20,12 @@ from benchmarks.scale_report import (
     top_k_line,
     zero_line,
 )
+from benchmarks.scale.rungs import Point, Rung, point_of
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
 from megalina.forecast.forecast import forecast, program_of, ranks_of, rounds_of
 from megalina.forecast.network import network_of
-from megalina.forecast.rungs import Point, Rung, point_of
 from megalina.forecast.sent import sizes_of
 from megalina.parallel.plans import strategy_of
 from megalina.parameters import padded_vocab_size
@@ -206,8 +207,8 @@ def test_the_command_writes_points_tables_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = [HERE, replace(HERE, zero=1), Place("granularity", "NVLink", 16, 100, num_experts=8, top_k=2)]
-    monkeypatch.setattr(scale_grid, "places", lambda *, quick: here)
-    monkeypatch.setattr(scale_grid, "varied", lambda *, quick: [(Variant("kernel_us +25%", (("kernel_us", 1.25),)), HERE)])
+    monkeypatch.setattr(grid, "places", lambda *, quick: here)
+    monkeypatch.setattr(grid, "varied", lambda *, quick: [(Variant("kernel_us +25%", (("kernel_us", 1.25),)), HERE)])
     data, picture = tmp_path / "map.json", tmp_path / "map.png"
     assert scale_map.main(["--quick", "--json", str(data), "--picture", str(picture)]) == 0
     said = capsys.readouterr()

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def serving_map() -> Iterator[Any]:
-    """The program, which imports its neighbours as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("benchmarks.serving_map")
-        sys.modules.pop("inference_routing", None)
+def serving_map() -> Any:
+    return importlib.import_module("benchmarks.serving_map")
 
 
 @pytest.fixture(scope="module")

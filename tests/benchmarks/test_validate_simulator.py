@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,18 +10,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("validation_cases", "validation_explained", "validation_fit", "validation_report")
+OWN = ("cases", "explained", "fit", "report")
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    """The programs, which import their neighbours as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        found = {name.removeprefix("validation_"): importlib.import_module(name) for name in OWN}
-        yield SimpleNamespace(main=importlib.import_module("benchmarks.validate_simulator"), **found)
-        for name in OWN:
-            sys.modules.pop(name)
+def bench() -> Any:
+    found = {name: importlib.import_module(f"benchmarks.validation.{name}") for name in OWN}
+    return SimpleNamespace(main=importlib.import_module("benchmarks.validate_simulator"), **found)
 
 
 def measured(step_s: float, plan: str = "", a2a_s: float = 0.0, grads_s: float = 0.0) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from megalina.collective_log import Entry
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.data.source import TokenData, open_data
-from megalina.forecast.counted import Counts
 from megalina.forecast.forecast import program_of, ranks_of, rounds_of
 from megalina.forecast.sent import sizes_of
 from megalina.mesh import Mesh, build_meshes
@@ -35,6 +34,7 @@ from megalina.step.passes import decides
 from megalina.step.program import Instruction, Program
 from megalina.timeline.recorder import SEND, Event
 from megalina.train.steps import Steps
+from tests.forecast.counted import Counts
 from tests.sim.schedules import delays
 from tests.train.small_run import LENGTH, VOCABULARY, config_of, random_batch
 

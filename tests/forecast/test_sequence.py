@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 
 from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig, StrategyConfig
-from megalina.forecast.counted import counted, rows_between
 from megalina.forecast.search import accepted
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
+from tests.forecast.counted import counted, rows_between
 from tests.forecast.sequence_ranks import (
     WORLD,
     Forecasted,

@@ -15,8 +15,6 @@ from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch, even_choices, shared_evenly
 from megalina.forecast.serving_seconds import GivenTimes, RooflineSeconds, row_s
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.offline import replay
 from megalina.placement.placement import Placement
@@ -27,7 +25,10 @@ from megalina.placement.routing_trace import traced
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import always, never
 from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
+from megalina.step.inference import given_of
 from megalina.step.program import Instruction, Kind, Op, check
 from tools.compare_strategies import composed
 
@@ -290,7 +291,7 @@ def test_the_list_is_complete_with_its_fetches() -> None:
     for batch in batches:
         decisions = decider.decide(batch)
         program = program_of(decisions, setting)
-        check(program, {"#batch.-.0"}, {})
+        check(program, given_of(setting.shape), {})
         fetched = [d.layer for d in decisions if d.fetched_N.any()]
         assert [s.layer for s in program if s.name == "fetch"] == [layer for layer in fetched for _ in (0, 1)]
 

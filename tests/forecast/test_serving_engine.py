@@ -14,15 +14,15 @@ from megalina.config import InferConfig, RouterConfig
 from megalina.forecast.serving import Serving, program_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch
 from megalina.forecast.serving_seconds import GivenTimes
-from megalina.infer.modes import read_mode
-from megalina.infer.policies import Served, policy_of
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.placement.workloads import own_part
+from megalina.serve.modes import read_mode
+from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
-from tests.infer.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 from tests.parallel.ranks import run_on_ranks
+from tests.serve.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 LAYERS, BATCHES, SLOTS, LENGTH = 3, 5, 4, 4
@@ -65,18 +65,17 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
         policy, config = policy_for(mode, world, profile)
         resident = identity(np.ones(EXPERTS), world, SLOTS)
         engine = small_engine(gpt, policy, [resident] * LAYERS, combine_chunks=config.combine_chunks)
-        engine.controller.outcomes = []
-        engine.recorder.on = True
         found[mode] = []
         fetched = 0
         for batch in batches:
             own_TLK = batch.ids_TLK[own_part(batch.tokens_R, rank)]
-            engine.functions.reroute = lambda number, chosen_TK, own=own_TLK: torch.from_numpy(own[:, number]).to(chosen_TK)
-            engine.recorder.begin()
-            engine.hidden(batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH)))
-            engine.recorder.end()
+
+            def as_recorded(number: int, chosen_TK: torch.Tensor, own: np.ndarray[Any, Any] = own_TLK) -> torch.Tensor:
+                return torch.from_numpy(own[:, number]).to(chosen_TK)
+
+            fed = batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH))
+            outcomes = engine.run(fed, reroute=as_recorded, record=True).outcomes
             told = {e.layer: e.num_bytes for e in engine.recorder.events() if e.kind == "send" and e.name == "told"}
-            outcomes = engine.controller.outcomes[-LAYERS:]
             found[mode].append(
                 {
                     "load": [o.load_N.tolist() for o in outcomes],

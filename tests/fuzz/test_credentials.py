@@ -161,7 +161,11 @@ def shell_uses(source: str) -> list[str]:
 def test_no_program_of_the_repository_uses_a_shell() -> None:
     files = [
         ROOT / "pretrain_gpt_moe.py",
-        *(p for top in ("megalina", "tools", "benchmarks", "tests") for p in (ROOT / top).rglob("*.py")),
+        *(
+            p
+            for top in ("megalina", "papers", "placement_lab", "tools", "benchmarks", "tests")
+            for p in (ROOT / top).rglob("*.py")
+        ),
     ]
     assert len(files) > 100
     found = {str(p.relative_to(ROOT)): uses for p in files if (uses := shell_uses(p.read_text(encoding="utf-8")))}

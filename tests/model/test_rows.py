@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalina.infer.engine import TILE_ROWS
 from megalina.model.experts import expert_mlp
 from megalina.model.rows import expert_rows
+from megalina.serve.engine import TILE_ROWS
 
 WIDTHS = [(32, 24), (64, 128), (130, 70), (512, 32), (96, 1024)]  # model, hidden
 

@@ -25,16 +25,17 @@ def controller(**policy: Any) -> Controller:
 
 def serve(c: Controller, layer: int, count_RE: np.ndarray[Any, Any]) -> Placement:
     planned = c.foresee(layer, np.zeros(0), RESIDENT)
-    placement, split_REN = c.decide(layer, count_RE, planned, c.expected(layer))
+    placement, split_REN, _ = c.decide(layer, count_RE, planned.placement, planned.expected_E)
     assert (split_REN.sum(2) == count_RE).all()
-    c.learn(layer, count_RE.sum(0).astype(float))
+    c.learn(layer, np.zeros(0), count_RE.sum(0).astype(float))
     return placement
 
 
 def test_without_a_predictor_or_a_planner_everything_stays() -> None:
     c = controller(predictor=None, planner=None)
-    assert c.foresee(0, np.zeros(0), RESIDENT) is RESIDENT and c.expected(0) is None
-    placement, split_REN = c.decide(0, SKEWED, RESIDENT, None)
+    planned = c.foresee(0, np.zeros(0), RESIDENT)
+    assert planned.placement is RESIDENT and planned.expected_E is None
+    placement, split_REN, _ = c.decide(0, SKEWED, RESIDENT, None)
     assert placement is RESIDENT and device_load(split_REN).tolist() == [20, 4]
     assert c.decided[0].largest_load == [20] and c.decided[0].mean_load == [12.0] and c.decided[0].rows == 24
 
@@ -59,7 +60,7 @@ def test_phase_2_plans_from_the_real_counts() -> None:
     c = controller(trigger=always)
     assert serve(c, 0, SKEWED).copies()[0] == (0, 1) and c.decided[0].replanned == 1
     c = controller(predictor=None, trigger=always)  # no estimate at all
-    placement, split_REN = c.decide(0, SKEWED, RESIDENT, None)
+    placement, split_REN, _ = c.decide(0, SKEWED, RESIDENT, None)
     assert placement.copies()[0] == (0, 1) and device_load(split_REN).max() <= 13
 
 
@@ -71,7 +72,7 @@ def test_a_plan_is_followed_only_if_it_brings_what_it_costs() -> None:
         return GainAboveCost(row_s=1.0, replan_s=7.0)(situation)
 
     c = controller(predictor=None, trigger=gain)
-    placement, _ = c.decide(0, SKEWED, RESIDENT, None)
+    placement, *_ = c.decide(0, SKEWED, RESIDENT, None)
     assert [s.replanned_load for s in asked] == [None, 12] and placement is not RESIDENT  # 20 rows become 12
     c = controller(predictor=None, trigger=GainAboveCost(row_s=1.0, replan_s=8.0))
     assert c.decide(0, SKEWED, RESIDENT, None)[0] is RESIDENT and c.decided[0].replanned == 0
@@ -81,14 +82,12 @@ def test_a_plan_that_gains_too_little_is_not_followed() -> None:
     expected = np.array([0.3, 0.25, 0.25, 0.2])
     for worth, moves in ((0.0, True), (0.5, False)):
         c = controller(predictor=WindowPredictor(np.tile(expected, (LAYERS, 1))), worth=worth, split=load_aware)
-        assert (c.foresee(0, np.zeros(0), RESIDENT) is not RESIDENT) == moves
+        assert (c.foresee(0, np.zeros(0), RESIDENT).placement is not RESIDENT) == moves
 
 
 def test_all_ranks_decide_alike_even_where_one_expects_otherwise() -> None:
     c, d = controller(trigger=always), controller(trigger=always)
-    for each in (c, d):
-        each.foresee(0, np.zeros(0), RESIDENT)
-    mine = c.expected(0)
+    mine, _ = (each.foresee(0, np.zeros(0), RESIDENT).expected_E for each in (c, d))
     assert mine is not None
     a, b = c.decide(0, SKEWED, RESIDENT, mine), d.decide(0, SKEWED, RESIDENT, mine)
     assert a[0] == b[0] and (a[1] == b[1]).all()

@@ -5,14 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.blocks.model import plain_shape
-from megalina.step.inference import inference_step
-from megalina.step.program import Kind, Op, check
+from megalina.step.inference import given_of, inference_step
+from megalina.step.program import Kind, Op, Program, check
 
 
 @given(moe=st.lists(st.booleans(), min_size=1, max_size=6), shared=st.booleans(), learns=st.booleans(), chunks=st.integers(1, 4))
 def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: bool, chunks: int) -> None:
-    program = inference_step(plain_shape(moe=tuple(moe), shared_experts=shared), learns=learns, chunks=chunks)
-    check(program, {"#batch.-.0"}, {})
+    shape = plain_shape(moe=tuple(moe), shared_experts=shared)
+    program = inference_step(shape, learns=learns, chunks=chunks)
+    check(program, given_of(shape), {})
     tags = [s.tag for s in program]
     layers = [i for i, is_moe in enumerate(moe) if is_moe]
     assert [s.layer for s in program if s.name == "foresee"] == layers  # each MoE layer is planned, once, in order
@@ -23,6 +24,41 @@ def test_every_model_has_a_complete_list(moe: list[bool], shared: bool, learns: 
         assert tags.index(f"F:told<.{layer}.0") < tags.index(f"F:assign.{layer}.0") < tags.index(f"F:dispatch>.{layer}.0")
     assert any(s.name == "learn" for s in program) == (learns and bool(layers))
     assert tags[-1] == ("F:learn.-.0" if learns and layers else "F:final.-.0")
+
+
+def moved(program: Program, tag: str, after: str) -> Program:
+    """The program with one instruction put behind another."""
+    (instruction,) = (s for s in program if s.tag == tag)
+    rest = [s for s in program if s is not instruction]
+    at = next(i for i, s in enumerate(rest) if s.tag == after)
+    return (*rest[: at + 1], instruction, *rest[at + 1 :])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize(
+    ("tag", "after", "said"),
+    [  # a rank would tell others of a plan that it doesn't have yet, and await no fetch
+        ("F:foresee.1.0", "F:score.1.0", "F:score.1.0 reads #plan.1.0 before it is written by F:foresee.1.0"),
+        ("F:foresee.2.0", "F:told>.2.0", "F:score.2.0 reads #plan.2.0 before it is written by F:foresee.2.0"),
+        # nobody has said yet what the plan follows from
+        ("F:foresee.2.0", "F:score.1.0", "F:foresee.2.0 reads #heard.1.0 before it is written by F:told<.1.0"),
+    ],
+)
+def test_an_order_in_which_something_is_foreseen_too_late_or_too_early_is_refused(
+    tag: str, after: str, said: str, learns: bool
+) -> None:
+    shape = plain_shape(moe=(True, True, True))
+    planted = moved(inference_step(shape, learns=learns), tag, after)
+    with pytest.raises(ValueError, match="before it is written") as error:
+        check(planted, given_of(shape), {})
+    assert said in str(error.value)
+
+
+def test_what_is_learned_is_what_was_foreseen_and_heard() -> None:
+    program = inference_step(plain_shape(moe=(True, False, True)), learns=True)
+    assert program[-1].reads == tuple(f"#{name}.{layer}.0" for layer in (0, 2) for name in ("heard", "evidence", "plan"))
+    left = {v for s in program for v in s.writes} - {v for s in program for v in s.reads}
+    assert left == {"#out.-.0", "#seen.2.0", "#outcome.0.0", "#outcome.2.0", "#learned.-.0"}
 
 
 def test_exchanges_are_one_of_counts_and_two_of_tokens_a_layer() -> None:

@@ -1,0 +1,64 @@
+"""Opening: an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalina.checkpoint.restored import Restored, read_experts, restore
+from megalina.config import InferConfig
+from megalina.mesh import Mesh
+from megalina.placement.controller import Policy
+from megalina.placement.planners.identity import identity
+from megalina.placement.routing_trace import RoutingTrace
+from megalina.serve.engine import Engine, EngineSettings
+from megalina.serve.even_routing import EvenRouting
+from megalina.serve.expert_memory import num_swap_bytes
+from megalina.serve.host_experts import HostExperts, experts_of, share_experts
+from megalina.serve.policies import Served, policy_of, slots_of
+from megalina.serve.serving_device import ServingDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint, ready for engines of several modes: they share its weights."""
+
+    restored: Restored
+    host: HostExperts
+    mesh: Mesh
+    served: Served
+
+    def policy(self, config: InferConfig, profile: RoutingTrace | None) -> Policy:
+        """ValueError as `policy_of`."""
+        return policy_of(config, self.served, profile)
+
+    def engine(self, config: InferConfig, policy: Policy, *, device: ServingDevice | None = None) -> Engine:
+        """`policy`: the configuration's.  ValueError as `Engine`."""
+        served, gpt = self.served, self.restored.gpt
+        slots = slots_of(config, served)
+        resident = identity(torch.ones(served.num_experts).double().numpy(), served.num_devices, slots)
+        settings = EngineSettings(
+            batch_invariant=config.batch_invariant,
+            swap_bytes=num_swap_bytes(config),
+            combine_chunks=config.combine_chunks,
+        )
+        even = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank) if config.even_routing else None
+        residents = [resident] * len(gpt.moe_layers)
+        return Engine(gpt, self.host, self.mesh, policy, residents, settings, reroute=even, device=device)
+
+
+def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, devices_per_node: int = 0) -> Opened:
+    """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
+    restored = restore(path, dtype=dtype, experts=False)
+    gpt = restored.gpt
+    if not gpt.moe_layers:
+        raise ValueError(f"{path} is of a model without MoE layers: tools/generate.py and one process are for it")
+
+    def read_layer(number: int) -> dict[str, torch.Tensor]:
+        return {name: t.to(dtype) for name, t in read_experts(path, gpt, gpt.moe_layers[number]).items()}
+
+    shape, num_experts = experts_of([read_layer(0)])
+    on_cuda = next(gpt.parameters()).is_cuda
+    host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
+    served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
+    return Opened(restored, host, mesh, served)
