@@ -112,7 +112,7 @@ GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
         (1, {**GROUP_LIMITED, "router__num_groups": 2, "router__groups_per_token": 3}, r"\(3\) is more than .* \(2\)"),
         (1, {**GROUP_LIMITED, "router__num_groups": 8}, r"router.top_k \(2\) is more than the 1 experts"),
         (1, {"router__num_groups": 2}, "works with router=group_limited alone, not with topk"),
-        (1, {"router__bias_update_rate": 0.1}, r"\(0.1\) works with router=sigmoid or group_limited, not with topk"),
+        (1, {"router__bias_update_rate": 0.1}, r"\(0.1\) works with router=sigmoid or group_limited alone, not with topk"),
         (1, {"router__noise_std": 0.1}, r"\(0.1\) works with router=noisy_topk alone, not with topk"),
         (1, {"router__group": "global"}, r"gradient accumulation \(4 micro-batches a step\): set train.micro_batch_size=8"),
         (4, {"router__group": "global", "router__capacity_factor": 1.5}, "router.capacity_factor=1.5 would need the scores"),

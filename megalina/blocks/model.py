@@ -62,7 +62,7 @@ class Blocks:
 
     @cached_property
     def _owner(self) -> dict[tuple[int, str], Block]:
-        """Which block an instruction is of, for those of blocks alike: the first layers of each kind say it."""
+        """Which block an instruction is of, in every layout."""
         out: dict[tuple[int, str], Block] = {}
         for layout in (self.shape(tp=1, sequence=True), self.shape(tp=2, sequence=True), self.shape(tp=2, sequence=False)):
             for layer, lines, reads, writes in layout.placed():
@@ -77,9 +77,19 @@ class Blocks:
                 out |= {(layer, name): lines for name in made}
         return out
 
+    @cached_property
+    def _named(self) -> dict[str, Block]:
+        """By the name of an instruction alone."""
+        out = {name: block for (_, name), block in self._owner.items()}
+        for moe in (True, False):  # also of layers that this model happens not to have
+            other = Blocks(self.whole, self.embedding, ((MoE(self.whole) if moe else DenseMlp(self.whole),),), ())
+            out = {name: block for (_, name), block in other._owner.items()} | out
+        return out
+
     def block_of(self, instruction: Instruction) -> Block:
-        """KeyError for an instruction that no block has: those that open and close a step."""
-        return self._owner[instruction.layer, instruction.name]
+        """That of its layer; of its name alone where that has none (what would such a layer cost?).  KeyError for an instruction
+        that no block has: those that open and close a step."""
+        return self._owner.get((instruction.layer, instruction.name)) or self._named[instruction.name]
 
     def shape(self, *, tp: int, sequence: bool) -> Shape:
         """What a program must know of the model in a layout."""

@@ -53,7 +53,7 @@ class StageWork:
         try:
             block = self.blocks.block_of(instruction)
         except KeyError:
-            raise ValueError(f"{instruction.tag}: no block has this instruction, so what it costs isn't known") from None
+            raise ValueError(f"{instruction.tag}: what this instruction costs isn't known, for no block has it") from None
         return block.work(self.rank.at(instruction, load=load))
 
     # without autograd
@@ -64,7 +64,7 @@ class StageWork:
             names = [v.removesuffix("'sum") for v in instruction.reads if v.endswith("'sum")]
             return Work((), sum(self._here(self.buckets[n]) for n in names) * self.rank.main, 8 + 2 * len(names))
         if instruction.name not in SMALL:
-            raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to megalina/cost/stage_work.py")
+            raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to `SMALL` here")
         return small(SMALL[instruction.name])
 
     def _update(self, bucket: BucketSpec) -> Work:

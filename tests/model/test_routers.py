@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalina.blocks.routers import check_router
 from megalina.config import RouterConfig
 from megalina.model.balance import global_balance
 from megalina.model.noise import normal, uniform
@@ -470,24 +471,22 @@ def test_token_choice_never_waits_for_a_device(name: str) -> None:
     ("config", "message"),
     [
         (RouterConfig(kind="top2"), "topk, sigmoid"),
-        (RouterConfig(group="batch"), "sequence, micro_batch"),
-        (RouterConfig(drop="random"), "position, probability"),
-        (RouterConfig(top_k=7), "choose 1 to 6"),
-        (RouterConfig(top_k=0), "choose 1 to 6"),
-        (RouterConfig(capacity_factor=-1.0), "-1.0"),
-        (RouterConfig(capacity_factor=float("nan")), "nan"),
-        (RouterConfig(group="global", capacity_factor=1.0), "every rank's tokens"),
-        (RouterConfig(group="global", kind="expert_choice"), "every rank's tokens"),
-        (RouterConfig(bias_update_rate=0.1), "sigmoid and group_limited"),
-        (RouterConfig(noise_std=0.1), "kind=noisy_topk"),
-        (RouterConfig(kind="group_limited", num_groups=4), "divisor of 6"),
-        (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=4), "choose 1 to 3"),
-        (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=1, top_k=3), "1 groups hold 2 experts"),
+        (RouterConfig(kind="nowhere/none.py:Router"), "there is no such file"),
+        (RouterConfig(kind="megalina.blocks.moe:MoE"), "is no RouterKind"),
+        (RouterConfig(top_k=7), r"top_k \(7\) is more than model.num_experts \(6\)"),
+        (RouterConfig(group="global", capacity_factor=1.0), "capacity_factor=1 would need the scores of all ranks"),
+        (RouterConfig(group="global", kind="expert_choice"), "router=expert_choice would need the scores of all ranks"),
+        (RouterConfig(bias_update_rate=0.1), "works with router=sigmoid or group_limited alone, not with topk"),
+        (RouterConfig(noise_std=0.1), "works with router=noisy_topk alone"),
+        (RouterConfig(num_groups=2), "works with router=group_limited alone"),
+        (RouterConfig(kind="group_limited", num_groups=4), r"num_groups \(4\) must divide model.num_experts \(6\)"),
+        (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=4), "is more than router.num_groups"),
+        (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=1, top_k=3), "more than the 2 experts"),
     ],
 )
 def test_contradicting_settings_are_refused_in_one_line(config: RouterConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        make_router(config)
+        check_router(config, E)
     assert "\n" not in str(error.value)
 
 

@@ -44,7 +44,7 @@ def by_hand(gpt: GPT, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     h_before_TD = None
     gpt.eval()
     with torch.no_grad():
-        x_TD = gpt.embed(batch)
+        x_TD = gpt.embedder.embed(batch)
         for layer in gpt.layers:
             h_TD = layer.attend(x_TD, batch)
             if not layer.is_moe:
