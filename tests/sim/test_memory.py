@@ -170,6 +170,7 @@ def test_every_stage_and_value_of_every_strategy_is_known(name: str, kind: str) 
     shape = SHAPES[kind]
     config = small({"num_layers": shape.num_layers, "shared_d_ff": 8 * shape.shared_experts}, tp=2 if shape.tp else 1, ep=2)
     config.parallel.sequence = shape.sequence
+    config.router.group = "global" if kind == "three layers, statistics of all ranks" else "sequence"
     sizes = StageBytes(config, 4, vocab_size=300)
     for seed in range(3):
         setting = setting_of(name, shape, Random(seed))
