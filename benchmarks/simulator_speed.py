@@ -32,11 +32,12 @@ sys.path.insert(0, str(ROOT))  # tools
 from megalina.config import PretrainConfig  # noqa: E402
 from megalina.cost.stage_seconds import stage_seconds  # noqa: E402
 from megalina.cost.stage_work import StageWork  # noqa: E402
-from megalina.forecast.forecast import held_by, program_of, ranks_of  # noqa: E402
+from megalina.forecast.forecast import held_by, program_of  # noqa: E402
 from megalina.forecast.garbage import few_collections  # noqa: E402
 from megalina.forecast.network import network_of  # noqa: E402
 from megalina.forecast.search import plans_of  # noqa: E402
 from megalina.forecast.sent import sizes_of  # noqa: E402
+from megalina.layout import ranks_of  # noqa: E402
 from megalina.sim.folding import FoldedLoads  # noqa: E402
 from megalina.sim.network import Network  # noqa: E402
 from megalina.sim.virtual import simulate_alike, uses_of  # noqa: E402

@@ -133,7 +133,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.calibration import calibrate, fastest, sizes_of_step
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
-    from megalina.mesh import rows
+    from megalina.layout import rows
     from megalina.timeline.alltoall import analysis_of
     from megalina.timeline.recorder import Event
     from megalina.timeline.trace import TracedStep, aligned

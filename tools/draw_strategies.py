@@ -56,8 +56,9 @@ class VirtualJob:
     @property
     def setting(self) -> "Setting":
         """What a strategy builds a step from.  Paddings of buckets are left out."""
+        from megalina.layout import axis_of_group
         from megalina.model.gpt import GPT
-        from megalina.parallel.shard import axis_of_group, parameter_groups, shape_of
+        from megalina.parallel.shard import parameter_groups, shape_of
         from megalina.parameters import padded_vocab_size
         from megalina.step.program import BucketSpec
 
@@ -125,10 +126,9 @@ class VirtualJob:
         return max(4, BYTES[self.config.train.dtype])
 
     def _rows(self) -> dict[str, list[list[int]]]:
-        from megalina.mesh import rows
+        from megalina.layout import axis_sizes, rows
 
-        ep, packing = self.config.parallel.ep, self.plan.packing
-        return rows({"edp": self.cluster.ranks // ep * packing, "ep": ep // packing, "tp": 1})
+        return rows(axis_sizes(self.cluster.ranks, tp=1, ep=self.config.parallel.ep, packing=self.plan.packing))
 
 
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from math import prod
 
 from megalina.config import ModelConfig, PretrainConfig
+from megalina.layout import axis_of_group, axis_sizes
 from megalina.parameters import BYTES, is_moe_layer, padded_vocab_size
 from megalina.step.forward import Shape
 from megalina.step.program import BucketSpec
@@ -14,26 +15,18 @@ from megalina.step.program import BucketSpec
 ALIGNMENT = 16  # elements; of each parameter, as in the buckets themselves
 
 
-def axis_sizes(world: int, *, tp: int, ep: int) -> dict[str, int]:
-    """Ranks along each axis of the mesh; `ep` counts packing in.  ValueError where tp x ep does not divide the world."""
-    if world % (tp * ep):
-        raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
-    edp = world // (tp * ep)
-    return {"world": world, "tp": tp, "ep": ep, "counts": ep, "edp": edp, "dp": edp * ep, "copies": edp * tp}
-
-
 def bucket_specs(
     config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0
 ) -> dict[str, BucketSpec]:
     """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
     `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
-    sizes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep // packing)
+    sizes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep, packing=packing)
     numels: dict[str, int] = {}
     for group, shape in _parameters(config, vocab_size, sizes):
         numels[group] = numels.pop(group, 0) + _up(prod(shape), ALIGNMENT)
     out = {}
     for group, numel in reversed(numels.items()):
-        axis = {"experts": "copies", "copied": "world", "ends": "world"}.get(group.split(".")[0], "dp")
+        axis = axis_of_group(group)
         sharded = config.parallel.zero == 1 and sizes[axis] > 1
         grain = ALIGNMENT * (sizes[axis] if sharded else 1)
         piece = piece_bytes // max(BYTES[config.train.dtype], 4)

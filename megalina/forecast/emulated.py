@@ -11,8 +11,9 @@ from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import emulated_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import program_of, ranks_of, rounds_of
+from megalina.forecast.forecast import program_of, rounds_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.parameters import padded_vocab_size
 from megalina.sim.network import Network
 from megalina.sim.virtual import Timeline, simulate_alike

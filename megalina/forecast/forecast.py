@@ -6,7 +6,7 @@ are walked, and the rest take what one more of them adds.  Lists and folded netw
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
 from megalina.forecast.network import network_of
 from megalina.forecast.sent import sizes_of
-from megalina.mesh import rows
+from megalina.layout import ranks_of
 from megalina.parallel.plans import first_plan
 from megalina.parallel.shard import shape_of
 from megalina.parameters import BYTES, padded_vocab_size
@@ -259,13 +259,6 @@ def fits_in(cluster: ClusterConfig, num_bytes: float) -> bool:
 def on_cuda(cluster: ClusterConfig) -> bool:
     """Whether its devices are GPUs, neither emulated ones nor cores."""
     return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
-
-
-def ranks_of(axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
-    """`axes`: ranks along each."""
-    table = rows({name: axes[name] for name in ("edp", "ep", "tp")})
-    row_of = {(axis, rank): row for axis, found in table.items() for row in map(tuple, found) for rank in row}
-    return lambda axis, rank: row_of[axis, rank]
 
 
 def peak_of(config: PretrainConfig) -> float:

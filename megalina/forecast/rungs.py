@@ -14,8 +14,9 @@ from megalina.cost.bucket_specs import bucket_specs
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import fits_in, on_cuda, program_of, ranks_of, rounds_of
+from megalina.forecast.forecast import fits_in, on_cuda, program_of, rounds_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.parallel.plans import PIECE_BYTES
 from megalina.parameters import padded_vocab_size
 from megalina.sim.folding import FoldedLoads

@@ -16,7 +16,7 @@ from megalina.forecast.forecast import memory_limit_bytes
 from megalina.forecast.report import GIB, as_json
 from megalina.forecast.search import Candidate, candidate, ordered
 from megalina.forecast.uneven import Unevenness, forecast_unevenly
-from megalina.mesh import rows
+from megalina.layout import axis_sizes, rows
 from megalina.parallel.plans import first_plan, questions
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.train.packing import allowed_packings, worth_trying
@@ -116,8 +116,7 @@ def trace(path: Path, found: Candidate, world: int) -> None:
     assert found.found is not None
     timeline, parallel = found.found.timeline, found.config.parallel
     walked = len(timeline.recorders)
-    packing = found.plan.packing
-    shape = {"edp": world * packing // (parallel.ep * parallel.tp), "ep": parallel.ep // packing, "tp": parallel.tp}
+    shape = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=found.plan.packing)
     groups = rows(shape) if walked == world else {}  # of a rank that walks for all the others have no lanes
     path.parent.mkdir(parents=True, exist_ok=True)
     write_trace(path, {1: TracedStep([timeline.events(rank) for rank in range(walked)], groups)}, note=TRACE_NOTE)

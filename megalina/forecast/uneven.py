@@ -12,9 +12,10 @@ from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import WALKED, Forecast, Walked, on_cuda, program_of, ranks_of, rounds_of, walked_rounds
+from megalina.forecast.forecast import WALKED, Forecast, Walked, on_cuda, program_of, rounds_of, walked_rounds
 from megalina.forecast.network import network_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.parameters import padded_vocab_size
 from megalina.sim.collectives import Floats
 from megalina.sim.memory import memory_of
@@ -133,9 +134,8 @@ def matrix_of(sizes: Sizes, unevenness: Unevenness) -> Callable[[Instruction, tu
         if instruction.op is not Op.TOKENS or len(ranks) == 1:
             return None
         sent_N = sizes.bytes_of(instruction) * unevenness.share_N(len(ranks))
-        to_experts = (instruction.name == "dispatch") == (instruction.phase == "F")  # backward, combine's gradients go there
         sent_NN = np.tile(sent_N, (len(ranks), 1))
-        return sent_NN if to_experts else sent_NN.T
+        return sent_NN if instruction.outward else sent_NN.T
 
     return of
 

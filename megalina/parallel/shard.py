@@ -61,12 +61,6 @@ def parameter_groups(gpt: nn.Module, shape: Shape) -> dict[str, list[tuple[str, 
     return groups
 
 
-def axis_of_group(group: str) -> str:
-    """The axis of the mesh along which a group's gradients are summed: all ranks that hold copies of it."""
-    kind = group.split(".")[0]
-    return {"experts": "copies", "copied": "world", "ends": "world"}.get(kind, "dp")
-
-
 def _group(name: str, spec: Spec, shape: Shape) -> str:
     if name == "embedding":
         return "embedding"

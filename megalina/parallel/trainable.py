@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
+from megalina.layout import axis_of_group
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
@@ -16,7 +17,7 @@ from megalina.parallel.emulated_device import emulated_device
 from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import StageFunctions, Verdict
 from megalina.parallel.plans import first_plan
-from megalina.parallel.shard import axis_of_group, build_shard, parameter_groups, shape_of
+from megalina.parallel.shard import build_shard, parameter_groups, shape_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import Program

@@ -8,9 +8,10 @@ from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import program_of, ranks_of
+from megalina.forecast.forecast import program_of
 from megalina.forecast.network import network_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.parallel.shard import shape_of
 from megalina.parameters import padded_vocab_size
 from megalina.reenact.models import Model, config_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.mesh import rows
+from megalina.layout import rows
 from megalina.model.gpt import GPT
 from megalina.model.init import Spec, spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording

@@ -22,10 +22,11 @@ from benchmarks.scale_report import (
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import forecast, program_of, ranks_of, rounds_of
+from megalina.forecast.forecast import forecast, program_of, rounds_of
 from megalina.forecast.network import network_of
 from megalina.forecast.rungs import Point, Rung, point_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.parallel.plans import strategy_of
 from megalina.parameters import padded_vocab_size
 from megalina.sim.collectives import Collective

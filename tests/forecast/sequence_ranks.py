@@ -20,8 +20,9 @@ from megalina.config import PretrainConfig, StrategyConfig
 from megalina.cost.stage_bytes import StageBytes
 from megalina.data.source import TokenData, open_data
 from megalina.forecast.counted import Counts
-from megalina.forecast.forecast import program_of, ranks_of, rounds_of
+from megalina.forecast.forecast import program_of, rounds_of
 from megalina.forecast.sent import sizes_of
+from megalina.layout import ranks_of
 from megalina.mesh import Mesh, build_meshes
 from megalina.model.permute import RowOrder
 from megalina.parallel.executor import Functions

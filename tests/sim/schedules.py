@@ -7,8 +7,7 @@ from dataclasses import replace
 from functools import cache
 from random import Random
 
-from megalina.mesh import rows
-from megalina.parallel.shard import axis_of_group
+from megalina.layout import axis_of_group, rows
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds

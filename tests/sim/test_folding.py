@@ -6,8 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from megalina.mesh import rows
-from megalina.parallel.shard import axis_of_group
+from megalina.layout import axis_of_group, rows
 from megalina.sim.collectives import Collective
 from megalina.sim.folding import FoldedLoads
 from megalina.sim.lanes import LITERAL, OURS
