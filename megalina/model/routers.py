@@ -15,15 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalina.config import RouterConfig
+from megalina.config import RouterConfig, choices_of
 from megalina.model.balance import balance_loss
 from megalina.model.capacity import capacity, within_capacity
 from megalina.model.noise import normal
 from megalina.model.selection import best_groups, hashed, highest, taken_by_experts
-
-KINDS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice")
-GROUPS = ("sequence", "micro_batch", "global")
-DROPS = ("position", "probability")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +80,8 @@ class Routing:
 
 def check_router(config: RouterConfig, num_experts: int) -> None:
     """ValueError for settings that contradict each other or would do nothing."""
-    for name, value, known in (("kind", config.kind, KINDS), ("group", config.group, GROUPS), ("drop", config.drop, DROPS)):
-        if value not in known:
+    for name, value in (("kind", config.kind), ("group", config.group), ("drop", config.drop)):
+        if value not in (known := choices_of(RouterConfig, name)):
             raise ValueError(f"router.{name} is {value!r}: choose one of {', '.join(known)}")
     if not 1 <= config.top_k <= num_experts:
         raise ValueError(f"router.top_k is {config.top_k}: choose 1 to {num_experts}, the number of experts")
