@@ -13,6 +13,7 @@ from typing import Any
 from megalina.config import PretrainConfig
 from megalina.parallel.plans import AUTO, strategy_of
 from megalina.step.plan import Plan, plan_of
+from megalina.whole_file import write_whole
 
 PLAN_FILE = "plan.json"  # in a run's folder
 FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they are, a step takes as long
@@ -20,10 +21,8 @@ FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they 
 
 def write_plan(path: Path, config: PretrainConfig, world: int, plan: Plan, *, evidence: str) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
     text = json.dumps({"plan": plan.as_json(), "of": job_of(config, world), "evidence": evidence}, indent=1, allow_nan=False)
-    partial.write_text(text + "\n")
-    partial.rename(path)
+    write_whole(path, text + "\n")
 
 
 def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:

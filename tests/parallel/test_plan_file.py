@@ -109,4 +109,4 @@ def test_the_file_holds_what_people_ask_for(path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["evidence"] == "tried" and found["of"]["world"] == WORLD
     assert read_plan(path)[0] == FOUND
-    assert not list(path.parent.glob("*.partial"))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
