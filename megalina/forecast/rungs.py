@@ -11,18 +11,11 @@ from typing import Any
 
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
-from megalina.cost.stage_bytes import StageBytes
-from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import fits_in, on_cuda, program_of, rounds_of
-from megalina.forecast.sent import sizes_of
-from megalina.layout import ranks_of
+from megalina.forecast.forecast import fits_in
+from megalina.forecast.priced_step import PricedStep
 from megalina.parallel.plans import PIECE_BYTES
-from megalina.parameters import padded_vocab_size
 from megalina.sim.folding import FoldedLoads
-from megalina.sim.memory import memory_of
 from megalina.sim.network import Network
-from megalina.sim.virtual import simulate_alike
 from megalina.step.plan import Plan
 from megalina.step.program import Kind
 from megalina.timeline.contention import summary
@@ -151,25 +144,10 @@ def _pieces(config: PretrainConfig, world: int, *, vocab_size: int) -> list[int]
 
 
 def _walked(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, network: Network) -> Rung | None:
-    cuda = on_cuda(config.cluster)
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes, cuda=cuda)
-    if not fits_in(config.cluster, sum(held.state.values())):
+    step = PricedStep(config, world, plan, vocab_size=vocab_size)
+    if not fits_in(config.cluster, step.state_bytes) or not fits_in(config.cluster, step.peak[0]):
         return None
-    rounds, micro_batches = rounds_of(config, plan, held)
-    program = program_of(config, plan, held, micro_batches=rounds * micro_batches)
-    if not fits_in(config.cluster, memory_of(held, program).peak):
-        return None
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
-    timeline = simulate_alike(
-        program,
-        ranks=world,
-        ranks_of=ranks_of(held.axes),
-        seconds=stage_seconds(config, work),
-        network=network,
-        sizes=sizes_of(config, held),
-        slowest=True,
-    )
+    timeline = step.walk(network)
     found = summary(timeline.events(0), {})
     exposed_s = {name: traffic.exposed_s for name, traffic in found.traffic.items()}
     return Rung(plan, timeline.step_s, found.compute_s, exposed_s)
@@ -177,13 +155,8 @@ def _walked(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, 
 
 def _bounds(config: PretrainConfig, world: int, *, vocab_size: int, network: Network) -> tuple[float, float]:
     """What the device computes, and what the busiest link carries of all ranks, with whole micro-batches and buckets."""
-    plan = Plan("eager")
-    held = StageBytes(config, world, vocab_size=vocab_size)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    program = program_of(config, plan, held, micro_batches=rounds * micro_batches)
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    seconds = stage_seconds(config, StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets))
-    sizes, ranks = sizes_of(config, held), ranks_of(held.axes)
+    step = PricedStep(config, world, Plan("eager"), vocab_size=vocab_size)
+    program, sizes, ranks = step.program, step.sizes, step.ranks_of
     starts = [s for s in program if s.kind is Kind.START and len(ranks(s.axis, 0)) > 1]
     loads = FoldedLoads(network, world, ranks, dict.fromkeys((s.axis, sizes.collective(s)) for s in starts), slowest=True)
     carried = sum(
@@ -192,4 +165,4 @@ def _bounds(config: PretrainConfig, world: int, *, vocab_size: int, network: Net
         for load in loads.of(s.axis, sizes.collective(s), ranks(s.axis, 0))
     )
     link_s = float((carried / loads.capacity_L).max()) if starts else 0.0
-    return sum(map(seconds, program)), link_s
+    return sum(map(step.seconds, program)), link_s

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
-from megalina.forecast.forecast import Forecast, Shared, fits_in, held_by, timed
+from megalina.forecast.forecast import Forecast, fits_in, forecast_of
+from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.parallel.plans import PIECE_BYTES, strategy_of
 from megalina.parameters import BYTES
-from megalina.sim.memory import memory_of, peak_of
 from megalina.step.plan import Plan
 from megalina.validate import check_config
 
@@ -134,17 +134,12 @@ def accepted(config: PretrainConfig, world: int) -> bool:
 
 def candidate(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, shared: Shared | None = None) -> Candidate:
     """Walked in time if it fits."""
-    config, shared = replace(config, strategy=strategy_of(plan, config.strategy)), shared or Shared()
-    held = held_by(config, world, plan, vocab_size=vocab_size)
-    state_bytes = sum(held.state.values())
-    if not fits_in(config.cluster, state_bytes):  # without an activation
-        return Candidate(config, plan, state_bytes, None)
-    program = shared.list_for_memory(config, plan, held)
-    peak_bytes, at = peak_of(held, program)
-    if not fits_in(config.cluster, peak_bytes):
-        return Candidate(config, plan, peak_bytes, None)
-    memory = memory_of(held, program, at=at)
-    return Candidate(config, plan, peak_bytes, timed(config, world, plan, held, memory, vocab_size=vocab_size, shared=shared))
+    config = replace(config, strategy=strategy_of(plan, config.strategy))
+    step = PricedStep(config, world, plan, vocab_size=vocab_size, shared=shared)
+    if not fits_in(config.cluster, step.state_bytes):
+        return Candidate(config, plan, step.state_bytes, None)
+    peak_bytes, _ = step.peak
+    return Candidate(config, plan, peak_bytes, forecast_of(step) if fits_in(config.cluster, peak_bytes) else None)
 
 
 def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from megalina.config import PretrainConfig
-from megalina.forecast.forecast import RESERVED_BYTES, WALKED, Shared, forecast, held_by, program_of, timed
+from megalina.forecast.forecast import RESERVED_BYTES, WALKED, forecast, forecast_of
+from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.forecast.report import load_table, memory_table, timeline_text
 from megalina.forecast.search import EAGER, PLANS, candidate, search
 from megalina.forecast.what_if import under_loads, what_fits
@@ -57,15 +58,12 @@ def test_rounds_that_are_not_walked_take_what_one_more_takes(plan: Plan) -> None
     packed = replace(plan, packing=min(plan.packing, 2), piece_bytes=min(plan.piece_bytes, 2**20))
     base = config_of("train.global_batch_size=96", "parallel.zero=1")
     config = replace(base, strategy=strategy_of(packed, base.strategy))
-    held = held_by(config, WORLD, packed, vocab_size=VOCAB)
-    shared = Shared()
-    short, whole = shared.list_for_memory(config, packed, held), program_of(config, packed, held, micro_batches=6)
-    memory = memory_of(held, short)
-    assert memory.peak == memory_of(held, whole).peak == peak_of(held, whole)[0]
-    few = timed(config, WORLD, packed, held, memory, vocab_size=VOCAB, shared=shared)
+    step = PricedStep(config, WORLD, packed, vocab_size=VOCAB)
+    assert step.memory.peak == memory_of(step.held, step.program).peak == peak_of(step.held, step.program)[0]
+    few = forecast_of(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megalina.forecast.forecast.WALKED", 6)
-        every = timed(config, WORLD, packed, held, memory, vocab_size=VOCAB, shared=shared)
+        every = forecast_of(step)
     assert few.step_s == pytest.approx(every.step_s, rel=1e-3)
     assert few.timeline.step_s < every.timeline.step_s or packed.parts * WALKED >= 6
 
