@@ -106,13 +106,13 @@ def sizes(*, quick: bool) -> Iterator[tuple[str, int, PretrainConfig, int, Plan]
     some, world = (6, 64) if quick else (24, 1024)
     if quick:
         layers, ranks, chunks, pieces = (8, 16, 24, 32), (64, 128), (4, 8, 16, 32), (8, 32, 64, 128)
-    plan = Plan("lina_nopack", chunks="2", yields=True, piece_bytes=16 * MIB)
+    plan = Plan("lina_nopack", chunks=(2,), yields=True, piece_bytes=16 * MIB)
     for count in layers:
         yield "layers", count, config_of(count, world), world, plan
     for count in ranks:
         yield "ranks", count, config_of(some, count), count, plan
     for count in chunks:
-        yield "chunks", count, config_of(some, world), world, replace(plan, chunks=str(count))
+        yield "chunks", count, config_of(some, world), world, replace(plan, chunks=(count,))
     config = config_of(some, world)
     buckets = bucket_specs(config, world, vocab_size=VOCAB)
     layer_bytes = sum(spec.numel for name, spec in buckets.items() if name.endswith(".1")) * 4

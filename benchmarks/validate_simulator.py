@@ -116,11 +116,11 @@ def job_of_case(case: "Case") -> "Job":
 
 def with_configs(rows: "Sequence[Row]") -> "tuple[list[Row], dict[str, PretrainConfig]]":
     """Rows that ran under the plan that their names stand for (a ladder's lina packs as it likes), and by name what they ran."""
-    from megalina.parallel.plans import first_plan
+    from megalina.plan_settings import plan_of
 
     jobs = {case.setting.name: job_of_case(case) for case in dict.fromkeys(row.case for row in rows)}
     configs = {row.name: jobs[row.case.setting.name].configs[row.strategy] for row in rows}
-    plans = {name: str(first_plan(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
+    plans = {name: str(plan_of(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
     return [row for row in rows if plans[row.name] == row.measured["plan"]], configs
 
 

@@ -48,10 +48,10 @@ class VirtualJob:
 
     @property
     def plan(self) -> "Plan":
-        from megalina.parallel.plans import first_plan
+        from megalina.plan_settings import plan_of
         from megalina.train.packing import allowed_packings
 
-        return first_plan(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
+        return plan_of(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
 
     @property
     def setting(self) -> "Setting":
@@ -61,6 +61,7 @@ class VirtualJob:
         from megalina.parallel.shard import parameter_groups, shape_of
         from megalina.parameters import padded_vocab_size
         from megalina.step.program import BucketSpec
+        from megalina.step.strategy import Setting
 
         config, train, plan = self.config, self.config.train, self.plan
         shape = shape_of(config.model, config.router, tp=1, sequence=config.parallel.sequence)
@@ -81,9 +82,10 @@ class VirtualJob:
             sharded = config.parallel.zero == 1 and sizes[axis] > 1
             specs[group] = BucketSpec(numel, axis, sharded, plan.piece_bytes // self._element_bytes or None)
         micro_batches = train.global_batch_size // (train.micro_batch_size * sizes["dp"])
-        return plan.setting(
+        setting = Setting(
             shape, specs, micro_batches=micro_batches, recompute_mode=train.recompute, element_bytes=self._element_bytes
         )
+        return setting.under(plan)
 
     def step(self, program: "Program") -> "Timeline":
         from megalina.parallel.emulated_device import emulated_device

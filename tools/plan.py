@@ -106,8 +106,9 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
     """The layout as it is, under every strategy that it can run."""
     from dataclasses import replace
 
-    from megalina.forecast.search import EAGER, candidate, ordered, plans_of
-    from megalina.parallel.plans import strategy_of
+    from megalina.forecast.search import candidate, ordered, plans_of
+    from megalina.plan_settings import strategy_of
+    from megalina.step.candidates import EAGER
     from megalina.validate import check_config
 
     check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.forecast.priced_step import PricedStep, Shared
-from megalina.parallel.plans import first_plan
+from megalina.plan_settings import plan_of
 from megalina.sim.memory import Memory
 from megalina.sim.virtual import Timeline
 from megalina.step.plan import Plan
@@ -94,7 +94,7 @@ def forecast(
     over the mean, which all ranks then compute; `shared`: what earlier forecasts have made.
 
     ValueError where the cluster's file lacks figures, or the layout does not fit the world."""
-    plan = plan or first_plan(config.strategy, packing=1 if config.strategy.packing == "auto" else int(config.strategy.packing))
+    plan = plan or plan_of(config.strategy)
     return forecast_of(PricedStep(config, world, plan, vocab_size=vocab_size, load=load, shared=shared))
 
 

@@ -36,10 +36,10 @@ class Shared:
         self._programs: dict[Any, Program] = {}
         self._folded: dict[Any, FoldedLoads] = {}
 
-    def program(self, plan: Plan, setting: Setting) -> Program:
-        """The list of a plan."""
-        key = plan, setting.shape, setting.micro_batches, setting.recompute_mode, tuple(setting.buckets.items())
-        program = self._programs.pop(key, None) or training_step(plan.strategy, setting)
+    def program(self, setting: Setting) -> Program:
+        """The list of its plan."""
+        key = setting.plan, setting.shape, setting.micro_batches, setting.recompute_mode, tuple(setting.buckets.items())
+        program = self._programs.pop(key, None) or training_step(setting.plan.strategy, setting)
         self._programs[key] = program
         if len(self._programs) > KEPT_LISTS:
             del self._programs[next(iter(self._programs))]
@@ -95,14 +95,15 @@ class PricedStep:
 
     def listed(self, rounds: int) -> Program:
         """A step of so many rounds."""
-        setting = self.plan.setting(
-            shape_of(self.config.model, self.config.router, tp=self.config.parallel.tp, sequence=self.config.parallel.sequence),
+        config = self.config
+        setting = Setting(
+            shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
             self.held.buckets,
             micro_batches=rounds * self._together,
-            recompute_mode=self.config.train.recompute,
-            element_bytes=max(BYTES[self.config.train.dtype], 4),
+            recompute_mode=config.train.recompute,
+            element_bytes=max(BYTES[config.train.dtype], 4),
         )
-        return self._shared.program(self.plan, setting)
+        return self._shared.program(setting.under(self.plan))
 
     @property
     def list_for_memory(self) -> Program:

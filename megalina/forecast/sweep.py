@@ -17,7 +17,8 @@ from megalina.forecast.report import GIB, as_json
 from megalina.forecast.search import Candidate, candidate, ordered
 from megalina.forecast.uneven import Unevenness, forecast_unevenly
 from megalina.layout import axis_sizes, rows
-from megalina.parallel.plans import first_plan, questions
+from megalina.parallel.plans import questions
+from megalina.plan_settings import plan_of
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.validate import check_config, check_hardware
@@ -62,7 +63,7 @@ def _planned(job: Job) -> Candidate:
     config, world = job.config, job.world
     packings = allowed_packings(config, world)
     packings = worth_trying(config, world, packings, ranks_per_node=config.cluster.ranks_per_node)
-    best = candidate(config, first_plan(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size)
+    best = candidate(config, plan_of(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size)
     for question in questions(config, world, packings=packings):
         plans = [plan for plan in question(best.plan) if plan != best.plan]
         best = ordered([best, *(candidate(config, plan, world, vocab_size=job.vocab_size) for plan in plans)])[0]

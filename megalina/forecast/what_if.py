@@ -7,7 +7,7 @@ from megalina.config import PretrainConfig
 from megalina.forecast.forecast import fits_in
 from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.forecast.search import RECOMPUTE, accepted, divisors, with_recompute
-from megalina.parallel.plans import strategy_of
+from megalina.plan_settings import strategy_of
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program
 

@@ -6,13 +6,13 @@ such as each job of a sweep, or one that must be deterministic.  JSON: the plan,
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalina.config import PretrainConfig
-from megalina.parallel.plans import AUTO, strategy_of
-from megalina.step.plan import Plan, plan_of
+from megalina.plan_settings import AUTO, strategy_of
+from megalina.step.plan import Plan
 from megalina.whole_file import write_whole
 
 PLAN_FILE = "plan.json"  # in a run's folder
@@ -52,10 +52,7 @@ def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
     """A plan and what it is of; ValueError for what isn't one."""
     try:
         found = json.loads(path.read_text())
-        plan, of = plan_of(found["plan"]), dict(found["of"])
-        kinds = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
-        if bad := [name for name, kind in kinds.items() if type(getattr(plan, name)) is not kind]:
-            raise TypeError(f"{bad[0]} is no {kinds[bad[0]].__name__}")
+        plan, of = Plan.from_json(found["plan"]), dict(found["of"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"strategy.plan={path} is no plan of megalina's ({error!r}): take a {PLAN_FILE} from a run's folder"

@@ -23,7 +23,7 @@ from megalina.forecast.forecast import forecast
 from megalina.forecast.network import network_of
 from megalina.forecast.priced_step import PricedStep
 from megalina.forecast.rungs import Point, Rung, point_of
-from megalina.parallel.plans import strategy_of
+from megalina.plan_settings import strategy_of
 from megalina.sim.collectives import Collective
 from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import Loads

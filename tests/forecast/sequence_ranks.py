@@ -24,8 +24,8 @@ from megalina.layout import ranks_of
 from megalina.mesh import Mesh, build_meshes
 from megalina.model.permute import RowOrder
 from megalina.parallel.executor import Functions
-from megalina.parallel.plans import first_plan
 from megalina.parameters import BYTES
+from megalina.plan_settings import plan_of
 from megalina.sim.collectives import Collective, Floats
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
@@ -165,7 +165,7 @@ class Forecasted:
 
 def forecasted(config: PretrainConfig) -> Forecasted:
     packing = config.strategy.packing
-    plan = first_plan(config.strategy, packing=1 if packing == "auto" else int(packing))
+    plan = plan_of(config.strategy, packing=1 if packing == "auto" else int(packing))
     step = PricedStep(config, WORLD, plan, vocab_size=VOCABULARY)
     return Forecasted(step.program, step.sizes, step.held.axes, config.model.d_model * BYTES[config.train.dtype])
 

@@ -15,11 +15,11 @@ from megalina.parallel.shard import shape_of
 from megalina.sim.memory import memory_of
 from megalina.sim.virtual import simulate_alike
 from megalina.step.plan import Plan
-from megalina.step.strategy import training_step
+from megalina.step.strategy import Setting, training_step
 from tools.compare_strategies import composed
 
 WORLD, VOCAB = 8, 512
-PLANS = (Plan("eager"), Plan("lina", chunks="2", yields=True, piece_bytes=2**14, packing=2), Plan("flow", parts=2))
+PLANS = (Plan("eager"), Plan("lina", chunks=(2,), yields=True, piece_bytes=2**14, packing=2), Plan("flow", parts=2))
 CONFIG = composed(
     ["model=tiny", "model.num_experts=8", "cluster=h100_400g", "cluster.nodes=1", "parallel.ep=4", "parallel.tp=2"]
     + ["train.micro_batch_size=2", "train.global_batch_size=32", "train.dtype=bfloat16"]
@@ -32,7 +32,7 @@ def test_it_is_what_one_gets_by_hand(plan: Plan, load: float) -> None:
     numbers = {"packing": plan.packing, "piece_bytes": plan.piece_bytes}
     held = StageBytes(CONFIG, WORLD, vocab_size=VOCAB, skew=load, cuda=True, **numbers)
     shape = shape_of(CONFIG.model, CONFIG.router, tp=2, sequence=True)
-    setting = plan.setting(shape, held.buckets, micro_batches=4, recompute_mode="none", element_bytes=4)
+    setting = Setting(shape, held.buckets, micro_batches=4).under(plan)
     program = training_step(plan.strategy, setting)
     work = StageWork(CONFIG, world=WORLD, vocab_rows=VOCAB, buckets=held.buckets, packing=plan.packing)
     timeline = simulate_alike(

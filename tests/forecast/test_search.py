@@ -9,10 +9,11 @@ from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, WALKED, forecast, forecast_of
 from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.forecast.report import load_table, memory_table, timeline_text
-from megalina.forecast.search import EAGER, PLANS, candidate, search
+from megalina.forecast.search import candidate, search
 from megalina.forecast.what_if import under_loads, what_fits
-from megalina.parallel.plans import strategy_of
+from megalina.plan_settings import strategy_of
 from megalina.sim.memory import memory_of, peak_of
+from megalina.step.candidates import EAGER, OF_A_LAYOUT
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Event
 from tools.compare_strategies import composed
@@ -34,7 +35,7 @@ def with_memory(config: PretrainConfig, **values: Any) -> PretrainConfig:
 
 def test_what_is_shared_changes_nothing() -> None:
     config, shared = config_of("train.global_batch_size=128"), Shared()
-    for plan in (EAGER, Plan("flow", parts=2), EAGER, Plan("lina", chunks="2", packing=2)):
+    for plan in (EAGER, Plan("flow", parts=2), EAGER, Plan("lina", chunks=(2,), packing=2)):
         for micro in (1, 2):
             one = replace(config, train=replace(config.train, micro_batch_size=micro))
             alone, together = (forecast(one, WORLD, vocab_size=VOCAB, plan=plan, shared=s) for s in (None, shared))
@@ -52,7 +53,7 @@ def test_a_search_gives_what_each_candidate_gives_alone_and_the_same_again() -> 
         assert (alone.found and alone.found.walked) == (c.found and c.found.walked)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", OF_A_LAYOUT, ids=str)
 def test_rounds_that_are_not_walked_take_what_one_more_takes(plan: Plan) -> None:
     """Within 0.1% of a step that is walked whole, and no more memory."""
     packed = replace(plan, packing=min(plan.packing, 2), piece_bytes=min(plan.piece_bytes, 2**20))
