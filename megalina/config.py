@@ -117,8 +117,8 @@ class ParallelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class StrategyConfig:
-    # docs/strategies.md explains them; `strategy=NAME` sets the numbers that belong to one too
-    name: str = "eager"  # ddp, eager, serial, fixed, priority, priority_partition, lina_nopack, lina, lina_zero, flow, auto
+    # auto, or a file of conf/strategy (`strategy=NAME` takes its numbers, too); docs/strategies.md explains them
+    name: str = "eager"
     partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
     bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
     # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts

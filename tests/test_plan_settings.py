@@ -26,10 +26,6 @@ def test_candidates_have_the_numbers_of_the_yaml(plan: Plan) -> None:
     assert plan_of(composed([f"strategy={plan.strategy}"]).strategy) == plan
 
 
-def test_every_strategy_has_a_candidate() -> None:
-    assert {plan.strategy for plan in SIMPLEST} == set(STRATEGIES)
-
-
 @pytest.mark.parametrize("plan", [*candidates.OF_A_LAYOUT, *candidates.winners(zero=True)], ids=str)
 def test_what_is_pasted_on_a_command_line_gives_the_plan(plan: Plan) -> None:
     strategy = composed([*overrides_of(plan)]).strategy
