@@ -66,4 +66,5 @@ def overrides_of(plan: Plan) -> tuple[str, ...]:
 def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"'{text}'" if "," in text else text  # else Hydra takes it for a sweep

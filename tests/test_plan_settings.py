@@ -26,7 +26,15 @@ def test_candidates_have_the_numbers_of_the_yaml(plan: Plan) -> None:
     assert plan_of(composed([f"strategy={plan.strategy}"]).strategy) == plan
 
 
-@pytest.mark.parametrize("plan", [*candidates.OF_A_LAYOUT, *candidates.winners(zero=True)], ids=str)
+OTHERS = (
+    replace(candidates.LINA_NOPACK, chunks=(4,)),
+    replace(candidates.LINA, chunks=(1, 2), piece_bytes=4096),
+    replace(candidates.FLOW, parts=4, yields=True, late_layers=4),
+    replace(candidates.DDP, merge_bytes=2**20),
+)
+
+
+@pytest.mark.parametrize("plan", [*candidates.OF_A_LAYOUT, *candidates.winners(zero=True), *OTHERS], ids=str)
 def test_what_is_pasted_on_a_command_line_gives_the_plan(plan: Plan) -> None:
     strategy = composed([*overrides_of(plan)]).strategy
     assert plan_of(strategy) == plan and strategy.windows == "none"
