@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmar
 from benchmarks.replay.report import PAPER, measured, table
 from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
+from megalina.blame import RankFailed
 from megalina.comm.objects import everybodys
 from megalina.config import InferConfig, ModelConfig, RouterConfig
-from megalina.launch import RankFailed, Stopped, run_ranks
+from megalina.launch import Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize

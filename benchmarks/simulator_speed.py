@@ -30,13 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools
 
 from megalina.config import PretrainConfig  # noqa: E402
-from megalina.cost.stage_seconds import stage_seconds  # noqa: E402
-from megalina.cost.stage_work import StageWork  # noqa: E402
-from megalina.forecast.forecast import held_by, program_of, ranks_of  # noqa: E402
+from megalina.cost.bucket_specs import bucket_specs  # noqa: E402
 from megalina.forecast.garbage import few_collections  # noqa: E402
 from megalina.forecast.network import network_of  # noqa: E402
+from megalina.forecast.priced_step import PricedStep  # noqa: E402
 from megalina.forecast.search import plans_of  # noqa: E402
-from megalina.forecast.sent import sizes_of  # noqa: E402
 from megalina.sim.folding import FoldedLoads  # noqa: E402
 from megalina.sim.network import Network  # noqa: E402
 from megalina.sim.virtual import simulate_alike, uses_of  # noqa: E402
@@ -108,16 +106,16 @@ def sizes(*, quick: bool) -> Iterator[tuple[str, int, PretrainConfig, int, Plan]
     some, world = (6, 64) if quick else (24, 1024)
     if quick:
         layers, ranks, chunks, pieces = (8, 16, 24, 32), (64, 128), (4, 8, 16, 32), (8, 32, 64, 128)
-    plan = Plan("lina_nopack", chunks="2", yields=True, piece_bytes=16 * MIB)
+    plan = Plan("lina_nopack", chunks=(2,), yields=True, piece_bytes=16 * MIB)
     for count in layers:
         yield "layers", count, config_of(count, world), world, plan
     for count in ranks:
         yield "ranks", count, config_of(some, count), count, plan
     for count in chunks:
-        yield "chunks", count, config_of(some, world), world, replace(plan, chunks=str(count))
+        yield "chunks", count, config_of(some, world), world, replace(plan, chunks=(count,))
     config = config_of(some, world)
-    held = held_by(config, world, plan, vocab_size=VOCAB)
-    layer_bytes = sum(spec.numel for name, spec in held.buckets.items() if name.endswith(".1")) * 4
+    buckets = bucket_specs(config, world, vocab_size=VOCAB)
+    layer_bytes = sum(spec.numel for name, spec in buckets.items() if name.endswith(".1")) * 4
     for count in pieces:
         yield "pieces", count, config, world, Plan("priority_partition", yields=True, piece_bytes=layer_bytes // count)
 
@@ -131,20 +129,18 @@ def measure(varied: str, value: int, config: PretrainConfig, world: int, plan: P
 
 def step(config: PretrainConfig, world: int, plan: Plan, network: Network) -> tuple[float, float, float, float]:
     """Operations; CPU seconds for list, folding, walk."""
-    held = held_by(config, world, plan, vocab_size=VOCAB)
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * held.axes["dp"])
-    work = StageWork(config, world=world, vocab_rows=VOCAB, buckets=held.buckets, packing=plan.packing)
-    sizes, groups = sizes_of(config, held), ranks_of(held.axes)
+    priced = PricedStep(config, world, plan, vocab_size=VOCAB)
+    sizes = priced.sizes
     moments_s = [time.process_time()]
-    program = program_of(config, plan, held, micro_batches=micro_batches)
+    program = priced.program
     moments_s.append(time.process_time())
-    loads = FoldedLoads(network, world, groups, uses_of(program, sizes), slowest=True)
+    loads = FoldedLoads(network, world, priced.ranks_of, uses_of(program, sizes), slowest=True)
     moments_s.append(time.process_time())
     simulate_alike(
         program,
         ranks=world,
-        ranks_of=groups,
-        seconds=stage_seconds(config, work),
+        ranks_of=priced.ranks_of,
+        seconds=priced.seconds,
         network=network,
         sizes=sizes,
         slowest=True,

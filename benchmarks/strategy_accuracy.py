@@ -32,11 +32,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalina.blame import RankFailed
 from megalina.comm.objects import everybodys
 from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
-from megalina.launch import RankFailed, Stopped, run_ranks
+from megalina.launch import Stopped, run_ranks
 from megalina.step.strategy import STRATEGIES
 from megalina.train.steps import Steps
 from megalina.validate import check_config
@@ -76,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
             setattr(args, name, value)
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-
     from pretrain_gpt_moe import explain
 
     try:
@@ -138,7 +138,6 @@ def packing_path(ep: int) -> tuple[int, ...]:
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A job a seed, checked before a rank starts: what `work` reads.  ValueError, or an error of Hydra, for bad input."""
     from omegaconf import OmegaConf
-
     from pretrain_gpt_moe import check_data
     from tools.compare_strategies import composed
 

@@ -22,16 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FAILED, BAD_INPUT = 1, 2  # exit codes
 
 if TYPE_CHECKING:
+    from tools.compare_strategies import Job
+
     from benchmarks.validation.cases import Case, Row
     from megalina.config import PretrainConfig
-    from tools.compare_strategies import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    from tools.compare_strategies import RanksFailed
+
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
-    from tools.compare_strategies import RanksFailed
 
     try:
         return validate(args)
@@ -88,9 +90,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every case's contest, one after another, each on a cluster of its own."""
+    from tools.compare_strategies import run
+
     from benchmarks.validation.cases import CASES
+    from megalina.cli.compare import note
     from megalina.namespaces import check_host
-    from tools.compare_strategies import note, run
 
     check_host()
     jobs = [job_of_case(case) for case in CASES]
@@ -114,11 +118,11 @@ def job_of_case(case: "Case") -> "Job":
 
 def with_configs(rows: "Sequence[Row]") -> "tuple[list[Row], dict[str, PretrainConfig]]":
     """Rows that ran under the plan that their names stand for (a ladder's lina packs as it likes), and by name what they ran."""
-    from megalina.parallel.plans import first_plan
+    from megalina.plan_settings import plan_of
 
     jobs = {case.setting.name: job_of_case(case) for case in dict.fromkeys(row.case for row in rows)}
     configs = {row.name: jobs[row.case.setting.name].configs[row.strategy] for row in rows}
-    plans = {name: str(first_plan(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
+    plans = {name: str(plan_of(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
     return [row for row in rows if plans[row.name] == row.measured["plan"]], configs
 
 

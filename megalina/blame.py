@@ -1,18 +1,14 @@
 """The blame: which rank a job was lost by, where it was, and what the others say."""
 
-import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 
 from megalina.collective_log import first_difference, name_ranks, read_collectives, read_mirror
 from megalina.rank_files import REFUSED, STOOD_STILL, collectives_path, position_path, traceback_path
+from megalina.rank_process import for_own_reasons, how_it_ended
 
 TAIL_LINES = 40  # of a rank's log
-# What a rank says when another one is gone: it is not the one to blame.
-CONSEQUENCES = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|DistNetworkError|DistBackendError|recvValue failed"
-)
 
 
 class RankFailed(RuntimeError):
@@ -33,15 +29,11 @@ def blame(first: Mapping[int, int], failed: Mapping[int, int], logs: Path, ranks
     if STOOD_STILL in first.values():  # all end together then; one has said why, rank 0 on our stderr
         words = [texts[r] for r, code in failed.items() if code == STOOD_STILL and traceback_path(logs, r).is_file()]
         return RankFailed("\n".join([f"the job of {ranks} rank(s) stood still and was ended", *words[:1]]))
-    own = [rank for rank, text in texts.items() if failed[rank] < 0 or not CONSEQUENCES.search(text[-2000:])]
     # A rank that loses another one in the middle of a message may abort.
-    rank = min(own or failed, key=lambda r: (failed[r] == -signal.SIGABRT, r not in first, r))
+    rank = min(for_own_reasons(failed, texts) or failed, key=lambda r: (failed[r] == -signal.SIGABRT, r not in first, r))
     code, places = failed[rank], {r: read_mirror(position_path(logs, r)) for r in range(ranks)}
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    if code == -signal.SIGKILL:
-        how += " (out of memory?)"
     where = f" in {places[rank]}" if places[rank] else ""
-    lines = [f"rank {rank} of {ranks} {how}{where}; the job was ended"]
+    lines = [f"rank {rank} of {ranks} {how_it_ended(code)}{where}; the job was ended"]
     for place in dict.fromkeys(place for r, place in places.items() if r != rank and place):
         there = [r for r, other in places.items() if r != rank and other == place]
         lines.append(f"{name_ranks(there)} {'was' if len(there) == 1 else 'were'} in {place}")

@@ -1,10 +1,47 @@
-"""The schema of everything in `conf/`: one dataclass a group, one comment a field.
+"""The schema of everything in `conf/`: one dataclass a group; of each field its default, what it may be, and a comment.
 
 Not frozen: Hydra writes into structured configs while it composes.  `OmegaConf.to_object` turns the composed
 config into these once, in main; nothing below main sees a Hydra object.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+Value = TypeVar("Value", int, float, str)
+POSITIVE = 5e-324  # the smallest float above zero
+BELOW_ONE = 1 - 2**-53
+LARGEST_FLOAT = 3e38  # float32 holds no more
+LARGEST_SIZE = 2**31 - 1  # of a dimension
+LARGEST_COUNT = 2**53  # metrics are floats, which count no further
+
+
+def setting(
+    default: Value, *, low: float = 0, high: float | None = None, choices: tuple[str, ...] = (), own: bool = False
+) -> Value:
+    """A field of a schema that is a number from `low` to `high` (None: the largest there may be), or one of `choices`; `own`: or
+    code of one's own, as folder/file.py:Name."""
+    if choices:
+        return field(default=default, metadata={"choices": choices, "own": own})
+    largest = LARGEST_FLOAT if isinstance(default, float) else LARGEST_SIZE
+    return field(default=default, metadata={"low": low, "high": largest if high is None else high})
+
+
+def settings(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be."""
+    assert is_dataclass(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata
+
+
+def choices_of(schema: type, name: str) -> tuple[str, ...]:
+    """What a field may be."""
+    found: tuple[str, ...] = next(f for f in fields(schema) if f.name == name).metadata["choices"]
+    return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -14,138 +51,156 @@ class RunConfig:
 
 @dataclass(slots=True, kw_only=True)
 class LaunchConfig:
-    ranks: int = 1  # local processes to start; ignored under torchrun and Slurm, which say it themselves
+    # local processes to start; ignored under torchrun and Slurm, which say it themselves
+    ranks: int = setting(1, low=1, high=1_000_000)
     dry_run: bool = False  # check the configuration, print layout and sizes, start nothing
-    device: str = "auto"  # auto | cpu | cuda
-    restarts: int = 0  # when a rank is lost, start all again from the newest checkpoint, at most this often
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto: a GPU where there is one
+    # when a rank is lost, start all again from the newest checkpoint, at most this often
+    restarts: int = setting(0, high=LARGEST_COUNT)
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
     name: str = "tiny"  # for logs and reports
-    num_layers: int = 2  # blocks of attention and MLP
-    d_model: int = 64  # width of the residual stream
-    num_heads: int = 4  # query heads
-    num_kv_heads: int = 4  # fewer than num_heads: grouped-query attention
-    head_dim: int = 0  # 0: d_model / num_heads
-    num_experts: int = 4  # routed experts a MoE layer
-    d_ff: int = 128  # hidden width of one routed expert
-    dense_layers_first: int = 0  # this many layers at the bottom have a dense MLP
-    moe_every: int = 1  # after those, every n-th layer is MoE (the last of each n), the others dense
-    dense_d_ff: int = 0  # hidden width of dense layers; 0: top_k x d_ff (as many active parameters as a MoE layer)
-    shared_d_ff: int = 0  # total hidden width of shared experts, which every token visits; 0: none
-    activation: str = "swiglu"  # swiglu | gelu | relu
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-5  # added to the variance
-    positions: str = "rope"  # rope | learned
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-    max_positions: int = 0  # longest sequence; 0: train.seq_len
+    num_layers: int = setting(2, low=1, high=100_000)  # blocks of attention and MLP
+    d_model: int = setting(64, low=1)  # width of the residual stream
+    num_heads: int = setting(4, low=1)  # query heads
+    num_kv_heads: int = setting(4, low=1)  # fewer than num_heads: grouped-query attention
+    head_dim: int = setting(0)  # 0: d_model / num_heads
+    num_experts: int = setting(4, low=1, high=1 << 20)  # routed experts a MoE layer
+    d_ff: int = setting(128, low=1)  # hidden width of one routed expert
+    dense_layers_first: int = setting(0)  # this many layers at the bottom have a dense MLP
+    moe_every: int = setting(1, low=1)  # after those, every n-th layer is MoE (the last of each n), the others dense
+    dense_d_ff: int = setting(0)  # hidden width of dense layers; 0: top_k x d_ff (as many active parameters as a MoE layer)
+    shared_d_ff: int = setting(0)  # total hidden width of shared experts, which every token visits; 0: none
+    activation: str = setting("swiglu", choices=("swiglu", "gelu", "relu"))  # between the matrices of an MLP
+    norm: str = setting("rmsnorm", choices=("rmsnorm", "layernorm"))  # before attention, before the MLP and before the head
+    norm_eps: float = setting(1e-5)  # added to the variance
+    # rope: queries and keys are rotated; learned: an embedding for each position
+    positions: str = setting("rope", choices=("rope", "learned"))
+    rope_theta: float = setting(10000.0, low=POSITIVE)  # base of the rotary wavelengths
+    max_positions: int = setting(0)  # longest sequence; 0: train.seq_len
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     bias: bool = False  # biases in attention and MLPs (experts included)
     tie_embeddings: bool = True  # the output matrix is the token embedding
-    vocab_size: int = 0  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
-    init_std: float = 0.02  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
-    dropout: float = 0.0  # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
+    vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
+    init_std: float = setting(0.02)  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
+    # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
+    dropout: float = setting(0.0, high=BELOW_ONE)
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
 
 
 @dataclass(slots=True, kw_only=True)
 class RouterConfig:
-    kind: str = "topk"  # topk | sigmoid | group_limited | noisy_topk | hash | expert_choice
-    top_k: int = 2  # experts a token (expert_choice: on average)
+    # how tokens and experts choose each other; see the files of conf/router
+    kind: str = setting("topk", choices=("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"), own=True)
+    top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
     renormalize: bool = True  # the selected weights of a token sum to one
-    scale: float = 1.0  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
-    group: str = "sequence"  # tokens that share capacity and balance: sequence | micro_batch | global (balance loss alone)
-    capacity_factor: float = 0.0  # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
-    drop: str = "position"  # position | probability: who is dropped beyond capacity
-    balance_loss: float = 0.01  # weight of the load-balance loss
-    z_loss: float = 0.0  # weight of the router z-loss
-    bias_update_rate: float = 0.0  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
-    num_groups: int = 1  # group_limited: experts are cut into this many groups
-    groups_per_token: int = 1  # group_limited: a token's experts come from this many groups
-    noise_std: float = 0.0  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
+    scale: float = setting(1.0, low=POSITIVE)  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
+    # tokens that share capacity and balance; global: balance loss alone
+    group: str = setting("sequence", choices=("sequence", "micro_batch", "global"))
+    # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
+    capacity_factor: float = setting(0.0, high=1e6)
+    # who is dropped beyond capacity: the last, or the least probable
+    drop: str = setting("position", choices=("position", "probability"))
+    balance_loss: float = setting(0.01)  # weight of the load-balance loss
+    z_loss: float = setting(0.0)  # weight of the router z-loss
+    bias_update_rate: float = setting(0.0)  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
+    num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
+    groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
+    noise_std: float = setting(0.0)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
 
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    tp: int = 1  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
-    ep: int = 1  # expert parallel: experts are cut this many ways; world = edp x ep x tp
+    tp: int = setting(1, low=1)  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
+    ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x tp
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
-    zero: int = 0  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
+    zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
 
 
 @dataclass(slots=True, kw_only=True)
 class StrategyConfig:
-    # docs/strategies.md explains them; `strategy=NAME` sets the numbers that belong to one too
-    name: str = "eager"  # ddp, eager, serial, fixed, priority, priority_partition, lina_nopack, lina, lina_zero, flow, auto
+    # auto, or a file of conf/strategy (`strategy=NAME` takes its numbers, too); docs/strategies.md explains them
+    name: str = "eager"
     partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
-    bucket_mb: float = 0.0  # ddp: neighbouring gradients are sent together once they have so many MiB
-    parts: int = 1  # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
+    bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
+    # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
+    parts: int = setting(1, low=1, high=1024)
     chunks: str = "1"  # pipelining: a MoE layer's rows travel in so many chunks | one number a MoE layer: 1,2,2 | auto
     yields: bool = False  # gradients are held back while tokens are on the wire
-    late_layers: int = 0  # so many MoE layers compute the gradients of their experts' weights after all of backward
-    windows: str = "none"  # auto: at most as many gradients in each gap of the wire as were measured to fit
+    # so many MoE layers compute the gradients of their experts' weights after all of backward
+    late_layers: int = setting(0, high=100_000)
+    # auto: at most as many gradients in each gap of the wire as were measured to fit
+    windows: str = setting("none", choices=("none", "auto"))
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
     plan: str = ""  # with strategy=auto: FILE, the plan.json that a run of the same job has found; nothing is searched
-    packing_memory_gb: float = 0.0  # packed experts of a rank, with gradients and optimizer state, stay below this; 0: no limit
+    # packed experts of a rank, with gradients and optimizer state, stay below this; 0: no limit
+    packing_memory_gb: float = setting(0.0, high=1e9)
 
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    name: str = "adamw"  # adamw | sgd
-    lr: float = 1e-3  # peak learning rate
-    beta1: float = 0.9  # AdamW: decay of the mean of the gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of their squares
-    eps: float = 1e-8  # AdamW: added to the root of that mean
-    weight_decay: float = 0.1  # on matrices; not on norms, biases and embeddings of positions
-    clip_norm: float = 1.0  # gradients are scaled down to this global norm; 0: never
-    implementation: str = "auto"  # auto | torch | apex: NVIDIA Apex's FusedAdam where it is installed and on CUDA
+    name: str = setting("adamw", choices=("adamw", "sgd"))  # which optimizer
+    lr: float = setting(1e-3)  # peak learning rate
+    beta1: float = setting(0.9, high=BELOW_ONE)  # AdamW: decay of the mean of the gradients
+    beta2: float = setting(0.95, high=BELOW_ONE)  # AdamW: decay of the mean of their squares
+    eps: float = setting(1e-8)  # AdamW: added to the root of that mean
+    weight_decay: float = setting(0.1)  # on matrices; not on norms, biases and embeddings of positions
+    clip_norm: float = setting(1.0)  # gradients are scaled down to this global norm; 0: never
+    # apex: NVIDIA's FusedAdam; auto: that one where it is installed and on CUDA
+    implementation: str = setting("auto", choices=("auto", "torch", "apex"))
 
 
 @dataclass(slots=True, kw_only=True)
 class ScheduleConfig:
-    name: str = "cosine"  # cosine | wsd | linear | constant
-    warmup_steps: int = 0  # linear warm-up from 0 in steps ...
-    warmup_tokens: int = 0  # ... or in tokens (only one of the two)
-    min_ratio: float = 0.1  # the last learning rate, as a share of the peak
-    decay_fraction: float = 0.2  # wsd: this share of the steps decays at the end
+    # how the learning rate goes after the warm-up; wsd: warm-up, stable, decay
+    name: str = setting("cosine", choices=("cosine", "wsd", "linear", "constant"))
+    warmup_steps: int = setting(0, high=LARGEST_COUNT)  # linear warm-up from 0 in steps ...
+    warmup_tokens: int = setting(0, high=LARGEST_COUNT)  # ... or in tokens (only one of the two)
+    min_ratio: float = setting(0.1, high=1)  # the last learning rate, as a share of the peak
+    decay_fraction: float = setting(0.2, high=1)  # wsd: this share of the steps decays at the end
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
-    steps: int = 100  # length of the run; schedules span it whatever exit_step says
-    global_batch_size: int = 8  # sequences a step, over all ranks
-    micro_batch_size: int = 2  # sequences a forward pass on one data-parallel rank
-    seq_len: int = 128  # tokens a sequence
-    dtype: str = "float32"  # float32 | bfloat16 (float32 master weights and gradients) | float64
-    seed: int = 1234  # of weights, order of the samples, dropout and noise
-    recompute: str = "none"  # none | selective (attention and experts) | full: activations computed again in backward
-    eval_interval: int = 50  # steps between validations; 0: only at the end
-    eval_sequences: int = 64  # sequences of one validation
+    steps: int = setting(100, low=1, high=LARGEST_COUNT)  # length of the run; schedules span it whatever exit_step says
+    global_batch_size: int = setting(8, low=1, high=1 << 24)  # sequences a step, over all ranks
+    micro_batch_size: int = setting(2, low=1, high=1 << 24)  # sequences a forward pass on one data-parallel rank
+    seq_len: int = setting(128, low=1)  # tokens a sequence
+    # bfloat16: with float32 master weights and gradients
+    dtype: str = setting("float32", choices=("float32", "bfloat16", "float64"))
+    seed: int = setting(1234, high=2**63 - 1)  # of weights, order of the samples, dropout and noise
+    # activations that backward computes again; selective: those of attention and experts
+    recompute: str = setting("none", choices=("none", "selective", "full"))
+    eval_interval: int = setting(50, high=LARGEST_COUNT)  # steps between validations; 0: only at the end
+    eval_sequences: int = setting(64, low=1)  # sequences of one validation
     resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
     init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
-    exit_step: int = 0  # save and stop after this step; 0: run to the end
-    max_minutes: float = 0.0  # save and stop after this time; 0: no limit
+    exit_step: int = setting(0, high=LARGEST_COUNT)  # save and stop after this step; 0: run to the end
+    max_minutes: float = setting(0.0, high=1e9)  # save and stop after this time; 0: no limit
     ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit
     deterministic: bool = False  # only kernels that give the same bits each time (on CPU all do), else an error
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    interval: int = 0  # steps between checkpoints; 0: only at the end
-    keep_last: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints at multiples of this many steps are kept for ever; 0: none
+    interval: int = setting(0, high=LARGEST_COUNT)  # steps between checkpoints; 0: only at the end
+    keep_last: int = setting(2, low=1, high=LARGEST_COUNT)  # newest checkpoints that are kept
+    keep_every: int = setting(0, high=LARGEST_COUNT)  # checkpoints at multiples of this many steps are kept for ever; 0: none
     async_save: bool = False  # write in the background while training goes on
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    kind: str = "stdlib"  # stdlib: source of the interpreter's standard library | prose: its documentation | indexed: .bin/.idx
+    # stdlib: source of the interpreter's standard library; prose: its documentation; indexed: .bin/.idx
+    kind: str = setting("stdlib", choices=("stdlib", "prose", "indexed"))
     prefix: str = ""  # indexed: PREFIX of PREFIX.bin and PREFIX.idx
     blend: list[str] = field(default_factory=list)  # weights and corpora in turn: [0.7, stdlib, 0.3, PREFIX]; instead of prefix
     tokenizer: str = ""  # indexed: sentencepiece .model or Hugging Face tokenizer.json; empty: token ids only, no text samples
-    vocab_size: int = 4096  # stdlib, prose: pieces of the tokenizer that is trained (an upper limit)
+    # stdlib, prose: pieces of the tokenizer that is trained (an upper limit)
+    vocab_size: int = setting(4096, low=1, high=1 << 24)
     split: str = "969,30,1"  # shares of documents for training, validation, test
     cache_dir: str = ".cache/megalina"  # prepared corpora and index files
     reset_positions: bool = True  # positions start anew at document ends
@@ -156,7 +211,7 @@ class DataConfig:
 
 @dataclass(slots=True, kw_only=True)
 class WandbConfig:
-    mode: str = "offline"  # offline | online | disabled
+    mode: str = setting("offline", choices=("offline", "online", "disabled"))  # offline: kept in the run folder, to be sent later
     project: str = "megalina"  # W&B project
     group: str = ""  # runs of one experiment
     tags: list[str] = field(default_factory=list)  # labels to filter by
@@ -167,67 +222,77 @@ class WandbConfig:
 class TrackerConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = True  # event files in the run folder
-    image_interval: int = 100  # steps between expert-load images in W&B; 0: only at the end
-    progress: str = "auto"  # auto: a live bar on a terminal, else a line now and then | plain | none
-    samples: int = 3  # texts that the trained model (of up to 2 G parameters) writes for the report; 0: none
-    sample_tokens: int = 120  # length of each
+    image_interval: int = setting(100, high=LARGEST_COUNT)  # steps between expert-load images in W&B; 0: only at the end
+    # auto: a live bar on a terminal, else a line now and then, as plain does always
+    progress: str = setting("auto", choices=("auto", "plain", "none"))
+    samples: int = setting(3)  # texts that the trained model (of up to 2 G parameters) writes for the report; 0: none
+    sample_tokens: int = setting(120, low=1)  # length of each
 
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
-    spike: str = "none"  # a loss that jumps up: none | skip: no update | rewind: to the last checkpoint, and past the data since
-    window: int = 64  # losses of so many steps are the measure; no verdict before a quarter of them is there
-    threshold: float = 8.0  # a spike is this many robust deviations (1.4826 x median deviation) above the median ...
-    min_rise: float = 0.2  # ... and this many nats
-    max_spikes: int = 10  # more in a row (rewind: more since the last checkpoint was saved) end the run
-    min_entropy: float = 0.3  # a layer whose load has less entropy (1: even) is warned about; 0: never
+    # a loss that jumps up: skip: no update; rewind: to the last checkpoint, and past the data since
+    spike: str = setting("none", choices=("none", "skip", "rewind"))
+    window: int = setting(64, low=8)  # losses of so many steps are the measure; no verdict before a quarter of them is there
+    # a spike is this many robust deviations (1.4826 x median deviation) above the median ...
+    threshold: float = setting(8.0, low=POSITIVE)
+    min_rise: float = setting(0.2)  # ... and this many nats
+    # more in a row (rewind: more since the last checkpoint was saved) end the run
+    max_spikes: int = setting(10, high=LARGEST_COUNT)
+    min_entropy: float = setting(0.3, high=1)  # a layer whose load has less entropy (1: even) is warned about; 0: never
 
 
 @dataclass(slots=True, kw_only=True)
 class HangConfig:
-    timeout_s: float = 120.0  # a step in which a rank stands still for so long ends the job and explains it; 0: never
+    # a step in which a rank stands still for so long ends the job and explains it; 0: never
+    timeout_s: float = setting(120.0, high=1e9)
 
 
 @dataclass(slots=True, kw_only=True)
 class HardwareConfig:
     """What a cluster's devices and links are and how much of them is reached, for simulation.  0: unknown."""
 
-    memory_gib: float = 0.0  # memory of a device
-    memory_gbyte_s: float = 0.0  # bandwidth of that memory
-    memory_efficiency: float = 0.0  # share of it that a kernel reaches which only moves data
-    float32_tflops: float = 0.0  # dense peak of float32 products; of TF32 where they run as such
-    bfloat16_tflops: float = 0.0  # dense peak of bfloat16 products
-    product_efficiency: float = 0.0  # share of the peak that large matrix products reach
-    product_half_size: float = 0.0  # a product with so many rows, or columns, reaches half of what a large one does
+    memory_gib: float = setting(0.0, high=1e9)  # memory of a device
+    memory_gbyte_s: float = setting(0.0, high=1e9)  # bandwidth of that memory
+    memory_efficiency: float = setting(0.0, high=1)  # share of it that a kernel reaches which only moves data
+    float32_tflops: float = setting(0.0, high=1e9)  # dense peak of float32 products; of TF32 where they run as such
+    bfloat16_tflops: float = setting(0.0, high=1e9)  # dense peak of bfloat16 products
+    product_efficiency: float = setting(0.0, high=1)  # share of the peak that large matrix products reach
+    # a product with so many rows, or columns, reaches half of what a large one does
+    product_half_size: float = setting(0.0, high=LARGEST_SIZE)
     product_sizes: list[float] = field(default_factory=list)  # measured, instead: the smallest of rows, columns and depth; rising
     product_shares: list[float] = field(default_factory=list)  # ... and the share of a large product's rate that each reaches
-    attention_efficiency: float = 0.0  # share of the peak that attention's kernel reaches, forward and backward, in model FLOPs
-    kernel_us: float = 0.0  # what each kernel costs besides
-    host_stage_us: float = 0.0  # what the host needs for an instruction: a device with less to do waits for it
+    # share of the peak that attention's kernel reaches, forward and backward, in model FLOPs
+    attention_efficiency: float = setting(0.0, high=1)
+    kernel_us: float = setting(0.0, high=1e9)  # what each kernel costs besides
+    host_stage_us: float = setting(0.0, high=1e9)  # what the host needs for an instruction: a device with less to do waits for it
     host_is_device: bool = False  # on CPU: what the host needs for an instruction, also one that sends or waits, comes on top
-    domain_ranks: int = 0  # devices that fast links join: an NVLink domain, a PCIe host; it may hold several nodes
-    domain_gbyte_s: float = 0.0  # fast link of a device, each way
-    domain_latency_us: float = 0.0  # of a fast link, one way
-    nics_per_node: int = 0  # adapters that cluster.link_gbit is made of; a device reaches the rate of one
-    oversubscription: float = 0.0  # of the switches between nodes: 1: all links at full rate; 2: half of them
-    collective_efficiency: float = 0.0  # share of a link's rate that collectives reach
+    # devices that fast links join: an NVLink domain, a PCIe host; it may hold several nodes
+    domain_ranks: int = setting(0, high=1_000_000)
+    domain_gbyte_s: float = setting(0.0, high=1e9)  # fast link of a device, each way
+    domain_latency_us: float = setting(0.0, high=1e9)  # of a fast link, one way
+    # adapters that cluster.link_gbit is made of; a device reaches the rate of one
+    nics_per_node: int = setting(0, high=1_000_000)
+    oversubscription: float = setting(0.0, high=1e9)  # of the switches between nodes: 1: all links at full rate; 2: half of them
+    collective_efficiency: float = setting(0.0, high=1)  # share of a link's rate that collectives reach
 
 
 @dataclass(slots=True, kw_only=True)
 class ClusterConfig:
     name: str = "local"  # for logs and reports
-    peak_tflops: float = 0.0  # dense peak of one device in the run's dtype, for MFU; 0: looked up (GPU) or measured (CPU)
-    timeout_s: float = 600.0  # a collective that takes longer ends the job
-    nodes: int = 0  # what the cluster is made of: emulated by tools/emulate_cluster.py --like NAME; 0: unknown
-    ranks_per_node: int = 0  # devices of a node; 0: unknown
-    link_gbit: float = 0.0  # link of a node, each way; 0: unknown
-    latency_us: float = 0.0  # of a link, one way
-    device_gflops: float = 0.0  # emulated device: what it reaches in attention and experts; 0: no such device
-    attention_ms: float = 0.0  # emulated device: forward of a layer's attention, for a whole micro-batch
-    experts_ms: float = 0.0  # emulated device: forward of a layer's experts, for a whole micro-batch
-    kernel_floor_ms: float = (
-        0.0  # emulated device: what an instruction costs besides its share; 0: 2% of the whole micro-batch's time
-    )
+    # dense peak of one device in the run's dtype, for MFU; 0: looked up (GPU) or measured (CPU)
+    peak_tflops: float = setting(0.0)
+    timeout_s: float = setting(600.0, low=POSITIVE, high=1e9)  # a collective that takes longer ends the job
+    # what the cluster is made of: emulated by tools/emulate_cluster.py --like NAME; 0: unknown
+    nodes: int = setting(0, high=1_000_000)
+    ranks_per_node: int = setting(0, high=1_000_000)  # devices of a node; 0: unknown
+    link_gbit: float = setting(0.0, high=1e9)  # link of a node, each way; 0: unknown
+    latency_us: float = setting(0.0, high=1e9)  # of a link, one way
+    device_gflops: float = setting(0.0, high=1e15)  # emulated device: what it reaches in attention and experts; 0: no such device
+    attention_ms: float = setting(0.0, high=1e9)  # emulated device: forward of a layer's attention, for a whole micro-batch
+    experts_ms: float = setting(0.0, high=1e9)  # emulated device: forward of a layer's experts, for a whole micro-batch
+    # emulated device: what an instruction costs besides its share; 0: 2% of the whole micro-batch's time
+    kernel_floor_ms: float = setting(0.0, high=1e9)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
@@ -262,10 +327,10 @@ class ProfileConfig:
     """A sample of routing that is saved with each checkpoint, for serving to start from."""
 
     record: bool = False  # checkpoints get a routing.npz once the balance loss is stable; not with expert choice or capacity
-    tokens: int = 16384  # at most so many, from all ranks together
-    last_steps: int = 8  # they are of the last so many steps before the checkpoint
-    window: int = 20  # the balance loss is stable when its mean over so many steps ...
-    stable_change: float = 0.02  # ... differs by at most this share from the mean over as many steps before
+    tokens: int = setting(16384, low=1, high=1 << 24)  # at most so many, from all ranks together
+    last_steps: int = setting(8, low=1, high=1_000_000)  # they are of the last so many steps before the checkpoint
+    window: int = setting(20, low=1, high=1_000_000)  # the balance loss is stable when its mean over so many steps ...
+    stable_change: float = setting(0.02, high=1e9)  # ... differs by at most this share from the mean over as many steps before
 
 
 @dataclass(slots=True, kw_only=True)

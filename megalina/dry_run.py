@@ -2,49 +2,42 @@
 
 from collections.abc import Sequence
 
-from megalina.blocks.counts import ParameterCounts, count_parameters
+from megalina.blocks.counts import count_parameters
 from megalina.config import PretrainConfig
-from megalina.parameters import BYTES, padded_vocab_size
+from megalina.cost.stage_bytes import StageBytes
+from megalina.layout import rows
+from megalina.parameters import padded_vocab_size
 
+SHOWN_AXES = ("tp", "ep", "edp", "dp")
 SHOWN_GROUPS = 4  # of each axis
-
-
-def axis_groups(world: int, *, tp: int, ep: int) -> dict[str, list[list[int]]]:
-    """The ranks of every group of each axis; world = edp x ep x tp with tp innermost."""
-    edp = world // (tp * ep)
-    dp = edp * ep
-    return {
-        "tp": [[d * tp + t for t in range(tp)] for d in range(dp)],
-        "ep": [[(x * ep + e) * tp + t for e in range(ep)] for x in range(edp) for t in range(tp)],
-        "edp": [[(x * ep + e) * tp + t for x in range(edp)] for e in range(ep) for t in range(tp)],
-        "dp": [[d * tp + t for d in range(dp)] for t in range(tp)],
-    }
+STATE = ("gradients", "master weights", "moments")  # of a rank, besides its weights
 
 
 def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     """`vocab_size`: pieces of the tokenizer, before padding."""
     packing = 1 if config.strategy.packing == "auto" else int(config.strategy.packing)
-    tp, ep = config.parallel.tp, config.parallel.ep // packing
     train, router = config.train, config.router
-    edp, dp = world // (tp * ep), world // tp
-    rows = padded_vocab_size(vocab_size, tp)
-    counts = count_parameters(config.model, router, vocab_size=rows, seq_len=train.seq_len)
+    held = StageBytes(config, world, vocab_size=vocab_size, packing=packing)
+    tp, ep, edp, dp = (held.axes[name] for name in ("tp", "ep", "edp", "dp"))
+    words = padded_vocab_size(vocab_size, tp)
+    counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)
     micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
     tokens = train.global_batch_size * train.seq_len
     lines = [
         f"model      {config.model.name}: {config.model.num_layers} layers, {counts.num_moe_layers} of them MoE, "
-        f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {rows:,}",
+        f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {words:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
         f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
         f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
     ]
-    for name, groups in axis_groups(world, tp=tp, ep=ep).items():
+    groups_of = rows(held.axes)
+    for name in SHOWN_AXES:
+        groups = groups_of[name]
         lines.append(f"  {name:<8} {len(groups)} x {len(groups[0])} ranks: {_some(groups)}")
-    weights, state = _bytes_a_rank(counts, config, world, ep)
     lines += [
-        f"a rank     {counts.num_experts // ep} experts a layer; {_size(weights)} of weights, "
-        f"{_size(state)} of gradients and optimizer, activations come on top",
+        f"a rank     {counts.num_experts // ep} experts a layer; {_size(held.state['weights'])} of weights, "
+        f"{_size(sum(held.state[what] for what in STATE))} of gradients and optimizer, activations come on top",
         f"a step     {train.global_batch_size} sequences x {train.seq_len} = {tokens:,} tokens: "
         f"{micro_batches} x {train.micro_batch_size} sequences on each of {dp} data-parallel ranks",
         f"the run    {train.steps:,} steps = {train.steps * tokens:,} tokens, "
@@ -53,19 +46,6 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"run.dir    {config.run.dir}",
     ]
     return "\n".join(lines)
-
-
-def _bytes_a_rank(counts: ParameterCounts, config: PretrainConfig, world: int, ep: int) -> tuple[int, int]:
-    """Bytes of weights, and of gradients, master weights and moments; norms and routers, which tp doesn't cut, are neglected."""
-    tp = config.parallel.tp
-    dense = (counts.embedding + counts.dense) // tp
-    experts = counts.num_moe_layers * counts.num_experts // ep * counts.expert
-    width = BYTES[config.train.dtype]
-    main = max(width, 4)  # gradients, master weights and moments are never below float32
-    copies = (2 if config.optim.name == "adamw" else 0) + (1 if width < 4 else 0)
-    shards = (world // tp, world // (tp * ep)) if config.parallel.zero else (1, 1)
-    state = (dense + experts) * main + copies * main * (dense // shards[0] + experts // shards[1])
-    return (dense + experts) * width, state
 
 
 def _some(groups: Sequence[Sequence[int]]) -> str:

@@ -3,7 +3,6 @@
 Under torchrun or Slurm the ranks are there already; `joined` says which one this process is.
 """
 
-import ctypes
 import os
 import random
 import re
@@ -14,16 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalina import rank_process
 from megalina.blame import RankFailed, blame
 from megalina.rank_files import files_of
+from megalina.rank_process import GRACE_S
 
 POLL_S = 0.05
-GRACE_S = 1.0  # after a failure the other ranks have this long to end by themselves, then they are killed
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(RuntimeError):
@@ -125,7 +124,7 @@ def run_ranks(command: Sequence[str], *, ranks: int, logs: Path) -> None:
             if received:
                 raise Stopped(received[0])
         finally:
-            _kill(processes)
+            rank_process.kill(processes)
 
 
 def run_with_restarts(
@@ -173,31 +172,7 @@ def _start(command: Sequence[str], rank: int, ranks: int, port: int, logs: Path)
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve on a laptop
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    with ExitStack() as stack:
-        log = None if rank == 0 else stack.enter_context(open(logs / f"rank_{rank}.log", "wb"))
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; a rank's own children can be ended with it
-            preexec_fn=_die_with_parent(),
-        )
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For the child between fork and exec: it is killed when we die, even by SIGKILL.  Linux only."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def arm() -> None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl
-            os._exit(1)
-
-    return arm
+    return rank_process.start(command, environment, None if rank == 0 else logs / f"rank_{rank}.log")
 
 
 @contextmanager
@@ -245,17 +220,6 @@ def _others(processes: "Sequence[subprocess.Popen[bytes]]") -> dict[int, int]:
         time.sleep(POLL_S)
     codes = {rank: process.poll() for rank, process in enumerate(processes)}
     return {rank: code for rank, code in codes.items() if code}
-
-
-def _kill(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
-    """Kills what is left of every rank and of its children."""
-    for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # nothing of it is left
-        finally:
-            process.wait()
 
 
 def free_port() -> int:

@@ -9,16 +9,15 @@ Packing k gives each rank k times the experts: ep is cut to ep / k, edp grows to
 of an ep group are neighbours, so a group that is small enough lies inside a node.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from megalina.collective_log import CollectiveLog
 from megalina.groups import new_group
+from megalina.layout import axis_sizes, rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +73,6 @@ class Mesh:
         return {"edp": self.edp.size // self.packing, "ep": self.ep.size * self.packing, "tp": self.tp.size}
 
 
-def rows(shape: dict[str, int]) -> dict[str, list[list[int]]]:
-    """The rows of global ranks along each axis, for `shape` {"edp": .., "ep": .., "tp": ..}; needs no process group."""
-    grid = torch.arange(shape["edp"] * shape["ep"] * shape["tp"]).view(shape["edp"], shape["ep"], shape["tp"])
-
-    def along(*dims: int) -> list[list[int]]:
-        others = [d for d in range(3) if d not in dims]
-        size = math.prod(grid.shape[d] for d in dims)
-        return grid.permute(*others, *dims).reshape(-1, size).tolist()
-
-    return {
-        "world": along(0, 1, 2),
-        "tp": along(2),
-        "ep": along(1),
-        "counts": along(1),
-        "edp": along(0),
-        "dp": along(0, 1),
-        "copies": along(0, 2),
-    }
-
-
 def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> Mesh:
     """Cut the world that `torch.distributed` was initialised with (or the single process, if it was not).
 
@@ -108,11 +87,7 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
 
     ValueError, too, where a packing does not divide ep."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world % (tp * ep):
-        raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
-    for packing in packings:
-        if ep % packing:
-            raise ValueError(f"packing ({packing}) must divide ep ({ep})")
+    tables = {packing: rows(axis_sizes(world, tp=tp, ep=ep, packing=packing)) for packing in packings}
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     log = CollectiveLog(me)
@@ -127,9 +102,8 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
         return mine
 
     meshes = {}
-    for packing in packings:
-        tables = rows({"edp": world // (tp * ep) * packing, "ep": ep // packing, "tp": tp})
+    for packing, found in tables.items():
         for name in ("world", "tp", "dp"):  # no packing changes them
-            shared[name] = shared.get(name) or axis(name, tables[name], 1)
-        meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in tables.items()})
+            shared[name] = shared.get(name) or axis(name, found[name], 1)
+        meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in found.items()})
     return meshes

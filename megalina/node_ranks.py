@@ -1,6 +1,5 @@
 """The ranks of a command on the nodes of an emulated cluster: started together, ended together, the first failure named."""
 
-import ctypes
 import itertools
 import os
 import select
@@ -8,14 +7,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megalina.blame import CONSEQUENCES, TAIL_LINES
-from megalina.launch import GRACE_S, PR_SET_PDEATHSIG, Stopped, rank_environment
+from megalina.blame import TAIL_LINES
+from megalina.launch import Stopped, rank_environment
+from megalina.rank_process import GRACE_S, for_own_reasons, how_it_ended, kill, start
 
 MASTER_PORT = 29500  # every cluster has its own ports
 STOP_S = 10.0  # after a signal the ranks have this long to save, then they are killed
@@ -51,7 +51,7 @@ def run_on_nodes(
             place = environment(node, local, nodes=len(nodes), ranks_per_node=ranks_per_node)
             out = stream if not ranks else logs / f"rank_{len(ranks)}.log"
             cores = cores_of(node, len(nodes), sorted(os.sched_getaffinity(0)))
-            ranks.append(_start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out, cores))
+            ranks.append(start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out, cores=cores))
         failed = _failures(ranks, timeout_s)
         if not failed and any(process.returncode is None for process in ranks):
             left = [rank for rank, process in enumerate(ranks) if process.returncode is None]
@@ -63,11 +63,8 @@ def run_on_nodes(
         _failures(ranks, STOP_S, grace_s=STOP_S)
         raise
     finally:
-        for process in ranks:
-            process.kill()
+        kill(ranks)
         kill_in(nodes)
-        for process in ranks:
-            process.wait()
 
 
 def address(node: int) -> str:
@@ -117,37 +114,6 @@ def call(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
-def _start(
-    command: Sequence[str], environ: Mapping[str, str], out: IO[str] | Path | None, cores: Sequence[int]
-) -> "subprocess.Popen[bytes]":
-    with ExitStack() as stack:
-        file = stack.enter_context(open(out, "wb")) if isinstance(out, Path) else out
-        return subprocess.Popen(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,  # a terminal's Ctrl-C reaches us alone
-            preexec_fn=_die_with_us(cores),
-        )
-
-
-def _die_with_us(cores: Sequence[int]) -> Callable[[], None]:
-    """For the child between fork and exec: it stays on these cores, and is killed when we end, even by SIGKILL.
-
-    Linux takes the *thread* that has forked for the parent, so ranks must be started by the thread that waits for them."""
-    prctl, us = ctypes.CDLL(None).prctl, os.getpid()
-
-    def arm() -> None:
-        os.sched_setaffinity(0, cores)
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != us:  # we had ended before prctl
-            os._exit(1)
-
-    return arm
-
-
 def _failures(ranks: "Sequence[subprocess.Popen[bytes]]", timeout_s: float, grace_s: float = GRACE_S) -> list[int]:
     """Waits until all have ended, or for `timeout_s`, but only `grace_s` longer after the first failure: those that failed,
     in the order of their ends.
@@ -180,13 +146,10 @@ def _blamed(codes: Mapping[int, int], world: int, logs: Path) -> Outcome:
         return Outcome(0)
     # What rank 0 wrote is on the user's screen.
     tails = {r: (logs / f"rank_{r}.log").read_text(errors="replace").splitlines()[-TAIL_LINES:] if r else [] for r in codes}
-    own = [rank for rank, lines in tails.items() if codes[rank] < 0 or not CONSEQUENCES.search("\n".join(lines)[-2000:])]
+    own = for_own_reasons(codes, {rank: "\n".join(lines) for rank, lines in tails.items()})
     shown = (own or list(codes))[:2]
     lines = []
     for rank in shown:
-        code = codes[rank]
-        how = f"failed with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-        how += " (out of memory?)" if code == -signal.SIGKILL else ""
-        lines += [f"rank {rank} of {world} {how}", *(f"[rank {rank}] {line}" for line in tails[rank])]
+        lines += [f"rank {rank} of {world} {how_it_ended(codes[rank])}", *(f"[rank {rank}] {line}" for line in tails[rank])]
     code = codes[shown[0]]
     return Outcome(code if code > 0 else 128 - code, "\n".join(lines))

@@ -7,145 +7,21 @@ import difflib
 import math
 import netrc
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
 from megalina.blocks.model import check_layer
-from megalina.blocks.routers import KINDS, check_router, kind_of
-from megalina.config import ClusterConfig, DataConfig, PretrainConfig
+from megalina.blocks.reference import is_reference
+from megalina.blocks.routers import check_router, kind_of
+from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, settings
 from megalina.parameters import is_moe_layer
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
 
 MAX_RANKS_A_CORE = 64
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "launch.device": ("auto", "cpu", "cuda"),
-    "model.activation": ("swiglu", "gelu", "relu"),
-    "model.norm": ("rmsnorm", "layernorm"),
-    "model.positions": ("rope", "learned"),
-    "router.kind": tuple(KINDS),
-    "router.group": ("sequence", "micro_batch", "global"),
-    "router.drop": ("position", "probability"),
-    "strategy.name": (*STRATEGIES, "auto"),
-    "strategy.windows": ("none", "auto"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.implementation": ("auto", "torch", "apex"),
-    "schedule.name": ("cosine", "wsd", "linear", "constant"),
-    "train.dtype": ("float32", "bfloat16", "float64"),
-    "train.recompute": ("none", "selective", "full"),
-    "guard.spike": ("none", "skip", "rewind"),
-    "data.kind": ("stdlib", "prose", "indexed"),
-    "tracker.wandb.mode": ("offline", "online", "disabled"),
-    "tracker.progress": ("auto", "plain", "none"),
-}
-
-# Smallest and largest value; every number of the schema has a row.
-POSITIVE = 5e-324  # the smallest float above zero
-LARGEST_FLOAT = 3e38  # float32 holds no more
-LARGEST_SIZE = 2**31 - 1  # of a dimension
-LARGEST_COUNT = 2**53  # metrics are floats, which count no further
-RANGES: dict[str, tuple[float, float]] = {
-    "launch.ranks": (1, 1_000_000),
-    "launch.restarts": (0, LARGEST_COUNT),
-    "model.num_layers": (1, 100_000),
-    "model.d_model": (1, LARGEST_SIZE),
-    "model.num_heads": (1, LARGEST_SIZE),
-    "model.num_kv_heads": (1, LARGEST_SIZE),
-    "model.head_dim": (0, LARGEST_SIZE),
-    "model.num_experts": (1, 1 << 20),
-    "model.d_ff": (1, LARGEST_SIZE),
-    "model.dense_layers_first": (0, LARGEST_SIZE),
-    "model.moe_every": (1, LARGEST_SIZE),
-    "model.dense_d_ff": (0, LARGEST_SIZE),
-    "model.shared_d_ff": (0, LARGEST_SIZE),
-    "model.norm_eps": (0, LARGEST_FLOAT),
-    "model.rope_theta": (POSITIVE, LARGEST_FLOAT),
-    "model.max_positions": (0, LARGEST_SIZE),
-    "model.vocab_size": (0, LARGEST_SIZE),
-    "model.init_std": (0, LARGEST_FLOAT),
-    "model.dropout": (0, 1 - 2**-53),
-    "router.top_k": (1, LARGEST_SIZE),
-    "router.scale": (POSITIVE, LARGEST_FLOAT),
-    "router.capacity_factor": (0, 1e6),
-    "router.balance_loss": (0, LARGEST_FLOAT),
-    "router.z_loss": (0, LARGEST_FLOAT),
-    "router.bias_update_rate": (0, LARGEST_FLOAT),
-    "router.num_groups": (1, LARGEST_SIZE),
-    "router.groups_per_token": (1, LARGEST_SIZE),
-    "router.noise_std": (0, LARGEST_FLOAT),
-    "parallel.tp": (1, LARGEST_SIZE),
-    "parallel.ep": (1, LARGEST_SIZE),
-    "parallel.zero": (0, 1),
-    "strategy.bucket_mb": (0, 1e9),
-    "strategy.parts": (1, 1024),
-    "strategy.late_layers": (0, 100000),
-    "strategy.packing_memory_gb": (0, 1e9),
-    "optim.lr": (0, LARGEST_FLOAT),
-    "optim.beta1": (0, 1 - 2**-53),
-    "optim.beta2": (0, 1 - 2**-53),
-    "optim.eps": (0, LARGEST_FLOAT),
-    "optim.weight_decay": (0, LARGEST_FLOAT),
-    "optim.clip_norm": (0, LARGEST_FLOAT),
-    "schedule.warmup_steps": (0, LARGEST_COUNT),
-    "schedule.warmup_tokens": (0, LARGEST_COUNT),
-    "schedule.min_ratio": (0, 1),
-    "schedule.decay_fraction": (0, 1),
-    "train.steps": (1, LARGEST_COUNT),
-    "train.global_batch_size": (1, 1 << 24),
-    "train.micro_batch_size": (1, 1 << 24),
-    "train.seq_len": (1, LARGEST_SIZE),
-    "train.seed": (0, 2**63 - 1),
-    "train.eval_interval": (0, LARGEST_COUNT),
-    "train.eval_sequences": (1, LARGEST_SIZE),
-    "train.exit_step": (0, LARGEST_COUNT),
-    "train.max_minutes": (0, 1e9),
-    "checkpoint.interval": (0, LARGEST_COUNT),
-    "checkpoint.keep_last": (1, LARGEST_COUNT),
-    "checkpoint.keep_every": (0, LARGEST_COUNT),
-    "data.vocab_size": (1, 1 << 24),
-    "guard.window": (8, LARGEST_SIZE),
-    "guard.threshold": (POSITIVE, LARGEST_FLOAT),
-    "guard.min_rise": (0, LARGEST_FLOAT),
-    "guard.max_spikes": (0, LARGEST_COUNT),
-    "guard.min_entropy": (0, 1),
-    "hang.timeout_s": (0, 1e9),
-    "tracker.image_interval": (0, LARGEST_COUNT),
-    "tracker.samples": (0, LARGEST_SIZE),
-    "tracker.sample_tokens": (1, LARGEST_SIZE),
-    "cluster.peak_tflops": (0, LARGEST_FLOAT),
-    "cluster.timeout_s": (POSITIVE, 1e9),
-    "cluster.nodes": (0, 1_000_000),
-    "cluster.ranks_per_node": (0, 1_000_000),
-    "cluster.link_gbit": (0, 1e9),
-    "cluster.latency_us": (0, 1e9),
-    "cluster.device_gflops": (0, 1e15),
-    "cluster.attention_ms": (0, 1e9),
-    "cluster.experts_ms": (0, 1e9),
-    "cluster.kernel_floor_ms": (0, 1e9),
-    "cluster.hardware.memory_gib": (0, 1e9),
-    "cluster.hardware.memory_gbyte_s": (0, 1e9),
-    "cluster.hardware.memory_efficiency": (0, 1),
-    "cluster.hardware.float32_tflops": (0, 1e9),
-    "cluster.hardware.bfloat16_tflops": (0, 1e9),
-    "cluster.hardware.product_efficiency": (0, 1),
-    "cluster.hardware.product_half_size": (0, LARGEST_SIZE),
-    "cluster.hardware.attention_efficiency": (0, 1),
-    "cluster.hardware.kernel_us": (0, 1e9),
-    "cluster.hardware.host_stage_us": (0, 1e9),
-    "cluster.hardware.domain_ranks": (0, 1_000_000),
-    "cluster.hardware.domain_gbyte_s": (0, 1e9),
-    "cluster.hardware.domain_latency_us": (0, 1e9),
-    "cluster.hardware.nics_per_node": (0, 1_000_000),
-    "cluster.hardware.oversubscription": (0, 1e9),
-    "cluster.hardware.collective_efficiency": (0, 1),
-    "profile.tokens": (1, 1 << 24),
-    "profile.last_steps": (1, 1_000_000),
-    "profile.window": (1, 1_000_000),
-    "profile.stable_change": (0, 1e9),
-}
+AUTO = "auto"  # strategy.name: measured steps choose one
 
 # What a simulation must know of a cluster's links, and of its devices unless they are emulated.
 NEEDED_OF_LINKS = ("nodes", "ranks_per_node", "link_gbit", "nics_per_node", "oversubscription", "collective_efficiency")
@@ -183,17 +59,15 @@ def check_hardware(cluster: ClusterConfig) -> None:
     An emulated device has times of its own and needs nothing but its links."""
     where, hardware = f"conf/cluster/{cluster.name}.yaml", cluster.hardware
     emulated = cluster.device_gflops or cluster.attention_ms
-    for key, (low, high) in RANGES.items():
-        head, _, name = key.rpartition(".")
-        if head not in ("cluster", "cluster.hardware"):
+    for key, value, may_be in settings(cluster):
+        if "low" not in may_be:
             continue
-        value = getattr(cluster if head == "cluster" else hardware, name)
+        low, high, name = may_be["low"], may_be["high"], key.rpartition(".")[2]
         needed = name in NEEDED_OF_LINKS or (not emulated and name in NEEDED_OF_DEVICES)
-        field = name if head == "cluster" else f"hardware.{name}"
         if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{where}: {field} is {value:g}, which must be from {low:g} to {high:g}: correct it")
+            raise ValueError(f"{where}: {key} is {value:g}, which must be from {low:g} to {high:g}: correct it")
         if needed and not value:
-            raise ValueError(f"{where}: {field} is 0, which stands for unknown, and a simulation needs it: give it")
+            raise ValueError(f"{where}: {key} is 0, which stands for unknown, and a simulation needs it: give it")
     if hardware.oversubscription and hardware.oversubscription < 1:
         raise ValueError(
             f"{where}: hardware.oversubscription is {hardware.oversubscription:g}, which must be at least 1 "
@@ -317,22 +191,33 @@ def value_at(config: object, key: str) -> object:
 
 
 def _check_choices(config: PretrainConfig) -> None:
-    for key, choices in CHOICES.items():
-        value = str(value_at(config, key))
-        if value not in choices:
-            raise ValueError(f"{key}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+    _check_choice("strategy.name", config.strategy.name, (*STRATEGIES, AUTO))
+    for key, value, may_be in settings(config):
+        if "choices" in may_be:
+            if not (may_be["own"] and is_reference(str(value))):
+                _check_choice(key, value, may_be["choices"])
+
+
+def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    if str(value) not in choices:
+        raise ValueError(f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
 def _check_numbers(config: PretrainConfig) -> None:
-    for key, (low, high) in RANGES.items():
-        value = value_at(config, key)
-        assert isinstance(value, int | float)
+    for key, value, may_be in settings(config):
+        if "low" not in may_be:
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} must be a finite number")
-        if not low <= value <= high:
-            least = "above 0" if low == POSITIVE else f"at least {low:g}"
-            most = " and below 1" if 1 - 1e-9 < high < 1 else f" and at most {int(high) if 1 <= high < 1e16 else high}"
-            raise ValueError(f"{key}={value} must be {least}{most}")
+        if not may_be["low"] <= value <= may_be["high"]:
+            raise ValueError(f"{key}={value} must be {in_words(may_be['low'], may_be['high'])}")
+
+
+def in_words(low: float, high: float) -> str:
+    """Bounds for people: "at least 0 and below 1"."""
+    least = "above 0" if low == POSITIVE else f"at least {low:g}"
+    most = "below 1" if high == BELOW_ONE else f"at most {int(high) if 1 <= high < 1e16 else high}"
+    return f"{least} and {most}"
 
 
 def _check_model(config: PretrainConfig) -> None:

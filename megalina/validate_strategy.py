@@ -4,7 +4,9 @@ from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.routers import kind_of
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parameters import is_moe_layer
-from megalina.step.strategy import chunks_of
+from megalina.plan_settings import AUTO, plan_of, settings_of
+from megalina.step import candidates
+from megalina.step.plan import Plan, chunks_text
 
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
@@ -13,67 +15,102 @@ USED_BY = {
     "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero"),
 }
 WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow")  # those that can keep gradients in gaps
-PACKED = ("lina", "flow", "lina_zero", "auto")  # strategies that packing is a part of; the others are what they are held against
+PACKED = (*candidates.PACKED, AUTO)
 
 
 def check_strategy(config: PretrainConfig, world: int) -> None:
     """ValueError for the first mistake.  Layout and batch are known to be right."""
-    strategy, train, tp = config.strategy, config.train, config.parallel.tp
-    size = strategy.partition_bytes
-    if not (size in ("0", "auto") or (size.isdecimal() and len(size) <= 12 and int(size) >= SMALLEST_PIECE_BYTES)):
-        shown = size if len(size) <= 20 else f"{size[:20]}..."
-        raise ValueError(
-            f"strategy.partition_bytes={shown} must be bytes, {SMALLEST_PIECE_BYTES} or more, 0 (whole buckets) or auto"
-        )
-    if "auto" in (strategy.name, strategy.chunks, strategy.partition_bytes, strategy.windows) and train.deterministic:
+    strategy = config.strategy
+    _check_words(strategy)
+    if AUTO in (strategy.name, strategy.chunks, strategy.partition_bytes, strategy.windows) and config.train.deterministic:
         raise ValueError(
             "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
             "order sums are made: give a strategy and its numbers"
         )
-    if strategy.plan and strategy.name == "auto":
+    if strategy.plan and strategy.name == AUTO:
         raise ValueError(f"strategy.plan={strategy.plan} is not read here: give the strategy and the numbers that it says")
     plain = StrategyConfig()
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
-            raise ValueError(
-                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with "
-                f"{' or '.join(names)}: leave it at {getattr(plain, key)}"
-            )
+            raise _does_nothing(key, getattr(strategy, key), strategy.name)
     for key in ("partition_bytes", "chunks", "late_layers"):
-        if strategy.name == "auto" and getattr(strategy, key) != getattr(plain, key):
+        if strategy.name == AUTO and getattr(strategy, key) != getattr(plain, key):
             raise ValueError(f"strategy=auto finds strategy.{key} itself: leave it at {getattr(plain, key)}, or name a strategy")
-    if strategy.windows == "auto" and strategy.name not in WINDOWED:
+    if strategy.windows == AUTO and strategy.name not in WINDOWED:
         raise ValueError(
             f"strategy.windows=auto works with strategy={' or '.join(WINDOWED)}, not with {strategy.name}: "
             "set strategy.windows=none"
         )
-    if strategy.partition_bytes == "auto" and config.parallel.zero:
+    if strategy.partition_bytes == AUTO and config.parallel.zero:
         raise ValueError(
             "strategy.partition_bytes=auto and parallel.zero=1 exclude each other, since shards belong to pieces, and would have "
             "to move with each trial: give a number of bytes, 524288 is a good one"
         )
-    if strategy.name == "lina_zero" and config.parallel.zero == 0:
+    _check_schedule(config, plan_of(strategy, packing=1), world)
+    _check_packing(config, strategy.name, strategy.packing, world)
+
+
+def check_plan(config: PretrainConfig, plan: Plan, world: int) -> None:
+    """ValueError unless `world` ranks can follow the plan with all else of `config`, which is known to be right."""
+    values, plain = settings_of(plan), StrategyConfig()
+    for key, names in USED_BY.items():
+        if values[key] != getattr(plain, key) and plan.strategy not in names:
+            raise _does_nothing(key, values[key], plan.strategy)
+    _check_schedule(config, plan, world)
+    _check_packing(config, plan.strategy, str(plan.packing), world)
+
+
+def runs(config: PretrainConfig, plan: Plan, world: int) -> bool:
+    """Whether `check_plan` accepts it."""
+    try:
+        check_plan(config, plan, world)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_words(strategy: StrategyConfig) -> None:
+    """Numbers that are words, since they may be auto, too."""
+    size, chunks, packing = strategy.partition_bytes, strategy.chunks, strategy.packing
+    if not (size in ("0", AUTO) or (size.isdecimal() and len(size) <= 12 and int(size) >= SMALLEST_PIECE_BYTES)):
+        shown = size if len(size) <= 20 else f"{size[:20]}..."
+        raise ValueError(
+            f"strategy.partition_bytes={shown} must be bytes, {SMALLEST_PIECE_BYTES} or more, 0 (whole buckets) or auto"
+        )
+    if chunks != AUTO and not all(n.isdecimal() and len(n) <= 6 for n in chunks.split(",")):
+        raise ValueError(f"strategy.chunks={chunks[:40]} must be a number, one for each MoE layer as 1,2,2, or auto")
+    if packing != AUTO and not (packing.isdecimal() and int(packing) >= 1):
+        raise ValueError(f"strategy.packing={packing} must be 1, 2, 4, ... or auto")
+
+
+def _does_nothing(key: str, value: object, name: str) -> ValueError:
+    return ValueError(
+        f"strategy.{key}={value} does nothing with strategy={name}, only with {' or '.join(USED_BY[key])}: "
+        f"leave it at {getattr(StrategyConfig(), key)}"
+    )
+
+
+def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
+    """What its mechanisms need of the model, the layout and the batch, packing aside."""
+    train, tp = config.train, config.parallel.tp
+    if plan.strategy == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
     micro_batches = train.global_batch_size * tp // (train.micro_batch_size * world)
-    cut = 1 if micro_batches % strategy.parts == 0 else strategy.parts
+    cut = 1 if micro_batches % plan.parts == 0 else plan.parts
     if train.micro_batch_size % cut:
         raise ValueError(
-            f"strategy.parts ({strategy.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
+            f"strategy.parts ({plan.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
             f"micro-batches a step ({micro_batches}): parts are whole sequences; raise train.micro_batch_size, or accumulate"
         )
     if cut > 1:
         _check_parts_of_groups(config, cut)
     tokens = train.micro_batch_size // cut * train.seq_len // tp
     moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
-    if strategy.chunks != "auto":
-        numbers = strategy.chunks.split(",")
-        if not all(n.isdecimal() and len(n) <= 6 for n in numbers):
-            raise ValueError(f"strategy.chunks={strategy.chunks[:40]} must be a number, one for each MoE layer as 1,2,2, or auto")
-        if (most := max(chunks_of(strategy.chunks, moe).values(), default=1)) > tokens:
-            raise ValueError(f"strategy.chunks={strategy.chunks}: {most} chunks of {tokens} tokens a part are too many: lower it")
-    if strategy.late_layers > sum(moe):
-        raise ValueError(f"strategy.late_layers={strategy.late_layers} is more than the model's {sum(moe)} MoE layers: lower it")
-    _check_packing(config, world)
+    if (most := max(plan.chunks_of(moe).values(), default=1)) > tokens:
+        text = chunks_text(plan.chunks)
+        raise ValueError(f"strategy.chunks={text}: {most} chunks of {tokens} tokens a part are too many: lower it")
+    if plan.late_layers > sum(moe):
+        raise ValueError(f"strategy.late_layers={plan.late_layers} is more than the model's {sum(moe)} MoE layers: lower it")
 
 
 def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
@@ -98,27 +135,23 @@ def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
         )
 
 
-def _check_packing(config: PretrainConfig, world: int) -> None:
-    strategy, ep = config.strategy, config.parallel.ep
-    packing, limit_gb = strategy.packing, strategy.packing_memory_gb
-    if packing != "auto" and not (packing.isdecimal() and int(packing) >= 1):
-        raise ValueError(f"strategy.packing={packing} must be 1, 2, 4, ... or auto")
+def _check_packing(config: PretrainConfig, name: str, packing: str, world: int) -> None:
+    ep, limit_gb = config.parallel.ep, config.strategy.packing_memory_gb
     if packing == "1":
         return
-    if strategy.name not in PACKED:
-        less = f", or pack with parallel.ep={ep // int(packing)} alone" if packing != "auto" and ep % int(packing) == 0 else ""
+    if name not in PACKED:
+        less = f", or pack with parallel.ep={ep // int(packing)} alone" if packing != AUTO and ep % int(packing) == 0 else ""
         raise ValueError(
-            f"strategy.packing={packing} works with strategy={' or '.join(PACKED)}, not with {strategy.name}: "
-            f"set strategy.packing=1{less}"
+            f"strategy.packing={packing} works with strategy={' or '.join(PACKED)}, not with {name}: set strategy.packing=1{less}"
         )
-    if packing == "auto" and config.train.deterministic:
+    if packing == AUTO and config.train.deterministic:
         raise ValueError(
             "train.deterministic=true and strategy.packing=auto exclude each other, since measured times would decide how sums "
             "are rounded: set strategy.packing=1, 2, ..."
         )
-    if packing != "auto" and ep % int(packing):
+    if packing != AUTO and ep % int(packing):
         raise ValueError(f"strategy.packing ({packing}) must divide parallel.ep ({ep})")
-    least = 1 if packing == "auto" else int(packing)
+    least = 1 if packing == AUTO else int(packing)
     if 0 < limit_gb * 1e9 < (needed_bytes := expert_bytes_on_rank(config, world, least)):
         raise ValueError(
             f"strategy.packing={packing} needs at least {needed_bytes / 1e9:.3g} GB for a rank's experts, their gradients and "

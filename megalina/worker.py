@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from megalina.config import PretrainConfig
 from megalina.credentials import text_values
 from megalina.rank_files import REFUSED, traceback_path
+from megalina.whole_file import write_whole
 
 Train = Callable[[PretrainConfig], dict[str, Any]]
 
@@ -39,9 +40,7 @@ def load_config(text: str) -> PretrainConfig:
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """summary.json with its one line; a number that isn't finite becomes null, as JSON has none."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-    part = run_dir / ".summary.json.part"
-    part.write_text(json.dumps(finite, allow_nan=False) + "\n")
-    part.replace(run_dir / "summary.json")
+    write_whole(run_dir / "summary.json", json.dumps(finite, allow_nan=False) + "\n")
 
 
 def work(config: PretrainConfig, train: Train) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pretrain_gpt_moe
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,11 +17,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import pretrain_gpt_moe
 from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.config import PretrainConfig
-from megalina.dry_run import axis_groups, describe
+from megalina.cost.bucket_specs import bucket_specs
+from megalina.dry_run import describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.parameters import is_moe_layer, padded_vocab_size
@@ -187,24 +188,23 @@ def test_the_vocabulary_is_padded_on_each_tensor_parallel_rank() -> None:
 # the dry run
 
 
-def test_every_rank_is_in_one_group_of_each_axis() -> None:
-    for world, tp, ep in ((8, 2, 2), (4, 4, 1), (6, 1, 3), (1, 1, 1)):
-        for groups in axis_groups(world, tp=tp, ep=ep).values():
-            assert sorted(rank for group in groups for rank in group) == list(range(world))
-    assert axis_groups(8, tp=2, ep=2) == {
-        "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
-        "ep": [[0, 2], [1, 3], [4, 6], [5, 7]],
-        "edp": [[0, 4], [1, 5], [2, 6], [3, 7]],
-        "dp": [[0, 2, 4, 6], [1, 3, 5, 7]],
-    }
-
-
 def test_a_dry_run_tells_layout_and_sizes() -> None:
     config = composed("model=mixtral_8x7b", "parallel.tp=8", "parallel.ep=8", "train.global_batch_size=64")
     text = describe(config, 64, vocab_size=32000)
     assert "64 ranks = edp 1 x ep 8 x tp 8" in text
     assert "46,7" in text
     assert "4 x 2 sequences on each of 8 data-parallel ranks" in text
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_dry_run_counts_what_a_rank_allocates(zero: int) -> None:
+    """Norms and routers too, which tp doesn't cut; with ZeRO-1 each copy of a parameter has its share of the moments."""
+    config = composed("model=tiny", "parallel.tp=2", f"parallel.zero={zero}", "train.global_batch_size=8")
+    buckets = bucket_specs(config, 4, vocab_size=512).values()
+    numel = sum(bucket.numel for bucket in buckets)
+    moments = sum(2 * bucket.numel // ({"world": 4, "copies": 4, "dp": 2}[bucket.axis] if zero else 1) for bucket in buckets)
+    weights, state = f"{numel * 4 / 1e6:.1f} MB of weights", f"{(numel + moments) * 4 / 1e6:.1f} MB of gradients and optimizer"
+    assert f"{weights}, {state}" in describe(config, 4, vocab_size=512)
 
 
 # the command, in this process

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, main
 
+from megalina.cli.evaluate import command_of
 from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
 from megalina.evaluate.measures import accuracy
@@ -34,7 +36,6 @@ from megalina.serve.policies import Served
 from tests.serve.small_engine import small_gpt
 from tests.train.small_run import config_of, records_of
 from tools import evaluate_gpt_moe
-from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, command_of, main
 
 LENGTH = 24
 CONF = ROOT / "conf" / "infer"

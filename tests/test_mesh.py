@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalina.mesh import Axis, build_mesh, rows
+from megalina.layout import axis_sizes, ranks_of, rows
+from megalina.mesh import Axis, build_mesh
 from tests.parallel.ranks import run_on_ranks
 
 SHAPES = [{"edp": edp, "ep": ep, "tp": tp} for edp, ep, tp in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))]
@@ -36,6 +37,19 @@ def test_each_axis_tiles_the_world_with_rows_that_differ_along_it_alone(shape: d
 def test_tensor_parallel_ranks_are_neighbours() -> None:
     assert rows({"edp": 2, "ep": 2, "tp": 2})["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert rows({"edp": 2, "ep": 2, "tp": 2})["copies"] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_packing_gives_each_rank_the_experts_of_its_neighbours() -> None:
+    packed = rows(axis_sizes(8, tp=2, ep=4, packing=2))
+    assert packed["ep"] == [[0, 2], [1, 3], [4, 6], [5, 7]] and packed["edp"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert packed["tp"] == rows(axis_sizes(8, tp=2, ep=4))["tp"] and packed["dp"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert ranks_of(axis_sizes(8, tp=2, ep=4, packing=2))("ep", 6) == (4, 6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sizes_are_those_of_the_rows(shape: dict[str, int]) -> None:
+    sizes = axis_sizes(math.prod(shape.values()), tp=shape["tp"], ep=shape["ep"])
+    assert sizes == {name: len(table[0]) for name, table in rows(shape).items()}
 
 
 def test_a_single_process_has_nobody_to_talk_to() -> None:

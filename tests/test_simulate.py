@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools.compare_strategies import composed
 
 from megalina.forecast.report import as_json
 from megalina.forecast.search import candidate
 from megalina.forecast.sweep import Job, append, read, row_of, simulated, trace, weak_scaling
 from megalina.forecast.sweep_report import axes_of, baselines, cells, figure_of, page
 from megalina.forecast.uneven import MOST_RANKS, Unevenness, forecast_unevenly, matrix_of
-from megalina.parallel.plans import first_plan
+from megalina.plan_settings import plan_of
 from megalina.sim.sizes import Sizes
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
 from tests.train.test_timing import timed
-from tools.compare_strategies import composed
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD, VOCAB = 8, 4096
@@ -231,7 +231,7 @@ def test_unevenness_that_cannot_be_is_refused(unevenness: Unevenness, said: str)
 def test_what_a_strategy_leaves_open_is_searched_as_the_trainer_would() -> None:
     given, packed, auto = (simulated(job_of(*words)) for words in (("strategy=eager",), ("strategy=lina",), ("strategy=auto",)))
     assert given.found and packed.found and auto.found
-    first = first_plan(composed([*SMALL, "strategy=lina"]).strategy)
+    first = plan_of(composed([*SMALL, "strategy=lina"]).strategy)
     assert packed.found.step_s <= min(
         candidate(packed.config, replace(first, packing=k), WORLD, vocab_size=VOCAB).found.step_s  # type: ignore[union-attr]
         for k in (1, 2, 4)

@@ -1,26 +1,25 @@
 """Every mistake in a configuration is one ValueError with its numbers."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, settings
+from megalina.step.strategy import STRATEGIES
 from megalina.validate import (
-    CHOICES,
-    RANGES,
     advice,
     check_config,
     check_machine,
     check_paths,
     has_wandb_key,
+    in_words,
     nearest,
     value_at,
 )
 
-SOURCE = (Path(__file__).resolve().parent.parent / "megalina" / "config.py").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = (ROOT / "docs" / "config.md").read_text()
 
 
 def changed(**settings: object) -> PretrainConfig:
@@ -32,15 +31,6 @@ def changed(**settings: object) -> PretrainConfig:
     return config
 
 
-def leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for field in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
-
-
 def test_the_defaults_are_good_on_1_2_and_4_ranks() -> None:
     for world in (1, 2, 4):
         check_config(PretrainConfig(), world)
@@ -50,29 +40,40 @@ def test_the_defaults_are_good_on_1_2_and_4_ranks() -> None:
                 check_config(changed(parallel__tp=tp, parallel__ep=ep), 4)
 
 
-def test_every_number_of_the_schema_has_a_range() -> None:
-    numbers = {key for key, value in leaves(PretrainConfig()) if isinstance(value, int | float) and not isinstance(value, bool)}
-    assert numbers == set(RANGES)
+def test_every_number_of_the_schema_has_a_range_and_its_default_is_in_it() -> None:
+    for key, value, may_be in settings(PretrainConfig()):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert may_be["low"] <= value <= may_be["high"], key
+        if "choices" in may_be:
+            assert value in may_be["choices"], key
 
 
-@pytest.mark.parametrize("key", RANGES)
+@pytest.mark.parametrize("key", [key for key, _, may_be in settings(PretrainConfig()) if "low" in may_be])
 def test_no_number_may_be_infinite_or_out_of_its_range(key: str) -> None:
     for bad in (math.nan, math.inf, -1):
         with pytest.raises(ValueError, match=f"^{key}={bad} must be"):
             check_config(changed(**{key.replace(".", "__"): bad}), 1)
 
 
-def test_the_comments_of_the_schema_name_the_choices() -> None:
-    for key, choices in CHOICES.items():
-        name = key.split(".")[-1]
-        lines = [line for line in SOURCE.splitlines() if line.strip().startswith(f"{name}: str")]
-        assert any(all(choice in line for choice in choices) for line in lines), key
+CHOICES = {key: may_be["choices"] for key, _, may_be in settings(PretrainConfig()) if "choices" in may_be}
+CHOICES["strategy.name"] = (*STRATEGIES, "auto")
 
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_an_unknown_choice_is_named_with_the_known_ones(key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}=3 is not one of {CHOICES[key][0]}"):
         check_config(changed(**{key.replace(".", "__"): "3"}), 1)
+
+
+def test_the_docs_tell_bounds_and_choices() -> None:
+    lines = {line.split("`")[1]: line for line in DOCS.splitlines() if line.startswith("| `")}
+    for key, _, may_be in settings(PretrainConfig()):
+        for choice in may_be.get("choices", ()):
+            assert f"`{choice}`" in lines[key], key
+        if "low" in may_be:
+            assert in_words(may_be["low"], may_be["high"]).partition(" and ")[0] in lines[key], key
+    assert "| at least 0 and below 1 |" in lines["model.dropout"] and "| at least 0 and at most 1 |" in lines["parallel.zero"]
+    assert all(line.split(" | ")[-1].strip("| ") for key, line in lines.items() if "=" not in key)  # what it means
 
 
 def test_the_nearest_word_is_suggested() -> None:

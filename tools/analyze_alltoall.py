@@ -42,8 +42,9 @@ class Measured:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(argv)
-    from megalina import launch
     from pretrain_gpt_moe import check_data, explain
+
+    from megalina import launch
 
     member = launch.joined(os.environ)
     try:
@@ -80,8 +81,9 @@ def check_files(args: argparse.Namespace) -> None:
 
 def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Member | None") -> "list[PretrainConfig]":
     """The configuration of each setting, checked; ValueError, or an error of Hydra, for bad input."""
-    from megalina.parallel.plan_file import with_plan
     from pretrain_gpt_moe import check
+
+    from megalina.parallel.plan_file import with_plan
 
     if steps < 1:
         raise ValueError(f"--steps {steps} must be at least 1")
@@ -120,9 +122,9 @@ def composed(overrides: Sequence[str]) -> "PretrainConfig":
     """The configuration that pretrain_gpt_moe.py would run."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
+    from pretrain_gpt_moe import CONF
 
     from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
@@ -133,7 +135,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.calibration import calibrate, fastest, sizes_of_step
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
-    from megalina.mesh import rows
+    from megalina.layout import rows
     from megalina.timeline.recorder import Event
     from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.steps import Steps
@@ -245,11 +247,11 @@ def _launch(argv: Sequence[str], ranks: int) -> int:
 
 def _agreed(config: "PretrainConfig", member: "Member") -> bool:
     """Whether all ranks hold the same configuration; then they have a process group."""
+    from pretrain_gpt_moe import check_data
     from torch import distributed as dist
 
     from megalina.agreement import Agreement
     from megalina.train.trainer import choose_device
-    from pretrain_gpt_moe import check_data
 
     os.environ.update(member.environment())
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -48,20 +48,21 @@ class VirtualJob:
 
     @property
     def plan(self) -> "Plan":
-        from megalina.parallel.plans import first_plan
+        from megalina.plan_settings import plan_of
         from megalina.train.packing import allowed_packings
 
-        return first_plan(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
+        return plan_of(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
 
     @property
     def setting(self) -> "Setting":
         """What a strategy builds a step from.  Paddings of buckets are left out."""
         from megalina.blocks.model import shape_of
-        from megalina.cost.bucket_specs import axis_of_group
+        from megalina.layout import axis_of_group
         from megalina.model.gpt import GPT
         from megalina.parallel.shard import parameter_groups
         from megalina.parameters import padded_vocab_size
         from megalina.step.program import BucketSpec
+        from megalina.step.strategy import Setting
 
         config, train, plan = self.config, self.config.train, self.plan
         shape = shape_of(config.model, config.router, tp=1, sequence=config.parallel.sequence)
@@ -82,9 +83,10 @@ class VirtualJob:
             sharded = config.parallel.zero == 1 and sizes[axis] > 1
             specs[group] = BucketSpec(numel, axis, sharded, plan.piece_bytes // self._element_bytes or None)
         micro_batches = train.global_batch_size // (train.micro_batch_size * sizes["dp"])
-        return plan.setting(
+        setting = Setting(
             shape, specs, micro_batches=micro_batches, recompute_mode=train.recompute, element_bytes=self._element_bytes
         )
+        return setting.under(plan)
 
     def step(self, program: "Program") -> "Timeline":
         from megalina.parallel.emulated_device import emulated_device
@@ -127,19 +129,19 @@ class VirtualJob:
         return max(4, BYTES[self.config.train.dtype])
 
     def _rows(self) -> dict[str, list[list[int]]]:
-        from megalina.mesh import rows
+        from megalina.layout import axis_sizes, rows
 
-        ep, packing = self.config.parallel.ep, self.plan.packing
-        return rows({"edp": self.cluster.ranks // ep * packing, "ep": ep // packing, "tp": 1})
+        return rows(axis_sizes(self.cluster.ranks, tp=1, ep=self.config.parallel.ep, packing=self.plan.packing))
 
 
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
     error of Hydra, for bad ones."""
+    from tools.compare_strategies import composed
+
     from megalina.compare.ladder import Setting
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
-    from tools.compare_strategies import composed
 
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
     config = with_plan(composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)

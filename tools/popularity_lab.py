@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,8 @@ def check_files(args: argparse.Namespace) -> None:
 
 def write(result: Mapping[str, Any], args: argparse.Namespace) -> int:
     """The files that are asked for: each as a whole, or as it was before."""
+    from megalina.whole_file import whole
+
     writers: list[tuple[Path, Callable[[Path], object]]] = []
     if args.json:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -90,18 +93,13 @@ def write(result: Mapping[str, Any], args: argparse.Namespace) -> int:
         from placement_lab.report import draw
 
         writers.append((args.plot, lambda path: draw(path, result)))
-    aside = [path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}") for path, _ in writers]
     try:
-        for temporary, (_, write_to) in zip(aside, writers, strict=True):
-            write_to(temporary)
-        for temporary, (path, _) in zip(aside, writers, strict=True):
-            os.replace(temporary, path)
+        with ExitStack() as both_or_none:
+            for path, write_to in writers:
+                write_to(both_or_none.enter_context(whole(path)))
     except OSError as error:
         print(one_line(error), file=sys.stderr)
         return BAD_INPUT
-    finally:
-        for temporary in aside:
-            temporary.unlink(missing_ok=True)
     return 0
 
 

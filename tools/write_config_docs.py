@@ -1,13 +1,23 @@
-"""Writes docs/config.md: every setting with its type, default and comment, from megalina/config.py and conf/.
+"""Writes docs/config.md: every setting with its type, default, bounds and comment, from megalina/config.py and conf/.
 
 python tools/write_config_docs.py
 """
 
 import argparse
 import ast
+import dataclasses
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megalina import config  # noqa: E402
+from megalina.validate import in_words  # noqa: E402
+
+ABSURD = 1e9
 HEADER = """# Configuration
 
 Made by `python tools/write_config_docs.py` from `megalina/config.py` and `conf/`; change those, not this file.
@@ -35,32 +45,49 @@ def main() -> None:
 def document() -> str:
     source = (ROOT / "megalina" / "config.py").read_text()
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    comments = [line.partition("  # ")[2].strip() for line in source.splitlines()]
+    lines = source.splitlines()
     parts = [HEADER]
     for group in fields(classes["PretrainConfig"]):
-        parts += section(ast.unparse(group.target), ast.unparse(group.annotation), classes, comments)
-    parts += section("infer", "InferConfig", classes, comments)
+        parts += section(ast.unparse(group.target), ast.unparse(group.annotation), classes, lines)
+    parts += section("infer", "InferConfig", classes, lines)
     parts += ["## experiment", "", *options("experiment")]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def section(group: str, schema: str, classes: dict[str, ast.ClassDef], comments: list[str]) -> list[str]:
-    head = [f"## {group}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-    return [*head, *rows(group, schema, classes, comments), "", *options(group)]
+def section(group: str, schema: str, classes: dict[str, ast.ClassDef], lines: list[str]) -> list[str]:
+    head = [f"## {group}", "", "| setting | type | default | may be | meaning |", "|---|---|---|---|---|"]
+    return [*head, *rows(group, schema, classes, lines), "", *options(group)]
 
 
-def rows(prefix: str, schema: str, classes: dict[str, ast.ClassDef], comments: list[str]) -> list[str]:
-    found = []
+def rows(prefix: str, schema: str, classes: dict[str, ast.ClassDef], lines: list[str]) -> list[str]:
+    found, allowed = [], {field.name: field.metadata for field in dataclasses.fields(getattr(config, schema))}
     for field in fields(classes[schema]):
-        name, kind = f"{prefix}.{ast.unparse(field.target)}", ast.unparse(field.annotation)
+        short, kind = ast.unparse(field.target), ast.unparse(field.annotation)
+        name = f"{prefix}.{short}"
         if kind in classes:
-            found += rows(name, kind, classes, comments)
+            found += rows(name, kind, classes, lines)
             continue
-        assert field.value is not None
-        default = "[]" if "default_factory=list" in ast.unparse(field.value) else written(ast.literal_eval(field.value))
-        comment = comments[field.lineno - 1].replace("|", "\\|")
-        found.append(f"| `{name}` | {kind} | {f'`{default}`' if default else 'empty'} | {comment} |")
+        default = getattr(getattr(config, schema)(), short)
+        shown = f"`{written(default)}`" if default != "" else "empty"
+        comment = comment_of(field, lines).replace("|", "\\|")
+        found.append(f"| `{name}` | {kind} | {shown} | {may_be(allowed[short])} | {comment} |")
     return found
+
+
+def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
+    """After the field, or where that is too long, in the line above."""
+    after = lines[field.lineno - 1].partition("  # ")[2].strip()
+    return after or lines[field.lineno - 2].partition("# ")[2].strip()
+
+
+def may_be(allowed: Mapping[str, Any]) -> str:
+    """Choices, or bounds; not the upper one where it only keeps out what is absurd."""
+    if "choices" in allowed:
+        return ", ".join(f"`{choice}`" for choice in allowed["choices"])
+    if "low" not in allowed:
+        return ""
+    bounds = in_words(allowed["low"], allowed["high"])
+    return bounds.partition(" and ")[0] if allowed["high"] >= ABSURD else bounds
 
 
 def written(value: object) -> str:

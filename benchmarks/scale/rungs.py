@@ -11,25 +11,17 @@ from typing import Any
 
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
-from megalina.cost.stage_bytes import StageBytes
-from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import fits_in, on_cuda, program_of, ranks_of, rounds_of
-from megalina.forecast.sent import sizes_of
-from megalina.parallel.plans import PIECE_BYTES
-from megalina.parameters import padded_vocab_size
+from megalina.forecast.forecast import fits_in
+from megalina.forecast.priced_step import PricedStep
 from megalina.sim.folding import FoldedLoads
-from megalina.sim.memory import memory_of
 from megalina.sim.network import Network
-from megalina.sim.virtual import simulate_alike
+from megalina.step.candidates import DDP, EAGER, FLOW, LINA_NOPACK, LINA_ZERO, PACKINGS, PRIORITY, PRIORITY_PARTITION, piece_of
 from megalina.step.plan import Plan
 from megalina.step.program import Kind
 from megalina.timeline.contention import summary
 
-DDP_BYTES = 25 * 2**20  # torch's default
 PIECES_A_LAYER = (2, 8)  # besides whole buckets
-LATE_LAYERS = 2
-PACKINGS = (2, 4, 8, 16)  # tried in turn while they pay
+LATE_LAYERS = (0, 2)
 RUNGS = ("priority", "packing", "chunks", "lina", "flow", "flow + packing", "lina_zero")  # above eager, the simplest first
 LADDER = ("eager", "priority", "chunks", "lina")  # the paper's: each adds to the one before it
 WORTHWHILE = 0.03  # less of a gain is nothing, for a simulation
@@ -107,25 +99,24 @@ def point_of(config: PretrainConfig, world: int, *, vocab_size: int, network: Ne
 
 
 def _rungs(walk: Walk, pieces: list[int], packings: list[int], *, zero: int) -> Iterator[tuple[str, Rung | None]]:
-    plain = [Plan("eager", piece_bytes=size) for size in (0, *pieces)]
-    eager = _best(walk(plan, 1) for plan in (*plain, Plan("ddp", merge_bytes=DDP_BYTES)))
+    eager = _best(walk(plan, 1) for plan in (*(replace(EAGER, piece_bytes=size) for size in (0, *pieces)), DDP))
     yield "eager", eager
     if eager is not None:  # packing k is a parallel.ep that is k times smaller, which needs no other strategy
         yield "packing", _doubled(lambda k: walk(eager.plan, k), packings)
-    first = [Plan("priority", yields=True), *(Plan("priority_partition", yields=True, piece_bytes=size) for size in pieces)]
-    priority = _best(walk(plan, 1) for plan in first)
+    in_pieces = (replace(PRIORITY_PARTITION, piece_bytes=size) for size in pieces)
+    priority = _best(walk(plan, 1) for plan in (PRIORITY, *in_pieces))
     yield "priority", priority
     if priority is not None:
-        chunked = replace(priority.plan, strategy="lina_nopack", chunks="2")
+        chunked = replace(LINA_NOPACK, piece_bytes=priority.plan.piece_bytes)
         yield "chunks", walk(chunked, 1)
         lina = _doubled(lambda k: walk(replace(chunked, strategy="lina", packing=k), 1), packings)
-        yield "lina", lina and _best([lina, walk(replace(lina.plan, chunks="1"), 1)])
-    flow = _best(walk(Plan("flow", parts=2, late_layers=late), 1) for late in (0, LATE_LAYERS))
+        yield "lina", lina and _best([lina, walk(replace(lina.plan, chunks=(1,)), 1)])
+    flow = _best(walk(replace(FLOW, late_layers=late), 1) for late in LATE_LAYERS)
     yield "flow", flow
     if flow is not None:
         yield "flow + packing", _doubled(lambda k: walk(replace(flow.plan, packing=k), 1), packings)
     if zero:
-        yield "lina_zero", walk(Plan("lina_zero", parts=2, yields=True, piece_bytes=pieces[0]), 1)
+        yield "lina_zero", walk(replace(LINA_ZERO, piece_bytes=pieces[0]), 1)
 
 
 def _best(rungs: Iterable[Rung | None]) -> Rung | None:
@@ -146,29 +137,14 @@ def _doubled(walk: Callable[[int], Rung | None], packings: list[int]) -> Rung | 
 def _pieces(config: PretrainConfig, world: int, *, vocab_size: int) -> list[int]:
     numel = sum(bucket.numel for bucket in bucket_specs(config, world, vocab_size=vocab_size).values())
     layer_bytes = 4 * numel // config.model.num_layers
-    return sorted({max(1, layer_bytes // n // PIECE_BYTES) * PIECE_BYTES for n in PIECES_A_LAYER})
+    return sorted({piece_of(layer_bytes, n) for n in PIECES_A_LAYER})
 
 
 def _walked(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, network: Network) -> Rung | None:
-    cuda = on_cuda(config.cluster)
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes, cuda=cuda)
-    if not fits_in(config.cluster, sum(held.state.values())):
+    step = PricedStep(config, world, plan, vocab_size=vocab_size)
+    if not fits_in(config.cluster, step.state_bytes) or not fits_in(config.cluster, step.peak[0]):
         return None
-    rounds, micro_batches = rounds_of(config, plan, held)
-    program = program_of(config, plan, held, micro_batches=rounds * micro_batches)
-    if not fits_in(config.cluster, memory_of(held, program).peak):
-        return None
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
-    timeline = simulate_alike(
-        program,
-        ranks=world,
-        ranks_of=ranks_of(held.axes),
-        seconds=stage_seconds(config, work),
-        network=network,
-        sizes=sizes_of(config, held),
-        slowest=True,
-    )
+    timeline = step.walk(network)
     found = summary(timeline.events(0), {})
     exposed_s = {name: traffic.exposed_s for name, traffic in found.traffic.items()}
     return Rung(plan, timeline.step_s, found.compute_s, exposed_s)
@@ -176,13 +152,8 @@ def _walked(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, 
 
 def _bounds(config: PretrainConfig, world: int, *, vocab_size: int, network: Network) -> tuple[float, float]:
     """What the device computes, and what the busiest link carries of all ranks, with whole micro-batches and buckets."""
-    plan = Plan("eager")
-    held = StageBytes(config, world, vocab_size=vocab_size)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    program = program_of(config, plan, held, micro_batches=rounds * micro_batches)
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    seconds = stage_seconds(config, StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets))
-    sizes, ranks = sizes_of(config, held), ranks_of(held.axes)
+    step = PricedStep(config, world, EAGER, vocab_size=vocab_size)
+    program, sizes, ranks = step.program, step.sizes, step.ranks_of
     starts = [s for s in program if s.kind is Kind.START and len(ranks(s.axis, 0)) > 1]
     loads = FoldedLoads(network, world, ranks, dict.fromkeys((s.axis, sizes.collective(s)) for s in starts), slowest=True)
     carried = sum(
@@ -191,4 +162,4 @@ def _bounds(config: PretrainConfig, world: int, *, vocab_size: int, network: Net
         for load in loads.of(s.axis, sizes.collective(s), ranks(s.axis, 0))
     )
     link_s = float((carried / loads.capacity_L).max()) if starts else 0.0
-    return sum(map(seconds, program)), link_s
+    return sum(map(step.seconds, program)), link_s

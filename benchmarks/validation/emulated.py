@@ -8,14 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
-from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import emulated_seconds
 from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import program_of, ranks_of, rounds_of
-from megalina.forecast.sent import sizes_of
-from megalina.parameters import padded_vocab_size
+from megalina.forecast.priced_step import PricedStep
 from megalina.sim.network import Network
-from megalina.sim.virtual import Timeline, simulate_alike
+from megalina.sim.virtual import Timeline
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 
@@ -52,37 +49,27 @@ def simulate_emulated(
     seconds = emulated_seconds(config)
     if seconds is None:
         raise ValueError("no device is emulated: give cluster.attention_ms and cluster.experts_ms, or cluster.device_gflops")
-    world = nodes * ranks_per_node
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    timeline = simulate_alike(
-        program_of(config, plan, held, micro_batches=rounds * micro_batches),
-        ranks=world,
-        ranks_of=ranks_of(held.axes),
+    step = PricedStep(config, nodes * ranks_per_node, plan, vocab_size=vocab_size)
+    network = Network(
+        nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
+        ranks_per_node=ranks_per_node,
+        latency_s=host.collective_s,
+        all_to_all_s=host.all_to_all_s,
+        reduce_scatter="direct",  # gloo's own costs a whole all-reduce, see megalina/comm/exchange.py
+        hop_s=host.hop_s,
+        fast_hop_s=host.hop_s,
+        weight=host.sum_weight,
+        first=((Op.TOKENS,),) if tokens_first else (),
+    )
+    timeline = step.walk(
+        network,
         seconds=lambda instruction: seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
-        network=Network(
-            nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
-            ranks_per_node=ranks_per_node,
-            latency_s=host.collective_s,
-            all_to_all_s=host.all_to_all_s,
-            reduce_scatter="direct",  # gloo's own costs a whole all-reduce, see megalina/comm/exchange.py
-            hop_s=host.hop_s,
-            fast_hop_s=host.hop_s,
-            weight=host.sum_weight,
-            first=((Op.TOKENS,),) if tokens_first else (),
-        ),
-        sizes=sizes_of(config, held),
-        slowest=True,
-        host=_host_seconds(config, plan, held, world, vocab_size=vocab_size, host=host),
+        host=_host_seconds(step.work, host),
     )
     return replace(timeline, step_s=timeline.step_s + host.outside_s)
 
 
-def _host_seconds(
-    config: PretrainConfig, plan: Plan, held: StageBytes, world: int, *, vocab_size: int, host: HostConstants
-) -> Callable[[Instruction], float]:
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
+def _host_seconds(work: StageWork, host: HostConstants) -> Callable[[Instruction], float]:
     known: dict[tuple[str, str, float, int, bool, bool], float] = {}
 
     def seconds(instruction: Instruction) -> float:

@@ -33,9 +33,10 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
+    from pretrain_gpt_moe import explain
+
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
-    from pretrain_gpt_moe import explain
 
     try:
         jobs = jobs_of(args)
@@ -188,9 +189,9 @@ def composed(overrides: Sequence[str]) -> "PretrainConfig":
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
+    from pretrain_gpt_moe import CONF
 
     from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -202,10 +203,10 @@ def run(
 ) -> dict[str, Any]:
     """Runs a setting's contest on its own cluster; returns what rank 0 found.  `to_the_end`: who takes all turns."""
     from omegaconf import OmegaConf
+    from pretrain_gpt_moe import check_data
 
     from megalina import launch
     from megalina.namespaces import emulated_cluster
-    from pretrain_gpt_moe import check_data
 
     setting = job.setting
     check_data(next(iter(job.configs.values())))

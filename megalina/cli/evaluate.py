@@ -251,18 +251,14 @@ def write(found: dict[str, Any], out: Path, *, wandb: str = "") -> None:
     """The tables on stdout; eval.json and eval.html, each as a whole or not at all."""
     from megalina.evaluate.report import page
     from megalina.evaluate.report_tables import tables
+    from megalina.whole_file import write_whole
 
     html = page(found)
     texts = {"eval.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "eval.html": html}
     print(tables(found))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        aside = out / f".{name}.{os.getpid()}.new"
-        try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, out / name)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(out / name, text)
     print(f"\n{out / 'eval.json'}, {out / 'eval.html'}")
     if wandb:
         from megalina.config import WandbConfig

@@ -44,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from tools.compare_strategies import composed
+
     from megalina.dry_run import describe
     from megalina.forecast.garbage import few_collections
     from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
     from megalina.validate import check_hardware
-    from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
@@ -106,8 +107,9 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
     """The layout as it is, under every strategy that it can run."""
     from dataclasses import replace
 
-    from megalina.forecast.search import EAGER, candidate, ordered, plans_of
-    from megalina.parallel.plans import strategy_of
+    from megalina.forecast.search import candidate, ordered, plans_of
+    from megalina.plan_settings import strategy_of
+    from megalina.step.candidates import EAGER
     from megalina.validate import check_config
 
     check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)
@@ -117,10 +119,10 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
 
 def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float]) -> None:
     """FLOPs, memory, and the step from left to right if it fits."""
-    from megalina.forecast.forecast import WALKED, Shared, forecast, held_by, memory_limit_bytes
+    from megalina.forecast.forecast import WALKED, forecast, memory_limit_bytes
+    from megalina.forecast.priced_step import PricedStep, Shared
     from megalina.forecast.report import load_table, memory_table, timeline_text
     from megalina.forecast.what_if import under_loads
-    from megalina.sim.memory import memory_of
     from megalina.train.model_flops import model_flops
 
     config, plan, found = best.config, best.plan, best.found
@@ -129,8 +131,7 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
     a_step = flops * train.global_batch_size * train.seq_len
     print(f"FLOPs      {flops:.3g} for a token, forward and backward; {a_step:.3g} a step")
     print(f"\nmemory of a rank, {plan}")
-    held = held_by(config, world, plan, vocab_size=vocab_size)
-    print(memory_table(memory_of(held, shared.list_for_memory(config, plan, held)), limit_bytes))
+    print(memory_table(PricedStep(config, world, plan, vocab_size=vocab_size, shared=shared).memory, limit_bytes))
     under = under_loads(config, plan, world, loads, vocab_size=vocab_size, shared=shared)
     steps_s = {
         u.load: forecast(config, world, vocab_size=vocab_size, plan=plan, load=u.load, shared=shared).step_s

@@ -123,9 +123,9 @@ def composed(overrides: list[str]) -> "PretrainConfig":
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
+    from pretrain_gpt_moe import CONF
 
     from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
-from megalina.mesh import Axis, Mesh, rows
+from megalina.layout import rows
+from megalina.mesh import Axis, Mesh
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone
 from megalina.timeline.recorder import SEND, Event
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from megalina.mesh import rows
+from megalina.layout import rows
 from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import one_level
 from megalina.sim.sizes import Sizes

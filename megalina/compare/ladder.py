@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megalina.step.candidates import PIECES_BYTES
+
 LINK_MBIT = 500.0
 EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
 STRATEGIES = (
@@ -12,7 +14,7 @@ OVERRIDES = {  # of a strategy's YAML
     "flow_packed": ("strategy=flow", "strategy.packing=2"),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
 }
-EAGER_PIECES = (0, 2**19, 2**20)  # bytes: the baseline runs with each, the fastest counts
+EAGER_PIECES = PIECES_BYTES  # the baseline runs with each, the fastest counts
 
 
 @dataclass(frozen=True, slots=True)

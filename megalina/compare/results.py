@@ -9,7 +9,7 @@ from typing import Any
 from megalina.comm.objects import everybodys
 from megalina.compare.bounds import bounds_of, link_bytes
 from megalina.compare.contest import Contestant
-from megalina.mesh import rows
+from megalina.layout import rows
 from megalina.timeline.contention import AllToAll, Alone, all_to_alls, quantile, summary
 from megalina.timeline.recorder import Event
 

@@ -17,7 +17,7 @@ from megalina.comm.objects import everybodys
 from megalina.compare.contest import Contestant, alone, contest
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.data.source import open_data
-from megalina.mesh import rows
+from megalina.layout import rows
 from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace

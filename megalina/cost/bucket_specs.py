@@ -7,23 +7,11 @@ from math import prod
 
 from megalina.blocks.model import blocks_of
 from megalina.config import PretrainConfig
+from megalina.layout import axis_of_group, axis_sizes
 from megalina.parameters import BYTES, padded_vocab_size
 from megalina.step.program import BucketSpec
 
 ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
-
-
-def axis_sizes(world: int, *, tp: int, ep: int) -> dict[str, int]:
-    """Ranks along each axis of the mesh; `ep` counts packing in.  ValueError where tp x ep does not divide the world."""
-    if world % (tp * ep):
-        raise ValueError(f"tp ({tp}) x ep ({ep}) = {tp * ep} must divide the world size ({world})")
-    edp = world // (tp * ep)
-    return {"world": world, "tp": tp, "ep": ep, "counts": ep, "edp": edp, "dp": edp * ep, "copies": edp * tp}
-
-
-def axis_of_group(group: str) -> str:
-    """The axis of the mesh along which a group's gradients are summed: all ranks that hold copies of it."""
-    return {"experts": "copies", "copied": "world", "ends": "world"}.get(group.split(".")[0], "dp")
 
 
 def bucket_specs(

@@ -13,7 +13,8 @@ from megalina.blocks.memory import Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import axis_sizes, bucket_specs
+from megalina.cost.bucket_specs import bucket_specs
+from megalina.layout import axis_sizes
 from megalina.parameters import padded_vocab_size
 from megalina.step.program import Instruction, Op, has_gradient
 
@@ -45,7 +46,7 @@ class StageBytes:
         `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo.  ValueError for a skew that is none, and where the layout
         does not fit the world."""
         self._config, self._cuda = config, cuda
-        self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep // packing)
+        self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep, packing=packing)
         self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
         skew_L = _of_layers("skew", skew, config.model.num_layers)
         expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, config.model.num_layers)

@@ -6,32 +6,19 @@ are walked, and the rest take what one more of them adds.  Lists and folded netw
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from megalina.blocks.model import shape_of
 from megalina.config import ClusterConfig, PretrainConfig
-from megalina.cost.stage_bytes import StageBytes
-from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.network import network_of
-from megalina.forecast.sent import sizes_of
-from megalina.mesh import rows
-from megalina.parallel.plans import first_plan
-from megalina.parameters import BYTES, padded_vocab_size
-from megalina.sim.folding import FoldedLoads, Use
-from megalina.sim.memory import Memory, memory_of
-from megalina.sim.network import Network
-from megalina.sim.virtual import Timeline, simulate_alike, uses_of
+from megalina.forecast.priced_step import PricedStep, Shared
+from megalina.plan_settings import plan_of
+from megalina.sim.memory import Memory
+from megalina.sim.virtual import Timeline
 from megalina.step.plan import Plan
-from megalina.step.program import Program
-from megalina.step.strategy import Setting, training_step
 from megalina.timeline.contention import summary
 from megalina.train.model_flops import ModelFlops, model_flops
 
 RESERVED_BYTES = 4 * 2**30  # of a GPU's memory: driver, NCCL's buffers, holes; assumed
-KEPT_LISTS = 12
 WALKED = 3  # rounds of micro-batches, at most: those between the first and the last are alike
 
 
@@ -94,36 +81,6 @@ class Forecast:
         return self.memory.peak <= self.memory_limit_bytes
 
 
-class Shared:
-    """Lists and folded networks, which layouts and plans have in common.  Lists are large: the latest ones alone are kept."""
-
-    def __init__(self) -> None:
-        self._programs: dict[Any, Program] = {}
-        self._folded: dict[Any, FoldedLoads] = {}
-
-    def program(self, config: PretrainConfig, plan: Plan, held: StageBytes, *, micro_batches: int) -> Program:
-        """As `program_of`."""
-        setting = setting_of(config, plan, held, micro_batches=micro_batches)
-        key = plan, setting.shape, micro_batches, setting.recompute_mode, tuple(setting.buckets.items())
-        program = self._programs.pop(key, None) or training_step(plan.strategy, setting)
-        self._programs[key] = program
-        if len(self._programs) > KEPT_LISTS:
-            del self._programs[next(iter(self._programs))]
-        return program
-
-    def list_for_memory(self, config: PretrainConfig, plan: Plan, held: StageBytes) -> Program:
-        """The shortest list that holds as much as the whole step's: more than two rounds hold no more."""
-        rounds, micro_batches = rounds_of(config, plan, held)
-        return self.program(config, plan, held, micro_batches=min(2, rounds) * micro_batches)
-
-    def folded(self, network: Network, axes: Mapping[str, int], uses: tuple[Use, ...]) -> FoldedLoads:
-        """As the walk wants it.  `axes`: ranks along each."""
-        key = network, tuple(axes.items()), uses
-        if key not in self._folded:
-            self._folded[key] = FoldedLoads(network, axes["world"], ranks_of(axes), uses, slowest=True)
-        return self._folded[key]
-
-
 def forecast(
     config: PretrainConfig,
     world: int,
@@ -137,107 +94,31 @@ def forecast(
     over the mean, which all ranks then compute; `shared`: what earlier forecasts have made.
 
     ValueError where the cluster's file lacks figures, or the layout does not fit the world."""
-    plan = plan or first_plan(config.strategy, packing=1 if config.strategy.packing == "auto" else int(config.strategy.packing))
-    shared = shared or Shared()
-    held = held_by(config, world, plan, vocab_size=vocab_size, load=load)
-    memory = memory_of(held, shared.list_for_memory(config, plan, held))
-    return timed(config, world, plan, held, memory, vocab_size=vocab_size, load=load, shared=shared)
+    plan = plan or plan_of(config.strategy)
+    return forecast_of(PricedStep(config, world, plan, vocab_size=vocab_size, load=load, shared=shared))
 
 
-def held_by(config: PretrainConfig, world: int, plan: Plan, *, vocab_size: int, load: float = 1.0) -> StageBytes:
-    """The bytes of one rank under a plan."""
-    return StageBytes(
-        config,
-        world,
-        vocab_size=vocab_size,
-        skew=load,
-        packing=plan.packing,
-        piece_bytes=plan.piece_bytes,
-        cuda=on_cuda(config.cluster),
-    )
-
-
-def timed(
-    config: PretrainConfig,
-    world: int,
-    plan: Plan,
-    held: StageBytes,
-    memory: Memory,
-    *,
-    vocab_size: int,
-    load: float = 1.0,
-    shared: Shared,
-) -> Forecast:
-    """The forecast where memory is known."""
-    train = config.train
-    rounds, micro_batches = rounds_of(config, plan, held)
-    programs = [shared.program(config, plan, held, micro_batches=n * micro_batches) for n in walked_rounds(rounds)]
-    timelines = [_timeline(config, plan, held, program, world, vocab_size, load, shared) for program in programs]
+def forecast_of(step: PricedStep) -> Forecast:
+    """The forecast of a step that is priced already."""
+    config, train = step.config, step.config.train
+    timelines = [step.walk(program=step.listed(rounds)) for rounds in walked_rounds(step.rounds)]
     walked = [_walked(timeline) for timeline in timelines]
     return Forecast(
-        plan,
-        world,
-        walked[0] if len(walked) == 1 else walked[1].longer(walked[0], rounds - WALKED),
+        step.plan,
+        step.world,
+        walked[0] if len(walked) == 1 else walked[1].longer(walked[0], step.rounds - WALKED),
         timelines[-1],
-        memory,
+        step.memory,
         memory_limit_bytes(config.cluster),
         train.global_batch_size * train.seq_len,
-        model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=train.seq_len),
+        model_flops(config.model, config.router, vocab_size=step.vocab_size, seq_len=train.seq_len),
         peak_of(config),
     )
-
-
-def rounds_of(config: PretrainConfig, plan: Plan, held: StageBytes) -> tuple[int, int]:
-    """A step's rounds, and micro-batches of a round: as many as walk together."""
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * held.axes["dp"])
-    together = plan.parts if micro_batches % plan.parts == 0 else 1
-    return micro_batches // together, together
 
 
 def walked_rounds(rounds: int) -> tuple[int, ...]:
     """Steps that are walked for one of so many rounds."""
     return (rounds,) if rounds <= WALKED else (WALKED - 1, WALKED)
-
-
-def setting_of(config: PretrainConfig, plan: Plan, held: StageBytes, *, micro_batches: int) -> Setting:
-    """What the list for so many micro-batches is made of."""
-    return plan.setting(
-        shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
-        held.buckets,
-        micro_batches=micro_batches,
-        recompute_mode=config.train.recompute,
-        element_bytes=max(BYTES[config.train.dtype], 4),
-    )
-
-
-def program_of(config: PretrainConfig, plan: Plan, held: StageBytes, *, micro_batches: int) -> Program:
-    """The list that the trainer would run for a step of so many micro-batches."""
-    return training_step(plan.strategy, setting_of(config, plan, held, micro_batches=micro_batches))
-
-
-def _timeline(
-    config: PretrainConfig,
-    plan: Plan,
-    held: StageBytes,
-    program: Program,
-    world: int,
-    vocab_size: int,
-    load: float,
-    shared: Shared,
-) -> Timeline:
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
-    sizes = sizes_of(config, held)
-    return simulate_alike(
-        program,
-        ranks=world,
-        ranks_of=ranks_of(held.axes),
-        seconds=stage_seconds(config, work, load=load),
-        network=network_of(config.cluster),
-        sizes=sizes,
-        slowest=True,
-        loads=shared.folded(network_of(config.cluster), held.axes, uses_of(program, sizes)),
-    )
 
 
 def _walked(timeline: Timeline) -> Walked:
@@ -254,18 +135,6 @@ def memory_limit_bytes(cluster: ClusterConfig) -> float:
 
 def fits_in(cluster: ClusterConfig, num_bytes: float) -> bool:
     return num_bytes <= memory_limit_bytes(cluster)
-
-
-def on_cuda(cluster: ClusterConfig) -> bool:
-    """Whether its devices are GPUs, neither emulated ones nor cores."""
-    return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
-
-
-def ranks_of(axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
-    """`axes`: ranks along each."""
-    table = rows({name: axes[name] for name in ("edp", "ep", "tp")})
-    row_of = {(axis, rank): row for axis, found in table.items() for row in map(tuple, found) for rank in row}
-    return lambda axis, rank: row_of[axis, rank]
 
 
 def peak_of(config: PretrainConfig) -> float:

@@ -9,27 +9,19 @@ from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
-from megalina.forecast.forecast import Forecast, Shared, fits_in, held_by, timed
-from megalina.parallel.plans import PIECE_BYTES, strategy_of
+from megalina.forecast.forecast import Forecast, fits_in, forecast_of
+from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.parameters import BYTES
-from megalina.sim.memory import memory_of, peak_of
+from megalina.plan_settings import overrides_of, strategy_of
+from megalina.step.candidates import EAGER, OF_A_LAYOUT, piece_of
 from megalina.step.plan import Plan
 from megalina.validate import check_config
+from megalina.validate_strategy import runs
 
 RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 12  # layouts that go to the second round
-PIECES_A_LAYER = 8  # of a large model: pieces of half a MiB would be ten thousands
-EAGER = Plan("eager", piece_bytes=0)
-PLANS = (
-    EAGER,
-    Plan("ddp", merge_bytes=25 * 2**20),
-    Plan("priority_partition", yields=True, piece_bytes=PIECE_BYTES),
-    Plan("lina_nopack", chunks="2", yields=True, piece_bytes=PIECE_BYTES),
-    *(Plan("lina", chunks="2", yields=True, piece_bytes=PIECE_BYTES, packing=k) for k in (2, 4)),
-    *(Plan("flow", parts=2, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
-    Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES),
-)
+PIECES_A_LAYER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +39,14 @@ class Candidate:
 
     def overrides(self) -> tuple[str, ...]:
         """What differs from the configuration that the search began with may differ in these alone."""
-        train, parallel, plan = self.config.train, self.config.parallel, self.plan
-        strategy = strategy_of(plan, self.config.strategy)
+        train, parallel = self.config.train, self.config.parallel
         return (
             f"parallel.tp={parallel.tp}",
             f"parallel.ep={parallel.ep}",
             f"parallel.zero={parallel.zero}",
             f"train.micro_batch_size={train.micro_batch_size}",
             f"train.recompute={train.recompute}",
-            f"strategy={plan.strategy}",
-            f"strategy.partition_bytes={strategy.partition_bytes}",
-            *([f"strategy.bucket_mb={strategy.bucket_mb:g}"] if plan.merge_bytes else []),
-            *([f"strategy.parts={plan.parts}"] if plan.parts > 1 else []),
-            *([f"strategy.chunks={plan.chunks}"] if plan.strategy in ("lina", "lina_nopack") else []),
-            *([f"strategy.yields={str(plan.yields).lower()}"] if plan.strategy in ("flow", "lina_zero") else []),
-            *([f"strategy.late_layers={plan.late_layers}"] if plan.strategy != "eager" else []),
-            "strategy.windows=none",
-            f"strategy.packing={plan.packing}",
+            *overrides_of(self.plan),
         )
 
 
@@ -99,12 +82,12 @@ def search(
 
 
 def plans_of(config: PretrainConfig, world: int, *, vocab_size: int) -> list[Plan]:
-    """`PLANS`, with pieces that suit the model, as far as this layout can run them."""
+    """Candidates, with pieces that suit the model, as far as this layout can run them."""
     buckets = bucket_specs(config, world, vocab_size=vocab_size).values()
     layer_bytes = sum(b.numel for b in buckets) * max(BYTES[config.train.dtype], 4) // config.model.num_layers
-    piece_bytes = max(1, layer_bytes // PIECES_A_LAYER // PIECE_BYTES) * PIECE_BYTES
-    plans = [replace(plan, piece_bytes=piece_bytes if plan.piece_bytes else 0) for plan in PLANS]
-    return [plan for plan in plans if accepted(replace(config, strategy=strategy_of(plan, config.strategy)), world)]
+    size = piece_of(layer_bytes, PIECES_A_LAYER)
+    plans = [replace(plan, piece_bytes=size if plan.piece_bytes else 0) for plan in OF_A_LAYOUT]
+    return [plan for plan in plans if runs(config, plan, world)]
 
 
 def layouts_of(config: PretrainConfig, world: int) -> Iterator[PretrainConfig]:
@@ -134,17 +117,12 @@ def accepted(config: PretrainConfig, world: int) -> bool:
 
 def candidate(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int, shared: Shared | None = None) -> Candidate:
     """Walked in time if it fits."""
-    config, shared = replace(config, strategy=strategy_of(plan, config.strategy)), shared or Shared()
-    held = held_by(config, world, plan, vocab_size=vocab_size)
-    state_bytes = sum(held.state.values())
-    if not fits_in(config.cluster, state_bytes):  # without an activation
-        return Candidate(config, plan, state_bytes, None)
-    program = shared.list_for_memory(config, plan, held)
-    peak_bytes, at = peak_of(held, program)
-    if not fits_in(config.cluster, peak_bytes):
-        return Candidate(config, plan, peak_bytes, None)
-    memory = memory_of(held, program, at=at)
-    return Candidate(config, plan, peak_bytes, timed(config, world, plan, held, memory, vocab_size=vocab_size, shared=shared))
+    config = replace(config, strategy=strategy_of(plan, config.strategy))
+    step = PricedStep(config, world, plan, vocab_size=vocab_size, shared=shared)
+    if not fits_in(config.cluster, step.state_bytes):
+        return Candidate(config, plan, step.state_bytes, None)
+    peak_bytes, _ = step.peak
+    return Candidate(config, plan, peak_bytes, forecast_of(step) if fits_in(config.cluster, peak_bytes) else None)
 
 
 def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:

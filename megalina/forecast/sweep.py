@@ -16,8 +16,9 @@ from megalina.forecast.forecast import memory_limit_bytes
 from megalina.forecast.report import GIB, as_json
 from megalina.forecast.search import Candidate, candidate, ordered
 from megalina.forecast.uneven import Unevenness, forecast_unevenly
-from megalina.mesh import rows
-from megalina.parallel.plans import first_plan, questions
+from megalina.layout import axis_sizes, rows
+from megalina.parallel.plans import questions
+from megalina.plan_settings import plan_of
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.validate import check_config, check_hardware
@@ -62,7 +63,7 @@ def _planned(job: Job) -> Candidate:
     config, world = job.config, job.world
     packings = allowed_packings(config, world)
     packings = worth_trying(config, world, packings, ranks_per_node=config.cluster.ranks_per_node)
-    best = candidate(config, first_plan(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size)
+    best = candidate(config, plan_of(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size)
     for question in questions(config, world, packings=packings):
         plans = [plan for plan in question(best.plan) if plan != best.plan]
         best = ordered([best, *(candidate(config, plan, world, vocab_size=job.vocab_size) for plan in plans)])[0]
@@ -116,8 +117,7 @@ def trace(path: Path, found: Candidate, world: int) -> None:
     assert found.found is not None
     timeline, parallel = found.found.timeline, found.config.parallel
     walked = len(timeline.recorders)
-    packing = found.plan.packing
-    shape = {"edp": world * packing // (parallel.ep * parallel.tp), "ep": parallel.ep // packing, "tp": parallel.tp}
+    shape = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=found.plan.packing)
     groups = rows(shape) if walked == world else {}  # of a rank that walks for all the others have no lanes
     path.parent.mkdir(parents=True, exist_ok=True)
     write_trace(path, {1: TracedStep([timeline.events(rank) for rank in range(walked)], groups)}, note=TRACE_NOTE)

@@ -9,18 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megalina.config import PretrainConfig
-from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import WALKED, Forecast, Walked, on_cuda, program_of, ranks_of, rounds_of, walked_rounds
+from megalina.forecast.forecast import WALKED, Forecast, Walked, walked_rounds
 from megalina.forecast.network import network_of
-from megalina.forecast.sent import sizes_of
-from megalina.parameters import padded_vocab_size
+from megalina.forecast.priced_step import PricedStep
 from megalina.sim.collectives import Floats
 from megalina.sim.memory import memory_of
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate
-from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.contention import summary
 
@@ -77,53 +73,32 @@ def forecast_unevenly(config: PretrainConfig, even: Forecast, world: int, *, voc
     """`even`, the forecast of ranks that are alike, with the times of ranks that aren't and the memory of the busiest.
 
     Seconds computed and waited are means over the ranks."""
-    plan = even.plan
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    programs = [program_of(config, plan, held, micro_batches=n * micro_batches) for n in walked_rounds(rounds)]
-    timelines = [_timeline(config, plan, held, p, world, vocab_size=vocab_size, unevenness=unevenness) for p in programs]
+    step = PricedStep(config, world, even.plan, vocab_size=vocab_size)
+    programs = [step.listed(rounds) for rounds in walked_rounds(step.rounds)]
+    timelines = [_timeline(step, program, unevenness) for program in programs]
     walked = [_mean(timeline, world) for timeline in timelines]
-    busiest = StageBytes(
-        config,
-        world,
-        vocab_size=vocab_size,
-        skew=unevenness.busiest_load,
-        packing=plan.packing,
-        piece_bytes=plan.piece_bytes,
-        cuda=on_cuda(config.cluster),
-    )
+    busiest = PricedStep(config, world, even.plan, vocab_size=vocab_size, load=unevenness.busiest_load)
     return replace(
         even,
-        walked=walked[0] if len(walked) == 1 else walked[1].longer(walked[0], rounds - WALKED),
+        walked=walked[0] if len(walked) == 1 else walked[1].longer(walked[0], step.rounds - WALKED),
         timeline=timelines[-1],
-        memory=memory_of(busiest, programs[-1]),
+        memory=memory_of(busiest.held, programs[-1]),
     )
 
 
-def _timeline(
-    config: PretrainConfig,
-    plan: Plan,
-    held: StageBytes,
-    program: Program,
-    world: int,
-    *,
-    vocab_size: int,
-    unevenness: Unevenness,
-) -> Timeline:
-    vocab_rows = padded_vocab_size(vocab_size, config.parallel.tp)
-    work = StageWork(config, world=world, vocab_rows=vocab_rows, buckets=held.buckets, packing=plan.packing)
-    ranks = ranks_of(held.axes)
+def _timeline(step: PricedStep, program: Program, unevenness: Unevenness) -> Timeline:
+    world, ranks = step.world, step.ranks_of
     load_R = [unevenness.load(rank, ranks("ep", rank)) for rank in range(world)]
-    by_load = {load: stage_seconds(config, work, load=load) for load in set(load_R)}
+    by_load = {load: stage_seconds(step.config, step.work, load=load) for load in set(load_R)}
 
     def seconds(rank: int, instruction: Instruction) -> float:
         slower = unevenness.slow_factor if rank == unevenness.slow_rank and instruction.kind is Kind.COMPUTE else 1.0
         return by_load[load_R[rank]](instruction) * slower
 
-    sizes = sizes_of(config, held)
+    sizes, network = step.sizes, network_of(step.config.cluster)
     if unevenness.busiest_load != 1.0:
         sizes = replace(sizes, matrix_of=matrix_of(sizes, unevenness))
-    return simulate([program] * world, ranks_of=ranks, seconds=seconds, network=network_of(config.cluster), sizes=sizes)
+    return simulate([program] * world, ranks_of=ranks, seconds=seconds, network=network, sizes=sizes)
 
 
 def matrix_of(sizes: Sizes, unevenness: Unevenness) -> Callable[[Instruction, tuple[int, ...]], Floats | None]:
@@ -133,9 +108,8 @@ def matrix_of(sizes: Sizes, unevenness: Unevenness) -> Callable[[Instruction, tu
         if instruction.op is not Op.TOKENS or len(ranks) == 1:
             return None
         sent_N = sizes.bytes_of(instruction) * unevenness.share_N(len(ranks))
-        to_experts = (instruction.name == "dispatch") == (instruction.phase == "F")  # backward, combine's gradients go there
         sent_NN = np.tile(sent_N, (len(ranks), 1))
-        return sent_NN if to_experts else sent_NN.T
+        return sent_NN if instruction.outward else sent_NN.T
 
     return of
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
-from megalina.forecast.forecast import Shared, fits_in, held_by
+from megalina.forecast.forecast import fits_in
+from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.forecast.search import RECOMPUTE, accepted, divisors, with_recompute
-from megalina.parallel.plans import strategy_of
-from megalina.sim.memory import peak_of
+from megalina.plan_settings import strategy_of
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program
 
@@ -33,14 +33,13 @@ def under_loads(
         peaks, sent, received = {}, 0, 0
         for mode in RECOMPUTE:
             changed = with_recompute(config, mode)
-            held = held_by(changed, world, plan, vocab_size=vocab_size, load=load)
-            program = shared.list_for_memory(changed, plan, held)
-            peaks[mode], _ = peak_of(held, program)
+            step = PricedStep(changed, world, plan, vocab_size=vocab_size, load=load, shared=shared)
+            program, (peaks[mode], _) = step.list_for_memory, step.peak
             arrivals = {s.reads[0]: s for s in program if s.kind is Kind.WAIT}
             for start in _token_starts(program):
                 arrival = arrivals[start.writes[0]]
-                sent = max(sent, held.value(start.reads[0], start))
-                received = max(received, held.value(arrival.writes[0], arrival))
+                sent = max(sent, step.held.value(start.reads[0], start))
+                received = max(received, step.held.value(arrival.writes[0], arrival))
         out.append(UnderLoad(load, peaks, sent, received))
     return out
 
@@ -52,10 +51,8 @@ def what_fits(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int
     for words, changed, ranks in _changes(config, world):
         if not accepted(changed, ranks):
             continue
-        held = held_by(changed, ranks, plan, vocab_size=vocab_size)
-        if not fits_in(changed.cluster, sum(held.state.values())):
-            continue
-        if fits_in(changed.cluster, peak_of(held, shared.list_for_memory(changed, plan, held))[0]):
+        step = PricedStep(changed, ranks, plan, vocab_size=vocab_size, shared=shared)
+        if fits_in(changed.cluster, step.state_bytes) and fits_in(changed.cluster, step.peak[0]):
             return words
     return ()
 

@@ -13,7 +13,8 @@ import torch
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
-from megalina.mesh import Axis, Mesh, build_mesh, rows
+from megalina.layout import rows
+from megalina.mesh import Axis, Mesh, build_mesh
 from megalina.sim.collectives import Collective
 
 REPEATS = 15

@@ -7,7 +7,9 @@ Shapes: N rows, F hidden width.
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("swiglu", "gelu", "relu")
+from megalina.config import ModelConfig, choices_of
+
+ACTIVATIONS = choices_of(ModelConfig, "activation")
 aten = torch.ops.aten
 
 

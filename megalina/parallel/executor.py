@@ -165,9 +165,7 @@ class Executor:
 
             def start_tokens() -> Pending:
                 known: Counts = counts.get() if isinstance(counts, Later) else counts
-                send, receive = known.sizes(instruction.chunk).splits(
-                    outward=(instruction.name == "dispatch") == (instruction.phase == "F")
-                )
+                send, receive = known.sizes(instruction.chunk).splits(outward=instruction.outward)
                 return exchange.start_all_to_all(value, send, receive, axis)
 
             return self._links.send(instruction, start_tokens, at_s=at_s, after=counts if isinstance(counts, Later) else None)

@@ -6,13 +6,14 @@ such as each job of a sweep, or one that must be deterministic.  JSON: the plan,
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalina.config import PretrainConfig
-from megalina.parallel.plans import AUTO, strategy_of
-from megalina.step.plan import Plan, plan_of
+from megalina.plan_settings import AUTO, strategy_of
+from megalina.step.plan import Plan
+from megalina.whole_file import write_whole
 
 PLAN_FILE = "plan.json"  # in a run's folder
 FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they are, a step takes as long
@@ -20,10 +21,8 @@ FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they 
 
 def write_plan(path: Path, config: PretrainConfig, world: int, plan: Plan, *, evidence: str) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
     text = json.dumps({"plan": plan.as_json(), "of": job_of(config, world), "evidence": evidence}, indent=1, allow_nan=False)
-    partial.write_text(text + "\n")
-    partial.rename(path)
+    write_whole(path, text + "\n")
 
 
 def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
@@ -53,10 +52,7 @@ def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
     """A plan and what it is of; ValueError for what isn't one."""
     try:
         found = json.loads(path.read_text())
-        plan, of = plan_of(found["plan"]), dict(found["of"])
-        kinds = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
-        if bad := [name for name, kind in kinds.items() if type(getattr(plan, name)) is not kind]:
-            raise TypeError(f"{bad[0]} is no {kinds[bad[0]].__name__}")
+        plan, of = Plan.from_json(found["plan"]), dict(found["of"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"strategy.plan={path} is no plan of megalina's ({error!r}): take a {PLAN_FILE} from a run's folder"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,19 +9,19 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import axis_of_group
+from megalina.layout import axis_of_group
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
 from megalina.parallel.emulated_device import emulated_device
 from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import StageFunctions, Verdict
-from megalina.parallel.plans import first_plan
 from megalina.parallel.shard import build_shard, parameter_groups
+from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import Program
-from megalina.step.strategy import evaluation, settling, training_step
+from megalina.step.strategy import Setting, evaluation, settling, training_step
 from megalina.timeline.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -60,7 +59,7 @@ class Trainable:
         )
         shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
         main_bytes = 8 if dtype == torch.float64 else 4
-        self.plan = first_plan(config.strategy, packing=mesh.packing)
+        self.plan = plan_of(config.strategy, packing=mesh.packing)
         piece = self.plan.piece_bytes // main_bytes or None
         self.buckets = {
             name: Bucket(name, members, getattr(mesh, axis_of_group(name)), sharded=parallel.zero == 1, piece=piece)
@@ -70,11 +69,10 @@ class Trainable:
         lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
-        self._setting_of = partial(
-            Plan.setting, shape=shape, buckets=specs, micro_batches=self.micro_batches,
-            recompute_mode=train.recompute, element_bytes=main_bytes,
-        )  # fmt: skip
-        self.setting = self._setting_of(self.plan)
+        setting = Setting(
+            shape, specs, micro_batches=self.micro_batches, recompute_mode=train.recompute, element_bytes=main_bytes
+        )
+        self.setting = setting.under(self.plan)
         self.program = training_step(self.plan.strategy, self.setting)
         self.recorder = Recorder()
         self.device = emulated_device(config)
@@ -109,7 +107,7 @@ class Trainable:
 
     def adopt(self, plan: Plan) -> None:
         """From now on a training step follows this plan, the same on every rank.  Its packing is the mesh's."""
-        self.plan, self.setting = plan, self._setting_of(plan)
+        self.plan, self.setting = plan, self.setting.under(plan)
         self.run_with(training_step(plan.strategy, self.setting), self.functions)
 
     def take_over(self, before: "Trainable") -> None:

@@ -16,7 +16,6 @@ of 4 experts as a rule, so the rounding is right for a trace in which only the l
 Shapes: T tokens, L MoE layers, K choices a token, E experts, S samples.
 """
 
-import os
 import struct
 import zipfile
 import zlib
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from megalina.placement.ahead_ids import check_ahead_ids
 from megalina.placement.predictors.predictor import Ids
+from megalina.whole_file import whole
 
 Weights = NDArray[np.floating[Any]]
 Counts = NDArray[np.int64]
@@ -179,15 +179,8 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         arrays["weights"] = trace.weights_TLK
     if trace.ahead_ids_TLK is not None:
         arrays["ahead_ids"] = trace.ahead_ids_TLK
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with aside.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole(path, durable=True) as aside, aside.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:

@@ -9,6 +9,11 @@ from itertools import zip_longest
 
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, has_gradient, weights_of
 
+GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire after it
+    "combine": "experts",  # between the two all-to-alls of a layer
+    "dispatch": "attention",  # under what comes before the next layer's
+}
+
 
 def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
     """The same forward pass for another part of the step, which is `share` of a micro-batch."""
@@ -228,7 +233,7 @@ def place_gradients(
                 queue += [_start(group, cut, Op.GRADS, spec.axis) for cut in cuts(spec.numel, spec.piece)]
         if place == "ready":
             send(float("inf"))
-        elif place == "pair" and instruction.phase == "B" and instruction.kind is Kind.WAIT and instruction.name == "combine":
+        elif place == "pair" and gap_after(instruction) == "experts":
             send(1)
         elif place == "gap" and gaps is not None and (gap := gap_after(instruction)):
             send(gaps.get(gap, 0))
@@ -239,11 +244,9 @@ def place_gradients(
 
 
 def gap_after(instruction: Instruction) -> str:
-    """The gap in which the wire is free once a token exchange of the backward pass has arrived: "experts", between the two
-    all-to-alls of a layer; "attention", under what comes before the next layer's; "": none."""
-    if instruction.phase != "B" or instruction.kind is not Kind.WAIT or instruction.op is not Op.TOKENS:
-        return ""
-    return "experts" if instruction.name == "combine" else "attention"
+    """The gap in which the wire is free once this has arrived, one of `GAPS`; "": none."""
+    arrives = instruction.phase == "B" and instruction.kind is Kind.WAIT and instruction.op is Op.TOKENS
+    return GAPS[instruction.name] if arrives else ""
 
 
 def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead: bool = False) -> Program:

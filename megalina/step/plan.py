@@ -1,14 +1,8 @@
 """A plan: a strategy with its numbers, the same on every rank, and what a search chooses among."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-from megalina.step.forward import Shape
-from megalina.step.program import BucketSpec
-from megalina.step.strategy import Setting, chunks_of
-
-DDP_FIRST_BYTES = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,21 +10,21 @@ class Plan:
     """How a step is scheduled.  Bytes are of gradients."""
 
     strategy: str = "eager"
-    parts: int = 1
-    chunks: str = "1"  # as `strategy.chunks`
+    parts: int = 1  # that walk through the layers in turn (flow)
+    chunks: tuple[int, ...] = (1,)  # in which the rows of each MoE layer travel; one number: of all of them
     piece_bytes: int = 0  # 0: whole buckets
-    merge_bytes: int = 0  # ddp
-    yields: bool = False
-    late_layers: int = 0  # of which backward leaves the gradients of experts' weights to the end
+    merge_bytes: int = 0  # ddp: neighbouring buckets go as one collective once they have so many
+    yields: bool = False  # gradients wait while tokens are on the wire
+    late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
     gap_bytes: tuple[tuple[str, int], ...] = ()  # windows: at most so many bytes in each gap of the wire; (): no limit
     measured_at: int = 0  # the step in which the windows were measured
-    packing: int = 1
+    packing: int = 1  # times as many experts on a rank as parallel.ep says
 
     def __str__(self) -> str:
         """For people: "flow: 2 parts, pieces of 0.5 MiB"."""
         words = [
             f"{self.parts} parts" if self.parts > 1 else "",
-            f"{self.chunks} chunks" if self.chunks != "1" else "",
+            f"{chunks_text(self.chunks)} chunks" if self.chunks != (1,) else "",
             f"pieces of {self.piece_bytes / 2**20:g} MiB" if self.piece_bytes else "",
             f"buckets of {self.merge_bytes / 2**20:g} MiB" if self.merge_bytes else "",
             "tokens first" if self.yields else "",
@@ -40,32 +34,38 @@ class Plan:
         ]
         return ": ".join(filter(None, (self.strategy, ", ".join(filter(None, words)))))
 
+    def chunks_of(self, moe: tuple[bool, ...]) -> dict[int, int]:
+        """Layer -> chunks of its rows.  ValueError where there are not as many numbers as MoE layers, or one is not above 0."""
+        layers = [i for i, is_moe in enumerate(moe) if is_moe]
+        numbers = self.chunks * len(layers) if len(self.chunks) == 1 else self.chunks
+        if len(numbers) != len(layers) or min(numbers, default=1) < 1:
+            text = chunks_text(self.chunks)
+            raise ValueError(f"strategy.chunks={text} must be one number above 0, or one for each of {len(layers)} MoE layers")
+        return dict(zip(layers, numbers, strict=True))
+
     def as_json(self) -> dict[str, Any]:
-        """What differs from a plan without numbers, and the strategy; see `plan_of`."""
+        """What differs from a plan without numbers, and the strategy; see `from_json`."""
         plain = asdict(Plan(self.strategy))
-        return {"strategy": self.strategy} | {k: v for k, v in asdict(self).items() if v != plain[k]}
+        found = {"strategy": self.strategy} | {k: v for k, v in asdict(self).items() if v != plain[k]}
+        return found | ({"chunks": chunks_text(self.chunks)} if "chunks" in found else {})
 
-    def setting(
-        self, shape: Shape, buckets: Mapping[str, BucketSpec], *, micro_batches: int, recompute_mode: str, element_bytes: int
-    ) -> Setting:
-        """For `training_step`.  The pieces of sharded buckets stay: shards belong to them."""
-        piece = max(1, self.piece_bytes // element_bytes) if self.piece_bytes else None
-        return Setting(
-            shape,
-            {name: spec if spec.sharded else replace(spec, piece=piece) for name, spec in buckets.items()},
-            micro_batches=micro_batches,
-            recompute_mode=recompute_mode,
-            parts=self.parts,
-            chunks_of=chunks_of(self.chunks, shape.moe),
-            merge=self.merge_bytes // element_bytes,
-            merge_first=min(DDP_FIRST_BYTES, self.merge_bytes) // element_bytes,
-            yields=self.yields,
-            late_layers=self.late_layers,
-            gaps={gap: size // element_bytes for gap, size in self.gap_bytes} or None,
-        )
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Plan":
+        """The plan of `as_json`, of this version or an older one.  TypeError, ValueError, KeyError or AttributeError for what is
+        none."""
+        gaps = tuple((str(gap), int(size)) for gap, size in values.get("gap_bytes", ()))
+        plan = cls(**{**values, "gap_bytes": gaps, "chunks": chunks_from(values.get("chunks", "1"))})
+        for field in fields(cls):
+            if type(getattr(plan, field.name)) is not (kind := type(field.default)):
+                raise TypeError(f"{field.name} is no {kind.__name__}")
+        return plan
 
 
-def plan_of(values: Mapping[str, Any]) -> Plan:
-    """The plan of `Plan.as_json`."""
-    gaps = tuple((str(gap), int(size)) for gap, size in values.get("gap_bytes", ()))
-    return Plan(**{**values, "gap_bytes": gaps})
+def chunks_from(text: str) -> tuple[int, ...]:
+    """Of "2" or "1,2,2"."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def chunks_text(chunks: tuple[int, ...]) -> str:
+    """As `chunks_from` reads it."""
+    return ",".join(map(str, chunks))

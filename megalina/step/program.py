@@ -80,6 +80,11 @@ class Instruction:
         return f"{self.phase}:{self.name}{arrow}.{layer}.{self.part}{cut}"
 
     @property
+    def outward(self) -> bool:
+        """Of an exchange of tokens: whether it goes to the experts, else it brings back.  In backward, combine's gradients go."""
+        return (self.name == "dispatch") == (self.phase == "F")
+
+    @property
     def buckets(self) -> tuple[str, ...]:
         """GRADS, PARAMS: whose elements are sent; several, whole and side by side in memory, may go as one."""
         return tuple(self.name.split("+"))

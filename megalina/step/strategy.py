@@ -5,37 +5,46 @@ a YAML in `conf/strategy/`; docs/strategies.md shows how.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import chunk, finish, late_weights, place_gradients, recompute, shard_of, step
+from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
+
+DDP_FIRST_BYTES = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a strategy may build a step from; from `parts` on, the numbers of `conf/strategy/`, or of a plan."""
+    """What a strategy may build a step from: a plan, and the model and batch that it is for."""
 
     shape: Shape
-    buckets: Mapping[str, BucketSpec]
+    buckets: Mapping[str, BucketSpec]  # in pieces as they go on the wire
+    plan: Plan = Plan()
     micro_batches: int = 1
     recompute_mode: str = "none"
-    parts: int = 1  # that walk through the layers in turn (flow)
-    chunks_of: Mapping[int, int] = field(default_factory=dict)  # layer -> chunks of its rows
-    merge: int = 0  # elements: neighbouring buckets go as one collective once they have so many ...
-    merge_first: int = 0  # ... the first ones of an axis once they have so many; 0: as all
-    yields: bool = False  # gradients wait while tokens are on the wire
-    late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
-    gaps: Mapping[str, int] | None = None  # elements of gradients for each gap of the wire; None: no limit
+    element_bytes: int = 4  # of a gradient
 
     @property
     def cut(self) -> int:
         """Into how many parts a micro-batch is cut: micro-batches are parts already where there are enough of them."""
-        return 1 if self.micro_batches % self.parts == 0 else self.parts
+        return 1 if self.micro_batches % self.plan.parts == 0 else self.plan.parts
 
     @property
     def num_parts(self) -> int:
         return self.micro_batches * self.cut
+
+    @property
+    def gaps(self) -> dict[str, int] | None:
+        """Elements of gradients for each gap of the wire; None: no limit."""
+        return {gap: size // self.element_bytes for gap, size in self.plan.gap_bytes} or None
+
+    def under(self, plan: Plan) -> "Setting":
+        """The same under another plan.  The pieces of sharded buckets stay: shards belong to them."""
+        piece = max(1, plan.piece_bytes // self.element_bytes) if plan.piece_bytes else None
+        buckets = {name: spec if spec.sharded else replace(spec, piece=piece) for name, spec in self.buckets.items()}
+        return replace(self, plan=plan, buckets=buckets)
 
 
 Strategy = Callable[[Setting], Program]
@@ -49,8 +58,9 @@ def eager(setting: Setting) -> Program:
 def ddp(setting: Setting) -> Program:
     """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MiB, the first ones
     of 1 MiB."""
-    placed = place_gradients(_plain_step(setting), setting.buckets, merge=setting.merge, merge_first=setting.merge_first)
-    return finish(placed, setting.buckets)
+    size = setting.plan.merge_bytes
+    merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
+    return finish(place_gradients(_plain_step(setting), setting.buckets, merge=merge, merge_first=merge_first), setting.buckets)
 
 
 def serial(setting: Setting) -> Program:
@@ -66,24 +76,19 @@ def fixed(setting: Setting) -> Program:
 def priority(setting: Setting) -> Program:
     """All-to-all first: a gradient starts only while no tokens are on the wire (Lina, section 4.1).  The rungs of the paper's
     ladder differ in their numbers alone: pieces, chunks, packing."""
-    place = "ready" if setting.gaps is None else "gap"
-    placed = place_gradients(_plain_step(setting), setting.buckets, place=place, yields=setting.yields, gaps=setting.gaps)
-    return finish(placed, setting.buckets)
+    return finish(_placed(_plain_step(setting), setting), setting.buckets)
 
 
 def flow(setting: Setting) -> Program:
     """Parts of the micro-batch walk through whole layers in turn; gradients go into what they leave of the wire.  Where the
     micro-batch is one group of the routers, its parts tell one another how full the experts are."""
-    program = _step(setting, together=setting.parts)
-    place = "ready" if setting.gaps is None else "gap"
-    placed = place_gradients(program, setting.buckets, place=place, yields=setting.yields, gaps=setting.gaps)
-    return finish(placed, setting.buckets)
+    return finish(_placed(_step(setting, together=setting.plan.parts), setting), setting.buckets)
 
 
 def lina_zero(setting: Setting) -> Program:
     """ZeRO-1 with the all-gathers of weights under the next step's forward; parts walk in turn as in `flow`."""
-    program = _step(setting, together=setting.parts)
-    return finish(place_gradients(program, setting.buckets, yields=setting.yields), setting.buckets, params_ahead=True)
+    program = _step(setting, together=setting.plan.parts)
+    return finish(place_gradients(program, setting.buckets, yields=setting.plan.yields), setting.buckets, params_ahead=True)
 
 
 # `strategy.name`; each has a file in conf/strategy/
@@ -99,17 +104,6 @@ STRATEGIES: Mapping[str, Strategy] = {
     "flow": flow,
     "lina_zero": lina_zero,
 }
-
-
-def chunks_of(chunks: str, moe: tuple[bool, ...]) -> dict[int, int]:
-    """Layer -> chunks of its rows, from `strategy.chunks`: one number for all MoE layers, or one for each."""
-    layers = [i for i, is_moe in enumerate(moe) if is_moe]
-    numbers = [int(n) for n in chunks.split(",")]
-    if len(numbers) == 1:
-        numbers *= len(layers)
-    if len(numbers) != len(layers) or min(numbers, default=1) < 1:
-        raise ValueError(f"strategy.chunks={chunks} must be one number above 0, or one for each of {len(layers)} MoE layers")
-    return dict(zip(layers, numbers, strict=True))
 
 
 def training_step(name: str, setting: Setting) -> Program:
@@ -147,13 +141,21 @@ def given(program: Program, setting: Setting) -> set[str]:
     return batches | {shard_of(b) if b in gathered else b for b in setting.buckets}
 
 
+def _placed(program: Program, setting: Setting) -> Program:
+    """With gradients as soon as they are there, or in the gaps that were measured."""
+    gaps = setting.gaps
+    return place_gradients(
+        program, setting.buckets, place="ready" if gaps is None else "gap", yields=setting.plan.yields, gaps=gaps
+    )
+
+
 def _plain_step(setting: Setting) -> Program:
     return _step(setting, together=1)
 
 
 def _step(setting: Setting, *, together: int) -> Program:
-    late = [i for i, is_moe in enumerate(setting.shape.moe) if is_moe][: setting.late_layers]
-    forward = late_weights(chunk(plain(setting.shape), setting.chunks_of), late)
+    late = setting.shape.moe_layers[: setting.plan.late_layers]
+    forward = late_weights(chunk(plain(setting.shape), setting.plan.chunks_of(setting.shape.moe)), late)
     forward = recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
     cut = setting.cut if together > 1 else 1
     one_group = cut > 1 and setting.shape.micro_batch_groups

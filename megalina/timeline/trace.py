@@ -17,6 +17,7 @@ from typing import Any
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone, class_of, group_slowdowns
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.timeline.spans import Span, overlaps, rows
+from megalina.whole_file import write_whole
 
 FILE = "trace.json.gz"  # in a run folder
 LANES = ("step", "compute", "tokens", "counts and sums", "gradients", "parameters", "waits")
@@ -69,9 +70,7 @@ def write_trace(path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence
     clock = ESTIMATED if any(offsets_s) else "one machine's"
     content = {"traceEvents": lines, "displayTimeUnit": "ms", "otherData": {"clock": clock}}
     data = json.dumps(content, separators=(",", ":")).encode()
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    part.replace(path)
+    write_whole(path, gzip.compress(data) if path.suffix == ".gz" else data)
 
 
 def aligned(by_rank: Sequence[Sequence[Event]], machines: Sequence[str]) -> list[float]:

@@ -7,10 +7,11 @@ Everything else that shows a run (report, comparison, a rebuilt W&B folder) is m
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from megalina.whole_file import write_whole
 
 Record = dict[str, Any]
 
@@ -120,16 +121,11 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def _keep_until(self, last_step: int) -> None:
-        """Rewrite the file beside itself and swap: killed at any point, one of the two is whole."""
+        """Rewrite the file."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         parsed = [(number, line, _parse(line)) for number, line in enumerate(lines, 1) if line]
         lost = [number for number, _, record in parsed if record is None and number < len(lines)]
         if lost:
             logger.warning("%s: lines %s are no records and were dropped", self.path, lost)
         kept = [line + "\n" for _, line, record in parsed if record is not None and record["step"] <= last_step]
-        aside = self.path.with_name(self.path.name + ".new")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(kept), durable=True)

@@ -22,6 +22,7 @@ from megalina.track.report_style import STYLE
 from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
 from megalina.track.timeline_card import timeline_hint, timeline_picture, waits_chart
 from megalina.track.yaml_file import read_yaml
+from megalina.whole_file import write_whole
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
 
@@ -69,14 +70,14 @@ def write_report(run_dir: Path, *, samples: list[Sample], summary: dict[str, Any
     `total_params`, `active_params`, `overrides` (the command's list of overrides).  ValueError if there is no step to report.
     """
     kept = {"summary": summary, "samples": [asdict(sample) for sample in samples]}
-    _write_whole(run_dir / "report.json", json.dumps(kept, indent=1, default=str))
+    write_whole(run_dir / "report.json", json.dumps(kept, indent=1, default=str))
     return rebuild_report(run_dir)
 
 
 def rebuild_report(run_dir: Path) -> Path:
     """Write RUN_DIR/report.html from the files in the folder."""
     path = run_dir / "report.html"
-    _write_whole(path, report_page(read_run(run_dir)))
+    write_whole(path, report_page(read_run(run_dir)))
     return path
 
 
@@ -93,12 +94,6 @@ def read_run(run_dir: Path) -> RunData:
     kept = json.loads(kept_path.read_text(encoding="utf-8")) if kept_path.exists() else {"summary": {}, "samples": []}
     samples = [Sample(**sample) for sample in kept["samples"]]
     return RunData(run_dir, config_text, read_yaml(run_dir / "config.yaml") or {}, records, samples, kept["summary"])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
 
 
 def report_page(run: RunData) -> str:

@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from megalina.whole_file import write_whole
+
 T = TypeVar("T")
 ASK_S = 2.0  # a store that takes longer for an answer is silent
 
@@ -127,10 +129,7 @@ class FolderBoard:
         return True
 
     def post(self, key: str, text: str) -> None:
-        path = self._path(key)
-        part = path.with_suffix(".part")
-        part.write_text(text)
-        part.replace(path)
+        write_whole(self._path(key), text)
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
         return {key: self._path(key).read_text() for key in keys if self._path(key).is_file()}

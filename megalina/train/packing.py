@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megalina.blocks.counts import expert_bytes_on_rank, expert_params_on_rank
 from megalina.config import PretrainConfig
-from megalina.mesh import rows
+from megalina.layout import axis_sizes, rows
 from megalina.parameters import BYTES, is_moe_layer
 
 BYTES_FACTOR = 1.5  # what puts so many times the bytes of the least packing on the wire is not tried
@@ -35,7 +35,7 @@ def wire_bytes(config: PretrainConfig, world: int, packing: int, *, ranks_per_no
 
     Of what stays inside a node nothing counts, unless all ranks are on one."""
     train, model, parallel = config.train, config.model, config.parallel
-    groups = rows({"edp": world // (parallel.tp * parallel.ep) * packing, "ep": parallel.ep // packing, "tp": parallel.tp})
+    groups = rows(axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=packing))
     node = range(world) if ranks_per_node >= world else [rank // ranks_per_node for rank in range(world)]
     layers = sum(is_moe_layer(model, i) for i in range(model.num_layers))
     tokens = train.global_batch_size * train.seq_len / world

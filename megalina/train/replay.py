@@ -13,7 +13,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import read_values
 from megalina.comm.objects import everybodys
-from megalina.step.plan import plan_of
+from megalina.step.plan import Plan
 from megalina.train.ledger import Line, difference
 from megalina.train.steps import Steps
 
@@ -50,7 +50,7 @@ def replay(steps: Steps, newest: Path, before: Path | None) -> None:
     worst = 0.0
     for step in range(start + 1, values["step"] + 1):
         there = lines[step].get("plan")
-        if there and steps.adapts and (plan := plan_of(there)).packing in steps.meshes:
+        if there and steps.adapts and (plan := Plan.from_json(there)).packing in steps.meshes:
             steps.adopt(plan)
         _, line = steps.compute(step)
         found = difference(lines[step], line, tolerance=tolerance, moe_layers=steps.trainable.gpt.moe_layers)

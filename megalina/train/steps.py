@@ -16,9 +16,10 @@ from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, build_meshes
 from megalina.parallel.functions import Verdict
-from megalina.parallel.plans import AUTO, questions
+from megalina.parallel.plans import questions
 from megalina.parallel.trainable import Trainable
-from megalina.step.plan import Plan, plan_of
+from megalina.plan_settings import AUTO
+from megalina.step.plan import Plan
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.ledger import Ledger, Line, RandomState, line_of
@@ -137,7 +138,7 @@ class Steps:
         there = saved.get("plan")
         if not there or not self.adapts:
             return
-        plan, now = plan_of(there["now"]), self.state.arithmetic()
+        plan, now = Plan.from_json(there["now"]), self.state.arithmetic()
         if plan.packing in self.meshes and all(saved["arithmetic"][key] == now[key] for key in ("mesh", "parallel", "strategy")):
             self.adopt(plan)
             self.tuner = self._tuner(searches=min(there["searches"], 1))

@@ -10,7 +10,8 @@ from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.objects import everybodys
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
-from megalina.mesh import Mesh, rows
+from megalina.layout import rows
+from megalina.mesh import Mesh
 from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from megalina.comm.objects import everybodys
 from megalina.mesh import Mesh
+from megalina.step.passes import GAPS
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import SEND, Event
 
@@ -19,15 +20,14 @@ logger = logging.getLogger("megalina")
 STEPS = 3  # that windows are measured over
 WATCH = 50  # steps between looks
 DRIFT = 0.25  # windows that are off by this share are measured anew
-GAP_OF = {"combine": "experts", "dispatch": "attention"}  # exchange of the backward pass -> the gap after it
 
 
 def gap_seconds(events: Sequence[Event]) -> dict[str, float]:
     """The median length of each gap of one step, on one rank: from the end of an exchange of tokens to the start of the next."""
     sends = sorted((e for e in events if e.kind == SEND and e.op == "tokens" and e.phase == "B"), key=lambda e: e.start_s)
-    lengths: dict[str, list[float]] = {gap: [] for gap in GAP_OF.values()}
+    lengths: dict[str, list[float]] = {gap: [] for gap in GAPS.values()}
     for before, after in zip(sends, sends[1:], strict=False):
-        lengths[GAP_OF[before.name]].append(max(0.0, after.start_s - before.end_s))
+        lengths[GAPS[before.name]].append(max(0.0, after.start_s - before.end_s))
     return {gap: statistics.median(found) if found else 0.0 for gap, found in lengths.items()}
 
 
@@ -71,7 +71,7 @@ class Windows:
         self._found.append({gap: seconds * rate for gap, seconds in gap_seconds(own).items()})
         if len(self._found) < STEPS:
             return
-        medians = {gap: statistics.median(found[gap] for found in self._found) for gap in GAP_OF.values()}
+        medians = {gap: statistics.median(found[gap] for found in self._found) for gap in GAPS.values()}
         everywhere = everybodys(self._mesh, medians)
         gap_bytes = {gap: int(min(of_rank[gap] for of_rank in everywhere)) for gap in medians}
         self._found, self._to_wait = [], WATCH

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalina.batch import Batch
 from megalina.blocks.sizes import Rank
 from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import axis_sizes
+from megalina.layout import axis_sizes
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction, Kind

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.parameter import Parameter
-from megalina.mesh import rows
+from megalina.layout import rows
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording

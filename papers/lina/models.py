@@ -44,7 +44,7 @@ TRAINED = (TXL, BERT2GPT2, GPT2)
 DDP = Plan("ddp", merge_bytes=25 * 2**20)
 PRIORITY = Plan("priority", yields=True)
 PARTITION = Plan("priority_partition", yields=True, piece_bytes=PARTITION_BYTES)
-PIPELINE = replace(PARTITION, strategy="lina_nopack", chunks="2")
+PIPELINE = replace(PARTITION, strategy="lina_nopack", chunks=(2,))
 FIXED = Plan("fixed")
 SERIAL = Plan("serial")
 

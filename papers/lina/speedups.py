@@ -173,7 +173,7 @@ class Speedups:
         row_bytes = SEQUENCES * SEQ_LEN * 2 * model.d_model * 4
         found = {}
         for size in SWEPT_MB:
-            plan = replace(PIPELINE, piece_bytes=size * MB, chunks=str(-(-row_bytes // (size * MB))))
+            plan = replace(PIPELINE, piece_bytes=size * MB, chunks=(-(-row_bytes // (size * MB)),))
             found[size] = self.walk(model, 16, plan).step_s
         return found
 

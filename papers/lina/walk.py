@@ -6,15 +6,8 @@ from statistics import mean
 
 from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
-from megalina.cost.stage_bytes import StageBytes
-from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import program_of, ranks_of
-from megalina.forecast.network import network_of
-from megalina.forecast.sent import sizes_of
-from megalina.parameters import padded_vocab_size
-from megalina.sim.memory import Memory, memory_of
-from megalina.sim.virtual import simulate_alike
+from megalina.forecast.priced_step import PricedStep
+from megalina.sim.memory import Memory
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Op, Program
 from megalina.step.strategy import evaluation
@@ -87,10 +80,8 @@ class Walk:
 
 @dataclass(slots=True)
 class _Listed:
-    config: PretrainConfig
-    held: StageBytes
-    program: Program
-    work: StageWork
+    step: PricedStep
+    program: Program  # its own, or an evaluation's
 
 
 @dataclass(slots=True)
@@ -110,41 +101,31 @@ class Bed:
         return self._walk(model, experts, None, constants)
 
     def memory(self, model: Model, experts: int, plan: Plan) -> Memory:
-        listed = self._list(model, experts, plan)
-        return memory_of(listed.held, listed.program)
+        return self._list(model, experts, plan).step.memory
 
     def _walk(self, model: Model, experts: int, plan: Plan | None, constants: Constants) -> Walk:
         key = (model, experts, plan, constants)
         if key not in self._walked:
             listed = self._list(model, experts, plan)
-            self._walked[key] = _in_virtual_time(listed, experts, constants)
+            self._walked[key] = _in_virtual_time(listed, constants)
         return self._walked[key]
 
     def _list(self, model: Model, experts: int, plan: Plan | None) -> _Listed:
         key = (model, experts, plan)
         if key not in self._listed:
             config = config_of(self.base, model, experts, top_k=2 if plan else 1)
-            packing, piece_bytes = (plan.packing, plan.piece_bytes) if plan else (1, 0)
-            held = StageBytes(config, experts, vocab_size=model.vocab_size, packing=packing, piece_bytes=piece_bytes, cuda=True)
+            step = PricedStep(config, experts, plan or Plan(), vocab_size=model.vocab_size)
             shape = shape_of(config.model, config.router, tp=1, sequence=config.parallel.sequence)
-            program = program_of(config, plan, held, micro_batches=1) if plan else evaluation(shape, held.buckets)
-            rows = padded_vocab_size(model.vocab_size, 1)
-            work = StageWork(config, world=experts, vocab_rows=rows, buckets=held.buckets, packing=packing)
-            self._listed[key] = _Listed(config, held, program, work)
+            self._listed[key] = _Listed(step, step.program if plan else evaluation(shape, step.held.buckets))
         return self._listed[key]
 
 
-def _in_virtual_time(listed: _Listed, ranks: int, constants: Constants) -> Walk:
-    config = listed.config
-    sizes = sizes_of(config, listed.held)
-    timeline = simulate_alike(
-        listed.program,
-        ranks=ranks,
-        ranks_of=ranks_of(listed.held.axes),
-        seconds=_seconds(stage_seconds(config, listed.work), constants),
-        network=network_of(config.cluster),
-        sizes=replace(sizes, bytes_of=_bytes(sizes.bytes_of, _factors(listed, constants))),
-        slowest=True,
+def _in_virtual_time(listed: _Listed, constants: Constants) -> Walk:
+    step = listed.step
+    timeline = step.walk(
+        program=listed.program,
+        seconds=_seconds(step.seconds, constants),
+        sizes=replace(step.sizes, bytes_of=_bytes(step.sizes.bytes_of, _factors(step, constants))),
     )
     return Walk(timeline.step_s + constants.outside_ms / 1e3, timeline.events(0))
 
@@ -155,8 +136,8 @@ def _seconds(roofline_s: Callable[[Instruction], float], constants: Constants) -
     return lambda instruction: roofline_s(instruction) * factors.get(instruction.name, 1.0)
 
 
-def _factors(listed: _Listed, constants: Constants) -> dict[Op | None, float]:
-    inside = listed.held.axes["ep"] <= listed.config.cluster.ranks_per_node
+def _factors(step: PricedStep, constants: Constants) -> dict[Op | None, float]:
+    inside = step.held.axes["ep"] <= step.config.cluster.ranks_per_node
     return {
         Op.TOKENS: constants.inside_factor if inside else constants.between_factor,
         Op.GRADS: constants.gradient_factor,

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from tools.compare_strategies import composed
 
 from benchmarks.validation.emulated import HostConstants, simulate_emulated
 from megalina.config import PretrainConfig
-from megalina.parallel.plans import first_plan
+from megalina.plan_settings import plan_of
 from megalina.sim.virtual import Timeline
-from tools.compare_strategies import composed
 
 FREE = HostConstants(
     flops_per_s=1e30,
@@ -35,7 +35,7 @@ def ladder() -> PretrainConfig:
 
 
 def walked(config: PretrainConfig, host: HostConstants, *, link_mbit: float = WIDE) -> Timeline:
-    plan = first_plan(config.strategy)
+    plan = plan_of(config.strategy)
     return simulate_emulated(config, plan, nodes=4, ranks_per_node=1, link_mbit=link_mbit, vocab_size=320, host=host)
 
 

@@ -21,14 +21,10 @@ from benchmarks.scale.report import (
     zero_line,
 )
 from benchmarks.scale.rungs import Point, Rung, point_of
-from megalina.cost.stage_bytes import StageBytes
-from megalina.cost.stage_seconds import stage_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.forecast import forecast, program_of, ranks_of, rounds_of
+from megalina.forecast.forecast import forecast
 from megalina.forecast.network import network_of
-from megalina.forecast.sent import sizes_of
-from megalina.parallel.plans import strategy_of
-from megalina.parameters import padded_vocab_size
+from megalina.forecast.priced_step import PricedStep
+from megalina.plan_settings import strategy_of
 from megalina.sim.collectives import Collective
 from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import Loads
@@ -80,17 +76,13 @@ def test_the_baseline_is_tuned(point: Point) -> None:
 
 def test_bounds_are_those_of_all_ranks_and_no_schedule_of_the_layout_beats_them(point: Point) -> None:
     config, plan = small(), Plan("eager")
-    held = StageBytes(config, 16, vocab_size=VOCAB)
-    rounds, micro_batches = rounds_of(config, plan, held)
-    program = program_of(config, plan, held, micro_batches=rounds * micro_batches)
-    work = StageWork(config, world=16, vocab_rows=padded_vocab_size(VOCAB, 1), buckets=held.buckets)
-    seconds = stage_seconds(config, work)
+    step = PricedStep(config, 16, plan, vocab_size=VOCAB)
     found = lower_bound(
-        [program] * 16,
-        ranks_of=ranks_of(held.axes),
-        seconds=lambda _, instruction: seconds(instruction),
+        [step.program] * 16,
+        ranks_of=step.ranks_of,
+        seconds=lambda _, instruction: step.seconds(instruction),
         network=network_of(config.cluster),
-        sizes=sizes_of(config, held),
+        sizes=step.sizes,
     )
     assert point.compute_s == pytest.approx(found["compute_s"]) and point.link_s == pytest.approx(found["link_s"])
     assert point.link_s > 0 and point.bound_s == max(point.compute_s, point.link_s)

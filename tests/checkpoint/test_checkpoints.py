@@ -21,7 +21,8 @@ from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
 from megalina.checkpoint.files import Part, read_into
 from megalina.checkpoint.writing import SaveFailed
 from megalina.comm.slice import Slice, boxes, span, whole_shape
-from megalina.mesh import Axis, Mesh, build_mesh, rows
+from megalina.layout import rows
+from megalina.mesh import Axis, Mesh, build_mesh
 from tests.parallel.ranks import run_on_ranks
 
 WHOLE = {

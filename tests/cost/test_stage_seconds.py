@@ -17,6 +17,7 @@ from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
 from megalina.cost.stage_seconds import Device, device_of, share_at, stage_seconds
 from megalina.cost.stage_work import StageWork
 from megalina.parallel.emulated_device import emulated_device
+from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import Setting, training_step
 from megalina.train.throughput import published_peak_flops
@@ -213,7 +214,7 @@ def test_an_emulated_device_costs_here_what_it_costs_there(given: dict[str, floa
     config.model.vocab_size = 512
     shape = shape_of(config.model, config.router, tp=1, sequence=True)
     buckets = buckets_of(shape)
-    setting = Setting(shape, buckets, micro_batches=2, recompute_mode="full", chunks_of={0: 2}, late_layers=1)
+    setting = Setting(shape, buckets, Plan(chunks=(2, 1), late_layers=1), micro_batches=2, recompute_mode="full")
     seconds = stage_seconds(config, StageWork(config, world=4, vocab_rows=512, buckets=buckets))
     device = emulated_device(config)
     assert device is not None

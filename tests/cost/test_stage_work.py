@@ -10,6 +10,7 @@ from megalina.blocks.model import shape_of
 from megalina.blocks.work import Product, Work
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
+from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
 from megalina.train.model_flops import model_flops
@@ -44,7 +45,7 @@ def programs(name: str) -> Iterator[tuple[str, Program, dict[str, BucketSpec]]]:
     for title, shape in SHAPES.items():
         setting = setting_of(name, shape, random)
         yield title, training_step(name, setting), dict(setting.buckets)
-        late = replace(setting, late_layers=1, chunks_of={})
+        late = replace(setting, plan=replace(setting.plan, late_layers=1, chunks=(1,)))
         yield title, training_step(name, late), dict(setting.buckets)
 
 
@@ -62,7 +63,7 @@ def test_no_stage_of_any_strategy_is_unknown(name: str) -> None:
 def test_parts_of_a_group_and_evaluation_are_known_too() -> None:
     shape = replace(SHAPES["experts in every layer"], micro_batch_groups=True)
     buckets = buckets_of(shape)
-    program = training_step("flow", Setting(shape, buckets, parts=2, yields=True))
+    program = training_step("flow", Setting(shape, buckets, Plan(parts=2, yields=True)))
     assert {"sizes_of_group", "balance_of_group"} <= {s.name for s in program}
     work = work_of(config_of(), buckets=buckets)
     assert all(work(s).kernels > 0 for s in (*program, *evaluation(shape, buckets)) if s.kind is C)
@@ -94,7 +95,8 @@ def test_all_ranks_together_do_what_mfu_counts(model: dict[str, object], tp: int
     world, micro_batches = 4, 3
     shape = shape_of(config.model, config.router, tp=tp, sequence=True)
     buckets = buckets_of(shape)
-    setting = Setting(shape, buckets, micro_batches=micro_batches, chunks_of={1: 2}, late_layers=late)
+    chunks = tuple(2 if i == 1 else 1 for i, is_moe in enumerate(shape.moe) if is_moe)
+    setting = Setting(shape, buckets, Plan(chunks=chunks, late_layers=late), micro_batches=micro_batches)
     work = work_of(config, world=world, buckets=buckets)
     flops = world * sum(work(s).flops for s in training_step("lina", setting))
     counted = model_flops(config.model, config.router, vocab_size=WORDS, seq_len=16).per_token

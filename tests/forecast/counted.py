@@ -25,8 +25,7 @@ def counted(sizes: Sizes, counts: Counts, *, row_bytes: int) -> Sizes:
                 f"{instruction.tag}: no rows were counted in layer {instruction.layer}, part {part}: record a step of this list"
             )
         rows_NN = rows_between(counts[instruction.layer, part][list(ranks)], instruction.chunk)
-        outward = (instruction.name == "dispatch") == (instruction.phase == "F")  # else what came goes back
-        return row_bytes * (rows_NN if outward else rows_NN.T)
+        return row_bytes * (rows_NN if instruction.outward else rows_NN.T)
 
     return replace(sizes, matrix_of=matrix_of)
 

@@ -17,15 +17,14 @@ import torch
 from megalina.batch import Batch
 from megalina.collective_log import Entry
 from megalina.config import PretrainConfig, StrategyConfig
-from megalina.cost.stage_bytes import StageBytes
 from megalina.data.source import TokenData, open_data
-from megalina.forecast.forecast import program_of, ranks_of, rounds_of
-from megalina.forecast.sent import sizes_of
+from megalina.forecast.priced_step import PricedStep
+from megalina.layout import ranks_of
 from megalina.mesh import Mesh, build_meshes
 from megalina.model.permute import RowOrder
 from megalina.parallel.executor import Functions
-from megalina.parallel.plans import first_plan
 from megalina.parameters import BYTES
+from megalina.plan_settings import plan_of
 from megalina.sim.collectives import Collective, Floats
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
@@ -166,10 +165,9 @@ class Forecasted:
 
 def forecasted(config: PretrainConfig) -> Forecasted:
     packing = config.strategy.packing
-    plan = first_plan(config.strategy, packing=1 if packing == "auto" else int(packing))
-    held = StageBytes(config, WORLD, vocab_size=VOCABULARY, packing=plan.packing, piece_bytes=plan.piece_bytes)
-    program = program_of(config, plan, held, micro_batches=prod(rounds_of(config, plan, held)))
-    return Forecasted(program, sizes_of(config, held), held.axes, config.model.d_model * BYTES[config.train.dtype])
+    plan = plan_of(config.strategy, packing=1 if packing == "auto" else int(packing))
+    step = PricedStep(config, WORLD, plan, vocab_size=VOCABULARY)
+    return Forecasted(step.program, step.sizes, step.held.axes, config.model.d_model * BYTES[config.train.dtype])
 
 
 def in_virtual_time(programs: Sequence[Program], sizes: Sizes, axes: Mapping[str, int], *, seed: int = 0) -> Sequences:

@@ -4,13 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tools.compare_strategies import composed
 
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, Forecast, forecast, memory_limit_bytes
-from megalina.forecast.search import EAGER, PLANS, Candidate, accepted, candidate, ordered, search
-from megalina.parallel.plans import strategy_of
+from megalina.forecast.search import Candidate, accepted, candidate, ordered, search
+from megalina.plan_settings import strategy_of
+from megalina.step.candidates import EAGER, OF_A_LAYOUT
 from megalina.step.plan import Plan
-from tools.compare_strategies import composed
 
 WORLD, VOCAB = 8, 4096
 FLOW = Plan("flow", parts=2)
@@ -89,7 +90,7 @@ def test_what_does_not_fit_comes_last_and_is_not_walked() -> None:
 
 def test_plans_are_taken_up_again_as_they_are() -> None:
     config = config_of("parallel.zero=1")
-    for plan in PLANS:
+    for plan in OF_A_LAYOUT:
         planned = replace(config, strategy=strategy_of(plan, config.strategy))
         again = composed([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
         assert again.strategy == planned.strategy, plan

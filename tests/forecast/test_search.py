@@ -4,17 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tools.compare_strategies import composed
 
 from megalina.config import PretrainConfig
-from megalina.forecast.forecast import RESERVED_BYTES, WALKED, Shared, forecast, held_by, program_of, timed
+from megalina.forecast.forecast import RESERVED_BYTES, WALKED, forecast, forecast_of
+from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.forecast.report import load_table, memory_table, timeline_text
-from megalina.forecast.search import EAGER, PLANS, candidate, search
+from megalina.forecast.search import candidate, search
 from megalina.forecast.what_if import under_loads, what_fits
-from megalina.parallel.plans import strategy_of
+from megalina.plan_settings import strategy_of
 from megalina.sim.memory import memory_of, peak_of
+from megalina.step.candidates import EAGER, OF_A_LAYOUT
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Event
-from tools.compare_strategies import composed
 
 WORLD, VOCAB = 8, 4096
 SMALL = (
@@ -33,7 +35,7 @@ def with_memory(config: PretrainConfig, **values: Any) -> PretrainConfig:
 
 def test_what_is_shared_changes_nothing() -> None:
     config, shared = config_of("train.global_batch_size=128"), Shared()
-    for plan in (EAGER, Plan("flow", parts=2), EAGER, Plan("lina", chunks="2", packing=2)):
+    for plan in (EAGER, Plan("flow", parts=2), EAGER, Plan("lina", chunks=(2,), packing=2)):
         for micro in (1, 2):
             one = replace(config, train=replace(config.train, micro_batch_size=micro))
             alone, together = (forecast(one, WORLD, vocab_size=VOCAB, plan=plan, shared=s) for s in (None, shared))
@@ -51,21 +53,18 @@ def test_a_search_gives_what_each_candidate_gives_alone_and_the_same_again() -> 
         assert (alone.found and alone.found.walked) == (c.found and c.found.walked)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", OF_A_LAYOUT, ids=str)
 def test_rounds_that_are_not_walked_take_what_one_more_takes(plan: Plan) -> None:
     """Within 0.1% of a step that is walked whole, and no more memory."""
     packed = replace(plan, packing=min(plan.packing, 2), piece_bytes=min(plan.piece_bytes, 2**20))
     base = config_of("train.global_batch_size=96", "parallel.zero=1")
     config = replace(base, strategy=strategy_of(packed, base.strategy))
-    held = held_by(config, WORLD, packed, vocab_size=VOCAB)
-    shared = Shared()
-    short, whole = shared.list_for_memory(config, packed, held), program_of(config, packed, held, micro_batches=6)
-    memory = memory_of(held, short)
-    assert memory.peak == memory_of(held, whole).peak == peak_of(held, whole)[0]
-    few = timed(config, WORLD, packed, held, memory, vocab_size=VOCAB, shared=shared)
+    step = PricedStep(config, WORLD, packed, vocab_size=VOCAB)
+    assert step.memory.peak == memory_of(step.held, step.program).peak == peak_of(step.held, step.program)[0]
+    few = forecast_of(step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megalina.forecast.forecast.WALKED", 6)
-        every = timed(config, WORLD, packed, held, memory, vocab_size=VOCAB, shared=shared)
+        every = forecast_of(step)
     assert few.step_s == pytest.approx(every.step_s, rel=1e-3)
     assert few.timeline.step_s < every.timeline.step_s or packed.parts * WALKED >= 6
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel.plan_file import read_plan, with_plan, write_plan
-from megalina.parallel.plans import first_plan, strategy_of
+from megalina.plan_settings import plan_of, strategy_of
 from megalina.step.plan import Plan
 from megalina.validate import check_config
 
@@ -41,7 +41,7 @@ def refusal(config: PretrainConfig, world: int = WORLD) -> str:
 def test_a_run_with_the_file_begins_with_its_plan_and_asks_nothing(path: Path) -> None:
     config = with_plan(job(plan=str(path)), WORLD)
     check_config(config, WORLD)
-    assert first_plan(config.strategy, packing=int(config.strategy.packing)) == FOUND
+    assert plan_of(config.strategy, packing=int(config.strategy.packing)) == FOUND
     assert "auto" not in (config.strategy.name, config.strategy.packing, config.strategy.chunks, config.strategy.partition_bytes)
     config.train.deterministic = True  # nothing is decided by a clock any more
     check_config(config, WORLD)
@@ -100,13 +100,13 @@ def test_a_file_that_is_not_there_and_one_of_bytes_are_named(tmp_path: Path) -> 
 
 @given(parts=st.integers(1, 4), piece=st.integers(0, 2**24), merge_mib=st.integers(0, 50), packing=st.integers(1, 8))
 def test_a_strategy_of_a_plan_gives_the_plan(parts: int, piece: int, merge_mib: int, packing: int) -> None:
-    plan = Plan("flow", parts=parts, piece_bytes=piece, merge_bytes=merge_mib * 2**20, packing=packing, chunks="1,2")
+    plan = Plan("flow", parts=parts, piece_bytes=piece, merge_bytes=merge_mib * 2**20, packing=packing, chunks=(1, 2))
     strategy = strategy_of(plan, StrategyConfig(name="auto", packing="auto", packing_memory_gb=1.5))
-    assert first_plan(strategy, packing=packing) == plan and strategy.packing_memory_gb == 1.5
+    assert plan_of(strategy, packing=packing) == plan and strategy.packing_memory_gb == 1.5
 
 
 def test_the_file_holds_what_people_ask_for(path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["evidence"] == "tried" and found["of"]["world"] == WORLD
     assert read_plan(path)[0] == FOUND
-    assert not list(path.parent.glob("*.partial"))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

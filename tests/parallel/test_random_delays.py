@@ -25,6 +25,7 @@ from megalina.parallel.trainable import Trainable
 from megalina.sim.network import one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import simulate
+from megalina.step.plan import Plan
 from megalina.step.program import Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from megalina.train.bucket_optimizer import BucketOptimizer
@@ -63,20 +64,22 @@ class Schedule:
 
     def setting(self, base: Setting) -> Setting:
         """The first of each strategy has all mechanisms; the numbers of the others are drawn."""
-        random = Random(str(self))
-        first, moe = self.seed == 0, [i for i, is_moe in enumerate(base.shape.moe) if is_moe]
+        random, first = Random(str(self)), self.seed == 0
+        gaps = (("experts", 400 * base.element_bytes), ("attention", 900 * base.element_bytes))
         sharded = any(spec.sharded for spec in base.buckets.values())  # shards belong to pieces: not to be drawn
         piece = None if sharded else random.choice((None, 300, 1000))
         return replace(
             base,
             buckets=base.buckets if first or sharded else {n: replace(s, piece=piece) for n, s in base.buckets.items()},
             recompute_mode="none" if first else random.choice(("none", "selective", "full")),
-            parts=2 if self.name in WALKING else 1,
-            chunks_of={i: 2 if first else random.choice((1, 2, 3)) for i in moe},
-            merge=5000 if self.name == "ddp" else 0,
-            merge_first=2000 if self.name == "ddp" else 0,
-            yields=self.name not in ("eager", "ddp", "serial", "fixed") and (first or random.random() < 0.6),
-            gaps=None if first else random.choice((None, {"experts": 400, "attention": 900})),
+            plan=Plan(
+                self.name,
+                parts=2 if self.name in WALKING else 1,
+                chunks=tuple(2 if first else random.choice((1, 2, 3)) for is_moe in base.shape.moe if is_moe),
+                merge_bytes=5000 * base.element_bytes if self.name == "ddp" else 0,
+                yields=self.name not in ("eager", "ddp", "serial", "fixed") and (first or random.random() < 0.6),
+                gap_bytes=() if first else random.choice(((), gaps)),
+            ),
         )
 
     def program(self, setting: Setting) -> Program:

@@ -8,12 +8,12 @@ from functools import cache
 from random import Random
 
 from megalina.blocks.model import plain_shape
-from megalina.cost.bucket_specs import axis_of_group
-from megalina.mesh import rows
+from megalina.layout import axis_of_group, rows
 from megalina.sim.network import Network
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Seconds
 from megalina.step.forward import Shape, plain
+from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, reads_of, writes_of
 from megalina.step.strategy import Setting
 
@@ -58,12 +58,14 @@ def setting_of(name: str, shape: Shape, random: Random) -> Setting:
         buckets_of(shape, sharded=random.random() < 0.5, piece=random.choice((None, 40))),
         micro_batches=random.choice((1, 1, 2, 3)),
         recompute_mode=random.choice(("none", "full")),
-        parts=random.choice((1, 2, 3)) if name in WALKING else 1,
-        chunks_of={i: random.choice((1, 2, 3)) for i in range(shape.num_layers)},
-        merge=random.choice((0, 100, 1000)),
-        merge_first=random.choice((0, 50)),
-        yields=random.random() < 0.7,
-        gaps=random.choice((None, {"experts": 50, "attention": 90})),
+        plan=Plan(
+            name,
+            parts=random.choice((1, 2, 3)) if name in WALKING else 1,
+            chunks=tuple(random.choice((1, 2, 3)) for is_moe in shape.moe if is_moe),
+            merge_bytes=random.choice((0, 400, 4000)),
+            yields=random.random() < 0.7,
+            gap_bytes=random.choice(((), (("experts", 200), ("attention", 360)))),
+        ),
     )
 
 

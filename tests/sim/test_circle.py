@@ -12,6 +12,7 @@ from megalina.sim.lanes import LITERAL
 from megalina.sim.network import one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Deadlock, simulate
+from megalina.step.plan import Plan
 from megalina.step.program import Program
 from megalina.step.strategy import Setting, training_step
 from tests.sim.schedules import NAMED, SHAPES, buckets_of, delays, ranks_of, start, wait
@@ -59,8 +60,8 @@ def closes(circle: list[str], started: dict[int, set[str]]) -> None:
 @pytest.mark.parametrize("name", ["priority_partition", "lina", "flow"])
 def test_the_papers_rule_deadlocks_in_a_circle_that_is_named(name: str) -> None:
     shape = SHAPES["experts in every layer"]
-    chunks = {0: 2, 1: 2} if name == "lina" else {}
-    setting = Setting(shape, buckets_of(shape, piece=40), yields=True, parts=2 if name == "flow" else 1, chunks_of=chunks)
+    plan = Plan(name, yields=True, parts=2 if name == "flow" else 1, chunks=(2,) if name == "lina" else (1,))
+    setting = Setting(shape, buckets_of(shape, piece=40), plan)
     program, found = training_step(name, setting), 0
     for seed in range(40):
         what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda instruction: 1000.0), "rule": LITERAL}

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from megalina.blocks.model import plain_shape
-from megalina.cost.bucket_specs import axis_of_group
-from megalina.mesh import rows
+from megalina.layout import axis_of_group, rows
 from megalina.sim.collectives import Collective
 from megalina.sim.folding import FoldedLoads
 from megalina.sim.lanes import LITERAL, OURS
@@ -16,6 +15,7 @@ from megalina.sim.network import Network, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import RanksOf, Timeline, simulate, simulate_alike
 from megalina.step.forward import plain
+from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program
 from megalina.step.strategy import STRATEGIES, Setting, training_step
 from tests.sim.schedules import SHAPES, setting_of
@@ -132,7 +132,7 @@ def test_a_step_of_48_layers_on_1024_ranks_takes_seconds() -> None:
     shape = plain_shape(moe=(True,) * 48, shared_experts=True)
     names = dict.fromkeys(u for s in plain(shape) for u in s.uses)
     buckets = {name: BucketSpec(2**22, axis_of_group(name), True, 2**20) for name in names}
-    program = training_step("lina", Setting(shape, buckets, yields=True, chunks_of=dict.fromkeys(range(48), 2)))
+    program = training_step("lina", Setting(shape, buckets, Plan(yields=True, chunks=(2,))))
     network = Network(nic_bytes_per_s=50e9, ranks_per_node=8, nics_per_node=8, fast_bytes_per_s=4e11, rings=8, hop_s=5e-6)
     ranks_of, began_s = groups_of(8, 128), time.process_time()
     timeline = simulate_alike(

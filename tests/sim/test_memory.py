@@ -14,11 +14,11 @@ from megalina.comm import exchange
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.cost.stage_bytes import DIRECT_BYTES, StageBytes
 from megalina.mesh import build_mesh
-from megalina.parallel.plans import first_plan
 from megalina.parallel.trainable import Trainable
+from megalina.plan_settings import plan_of
 from megalina.sim.memory import Memory, by_stage, memory_of
 from megalina.step.program import Instruction, Kind, Op, Program, backward
-from megalina.step.strategy import STRATEGIES, evaluation, training_step
+from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
 from tests.parallel.ranks import run_on_ranks
 from tests.sim.schedules import SHAPES, setting_of
 
@@ -154,14 +154,13 @@ def test_buckets_are_those_of_the_model(world: int, model: dict[str, Any], train
 def program_of(config: PretrainConfig, sizes: StageBytes) -> Program:
     shape = shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence)
     train = config.train
-    setting = first_plan(config.strategy).setting(
+    setting = Setting(
         shape,
         sizes.buckets,
         micro_batches=train.global_batch_size // (train.micro_batch_size * sizes.axes["dp"]),
         recompute_mode=train.recompute,
-        element_bytes=4,
     )
-    return training_step(config.strategy.name, setting)
+    return training_step(config.strategy.name, setting.under(plan_of(config.strategy)))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -20,6 +20,7 @@ from megalina.sim.lower_bound import lower_bound
 from megalina.sim.network import Loads, one_level
 from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Deadlock, Timeline, simulate
+from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from tests.sim.schedules import (
@@ -200,7 +201,7 @@ def test_lists_in_other_orders_deadlock_or_show_in_the_ledger() -> None:
 
 def test_a_list_in_which_tokens_yield_too_is_refused_and_would_deadlock() -> None:
     shape = SHAPES["dense first, shared experts"]
-    setting = Setting(shape, buckets_of(shape, piece=40), yields=True)
+    setting = Setting(shape, buckets_of(shape, piece=40), Plan(yields=True))
     program = training_step("priority", setting)
     wrong = tuple(replace(s, yields_to=(Op.GRADS,)) if s.op is Op.TOKENS and s.kind is START else s for s in program)
     with pytest.raises(ValueError, match="may not be held back"):
@@ -244,9 +245,7 @@ def test_the_papers_literal_rule_deadlocks_under_some_delays_and_ours_under_none
     setting = Setting(
         shape,
         buckets_of(shape, piece=40),
-        yields=True,
-        parts=2 if name in WALKING else 1,
-        chunks_of={0: 2, 1: 2} if name == "lina" else {},
+        Plan(name, yields=True, parts=2 if name in WALKING else 1, chunks=(2,) if name == "lina" else (1,)),
     )
     program = training_step(name, setting)
     assert deadlocks(program, OURS) == 0
@@ -330,7 +329,7 @@ def test_none_of_thousands_of_schedules_deadlocks(name: str, tried: Counter[str]
 
 def test_the_same_delays_give_the_same_timeline() -> None:
     shape = SHAPES["tensor parallel, shared experts"]
-    program = training_step("flow", Setting(shape, buckets_of(shape, piece=40), yields=True, parts=2))
+    program = training_step("flow", Setting(shape, buckets_of(shape, piece=40), Plan(yields=True, parts=2)))
     what = {"network": one_level(1e6, 1e-5), "sizes": Sizes(lambda instruction: 1000.0), "ranks_of": ranks_of((2, 2, 2))}
     first, second = (simulate([program] * 8, seconds=delays(Random(3)), **what) for _ in range(2))
     assert first.step_s == second.step_s
@@ -383,7 +382,8 @@ def test_ranks_that_are_alike_take_as_long_as_one_with_one_link(name: str) -> No
     for seed in range(10):
         random = Random(seed)
         shape = SHAPES["dense first, shared experts"]
-        setting = replace(setting_of(name, shape, random), parts=1, yields=False, chunks_of={})
+        setting = setting_of(name, shape, random)
+        setting = replace(setting, plan=replace(setting.plan, parts=1, yields=False, chunks=(1,)))
         program = tuple(replace(s, yields_to=(), credit=0) for s in training_step(name, setting))
         took_s = {s: random.choice(DELAYS_S) for s in program if s.kind is C}
         size = {s: random.choice((1.0, 100.0, 3000.0)) for s in program if s.kind is START}

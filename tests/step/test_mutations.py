@@ -37,7 +37,8 @@ def list_of(name: str, seed: int) -> tuple[Program, Setting]:
     setting = setting_of(name, random.choice(list(SHAPES.values())), random)
     if seed == PASSING:
         shape = replace(SHAPES["experts in every layer"], micro_batch_groups=True)
-        setting = replace(setting_of(name, shape, random), micro_batches=1, parts=2)
+        setting = setting_of(name, shape, random)
+        setting = replace(setting, micro_batches=1, plan=replace(setting.plan, parts=2))
         assert any(s.name == "balance_of_group" for s in training_step(name, setting))
     return training_step(name, setting), setting
 

@@ -10,6 +10,7 @@ import pytest
 from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
+from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, reads_of, writes_of
 from megalina.step.strategy import Setting, evaluation, given, training_step
 
@@ -136,10 +137,10 @@ def test_every_loss_is_seeded() -> None:
     assert losses_of(forward, forward) == ("z.0.0", "z.1.0", "global_aux.-.0", "loss.-.0")
 
 
-def routed_in_parts(name: str, **numbers: int) -> tuple[Program, set[str], dict[str, BucketSpec]]:
+def routed_in_parts(name: str, *, micro_batches: int, parts: int) -> tuple[Program, set[str], dict[str, BucketSpec]]:
     """Flow of micro-batches that are groups of their routers."""
     shape = replace(SHAPES[name], micro_batch_groups=True)
-    setting = Setting(shape, buckets_of(shape), recompute_mode="full", **numbers)
+    setting = Setting(shape, buckets_of(shape), Plan(parts=parts), micro_batches=micro_batches, recompute_mode="full")
     program = training_step("flow", setting)
     return program, given(program, setting), setting.buckets
 
@@ -184,8 +185,8 @@ def test_whole_micro_batches_tell_one_another_nothing() -> None:
 
 
 def test_parts_of_a_model_without_experts_share_nothing() -> None:
-    shape = plain_shape(moe=(False,), micro_batch_groups=True)
-    program = training_step("flow", Setting(shape, buckets_of(shape), parts=2))
+    shape = Shape(moe=(False,), micro_batch_groups=True)
+    program = training_step("flow", Setting(shape, buckets_of(shape), Plan(parts=2)))
     assert not any("group" in s.name for s in program)
 
 
@@ -203,14 +204,15 @@ def test_a_start_that_nobody_awaits_is_named() -> None:
         check(program[:at] + (lost,) + program[at:], have, buckets)
 
 
-def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner() -> None:
+def test_ddp_fills_a_bucket_of_each_axis_the_first_one_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two dense groups of 64 fill a bucket, one the first; experts of another axis in between don't end it."""
     shape = plain_shape(moe=(True,) * 4)
     buckets = {
         name: BucketSpec(64, "copies" if name.startswith("experts") else "dp", piece=None)
         for name in dict.fromkeys(u for s in plain(shape) for u in s.uses)
     }
-    program = training_step("ddp", Setting(shape, buckets, merge=128, merge_first=64))
+    monkeypatch.setattr("megalina.step.strategy.DDP_FIRST_BYTES", 4 * 64)
+    program = training_step("ddp", Setting(shape, buckets, Plan(merge_bytes=4 * 128)))
     starts = [s for s in program if s.op is Op.GRADS and s.kind is Kind.START]
     sent = {axis: [s.name for s in starts if s.axis == axis] for axis in ("dp", "copies")}
     assert sent["copies"] == ["experts.3", "experts.2+experts.1", "experts.0"]
@@ -223,8 +225,8 @@ def test_one_exchange_of_counts_a_part_is_enough_where_all_layers_have_equal_one
     buckets = buckets_of(shape)
     for name, setting in {
         "eager": Setting(shape, buckets, micro_batches=2),
-        "lina": Setting(shape, buckets, micro_batches=2, chunks_of={1: 2, 2: 4}),
-        "flow": Setting(shape, buckets, parts=2),
+        "lina": Setting(shape, buckets, Plan(chunks=(2, 4, 1)), micro_batches=2),
+        "flow": Setting(shape, buckets, Plan(parts=2)),
     }.items():
         program = training_step(name, setting)  # which checks it
         counted = [s.layer for s in program if s.op is Op.COUNTS and s.kind is Kind.START]

@@ -83,7 +83,7 @@ def test_a_file_that_was_being_rewritten_is_the_old_one_until_the_new_one_is_who
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megalina.track.metrics.os.replace", killed)
+    monkeypatch.setattr("megalina.whole_file.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(path, resumed_step=2)
     assert path.read_bytes() == before

@@ -21,7 +21,7 @@ from megalina.checkpoint.checkpoints import read_tensors
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel import reshard
 from megalina.parallel.plan_file import with_plan
-from megalina.parallel.plans import first_plan
+from megalina.plan_settings import plan_of
 from megalina.step.plan import Plan
 from megalina.train.replay import replay
 from megalina.train.trainer import Run
@@ -209,7 +209,7 @@ def chosen_of_all(folder: Path) -> dict[str, Any]:
 def config_of_plan(config: PretrainConfig, path: Path) -> Plan:
     """What a run begins with that is given the file."""
     strategy = with_plan(replace(config, strategy=replace(config.strategy, plan=str(path))), WORLD).strategy
-    return first_plan(strategy, packing=int(strategy.packing))
+    return plan_of(strategy, packing=int(strategy.packing))
 
 
 def losses_of_rest(run: Run) -> list[float]:

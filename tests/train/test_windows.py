@@ -102,7 +102,7 @@ def test_a_run_follows_windows_and_its_losses_are_the_same(tmp_path: Path) -> No
 def test_gaps_get_what_fits_and_the_tail_the_rest() -> None:
     shape = plain_shape(moe=(True, True, True))
     buckets = {name: BucketSpec(64, "dp", piece=16) for name in dict.fromkeys(u for s in plain(shape) for u in s.uses)}
-    program = training_step("priority", Setting(shape, buckets, gaps={"experts": 20, "attention": 0}))
+    program = training_step("priority", Setting(shape, buckets, Plan(gap_bytes=(("experts", 80), ("attention", 0)))))
     starts = [i for i, s in enumerate(program) if s.op is Op.GRADS and s.kind is Kind.START]
     gaps = [i for i, s in enumerate(program) if s.phase == "B" and s.kind is Kind.WAIT and s.name == "combine"]
     last = max(i for i, s in enumerate(program) if s.phase == "B" and s.kind is Kind.COMPUTE)

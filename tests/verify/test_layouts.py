@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from megalina.mesh import rows as mesh_rows
+from megalina.layout import rows as mesh_rows
 from megalina.verify import layouts
 from megalina.verify.compare import compare
 from megalina.verify.layouts import Choices, Row, axes, config_of, pairs, pairwise, product, row_of, runs

@@ -1,0 +1,68 @@
+"""Candidates: the plans that are worth a try, for all who search: measured steps (`auto`), the planner, the map, the ladder."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megalina.step.plan import Plan
+
+PIECE_BYTES = 2**19  # smaller ones cost their latency many times: a small all-reduce takes milliseconds whatever its size
+PIECES_BYTES = (0, 2**19, 2**20)  # 0: whole buckets
+CHUNKS = ((1,), (2,), (4,))
+PARTS = (2, 4)
+LATE_LAYERS = (0, 2, 4)
+PACKINGS = (2, 4, 8, 16)  # tried in turn while they pay
+PACKED = ("lina", "flow", "lina_zero")  # strategies that packing is a part of; the others are what they are held against
+
+# With the numbers of conf/strategy, but for lina's packing, which is measured there.
+EAGER = Plan("eager")
+DDP = Plan("ddp", merge_bytes=25 * 2**20)  # torch's default
+PRIORITY = Plan("priority", yields=True)
+PRIORITY_PARTITION = replace(PRIORITY, strategy="priority_partition", piece_bytes=PIECE_BYTES)
+LINA_NOPACK = replace(PRIORITY_PARTITION, strategy="lina_nopack", chunks=(2,))
+LINA = replace(LINA_NOPACK, strategy="lina")
+FLOW = Plan("flow", parts=2)
+LINA_ZERO = Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES)
+
+OF_A_LAYOUT = (  # one list for every layout of a large search
+    *(EAGER, DDP, PRIORITY_PARTITION, LINA_NOPACK),
+    *(replace(LINA, packing=k) for k in (2, 4)),
+    *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
+    LINA_ZERO,
+)
+
+
+def winners(*, zero: bool) -> list[Plan]:
+    """Those that have won somewhere.  With ZeRO-1 shards belong to pieces, so pieces stay as they are."""
+    return [replace(FLOW, late_layers=2), LINA, *([replace(LINA_ZERO, piece_bytes=0)] if zero else [])]
+
+
+def packed(best: Plan, packings: Sequence[int]) -> list[Plan]:
+    """The best plan, or the simplest that can, with each packing."""
+    plan = best if best.strategy in PACKED else replace(LINA, chunks=(1,))
+    return [replace(plan, packing=k) for k in packings]
+
+
+def yielding(best: Plan) -> list[Plan]:
+    """Flow, the other way round."""
+    return [replace(best, yields=not best.yields)] if best.strategy == "flow" else []
+
+
+def in_parts(best: Plan) -> list[Plan]:
+    return [replace(best, parts=parts) for parts in PARTS] if best.parts > 1 else []
+
+
+def with_late_layers(best: Plan) -> list[Plan]:
+    return [replace(best, late_layers=layers) for layers in LATE_LAYERS] if best.strategy != "eager" else []
+
+
+def in_chunks(best: Plan) -> list[Plan]:
+    return [replace(best, chunks=chunks) for chunks in CHUNKS]
+
+
+def in_pieces(best: Plan) -> list[Plan]:
+    return [replace(best, piece_bytes=size) for size in PIECES_BYTES]
+
+
+def piece_of(layer_bytes: int, pieces: int) -> int:
+    """Bytes of about so many pieces a layer, for models where pieces of half a MiB would be ten thousands."""
+    return max(1, layer_bytes // pieces // PIECE_BYTES) * PIECE_BYTES
