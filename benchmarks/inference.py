@@ -59,6 +59,7 @@ from megalina.placement.routing_trace import read_trace
 from megalina.placement.workloads import WORKLOADS, own_part
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
+from megalina.timeline.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
@@ -236,6 +237,7 @@ def rank(spec: dict[str, Any]) -> int:
     part = OwnPart(np.zeros((0, spec["layers"]), np.int64), 0)
     engines = {mode: engine_of(mode, gpt, host, mesh, routing, part, times, even_rows, spec["slots"]) for mode in spec["modes"]}
     took_s: dict[str, list[float]] = {mode: [] for mode in engines}
+    recorders = {mode: Recorder() for mode in engines}  # of the last batch
     for number in range(-1, served):  # the first one warms up
         own = own_part(routing.tokens_BR[max(0, number)], me)
         part.ids_TL, part.begin = routing.batches[max(0, number)][own, :, 0], own.start
@@ -244,11 +246,9 @@ def rank(spec: dict[str, Any]) -> int:
         for mode in order:
             engine = engines[mode]
             everybodys(mesh, None)
-            engine.recorder.on = number == served - 1
-            engine.recorder.begin()
+            recorder = recorders[mode] if number == served - 1 else None
             began_s = time.perf_counter()
-            engine.hidden(batch)
-            engine.recorder.end()
+            engine.hidden(batch, record=recorder)
             step_s = max(everybodys(mesh, time.perf_counter() - began_s))
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
@@ -261,7 +261,7 @@ def rank(spec: dict[str, Any]) -> int:
         ratios = [ratio if math.isfinite(ratio) else None for ratio in routing.most_over_least]
         result = {"modes": modes, "most_over_least": ratios, "overrun_fraction": late, "served": served}
         if spec["picture"]:
-            shown = {mode: engine.recorder.events() for mode, engine in engines.items()}
+            shown = {mode: recorder.events() for mode, recorder in recorders.items()}
             draw(Path(spec["picture"]), shown, note=f"emulated devices, {spec['slow_motion']:g} times in slow motion")
         Path(spec["out"]).write_text(json.dumps(result, allow_nan=False))
     for engine in engines.values():

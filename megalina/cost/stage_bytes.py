@@ -10,12 +10,13 @@ from functools import cached_property
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import axis_sizes, bucket_specs
 from megalina.cost.function_bytes import INT, ORDER, FunctionBytes
+from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import Instruction, Op, has_gradient
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
     *("loss", "aux", "global_aux", "prob", "z", "#load", "#loads", "#all_loads", "#group", "#batch", "#own_loss", "#loss"),
-    *("#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict"),
+    *("#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
 )
 
 

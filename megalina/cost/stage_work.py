@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from megalina.config import PretrainConfig
 from megalina.cost.work import Piece, Product, Work, small
-from megalina.parameters import BYTES
+from megalina.parameters import BYTES, is_moe_layer
+from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import BucketSpec, Instruction, Kind
 
 # Kernels of an instruction whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
@@ -18,6 +19,7 @@ SMALL = {
     **{"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 4},
     **{"loads": 1, "balance": 12, "balance_of_group": 14},
 }
+BIAS_KERNELS = 7  # a MoE layer: its load comes from the host and is widened; mean, difference, sign, narrowed, added
 SELECT_KERNELS = 45  # forward; counted in megalina/model/routers.py, balance.py and permute.py
 SELECT_PASSES = (12, 8)  # over the logits, forward and backward
 
@@ -226,6 +228,8 @@ class StageWork:
         if instruction.name == "measure":  # squares of gradients
             names = [v.removesuffix("'sum") for v in instruction.reads if v.endswith("'sum")]
             return Work((), sum(self._here(self.buckets[n]) for n in names) * self.main, 8 + 2 * len(names))
+        if instruction.name == ROUTER_BIAS:
+            return small(BIAS_KERNELS * sum(is_moe_layer(self.model, i) for i in range(self.model.num_layers)))
         if instruction.name not in SMALL:
             raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to megalina/cost/stage_work.py")
         return small(SMALL[instruction.name])

@@ -21,7 +21,7 @@ from megalina.placement.controller import Outcome, Planner
 from megalina.placement.placement import Placement
 from megalina.placement.predictors.predictor import Floats
 from megalina.timeline.contention import summary
-from megalina.timeline.recorder import COMPUTE, SEND, Event
+from megalina.timeline.recorder import COMPUTE, SEND, Event, Recorder
 from megalina.timeline.spans import length_s, union
 
 HOST_STAGES = ("foresee", "learn")  # what a device would not do
@@ -151,14 +151,12 @@ def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
         contestant.planner.taken_s = []
     controller.outcomes = []
     everybodys(engine.mesh, None)  # nobody starts before the last one is there
-    engine.recorder.on = True
-    engine.recorder.begin()
+    recorder = Recorder()
     _emulate(engine, int(batch.valid_BS.sum()))
     began_s = time.perf_counter()
-    engine.hidden(batch)
+    engine.hidden(batch, record=recorder)
     latency_s = time.perf_counter() - began_s
     _emulate(engine, None)
-    engine.recorder.on = False
     outcomes, controller.outcomes = controller.outcomes, None
     if not timed:
         return
@@ -169,7 +167,7 @@ def _serve(contestant: Contestant, batch: Batch, *, timed: bool) -> None:
     emulated_s, overrun_s = _device_s(engine)
     contestant.emulated_s += emulated_s - device_before_s[0]
     contestant.overrun_s += overrun_s - device_before_s[1]
-    events = engine.recorder.events()
+    events = recorder.events()
     a2a = summary(events, {}).traffic["a2a"]
     done = engine.slots.done
     contestant.served.append(

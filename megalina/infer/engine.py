@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.collective_log import CollectiveLog
 from megalina.infer.expert_memory import num_swap_experts
 from megalina.infer.expert_stream import ExpertStream
 from megalina.infer.functions import InferenceFunctions
@@ -41,8 +42,9 @@ class EngineSettings:
 class Engine:
     """`gpt`: this rank's copy without experts.  `residents`: where each MoE layer's experts sit at first, the same on all ranks.
 
-    `device`: makes an emulated one, given the functions that know how many rows were here.  ValueError for placements of other
-    layers or devices, for more chunks than slots, and for bytes on their way that are less than a layer's slots."""
+    `log`: where collectives are noted; None: one of its own.  `device`: makes an emulated one, given the functions that know how
+    many rows were here.  ValueError for placements of other layers or devices, for more chunks than slots, and for bytes on their
+    way that are less than a layer's slots."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Engine:
         residents: Sequence[Placement],
         settings: EngineSettings = EngineSettings(),
         *,
+        log: CollectiveLog | None = None,
         device: Callable[[InferenceFunctions], EmulatedDevice] | None = None,
     ):
         if mesh.ep.size != mesh.world.size:
@@ -76,19 +79,20 @@ class Engine:
         stream = ExpertStream(where) if where.type == "cuda" else None
         self.slots = Slots(host, residents, mesh.ep.rank, spare=spare, stream=stream)
         self.controller = Controller(policy, residents)
-        self.recorder = Recorder()
         tile = TILE_ROWS if settings.batch_invariant else 0
         self.functions = InferenceFunctions(gpt, mesh, self.slots, self.controller, tile=tile)
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
         self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
         self.device = device(self.functions) if device is not None else None
-        self._executor = Executor(self.program, self.functions, mesh, {}, recorder=self.recorder, device=self.device)
+        self._executor = Executor(self.program, self.functions, mesh, {}, log=log, device=self.device)
 
-    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> Tensor:
-        """The last norm's output [T, D] of this rank's tokens, perhaps none; `past` grows.  All ranks call it together."""
+    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None, *, record: Recorder | None = None) -> Tensor:
+        """The last norm's output [T, D] of this rank's tokens, perhaps none; `past` grows.  All ranks call it together.
+
+        `record` gets the events of the step."""
         self.functions.past = past
         with torch.inference_mode():
-            out: Tensor = self._executor.run({"#batch.-.0": batch})["#out.-.0"]
+            out: Tensor = self._executor.run({"#batch.-.0": batch}, record=record)["#out.-.0"]
         return out
 
     def logits(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> Tensor:

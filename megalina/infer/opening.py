@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megalina.checkpoint.restored import Restored, read_experts, restore
+from megalina.collective_log import CollectiveLog
 from megalina.config import InferConfig
 from megalina.infer.engine import Engine, EngineSettings
 from megalina.infer.even_routing import EvenRouting
@@ -28,6 +29,7 @@ class Opened:
     host: HostExperts
     mesh: Mesh
     served: Served
+    log: CollectiveLog  # of the collectives of all engines
 
     def engine(
         self,
@@ -46,13 +48,21 @@ class Opened:
             swap_bytes=num_swap_bytes(config),
             combine_chunks=config.combine_chunks,
         )
-        engine = Engine(gpt, self.host, self.mesh, policy, [resident] * len(gpt.moe_layers), settings, device=device)
+        residents = [resident] * len(gpt.moe_layers)
+        engine = Engine(gpt, self.host, self.mesh, policy, residents, settings, log=self.log, device=device)
         if config.even_routing:
             engine.functions.reroute = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank)
         return engine
 
 
-def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, devices_per_node: int = 0) -> Opened:
+def open_checkpoint(
+    path: Path,
+    mesh: Mesh,
+    *,
+    log: CollectiveLog | None = None,
+    dtype: torch.dtype = torch.float32,
+    devices_per_node: int = 0,
+) -> Opened:
     """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
     restored = restore(path, dtype=dtype, experts=False)
     gpt = restored.gpt
@@ -66,4 +76,4 @@ def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float3
     on_cuda = next(gpt.parameters()).is_cuda
     host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
     served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
-    return Opened(restored, host, mesh, served)
+    return Opened(restored, host, mesh, served, log or CollectiveLog(mesh.world.rank))

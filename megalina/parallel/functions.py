@@ -5,7 +5,6 @@ A function takes the values that its instruction reads, in order, and returns th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.collective_log import NUM_RIDERS, agree
+from megalina.collective_log import NUM_RIDERS, CollectiveLog, agree
 from megalina.mesh import Mesh
 from megalina.model.digest import LIMBS, routing_digest, tokens_digest
 from megalina.model.experts import Later
@@ -23,6 +22,7 @@ from megalina.model.permute import RowOrder, reorder
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.dispatcher import Counts, by_expert, by_source, cut_index
+from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.step.program import Instruction
 
 # Values of a program that a step's measure sums up, losses among them: value -> quantity.
@@ -31,41 +31,14 @@ MEASURED = {"loss": "loss", "aux": "balance", "global_aux": "balance", "z": "z",
 NUM_SUMS = 5  # loss, balance, z, squares of gradients, wishes to stop
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What all ranks know at the end of a step, before anything is updated.  Losses are means a token."""
-
-    loss: float  # nats, without auxiliary terms
-    balance_loss: float  # mean over MoE layers, unweighted; 1 at perfect balance
-    z_loss: float  # mean over MoE layers, unweighted
-    grad_norm: float  # over all parameters, before clipping
-    grad_scale: float  # what the update multiplies gradients by
-    finite: bool  # False: the step is skipped, on all ranks alike
-    spike: bool  # the guard refuses this loss: the step is skipped, on all ranks alike
-    loss_tokens: int
-    valid_tokens: int
-    stop: bool  # some rank was asked to stop after this step
-    loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
-    tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
-    routing_digests: tuple[int, ...]  # 64 bits a MoE layer, of the step's routing decisions; 0 without ledger
-
-    @property
-    def updates(self) -> bool:
-        """Whether the step changes the weights."""
-        return self.finite and not self.spike
-
-
-class CollectivesDiffer(RuntimeError):
-    """The ranks have not submitted the same collectives in this step; nothing was updated."""
-
-
 class StageFunctions:
     """`functions(instruction)` for the executor.
 
-    `update(name, verdict)` updates a bucket.  `wish_to_stop()` is asked once a step on each rank; one wish is enough,
-    and all ranks learn of it in the same step.  `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where
-    the ranks' collectives differ, says how.
+    `wish_to_stop()` is asked once a step on each rank; one wish is enough, and all ranks learn of it in the same step.
+    `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where the ranks' collectives in `log` differ, says how.
     """
+
+    update: Update  # of the step that runs: whoever runs a step sets it
 
     def __init__(
         self,
@@ -75,16 +48,15 @@ class StageFunctions:
         *,
         sequence: bool,
         clip_norm: float,
-        update: Callable[[str, Verdict], None],
+        log: CollectiveLog,
         wish_to_stop: Callable[[], bool],
         is_spike: Callable[[float], bool],
         explain: Callable[[], str],
         ledger: bool,
     ):
-        self.is_spike, self.explain, self.ledger = is_spike, explain, ledger
+        self.log, self.is_spike, self.explain, self.ledger = log, is_spike, explain, ledger
         self._late: dict[tuple[str, int, str], Later] = {}  # of instructions whose weights are late: what adds their gradients
-        self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
-        self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
+        self.gpt, self.mesh, self.buckets, self.clip_norm = gpt, mesh, buckets, clip_norm
         self.wish_to_stop = wish_to_stop
         self.router = gpt.router
         self.cut_activations = sequence and mesh.tp.size > 1
@@ -262,10 +234,10 @@ class StageFunctions:
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
-        own = squares.new_tensor([float(self.wish_to_stop()), *self.mesh.log.riders()])
+        own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders()])
         return torch.cat([torch.stack([sums["loss"], sums["balance"], sums["z"], squares]), own, load])
 
-    def _verdict(self, measured: Tensor, divisor: Tensor) -> Verdict:
+    def _verdict(self, measured: Tensor, divisor: Tensor) -> StepResult:
         loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
         loss, balance, z, squares, wishes, *riders = measured[: NUM_SUMS + NUM_RIDERS].tolist()
         if not agree(riders, self.mesh.world.size):
@@ -279,7 +251,7 @@ class StageFunctions:
             measured[NUM_SUMS + NUM_RIDERS :].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
         )
         finite = all(map(math.isfinite, (loss, balance, z, norm)))
-        return Verdict(
+        return StepResult(
             loss=mean_loss,
             balance_loss=balance / valid / layers,
             z_loss=z / valid / layers,
@@ -293,13 +265,16 @@ class StageFunctions:
             loads=loads[:, :-LIMBS],
             tokens_digest=_joined(batch_digest),
             routing_digests=tuple(map(_joined, loads[:, -LIMBS:].tolist())),
+            non_finite=() if finite else tuple(name for b in self.buckets.values() for name in b.non_finite()),
         )
 
-    def _update(self, name: str, gradient: Tensor, verdict: Verdict) -> None:
-        if not verdict.finite:  # the optimizer is about to clear the gradients
-            bucket = self.buckets[name]
-            self.non_finite += [m.name for m in bucket.members if not bucket.grad[m.start : m.stop].isfinite().all()]
-        self.update(name, verdict)
+    def _router_bias(self, result: StepResult, _: None) -> None:
+        if result.updates:
+            for layer, load in zip(self.gpt.moe_layers, result.loads, strict=True):
+                self.gpt.layers[layer].router.update_bias(load[:-1].to(self.gpt.embedding.device))
+
+    def _update(self, name: str, gradient: Tensor, result: StepResult) -> None:
+        self.update(name, result)
 
     def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
         """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""

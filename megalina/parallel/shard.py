@@ -47,6 +47,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
         global_balance=router.group == "global" and any(moe),
         micro_batch_groups=router.group == "micro_batch",
         equal_counts=equal_counts,
+        selection_bias=router.bias_update_rate > 0 and any(moe),
     )
 
 

@@ -21,6 +21,7 @@ class Shape:
     equal_counts: bool = (
         False  # every MoE layer sends each expert as many rows as the first one: one exchange of counts is enough
     )
+    selection_bias: bool = False  # routers have a bias that a step's loads move
 
     @property
     def num_layers(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import RECOMPUTED, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
+from megalina.step.passes import RECOMPUTED, ROUTER_BIAS, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 
 
@@ -43,24 +43,24 @@ Strategy = Callable[[Setting], Program]
 
 def eager(setting: Setting) -> Program:
     """Every gradient goes on the wire as soon as it is there, in pieces as the buckets' specs say."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets), setting)
 
 
 def ddp(setting: Setting) -> Program:
     """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MiB, the first ones
     of 1 MiB."""
     placed = place_gradients(_plain_step(setting), setting.buckets, merge=setting.merge, merge_first=setting.merge_first)
-    return finish(placed, setting.buckets)
+    return _finish(placed, setting)
 
 
 def serial(setting: Setting) -> Program:
     """Gradients after the last all-to-all."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets, place="tail"), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets, place="tail"), setting)
 
 
 def fixed(setting: Setting) -> Program:
     """An all-reduce between the two all-to-alls of each layer's backward, whatever it takes (Lina, section 7.2.1)."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets, place="pair"), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets, place="pair"), setting)
 
 
 def priority(setting: Setting) -> Program:
@@ -68,7 +68,7 @@ def priority(setting: Setting) -> Program:
     ladder differ in their numbers alone: pieces, chunks, packing."""
     place = "ready" if setting.gaps is None else "gap"
     placed = place_gradients(_plain_step(setting), setting.buckets, place=place, yields=setting.yields, gaps=setting.gaps)
-    return finish(placed, setting.buckets)
+    return _finish(placed, setting)
 
 
 def flow(setting: Setting) -> Program:
@@ -77,13 +77,13 @@ def flow(setting: Setting) -> Program:
     program = _step(setting, together=setting.parts)
     place = "ready" if setting.gaps is None else "gap"
     placed = place_gradients(program, setting.buckets, place=place, yields=setting.yields, gaps=setting.gaps)
-    return finish(placed, setting.buckets)
+    return _finish(placed, setting)
 
 
 def lina_zero(setting: Setting) -> Program:
     """ZeRO-1 with the all-gathers of weights under the next step's forward; parts walk in turn as in `flow`."""
     program = _step(setting, together=setting.parts)
-    return finish(place_gradients(program, setting.buckets, yields=setting.yields), setting.buckets, params_ahead=True)
+    return _finish(place_gradients(program, setting.buckets, yields=setting.yields), setting, params_ahead=True)
 
 
 # `strategy.name`; each has a file in conf/strategy/
@@ -141,10 +141,16 @@ def settling(program: Program) -> Program:
 
 
 def given(program: Program, setting: Setting) -> set[str]:
-    """What exists before a step: the batches, and the parameters or this rank's part of them."""
+    """What exists before a program: the batches, the parameters or this rank's part of them, and of a step the bias that it
+    must move."""
     gathered = {s.name for s in settling(program)}
     batches = {f"#batch.-.{i}" for i in range(setting.num_parts)}
-    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets}
+    bias = {ROUTER_BIAS} if setting.shape.selection_bias and any(s.phase == "B" for s in program) else set()
+    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets} | bias
+
+
+def _finish(program: Program, setting: Setting, *, params_ahead: bool = False) -> Program:
+    return finish(program, setting.buckets, selection_bias=setting.shape.selection_bias, params_ahead=params_ahead)
 
 
 def _plain_step(setting: Setting) -> Program:

@@ -8,7 +8,7 @@ import pytest
 
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
-from megalina.cost.work import Product, Work
+from megalina.cost.work import Product, Work, small
 from megalina.parallel.shard import shape_of
 from megalina.step.program import BucketSpec, Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
@@ -228,3 +228,9 @@ def test_work_adds_up() -> None:
     product = Product(2, 3, 4, 5, 100.0)
     both = Work((product,), 10.0, 2) + Work((product,), 1.0, 1)
     assert (both.flops, both.num_bytes, both.kernels) == (2 * 240, 211.0, 5)
+
+
+def test_selection_biases_cost_a_few_kernels_a_moe_layer() -> None:
+    config = config_of()
+    config.model.num_layers, config.model.moe_every = 4, 2
+    assert work_of(config)(instruction("router_bias", "U")) == small(2 * 7)

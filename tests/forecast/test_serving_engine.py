@@ -21,6 +21,7 @@ from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.placement.workloads import own_part
 from megalina.sim.network import Network
 from megalina.step.forward import Shape
+from megalina.timeline.recorder import Recorder
 from tests.infer.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 from tests.parallel.ranks import run_on_ranks
 
@@ -66,16 +67,14 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
         resident = identity(np.ones(EXPERTS), world, SLOTS)
         engine = small_engine(gpt, policy, [resident] * LAYERS, combine_chunks=config.combine_chunks)
         engine.controller.outcomes = []
-        engine.recorder.on = True
         found[mode] = []
         fetched = 0
         for batch in batches:
             own_TLK = batch.ids_TLK[own_part(batch.tokens_R, rank)]
             engine.functions.reroute = lambda number, chosen_TK, own=own_TLK: torch.from_numpy(own[:, number]).to(chosen_TK)
-            engine.recorder.begin()
-            engine.hidden(batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH)))
-            engine.recorder.end()
-            told = {e.layer: e.num_bytes for e in engine.recorder.events() if e.kind == "send" and e.name == "told"}
+            recorder = Recorder()
+            engine.hidden(batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH)), record=recorder)
+            told = {e.layer: e.num_bytes for e in recorder.events() if e.kind == "send" and e.name == "told"}
             outcomes = engine.controller.outcomes[-LAYERS:]
             found[mode].append(
                 {

@@ -23,6 +23,7 @@ SHAPES = {
     "tensor parallel, shared experts": Shape(moe=(False, True), tp=True, shared_experts=True),
     "tensor parallel, copied activations": Shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "experts that choose": Shape(moe=(True, False, True), equal_counts=True),
+    "selection biases": Shape(moe=(True, True), selection_bias=True),
 }
 LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
 WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn
