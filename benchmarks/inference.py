@@ -62,6 +62,7 @@ from megalina.serve.policies import Served, check_infer, policy_of
 from megalina.serve.serving_device import ServingDevice
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
+from megalina.timeline.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
@@ -238,6 +239,7 @@ def rank(spec: dict[str, Any]) -> int:
     even_rows = spec["batch_tokens"] // world
     engines = {mode: engine_of(mode, gpt, host, mesh, routing, times, even_rows, spec["slots"]) for mode in spec["modes"]}
     took_s: dict[str, list[float]] = {mode: [] for mode in engines}
+    recorders = {mode: Recorder() for mode in engines}  # of the last batch
     for number in range(-1, served):  # the first one warms up
         own = own_part(routing.tokens_BR[max(0, number)], me)
         part = OwnPart(routing.batches[max(0, number)][own, :, 0], own.start)
@@ -247,8 +249,9 @@ def rank(spec: dict[str, Any]) -> int:
             engine = engines[mode]
             everybodys(mesh, None)
             reroute = part.evenly if config_of(mode).even_routing else part.replayed
+            recorder = recorders[mode] if number == served - 1 else None
             began_s = time.perf_counter()
-            engine.run(batch, reroute=reroute, record=number == served - 1, emulate=True)
+            engine.run(batch, reroute=reroute, record=recorder, emulate=True)
             step_s = max(everybodys(mesh, time.perf_counter() - began_s))
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
@@ -261,7 +264,7 @@ def rank(spec: dict[str, Any]) -> int:
         ratios = [ratio if math.isfinite(ratio) else None for ratio in routing.most_over_least]
         result = {"modes": modes, "most_over_least": ratios, "overrun_fraction": late, "served": served}
         if spec["picture"]:
-            shown = {mode: engine.recorder.events() for mode, engine in engines.items()}
+            shown = {mode: recorder.events() for mode, recorder in recorders.items()}
             draw(Path(spec["picture"]), shown, note=f"emulated devices, {spec['slow_motion']:g} times in slow motion")
         Path(spec["out"]).write_text(json.dumps(result, allow_nan=False))
     for engine in engines.values():

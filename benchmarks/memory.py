@@ -32,7 +32,7 @@ from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainCo
 from megalina.cost.stage_bytes import StageBytes
 from megalina.launch import free_port
 from megalina.mesh import build_mesh
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.sim.memory import memory_of
 from megalina.train.bucket_optimizer import BucketOptimizer
@@ -117,10 +117,10 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     gc.collect()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    verdict = trainable.step(batch, optimizer.update)
+    result = trainable.step(batch, optimizer.update)
     measured = _status("VmHWM") - before
     layers, moe_layers = config.model.num_layers, trainable.gpt.moe_layers
-    skews = skews_of(verdict, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)
+    skews = skews_of(result, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)
     sizes = StageBytes(config, mesh.world.size, vocab_size=vocab_size, piece_bytes=trainable.plan.piece_bytes, **skews)
     memory = memory_of(sizes, trainable.program)
     trainable.settle()
@@ -136,9 +136,9 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     }
 
 
-def skews_of(verdict: Verdict, moe_layers: Sequence[int], num_layers: int, *, ep: int, ep_rank: int) -> dict[str, list[float]]:
+def skews_of(result: StepResult, moe_layers: Sequence[int], num_layers: int, *, ep: int, ep_rank: int) -> dict[str, list[float]]:
     """How unevenly a step's routers filled this rank and its experts, by layer; 1 where there are none."""
-    rows_LE = verdict.loads[:, :-1].double()
+    rows_LE = result.loads[:, :-1].double()
     here_Le = rows_LE.chunk(ep, 1)[ep_rank]
     skew_L = (here_Le.sum(1) / rows_LE.sum(1) * ep).tolist()
     expert_skew_L = (here_Le.amax(1) / here_Le.mean(1)).tolist()

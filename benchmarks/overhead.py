@@ -44,9 +44,9 @@ from megalina.data.source import open_data
 from megalina.launch import run_ranks
 from megalina.parallel import functions
 from megalina.rank_files import collectives_path, position_path
-from megalina.train import steps as steps_module
+from megalina.train import step_runner
 from megalina.train.doctor import Doctor
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, LENGTH, SPENT_STEPS = 4096, 256, 30
@@ -77,9 +77,9 @@ def write_tokens(prefix: Path) -> None:
 class Clocked:
     """Adds up the time spent in the calls that watching adds to a step."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Trainer):
         self.spent_s: dict[str, float] = {"doctor": 0.0, "ledger": 0.0}
-        log = run.mesh.log
+        log = run.runner.log
         for name in ("submit", "riders"):
             setattr(log, name, self._around(getattr(log, name), "doctor"))
         for name in ("enter", "leave"):
@@ -87,7 +87,7 @@ class Clocked:
         for name in ("routing_digest", "tokens_digest"):
             setattr(functions, name, self._around(getattr(functions, name), "ledger"))
         for name in ("RandomState", "line_of"):
-            setattr(steps_module, name, self._around(getattr(steps_module, name), "ledger"))
+            setattr(step_runner, name, self._around(getattr(step_runner, name), "ledger"))
         run.state.ledger.add = self._around(run.state.ledger.add, "ledger")  # type: ignore[method-assign]
 
     def _around(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
@@ -107,14 +107,14 @@ def thread_cpu_s(native_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def spent(run: Run, watched: "Watched", first_step: int, steps: int) -> dict[str, float]:
+def spent(run: Trainer, watched: "Watched", first_step: int, steps: int) -> dict[str, float]:
     """Shares of `steps` steps that are spent in watching."""
     watched.switch(doctor=True, ledger=True)
     clocked, thread = Clocked(run), watched.doctor_thread
     dist.barrier()
     before_s, started_s = thread_cpu_s(thread), time.perf_counter()
     for step in range(first_step, first_step + steps):
-        run.compute(step)
+        run.runner.compute(step)
     whole_s = time.perf_counter() - started_s
     beats_s = thread_cpu_s(thread) - before_s
     return {
@@ -127,8 +127,8 @@ def spent(run: Run, watched: "Watched", first_step: int, steps: int) -> dict[str
 class Watched:
     """A run whose doctor and ledger can be taken away."""
 
-    def __init__(self, run: Run):
-        self.run, self.log, self.folder = run, run.mesh.log, Path(run.config.run.dir)
+    def __init__(self, run: Trainer):
+        self.run, self.log, self.folder = run, run.runner.log, Path(run.config.run.dir)
         self._real = {name: getattr(self.log, name) for name in ("submit", "riders")}
         self._doctor: Doctor | None = None
 
@@ -139,7 +139,7 @@ class Watched:
 
     def switch(self, *, doctor: bool, ledger: bool) -> None:
         """All ranks together, between steps."""
-        self.run.config.train.ledger = self.run.trainable.stage_functions.ledger = ledger
+        self.run.config.train.ledger = self.run.built.trainable.stage_functions.ledger = ledger
         if self._doctor is not None:
             self._doctor.stop()
             self._doctor = None
@@ -162,7 +162,7 @@ def work(folder: Path, rounds: int, steps: int) -> None:
     dist.init_process_group("gloo")
     config = config_of(folder)
     data = open_data(config.data, seq_len=LENGTH, seed=config.train.seed)
-    run = Run(config, data, device=torch.device("cpu"), tracker=None)
+    run = Trainer(config, data, device=torch.device("cpu"), tracker=None)
     run.begin(None)
     watched, names, step = Watched(run), list(VARIANTS), 0
     times: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -175,16 +175,16 @@ def work(folder: Path, rounds: int, steps: int) -> None:
             for _ in range(steps + 1):  # the first step of a block still meets the last block's caches
                 step += 1
                 started_s = time.perf_counter()
-                run.compute(step)
+                run.runner.compute(step)
                 block.append(time.perf_counter() - started_s)
             if turn >= 0:
                 times[name].append(block[1:])
-        if run.is_first and turn >= 0:
+        if run.runner.is_first and turn >= 0:
             print(f"round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
     shares = spent(run, watched, step + 1, SPENT_STEPS)
     watched.switch(doctor=False, ledger=False)
-    if run.is_first:
-        entries = len(run.trainable.program)
+    if run.runner.is_first:
+        entries = len(run.built.trainable.program)
         (folder / "times.json").write_text(json.dumps({"times": times, "instructions": entries, "spent": shares}))
     dist.destroy_process_group()
 

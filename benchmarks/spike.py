@@ -22,7 +22,7 @@ from megalina.batch import Batch
 from megalina.checkpoint.checkpoints import read_tensors
 from megalina.config import CheckpointConfig, DataConfig, GuardConfig, PretrainConfig, RunConfig, ScheduleConfig, TrainConfig
 from megalina.data.source import TokenData, open_data
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 
 STEPS, BATCH, INTERVAL = 240, 8, 20
 BAD = range(BATCH * 150, BATCH * 153)  # three batches
@@ -50,9 +50,9 @@ class Quiet:
     def rewind(self, step: int) -> None: ...
 
 
-def run(config: PretrainConfig, data: TokenData, *, corrupted: bool) -> Run:
+def run(config: PretrainConfig, data: TokenData, *, corrupted: bool) -> Trainer:
     print(f"{config.run.dir}: guard.spike={config.guard.spike}, text {'corrupted' if corrupted else 'as it is'}", file=sys.stderr)
-    out = Run(config, data, device=torch.device("cpu"), tracker=Quiet())  # type: ignore[arg-type]
+    out = Trainer(config, data, device=torch.device("cpu"), tracker=Quiet())  # type: ignore[arg-type]
     batch_of = data.train.batch
 
     def spoiled(first: int, count: int) -> Batch:

@@ -39,7 +39,7 @@ from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.launch import Stopped, run_ranks
 from megalina.step.strategy import STRATEGIES
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 from megalina.validate import check_config
 from megalina.validate_strategy import PACKED
 from megalina.worker import load_config
@@ -210,26 +210,26 @@ def work(folder: Path) -> int:
 def curve_of(config: PretrainConfig, data: TokenData, *, switches: Mapping[int, int], adapts: bool) -> dict[str, Any]:
     """Trains to the end.  losses: in nats, of each step; weights: a hash of all ranks' final weights, unpacked; skipped: steps
     without an update; packings: of each step.  All ranks call it together."""
-    steps = Steps(config, data, device=torch.device("cpu"))
+    runner = StepRunner(config, data, device=torch.device("cpu"))
     losses, packings, skipped = [], [], 0
     for step in range(1, config.train.steps + 1):
         started_s = time.perf_counter()
-        packings.append(steps.mesh.packing)
-        verdict, _ = steps.compute(step)
-        losses.append(verdict.loss)
-        skipped += not verdict.updates
+        packings.append(runner.mesh.packing)
+        result, _ = runner.compute(step)
+        losses.append(result.loss)
+        skipped += not result.updates
         if adapts:
-            steps.adapt(time.perf_counter() - started_s)
+            runner.adapt(time.perf_counter() - started_s)
         elif step in switches:
-            steps.repack(switches[step])
-    if 1 in steps.meshes:
-        steps.repack(1)  # so that the hashes are of the same shards
-    steps.trainable.settle()
+            runner.repack(switches[step])
+    if 1 in runner.meshes:
+        runner.repack(1)  # so that the hashes are of the same shards
+    runner.trainable.settle()
     digest = hashlib.sha256()
-    for name, parameter in sorted(steps.trainable.gpt.named_parameters()):
+    for name, parameter in sorted(runner.trainable.gpt.named_parameters()):
         digest.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    digests = everybodys(steps.mesh, digest.hexdigest())
-    steps.trainable.close()
+    digests = everybodys(runner.mesh, digest.hexdigest())
+    runner.close()
     return {"losses": losses, "weights": digests, "skipped": skipped, "packings": packings}
 
 

@@ -31,25 +31,27 @@ import torch.distributed as dist
 from megalina.config import TimelineConfig
 from megalina.data.source import open_data
 from megalina.launch import run_ranks
+from megalina.timeline.recorder import Recorder
 from megalina.train.timing import Timing
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 
 WARM_UP_STEPS = 4
 
 
 class Clocked:
-    """Adds up the time that is spent in `recorder.add`, from all threads."""
+    """Adds up the time that is spent in the `add` of recorders, from all threads."""
 
-    def __init__(self, run: Run):
+    def __init__(self) -> None:
         self.spent_s, self.events = 0.0, 0
-        self._add = run.trainable.recorder.add
-        run.trainable.recorder.add = self._clocked  # type: ignore[method-assign]
+        add = Recorder.add
 
-    def _clocked(self, *arguments: Any) -> None:
-        started_s = time.perf_counter()
-        self._add(*arguments)
-        self.spent_s += time.perf_counter() - started_s
-        self.events += 1
+        def clocked(recorder: Recorder, *arguments: Any) -> None:
+            started_s = time.perf_counter()
+            add(recorder, *arguments)
+            self.spent_s += time.perf_counter() - started_s
+            self.events += 1
+
+        Recorder.add = clocked  # type: ignore[method-assign]
 
 
 def work(folder: Path, pairs: int) -> None:
@@ -60,14 +62,14 @@ def work(folder: Path, pairs: int) -> None:
     dist.init_process_group("gloo")
     config = config_of(folder)
     data = open_data(config.data, seq_len=LENGTH, seed=config.train.seed)
-    run = Run(config, data, device=torch.device("cpu"), tracker=None)
+    run = Trainer(config, data, device=torch.device("cpu"), tracker=None)
     run.begin(None)
     timings = {
-        name: Timing(replace(config, timeline=TimelineConfig(metrics=metrics)), run.mesh, run.trainable)
+        name: Timing(replace(config, timeline=TimelineConfig(metrics=metrics)), run.built)
         for name, metrics in (("off", False), ("on", True))
     }
     times: dict[str, list[float]] = {"off": [], "on": [], "after": [], "step_cpu": [], "after_cpu": []}
-    clocked, step = Clocked(run), 0
+    clocked, step = Clocked(), 0
     for pair in range(-WARM_UP_STEPS, pairs):
         if pair == 0:
             clocked.spent_s, clocked.events = 0.0, 0
@@ -75,10 +77,10 @@ def work(folder: Path, pairs: int) -> None:
             step += 1
             dist.barrier()
             started_s, started_cpu_s = time.perf_counter(), time.process_time()
-            timings[name].before(step)
-            run.compute(step)
+            recorder = timings[name].recorder(step)
+            run.runner.compute(step, record=recorder)
             ended_s, ended_cpu_s = time.perf_counter(), time.process_time()
-            timings[name].after(step)
+            timings[name].after(step, recorder)
             done_s, done_cpu_s = time.perf_counter(), time.process_time()
             if pair >= 0:
                 times[name].append(done_s - started_s)
@@ -87,12 +89,12 @@ def work(folder: Path, pairs: int) -> None:
                     times["after_cpu"].append(done_cpu_s - ended_cpu_s)
                 else:
                     times["step_cpu"].append(ended_cpu_s - started_cpu_s)
-        if run.is_first and pair >= 0 and (pair + 1) % 20 == 0:
+        if run.runner.is_first and pair >= 0 and (pair + 1) % 20 == 0:
             print(f"pair {pair + 1}/{pairs}", file=sys.stderr, flush=True)
-    if run.is_first:
+    if run.runner.is_first:
         found = times | {"recording_s": clocked.spent_s / pairs, "events": clocked.events / pairs}
         (folder / "times.json").write_text(json.dumps(found))
-    run.trainable.close()
+    run.runner.close()
     dist.destroy_process_group()
 
 

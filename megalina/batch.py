@@ -24,6 +24,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda v: v.to(device, non_blocking=True))
 
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from which a copy to a GPU goes on beside other work."""
+        return self._map(lambda v: v.pin_memory())
+
     def split(self, size: int) -> "list[Batch]":
         """Cut into batches of `size` sequences each."""
         return [self._map(lambda v, i=i: v[i : i + size]) for i in range(0, len(self.tokens_BS), size)]  # type: ignore[misc]

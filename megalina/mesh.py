@@ -10,12 +10,11 @@ of an ep group are neighbours, so a group that is small enough lies inside a nod
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from megalina.collective_log import CollectiveLog
 from megalina.groups import new_group
 from megalina.layout import axis_sizes, rows
 
@@ -28,7 +27,6 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    log: CollectiveLog = field(default_factory=lambda: CollectiveLog(0), compare=False)  # of this rank's collectives, on all axes
     packing: int = 1  # what is called "ep" under another packing is another group
 
     @property
@@ -37,7 +35,7 @@ class Axis:
 
     @property
     def log_name(self) -> str:
-        """The axis in the log: "ep", or "ep/2" under packing 2."""
+        """The axis in a log of collectives: "ep", or "ep/2" under packing 2."""
         return self.name if self.packing == 1 else f"{self.name}/{self.packing}"
 
 
@@ -52,11 +50,6 @@ class Mesh:
     edp: Axis
     dp: Axis  # dense gradients
     copies: Axis  # edp x tp, the ranks that hold the same experts: expert gradients
-
-    @property
-    def log(self) -> CollectiveLog:
-        """One log for all axes."""
-        return self.world.log
 
     @property
     def packing(self) -> int:
@@ -83,22 +76,21 @@ def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> M
 
 
 def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), timeout_s: float | None = None) -> dict[int, Mesh]:
-    """As `build_mesh`, a mesh for each packing.  They have one log, and share the axes whose groups are the same.
+    """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
     ValueError, too, where a packing does not divide ep."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     tables = {packing: rows(axis_sizes(world, tp=tp, ep=ep, packing=packing)) for packing in packings}
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
-    log = CollectiveLog(me)
     shared: dict[str, Axis] = {}
 
     def axis(name: str, table: list[list[int]], packing: int) -> Axis:  # every rank makes every group, in the same order
-        mine = Axis(name, log=log, packing=packing)
+        mine = Axis(name, packing=packing)
         for row in table:
             group = new_group(row, timeout=timeout) if len(row) > 1 else None
             if me in row:
-                mine = Axis(name, tuple(row), row.index(me), group, log, packing)
+                mine = Axis(name, tuple(row), row.index(me), group, packing)
         return mine
 
     meshes = {}

@@ -136,22 +136,21 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
     from megalina.layout import rows
-    from megalina.timeline.recorder import Event
+    from megalina.timeline.recorder import Event, Recorder
     from megalina.timeline.trace import TracedStep, aligned
-    from megalina.train.steps import Steps
+    from megalina.train.step_runner import StepRunner
     from megalina.train.timing import emulation_note, machine
     from megalina.train.trainer import choose_device
     from papers.lina.alltoall import analysis_of
 
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
-    run = Steps(config, data, device=choose_device(config.launch.device))
-    recorder, own = run.trainable.recorder, list[list[Event]]()
+    runner, own = StepRunner(config, data, device=choose_device(config.launch.device)), list[list[Event]]()
+    recorder = Recorder()
     for step in range(1, WARM_UP_STEPS + 1):
-        recorder.on = step == WARM_UP_STEPS
-        run.compute(step)
-    sizes_bytes = sizes_of_step(run.mesh, recorder.events())
-    before = calibrate(run.mesh, sizes_bytes, sharded=config.parallel.zero == 1)
-    device = run.trainable.device
+        runner.compute(step, record=recorder if step == WARM_UP_STEPS else None)
+    sizes_bytes = sizes_of_step(runner.mesh, recorder.events())
+    before = calibrate(runner.mesh, runner.log, sizes_bytes, sharded=config.parallel.zero == 1)
+    device = runner.trainable.device
     if device is not None:
         device.busy_s = device.overrun_s = 0.0
     gc.collect()
@@ -160,17 +159,18 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
         for step in range(WARM_UP_STEPS + 1, WARM_UP_STEPS + steps + 1):
             if first and sys.stderr.isatty():
                 print(f"\r{config.model.num_experts} experts: step {step - WARM_UP_STEPS}/{steps} ", end="", file=sys.stderr)
-            run.compute(step)
+            recorder = Recorder()
+            runner.compute(step, record=recorder)
             own.append(recorder.events())
     finally:
         gc.enable()
-    after = calibrate(run.mesh, sizes_bytes, sharded=config.parallel.zero == 1)
+    after = calibrate(runner.mesh, runner.log, sizes_bytes, sharded=config.parallel.zero == 1)
     alone = fastest(before, after, sizes_bytes)
     times_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
-    by_rank, machines, times = zip(*everybodys(run.mesh, (own, machine(), times_s)), strict=True)
+    by_rank, machines, times = zip(*everybodys(runner.mesh, (own, machine(), times_s)), strict=True)
     by_step = [list(events) for events in zip(*by_rank, strict=True)]
     busy_s, overrun_s = map(sum, zip(*times, strict=True))
-    groups = rows(run.mesh.shape)
+    groups = rows(runner.mesh.shape)
     analysis = analysis_of(
         by_step,
         alone,
@@ -179,9 +179,9 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
         strategy=config.strategy.name,
         overrun_fraction=overrun_s / busy_s if busy_s else 0.0,
     )
-    run.trainable.close()
+    runner.close()
     last = TracedStep(by_step[-1], groups, alone)
-    return Measured(analysis, last, aligned(last.by_rank, machines), emulation_note(run.trainable))
+    return Measured(analysis, last, aligned(last.by_rank, machines), emulation_note(runner.trainable))
 
 
 def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:

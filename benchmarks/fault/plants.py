@@ -44,7 +44,7 @@ def before_experts(place: Place, on: int, fault: Callable[[Any], None]) -> None:
     experts, left = StageFunctions._experts, [fault]
 
     def faulty(self: StageFunctions, *arguments: Any) -> Any:
-        if place.rank == on and self.mesh.log.position.step == STEP and left:
+        if place.rank == on and self.log.position.step == STEP and left:
             begin = left.pop()
             place.mark()
             begin(self)
@@ -80,7 +80,7 @@ def extra_collective(place: Place) -> None:
 
         from megalina.comm import exchange
 
-        exchange.start_sum(torch.zeros(4), functions.mesh.world).wait()
+        exchange.start_sum(torch.zeros(4), functions.mesh.world, functions.log).wait()
 
     before_experts(place, 1, one_more)
 
@@ -107,10 +107,10 @@ def before_step(number: int, act: Callable[[Any], None]) -> None:
 
     run_step = Trainable.step
 
-    def step(self: Trainable, *arguments: Any) -> Any:
-        if self.mesh.log.position.step == number:
+    def step(self: Trainable, *arguments: Any, **named: Any) -> Any:
+        if self.log.position.step == number:
             act(self)
-        return run_step(self, *arguments)
+        return run_step(self, *arguments, **named)
 
     Trainable.step = step  # type: ignore[assignment, method-assign]
 
@@ -161,12 +161,12 @@ def another_size(place: Place) -> None:
 
     start_sum = exchange.start_sum
 
-    def start(x: torch.Tensor, axis: Any) -> Any:
-        position = axis.log.position
+    def start(x: torch.Tensor, axis: Any, log: Any) -> Any:
+        position = log.position
         if position.step == STEP and position.tag.startswith("U:divisor>"):
             place.mark()
             x = torch.cat([x, x])
-        return start_sum(x, axis)
+        return start_sum(x, axis, log)
 
     if place.rank == 1:  # the other's call site is the product's
         exchange.start_sum = start
@@ -178,12 +178,12 @@ def wrong_splits(place: Place) -> None:
 
     all_to_all = exchange.start_all_to_all
 
-    def start(x: Any, send: list[int], receive: list[int], axis: Any) -> Any:
-        position = axis.log.position
+    def start(x: Any, send: list[int], receive: list[int], axis: Any, log: Any) -> Any:
+        position = log.position
         if position.step == STEP and position.tag == "F:dispatch>.0.0":
             place.mark()
             receive = [receive[0] + 3, *receive[1:]]
-        return all_to_all(x, send, receive, axis)
+        return all_to_all(x, send, receive, axis, log)
 
     if place.rank == 1:
         exchange.start_all_to_all = start
@@ -229,10 +229,10 @@ def watch_weights(place: Place) -> None:
 
     run_step = Trainable.step
 
-    def step(self: Trainable, *arguments: Any) -> Any:
+    def step(self: Trainable, *arguments: Any, **named: Any) -> Any:
         before = [p.detach().clone() for p in self.gpt.parameters()]
         try:
-            return run_step(self, *arguments)
+            return run_step(self, *arguments, **named)
         except Exception:
             same = all(torch.equal(a, b) for a, b in zip(before, self.gpt.parameters(), strict=True))
             (place.run / f"weights.{place.rank}").write_text("same" if same else "changed")

@@ -8,6 +8,8 @@ import sys
 import torch
 
 sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
+from tools.compare_strategies import composed
+
 from megalina.batch import Batch
 from megalina.launch import free_port
 from megalina.mesh import build_mesh
@@ -17,7 +19,6 @@ from megalina.step.passes import finish, late_weights, place_gradients, recomput
 from megalina.step.program import Program, check
 from megalina.step.strategy import Setting, eager, given
 from megalina.train.bucket_optimizer import BucketOptimizer
-from tools.compare_strategies import composed
 from tools.draw_strategies import ladder_job
 
 
@@ -27,7 +28,7 @@ def weights_under_tokens(setting: Setting) -> Program:
     both = step(forward, setting.micro_batches)  # the weights' gradients, phase W, come after all of backward ...
     late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this instruction each
     moved = [s for instruction in both if instruction.phase != "W" for s in (instruction, *late.get(instruction.tag, []))]
-    program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets)
+    program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets, selection_bias=setting.shape.selection_bias)
     check(program, given(program, setting), setting.buckets)  # ValueError unless complete, in order, and free of deadlock
     return program
 

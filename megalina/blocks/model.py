@@ -102,6 +102,7 @@ class Blocks:
             sequence=sequence,
             shared_experts=self.whole.model.shared_d_ff > 0,
             micro_batch_groups=self.whole.router.group == "micro_batch",
+            selection_bias=self.whole.router.bias_update_rate > 0 and any(self.moe),
         )
 
 
@@ -154,11 +155,13 @@ def plain_shape(
     global_balance: bool = False,
     micro_batch_groups: bool = False,
     experts_choose: bool = False,
+    selection_bias: bool = False,
 ) -> Shape:
     """The shape of a model of which only this matters: for lists alone."""
     group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
     model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
-    router = RouterConfig(kind="expert_choice" if experts_choose else "topk", group=group)
+    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "topk"
+    router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if selection_bias else 0.0)
     return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
@@ -29,7 +30,7 @@ MOST_BYTES = 2**22  # a line holds beyond it, and larger ones would take long on
 
 
 def calibrate(
-    mesh: Mesh, sizes_bytes: Mapping[str, Sequence[int]], repeats: int = 5, *, sharded: bool = False
+    mesh: Mesh, log: CollectiveLog, sizes_bytes: Mapping[str, Sequence[int]], repeats: int = 5, *, sharded: bool = False
 ) -> dict[str, Alone]:
     """A line for each op in `sizes_bytes`: "tokens" (all-to-all on ep), "grads" (all-reduce on dp; with `sharded`
     reduce-scatter), "params" (all-gather on dp).  Sizes are meant as `Event.num_bytes` is, and should be near a step's.
@@ -40,7 +41,7 @@ def calibrate(
     own: dict[str, list[tuple[int, list[float]]]] = {}  # op -> bytes and seconds of each size
     for op, axis in axes.items():
         if axis.group is not None:
-            own[op] = [_timed(_exchange(op, size, axis, sharded), mesh, repeats) for size in sizes_bytes[op]]
+            own[op] = [_timed(_exchange(op, size, axis, log, sharded), mesh, repeats) for size in sizes_bytes[op]]
     everybody = everybodys(mesh, own)
     out = {}
     for op, axis in axes.items():
@@ -117,15 +118,15 @@ def _timed(start: Callable[[], Pending], mesh: Mesh, repeats: int) -> tuple[int,
     return num_bytes, times_s[1:]
 
 
-def _exchange(op: str, num_bytes: int, axis: Axis, sharded: bool) -> Callable[[], Pending]:
+def _exchange(op: str, num_bytes: int, axis: Axis, log: CollectiveLog, sharded: bool) -> Callable[[], Pending]:
     """What starts it, with buffers made beforehand."""
     device, ranks, count = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu", axis.size, num_bytes // ELEMENT_BYTES
     if op == "tokens":
         part = [max(1, count // (ranks - 1))] * ranks  # what it keeps is not sent
         rows_N = torch.zeros(sum(part), device=device)
-        return lambda: exchange.start_all_to_all(rows_N, part, part, axis)
+        return lambda: exchange.start_all_to_all(rows_N, part, part, axis, log)
     if op == "params":
         own = torch.zeros(max(1, count), device=device)
-        return lambda: exchange.start_gather(own, axis)
+        return lambda: exchange.start_gather(own, axis, log)
     flat = torch.zeros(max(1, count // ranks) * ranks, device=device)
-    return lambda: exchange.start_scatter(flat, axis) if sharded else exchange.start_sum_in_place(flat, axis)
+    return lambda: exchange.start_scatter(flat, axis, log) if sharded else exchange.start_sum_in_place(flat, axis, log)

@@ -1,16 +1,17 @@
 """Exchanges: what goes on the wire, each as a start and a wait.
 
 Without a group there is nobody to talk to: the value itself is what arrives.  A `Pending` keeps its buffers alive until
-it is awaited, and drops them then.  Each collective enters the axis' log as it is submitted.
+it is awaited, and drops them then.  Each collective enters the caller's log as it is submitted.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalina.collective_log import CollectiveLog
 from megalina.groups import is_gloo
 from megalina.mesh import Axis
 
@@ -39,27 +40,27 @@ class Pending:
         return out
 
 
-def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Pending:
+def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis, log: CollectiveLog) -> Pending:
     """Rows `x` [sum(send), ...], the next `send[r]` of them to rank r of the axis; arrives as [sum(receive), ...]."""
     if axis.group is None:
         return Pending(None, lambda: x)
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:])
-    _enter("all-to-all", x, axis, send, receive)
+    _enter(log, "all-to-all", x, axis, send, receive)
     work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
     busiest_way = max(len(x), len(out)) - send[axis.rank]  # rows; what it keeps is in both
     num_bytes = busiest_way * x.element_size() * math.prod(x.shape[1:])
     return Pending(work, lambda keep=x: out, num_bytes)  # type: ignore[misc]
 
 
-def start_gather(x: Tensor, axis: Axis) -> Pending:
+def start_gather(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """[n, ...] of each rank, arrives as [size x n, ...]."""
     if axis.group is None:
         return Pending(None, lambda: x)
     x = x.contiguous()
     num_bytes = x.nbytes
     out = x.new_empty(len(x) * axis.size, *x.shape[1:])
-    _enter("gather", x, axis)
+    _enter(log, "gather", x, axis)
     if x.nbytes <= DIRECT_BYTES and is_gloo(axis.group):
         x = x.repeat(axis.size, *[1] * (x.dim() - 1))
         work = dist.all_to_all_single(out, x, group=axis.group, async_op=True)
@@ -68,12 +69,12 @@ def start_gather(x: Tensor, axis: Axis) -> Pending:
     return Pending(work, lambda keep=x: out, num_bytes)  # type: ignore[misc]
 
 
-def start_scatter(x: Tensor, axis: Axis) -> Pending:
+def start_scatter(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """The sum of all ranks' [size x n, ...], of which rank r gets the r-th [n, ...]."""
     if axis.group is None:
         return Pending(None, lambda: x)
     x = x.contiguous()
-    _enter("scatter", x, axis)
+    _enter(log, "scatter", x, axis)
     if is_gloo(axis.group):  # its reduce-scatter costs a whole all-reduce
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
@@ -83,45 +84,45 @@ def start_scatter(x: Tensor, axis: Axis) -> Pending:
     return Pending(work, lambda keep=x: out, x.nbytes)  # type: ignore[misc]
 
 
-def start_sum(x: Tensor, axis: Axis) -> Pending:
+def start_sum(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """The sum over the ranks of the axis; `x` is left as it is."""
     if axis.group is None:
         return Pending(None, lambda: x)
     out = x.clone(memory_format=torch.contiguous_format)
-    _enter("sum", x, axis)
+    _enter(log, "sum", x, axis)
     return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out, out.nbytes)
 
 
-def start_sum_in_place(flat: Tensor, axis: Axis) -> Pending:
+def start_sum_in_place(flat: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`flat` becomes its sum over the ranks of the axis."""
     if axis.group is None:
         return Pending(None, lambda: flat)
-    _enter("sum", flat, axis)
+    _enter(log, "sum", flat, axis)
     return Pending(dist.all_reduce(flat, group=axis.group, async_op=True), lambda: flat, flat.nbytes)
 
 
-def start_scatter_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
+def start_scatter_in_place(flat: Tensor, own: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`own`, this rank's part of `flat`, becomes its sum over the ranks of the axis; the other parts are then void."""
-    pending = start_scatter(flat, axis)
+    pending = start_scatter(flat, axis, log)
     if axis.group is None:
         return pending
     return Pending(pending.work, lambda: own.copy_(pending.wait()), pending.num_bytes)
 
 
-def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis) -> Pending:
+def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`flat` is filled with every rank's `own` part."""
     if axis.group is None:
         return Pending(None, lambda: flat)
     mine = own.clone()
-    _enter("gather", mine, axis)
+    _enter(log, "gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
 
-def _enter(kind: str, x: Tensor, axis: Axis, send: list[int] | None = None, receive: list[int] | None = None) -> None:
+def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:
     """All-to-alls have sizes of their own on each rank, all else has equal ones."""
-    count = len(x) if send is None else None
-    axis.log.submit(axis.log_name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send or (), receive or ())
+    count = None if kind == "all-to-all" else len(x)
+    log.submit(axis.log_name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send, receive)
 
 
 # torch 2.13 renamed both; older ones have only the old names

@@ -29,12 +29,30 @@ from megalina.timeline.recorder import SEND, Recorder
 class Sent:
     """One thing that the program has asked for."""
 
-    __slots__ = ("after", "at_s", "begun", "enqueued_s", "error", "launch", "pending", "place", "instruction", "started_s")
+    __slots__ = (
+        "after",
+        "at_s",
+        "begun",
+        "enqueued_s",
+        "error",
+        "instruction",
+        "launch",
+        "pending",
+        "place",
+        "recorder",
+        "started_s",
+    )
 
     def __init__(
-        self, instruction: Instruction, launch: Callable[[], Pending], at_s: float, after: "Later | None", place: tuple[int, str]
+        self,
+        instruction: Instruction,
+        launch: Callable[[], Pending],
+        at_s: float,
+        after: "Later | None",
+        place: tuple[int, str],
+        recorder: Recorder | None,
     ):
-        self.instruction, self.at_s, self.after, self.place = instruction, at_s, after, place
+        self.instruction, self.at_s, self.after, self.place, self.recorder = instruction, at_s, after, place, recorder
         self.launch: Callable[[], Pending] | None = launch
         self.begun: threading.Event | None = None  # where a lane's thread begins it
         self.pending: Pending | None = None
@@ -80,14 +98,11 @@ class _Lane:
 
 
 class Links:
-    """All lanes of one rank.  `watched`: ends are noted, for a recorder, or since some instruction is held back.  `marks`: the
-    clock
-    by which a recorder is told of what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
+    """All lanes of one rank.  `watched`: ends are noted, since some instruction is held back.  `marks`: the clock by which a
+    recorder is told of what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
 
-    def __init__(
-        self, log: CollectiveLog, recorder: Recorder, *, cuda: bool, marks: DeviceClock | None = None, urgent: bool = False
-    ):
-        self._log, self._recorder, self._marks = log, recorder, marks
+    def __init__(self, log: CollectiveLog, *, cuda: bool, marks: DeviceClock | None = None, urgent: bool = False):
+        self._log, self._marks = log, marks
         self._low = torch.cuda.Stream() if cuda else None
         self._lanes: dict[str, _Lane] = {}
         self._changed = threading.Condition()
@@ -98,10 +113,16 @@ class Links:
         self.watched = False
 
     def send(
-        self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
+        self,
+        instruction: Instruction,
+        launch: Callable[[], Pending],
+        *,
+        at_s: float = 0.0,
+        after: Later | None = None,
+        recorder: Recorder | None = None,
     ) -> Sent:
-        """Ask for a collective, which `launch` starts once its turn has come."""
-        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag))
+        """Ask for a collective, which `launch` starts once its turn has come.  `recorder`: gets its event once it has ended."""
+        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag), recorder)
         if self._low is not None:
             self._send_on_stream(sent)
             return sent
@@ -170,13 +191,13 @@ class Links:
         return any(head.instruction.op in instruction.yields_to and head.at_s <= now_s for head in heads)
 
     def _count(self, sent: Sent, lane: _Lane) -> None:
-        if self.watched or self._recorder.on:
+        if self.watched or sent.recorder is not None:
             assert sent.instruction.op is not None
             self._under_way[sent.instruction.op] += 1
             lane.under_way += 1
 
     def _begin(self, sent: Sent, lane: _Lane) -> None:
-        watched = self.watched or self._recorder.on
+        watched = self.watched or sent.recorder is not None
         sent.started_s = time.perf_counter()
         try:
             if sent.error is None:
@@ -204,8 +225,8 @@ class Links:
             self._under_way[instruction.op] -= 1
             lane.under_way -= 1
             self._changed.notify_all()
-        if on_wire and self._recorder.on and sent.pending is not None:
-            self._recorder.add(SEND, instruction, sent.pending.num_bytes, sent.enqueued_s, sent.started_s, now_s, 0.0)
+        if on_wire and sent.recorder is not None and sent.pending is not None:
+            sent.recorder.add(SEND, instruction, sent.pending.num_bytes, sent.enqueued_s, sent.started_s, now_s, 0.0)
 
     def _send_on_stream(self, sent: Sent) -> None:
         """CUDA: order on the host is the program's; only the device holds back."""
@@ -229,9 +250,9 @@ class Links:
     def _launch_on_stream(self, sent: Sent) -> None:
         """Launch on the current stream, and note when the device begins and ends it."""
         assert sent.launch is not None
-        marks = self._marks if self._recorder.on else None
+        marks = self._marks if sent.recorder is not None else None
         enqueued = marks.now() if marks is not None else None
         sent.pending = sent.launch()
-        if marks is not None and enqueued is not None and (work := sent.pending.work) is not None:
+        if marks is not None and enqueued is not None and sent.recorder is not None and (work := sent.pending.work) is not None:
             start, end = marks.of_work(work, sent.instruction.axis, enqueued)
-            self._recorder.add(SEND, sent.instruction, sent.pending.num_bytes, enqueued, start, end, 0.0)
+            sent.recorder.add(SEND, sent.instruction, sent.pending.num_bytes, enqueued, start, end, 0.0)

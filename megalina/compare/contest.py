@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, build_meshes
 from megalina.timeline.contention import Alone
-from megalina.timeline.recorder import Event
+from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 
 MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
 HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
@@ -37,7 +38,7 @@ class Contestant:
     """One strategy: its own copy of everything that a step changes, and what was measured on this rank."""
 
     name: str
-    steps: Steps
+    runner: StepRunner
     step_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # of all steps, timed or not
     events: list[list[Event]] = field(default_factory=list)  # of the timed steps
@@ -62,11 +63,13 @@ def contest(
     All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
     `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
     best of them, but for those that run `to_the_end`."""
-    meshes = _shared_meshes(list(configs.values()))
-    contestants = [
-        Contestant(name, Steps(config, data, device=torch.device("cpu"), meshes=meshes[config.parallel.tp, config.parallel.ep]))
-        for name, config in configs.items()
-    ]
+    meshes, log = _shared_meshes(list(configs.values())), CollectiveLog(dist.get_rank() if dist.is_initialized() else 0)
+
+    def runner_of(config: PretrainConfig) -> StepRunner:
+        shared = meshes[config.parallel.tp, config.parallel.ep]
+        return StepRunner(config, data, device=torch.device("cpu"), meshes=shared, log=log)
+
+    contestants = [Contestant(name, runner_of(config)) for name, config in configs.items()]
     gc.collect()
     gc.freeze()  # collections between turns need not walk through what stays until the end
     gc.disable()  # and one in a turn would hit whoever's turn it is
@@ -104,20 +107,21 @@ def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
     that came out with this packing.  All ranks call it together."""
     out: dict[int, dict[str, Alone]] = {}
     for contestant in contestants:
-        mesh, sharded = contestant.steps.mesh, contestant.steps.config.parallel.zero == 1
+        runner = contestant.runner
+        mesh, sharded = runner.mesh, runner.config.parallel.zero == 1
         if mesh.packing in out:
             continue
         sizes_bytes = sizes_of_step(mesh, contestant.events[-1])
         known = next(iter(out.values()), {})  # packing changes those of tokens alone
         new = {op: sizes for op, sizes in sizes_bytes.items() if op == "tokens" or op not in known}
-        first, second = (calibrate(mesh, new, sharded=sharded) for _ in range(2))
+        first, second = (calibrate(mesh, runner.log, new, sharded=sharded) for _ in range(2))
         out[mesh.packing] = known | fastest(first, second, new)
     return out
 
 
 def _without_hopeless(contestants: Sequence[Contestant], baseline: str, to_the_end: Collection[str]) -> list[Contestant]:
     """The same on every rank; all call it together."""
-    everybody = everybodys(contestants[0].steps.mesh, {c.name: statistics.median(c.step_s) for c in contestants})
+    everybody = everybodys(contestants[0].runner.mesh, {c.name: statistics.median(c.step_s) for c in contestants})
     slowest_s = {c.name: max(of_rank[c.name] for of_rank in everybody) for c in contestants}
     best_s = min((s for name, s in slowest_s.items() if name.startswith(baseline)), default=math.inf)
 
@@ -129,54 +133,52 @@ def _without_hopeless(contestants: Sequence[Contestant], baseline: str, to_the_e
 
 
 def _warm_up(contestant: Contestant) -> None:
-    steps = contestant.steps
-    _together(steps)
+    runner = contestant.runner
+    _together(runner)
     _step(contestant)
-    while _undecided(steps) and contestant.search_steps < MOST_SEARCH_STEPS:
-        steps.adapt(_step(contestant))
+    while _undecided(runner) and contestant.search_steps < MOST_SEARCH_STEPS:
+        runner.adapt(_step(contestant))
         contestant.search_steps += 1
 
 
-def _undecided(steps: Steps) -> bool:
+def _undecided(runner: StepRunner) -> bool:
     """Whether it searches, or has windows to measure."""
-    return steps.searching or (steps.windows is not None and not steps.trainable.plan.gap_bytes)
+    return runner.searching or (runner.windows is not None and not runner.trainable.plan.gap_bytes)
 
 
 def _take_turn(contestant: Contestant, turn: int, *, weigh: bool) -> None:
     """`weigh`: find out how much memory it needs, too, which costs a second or two."""
-    steps = contestant.steps
-    recorder, device = steps.trainable.recorder, steps.trainable.device
-    _together(steps)
+    runner, device = contestant.runner, contestant.runner.trainable.device
+    _together(runner)
     with _PeakMemory() if weigh else nullcontext() as memory:
         for i in range(turn + 1):
-            recorder.on = i > 0
+            recorder = Recorder() if i > 0 else None
             busy_s, overrun_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
-            step_s = _step(contestant)
-            if not recorder.on:
+            step_s = _step(contestant, recorder)
+            if recorder is None:
                 continue
             contestant.step_s.append(step_s)
             contestant.events.append(recorder.events())
             if device is not None:
                 contestant.busy_s.append(device.busy_s - busy_s)
                 contestant.overrun_s.append(device.overrun_s - overrun_s)
-        recorder.on = False
     if memory is not None:
         contestant.peak_bytes = memory.peak_bytes
-    steps.trainable.settle()
+    runner.trainable.settle()
 
 
-def _step(contestant: Contestant) -> float:
+def _step(contestant: Contestant, recorder: Recorder | None = None) -> float:
     """One step; returns how long it took here."""
-    started_s = time.perf_counter()
-    verdict, _ = contestant.steps.compute(contestant.steps.state.step + 1)
+    runner, started_s = contestant.runner, time.perf_counter()
+    result, _ = runner.compute(runner.state.step + 1, record=recorder)
     step_s = time.perf_counter() - started_s
-    contestant.losses.append(verdict.loss)
+    contestant.losses.append(result.loss)
     return step_s
 
 
-def _together(steps: Steps) -> None:
+def _together(runner: StepRunner) -> None:
     gc.collect()
-    everybodys(steps.mesh, None)  # nobody starts before the last one is there
+    everybodys(runner.mesh, None)  # nobody starts before the last one is there
 
 
 class _PeakMemory:

@@ -70,14 +70,14 @@ def measure(
     """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`.
 
     `known`: by packing, exchanges alone; where it has nothing of a packing there are no slowdowns."""
-    known_by = {c.name: known.get(c.steps.mesh.packing, {}) for c in contestants}
-    numbers = {c.name: everybodys(c.steps.mesh, numbers_of_rank(c, known_by[c.name])) for c in contestants}
+    known_by = {c.name: known.get(c.runner.mesh.packing, {}) for c in contestants}
+    numbers = {c.name: everybodys(c.runner.mesh, numbers_of_rank(c, known_by[c.name])) for c in contestants}
     step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
     base = _fastest(EAGER, step_s, lambda name: statistics.median(step_s[name]))
     out = {}
     for contestant in contestants:
         name, by_rank = contestant.name, numbers[contestant.name]
-        steps, trainable = contestant.steps, contestant.steps.trainable
+        runner, trainable = contestant.runner, contestant.runner.trainable
         exchanges, last = _exchanges(contestant, known_by[name])
         under = sorted(e.slowdown for e in exchanges if e.phase == "B" and "grads" in e.beside)
         program = trainable.program
@@ -85,10 +85,10 @@ def measure(
         bound = {"compute_s": 0.0, "critical_path_s": 0.0}
         rate = link_mbit * 1e6 / 8
         if seconds is not None:
-            ranks, link = steps.mesh.world.size, rate or math.inf  # one node: no link to wait for
+            ranks, link = runner.mesh.world.size, rate or math.inf  # one node: no link to wait for
             bound = bounds_of(program, last[0], seconds=seconds, ranks=ranks, link_bytes_per_s=link)
-        sharded = steps.config.parallel.zero == 1
-        sent = link_bytes(last, steps.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
+        sharded = runner.config.parallel.zero == 1
+        sent = link_bytes(last, runner.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
         ratios = by_round(step_s[base], step_s[name], turn)
         losses = by_rank[0]["losses"]
         out[name] = Measured(
@@ -127,7 +127,7 @@ def in_own_time(measured: Measured, slow_motion: float) -> Measured:
 
 def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list[AllToAll], list[list[Event]]]:
     """All exchanges of tokens, and all ranks' events of the last step."""
-    mesh, out, last = contestant.steps.mesh, [], []
+    mesh, out, last = contestant.runner.mesh, [], []
     for events in contestant.events:
         last = everybodys(mesh, events)
         for row in rows(mesh.shape)["ep"]:

@@ -67,7 +67,7 @@ def main(spec_path: str) -> int:
 
 def traced(contestant: Contestant, known: Mapping[int, Mapping[str, Alone]]) -> TracedStep:
     """The last step, of all ranks.  `known`: by packing."""
-    mesh = contestant.steps.mesh
+    mesh = contestant.runner.mesh
     return TracedStep(everybodys(mesh, contestant.events[-1]), rows(mesh.shape), known[mesh.packing])
 
 

@@ -16,11 +16,12 @@ from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
 from megalina.layout import axis_sizes
 from megalina.parameters import padded_vocab_size
+from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import Instruction, Op, has_gradient
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
-    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict"),
+    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
     *("prob", "#load", "#loads", "#all_loads", "#group"),
 )
 STREAM = re.compile(r"x|h\d*")  # values of the residual stream

@@ -5,6 +5,7 @@ them takes, or where a run was interrupted.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +47,7 @@ class TokenData:
 
 
 class PackedSamples:
-    """Sequences of several datasets, blended, as batches."""
+    """Sequences of several datasets, blended, as batches.  Several threads may ask."""
 
     def __init__(
         self,
@@ -64,16 +65,18 @@ class PackedSamples:
         self._reset_positions, self._reset_attention, self._mask_eod = reset_positions, reset_attention, mask_eod
         shares = [weight / sum(weights) for weight in weights]
         self.num_sequences = max(1, min(int(d.num_sequences / share) for d, share in zip(datasets, shares, strict=True)))
+        self._lock = threading.Lock()  # datasets and blend keep the index that was asked for last
 
     def batch(self, first: int, count: int) -> Batch:
         seq_len = self._seq_len
         tokens = np.empty((count, seq_len + 1), np.int64)
         ends = np.empty((count, seq_len + 1), np.bool_)
         num_labels = np.empty((count, 1), np.int64)
-        for i in range(count):
-            which, number = self._blend.pick(first + i)
-            sequence = self._datasets[which].sequence(number)
-            tokens[i], ends[i], num_labels[i] = sequence.tokens, sequence.ends, sequence.num_tokens - 1
+        with self._lock:
+            for i in range(count):
+                which, number = self._blend.pick(first + i)
+                sequence = self._datasets[which].sequence(number)
+                tokens[i], ends[i], num_labels[i] = sequence.tokens, sequence.ends, sequence.num_tokens - 1
         valid = np.arange(seq_len) < num_labels
         if self._eod is not None:
             ends |= tokens == self._eod  # files may hold several documents that their index doesn't know of

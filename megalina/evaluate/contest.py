@@ -21,7 +21,7 @@ from megalina.placement.predictors.predictor import Floats
 from megalina.serve.decoding import write_on
 from megalina.serve.engine import Engine
 from megalina.timeline.contention import summary
-from megalina.timeline.recorder import COMPUTE, SEND, Event
+from megalina.timeline.recorder import COMPUTE, SEND, Event, Recorder
 from megalina.timeline.spans import length_s, union
 
 HOST_STAGES = ("foresee", "learn")  # what a device would not do
@@ -148,8 +148,9 @@ def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
     if contestant.planner is not None:
         contestant.planner.taken_s = []
     everybodys(engine.mesh, None)  # nobody starts before the last one is there
+    recorder = Recorder()
     began_s = time.perf_counter()
-    outcomes = engine.run(batch, record=True, emulate=True).outcomes
+    outcomes = engine.run(batch, record=recorder, emulate=True).outcomes
     latency_s = time.perf_counter() - began_s
     if not counts:
         return
@@ -159,7 +160,7 @@ def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
     emulated_s, overrun_s = _device_s(engine)
     contestant.emulated_s += emulated_s - device_before_s[0]
     contestant.overrun_s += overrun_s - device_before_s[1]
-    events = engine.recorder.events()
+    events = recorder.events()
     a2a = summary(events, {}).traffic["a2a"]
     done = engine.slots.done
     contestant.served.append(

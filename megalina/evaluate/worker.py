@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalina.collective_log import CollectiveLog
 from megalina.config import ClusterConfig, InferConfig
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
 from megalina.evaluate.contest import Contestant, contest, timed
@@ -136,12 +137,13 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """What was found, as eval.json has it, the same on every rank; all call it together, in a process group unless alone."""
     began_s = time.monotonic()
     mesh = build_mesh(ep=dist.get_world_size() if dist.is_initialized() else 1)
+    log = CollectiveLog(mesh.world.rank)
     if evaluation.logs:  # for whoever asks where a rank was when it was lost
-        mesh.log.position.mirror(position_path(Path(evaluation.logs), mesh.world.rank))
-        mesh.log.mirror(collectives_path(Path(evaluation.logs), mesh.world.rank))
+        log.position.mirror(position_path(Path(evaluation.logs), mesh.world.rank))
+        log.mirror(collectives_path(Path(evaluation.logs), mesh.world.rank))
     checkpoint = Path(evaluation.checkpoint)
     per_node = devices_per_node(os.environ, mesh.world.size)
-    opened = open_checkpoint(checkpoint, mesh, devices_per_node=per_node)
+    opened = open_checkpoint(checkpoint, mesh, log=log, devices_per_node=per_node)
     judge, text = _texts(evaluation, opened)
     judged = judged_modes(evaluation.modes)
     work = (evaluation.batches + 1) * evaluation.sequences * text.length * len(evaluation.modes)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
@@ -38,17 +39,19 @@ def groups_of(*, world: int, ranks_per_node: int) -> dict[str, tuple[Mesh, str]]
 
 
 def started(what: Collective, num_bytes: int, axis: Axis, device: torch.device) -> Callable[[], Pending]:
-    """What starts it, for a whole tensor of `num_bytes`, with buffers made beforehand."""
+    """What starts it, for a whole tensor of `num_bytes`, with buffers made beforehand.  It is logged, as that is part of its
+    price; nobody reads the log."""
+    log = CollectiveLog(axis.ranks[axis.rank])
     part = max(1, num_bytes // ELEMENT_BYTES // axis.size)
     whole = torch.zeros(part * axis.size, device=device)
     if what is Collective.ALL_TO_ALL:
-        return lambda: exchange.start_all_to_all(whole, [part] * axis.size, [part] * axis.size, axis)
+        return lambda: exchange.start_all_to_all(whole, [part] * axis.size, [part] * axis.size, axis, log)
     if what is Collective.ALL_REDUCE:
-        return lambda: exchange.start_sum_in_place(whole, axis)
+        return lambda: exchange.start_sum_in_place(whole, axis, log)
     if what is Collective.REDUCE_SCATTER:
-        return lambda: exchange.start_scatter(whole, axis)
+        return lambda: exchange.start_scatter(whole, axis, log)
     own = torch.zeros(part, device=device)
-    return lambda: exchange.start_gather(own, axis)
+    return lambda: exchange.start_gather(own, axis, log)
 
 
 def collective_s(what: Collective, num_bytes: int, mesh: Mesh, axis_name: str, device: torch.device) -> float:

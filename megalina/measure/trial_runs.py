@@ -12,8 +12,8 @@ from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
 from megalina.timeline.contention import class_of
-from megalina.timeline.recorder import COMPUTE, WAIT, Event
-from megalina.train.steps import Steps
+from megalina.timeline.recorder import COMPUTE, WAIT, Event, Recorder
+from megalina.train.step_runner import StepRunner
 
 WARM_UP = 3  # steps: allocators, caches, pages of the optimizer's state
 BETWEEN = "between instructions"  # all that is in no instruction and no wait
@@ -26,26 +26,25 @@ def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> di
 
     All ranks call it together."""
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
-    trainer = Steps(config, data, device=device)
-    recorder = trainer.trainable.recorder
+    runner = StepRunner(config, data, device=device)
     took_s: list[float] = []
     cpu_s: list[float] = []
     parts: list[dict[str, float]] = []
     for number in range(1, WARM_UP + steps + 1):
-        everybodys(trainer.mesh, None)
-        recorder.on = number > WARM_UP
+        everybodys(runner.mesh, None)
+        recorder = Recorder() if number > WARM_UP else None
         started_s, cpu_started_s = time.perf_counter(), time.thread_time()
-        trainer.compute(number)
+        runner.compute(number, record=recorder)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if number > WARM_UP:
+        if recorder is not None:
             took_s.append(time.perf_counter() - started_s)
             cpu_s.append(time.thread_time() - cpu_started_s)
             events = recorder.events()
             parts.append(whole(parts_of(events), took_s[-1]))
-    trainer.trainable.settle()
-    trainer.trainable.close()
-    everybody = everybodys(trainer.mesh, (took_s, statistics.median(cpu_s), median_parts(parts)))
+    runner.trainable.settle()
+    runner.close()
+    everybody = everybodys(runner.mesh, (took_s, statistics.median(cpu_s), median_parts(parts)))
     shown = mean_parts([of_rank for _, _, of_rank in everybody])
     on_wall_s = sum(seconds for part, seconds in shown.items() if not part.startswith(WAITS))
     computed_s = statistics.fmean(cpu for _, cpu, _ in everybody)

@@ -16,6 +16,10 @@ from megalina.step.passes import cuts
 from megalina.step.program import BucketSpec
 
 ALIGNMENT = 16  # elements; grouped matrix products want rows at multiples of 16 bytes
+# Elements whose squares are summed in the gradients' own type, by one dot product; blocks are added up in float64.  So a sum's
+# relative error is at most that of its worst block, however many there are.  Measured with 1e8 float32 numbers on the CPU: 1e-6
+# (normal, uniform) to 3e-5 (all equal, log-normal); by one dot product over all of them 6e-4 to 2e-2.  cuBLAS has 32-bit sizes.
+BLOCK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,16 @@ class Bucket:
         width = (stop - start) // self.axis.size
         return slice(start + self.axis.rank * width, start + (self.axis.rank + 1) * width)
 
+    def non_finite(self) -> list[str]:
+        """The parameters whose gradients here are not finite."""
+        return [m.name for m in self.members if not self.grad[m.start : m.stop].isfinite().all()]
+
     def square_sum(self) -> Tensor:
-        """Sum of squares of this rank's gradients, so that the sum over the world counts each element once."""
+        """Sum of squares of this rank's gradients, float64, so that the sum over the world counts each element once."""
         total = torch.zeros((), dtype=torch.float64, device=self.grad.device)
         for s in self.slices:
-            own = self.grad[s.start : s.stop]
-            total += torch.dot(own, own)
+            for own in self.grad[s.start : s.stop].split(BLOCK):
+                total += torch.dot(own, own)
         # under tp and ep the other ranks hold other elements; along the bucket's own axis they hold the same ones
         return total if self.sharded else total / self.axis.size
 

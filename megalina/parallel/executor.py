@@ -7,13 +7,15 @@ A value dies at its last reader.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
@@ -31,7 +33,8 @@ Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of th
 
 
 class Executor:
-    """One program, ready to run.  `device`: an emulated one, or None."""
+    """One program, ready to run.  `log`: where collectives are noted, and the program's place; None: one of its own.
+    `device`: an emulated one, or None."""
 
     def __init__(
         self,
@@ -40,14 +43,15 @@ class Executor:
         mesh: Mesh,
         buckets: Mapping[str, Bucket],
         *,
-        recorder: Recorder | None = None,
+        log: CollectiveLog | None = None,
         device: EmulatedDevice | None = None,
     ):
         self.program, self.mesh, self.buckets, self.device = program, mesh, buckets, device
-        self.recorder = recorder or Recorder()
+        self._log = log or CollectiveLog(mesh.world.rank)
+        self._recorder: Recorder | None = None
         cuda = any(b.grad.is_cuda for b in buckets.values())
         self._marks = DeviceClock() if cuda and device is None else None
-        self._links = Links(mesh.log, self.recorder, cuda=cuda, marks=self._marks, urgent=device is not None)
+        self._links = Links(self._log, cuda=cuda, marks=self._marks, urgent=device is not None)
         self._links.watched = any(s.yields_to or s.credit for s in program)
         last = {v: i for i, s in enumerate(program) for v in s.reads}
         self._lines: list[tuple[Callable[[Instruction, Any], None], Instruction, Any, list[str], str, bool]] = []
@@ -66,11 +70,13 @@ class Executor:
         self._kept: dict[tuple[str, int, str], Kept] = {}
         self._autograd = any(s.phase == "B" for s in program)
 
-    def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the program once; returns the values that nobody read."""
-        self._values, self._kept = dict(given), {}
-        position, recorder, device = self.mesh.log.position, self.recorder, self.device
-        marks = self._marks if recorder.on else None
+    def run(self, given: Mapping[str, Any], *, keep: Collection[str] = (), record: Recorder | None = None) -> dict[str, Any]:
+        """Run the program once; returns the values that nobody read, and those in `keep`, which outlive their readers.
+
+        `record` gets an event for each instruction; None: none are made."""
+        self._values, self._kept, self._recorder = dict(given), {}, record
+        position, device = self._log.position, self.device
+        marks = self._marks if record is not None else None
         if marks is not None:
             marks.begin()
         clock: Callable[[], Any] = marks.now if marks is not None else time.perf_counter  # CUDA: when its stream gets there
@@ -83,21 +89,22 @@ class Executor:
                 error.add_note(f"in instruction {tag}")
                 raise
             for value in dead:
-                self._values.pop(value, None)
+                if value not in keep:
+                    self._values.pop(value, None)
             if instruction.kind is Kind.COMPUTE:
                 ended_s = clock()
                 start_s, end_s = device.ran(instruction, began_s, ended_s) if device is not None else (began_s, ended_s)
-                if recorder.on:
-                    recorder.add(COMPUTE, instruction, 0, began_s, start_s, end_s, 0.0)
-            elif waits and recorder.on:
+                if record is not None:
+                    record.add(COMPUTE, instruction, 0, began_s, start_s, end_s, 0.0)
+            elif waits and record is not None:
                 ended_s = clock()
                 exposed_s = None if device is None else max(0.0, ended_s - max(began_s, device.free_s))
-                recorder.add(WAIT, instruction, 0, began_s, began_s, ended_s, exposed_s)
+                record.add(WAIT, instruction, 0, began_s, began_s, ended_s, exposed_s)
         if device is not None:
             device.synchronize()
         position.leave()
         assert not self._kept, "forward instructions without backward"
-        out, self._values = self._values, {}
+        out, self._values, self._recorder = self._values, {}, None
         return out
 
     def close(self) -> None:
@@ -151,36 +158,40 @@ class Executor:
 
     def _send(self, instruction: Instruction, axis: Axis) -> Any:
         assert instruction.op is not None
-        at_s = self.device.free_s if self.device is not None else 0.0
+        send = partial(
+            self._links.send, instruction, at_s=self.device.free_s if self.device is not None else 0.0, recorder=self._recorder
+        )
         if instruction.op in (Op.GRADS, Op.PARAMS):
-            return self._links.send(instruction, lambda: self._start_piece(instruction, axis), at_s=at_s)
+            return send(lambda: self._start_piece(instruction, axis))
         value = self._values[instruction.reads[0]]
         if instruction.op is Op.COUNTS:
             assert isinstance(value, RowOrder)
             even = [value.count_E.numel() // axis.size] * axis.size
-            sent = self._links.send(instruction, lambda: exchange.start_all_to_all(value.count_E, even, even, axis), at_s=at_s)
-            return value.count_E, sent
+            return value.count_E, send(lambda: exchange.start_all_to_all(value.count_E, even, even, axis, self._log))
         if instruction.op is Op.TOKENS:
             counts: Counts | Later = self._values[instruction.reads[1]]
 
             def start_tokens() -> Pending:
                 known: Counts = counts.get() if isinstance(counts, Later) else counts
-                send, receive = known.sizes(instruction.chunk).splits(outward=instruction.outward)
-                return exchange.start_all_to_all(value, send, receive, axis)
+                splits = known.sizes(instruction.chunk).splits(outward=instruction.outward)
+                return exchange.start_all_to_all(value, *splits, axis, self._log)
 
-            return self._links.send(instruction, start_tokens, at_s=at_s, after=counts if isinstance(counts, Later) else None)
+            return send(start_tokens, after=counts if isinstance(counts, Later) else None)
         start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[instruction.op]
-        return self._links.send(instruction, lambda: start(value, axis), at_s=at_s)
+        return send(lambda: start(value, axis, self._log))
 
     def _start_piece(self, instruction: Instruction, axis: Axis) -> Pending:
         if len(instruction.buckets) > 1:
-            return exchange.start_sum_in_place(side_by_side([self.buckets[name] for name in instruction.buckets]), axis)
+            whole = side_by_side([self.buckets[name] for name in instruction.buckets])
+            return exchange.start_sum_in_place(whole, axis, self._log)
         bucket = self.buckets[instruction.name]
         flat = bucket.grad if instruction.op is Op.GRADS else bucket.param
         piece, own = flat[slice(*instruction.piece)], flat[bucket.own(instruction.piece)]
         if instruction.op is Op.PARAMS:
-            return exchange.start_gather_in_place(piece, own, axis)
-        return exchange.start_scatter_in_place(piece, own, axis) if bucket.sharded else exchange.start_sum_in_place(piece, axis)
+            return exchange.start_gather_in_place(piece, own, axis, self._log)
+        if bucket.sharded:
+            return exchange.start_scatter_in_place(piece, own, axis, self._log)
+        return exchange.start_sum_in_place(piece, axis, self._log)
 
     def _wait(self, instruction: Instruction, _: None) -> None:
         sent = self._values[instruction.reads[0]]

@@ -6,8 +6,7 @@ each MoE layer's load.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,60 +14,25 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.collective_log import NUM_RIDERS, agree
+from megalina.collective_log import NUM_RIDERS, CollectiveLog, agree
 from megalina.mesh import Mesh
 from megalina.model.digest import LIMBS, tokens_digest
 from megalina.model.experts import Later
 from megalina.model.gpt import GPT
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
+from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.step.program import Instruction
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What all ranks know at the end of a step, before anything is updated.  Losses are means a token."""
-
-    loss: float  # nats, without auxiliary terms
-    auxiliary: Mapping[
-        str, float
-    ]  # by the name of the loss: mean over MoE layers, unweighted; balance_loss is 1 at perfect balance
-    grad_norm: float  # over all parameters, before clipping
-    grad_scale: float  # what the update multiplies gradients by
-    finite: bool  # False: the step is skipped, on all ranks alike
-    spike: bool  # the guard refuses this loss: the step is skipped, on all ranks alike
-    loss_tokens: int
-    valid_tokens: int
-    stop: bool  # some rank was asked to stop after this step
-    loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
-    tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
-    routing_digests: tuple[int, ...]  # 64 bits a MoE layer, of the step's routing decisions; 0 without ledger
-
-    @property
-    def balance_loss(self) -> float:
-        return self.auxiliary.get("balance_loss", 0.0)
-
-    @property
-    def z_loss(self) -> float:
-        return self.auxiliary.get("z_loss", 0.0)
-
-    @property
-    def updates(self) -> bool:
-        """Whether the step changes the weights."""
-        return self.finite and not self.spike
-
-
-class CollectivesDiffer(RuntimeError):
-    """The ranks have not submitted the same collectives in this step; nothing was updated."""
 
 
 class StageFunctions:
     """`functions(instruction)` for the executor.
 
-    `update(name, verdict)` updates a bucket.  `wish_to_stop()` is asked once a step on each rank; one wish is enough,
-    and all ranks learn of it in the same step.  `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where
-    the ranks' collectives differ, says how.
+    `wish_to_stop()` is asked once a step on each rank; one wish is enough, and all ranks learn of it in the same step.
+    `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where the ranks' collectives in `log` differ, says how.
     """
+
+    update: Update  # of the step that runs: whoever runs a step sets it
 
     def __init__(
         self,
@@ -77,16 +41,15 @@ class StageFunctions:
         buckets: dict[str, Bucket],
         *,
         clip_norm: float,
-        update: Callable[[str, Verdict], None],
+        log: CollectiveLog,
         wish_to_stop: Callable[[], bool],
         is_spike: Callable[[float], bool],
         explain: Callable[[], str],
         ledger: bool,
     ):
-        self.is_spike, self.explain, self.ledger = is_spike, explain, ledger
+        self.log, self.is_spike, self.explain, self.ledger = log, is_spike, explain, ledger
         self._late: dict[tuple[str, int, str], Later] = {}  # of instructions whose weights are late: what adds their gradients
-        self.non_finite: list[str] = []  # parameters of the last step whose gradients are not finite
-        self.gpt, self.mesh, self.buckets, self.clip_norm, self.update = gpt, mesh, buckets, clip_norm, update
+        self.gpt, self.mesh, self.buckets, self.clip_norm = gpt, mesh, buckets, clip_norm
         self.wish_to_stop = wish_to_stop
         self.losses = gpt.blocks.losses
         self._loss_of = {value: loss.name for loss in self.losses for value in loss.values}
@@ -140,10 +103,10 @@ class StageFunctions:
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
-        own = squares.new_tensor([float(self.wish_to_stop()), *self.mesh.log.riders()])
+        own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
-    def _verdict(self, measured: Tensor, divisor: Tensor) -> Verdict:
+    def _verdict(self, measured: Tensor, divisor: Tensor) -> StepResult:
         loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
         count = len(self.losses)
         head = count + 2 + NUM_RIDERS
@@ -158,7 +121,7 @@ class StageFunctions:
         mean_loss = means.pop("loss")
         loads = measured[head:].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
         finite = all(map(math.isfinite, (*sums, norm)))
-        return Verdict(
+        return StepResult(
             loss=mean_loss,
             auxiliary=means,
             grad_norm=norm,
@@ -171,13 +134,16 @@ class StageFunctions:
             loads=loads[:, :-LIMBS],
             tokens_digest=_joined(batch_digest),
             routing_digests=tuple(map(_joined, loads[:, -LIMBS:].tolist())),
+            non_finite=() if finite else tuple(name for b in self.buckets.values() for name in b.non_finite()),
         )
 
-    def _update(self, name: str, gradient: Tensor, verdict: Verdict) -> None:
-        if not verdict.finite:  # the optimizer is about to clear the gradients
-            bucket = self.buckets[name]
-            self.non_finite += [m.name for m in bucket.members if not bucket.grad[m.start : m.stop].isfinite().all()]
-        self.update(name, verdict)
+    def _router_bias(self, result: StepResult, _: None) -> None:
+        if result.updates:
+            for layer, load in zip(self.gpt.moe_layers, result.loads, strict=True):
+                self.gpt.layers[layer].router.update_bias(load[:-1].to(self.gpt.embedding.device))
+
+    def _update(self, name: str, gradient: Tensor, result: StepResult) -> None:
+        self.update(name, result)
 
     def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
         """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""

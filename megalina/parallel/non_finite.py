@@ -37,7 +37,7 @@ def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:
 
         return run
 
-    executor = Executor(trainable.evaluation_program, watched, trainable.mesh, trainable.buckets)
+    executor = Executor(trainable.evaluation_program, watched, trainable.mesh, trainable.buckets, log=trainable.log)
     trainable.gpt.train()
     with torch.no_grad():
         for part in batch.split(trainable.micro_batch_size):

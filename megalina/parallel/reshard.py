@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import start_all_to_all
 from megalina.comm.objects import everybodys
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
@@ -34,7 +35,7 @@ class Parcel:
     common: Place
 
 
-def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh) -> int:
+def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: CollectiveLog) -> int:
     """Fill `new` with what the ranks hold in `old`; returns the bytes that this rank has sent.  All ranks call it alike.
 
     What a rank holds itself it copies.  What it lacks comes from one of the nearest ranks that hold it, in one all-to-all a
@@ -66,7 +67,7 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh) -> int:
                 raise ValueError(f"{name}: no rank holds {missing[name]} of the elements that rank {world.rank} needs")
         flat = torch.cat([old[lacking[by_dtype[dtype][0]]][0].local.new_empty(0), *(t for parts in out for t in parts)])
         send, receive = ([sum(t.numel() for t in parts) for parts in side] for side in (out, into))
-        arrived = start_all_to_all(flat, send, receive, world).wait()
+        arrived = start_all_to_all(flat, send, receive, world, log).wait()
         targets = [t for parts in into for t in parts]
         for target, values in zip(targets, arrived.split([t.numel() for t in targets]), strict=True):
             target.copy_(values.view(target.shape))

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.model import shape_of
+from megalina.collective_log import CollectiveLog, agree
+from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.layout import axis_of_group
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
-from megalina.parallel.emulated_device import emulated_device
+from megalina.parallel.emulated_device import EmulatedDevice, emulated_device
 from megalina.parallel.executor import Executor, Functions
-from megalina.parallel.functions import StageFunctions, Verdict
+from megalina.parallel.functions import StageFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
+from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
@@ -25,11 +28,13 @@ from megalina.step.strategy import Setting, evaluation, settling, training_step
 from megalina.timeline.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-Update = Callable[[str, Verdict], None]
+RESULT = "#verdict.-.0"
 
 
 class Trainable:
-    """`step` and `evaluate` run programs; everything else is state that others read."""
+    """`step` and `evaluate` run programs; everything else is state that others read.
+
+    `log`: where its collectives are noted; None: one of its own."""
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class Trainable:
         *,
         vocab_size: int,
         device: torch.device,
+        log: CollectiveLog | None = None,
         wish_to_stop: Callable[[], bool],
         is_spike: Callable[[float], bool] = lambda loss: False,
         explain: Callable[[], str] = lambda: "the ranks did not submit the same collectives in this step",
@@ -45,6 +51,7 @@ class Trainable:
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
         self.mesh, self.micro_batch_size = mesh, train.micro_batch_size
+        self.log = log or CollectiveLog(mesh.world.rank)
         self.gpt: GPT = build_shard(
             config.model,
             config.router,
@@ -74,27 +81,23 @@ class Trainable:
         )
         self.setting = setting.under(self.plan)
         self.program = training_step(self.plan.strategy, self.setting)
-        self.recorder = Recorder()
         self.device = emulated_device(config)
         self._unsettled = False  # weights that the last step updated have yet to be gathered
-        self._update: Update | None = None
-        functions = StageFunctions(
+        self.stage_functions = StageFunctions(
             self.gpt,
             mesh,
             self.buckets,
             clip_norm=config.optim.clip_norm,
-            update=self._updated,
+            log=self.log,
             wish_to_stop=wish_to_stop,
             is_spike=is_spike,
             explain=explain,
             ledger=train.ledger,
         )
-        self._verdict: Verdict | None = None
-        self.functions: Functions = functions
-        self._training = self._executor(self.program, functions)
+        self.functions: Functions = self.stage_functions
+        self._training = self._executor(self.program, self.device)
         self.evaluation_program = evaluation(shape, specs)
-        self._evaluation = Executor(self.evaluation_program, functions, mesh, self.buckets)
-        self.stage_functions = functions
+        self._evaluation = self._executor(self.evaluation_program, None)
 
     def run_with(self, program: Program, functions: Functions) -> None:
         """From now on a training step is this program with these functions: an observer of values, another schedule.
@@ -103,7 +106,7 @@ class Trainable:
         self.settle()
         self.close()
         self.program, self.functions = program, functions
-        self._training = self._executor(program, functions)
+        self._training = self._executor(program, self.device)
 
     def adopt(self, plan: Plan) -> None:
         """From now on a training step follows this plan, the same on every rank.  Its packing is the mesh's."""
@@ -111,9 +114,9 @@ class Trainable:
         self.run_with(training_step(plan.strategy, self.setting), self.functions)
 
     def take_over(self, before: "Trainable") -> None:
-        """Go on in the place of another one, which ends: with its plan, its recorder and its emulated device.  The functions of
-        an observer (`run_with`) don't come along."""
-        self.recorder, self.device = before.recorder, before.device
+        """Go on in the place of another one, which ends: with its plan and its emulated device.  The functions of an observer
+        (`run_with`) don't come along."""
+        self.device = before.device
         self.adopt(replace(before.plan, packing=self.mesh.packing))
         before.close()
         before._evaluation.close()
@@ -122,26 +125,26 @@ class Trainable:
         """End the threads of the step's lanes; `run_with` begins anew."""
         self._training.close()
 
-    def _executor(self, program: Program, functions: Functions) -> Executor:
-        return Executor(program, functions, self.mesh, self.buckets, recorder=self.recorder, device=self.device)
+    def _executor(self, program: Program, device: EmulatedDevice | None) -> Executor:
+        return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device)
 
-    def step(self, batch: Batch, update: Update) -> Verdict:
-        """One training step on this rank's sequences; `update(bucket, verdict)` is called for each bucket."""
+    def step(self, batch: Batch, update: Update, *, record: Recorder | None = None) -> StepResult:
+        """One training step on this rank's sequences; `update(bucket, result)` is called for each bucket.
+
+        `record` gets the step's events."""
         self.gpt.train()
-        self._update = update
+        self.stage_functions.update = update
         parts = batch.split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
-        self.recorder.begin()
-        self._training.run({f"#batch.-.{i}": part for i, part in enumerate(parts)})
-        self.recorder.end()
+        given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
+        result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
         self._unsettled = bool(settling(self.program))
-        assert self._verdict is not None
-        return self._verdict
+        return result
 
     def settle(self) -> None:
         """Gather the weights that the last step left to the next one.  All ranks together, before anybody else reads them."""
         if self._unsettled:
-            gathers = Executor(settling(self.program), self.functions, self.mesh, self.buckets)
+            gathers = self._executor(settling(self.program), None)
             gathers.run({})
             gathers.close()
             self._unsettled = False
@@ -153,7 +156,9 @@ class Trainable:
         out: Tensor = self._evaluation.run({"#batch.-.0": batch})["#loss.-.0"]
         return out
 
-    def _updated(self, name: str, verdict: Verdict) -> None:
-        assert self._update is not None
-        self._verdict = verdict
-        self._update(name, verdict)
+    def compare_collectives(self) -> None:
+        """All ranks together, between two steps.  CollectivesDiffer, on all of them, where they have mixed up what came after
+        the last comparison: ZeRO-1's gathers of weights, and evaluations."""
+        everywhere = zip(*everybodys(self.mesh, self.log.riders()), strict=True)
+        if not agree([sum(column) for column in everywhere], self.mesh.world.size):
+            raise CollectivesDiffer(self.stage_functions.explain())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.model import shape_of
+from megalina.collective_log import CollectiveLog
 from megalina.mesh import Mesh
 from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
@@ -51,9 +52,9 @@ class Passed:
 class Engine:
     """`gpt`: this rank's copy without experts.  `residents`: where each MoE layer's experts sit at first, the same on all ranks.
 
-    `reroute`: what is done instead of what routers choose, in every batch.  `device`: an emulated one.  ValueError for
-    placements of other layers or devices, for more chunks than slots, and for bytes on their way that are less than a layer's
-    slots."""
+    `log`: where collectives are noted; None: one of its own.  `reroute`: what is done instead of what routers choose, in every
+    batch.  `device`: an emulated one.  ValueError for placements of other layers or devices, for more chunks than slots, and for
+    bytes on their way that are less than a layer's slots."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Engine:
         residents: Sequence[Placement],
         settings: EngineSettings = EngineSettings(),
         *,
+        log: CollectiveLog | None = None,
         reroute: Reroute | None = None,
         device: ServingDevice | None = None,
     ):
@@ -88,13 +90,12 @@ class Engine:
         stream = ExpertStream(where) if where.type == "cuda" else None
         self.slots = Slots(host, residents, mesh.ep.rank, spare=spare, stream=stream)
         self.controller = Controller(policy, residents)
-        self.recorder = Recorder()
         tile = TILE_ROWS if settings.batch_invariant else 0
         functions = InferenceFunctions(gpt=gpt, mesh=mesh, slots=self.slots, controller=self.controller, tile=tile, device=device)
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
         self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
         self._reroute = reroute
-        self._executor = Executor(self.program, functions, mesh, {}, recorder=self.recorder, device=device)
+        self._executor = Executor(self.program, functions, mesh, {}, log=log, device=device)
 
     def run(
         self,
@@ -102,20 +103,18 @@ class Engine:
         past: Sequence[KeyValues] | None = None,
         *,
         reroute: Reroute | None = None,
-        record: bool = False,
+        record: Recorder | None = None,
         emulate: bool = False,
     ) -> Passed:
         """One batch of this rank; `past` grows.  All ranks call it together.
 
-        `reroute`: for this batch, in place of the engine's.  `record`: the recorder has its events afterwards.  `emulate`: the
-        emulated device takes its time."""
+        `reroute`: for this batch, in place of the engine's.  `record` gets the events.  `emulate`: the emulated device takes its
+        time."""
         if self.device is not None:
             self.device.begin(int(batch.valid_BS.sum()) if emulate else None)
-        self.recorder.on = record
-        self.recorder.begin()
         with torch.inference_mode():
-            out = self._executor.run({BATCH: batch, PAST: past, REROUTE: reroute or self._reroute})
-        self.recorder.end()
+            given = {BATCH: batch, PAST: past, REROUTE: reroute or self._reroute}
+            out = self._executor.run(given, record=record)
         moe = self.gpt.moe_layers
         return Passed(
             out["#out.-.0"],
@@ -123,9 +122,9 @@ class Engine:
             tuple(out[f"#outcome.{layer}.0"] for layer in moe),
         )
 
-    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> Tensor:
+    def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None, *, record: Recorder | None = None) -> Tensor:
         """The last norm's output [T, D] of this rank's tokens, as `run` gives it."""
-        return self.run(batch, past).hidden_TD
+        return self.run(batch, past, record=record).hidden_TD
 
     def logits(self, batch: Batch, past: Sequence[KeyValues] | None = None, *, emulate: bool = False) -> Tensor:
         """[B, V] after each sequence's last token; as `run`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megalina.checkpoint.restored import Restored, read_experts, restore
+from megalina.collective_log import CollectiveLog
 from megalina.config import InferConfig
 from megalina.mesh import Mesh
 from megalina.placement.controller import Policy
@@ -27,6 +28,7 @@ class Opened:
     host: HostExperts
     mesh: Mesh
     served: Served
+    log: CollectiveLog  # of the collectives of all engines
 
     def policy(self, config: InferConfig, profile: RoutingTrace | None) -> Policy:
         """ValueError as `policy_of`."""
@@ -44,10 +46,17 @@ class Opened:
         )
         even = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank) if config.even_routing else None
         residents = [resident] * len(gpt.moe_layers)
-        return Engine(gpt, self.host, self.mesh, policy, residents, settings, reroute=even, device=device)
+        return Engine(gpt, self.host, self.mesh, policy, residents, settings, log=self.log, reroute=even, device=device)
 
 
-def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, devices_per_node: int = 0) -> Opened:
+def open_checkpoint(
+    path: Path,
+    mesh: Mesh,
+    *,
+    log: CollectiveLog | None = None,
+    dtype: torch.dtype = torch.float32,
+    devices_per_node: int = 0,
+) -> Opened:
     """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
     restored = restore(path, dtype=dtype, experts=False)
     gpt = restored.gpt
@@ -61,4 +70,4 @@ def open_checkpoint(path: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float3
     on_cuda = next(gpt.parameters()).is_cuda
     host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
     served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
-    return Opened(restored, host, mesh, served)
+    return Opened(restored, host, mesh, served, log or CollectiveLog(mesh.world.rank))

@@ -249,10 +249,16 @@ def gap_after(instruction: Instruction) -> str:
     return GAPS[instruction.name] if arrives else ""
 
 
-def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead: bool = False) -> Program:
+ROUTER_BIAS = "router_bias"  # the routers' selection bias: state, as a bucket's parameters are
+
+
+def finish(
+    program: Program, buckets: Mapping[str, BucketSpec], *, selection_bias: bool = False, params_ahead: bool = False
+) -> Program:
     """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
 
-    `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first instruction that uses it."""
+    `selection_bias`: of the `Shape`; the bias follows the loads that the reduction brought.  `params_ahead`: the all-gathers come
+    first thing in the step instead, each awaited by the first instruction that uses it."""
     seeded = {v for s in program if s.phase == "U" and s.name == "seed" for v in s.reads}
     values = (v for s in program if s.phase == "F" for v in s.writes if v in seeded or v.startswith("#load."))
     losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2])))  # part by part
@@ -265,6 +271,8 @@ def finish(program: Program, buckets: Mapping[str, BucketSpec], *, params_ahead:
         Instruction("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
         Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0"), writes=("#verdict.-.0",)),
     ]
+    if selection_bias:
+        out.append(Instruction("U", compute, ROUTER_BIAS, reads=("#verdict.-.0", ROUTER_BIAS), writes=(f"new {ROUTER_BIAS}",)))
     waits: list[Instruction] = []
     for name, bucket in buckets.items():
         out.append(

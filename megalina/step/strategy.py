@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import chunk, finish, late_weights, place_gradients, recompute, shard_of, step
+from megalina.step.passes import ROUTER_BIAS, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 
@@ -52,7 +52,7 @@ Strategy = Callable[[Setting], Program]
 
 def eager(setting: Setting) -> Program:
     """Every gradient goes on the wire as soon as it is there, in pieces as the buckets' specs say."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets), setting)
 
 
 def ddp(setting: Setting) -> Program:
@@ -60,35 +60,36 @@ def ddp(setting: Setting) -> Program:
     of 1 MiB."""
     size = setting.plan.merge_bytes
     merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
-    return finish(place_gradients(_plain_step(setting), setting.buckets, merge=merge, merge_first=merge_first), setting.buckets)
+    placed = place_gradients(_plain_step(setting), setting.buckets, merge=merge, merge_first=merge_first)
+    return _finish(placed, setting)
 
 
 def serial(setting: Setting) -> Program:
     """Gradients after the last all-to-all."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets, place="tail"), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets, place="tail"), setting)
 
 
 def fixed(setting: Setting) -> Program:
     """An all-reduce between the two all-to-alls of each layer's backward, whatever it takes (Lina, section 7.2.1)."""
-    return finish(place_gradients(_plain_step(setting), setting.buckets, place="pair"), setting.buckets)
+    return _finish(place_gradients(_plain_step(setting), setting.buckets, place="pair"), setting)
 
 
 def priority(setting: Setting) -> Program:
     """All-to-all first: a gradient starts only while no tokens are on the wire (Lina, section 4.1).  The rungs of the paper's
     ladder differ in their numbers alone: pieces, chunks, packing."""
-    return finish(_placed(_plain_step(setting), setting), setting.buckets)
+    return _finish(_placed(_plain_step(setting), setting), setting)
 
 
 def flow(setting: Setting) -> Program:
     """Parts of the micro-batch walk through whole layers in turn; gradients go into what they leave of the wire.  Where the
     micro-batch is one group of the routers, its parts tell one another how full the experts are."""
-    return finish(_placed(_step(setting, together=setting.plan.parts), setting), setting.buckets)
+    return _finish(_placed(_step(setting, together=setting.plan.parts), setting), setting)
 
 
 def lina_zero(setting: Setting) -> Program:
     """ZeRO-1 with the all-gathers of weights under the next step's forward; parts walk in turn as in `flow`."""
     program = _step(setting, together=setting.plan.parts)
-    return finish(place_gradients(program, setting.buckets, yields=setting.plan.yields), setting.buckets, params_ahead=True)
+    return _finish(place_gradients(program, setting.buckets, yields=setting.plan.yields), setting, params_ahead=True)
 
 
 # `strategy.name`; each has a file in conf/strategy/
@@ -135,10 +136,16 @@ def settling(program: Program) -> Program:
 
 
 def given(program: Program, setting: Setting) -> set[str]:
-    """What exists before a step: the batches, and the parameters or this rank's part of them."""
+    """What exists before a program: the batches, the parameters or this rank's part of them, and of a step the bias that it
+    must move."""
     gathered = {s.name for s in settling(program)}
     batches = {f"#batch.-.{i}" for i in range(setting.num_parts)}
-    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets}
+    bias = {ROUTER_BIAS} if setting.shape.selection_bias and any(s.phase == "B" for s in program) else set()
+    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets} | bias
+
+
+def _finish(program: Program, setting: Setting, *, params_ahead: bool = False) -> Program:
+    return finish(program, setting.buckets, selection_bias=setting.shape.selection_bias, params_ahead=params_ahead)
 
 
 def _placed(program: Program, setting: Setting) -> Program:

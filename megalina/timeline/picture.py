@@ -29,7 +29,10 @@ LEGEND = {
     "waits for gradients or weights": FOR_GRADIENTS,
     "waits for sizes or small sums": FOR_REST,
 }
-REST_NAMES = ("embed", "positions", "head", "logits", "loss", "balance", "sizes", "seed", "measure", "verdict", "update")
+REST_NAMES = (
+    *("embed", "positions", "head", "logits", "loss", "balance"),
+    *("sizes", "seed", "measure", "verdict", "router_bias", "update"),
+)
 PHASES = {"F": ("forward", "#e8eef7"), "B": ("backward", "#f7eee3"), "U": ("update", "#eeeeee")}
 PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later are still backward
 WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}

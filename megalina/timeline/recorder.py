@@ -3,8 +3,6 @@
 Appending a tuple is all that it does while a step runs; events are made when somebody asks.
 """
 
-import threading
-import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,22 +38,10 @@ class Event:
 
 
 class Recorder:
-    """The events of the last step; with `on` False none are kept."""
+    """The events of the run of a program that it was handed to.  Whoever wants them makes a new one for each run."""
 
     def __init__(self) -> None:
-        self.on = False
-        self.started_s = self.ended_s = 0.0  # of the last step
         self._rows: list[tuple[Any, ...]] = []
-        self._lock = threading.Lock()
-
-    def begin(self) -> None:
-        """A step starts: what came before is forgotten."""
-        with self._lock:
-            self._rows = []
-        self.started_s = time.perf_counter()
-
-    def end(self) -> None:
-        self.ended_s = time.perf_counter()
 
     def add(
         self,
@@ -72,7 +58,7 @@ class Recorder:
         self._rows.append((kind, instruction, num_bytes, enqueued_s, start_s, end_s, exposed_s))
 
     def events(self) -> list[Event]:
-        """Of the last step, in the order in which they ended."""
+        """In the order in which they ended.  On CUDA they must be asked for before the executor's next recorded run."""
         out = []
         for kind, s, num_bytes, enqueued, start, end, exposed_s in list(self._rows):
             enqueued_s, start_s, end_s = _seconds(enqueued), _seconds(start), _seconds(end)

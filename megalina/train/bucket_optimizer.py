@@ -8,7 +8,7 @@ from megalina.comm.slice import Slice
 from megalina.config import OptimConfig
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.train.optim import FlatOptimizer, FlatTensor
 
 
@@ -43,11 +43,11 @@ class BucketOptimizer:
         for optimizer in self._optimizers.values():
             optimizer.step_count = value
 
-    def update(self, name: str, verdict: Verdict) -> None:
+    def update(self, name: str, result: StepResult) -> None:
         """The instruction `update NAME` of a program.  A step that isn't finite, or that the guard refuses, changes nothing."""
         bucket = self.buckets[name]
-        if verdict.updates:
-            self._optimizers[name].step(lr=self.lr, grad_scale=verdict.grad_scale)
+        if result.updates:
+            self._optimizers[name].step(lr=self.lr, grad_scale=result.grad_scale)
             self._to_parameters(name)
         bucket.grad.zero_()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from torch.distributed import Store
 
 from megalina.collective_log import CollectiveLog, read_mirror
+from megalina.data.prefetch import PREFETCH, Prefetch
 from megalina.rank_files import STOOD_STILL, collectives_path, hang_path, position_path, traceback_path
 from megalina.train import flight_recorder
 from megalina.train.board import ASK_S, Board, FolderBoard, Silent, StoreBoard, job_store
@@ -142,7 +143,6 @@ class Doctor:
 
     def _state(self) -> State:
         position = self._log.position
-        frame = sys._current_frames().get(self._main or 0)
         kept = max(64, ENTRIES // self._world)
         return State(
             rank=self._rank,
@@ -151,9 +151,19 @@ class Doctor:
             waits=position.waits,
             idle_s=time.monotonic() - position.since_s,
             asks=self._asks,
-            stack=tuple(traceback.format_stack(frame)) if frame is not None else (),
+            stack=self._stack(),
             entries=tuple(sorted(self._log.entries(), key=lambda e: (e.step, e.number)))[-kept:],
         )
+
+    def _stack(self) -> tuple[str, ...]:
+        """The main thread's; where it waits for a batch that another thread makes, it goes on with that thread's."""
+        frames = sys._current_frames()
+        main = frames.get(self._main or 0)
+        stack = [] if main is None else traceback.format_stack(main)
+        if main is not None and any(frame.f_code is Prefetch.take.__code__ for frame, _ in traceback.walk_stack(main)):
+            makers = [t.ident for t in threading.enumerate() if t.name.startswith(PREFETCH)]
+            stack += [line for ident in makers if ident in frames for line in traceback.format_stack(frames[ident])]
+        return tuple(stack)
 
     def _attend(self, board: Board, number: int, *, collects: bool) -> None:
         """Round `number`: this rank's state against a verdict, on which it acts."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.step.plan import Plan
 from megalina.track.metrics import MetricsFile
 
@@ -97,16 +97,16 @@ class RandomState:
         return hashlib.blake2b(f"{seed} {first_sample} ".encode() + drawn, digest_size=8).hexdigest()
 
 
-def line_of(verdict: Verdict, *, step: int, first_sample: int, count: int, random: str, plan: Plan) -> Line:
+def line_of(result: StepResult, *, step: int, first_sample: int, count: int, random: str, plan: Plan) -> Line:
     return {
         "step": step,
         "samples": [first_sample, count],
-        "tokens": f"{verdict.tokens_digest:016x}",
+        "tokens": f"{result.tokens_digest:016x}",
         "random": random,
-        "routing": [f"{digest:016x}" for digest in verdict.routing_digests],
-        "loss_hex": verdict.loss.hex(),
-        "grad_norm_hex": verdict.grad_norm.hex(),
-        "updated": verdict.updates,
+        "routing": [f"{digest:016x}" for digest in result.routing_digests],
+        "loss_hex": result.loss.hex(),
+        "grad_norm_hex": result.grad_norm.hex(),
+        "updated": result.updates,
         "plan": plan.as_json(),  # rounding depends on it
     }
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from megalina.checkpoint.checkpoints import newest_first
 from megalina.comm.objects import everybodys
-from megalina.parallel.functions import Verdict
 from megalina.parallel.non_finite import first_bad_stage
+from megalina.parallel.step_result import StepResult
 from megalina.track.tracker import Tracker
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 
 logger = logging.getLogger("megalina")
 
@@ -18,14 +18,13 @@ class SpikesGoOn(RuntimeError):
     """The guard has met too many spikes."""
 
 
-def name_non_finite(steps: Steps, verdict: Verdict) -> None:
+def name_non_finite(runner: StepRunner, result: StepResult) -> None:
     """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
-    functions = steps.trainable.stage_functions
-    names, functions.non_finite = functions.non_finite, []
-    instructions, gradients = zip(*everybodys(steps.mesh, (first_bad_stage(steps.trainable, steps.batch), names)), strict=True)
-    if not steps.is_first:
+    own = first_bad_stage(runner.trainable, runner.batch), result.non_finite
+    instructions, gradients = zip(*everybodys(runner.mesh, own), strict=True)
+    if not runner.is_first:
         return
-    bad = sorted({name for own in gradients for name in own}, key=_backward_order(steps))
+    bad = sorted({name for own in gradients for name in own}, key=_backward_order(runner))
     place, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(instructions))
     if tag:
         where = f"the first is the output of instruction {tag} on rank {rank}"
@@ -36,18 +35,18 @@ def name_non_finite(steps: Steps, verdict: Verdict) -> None:
     parameters = f"; gradients: {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "") if bad else ""
     logger.warning(
         "warning: step %d is skipped on all ranks: loss %g, gradient norm %g; not finite: %s%s",
-        *(steps.state.step, verdict.loss, verdict.grad_norm, where, parameters),
+        *(runner.state.step, result.loss, result.grad_norm, where, parameters),
     )
 
 
-def meet_spike(steps: Steps, verdict: Verdict, stop_sample: int, tracker: Tracker | None) -> bool:
-    """The step with this verdict, whose sequences end before `stop_sample`, was refused; returns whether the run was taken
+def meet_spike(runner: StepRunner, result: StepResult, stop_sample: int, tracker: Tracker | None) -> bool:
+    """The step with this result, whose sequences end before `stop_sample`, was refused; returns whether the run was taken
     back.  SpikesGoOn, on all ranks, after `guard.max_spikes` of them."""
-    state, guard = steps.state, steps.config.guard
+    state, guard = runner.state, runner.config.guard
     state.spikes += 1
     what = (
-        f"loss {verdict.loss:.4f} at step {state.step} is {state.guard.rise(verdict.loss):.2f} nats above the median of the "
-        f"last {len(state.guard.state())}, {state.guard.score(verdict.loss):.1f} robust deviations "
+        f"loss {result.loss:.4f} at step {state.step} is {state.guard.rise(result.loss):.2f} nats above the median of the "
+        f"last {len(state.guard.state())}, {state.guard.score(result.loss):.1f} robust deviations "
         f"(guard.threshold {guard.threshold:g})"
     )
     if state.spikes > guard.max_spikes:
@@ -60,9 +59,9 @@ def meet_spike(steps: Steps, verdict: Verdict, stop_sample: int, tracker: Tracke
     point = None
     if guard.spike == "rewind":
         state.wait()
-        point = state.checkpoints.first_good(saved_before(Path(steps.config.run.dir) / "checkpoints", state.step))
+        point = state.checkpoints.first_good(saved_before(Path(runner.config.run.dir) / "checkpoints", state.step))
     if point is None:
-        if steps.is_first:
+        if runner.is_first:
             why = "; there is no checkpoint to go back to yet" if guard.spike == "rewind" else ""
             logger.warning("warning: spike: %s; its update is left out%s", what, why)
         return False
@@ -73,11 +72,11 @@ def meet_spike(steps: Steps, verdict: Verdict, stop_sample: int, tracker: Tracke
     state.windows = sorted({*windows, window})
     state.spikes, state.rewinds = spikes, rewinds
     state.ledger.rewind(state.step)
-    event = {"step": state.step, "event": "rewind", "from_step": step, "skipped_samples": window, "loss_hex": verdict.loss.hex()}
+    event = {"step": state.step, "event": "rewind", "from_step": step, "skipped_samples": window, "loss_hex": result.loss.hex()}
     state.ledger.event(event)
     if tracker is not None:
         tracker.rewind(state.step)
-    if steps.is_first:
+    if runner.is_first:
         logger.warning(
             "warning: spike: %s; back to step %d, past sequences %d to %d (the same run without them: data.skip_samples=[%d,%d])",
             *(what, state.step, window[0], window[1] - 1, *window),
@@ -90,7 +89,7 @@ def saved_before(folder: Path, step: int) -> list[Path]:
     return [path for path in newest_first(folder) if int(path.name[5:]) < step]
 
 
-def _backward_order(steps: Steps) -> Callable[[str], int]:
+def _backward_order(runner: StepRunner) -> Callable[[str], int]:
     """Backward meets the last layers first, so what is last in the model's order is where it began."""
-    order = {name: i for i, (name, _) in enumerate(steps.trainable.gpt.named_parameters())}
+    order = {name: i for i, (name, _) in enumerate(runner.trainable.gpt.named_parameters())}
     return lambda name: -order.get(name, 0)

@@ -15,7 +15,7 @@ from megalina.checkpoint.checkpoints import read_values
 from megalina.comm.objects import everybodys
 from megalina.step.plan import Plan
 from megalina.train.ledger import Line, difference
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 
 logger = logging.getLogger("megalina")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}  # relative, of loss and norm in another arithmetic
@@ -25,13 +25,13 @@ class ReplayDiffers(RuntimeError):
     """Steps that were run again did not give what they gave before."""
 
 
-def replay(steps: Steps, newest: Path, before: Path | None) -> None:
+def replay(runner: StepRunner, newest: Path, before: Path | None) -> None:
     """Run the steps between the checkpoints again; `before` None: from the beginning.  The state of the run afterwards is
     that of `newest`.
 
     ReplayDiffers, on all ranks, that names the first step and what differs first in it.  ValueError where the ledger does
     not reach back far enough."""
-    values, state = read_values(newest), steps.state
+    values, state = read_values(newest), runner.state
     start = read_values(before)["step"] if before is not None else 0
     lines: Mapping[int, Line] = {line["step"]: line for line in values["ledger"]}
     origin = str(before) if before is not None else "the beginning"
@@ -42,31 +42,31 @@ def replay(steps: Steps, newest: Path, before: Path | None) -> None:
         )
     if before is not None:
         state.load(before)
-    elif steps.config.train.init_from:
-        state.load_weights(Path(steps.config.train.init_from))
+    elif runner.config.train.init_from:
+        state.load_weights(Path(runner.config.train.init_from))
     state.windows = sorted((first, stop) for first, stop in values["skipped_samples"])
     changed = _changed(values["arithmetic"], state.arithmetic())
-    tolerance = TOLERANCE[steps.config.train.dtype] if changed else 0.0
+    tolerance = TOLERANCE[runner.config.train.dtype] if changed else 0.0
     worst = 0.0
     for step in range(start + 1, values["step"] + 1):
         there = lines[step].get("plan")
-        if there and steps.adapts and (plan := Plan.from_json(there)).packing in steps.meshes:
-            steps.adopt(plan)
-        _, line = steps.compute(step)
-        found = difference(lines[step], line, tolerance=tolerance, moe_layers=steps.trainable.gpt.moe_layers)
+        if there and runner.adapts and (plan := Plan.from_json(there)).packing in runner.meshes:
+            runner.adopt(plan)
+        _, line = runner.compute(step)
+        found = difference(lines[step], line, tolerance=tolerance, moe_layers=runner.trainable.gpt.moe_layers)
         if found:
             raise ReplayDiffers(
                 f"train.resume=verify: step {step}, run again from {origin}, is not the step that {newest} was made with; "
                 f"first difference: {found}"
             )
         worst = max(worst, _relative(lines[step], line))
-    weights = _compare_tensors(steps, newest)
+    weights = _compare_tensors(runner, newest)
     if not changed and weights[0] > 0:
         raise ReplayDiffers(
             f"train.resume=verify: after step {values['step']} {weights[1]} is not what {newest} holds (off by {weights[0]:.1e} "
             "of its largest value)"
         )
-    if steps.is_first:
+    if runner.is_first:
         which = f"steps {start + 1} to {values['step']}"
         if changed:
             logger.info(
@@ -87,15 +87,15 @@ def _relative(was: Line, now: Line) -> float:
     return max((abs(a - b) / max(abs(a), 1e-300) for a, b in pairs if a == a), default=0.0)
 
 
-def _compare_tensors(steps: Steps, newest: Path) -> tuple[float, str]:
+def _compare_tensors(runner: StepRunner, newest: Path) -> tuple[float, str]:
     """Loads `newest`; the largest difference to what was there before, over the largest value of its tensor, and its name."""
-    before = {name: [s.local.clone() for s in slices] for name, slices in steps.state.tensors().items()}
-    steps.state.load(newest)
+    before = {name: [s.local.clone() for s in slices] for name, slices in runner.state.tensors().items()}
+    runner.state.load(newest)
     worst = (0.0, "nothing")
-    for name, slices in steps.state.tensors().items():
+    for name, slices in runner.state.tensors().items():
         for was, part in zip(before[name], slices, strict=True):
             if part.local.numel() and not torch.equal(was, part.local):
                 scale = part.local.abs().max().double().clamp(min=1e-300)
                 worst = max(worst, (((was - part.local).abs().max().double() / scale).item(), name))
-    everybody: Sequence[tuple[float, str]] = everybodys(steps.mesh, worst)
+    everybody: Sequence[tuple[float, str]] = everybodys(runner.mesh, worst)
     return max(everybody)

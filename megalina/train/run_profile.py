@@ -13,7 +13,7 @@ from megalina.config import ProfileConfig
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.model.routing_recorder import Decisions, RoutingRecorder, trace_of
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.placement.routing_trace import RoutingTrace
 
 
@@ -35,16 +35,16 @@ class RunProfile:
         self._recorder = RoutingRecorder(self.step_tokens)
         return self._recorder.watching(gpt)
 
-    def add(self, step: int, verdict: Verdict) -> None:
+    def add(self, step: int, result: StepResult) -> None:
         """The step that was watched; one that was refused doesn't count, and a run that went back forgets what came later."""
         recorder, self._recorder = self._recorder, None
-        if not self.config.record or not verdict.updates:
+        if not self.config.record or not result.updates:
             return
         if self._decisions and self._decisions[-1][0] >= step:
             self._decisions.clear()
         if recorder is not None:
             self._decisions.append((step, recorder.decisions()))
-        self._balance_losses.append(verdict.balance_loss)
+        self._balance_losses.append(result.balance_loss)
         self.stable = self.stable or is_stable(self._balance_losses, self.config.window, self.config.stable_change)
 
     def trace(self, mesh: Mesh, gpt: GPT, *, model_name: str) -> RoutingTrace | None:

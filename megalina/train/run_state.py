@@ -17,17 +17,15 @@ from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.profile import PROFILE
 from megalina.checkpoint.writing import SaveFailed
-from megalina.collective_log import agree
-from megalina.comm.objects import everybodys
 from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
 from megalina.model.init import local_shape, spec_of
-from megalina.parallel.functions import CollectivesDiffer
 from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
 from megalina.placement.routing_trace import write_trace
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.built import Built
 from megalina.train.ledger import Ledger
 from megalina.train.load_watch import LoadWatch
 from megalina.train.run_profile import RunProfile
@@ -40,22 +38,11 @@ logger = logging.getLogger("megalina")
 class RunState:
     """Knows the step and writes or reads everything else where it lives."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        mesh: Mesh,
-        trainable: Trainable,
-        optimizer: BucketOptimizer,
-        watch: LoadWatch,
-        guard: SpikeGuard,
-        ledger: Ledger,
-        profile: RunProfile,
-        *,
-        tokenizer_path: str,
-    ):
-        self.tokenizer_path = tokenizer_path
-        self.config, self.mesh, self.trainable, self.optimizer, self.watch = config, mesh, trainable, optimizer, watch
-        self.guard, self.ledger, self.profile = guard, ledger, profile
+    def __init__(self, config: PretrainConfig, built: Built, guard: SpikeGuard, *, tokenizer_path: str):
+        self.config, self.built, self.guard, self.tokenizer_path = config, built, guard, tokenizer_path
+        self.watch = LoadWatch(len(built.trainable.gpt.moe_layers), config.model.num_experts)
+        self.ledger = Ledger()
+        self.profile = RunProfile(config.profile, ranks=built.mesh.world.size)
         self.step = 0
         self.consumed_samples = 0  # sequences: where the data goes on
         self.tokens = 0  # positions with a loss, so far
@@ -70,7 +57,7 @@ class RunState:
         options = config.checkpoint
         self.checkpoints = Checkpoints(
             Path(config.run.dir) / "checkpoints",
-            mesh,
+            built.mesh,
             keep_last=options.keep_last,
             keep_every=options.keep_every,
             asynchronous=options.async_save,
@@ -79,34 +66,32 @@ class RunState:
     def save(self) -> None:
         """Write a checkpoint of this step; all ranks together.  One that fails is counted, and the run goes on.
 
-        CollectivesDiffer, on all ranks, where they have mixed up what came after the last comparison: ZeRO-1's gathers of
-        weights, and evaluations."""
-        log, functions = self.mesh.log, self.trainable.stage_functions
-        self.trainable.settle()
-        if not agree([sum(column) for column in zip(*everybodys(self.mesh, log.riders()), strict=True)], self.mesh.world.size):
-            raise CollectivesDiffer(functions.explain())
+        CollectivesDiffer, on all ranks, where they have mixed up collectives since the last comparison."""
+        trainable = self.built.trainable
+        trainable.settle()
+        trainable.compare_collectives()
         values = {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "tokens": self.tokens,
-            "optimizer_steps": self.optimizer.step_count,
+            "optimizer_steps": self.built.optimizer.step_count,
             "skipped_steps": self.skipped_steps,
             "val_loss": self.val_loss,
             "last_step_of_experts": self.watch.state(),
-            "vocab_size": self.trainable.gpt.vocab_size,
+            "vocab_size": trainable.gpt.vocab_size,
             "tokenizer_path": self.tokenizer_path,
             "rewinds": self.rewinds,
             "skipped_samples": self.windows,
             "guard_losses": self.guard.state(),
             "profile": self.profile.state(),
-            "plan": {"now": self.trainable.plan.as_json(), "searches": self.searches},
+            "plan": {"now": trainable.plan.as_json(), "searches": self.searches},
             "ledger": self.ledger.lines(),
             "ledger_saved_lines": self.ledger.saved_lines,
             "arithmetic": self.arithmetic(),
             "config": asdict(self.config),
         }
         self.saved_step = self.step
-        trace = self.profile.trace(self.mesh, self.trainable.gpt, model_name=self.config.model.name)
+        trace = self.profile.trace(self.built.mesh, trainable.gpt, model_name=self.config.model.name)
         beside = None if trace is None else lambda folder: write_trace(folder / PROFILE, trace)
         self._try(lambda: self.checkpoints.save(self.step, self.tensors(), values, beside=beside))
         self.ledger.saved()
@@ -135,14 +120,14 @@ class RunState:
         except SaveFailed as error:
             self.failed_saves += 1
             self.saved_step = -1
-            if self.mesh.world.rank == 0:
+            if self.built.mesh.world.rank == 0:
                 logger.warning("warning: %s; older checkpoints are kept, the run goes on", error)
 
     def arithmetic(self) -> dict[str, Any]:
         """What rounding depends on: where all of it is equal, two runs are equal to the last bit."""
-        train, device = self.config.train, self.trainable.gpt.embedding.device
+        train, device = self.config.train, self.built.trainable.gpt.embedding.device
         return {
-            "mesh": self.mesh.unpacked,  # each line of the ledger has its plan
+            "mesh": self.built.mesh.unpacked,  # each line of the ledger has its plan
             "parallel": asdict(self.config.parallel),
             "strategy": asdict(self.config.strategy),
             "batch": [train.global_batch_size, train.micro_batch_size],
@@ -157,20 +142,21 @@ class RunState:
         """Go on with these, which get the state of the present ones; returns the bytes that this rank has sent.
 
         All ranks together, between two steps; nothing on disk is touched."""
-        before, tensors = self.mesh, self.tensors()
-        optimizer.step_count, optimizer.lr = self.optimizer.step_count, self.optimizer.lr
-        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
+        built = self.built
+        before, tensors = built.mesh, self.tensors()
+        optimizer.step_count, optimizer.lr = built.optimizer.step_count, built.optimizer.lr
+        built.become(mesh, trainable, optimizer)
         self.checkpoints.use(mesh)
-        return move(tensors, before, self.tensors(), mesh)
+        return move(tensors, before, self.tensors(), mesh, trainable.log)
 
     def tensors(self) -> dict[str, Sequence[Slice]]:
         """This rank's part of all that is saved, as views."""
-        return self._model() | self.optimizer.slices()
+        return self._model() | self.built.optimizer.slices()
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, of any layout of the same model."""
         values = self.checkpoints.load(path, self.tensors())
-        self.optimizer.step_count = values["optimizer_steps"]
+        self.built.optimizer.step_count = values["optimizer_steps"]
         self.step, self.consumed_samples = values["step"], values["consumed_samples"]
         self.tokens, self.skipped_steps = values["tokens"], values["skipped_steps"]
         self.rewinds, self.val_loss, self.saved_step = values["rewinds"], values["val_loss"], values["step"]
@@ -185,11 +171,11 @@ class RunState:
     def load_weights(self, path: Path) -> None:
         """Only the weights and router biases; step and optimizer stay as they are."""
         self.checkpoints.load(path, self._model(), prefix=MODEL)
-        self.optimizer.masters_from_parameters()
+        self.built.optimizer.masters_from_parameters()
 
     def _model(self) -> dict[str, Sequence[Slice]]:
         """This rank's part of the model's state, as views."""
-        gpt = self.trainable.gpt
+        gpt = self.built.trainable.gpt
         out: dict[str, Sequence[Slice]] = {}
         for name, p in gpt.named_parameters():
             spec = spec_of(p)

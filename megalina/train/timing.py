@@ -11,11 +11,11 @@ from megalina.comm.objects import everybodys
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
 from megalina.layout import rows
-from megalina.mesh import Mesh
 from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary
-from megalina.timeline.recorder import Event
+from megalina.timeline.recorder import Event, Recorder
+from megalina.train.built import Built
 
 CALIBRATIONS = 3  # after so many of the first recorded steps: a machine that is busy for a moment spoils not all of them
 MOST_PICTURED = 8  # steps, the newest; the trace has all
@@ -24,50 +24,50 @@ logger = logging.getLogger("megalina")
 
 
 class Timing:
-    """All ranks call `before` and `after` around each step.  Without `timeline.metrics` and `timeline.trace_steps` both do
-    nothing.  A trainable on another mesh needs another one, as `moved` makes."""
+    """All ranks call `recorder` before and `after` after each step.  Without `timeline.metrics` and `timeline.trace_steps` both
+    do nothing.  After a repack it calibrates anew; what was traced stays."""
 
-    def __init__(self, config: PretrainConfig, mesh: Mesh, trainable: Trainable):
-        self._config, self._mesh, self._trainable = config, mesh, trainable
+    def __init__(self, config: PretrainConfig, built: Built):
+        self._config, self._built = config, built
+        self._traced: dict[int, trace.TracedStep] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._mesh = self._built.mesh  # for which it is calibrated
         self._alone: dict[str, Alone] = {}
         self._sizes_bytes: dict[str, list[int]] | None = None  # of the first step that was recorded
         self._calibrations = 0
-        self._traced: dict[int, trace.TracedStep] = {}
 
-    def moved(self, mesh: Mesh, trainable: Trainable) -> "Timing":
-        """The timing of the steps that follow on another mesh, of as many ranks: calibrated anew; what was traced stays."""
-        other = Timing(self._config, mesh, trainable)
-        other._traced = self._traced
-        return other
+    def recorder(self, step: int) -> Recorder | None:
+        """For the step, and then for `after`; None where nothing is wanted of it."""
+        timeline = self._config.timeline
+        return Recorder() if timeline.metrics or step in timeline.trace_steps else None
 
-    def before(self, step: int) -> None:
-        self._trainable.recorder.on = self._wants(step)
-
-    def after(self, step: int) -> dict[str, float | None]:
+    def after(self, step: int, recorder: Recorder | None) -> dict[str, float | None]:
         """For the step's record: this rank's `Contention.as_metrics`, if they are wanted."""
-        if not self._wants(step):
+        if recorder is None:
             return {}
-        events = self._trainable.recorder.events()
+        if self._mesh is not self._built.mesh:
+            self._forget()
+        events = recorder.events()
         if self._calibrations < CALIBRATIONS:
             self._calibrate(events)
         if step in self._config.timeline.trace_steps:
             self._trace(step, events, self._alone)
         if not self._config.timeline.metrics:
             return {}
-        of_group = slowdowns(self._mesh, self._trainable.program, events, self._alone)
+        trainable = self._built.trainable
+        of_group = slowdowns(self._mesh, trainable.log, trainable.program, events, self._alone)
         return summary(events, self._alone, of_group).as_metrics()
 
     def _calibrate(self, events: list[Event]) -> None:
         """The same on every rank."""
         if self._sizes_bytes is None:
             self._sizes_bytes = sizes_of_step(self._mesh, events)
-        found = calibrate(self._mesh, self._sizes_bytes, sharded=self._config.parallel.zero == 1)
+        sharded = self._config.parallel.zero == 1
+        found = calibrate(self._mesh, self._built.trainable.log, self._sizes_bytes, sharded=sharded)
         self._alone = fastest(self._alone or found, found, self._sizes_bytes)
         self._calibrations += 1
-
-    def _wants(self, step: int) -> bool:
-        timeline = self._config.timeline
-        return timeline.metrics or step in timeline.trace_steps
 
     def _trace(self, step: int, events: list[Event], alone: Mapping[str, Alone]) -> None:
         """Rank 0 writes all steps that there are so far: a run may end early."""
@@ -78,7 +78,7 @@ class Timing:
         self._traced[step] = trace.TracedStep(by_rank, rows(self._mesh.shape), alone)
         offsets_s = trace.aligned(by_rank, [name for _, name in everybody])
         folder = Path(self._config.run.dir)
-        note = emulation_note(self._trainable)
+        note = emulation_note(self._built.trainable)
         try:
             trace.write_trace(folder / trace.FILE, self._traced, offsets_s, note)
             newest = list(self._traced.items())[-MOST_PICTURED:]

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
-from megalina.parallel.functions import Verdict
 from megalina.parallel.plan_file import PLAN_FILE, write_plan
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import DTYPES
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
@@ -31,7 +31,7 @@ from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 from megalina.train.throughput import mfu, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
 from megalina.train.tuning import evidence
@@ -57,7 +57,7 @@ def train(config: PretrainConfig) -> dict[str, Any]:
         expected = resume_point(config)
         resumed_step = read_values(expected)["step"] if expected else 0
         tracker = open_trackers(config.tracker, run_dir=Path(config.run.dir), config=asdict(config), resumed_step=resumed_step)
-    failed, doctor = True, None
+    failed, trainer = True, None
     try:
         if device.type == "cuda":
             flight_recorder.prepare(os.environ, Path(config.run.dir) / "logs")
@@ -73,26 +73,27 @@ def train(config: PretrainConfig) -> dict[str, Any]:
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
-        run = Run(config, data, device=device, tracker=tracker)
-        doctor = run.doctor
+        trainer = Trainer(config, data, device=device, tracker=tracker)
+        doctor = trainer.runner.doctor
         doctor.start()
         try:
-            start = agreed_resume_point(config, run.state.checkpoints)
-            run.begin(start)
+            start = agreed_resume_point(config, trainer.state.checkpoints)
+            trainer.begin(start)
             if tracker is not None and start != expected:  # a file of tensors is damaged
-                tracker.rewind(run.state.step)
-            run.loop()
+                tracker.rewind(trainer.state.step)
+            trainer.loop()
         except Exception as error:
-            error.add_note(f"rank {rank} of {world}, in step {run.state.step + 1}")
+            error.add_note(f"rank {rank} of {world}, in step {trainer.state.step + 1}")
             doctor.stop(error)
             raise
-        summary = run.close()
+        summary = trainer.close()
+        trainer.runner.close()
         failed = False
     finally:
         if tracker is not None:
             tracker.finish(failed=failed)
-        if doctor is not None:
-            doctor.stop()
+        if trainer is not None:
+            trainer.runner.doctor.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
     return summary
@@ -109,16 +110,17 @@ def choose_device(wish: str) -> torch.device:
     return device
 
 
-class Run(Steps):
-    """The loop over steps: data, program, update, validation, checkpoints, metrics."""
+class Trainer:
+    """One run: its steps, and between them validation, checkpoints, metrics."""
 
     def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device, tracker: Tracker | None):
-        super().__init__(config, data, device=device)
-        self.tracker = tracker
-        vocab_size = self.trainable.gpt.vocab_size
+        self.config, self.data, self.device, self.tracker = config, data, device, tracker
+        self.runner = StepRunner(config, data, device=device)
+        self.built, self.state = self.runner.built, self.runner.state
+        self.timing = Timing(config, self.built)
+        vocab_size = self.built.trainable.gpt.vocab_size
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
-        self._timing = Timing(config, self.mesh, self.trainable)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
 
@@ -126,44 +128,41 @@ class Run(Steps):
         """Take the state of the checkpoint `start`, or the weights of `train.init_from`."""
         if start is not None and self.config.train.resume == "verify":
             step = read_values(start)["step"]
-            replay(self, start, self.state.checkpoints.first_good(saved_before(start.parent, step)))
+            replay(self.runner, start, self.state.checkpoints.first_good(saved_before(start.parent, step)))
         elif start is not None:
             self.state.load(start)
         elif self.config.train.init_from:
             self.state.load_weights(Path(self.config.train.init_from))
         if start is not None:
-            self.keep_plan(read_values(start))
-        if self.is_first and self.config.train.ledger:
+            self.runner.keep_plan(read_values(start))
+        if self.runner.is_first and self.config.train.ledger:
             self.state.ledger.open(Path(self.config.run.dir), self.state.step)
-        if self.is_first:
+        if self.runner.is_first:
             logger.info("data: %s", self.data.description)
             logger.info("%s", self._describe())
             if start is not None:
                 logger.info("resumed from %s after step %d", start, self.state.step)
 
-    def follow_mesh(self) -> None:
-        self._timing = self._timing.moved(self.mesh, self.trainable)
-
     def loop(self) -> None:
         """Steps until the end, `train.exit_step`, or a wish to stop."""
-        train, state = self.config.train, self.state
+        train, state, runner = self.config.train, self.state, self.runner
         last_step = min(train.exit_step or train.steps, train.steps)
         interval = self.config.checkpoint.interval
-        progress = Progress(train.steps, state.step, self.config.tracker.progress if self.is_first else "none")
+        progress = Progress(train.steps, state.step, self.config.tracker.progress if self.runner.is_first else "none")
         with progress:
             while state.step < last_step:
                 step = state.step + 1
-                self._timing.before(step)
+                recorder = self.timing.recorder(step)
                 started_s = time.perf_counter()
-                verdict, _ = self.compute(step)
+                result, _ = runner.compute(step, record=recorder)
                 step_s = time.perf_counter() - started_s
-                contention = self._timing.after(step)
-                if verdict.spike and meet_spike(self, verdict, state.consumed_samples, self.tracker):
+                contention = self.timing.after(step, recorder)
+                if result.spike and meet_spike(runner, result, state.consumed_samples, self.tracker):
                     continue
-                if not verdict.finite:
-                    name_non_finite(self, verdict)
+                if not result.finite:
+                    name_non_finite(runner, result)
                 self._step_s.append(step_s)
-                record, stop = self._step_record(verdict, step_s) | contention, verdict.stop
+                record, stop = self._step_record(result, step_s) | contention, result.stop
                 if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                     state.val_loss = record["val_loss"] = self.validate()
                 if self.tracker is not None:
@@ -173,25 +172,25 @@ class Run(Steps):
                 if stop or step == last_step or (interval and step % interval == 0):
                     state.save()
                 if stop:
-                    if self.is_first:
+                    if self.runner.is_first:
                         logger.info("stopped after step %d as asked; the same command goes on from there", step)
                     break
-                searches = self.tuner.trials.searches
-                self.adapt(step_s)
-                if self.is_first and self.tuner.trials.searches > searches:
+                searches = runner.tuner.trials.searches
+                runner.adapt(step_s)
+                if runner.is_first and runner.tuner.trials.searches > searches:
                     self._write_plan()
         if state.saved_step >= 0 or state.failed_saves:
             state.close()
 
     def _write_plan(self) -> None:
         """What a search has found, for other runs."""
-        folder, found = Path(self.config.run.dir), evidence(self.tuner.trials, self.state.step)
-        world = self.mesh.world.size
-        write_plan(folder / PLAN_FILE, self.config, world, self.tuner.trials.present, evidence=found)
+        folder, found = Path(self.config.run.dir), evidence(self.runner.tuner.trials, self.state.step)
+        world = self.built.mesh.world.size
+        write_plan(folder / PLAN_FILE, self.config, world, self.runner.tuner.trials.present, evidence=found)
 
     def validate(self) -> float | None:
         """Mean loss in nats over the first `train.eval_sequences` of the validation text; None without such text."""
-        valid, train, dp = self.data.valid, self.config.train, self.mesh.dp
+        valid, train, dp = self.data.valid, self.config.train, self.built.mesh.dp
         if valid is None:
             return None
         total = torch.zeros(2, dtype=torch.float64)
@@ -202,7 +201,7 @@ class Run(Steps):
             beyond = torch.arange(own, own + train.micro_batch_size) >= count  # all ranks take part to the end
             nothing = batch.valid_BS & ~beyond.unsqueeze(1)
             batch = replace(batch, loss_mask_BS=batch.loss_mask_BS & nothing, valid_BS=nothing)
-            total += self.trainable.evaluate(batch.to(self.device)).cpu()
+            total += self.built.trainable.evaluate(batch.to(self.device)).cpu()
         return (total[0] / total[1].clamp(min=1)).item()
 
     def close(self) -> dict[str, Any]:
@@ -228,32 +227,32 @@ class Run(Steps):
             "total_params": self.flops.total_params,
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
-            "emulation": emulation_note(self.trainable),
+            "emulation": emulation_note(self.built.trainable),
         }
-        if self.is_first and self._record:
-            if missing := self.profile.missing(self.config.run.dir):
+        if self.runner.is_first and self._record:
+            if missing := self.state.profile.missing(self.config.run.dir):
                 logger.warning("warning: %s", missing)
             checkpoint = newest_checkpoint(Path(self.config.run.dir) / "checkpoints")
             close_run(self.config, self.data, checkpoint=checkpoint, summary=summary)
         return summary
 
-    def _step_record(self, verdict: Verdict, step_s: float) -> dict[str, Any]:
+    def _step_record(self, result: StepResult, step_s: float) -> dict[str, Any]:
         state = self.state
         tokens_per_s = self._tokens_per_s(step_s)
-        load = self.watch.report(state.step, verdict.loads)
-        if self.is_first:
-            layers, least = self.trainable.gpt.moe_layers, self.config.guard.min_entropy
-            for line in self.watch.warnings(load, moe_layers=layers, min_entropy=least):
+        load = self.state.watch.report(state.step, result.loads)
+        if self.runner.is_first:
+            layers, least = self.built.trainable.gpt.moe_layers, self.config.guard.min_entropy
+            for line in self.state.watch.warnings(load, moe_layers=layers, min_entropy=least):
                 logger.warning("warning: step %d: %s", state.step, line)
         return {
             "step": state.step,
             "consumed_samples": state.consumed_samples,
             "tokens": state.tokens,
-            "loss": verdict.loss,
-            "aux_loss": verdict.balance_loss,
-            "z_loss": verdict.z_loss,
-            "grad_norm": verdict.grad_norm,
-            "lr": self.optimizer.lr,
+            "loss": result.loss,
+            "aux_loss": result.balance_loss,
+            "z_loss": result.z_loss,
+            "grad_norm": result.grad_norm,
+            "lr": self.built.optimizer.lr,
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
             "step_s": step_s,
@@ -262,22 +261,23 @@ class Run(Steps):
             "failed_saves": state.failed_saves,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
-        } | ({"plan": str(self.trainable.plan), "packing": self.mesh.packing} if self.adapts else {})
+        } | ({"plan": str(self.built.trainable.plan), "packing": self.built.mesh.packing} if self.runner.adapts else {})
 
     def _tokens_per_s(self, step_s: float) -> float:
         return self.config.train.global_batch_size * self.config.train.seq_len / step_s
 
     def _mfu(self, tokens_per_s: float) -> float:
-        per_token, devices = self.flops.per_token, self.mesh.world.size
+        per_token, devices = self.flops.per_token, self.built.mesh.world.size
         return mfu(tokens_per_s=tokens_per_s, flops_per_token=per_token, peak_flops=self.peak, num_devices=devices)
 
     def _describe(self) -> str:
-        train, shape = self.config.train, " x ".join(f"{n} {k}" for k, n in self.mesh.shape.items())
-        note = emulation_note(self.trainable)
+        train, trainable, mesh = self.config.train, self.built.trainable, self.built.mesh
+        shape = " x ".join(f"{n} {k}" for k, n in mesh.shape.items())
+        note = emulation_note(trainable)
         return (
             f"model: {self.config.model.name}, {self.flops.total_params / 1e6:,.1f} M parameters, "
-            f"{self.flops.active_params / 1e6:,.1f} M active; {self.mesh.world.size} rank(s) = {shape}, "
-            f"{self.trainable.micro_batches} micro-batch(es) of {train.micro_batch_size}, {train.dtype} on {self.device.type}\n"
-            f"optimizer: {self.optimizer.description}; {len(self.trainable.program)} instructions a step; "
+            f"{self.flops.active_params / 1e6:,.1f} M active; {mesh.world.size} rank(s) = {shape}, "
+            f"{trainable.micro_batches} micro-batch(es) of {train.micro_batch_size}, {train.dtype} on {self.device.type}\n"
+            f"optimizer: {self.built.optimizer.description}; {len(trainable.program)} instructions a step; "
             f"peak for MFU {self.peak / 1e12:,.2f} TFLOP/s a rank" + (f"; {note}" if note else "")
         )

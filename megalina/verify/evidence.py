@@ -13,7 +13,7 @@ from megalina.layout import rows
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording
-from megalina.verify.reference import model_of
+from megalina.verify.reference import follow_load, model_of
 
 MATCH = 1e-9  # a hypothesis explains a tensor if it gives it to this share of the tensor's largest element
 FLOOR = 1e-3  # ... or of this share of the largest of its kind, where that is more: sums that cancel leave crumbs
@@ -101,9 +101,8 @@ class Evidence:
             for name, p in gpt.named_parameters():
                 p.copy_(self.reference.entry(before, "weight", name).value.reshape(p.shape))
         for layer in gpt.moe_layers:
-            router = gpt.layers[layer].router
-            for step in range(self.step if router.bias_E is not None else 0):
-                router.update_bias(self.reference.entry(step, "routing", f"layers.{layer}.load").value[: router.num_experts])
+            for step in range(self.step):
+                follow_load(gpt.layers[layer].router, self.reference.entry(step, "routing", f"layers.{layer}.load").value)
         return gpt
 
     @cached_property

@@ -18,8 +18,8 @@ from megalina.mesh import Mesh
 from megalina.model.init import spec_of
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.functions import Verdict
 from megalina.parallel.shard import cut_of
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.step.lines import names
 from megalina.step.program import Instruction
@@ -81,24 +81,22 @@ def record_rank(
         observer.begin(step)
         gradients: dict[str, Tensor] = {}
 
-        def update(name: str, verdict: Verdict, gradients: dict[str, Tensor] = gradients) -> None:
+        def update(name: str, result: StepResult, gradients: dict[str, Tensor] = gradients) -> None:
             gradients.update(_gradients(trainable.buckets[name], mesh))
-            optimizer.update(name, verdict)
+            optimizer.update(name, result)
 
-        verdict = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update)
+        result = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update)
         trainable.settle()
         seen = observer.seen
-        loads = verdict.loads[:, : config.model.num_experts + 1]
+        loads = result.loads[:, : config.model.num_experts + 1]
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
-            if gpt.layers[layer].router.bias_E is not None:
-                gpt.layers[layer].router.update_bias(load[:-1].to(device))
             seen["routing", f"layers.{layer}.load"] = Held(load, "U:verdict.-.0")
-        for name, value in {"loss": verdict.loss, **verdict.auxiliary}.items():
+        for name, value in {"loss": result.loss, **result.auxiliary}.items():
             seen["loss", name] = _scalar(value)
         for name in ("loss_tokens", "valid_tokens"):
-            seen["loss", name] = _scalar(getattr(verdict, name))
+            seen["loss", name] = _scalar(getattr(result, name))
         for name in ("grad_norm", "grad_scale"):
-            seen["norm", name] = _scalar(getattr(verdict, name))
+            seen["norm", name] = _scalar(getattr(result, name))
         where = {m.name: bucket.name for bucket in trainable.buckets.values() for m in bucket.members}
         seen |= {("gradient", name): Held(value, f"B:{where[name]}<") for name, value in gradients.items()}
         seen |= {("weight", name): Held(v, f"U:update {where[name]}") for name, v in _weights(trainable, mesh).items()}

@@ -14,6 +14,7 @@ from megalina.config import ParallelConfig, PretrainConfig, StrategyConfig
 from megalina.model.block_functions import Routed, Seen
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, spec_of
+from megalina.model.routers import Router
 from megalina.verify.recording import (
     AUXILIARY,
     INITIAL,
@@ -80,11 +81,21 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
         found |= {("norm", "grad_norm"): _scalar(norm), ("norm", "grad_scale"): _scalar(scale)}
         optimizer.step()
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
-            if gpt.layers[layer].router.bias_E is not None:
-                gpt.layers[layer].router.update_bias(load[:-1])
+            follow_load(gpt.layers[layer].router, load)
         found |= {("weight", name): value for name, value in _weights(gpt).items()}
         entries += [Entry(step, kind, name, found[kind, name]) for kind, name in order_of(gpt.blocks, list(parameters))]
     return Recording(None, config, list(batches), entries)
+
+
+def follow_load(router: Router, load: Tensor) -> None:
+    """What a step's load [E + 1] does to the selection bias, if there is one: by the rate, an expert that fewer tokens chose than
+    the mean becomes easier to choose, one that more chose becomes harder.  Done by hand, as it is an oracle."""
+    if router.bias_E is None:
+        return
+    chosen = load[:-1].tolist()
+    mean = sum(chosen) / len(chosen)
+    for expert, count in enumerate(chosen):
+        router.bias_E[expert] += router.bias_update_rate * ((count < mean) - (count > mean))
 
 
 def detail(recording: Recording, layout: Layout) -> None:

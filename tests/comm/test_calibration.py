@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm import calibration
 from megalina.comm.calibration import calibrate, fastest, fit
 from megalina.comm.exchange import Pending
@@ -45,7 +46,7 @@ def test_of_two_calibrations_the_faster_one_counts_for_each_op() -> None:
 
 
 def test_one_rank_has_nothing_to_measure() -> None:
-    assert calibrate(build_mesh(), SIZES) == dict.fromkeys(SIZES, Alone(0.0, 0.0))
+    assert calibrate(build_mesh(), CollectiveLog(0), SIZES) == dict.fromkeys(SIZES, Alone(0.0, 0.0))
 
 
 class LateClock:
@@ -66,7 +67,8 @@ class LateClock:
 def _calibrated() -> list[tuple[dict[str, Alone], list[tuple[str, str]]]]:
     """On a wire of known speed, to which rank 1 always comes late: whole and sharded, and what was submitted for it."""
     mesh, seen = build_mesh(ep=2), []
-    wait, submit = Pending.wait, mesh.log.submit
+    log = CollectiveLog(mesh.world.rank)
+    wait, submit = Pending.wait, log.submit
 
     def slow_wait(pending: Pending) -> Any:
         arrived = wait(pending)
@@ -77,13 +79,13 @@ def _calibrated() -> list[tuple[dict[str, Alone], list[tuple[str, str]]]]:
         seen.append((axis, kind))
         submit(axis, ranks, kind, *rest)
 
-    Pending.wait, mesh.log.submit = slow_wait, noted
+    Pending.wait, log.submit = slow_wait, noted
     if mesh.world.rank == 1:
         calibration.time = LateClock()
     out = []
     for sharded in (False, True):
         seen.clear()
-        out.append((calibrate(mesh, SIZES, repeats=3, sharded=sharded), list(seen)))
+        out.append((calibrate(mesh, log, SIZES, repeats=3, sharded=sharded), list(seen)))
     return out
 
 

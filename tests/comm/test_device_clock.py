@@ -83,12 +83,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def sent(device: Device, *, on: bool = True) -> list[Event]:
     """Two exchanges of tokens of 2 s and 1 s, gradients of 5 s that yield to them, while the main stream computes for 1 s."""
     recorder, marks = Recorder(), DeviceClock()
-    recorder.on = on
-    links = Links(CollectiveLog(0), recorder, cuda=True, marks=marks)
+    links = Links(CollectiveLog(0), cuda=True, marks=marks)
     marks.begin()
 
     def send(instruction: Instruction, seconds: float, num_bytes: int) -> None:
-        links.send(instruction, lambda: Pending(device.launch(instruction.axis, seconds), lambda: torch.zeros(0), num_bytes))  # type: ignore[arg-type]
+        def launch() -> Pending:
+            return Pending(device.launch(instruction.axis, seconds), lambda: torch.zeros(0), num_bytes)  # type: ignore[arg-type]
+
+        links.send(instruction, launch, recorder=recorder if on else None)
 
     send(Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep"), 2.0, 10)
     send(Instruction("F", Kind.START, "dispatch", 1, op=Op.TOKENS, axis="ep"), 1.0, 20)

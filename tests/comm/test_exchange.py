@@ -2,6 +2,7 @@
 
 import torch
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import DIRECT_BYTES, start_gather
 from megalina.mesh import build_mesh
 from tests.parallel.ranks import run_on_ranks
@@ -14,7 +15,7 @@ def _gathered() -> list[tuple[torch.Tensor, int]]:
     found = []
     for shape in ((1,), (2, 3), (0, 4), (SMALL,), (LARGE,), (LARGE, 2)):
         mine = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape) + 1000.0 * mesh.ep.rank
-        pending = start_gather(mine, mesh.ep)
+        pending = start_gather(mine, mesh.ep, CollectiveLog(mesh.world.rank))
         found.append((pending.wait(), pending.num_bytes))
         whole = torch.cat([mine + 1000.0 * (rank - mesh.ep.rank) for rank in range(3)])
         assert torch.equal(found[-1][0], whole), (shape, mesh.ep.rank)

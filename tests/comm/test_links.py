@@ -10,7 +10,6 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links
 from megalina.step.program import Instruction, Kind, Op
-from megalina.timeline.recorder import Recorder
 
 SOON_S = 0.02  # until an emulated device has what is sent
 
@@ -30,7 +29,7 @@ def launching(seen: list[str], name: str, before: Callable[[], object] = lambda:
 
 def test_what_a_lane_is_about_to_start_is_not_overtaken_by_the_program() -> None:
     """The lane's thread stands between taking the first one up and starting it while the program asks for the second."""
-    links, seen, taken_up = Links(CollectiveLog(0), Recorder(), cuda=False), list[str](), threading.Event()
+    links, seen, taken_up = Links(CollectiveLog(0), cuda=False), list[str](), threading.Event()
 
     def stand() -> None:
         taken_up.set()
@@ -46,7 +45,7 @@ def test_what_a_lane_is_about_to_start_is_not_overtaken_by_the_program() -> None
 
 
 def test_lanes_of_two_axes_do_not_wait_for_one_another() -> None:
-    links, seen = Links(CollectiveLog(0), Recorder(), cuda=False), list[str]()
+    links, seen = Links(CollectiveLog(0), cuda=False), list[str]()
     late = links.send(instruction(Op.GRADS, "late", "dp"), launching(seen, "late"), at_s=time.perf_counter() + 10 * SOON_S)
     links.send(instruction(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens")).wait()
     assert seen == ["tokens"]
@@ -56,7 +55,7 @@ def test_lanes_of_two_axes_do_not_wait_for_one_another() -> None:
 
 
 def test_gradients_that_yield_wait_for_tokens_whose_sizes_are_on_their_way() -> None:
-    links, seen, sizes = Links(CollectiveLog(0), Recorder(), cuda=False), list[str](), threading.Event()
+    links, seen, sizes = Links(CollectiveLog(0), cuda=False), list[str](), threading.Event()
     links.watched = True
     tokens = links.send(instruction(Op.TOKENS, "tokens", "ep"), launching(seen, "tokens"), after=Later(lambda: sizes.wait(5.0)))
     gradients = links.send(instruction(Op.GRADS, "gradients", "dp", yields_to=(Op.TOKENS,)), launching(seen, "gradients"))
@@ -70,7 +69,7 @@ def test_gradients_that_yield_wait_for_tokens_whose_sizes_are_on_their_way() -> 
 
 
 def test_an_error_of_a_lane_is_raised_where_the_program_waits() -> None:
-    links = Links(CollectiveLog(0), Recorder(), cuda=False)
+    links = Links(CollectiveLog(0), cuda=False)
 
     def broken() -> Pending:
         raise RuntimeError("the wire is cut")

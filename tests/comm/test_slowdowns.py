@@ -1,5 +1,6 @@
 """Slowdowns of made-up events on four ranks: two groups for tokens, one for gradients."""
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm.slowdowns import slowdowns
 from megalina.mesh import build_mesh
 from megalina.step.program import Instruction, Kind, Op, Program
@@ -29,7 +30,7 @@ def _seen() -> dict[str, float]:
     ]
     if rank == 3:  # the other's word on it is not there in time
         events.append(tokens("combine", began_s, began_s + 9, 300, layer=0))
-    return slowdowns(mesh, PROGRAM, events, ALONE)
+    return slowdowns(mesh, CollectiveLog(mesh.world.rank), PROGRAM, events, ALONE)
 
 
 def test_each_group_agrees_on_the_smallest() -> None:
@@ -39,4 +40,4 @@ def test_each_group_agrees_on_the_smallest() -> None:
 
 
 def test_alone_there_is_nobody_to_ask() -> None:
-    assert slowdowns(build_mesh(), PROGRAM, [tokens("dispatch", 0, 1)], ALONE) == {}
+    assert slowdowns(build_mesh(), CollectiveLog(0), PROGRAM, [tokens("dispatch", 0, 1)], ALONE) == {}

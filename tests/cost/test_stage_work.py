@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from megalina.blocks.model import shape_of
-from megalina.blocks.work import Product, Work
+from megalina.blocks.work import Product, Work, small
 from megalina.config import PretrainConfig
 from megalina.cost.stage_work import StageWork, forward_flops
 from megalina.step.plan import Plan
@@ -230,3 +230,9 @@ def test_work_adds_up() -> None:
     product = Product(2, 3, 4, 5, 100.0)
     both = Work((product,), 10.0, 2) + Work((product,), 1.0, 1)
     assert (both.flops, both.num_bytes, both.kernels) == (2 * 240, 211.0, 5)
+
+
+def test_selection_biases_cost_a_few_kernels_a_moe_layer() -> None:
+    config = config_of()
+    config.model.num_layers, config.model.moe_every = 4, 2
+    assert work_of(config)(instruction("router_bias", "U")) == small(2 * 7)

@@ -31,8 +31,8 @@ from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Group, simulate
 from megalina.step.passes import decides
 from megalina.step.program import Instruction, Program
-from megalina.timeline.recorder import SEND, Event
-from megalina.train.steps import Steps
+from megalina.timeline.recorder import SEND, Event, Recorder
+from megalina.train.step_runner import StepRunner
 from tests.forecast.counted import Counts
 from tests.sim.schedules import delays
 from tests.train.small_run import LENGTH, VOCABULARY, config_of, random_batch
@@ -74,15 +74,16 @@ def steps_of(configs: Sequence[PretrainConfig]) -> list[Seen]:
 
 def _step_of(config: PretrainConfig, number: int) -> Seen:
     data = _data(config.data.prefix)
-    steps = Steps(config, data, device=torch.device("cpu"), meshes=_meshes(config.parallel.tp, config.parallel.ep))
-    trainable, rows = steps.trainable, dict[tuple[int, str], list[int]]()
+    runner = StepRunner(config, data, device=torch.device("cpu"), meshes=_meshes(config.parallel.tp, config.parallel.ep))
+    trainable, rows, recorder = runner.trainable, dict[tuple[int, str], list[int]](), Recorder()
     program = trainable.program
     trainable.run_with(program, counting(trainable.functions, rows))
-    trainable.recorder.on, steps.mesh.log.position.step = True, number
-    trainable.step(padded(random_batch(steps.own_samples, first=steps.first_sample)), steps.optimizer.update)
-    entries = [e for e in steps.mesh.log.entries() if e.step == number]
+    runner.log.position.step = number
+    batch = padded(random_batch(runner.own_samples, first=runner.first_sample))
+    trainable.step(batch, runner.built.optimizer.update, record=recorder)
+    entries = [e for e in runner.log.entries() if e.step == number]
     until_s = time.monotonic() + 10  # gloo's thread may note the end after the program has gone on
-    while len(events := sends(trainable.recorder.events())) < len(entries) and time.monotonic() < until_s:
+    while len(events := sends(recorder.events())) < len(entries) and time.monotonic() < until_s:
         time.sleep(0.001)
     trainable.close()
     return Seen(program, entries, events, rows)

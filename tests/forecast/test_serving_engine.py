@@ -21,6 +21,7 @@ from megalina.placement.workloads import own_part
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
+from megalina.timeline.recorder import Recorder
 from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 
@@ -74,8 +75,9 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
                 return torch.from_numpy(own[:, number]).to(chosen_TK)
 
             fed = batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH))
-            outcomes = engine.run(fed, reroute=as_recorded, record=True).outcomes
-            told = {e.layer: e.num_bytes for e in engine.recorder.events() if e.kind == "send" and e.name == "told"}
+            recorder = Recorder()
+            outcomes = engine.run(fed, reroute=as_recorded, record=recorder).outcomes
+            told = {e.layer: e.num_bytes for e in recorder.events() if e.kind == "send" and e.name == "told"}
             found[mode].append(
                 {
                     "load": [o.load_N.tolist() for o in outcomes],

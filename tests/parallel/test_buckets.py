@@ -11,7 +11,8 @@ from torch import nn
 from megalina.mesh import Axis, build_mesh
 from megalina.model.init import initialize, parameter
 from megalina.model.linear import linear
-from megalina.parallel.buckets import ALIGNMENT, Bucket
+from megalina.parallel import buckets
+from megalina.parallel.buckets import ALIGNMENT, Bucket, FlatSlice
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
 from tests.train.small_run import VOCABULARY, config_of, random_batch
@@ -126,3 +127,38 @@ def test_views_stay_views_over_training_steps(dtype: str, recompute: str, tmp_pa
         assert all(not b.grad.any() for b in trainable.buckets.values())  # zeroed for the next step, in place
         assert all(not torch.equal(b.param, before[name]) for name, b in trainable.buckets.items())
     assert len(seen) == 3 * len(trainable.buckets) and min(seen) > 0
+
+
+# the sum of squares
+def flat_bucket(grad: torch.Tensor) -> Bucket:
+    """One with these gradients, of which this rank has all."""
+    out = Bucket("small", list(Small().named_parameters()), Axis("dp"), sharded=False, piece=None)
+    out.grad, out.slices = grad, [FlatSlice(0, len(grad), True)]
+    return out
+
+
+def test_blocks_are_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^24 + 1 ones: float32 can't count them."""
+    found = flat_bucket(torch.ones(1).expand(2**24 + 1)).square_sum()
+    assert found.dtype == torch.float64 and found.item() == 2**24 + 1
+    monkeypatch.setattr(buckets, "BLOCK", 7)
+    grad = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert flat_bucket(grad).square_sum().item() == pytest.approx((grad**2).sum().item(), rel=1e-15)
+
+
+def test_up_to_a_block_the_sum_is_one_dot_product() -> None:
+    for dtype in (torch.float32, torch.float64):
+        grad = torch.randn(100_003, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        assert flat_bucket(grad).square_sum().item() == torch.dot(grad, grad).item()
+
+
+def test_a_sum_over_many_blocks_is_as_exact_as_one_block() -> None:
+    """In one dot product these are off by some 1e-3."""
+    grad = torch.full((2**23,), 0.3)
+    exact = (grad[:1].double() ** 2).item() * len(grad)
+    assert flat_bucket(grad).square_sum().item() == pytest.approx(exact, rel=3e-5)
+
+
+def test_more_elements_than_blas_can_count_are_summed() -> None:
+    grad = torch.ones(1).expand(2**31 + 5)
+    assert flat_bucket(grad).square_sum().item() == 2**31 + 5

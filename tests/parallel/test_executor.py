@@ -117,6 +117,13 @@ def test_a_value_dies_at_its_last_reader() -> None:
     assert out == {"#3": 0}
 
 
+def test_a_value_that_is_to_be_kept_outlives_its_readers() -> None:
+    given = {"x": torch.linspace(-1, 1, 7), "#k": 3.0}
+    found = executor_of(small_program(), SMALL).run(given, keep=("a", "#k"))
+    assert found.keys() == {"x'", "a", "#k"} and found["#k"] == 3.0
+    assert torch.equal(found["a"], given["x"] ** 2)
+
+
 def test_an_error_in_a_stage_is_raised_with_its_name_and_the_next_run_is_whole() -> None:
     fail = True
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalina.collective_log import Entry
+from megalina.collective_log import CollectiveLog, Entry
 from megalina.config import OptimConfig
 from megalina.mesh import Mesh, build_mesh
 from megalina.parallel.emulated_device import EmulatedDevice
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.sim.network import one_level
 from megalina.sim.sizes import Sizes
@@ -116,11 +116,11 @@ class Outcome:
 class Delays:
     """Sleeps before instructions and before collectives leave, a function of rank, instruction and seed."""
 
-    def __init__(self, mesh: Mesh, schedule: Schedule):
-        self._mesh, self._seed, self.slept_s = mesh, str(schedule), 0.0
+    def __init__(self, log: CollectiveLog, schedule: Schedule):
+        self._log, self._seed, self.slept_s = log, str(schedule), 0.0
 
     def seconds(self, what: str) -> float:
-        return Random(f"{self._seed} {self._mesh.world.rank} {what}").choice(DELAYS_S)
+        return Random(f"{self._seed} {self._log.rank} {what}").choice(DELAYS_S)
 
     def sleep(self, what: str) -> None:
         if (seconds := self.seconds(what)) > 0:
@@ -130,7 +130,7 @@ class Delays:
     @contextmanager
     def everywhere(self) -> Iterator[None]:
         """In the program's thread when an instruction begins; in the thread that starts a collective, just before it does."""
-        log = self._mesh.log
+        log = self._log
         enter, submit = log.position.enter, log.submit
 
         def late_enter(tag: str, waits: bool) -> None:
@@ -174,16 +174,16 @@ class Model:
         for batch in self._batches:
             gradients: dict[str, Tensor] = {}
 
-            def update(name: str, verdict: Verdict, gradients: dict[str, Tensor] = gradients) -> None:
+            def update(name: str, result: StepResult, gradients: dict[str, Tensor] = gradients) -> None:
                 bucket = self.buckets[name]
                 gradients[name] = torch.cat([bucket.grad[s.start : s.stop] for s in bucket.slices])
-                optimizer.update(name, verdict)
+                optimizer.update(name, result)
 
-            self.mesh.log.position.step += 1
-            verdict = self.trainable.step(batch, update)
-            out.losses += [verdict.loss, verdict.balance_loss, verdict.z_loss, verdict.grad_norm]
+            self.trainable.log.position.step += 1
+            result = self.trainable.step(batch, update)
+            out.losses += [result.loss, result.balance_loss, result.z_loss, result.grad_norm]
             out.gradients.append(gradients)
-            out.ledgers.append([e for e in self.mesh.log.entries() if e.step == self.mesh.log.position.step])
+            out.ledgers.append([e for e in self.trainable.log.entries() if e.step == self.trainable.log.position.step])
         self.trainable.settle()
         out.weights = {name: bucket.param.clone() for name, bucket in self.buckets.items()}
         return out
@@ -191,7 +191,7 @@ class Model:
     def outcome(self, schedule: Schedule) -> Outcome:
         """A schedule with delays, against the plain one without."""
         setting = schedule.setting(self.base)
-        program, delays = schedule.program(setting), Delays(self.mesh, schedule)
+        program, delays = schedule.program(setting), Delays(self.trainable.log, schedule)
         if schedule.emulated:  # what is sent leaves when the device is there
             self.trainable.device = EmulatedDevice(lambda instruction: delays.seconds(f"device {instruction.tag}"))
         with delays.everywhere():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalina.collective_log import CollectiveLog
 from megalina.comm.slice import Slice, boxes, whole_shape
 from megalina.mesh import Mesh, build_meshes
 from megalina.parallel.reshard import Place, move, parcels
@@ -139,9 +140,10 @@ def every_layout_becomes_every_other() -> dict[str, Any]:
         mesh, other = made[tp, ep], made[other_tp, other_ep]
         expected = slices(other, zero=other_zero)
         new = emptied(expected)
-        submitted = count_all_to_alls(other)
-        sent_bytes = move({n: [p] for n, p in slices(mesh, zero=zero).items()}, mesh, {n: [p] for n, p in new.items()}, other)
-        most = max(most, count_all_to_alls(other) - submitted)
+        log = CollectiveLog(mesh.world.rank)
+        old = {n: [p] for n, p in slices(mesh, zero=zero).items()}
+        sent_bytes = move(old, mesh, {n: [p] for n, p in new.items()}, other, log)
+        most = max(most, sum(e.kind == "all-to-all" for e in log.entries()))
         if (tp, ep, zero) == (other_tp, other_ep, other_zero):
             idle += sent_bytes
         assert_filled(new, expected, other)
@@ -149,16 +151,12 @@ def every_layout_becomes_every_other() -> dict[str, Any]:
     return {"pairs": pairs, "most": most, "idle": idle, "bits": odd_bits_survive(made), "refused": refusals(made)}
 
 
-def count_all_to_alls(mesh: Mesh) -> int:
-    return sum(e.kind == "all-to-all" for e in mesh.log.entries())
-
-
 def odd_bits_survive(made: dict[tuple[int, int], Mesh]) -> bool:
     """Every bit pattern that a bfloat16 can have: infinities, NaNs with their payloads, zeros with their signs."""
     whole = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(4, 128, 128)
     before, after = made[1, 4], made[1, 2]
     new = Slice(torch.zeros(2, 128, 128, dtype=torch.bfloat16), {"ep": 0})
-    move({"w": [Slice(cut(whole, before, {"ep": 0}), {"ep": 0})]}, before, {"w": [new]}, after)
+    move({"w": [Slice(cut(whole, before, {"ep": 0}), {"ep": 0})]}, before, {"w": [new]}, after, CollectiveLog(0))
     return torch.equal(bits_of(new.local), bits_of(cut(whole, after, {"ep": 0})))
 
 
@@ -168,12 +166,12 @@ def refusals(made: dict[tuple[int, int], Mesh]) -> list[str]:
     said = []
     for new in ({"v": [whole]}, {"w": [Slice(torch.zeros(4, 7), {})]}, {"w": [Slice(torch.zeros(4, 6).double(), {})]}):
         try:
-            move({"w": [whole]}, mesh, new, mesh)
+            move({"w": [whole]}, mesh, new, mesh, CollectiveLog(0))
         except ValueError as error:
             said.append(str(error))
     hole = Slice(torch.zeros(20), {}, shape=(4, 6))  # the same on all ranks: nobody has the last four elements
     try:
-        move({"w": [hole]}, mesh, {"w": [whole]}, mesh)
+        move({"w": [hole]}, mesh, {"w": [whole]}, mesh, CollectiveLog(0))
     except ValueError as error:
         said.append(str(error))
     return said
@@ -211,5 +209,5 @@ def test_one_process_copies() -> None:
     whole = torch.arange(24.0).view(4, 6)
     first, last = (Slice(whole.flatten()[a:b].clone(), {}, shape=(4, 6), start=a) for a, b in ((0, 10), (10, 24)))
     new = Slice(torch.zeros(4, 6), {})
-    assert move({"w": [first, last]}, mesh, {"w": [new]}, mesh) == 0
+    assert move({"w": [first, last]}, mesh, {"w": [new]}, mesh, CollectiveLog(0)) == 0
     assert torch.equal(new.local, whole) and whole_shape(new, mesh) == (4, 6)

@@ -12,7 +12,7 @@ from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, reads_of, writes_of
-from megalina.step.strategy import Setting, evaluation, given, training_step
+from megalina.step.strategy import STRATEGIES, Setting, evaluation, given, training_step
 
 SHAPES = {
     "one device": plain_shape(moe=(True, True)),
@@ -21,6 +21,7 @@ SHAPES = {
     "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "global balance": plain_shape(moe=(True, True), global_balance=True),
     "equal counts": plain_shape(moe=(True, False, True), experts_choose=True),
+    "selection biases": plain_shape(moe=(True, True), selection_bias=True),
 }
 
 
@@ -234,3 +235,23 @@ def test_one_exchange_of_counts_a_part_is_enough_where_all_layers_have_equal_one
         tokens = [s for s in program if s.op is Op.TOKENS and s.kind is Kind.START]
         assert {s.layer for s in tokens} == {1, 2, 3}
         assert all(sum(v.startswith("#sizes.1.") for v in s.reads) == 1 for s in tokens)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_selection_biases_follow_the_result_of_a_step(name: str) -> None:
+    """One instruction more, right behind the verdict; without it, or before the loads are known, the list is refused."""
+    shape = SHAPES["selection biases"]
+    setting = Setting(shape, buckets_of(shape))
+    program, plain_program = (
+        training_step(name, replace(setting, shape=s)) for s in (shape, replace(shape, selection_bias=False))
+    )
+    at = next(i for i, s in enumerate(program) if s.name == "router_bias")
+    assert program[at].tag == "U:router_bias.-.0" and program[at - 1].name == "verdict"
+    without = program[:at] + program[at + 1 :]
+    assert without == plain_program
+    have = given(program, setting)
+    with pytest.raises(ValueError, match="nobody reads router_bias: part of the step's data, or of its parameters"):
+        check(without, have, setting.buckets)
+    with pytest.raises(ValueError, match="U:router_bias.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
+        check((*program[: at - 1], program[at], program[at - 1], *program[at + 1 :]), have, setting.buckets)
+    assert not any(s.name == "router_bias" for s in evaluation(shape, setting.buckets))

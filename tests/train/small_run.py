@@ -28,10 +28,10 @@ from megalina.config import (
 )
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 
 MADE = ("config", "arithmetic", "plan", "ledger", "ledger_saved_lines")  # ledgers in checkpoints begin where others were saved
-Actions = dict[int, Callable[[Run], None]]  # after a step has been logged
+Actions = dict[int, Callable[[Trainer], None]]  # after a step has been logged
 VOCABULARY, LENGTH = 300, 16  # padded to 384 rows with tp = 1, to 512 with tp = 2 and 4
 GROUPS = {
     "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 4, "d_ff": 16},
@@ -91,7 +91,7 @@ class Recorder:
 
     after: Actions = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
-    run: Run | None = None
+    run: Trainer | None = None
 
     def log(self, record: dict[str, Any]) -> None:
         self.records.append(dict(record))
@@ -109,11 +109,11 @@ class Recorder:
         return [r[key] for r in self.records]
 
 
-def start(config: PretrainConfig, point: Path | None = None, after: Actions | None = None) -> Run:
+def start(config: PretrainConfig, point: Path | None = None, after: Actions | None = None) -> Trainer:
     """A run on the ranks that there are, ready for `loop`; its tracker, on every rank, is a `Recorder`."""
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     recorder = Recorder(after or {})
-    run = recorder.run = Run(config, data, device=torch.device("cpu"), tracker=recorder)  # type: ignore[arg-type]
+    run = recorder.run = Trainer(config, data, device=torch.device("cpu"), tracker=recorder)  # type: ignore[arg-type]
     run.begin(point)
     return run
 
@@ -144,8 +144,8 @@ def same_checkpoints(a: Path, b: Path) -> list[str]:
     return names + [n for n in second if n not in first] + [k for k in values[0] if values[0][k] != values[1].get(k)]
 
 
-def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.trainable.gpt.named_parameters()}
+def weights_of(run: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.built.trainable.gpt.named_parameters()}
 
 
 def random_batch(sequences: int = 8, *, first: int = 0, length: int = LENGTH) -> Batch:

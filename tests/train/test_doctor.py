@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from megalina import worker
 from megalina.comm import exchange
 from megalina.config import PretrainConfig
+from megalina.data.source import PackedSamples
 from megalina.parallel.functions import StageFunctions
 from megalina.parallel.trainable import Trainable
 from megalina.restart import later_starts
@@ -80,10 +81,10 @@ def checked(config: PretrainConfig) -> dict[str, Any]:
     """Train, and leave word of whether the step that failed has changed a weight."""
     run_step, rank = Trainable.step, os.environ["RANK"]
 
-    def step(self: Trainable, *arguments: Any) -> Any:
+    def step(self: Trainable, *arguments: Any, **named: Any) -> Any:
         before = [p.detach().clone() for p in self.gpt.parameters()]
         try:
-            return run_step(self, *arguments)
+            return run_step(self, *arguments, **named)
         except Exception:
             same = all(torch.equal(a, b) for a, b in zip(before, self.gpt.parameters(), strict=True))
             (Path(config.run.dir) / f"weights.{rank}").write_text("same" if same else "changed")
@@ -98,7 +99,7 @@ def before_experts(fault: Callable[[], None], *, on: int, times: int = 1) -> Cal
     experts, left = StageFunctions._experts, [times]
 
     def faulty(self: StageFunctions, *arguments: Any) -> Any:
-        if self.mesh.world.rank == on and self.mesh.log.position.step == FAULT_STEP and left[0]:
+        if self.mesh.world.rank == on and self.log.position.step == FAULT_STEP and left[0]:
             left[0] -= 1
             fault()
         return experts(self, *arguments)
@@ -142,13 +143,27 @@ def raises(rank: int, mark: Callable[[], None]) -> None:
 def sleeps_outside(rank: int, mark: Callable[[], None]) -> None:
     run_step = Trainable.step
 
-    def step(self: Trainable, *arguments: Any) -> Any:
-        if rank == 1 and self.mesh.log.position.step == FAULT_STEP:
+    def step(self: Trainable, *arguments: Any, **named: Any) -> Any:
+        if rank == 1 and self.log.position.step == FAULT_STEP:
             mark()
             time.sleep(60)
-        return run_step(self, *arguments)
+        return run_step(self, *arguments, **named)
 
     Trainable.step = step
+
+
+def never_reads(rank: int, mark: Callable[[], None]) -> None:
+    """The sequences of step FAULT_STEP, which are read ahead, never come on rank 1."""
+    read, calls = PackedSamples.batch, []
+
+    def batch(self: PackedSamples, first: int, count: int) -> Any:
+        calls.append(first)
+        if rank == 1 and len(calls) == FAULT_STEP:
+            mark()
+            time.sleep(60)
+        return read(self, first, count)
+
+    PackedSamples.batch = batch
 
 
 def swaps_buckets(rank: int, mark: Callable[[], None]) -> None:
@@ -171,11 +186,11 @@ def swaps_buckets(rank: int, mark: Callable[[], None]) -> None:
 def sends_another_size(rank: int, mark: Callable[[], None]) -> None:
     start_sum = exchange.start_sum
 
-    def start(x: torch.Tensor, axis: Any) -> Any:
-        if rank == 1 and axis.log.position.tag == "U:divisor>.-.0" and axis.log.position.step == FAULT_STEP:
+    def start(x: torch.Tensor, axis: Any, log: Any) -> Any:
+        if rank == 1 and log.position.tag == "U:divisor>.-.0" and log.position.step == FAULT_STEP:
             mark()
             x = torch.cat([x, x])
-        return start_sum(x, axis)
+        return start_sum(x, axis, log)
 
     exchange.start_sum = start
 
@@ -183,12 +198,12 @@ def sends_another_size(rank: int, mark: Callable[[], None]) -> None:
 def sends_other_splits(rank: int, mark: Callable[[], None]) -> None:
     all_to_all = exchange.start_all_to_all
 
-    def start(x: torch.Tensor, send: list[int], receive: list[int], axis: Any) -> Any:
-        position = axis.log.position
+    def start(x: torch.Tensor, send: list[int], receive: list[int], axis: Any, log: Any) -> Any:
+        position = log.position
         if rank == 1 and position.step == FAULT_STEP and position.tag == "F:dispatch>.0.0":
             mark()
             receive = [receive[0] + 3, *receive[1:]]
-        return all_to_all(x, send, receive, axis)
+        return all_to_all(x, send, receive, axis, log)
 
     exchange.start_all_to_all = start
 
@@ -198,10 +213,10 @@ def waits_alone(rank: int, mark: Callable[[], None]) -> None:
     experts, asked = StageFunctions._experts, []
 
     def one_more(self: StageFunctions, *arguments: Any) -> Any:
-        if rank == 1 and self.mesh.log.position.step == FAULT_STEP and not asked:
+        if rank == 1 and self.log.position.step == FAULT_STEP and not asked:
             asked.append(1)
             mark()
-            exchange.start_sum(torch.zeros(4), self.mesh.world).wait()
+            exchange.start_sum(torch.zeros(4), self.mesh.world, self.log).wait()
         return experts(self, *arguments)
 
     StageFunctions._experts = one_more
@@ -214,7 +229,7 @@ def computes_long(rank: int, mark: Callable[[], None]) -> None:
         quick = getattr(StageFunctions, name)
 
         def slow(self: StageFunctions, *arguments: Any) -> Any:
-            position = self.mesh.log.position
+            position = self.log.position
             if rank == 1 and position.step == FAULT_STEP and position.tag.endswith((".-.0", ".0.0")):
                 time.sleep(TIMEOUT_S / 2)
             return quick(self, *arguments)
@@ -247,8 +262,16 @@ def test_a_rank_that_does_not_come_back_to_its_program_is_named_with_its_stack(j
     assert "rank 0 waits in instruction F:counts<" in text
 
 
+def test_a_rank_whose_sequences_never_come_is_named_with_the_stack_of_their_reader(job: Callable[..., Outcome]) -> None:
+    text = explained(job(never_reads), "rank 1 is outside of the instructions, in step 2", "time.sleep(60)")
+    assert "in never_reads" in text or "in batch" in text
+    assert "rank 0 waits in instruction F:counts<" in text or "rank 0 waits in instruction U:divisor<" in text
+
+
 def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Callable[..., Outcome]) -> None:
-    text = explained(job(waits_alone), "no rank has made progress", "exchange.start_sum(torch.zeros(4), self.mesh.world).wait()")
+    text = explained(
+        job(waits_alone), "no rank has made progress", "exchange.start_sum(torch.zeros(4), self.mesh.world, self.log).wait()"
+    )
     assert "rank 0 waits in instruction F:combine<.0.0" in text
 
 
@@ -304,11 +327,11 @@ def killed_once(rank: int, mark: Callable[[], None], flag: Path) -> None:
     """Rank 1 is killed in step 3 of the first start."""
     run_step = Trainable.step
 
-    def step(self: Trainable, *arguments: Any) -> Any:
-        if rank == 1 and self.mesh.log.position.step == 3 and not flag.exists():
+    def step(self: Trainable, *arguments: Any, **named: Any) -> Any:
+        if rank == 1 and self.log.position.step == 3 and not flag.exists():
             flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return run_step(self, *arguments)
+        return run_step(self, *arguments, **named)
 
     Trainable.step = step
 

@@ -17,6 +17,7 @@ from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
 from megalina.parallel import executor
 from megalina.step.program import MOVABLE, Instruction, Op
+from megalina.timeline.recorder import Recorder
 from tests.train import test_doctor
 from tests.train.forked_ranks import Outcome
 from tests.train.test_doctor import explained
@@ -29,20 +30,26 @@ FIRST = "B:dense.1>"  # the first gradient of a step, while tokens of layer 0 ar
 class LiteralLinks:
     """Two queues and one thread that decides; all other collectives leave as ever."""
 
-    def __init__(self, log: Any, recorder: Any, **options: Any):
+    def __init__(self, log: Any, **options: Any):
         self.watched = False
-        self._others, self._log = Links(log, recorder, **options), log
+        self._others, self._log = Links(log, **options), log
         self._changed = threading.Condition()
         self._tokens, self._gradients = deque[Sent](), deque[Sent]()
         self._under_way: Counter[Op] = Counter()
         threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
     def send(
-        self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
+        self,
+        instruction: Instruction,
+        launch: Callable[[], Pending],
+        *,
+        at_s: float = 0.0,
+        after: Later | None = None,
+        recorder: Recorder | None = None,
     ) -> Sent:
         if instruction.op is not Op.TOKENS and instruction.op not in MOVABLE:
-            return self._others.send(instruction, launch, at_s=at_s, after=after)
-        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag))
+            return self._others.send(instruction, launch, at_s=at_s, after=after, recorder=recorder)
+        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag), recorder)
         sent.begun = threading.Event()
         with self._changed:
             (self._tokens if instruction.op is Op.TOKENS else self._gradients).append(sent)
@@ -90,12 +97,10 @@ def late(links: Callable[..., Any], rank: int, mark: Callable[[], None]) -> Call
     """Links on which rank 0's program is late after a gradient, and rank 1's device has the gradient late."""
 
     class Late(links):  # type: ignore[misc, valid-type]
-        def send(
-            self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, after: Later | None = None
-        ) -> Sent:
+        def send(self, instruction: Instruction, launch: Callable[[], Pending], *, at_s: float = 0.0, **options: Any) -> Sent:
             if instruction.tag.startswith(FIRST) and rank == 1:
                 at_s = time.perf_counter() + LATE_S
-            sent = super().send(instruction, launch, at_s=at_s, after=after)
+            sent = super().send(instruction, launch, at_s=at_s, **options)
             if instruction.tag.startswith(FIRST) and rank == 0:
                 mark()
                 time.sleep(LATE_S)

@@ -13,10 +13,10 @@ import torch
 from megalina.batch import Batch
 from megalina.checkpoint.writing import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
-from megalina.parallel.functions import CollectivesDiffer
+from megalina.parallel.step_result import CollectivesDiffer
 from megalina.train.load_watch import LOW_STEPS
 from megalina.train.recovery import SpikesGoOn
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import (
     VOCABULARY,
@@ -49,7 +49,7 @@ def config(folder: Path, name: str, spike: str, **settings: Any) -> PretrainConf
     return out
 
 
-def corrupt(run: Run, bad: range = BAD) -> None:
+def corrupt(run: Trainer, bad: range = BAD) -> None:
     """The text of these sequences is noise."""
     batch_of = run.data.train.batch
 
@@ -62,7 +62,7 @@ def corrupt(run: Run, bad: range = BAD) -> None:
     run.data.train.batch = spoiled  # type: ignore[method-assign]
 
 
-def recorder(run: Run) -> Recorder:
+def recorder(run: Trainer) -> Recorder:
     assert isinstance(run.tracker, Recorder)
     return run.tracker
 
@@ -99,7 +99,7 @@ def test_skip_leaves_the_update_out_and_counts_it(folder: Path) -> None:
     run = start(config(folder, "skip", "skip"))
     corrupt(run)
     run.loop()
-    assert run.state.skipped_steps == 2 and run.state.rewinds == 0 and run.optimizer.step_count == STEPS - 2
+    assert run.state.skipped_steps == 2 and run.state.rewinds == 0 and run.built.optimizer.step_count == STEPS - 2
     assert [record["skipped_steps"] for record in recorder(run).records[26:30]] == [0, 1, 2, 2]
 
 
@@ -142,11 +142,11 @@ def poisoned(folder: Path, what: str, ranks: int) -> list[str]:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megalina").addHandler(handler)
 
-    def poison(run: Run) -> None:
-        if what == "weight" and run.mesh.world.rank == ranks - 1:
-            run.trainable.gpt.layers[1].experts.w2.data[0, 0] = float("nan")
+    def poison(run: Trainer) -> None:
+        if what == "weight" and run.built.mesh.world.rank == ranks - 1:
+            run.built.trainable.gpt.layers[1].experts.w2.data[0, 0] = float("nan")
         if what == "gradient":
-            run.trainable.gpt.layers[0].attention_norm.weight.grad[3] = float("inf")  # type: ignore[index]
+            run.built.trainable.gpt.layers[0].attention_norm.weight.grad[3] = float("inf")  # type: ignore[index]
 
     settings = config_of(folder, f"poisoned {what} {ranks}", steps=4, ep=ranks)
     run = start(settings, after={2: poison})
@@ -174,7 +174,7 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, cap
     settings = config_of(folder, "collapsed", steps=2 * LOW_STEPS, lr=0.0, top_k=1)
     run = start(settings)
     with torch.no_grad():
-        run.trainable.gpt.layers[1].router.weight.zero_()  # type: ignore[union-attr,operator]
+        run.built.trainable.gpt.layers[1].router.weight.zero_()  # type: ignore[union-attr,operator]
     with caplog.at_level(logging.WARNING, "megalina"):
         run.loop()
     said = [r.getMessage() for r in caplog.records if "collapsed" in r.getMessage()]
@@ -184,10 +184,10 @@ def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, cap
 
 # what is mixed up after the verdict
 def mixed_up(folder: Path) -> str:
-    def mix(run: Run) -> None:
+    def mix(run: Trainer) -> None:
         kinds = ("gather", "sum")
-        axis = run.mesh.world
-        axis.log.submit(axis.name, axis.ranks, kinds[axis.rank], "float32", (), 16)
+        axis = run.built.mesh.world
+        run.runner.log.submit(axis.name, axis.ranks, kinds[axis.rank], "float32", (), 16)
 
     settings = config_of(folder, "mixed up", ep=2, zero=1, steps=3, interval=2)
     run = start(settings, after={2: mix})
@@ -204,7 +204,7 @@ def test_no_checkpoint_is_written_when_the_last_collectives_differ(folder: Path)
 
 
 # a full disk
-def full_at(run: Run, steps: set[int]) -> None:
+def full_at(run: Trainer, steps: set[int]) -> None:
     save = run.state.checkpoints.save
 
     def sometimes(step: int, *arguments: Any, **more: Any) -> None:

@@ -24,7 +24,7 @@ from megalina.parallel.plan_file import with_plan
 from megalina.plan_settings import plan_of
 from megalina.step.plan import Plan
 from megalina.train.replay import replay
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 from tests.train.test_trainer import _process_state  # noqa: F401  handlers of signals come back
@@ -48,14 +48,14 @@ def packed_config(folder: Path, run: str, strategy: dict[str, Any], **settings: 
     return config
 
 
-def losses_of(run: Run, switches: dict[int, int]) -> list[tuple[float, float]]:
+def losses_of(run: Trainer, switches: dict[int, int]) -> list[tuple[float, float]]:
     """Loss and norm of each step; the packing changes as `switches` says."""
     seen = []
     for step in range(run.state.step + 1, STEPS + 1):
-        verdict, _ = run.compute(step)
+        verdict, _ = run.runner.compute(step)
         seen.append((verdict.loss, verdict.grad_norm))
         if step in switches:
-            run.repack(switches[step])
+            run.runner.repack(switches[step])
     return seen
 
 
@@ -78,13 +78,12 @@ def switched(folder: Path, name: str, settings: dict[str, Any], strategy: dict[s
         run = start(packed_config(folder, f"{name} {kind}", strategy, **settings))
         seen = losses_of(run, switches)
         val_loss = run.validate()
-        assert run.mesh is run.state.mesh and run.trainable is run.state.trainable and run.optimizer is run.state.optimizer
         run.state.save()
         runs[kind] = {
             "seen": seen,
             "val_loss": val_loss,
-            "shape": run.mesh.shape,
-            "axes": {e.axis for e in run.mesh.log.entries()},
+            "shape": run.built.mesh.shape,
+            "axes": {e.axis for e in run.runner.log.entries()},
         }
     return runs
 
@@ -92,27 +91,26 @@ def switched(folder: Path, name: str, settings: dict[str, Any], strategy: dict[s
 def moved_bits(folder: Path) -> dict[str, bool]:
     """bfloat16, master weights, ZeRO-1: after a round through all packings every tensor has its bits."""
     run = start(packed_config(folder, "bits", LINA, dtype="bfloat16", zero=1, kind="sigmoid", bias_update_rate=0.01))
-    run.compute(1)
+    run.runner.compute(1)
     before = {name: [part.local.clone() for part in parts] for name, parts in run.state.tensors().items()}
-    run.trainable.adopt(Plan("eager", piece_bytes=1024))
-    recorder = run.trainable.recorder
-    sent_bytes = [run.repack(k) for k in (2, 4, 2, 1)]
+    run.built.trainable.adopt(Plan("eager", piece_bytes=1024))
+    sent_bytes = [run.runner.repack(k) for k in (2, 4, 2, 1)]
     after = run.state.tensors()
-    run.repack(4)
-    plan = run.trainable.plan == Plan("eager", piece_bytes=1024, packing=4) and run.trainable.recorder is recorder
-    run.repack(1)
+    run.runner.repack(4)
+    plan = run.built.trainable.plan == Plan("eager", piece_bytes=1024, packing=4)
+    run.runner.repack(1)
     kinds = {name.split("/")[0] for name in before}
     same = all(torch.equal(a, b.local) for name in before for a, b in zip(before[name], after[name], strict=True))
-    counts = run.optimizer.step_count == 1
+    counts = run.built.optimizer.step_count == 1
     try:
-        run.repack(3)
+        run.runner.repack(3)
         refused = ""
     except ValueError as error:
         refused = str(error)
     return {
         "same": same,
         "all kinds": kinds >= {"exp_avg", "exp_avg_sq", "master", "model"},
-        "sent": all(sent_bytes[:2]) and run.repack(1) == 0,
+        "sent": all(sent_bytes[:2]) and run.runner.repack(1) == 0,
         "counts": counts,
         "plan": plan,
         "refused": refused == "there are groups for packing 1, 2, 4, not for 3: set strategy.packing=auto or 3",
@@ -122,15 +120,15 @@ def moved_bits(folder: Path) -> dict[str, bool]:
 def memory_of_many(folder: Path) -> dict[str, Any]:
     """What was moved out of is gone, with the threads of its lanes."""
     run = start(packed_config(folder, "memory", LINA))
-    run.compute(1)
+    run.runner.compute(1)
     run.validate()
     before = lanes()
     gone = []
     for step, k in enumerate((2, 4, 1, 2, 1), start=2):
-        model = weakref.ref(run.trainable.gpt)
-        run.repack(k)
+        model = weakref.ref(run.built.trainable.gpt)
+        run.runner.repack(k)
         gone.append(model() is None)
-        run.compute(step)
+        run.runner.compute(step)
         run.validate()
     gc.collect()
     return {"gone": all(gone), "lanes": lanes() - before}
@@ -146,8 +144,8 @@ def chosen(folder: Path) -> dict[str, Any]:
     times_s = {1: 1.0, 2: 0.6, 4: 0.8}
     config = packed_config(folder, "auto", LINA, **AUTO)
     run = start(config)
-    adapt = run.adapt
-    run.adapt = lambda step_s: adapt(times_s[run.mesh.packing] * (1 + 0.01 * dist.get_rank()))  # type: ignore[method-assign]
+    adapt = run.runner.adapt
+    run.runner.adapt = lambda step_s: adapt(times_s[run.built.mesh.packing] * (1 + 0.01 * dist.get_rank()))  # type: ignore[method-assign]
     run.loop()
     assert isinstance(run.tracker, Recorder)
     calm = records_of(packed_config(folder, "calm", {**LINA, "packing": "1"}, **AUTO))
@@ -161,22 +159,22 @@ def resumed(folder: Path) -> dict[str, Any]:
     """Run "auto" goes on from step 16, where it had chosen, and its steps are replayed from where it was saved."""
     config = packed_config(folder, "auto", LINA, **AUTO)
     run = start(config, checkpoint(config, 18))
-    packing, searching = run.mesh.packing, run.searching
+    packing, searching = run.built.mesh.packing, run.runner.searching
     run.loop()
     assert isinstance(run.tracker, Recorder)
     other = start(packed_config(folder, "fixed", {**LINA, "packing": "2"}, **AUTO), checkpoint(config, 18))
     fixed = losses_of_rest(other)
     verified = start(packed_config(folder, "auto", LINA, **AUTO))
-    replay(verified, checkpoint(config, 20), checkpoint(config, 18))
+    replay(verified.runner, checkpoint(config, 20), checkpoint(config, 18))
     mixed = start(packed_config(folder, "plain packed again", *CASES["plain"][1:], **CASES["plain"][0]))
-    replay(mixed, checkpoint(packed_config(folder, "plain packed", {}), STEPS), None)
+    replay(mixed.runner, checkpoint(packed_config(folder, "plain packed", {}), STEPS), None)
     return {
         "packing": packing,
         "searching": searching,
         "losses": run.tracker.of("loss"),
         "fixed": fixed,
-        "fixed packing": other.mesh.packing,
-        "verified": (verified.state.step, verified.mesh.packing, mixed.state.step, mixed.mesh.packing),
+        "fixed packing": other.built.mesh.packing,
+        "verified": (verified.state.step, verified.built.mesh.packing, mixed.state.step, mixed.built.mesh.packing),
     }
 
 
@@ -185,13 +183,13 @@ def chosen_of_all(folder: Path) -> dict[str, Any]:
     settings = {"steps": 70, "micro_batch_size": 2, "eval_interval": 0, "interval": 60}
     config = packed_config(folder, "all", {"name": "auto"}, **settings)
     run = start(config)
-    adapt = run.adapt
+    adapt = run.runner.adapt
 
     def made_up(_: float) -> None:
-        plan = run.trainable.plan
+        plan = run.built.trainable.plan
         adapt({"eager": 1.0, "lina": 0.8, "flow": 0.7}[plan.strategy] * (0.9 if plan.packing == 2 else 1.0))
 
-    run.adapt = made_up  # type: ignore[method-assign]
+    run.runner.adapt = made_up  # type: ignore[method-assign]
     run.loop()
     assert isinstance(run.tracker, Recorder)
     again = start(config, checkpoint(config, 60))
@@ -201,7 +199,7 @@ def chosen_of_all(folder: Path) -> dict[str, Any]:
         "plan file": str(found),
         "plans": run.tracker.of("plan"),
         "losses": run.tracker.of("loss"),
-        "again": (str(again.trainable.plan), again.searching, losses_of_rest(again)),
+        "again": (str(again.built.trainable.plan), again.runner.searching, losses_of_rest(again)),
         "calm": calm.of("loss"),
     }
 
@@ -212,8 +210,8 @@ def config_of_plan(config: PretrainConfig, path: Path) -> Plan:
     return plan_of(strategy, packing=int(strategy.packing))
 
 
-def losses_of_rest(run: Run) -> list[float]:
-    return [run.compute(step)[0].loss for step in range(run.state.step + 1, run.config.train.steps + 1)]
+def losses_of_rest(run: Trainer) -> list[float]:
+    return [run.runner.compute(step)[0].loss for step in range(run.state.step + 1, run.config.train.steps + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +306,9 @@ def killed(folder: Path) -> None:
     config = packed_config(folder, "killed", LINA, ep=2, zero=1, steps=4)
     run = start(config)
     for step in (1, 2):
-        run.compute(step)
+        run.runner.compute(step)
     run.state.save()
-    run.compute(3)
+    run.runner.compute(3)
     dist.barrier()
     if dist.get_rank() == 0:
         (folder / "before").write_text(digest_of(Path(config.run.dir)))
@@ -323,7 +321,7 @@ def killed(folder: Path) -> None:
         return real(*arguments)
 
     reshard.start_all_to_all = start_or_die
-    run.repack(2)
+    run.runner.repack(2)
     (folder / "survived").write_text("")
 
 

@@ -14,7 +14,7 @@ import torch
 from megalina.batch import Batch
 from megalina.checkpoint.checkpoints import read_values
 from megalina.train.replay import ReplayDiffers, replay
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import checkpoint, config_of, records_of, start, write_tokens
 from tests.train.test_trainer import _process_state  # noqa: F401  handlers of signals come back
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-def verified(run: Run, log: list[str], newest: Path, before: Path | None) -> None:
+def verified(run: Trainer, log: list[str], newest: Path, before: Path | None) -> None:
     """Replay, with what it says added to `log`."""
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
@@ -38,7 +38,7 @@ def verified(run: Run, log: list[str], newest: Path, before: Path | None) -> Non
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -102,7 +102,7 @@ def trunk(folder: Path) -> Path:
     return folder
 
 
-def one(folder: Path, name: str, **settings: Any) -> tuple[Run, Path, Path]:
+def one(folder: Path, name: str, **settings: Any) -> tuple[Trainer, Path, Path]:
     trunk = config_of(folder, "trunk", **SETTINGS)
     return start(config_of(folder, name, **(SETTINGS | settings))), checkpoint(trunk, 8), checkpoint(trunk, 4)
 
@@ -114,15 +114,15 @@ def test_changed_data_is_named(trunk: Path, what: str) -> None:
     batch_of = run.data.train.batch
     run.data.train.batch = lambda first, count: change(batch_of(first, count))  # type: ignore[method-assign]
     with pytest.raises(ReplayDiffers, match=message):
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
 
 
 def test_a_drawn_random_number_is_named(trunk: Path) -> None:
     run, newest, before = one(trunk, "draws")
-    step = run.trainable.step
-    run.trainable.step = lambda *a: (torch.rand(1), step(*a))[1]  # type: ignore[method-assign]
+    step = run.built.trainable.step
+    run.built.trainable.step = lambda *a, **k: (torch.rand(1), step(*a, **k))[1]  # type: ignore[method-assign]
     with pytest.raises(ReplayDiffers, match="first difference: the random state"):
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
 
 
 def test_a_changed_router_is_named_with_its_layer(trunk: Path) -> None:
@@ -131,17 +131,17 @@ def test_a_changed_router_is_named_with_its_layer(trunk: Path) -> None:
 
     def load_and_spoil(path: Path) -> None:
         load(path)
-        run.trainable.gpt.layers[1].router.weight.data.neg_()  # type: ignore[union-attr,operator]
+        run.built.trainable.gpt.layers[1].router.weight.data.neg_()  # type: ignore[union-attr,operator]
 
     run.state.load = load_and_spoil  # type: ignore[method-assign]
     with pytest.raises(ReplayDiffers, match="first difference: the routing of layer 1"):
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
 
 
 def test_a_changed_learning_rate_shows_in_the_next_loss_or_routing(trunk: Path) -> None:
     run, newest, before = one(trunk, "rate", lr=4e-3)
     with pytest.raises(ReplayDiffers, match="step 6, run again .*first difference: the (routing|loss)"):
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
 
 
 def test_other_weights_in_the_checkpoint_are_named(trunk: Path) -> None:
@@ -151,11 +151,11 @@ def test_other_weights_in_the_checkpoint_are_named(trunk: Path) -> None:
     def load_and_spoil(path: Path) -> None:
         load(path)
         if path == newest:
-            run.trainable.gpt.layers[0].experts.w2.data.mul_(1.0 + 2.0**-40)
+            run.built.trainable.gpt.layers[0].experts.w2.data.mul_(1.0 + 2.0**-40)
 
     run.state.load = load_and_spoil  # type: ignore[method-assign]
     with pytest.raises(ReplayDiffers, match=r"after step 8 model/layers\.0\.experts\.w2 is not what"):
-        replay(run, newest, before)
+        replay(run.runner, newest, before)
 
 
 def test_from_the_beginning_without_an_earlier_checkpoint_if_the_ledger_goes_back(trunk: Path) -> None:
@@ -168,7 +168,7 @@ def test_from_the_beginning_without_an_earlier_checkpoint_if_the_ledger_goes_bac
     assert [line["step"] for line in read_values(newest)["ledger"]] == list(range(1, 9))
     records_of(config_of(trunk, "old", **(SETTINGS | {"interval": 2})))
     with pytest.raises(ValueError, match="has no ledger of step 1 .*; go on with train.resume=auto"):
-        replay(run, checkpoint(config_of(trunk, "old", **SETTINGS), 8), None)
+        replay(run.runner, checkpoint(config_of(trunk, "old", **SETTINGS), 8), None)
 
 
 def test_the_ledger_file_has_every_step_once_also_after_a_resume(trunk: Path) -> None:

@@ -14,7 +14,7 @@ from megalina.config import PretrainConfig
 from megalina.data.source import open_data
 from megalina.train.fit import check_start
 from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 from tests.checkpoint.planted import flip
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import Recorder, checkpoint, config_of, records_of, write_tokens
@@ -53,7 +53,7 @@ def run(made: tuple[Path, list[float]], tmp_path: Path) -> PretrainConfig:
 def go_on(config: PretrainConfig) -> Recorder:
     """As `train` begins, without trackers."""
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
-    run = Run(config, data, device=torch.device("cpu"), tracker=Recorder())  # type: ignore[arg-type]
+    run = Trainer(config, data, device=torch.device("cpu"), tracker=Recorder())  # type: ignore[arg-type]
     run.begin(agreed_resume_point(config, run.state.checkpoints))
     run.loop()
     assert isinstance(run.tracker, Recorder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalina.checkpoint.checkpoints import read_tensors, read_values
-from megalina.train.trainer import Run
+from megalina.train.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
@@ -49,7 +49,7 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def finish(run: Run) -> list[float]:
+def finish(run: Trainer) -> list[float]:
     run.loop()
     assert isinstance(run.tracker, Recorder)
     return run.tracker.of("loss")

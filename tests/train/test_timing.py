@@ -20,22 +20,21 @@ STEPS = 4
 
 
 def timed(folder: Path, name: str, ep: int = 2, moved_after: int = 0, **timeline: Any) -> dict[str, Any]:
-    """Four steps; their losses, records, and how many collectives they took.  `moved_after`: the step after which another
-    timing goes on."""
+    """Four steps; their losses, records, and how many collectives they took.  `moved_after`: the step after which the mesh is
+    another."""
     config = replace(config_of(folder, name, ep=ep), timeline=TimelineConfig(**timeline))
     run = start(config)
-    timing = Timing(config, run.mesh, run.trainable)
+    timing = Timing(config, run.built)
     out: dict[str, Any] = {"losses": [], "records": [], "events": []}
     for step in range(1, STEPS + 1):
-        timing.before(step)
-        out["losses"].append(run.compute(step)[0].loss)
-        out["records"].append(timing.after(step))
-        out["events"].append(len(run.trainable.recorder.events()))
+        recorder = timing.recorder(step)
+        out["losses"].append(run.runner.compute(step, record=recorder)[0].loss)
+        out["records"].append(timing.after(step, recorder))
+        out["events"].append(len(recorder.events()) if recorder is not None else 0)
         if step == moved_after:
-            timing = timing.moved(run.mesh, run.trainable)
-            assert timing._alone == {}
-    run.trainable.close()
-    return out | {"collectives": sum(run.mesh.log._counts.values()), "alone": timing._alone}
+            run.built.mesh = replace(run.built.mesh)  # another one, though equal
+    run.runner.close()
+    return out | {"collectives": sum(run.runner.log._counts.values()), "alone": timing._alone}
 
 
 def _scenarios(folder: Path) -> dict[str, Any]:
@@ -137,8 +136,8 @@ def test_the_warning_names_step_and_reason(folder: Path, caplog: pytest.LogCaptu
 
 def test_figures_say_what_is_emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(folder, "emulated")
-    real = start(config).trainable
-    fake = start(replace(config, cluster=replace(config.cluster, experts_ms=1.0))).trainable
+    real = start(config).built.trainable
+    fake = start(replace(config, cluster=replace(config.cluster, experts_ms=1.0))).built.trainable
     monkeypatch.delenv("MEGALINA_LINK_MBIT", raising=False)
     assert (emulation_note(real), emulation_note(fake)) == ("", "emulated devices")
     monkeypatch.setenv("MEGALINA_SLOWDOWN", "200")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.config import PretrainConfig
-from megalina.train.trainer import Run, train
+from megalina.train.trainer import Trainer, train
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import (
     Recorder,
@@ -149,12 +149,12 @@ def bad_step(folder: Path) -> dict[str, Any]:
     """One infinite element among the gradients of the last rank, in an expert that no other rank holds."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
-    def plant(run: Run) -> None:
+    def plant(run: Trainer) -> None:
         seen[run.state.step] = weights_of(run)
         if dist.get_rank() == 1:
-            run.trainable.buckets["experts.1"].grad[5] = math.inf
+            run.built.trainable.buckets["experts.1"].grad[5] = math.inf
 
-    def look(run: Run) -> None:
+    def look(run: Trainer) -> None:
         seen[run.state.step] = weights_of(run)
 
     config = config_of(folder, "bad step", ep=2, kind="sigmoid", bias_update_rate=0.01)
@@ -164,7 +164,12 @@ def bad_step(folder: Path) -> dict[str, Any]:
     moved = {
         step: [n for n in seen[step] if not torch.equal(seen[step][n], seen[step - 1][n])] for step in (BAD_STEP, BAD_STEP + 1)
     }
-    return {"records": run.tracker.records, "moved": moved, "weights": len(seen[BAD_STEP]), "updates": run.optimizer.step_count}
+    return {
+        "records": run.tracker.records,
+        "moved": moved,
+        "weights": len(seen[BAD_STEP]),
+        "updates": run.built.optimizer.step_count,
+    }
 
 
 def test_a_step_with_one_infinite_gradient_is_skipped_on_all_ranks_and_counted(two_ranks: list[dict[str, Any]]) -> None:
@@ -186,7 +191,7 @@ def test_after_a_skipped_step_the_run_resumes_with_its_counts(folder: Path, two_
 def signalled(folder: Path) -> dict[str, Any]:
     """Only the last rank hears SIGTERM."""
 
-    def ask(run: Run) -> None:
+    def ask(run: Trainer) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -254,7 +259,7 @@ def test_init_from_takes_the_weights_with_a_fresh_optimizer_at_step_zero(folder:
             assert torch.equal(value, before[f"model/{parameter}"].float()), name
         else:
             assert not value.any(), name
-    assert run.state.step == run.state.tokens == run.optimizer.step_count == 0
+    assert run.state.step == run.state.tokens == run.built.optimizer.step_count == 0
     run.loop()
     assert isinstance(run.tracker, Recorder)
     assert run.tracker.of("step") == [1, 2, 3, 4, 5, 6] and run.tracker.of("loss")[0] < math.log(300) - 0.02
@@ -330,9 +335,9 @@ def test_the_validation_loss_is_the_mean_over_the_first_sequences(folder: Path) 
     run = start(config_of(folder, "plain validation", dtype="float64", steps=1))
     assert run.data.valid is not None
     batch = run.data.valid.batch(0, 7)
-    run.trainable.gpt.eval()
+    run.built.trainable.gpt.eval()
     with torch.no_grad():
-        want = run.trainable.gpt(batch).loss / batch.loss_mask_BS.sum()
+        want = run.built.trainable.gpt(batch).loss / batch.loss_mask_BS.sum()
     found = run.validate()
     assert found is not None and abs(found - want.item()) < 1e-12
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalina.config import PretrainConfig
-from megalina.parallel.functions import Verdict
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Op
 from megalina.verify.bugs.change import after, expert_buckets, with_program
@@ -22,10 +22,10 @@ def norm_without_experts(trainable: Trainable, config: PretrainConfig) -> None:
 
 
 def norm_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
-    def own(verdict: Verdict, *_: Any) -> Verdict:
+    def own(result: StepResult, *_: Any) -> StepResult:
         squares = sum(b.grad[s.start : s.stop].square().sum().item() for b in trainable.buckets.values() for s in b.slices)
         norm, most = squares**0.5, config.optim.clip_norm
-        return replace(verdict, grad_norm=norm, grad_scale=min(1.0, most / (norm + 1e-6)) if most > 0 else 1.0)
+        return replace(result, grad_norm=norm, grad_scale=min(1.0, most / (norm + 1e-6)) if most > 0 else 1.0)
 
     after(trainable, "verdict", own)
 

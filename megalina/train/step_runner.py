@@ -1,4 +1,4 @@
-"""The steps of a run: everything that one training step needs and changes, and the step itself."""
+"""The step runner: everything that one training step needs and changes, and the step itself."""
 
 import gc
 import os
@@ -10,22 +10,24 @@ import torch
 import torch.distributed as dist
 
 from megalina.batch import Batch
+from megalina.collective_log import CollectiveLog
 from megalina.comm.objects import everybodys
 from megalina.comm.urgency import other_threads_are_urgent
 from megalina.config import PretrainConfig
+from megalina.data.prefetch import Prefetch
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, build_meshes
-from megalina.parallel.functions import Verdict
 from megalina.parallel.plans import questions
+from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import AUTO
 from megalina.step.plan import Plan
+from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.built import Built
 from megalina.train.doctor import Doctor
-from megalina.train.ledger import Ledger, Line, RandomState, line_of
-from megalina.train.load_watch import LoadWatch
+from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.packing import allowed_packings, worth_trying
-from megalina.train.run_profile import RunProfile
 from megalina.train.run_state import RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
@@ -38,15 +40,22 @@ from megalina.train.windows import Windows
 RULES_OF_ALL = Rules(window=3, finalists=2)  # among all strategies
 
 
-class Steps:
+class StepRunner:
     """Data, program, optimizer, guard and state.  It logs nothing and saves nothing."""
 
     batch: Batch  # this rank's part of the last step
 
     def __init__(
-        self, config: PretrainConfig, data: TokenData, *, device: torch.device, meshes: Mapping[int, Mesh] | None = None
+        self,
+        config: PretrainConfig,
+        data: TokenData,
+        *,
+        device: torch.device,
+        meshes: Mapping[int, Mesh] | None = None,
+        log: CollectiveLog | None = None,
     ):
-        """`meshes`: those of other steps of the same layout, at least of this configuration's packings; they take turns."""
+        """`meshes`, `log`: those of other runners of the same layout, at least of this configuration's packings; they take
+        turns."""
         self.config, self.data, self.device = config, data, device
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
@@ -54,32 +63,38 @@ class Steps:
             tp=config.parallel.tp, ep=config.parallel.ep, packings=packings, timeout_s=config.cluster.timeout_s
         )
         self.meshes = {packing: made[packing] for packing in packings}
-        self.mesh = self.meshes[packings[0]]
-        self.is_first = self.mesh.world.rank == 0
+        mesh = self.meshes[packings[0]]
+        self.log = log or CollectiveLog(mesh.world.rank)
+        self.is_first = mesh.world.rank == 0
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         self._guard = SpikeGuard(config.guard)
         self.doctor = Doctor(
-            self.mesh.log,
-            world=self.mesh.world.size,
-            rank=self.mesh.world.rank,
+            self.log,
+            world=mesh.world.size,
+            rank=mesh.world.rank,
             timeout_s=config.hang.timeout_s,
             folder=Path(config.run.dir) / "logs",
         )
-        self.trainable = self._trainable_on(self.mesh)
-        if self.trainable.device is not None:
+        trainable = self._trainable_on(mesh)
+        if trainable.device is not None:
             other_threads_are_urgent()
-        self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
-        self.watch = LoadWatch(len(self.trainable.gpt.moe_layers), config.model.num_experts)
-        self.profile = RunProfile(config.profile, ranks=world)
-        self.state = RunState(
-            *(config, self.mesh, self.trainable, self.optimizer, self.watch, self._guard, Ledger(), self.profile),
-            tokenizer_path=data.tokenizer_path,
-        )
-        self._ranks_per_node = everybodys(self.mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
+        self.built = Built(mesh, trainable, BucketOptimizer(config.optim, trainable.buckets))
+        self.state = RunState(config, self.built, self._guard, tokenizer_path=data.tokenizer_path)
+        self._ranks_per_node = everybodys(mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
         self.tuner = self._tuner(searches=0)
-        self.windows = Windows(self.mesh, self.adopt) if config.strategy.windows == AUTO else None
-        own = config.train.global_batch_size // self.mesh.dp.size  # this rank's sequences of a step
-        self.first_sample, self.own_samples = self.mesh.dp.rank * own, own
+        self.windows = Windows(mesh, self.adopt) if config.strategy.windows == AUTO else None
+        self._recorder: Recorder | None = None  # of the last step
+        own = config.train.global_batch_size // mesh.dp.size  # this rank's sequences of a step
+        self.first_sample, self.own_samples = mesh.dp.rank * own, own
+        self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count), device)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.built.mesh
+
+    @property
+    def trainable(self) -> Trainable:
+        return self.built.trainable
 
     @property
     def searching(self) -> bool:
@@ -97,7 +112,8 @@ class Steps:
         self.tuner.after(self.state.step, step_s)
         self.state.searches = self.tuner.trials.searches
         if self.windows is not None and not self.searching:
-            self.windows.after(self.state.step, self.trainable.recorder.events, self.trainable.plan)
+            recorder = self._recorder
+            self.windows.after(self.state.step, recorder.events if recorder is not None else list, self.trainable.plan)
 
     def adopt(self, plan: Plan) -> None:
         """From the next step on follow this plan.  All ranks call it between the same two steps."""
@@ -115,22 +131,17 @@ class Steps:
             raise ValueError(f"there are groups for packing {made}, not for {packing}: set strategy.packing=auto or {packing}")
         if packing == self.mesh.packing:
             return 0
-        position = self.mesh.log.position
+        position, before = self.log.position, self.trainable
         position.enter(f"repack {self.mesh.packing} to {packing}", False)
-        self.trainable.settle()
+        before.settle()
         mesh = self.meshes[packing]
         trainable = self._trainable_on(mesh)
-        optimizer = BucketOptimizer(self.config.optim, trainable.buckets)
-        sent_bytes = self.state.move_to(mesh, trainable, optimizer)
-        trainable.take_over(self.trainable)
-        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
-        self.follow_mesh()
+        sent_bytes = self.state.move_to(mesh, trainable, BucketOptimizer(self.config.optim, trainable.buckets))
+        trainable.take_over(before)
+        del before
         gc.collect()  # what has moved is in cycles, and large
         position.leave()
         return sent_bytes
-
-    def follow_mesh(self) -> None:
-        """There is another mesh and another trainable: for those that hold them."""
 
     def keep_plan(self, saved: Mapping[str, Any]) -> None:
         """Where `strategy` says auto: go on as a checkpoint with these values did, if layout and strategy are the same.  What was
@@ -164,16 +175,17 @@ class Steps:
             mesh,
             vocab_size=config.model.vocab_size or self.data.vocab_size,  # the model may have more than the tokenizer
             device=self.device,
+            log=self.log,
             wish_to_stop=self._wish,
             is_spike=self._guard.is_spike,
             explain=self.doctor.explain,
         )
 
-    def compute(self, step: int) -> tuple[Verdict, Line]:
-        """One step, with its entry in the ledger; nothing is logged or saved."""
-        train, state = self.config.train, self.state
-        self.mesh.log.position.step = step
-        self.optimizer.lr = learning_rate(
+    def compute(self, step: int, *, record: Recorder | None = None) -> tuple[StepResult, Line]:
+        """One step, with its entry in the ledger; nothing is logged or saved.  `record` gets the step's events."""
+        train, state, trainable, optimizer = self.config.train, self.state, self.built.trainable, self.built.optimizer
+        self.log.position.step = step
+        optimizer.lr = learning_rate(
             self.config.schedule,
             peak=self.config.optim.lr,
             step=step,
@@ -181,29 +193,36 @@ class Steps:
             tokens_per_step=train.global_batch_size * train.seq_len,
         )
         first = after(state.consumed_samples, train.global_batch_size, state.windows)
-        self.batch = self.data.train.batch(first + self.first_sample, self.own_samples).to(self.device)
+        self.batch = self._batch(first, is_last=step >= train.steps).to(self.device)
         random = RandomState()
-        recorder, recorded = self.trainable.recorder, self.trainable.recorder.on
-        recorder.on = recorded or (self.windows is not None and self.windows.measuring and not self.searching)
-        with self.profile.watching(self.trainable.gpt):
-            verdict = self.trainable.step(self.batch, self.optimizer.update)
-        self.profile.add(step, verdict)
-        recorder.on = recorded
-        state.step, state.tokens = step, state.tokens + verdict.loss_tokens
+        if record is None and self.windows is not None and self.windows.measuring and not self.searching:
+            record = Recorder()
+        self._recorder = record
+        with state.profile.watching(trainable.gpt):
+            result = trainable.step(self.batch, optimizer.update, record=record)
+        state.profile.add(step, result)
+        state.step, state.tokens = step, state.tokens + result.loss_tokens
         state.consumed_samples = first + train.global_batch_size
-        if verdict.updates:
-            state.guard.accept(verdict.loss)
+        if result.updates:
+            state.guard.accept(result.loss)
             if self.config.guard.spike == "skip":
                 state.spikes = 0
-            for layer, load in zip(self.trainable.gpt.moe_layers, verdict.loads, strict=True):
-                router = self.trainable.gpt.layers[layer].router
-                if router.bias_E is not None:
-                    router.update_bias(load[:-1].to(self.device))
         else:
             state.skipped_steps += 1
         digest = random.digest(seed=train.seed, first_sample=first)
-        count, plan = train.global_batch_size, self.trainable.plan
-        line = line_of(verdict, step=step, first_sample=first, count=count, random=digest, plan=plan)
+        count, plan = train.global_batch_size, trainable.plan
+        line = line_of(result, step=step, first_sample=first, count=count, random=digest, plan=plan)
         if train.ledger:
             state.ledger.add(line)
-        return verdict, line
+        return result, line
+
+    def close(self) -> None:
+        """End all threads; nothing more is computed."""
+        self._batches.close()
+        self.built.trainable.close()
+
+    def _batch(self, first: int, *, is_last: bool) -> Batch:
+        """This rank's part of the global batch from sequence `first` on.  The next one is made meanwhile, as far as is known."""
+        count = self.config.train.global_batch_size
+        following = None if is_last else after(first + count, count, self.state.windows) + self.first_sample
+        return self._batches.take(first + self.first_sample, self.own_samples, following=following)

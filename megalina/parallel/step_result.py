@@ -1,0 +1,45 @@
+"""The result of a step: what its last reduction told all ranks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What all ranks know at the end of a step, before anything is updated.  Losses are means over tokens."""
+
+    loss: float  # nats, without auxiliary terms
+    auxiliary: Mapping[str, float]  # name -> mean over MoE layers, unweighted; balance_loss is 1 at perfect balance
+    grad_norm: float  # over all parameters, before clipping
+    grad_scale: float  # what the update multiplies gradients by
+    finite: bool  # False: the step is skipped, on all ranks alike
+    spike: bool  # the guard refuses this loss: the step is skipped, on all ranks alike
+    loss_tokens: int
+    valid_tokens: int
+    stop: bool  # some rank was asked to stop after this step
+    loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
+    tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
+    routing_digests: tuple[int, ...]  # 64 bits per MoE layer, of the step's routing decisions; 0 without ledger
+    non_finite: tuple[str, ...] = ()  # of this rank alone: parameters whose gradients are not finite; () if `finite`
+
+    @property
+    def balance_loss(self) -> float:
+        return self.auxiliary.get("balance_loss", 0.0)
+
+    @property
+    def z_loss(self) -> float:
+        return self.auxiliary.get("z_loss", 0.0)
+
+    @property
+    def updates(self) -> bool:
+        """Whether the step changes the weights."""
+        return self.finite and not self.spike
+
+
+Update = Callable[[str, StepResult], None]  # bucket, result: the optimizer's part of a step
+
+
+class CollectivesDiffer(RuntimeError):
+    """The ranks have not submitted the same collectives in this step; nothing was updated."""
