@@ -122,6 +122,7 @@ class TrainConfig:
     eval_interval: int = 50  # steps between validations; 0: only at the end
     eval_sequences: int = 64  # sequences of one validation
     resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
+    allow_changes: bool = False  # go on although settings differ that change the data's order or what the saved state means
     init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
     exit_step: int = 0  # save and stop after this step; 0: run to the end
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit

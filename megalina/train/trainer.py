@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalina.changed_settings import as_json, change_line, changes
 from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
@@ -121,6 +122,7 @@ class Run(Steps):
         self._timing = Timing(config, self.mesh, self.trainable)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
+        self._changed: dict[int, dict[str, Any]] = {}  # what the first step of this start says of it, by its number
 
     def begin(self, start: Path | None) -> None:
         """Take the state of the checkpoint `start`, or the weights of `train.init_from`."""
@@ -140,6 +142,10 @@ class Run(Steps):
             logger.info("%s", self._describe())
             if start is not None:
                 logger.info("resumed from %s after step %d", start, self.state.step)
+        if start is not None and (pairs := as_json(changes(read_values(start)["config"], self.config))):
+            self._changed = {self.state.step + 1: {"changed_settings": pairs}}
+            if self.is_first:
+                logger.info("%s", change_line(self.state.step, pairs))
 
     def follow_mesh(self) -> None:
         self._timing = self._timing.moved(self.mesh, self.trainable)
@@ -262,6 +268,7 @@ class Run(Steps):
             "failed_saves": state.failed_saves,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
+            **self._changed.get(state.step, {}),
         } | ({"plan": str(self.trainable.plan), "packing": self.mesh.packing} if self.adapts else {})
 
     def _tokens_per_s(self, step_s: float) -> float:

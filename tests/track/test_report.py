@@ -115,6 +115,16 @@ def test_text_that_looks_like_html_stays_text(tmp_path):
     assert "</pre><script>alert(1)</script> &" in page.text and "<i>topk</i>" in page.text and "run & <b>co</b>" in page.text
 
 
+def test_settings_that_changed_on_the_way_are_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | {"changed_settings": {"optim.lr": [0.001, 0.003], "data.prefix": ["", "<b>"]}})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = parsed(write_report(run, samples=[], summary=SUMMARY))
+    step = json.loads(lines[3])["step"]
+    assert f"changed since step {step - 1}: optim.lr 0.001 -> 0.003, data.prefix '' -> <b>." in page.text
+
+
 def test_expert_choice_runs_are_marked(tmp_path):
     marked = parsed(write_report(write_run(tmp_path / "e", router="expert_choice"), samples=[], summary={})).text
     plain = parsed(write_report(write_run(tmp_path / "t"), samples=[], summary={})).text
