@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Smallest and largest value; every number of the schema has a row.
 POSITIVE = 5e-324  # the smallest float above zero
 LARGEST_FLOAT = 3e38  # float32 holds no more
+LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
 RANGES: dict[str, tuple[float, float]] = {
@@ -63,17 +64,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.rope_theta": (POSITIVE, LARGEST_FLOAT),
     "model.max_positions": (0, LARGEST_SIZE),
     "model.vocab_size": (0, LARGEST_SIZE),
-    "model.init_std": (0, LARGEST_FLOAT),
+    "model.init_std": (0, LARGEST_FACTOR),
     "model.dropout": (0, 1 - 2**-53),
     "router.top_k": (1, LARGEST_SIZE),
-    "router.scale": (POSITIVE, LARGEST_FLOAT),
+    "router.scale": (POSITIVE, LARGEST_FACTOR),
     "router.capacity_factor": (0, 1e6),
-    "router.balance_loss": (0, LARGEST_FLOAT),
-    "router.z_loss": (0, LARGEST_FLOAT),
-    "router.bias_update_rate": (0, LARGEST_FLOAT),
+    "router.balance_loss": (0, LARGEST_FACTOR),
+    "router.z_loss": (0, LARGEST_FACTOR),
+    "router.bias_update_rate": (0, LARGEST_FACTOR),
     "router.num_groups": (1, LARGEST_SIZE),
     "router.groups_per_token": (1, LARGEST_SIZE),
-    "router.noise_std": (0, LARGEST_FLOAT),
+    "router.noise_std": (0, LARGEST_FACTOR),
     "parallel.tp": (1, LARGEST_SIZE),
     "parallel.ep": (1, LARGEST_SIZE),
     "parallel.zero": (0, 1),
@@ -81,11 +82,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "strategy.parts": (1, 1024),
     "strategy.late_layers": (0, 100000),
     "strategy.packing_memory_gb": (0, 1e9),
-    "optim.lr": (0, LARGEST_FLOAT),
+    "optim.lr": (0, LARGEST_FACTOR),
     "optim.beta1": (0, 1 - 2**-53),
     "optim.beta2": (0, 1 - 2**-53),
     "optim.eps": (0, LARGEST_FLOAT),
-    "optim.weight_decay": (0, LARGEST_FLOAT),
+    "optim.weight_decay": (0, LARGEST_FACTOR),
     "optim.clip_norm": (0, LARGEST_FLOAT),
     "schedule.warmup_steps": (0, LARGEST_COUNT),
     "schedule.warmup_tokens": (0, LARGEST_COUNT),

@@ -155,6 +155,7 @@ def _header(run: RunData, name: str) -> str:
     for record in run.records:
         if isinstance(changed := record.get("changed_settings"), Mapping):
             notes.append(change_line(record["step"] - 1, changed) + ".")
+        notes += [f"Warning, step {record['step']}: {line}." for line in record.get("warnings") or []]
     skipped = sum(bool(record.get("skipped")) for record in run.records)
     if skipped:
         notes.append(f"{skipped} of {len(run.records)} steps were skipped: their loss or gradient norm was not finite.")

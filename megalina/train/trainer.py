@@ -27,6 +27,7 @@ from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
 from megalina.train.closing import close_run
+from megalina.train.dead_model import DeadModel
 from megalina.train.determinism import make_deterministic
 from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
@@ -120,6 +121,7 @@ class Run(Steps):
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
         self._timing = Timing(config, self.mesh, self.trainable)
+        self._dead_model = DeadModel(vocab_size)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
         self._changed: dict[int, dict[str, Any]] = {}  # what the first step of this start says of it, by its number
@@ -231,6 +233,7 @@ class Run(Steps):
             "rewinds": state.rewinds,
             "failed_saves": state.failed_saves,
             "dead_experts": sum(self._record.get("dead_experts", [])),
+            "dead_model": self._dead_model.dead,
             "total_params": self.flops.total_params,
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
@@ -247,9 +250,10 @@ class Run(Steps):
         state = self.state
         tokens_per_s = self._tokens_per_s(step_s)
         load = self.watch.report(state.step, verdict.loads)
+        layers, least = self.trainable.gpt.moe_layers, self.config.guard.min_entropy
+        warnings = [*self._dead_model.warnings(verdict), *self.watch.warnings(load, moe_layers=layers, min_entropy=least)]
         if self.is_first:
-            layers, least = self.trainable.gpt.moe_layers, self.config.guard.min_entropy
-            for line in self.watch.warnings(load, moe_layers=layers, min_entropy=least):
+            for line in warnings:
                 logger.warning("warning: step %d: %s", state.step, line)
         return {
             "step": state.step,
@@ -269,6 +273,7 @@ class Run(Steps):
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
             **self._changed.get(state.step, {}),
+            **({"warnings": warnings} if warnings else {}),
         } | ({"plan": str(self.trainable.plan), "packing": self.mesh.packing} if self.adapts else {})
 
     def _tokens_per_s(self, step_s: float) -> float:

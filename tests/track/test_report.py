@@ -119,9 +119,11 @@ def test_settings_that_changed_on_the_way_are_told(tmp_path):
     run = write_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[3] = json.dumps(json.loads(lines[3]) | {"changed_settings": {"optim.lr": [0.001, 0.003], "data.prefix": ["", "<b>"]}})
+    lines[4] = json.dumps(json.loads(lines[4]) | {"warnings": ["the model is dead: <it>"]})
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     page = parsed(write_report(run, samples=[], summary=SUMMARY))
     step = json.loads(lines[3])["step"]
+    assert f"Warning, step {step + 1}: the model is dead: <it>." in page.text
     assert f"changed since step {step - 1}: optim.lr 0.001 -> 0.003, data.prefix '' -> <b>." in page.text
 
 
