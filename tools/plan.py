@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from megalina.forecast.search import Candidate
 
 BAD_INPUT = 2  # exit code
+MOST_LOAD = 1_000_000  # as many as there are ranks at most
 SHOWN = 10
+MOST_WORDS = 2**24
 DEFAULT_VOCAB = 32768  # where neither the model nor --vocab-size says it
 SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
@@ -185,8 +187,8 @@ def loads_of(text: str) -> tuple[float, ...]:
         loads = tuple(map(float, words))
     except ValueError:
         loads = ()
-    if not loads or not all(1 <= load < float("inf") for load in loads):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers of 1 or more with commas, 1 for even routing")
+    if not loads or not all(1 <= load <= MOST_LOAD for load in loads):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 1, for even routing, to {MOST_LOAD:,} with commas")
     return loads
 
 
@@ -195,13 +197,17 @@ def show(done: int, total: int, what: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from megalina.arguments import Parser, number, whole
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="A=B", help="as for pretrain_gpt_moe.py, and nodes=N")
     parser.add_argument(
         "--search", action="store_true", help="layouts x recompute x micro-batch x strategies, not this one alone"
     )
-    parser.add_argument("--tokens", type=float, default=0.0, metavar="N", help="say how many days so many tokens take")
-    parser.add_argument("--vocab-size", type=int, default=0, metavar="N", help=f"default: the model's, or {DEFAULT_VOCAB}")
+    parser.add_argument("--tokens", type=number(), default=0.0, metavar="N", help="say how many days so many tokens take")
+    parser.add_argument(
+        "--vocab-size", type=whole(0, MOST_WORDS), default=0, metavar="N", help=f"default: the model's, or {DEFAULT_VOCAB}"
+    )
     parser.add_argument(
         "--loads", type=loads_of, default=(1.0, 1.5, 2.0), metavar="A,B,...", help="rows of the busiest rank, default 1,1.5,2"
     )

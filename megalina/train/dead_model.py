@@ -1,7 +1,7 @@
 """The watch over a model that has stopped to say anything: every word equally likely, or not one gradient.
 
-Weights whose squares overflow do that: a norm divides by infinity, so logits are all zero, the loss is exactly ln(vocabulary), and
-no step changes it any more.  What is looked at is the step's own reduction, so all ranks decide alike."""
+Weights whose squares overflow do that: a norm divides by infinity, so logits are all zero, the loss is exactly ln(vocabulary),
+and no step changes it any more.  What is looked at is the step's own reduction, so all ranks decide alike."""
 
 import math
 
