@@ -100,6 +100,9 @@ class Shared:
     def __init__(self) -> None:
         self._programs: dict[Any, Program] = {}
         self._folded: dict[Any, FoldedLoads] = {}
+        self._ranks_of: dict[Any, Callable[[str, int], tuple[int, ...]]] = {}
+        self._phases: dict[Any, Any] = {}
+        self._phases_of: Any = None
 
     def program(self, config: PretrainConfig, plan: Plan, held: StageBytes, *, micro_batches: int) -> Program:
         """As `program_of`."""
@@ -120,8 +123,18 @@ class Shared:
         """As the walk wants it.  `axes`: ranks along each."""
         key = network, tuple(axes.items()), uses
         if key not in self._folded:
-            self._folded[key] = FoldedLoads(network, axes["world"], ranks_of(axes), uses, slowest=True)
+            if self._phases_of != key[:2]:  # large ones: of the latest layout alone
+                self._phases_of, self._phases = key[:2], {}
+            ranks = axes["world"]
+            self._folded[key] = FoldedLoads(network, ranks, self.ranks_of(axes), uses, slowest=True, known=self._phases)
         return self._folded[key]
+
+    def ranks_of(self, axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
+        """As the function."""
+        key = tuple(axes.items())
+        if key not in self._ranks_of:
+            self._ranks_of = {key: ranks_of(axes)}
+        return self._ranks_of[key]
 
 
 def forecast(
@@ -231,7 +244,7 @@ def _timeline(
     return simulate_alike(
         program,
         ranks=world,
-        ranks_of=ranks_of(held.axes),
+        ranks_of=shared.ranks_of(held.axes),
         seconds=stage_seconds(config, work, load=load),
         network=network_of(config.cluster),
         sizes=sizes,
@@ -264,8 +277,14 @@ def on_cuda(cluster: ClusterConfig) -> bool:
 def ranks_of(axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
     """`axes`: ranks along each."""
     table = rows({name: axes[name] for name in ("edp", "ep", "tp")})
-    row_of = {(axis, rank): row for axis, found in table.items() for row in map(tuple, found) for rank in row}
-    return lambda axis, rank: row_of[axis, rank]
+    row_of: dict[str, dict[int, tuple[int, ...]]] = {}  # of the axes that are asked for: a hundred thousand ranks take their time
+
+    def row(axis: str, rank: int) -> tuple[int, ...]:
+        if axis not in row_of:
+            row_of[axis] = {rank: row for row in map(tuple, table[axis]) for rank in row}
+        return row_of[axis][rank]
+
+    return row
 
 
 def peak_of(config: PretrainConfig) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import Shared, fits_in, held_by
-from megalina.forecast.search import RECOMPUTE, accepted, divisors, with_recompute
+from megalina.forecast.search import RECOMPUTE, Candidate, accepted, divisors, with_recompute
 from megalina.parallel.plans import strategy_of
 from megalina.sim.memory import peak_of
 from megalina.step.plan import Plan
@@ -43,6 +43,12 @@ def under_loads(
                 received = max(received, held.value(arrival.writes[0], arrival))
         out.append(UnderLoad(load, peaks, sent, received))
     return out
+
+
+def fits_under(found: Candidate, load: float, world: int, *, vocab_size: int, shared: Shared) -> bool:
+    """Whether a candidate fits as it is where the busiest rank has so many times the mean's rows."""
+    held = held_by(found.config, world, found.plan, vocab_size=vocab_size, load=load)
+    return fits_in(found.config.cluster, peak_of(held, shared.list_for_memory(found.config, found.plan, held))[0])
 
 
 def what_fits(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int) -> tuple[str, ...]:
