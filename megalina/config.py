@@ -12,6 +12,7 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
+LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
 
@@ -84,7 +85,9 @@ class ModelConfig:
     bias: bool = False  # biases in attention and MLPs (experts included)
     tie_embeddings: bool = True  # the output matrix is the token embedding
     vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
-    init_std: float = setting(0.02)  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
+    init_std: float = setting(
+        0.02, high=LARGEST_FACTOR
+    )  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
     # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
     dropout: float = setting(0.0, high=BELOW_ONE)
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
@@ -96,19 +99,23 @@ class RouterConfig:
     kind: str = setting("topk", choices=("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"), own=True)
     top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
     renormalize: bool = True  # the selected weights of a token sum to one
-    scale: float = setting(1.0, low=POSITIVE)  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
+    scale: float = setting(
+        1.0, low=POSITIVE, high=LARGEST_FACTOR
+    )  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
     # tokens that share capacity and balance; global: balance loss alone
     group: str = setting("sequence", choices=("sequence", "micro_batch", "global"))
     # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
     capacity_factor: float = setting(0.0, high=1e6)
     # who is dropped beyond capacity: the last, or the least probable
     drop: str = setting("position", choices=("position", "probability"))
-    balance_loss: float = setting(0.01)  # weight of the load-balance loss
-    z_loss: float = setting(0.0)  # weight of the router z-loss
-    bias_update_rate: float = setting(0.0)  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
+    balance_loss: float = setting(0.01, high=LARGEST_FACTOR)  # weight of the load-balance loss
+    z_loss: float = setting(0.0, high=LARGEST_FACTOR)  # weight of the router z-loss
+    bias_update_rate: float = setting(
+        0.0, high=LARGEST_FACTOR
+    )  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
     num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
     groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
-    noise_std: float = setting(0.0)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
+    noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
 
 
@@ -143,11 +150,11 @@ class StrategyConfig:
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
     name: str = setting("adamw", choices=("adamw", "sgd"))  # which optimizer
-    lr: float = setting(1e-3)  # peak learning rate
+    lr: float = setting(1e-3, high=LARGEST_FACTOR)  # peak learning rate
     beta1: float = setting(0.9, high=BELOW_ONE)  # AdamW: decay of the mean of the gradients
     beta2: float = setting(0.95, high=BELOW_ONE)  # AdamW: decay of the mean of their squares
     eps: float = setting(1e-8)  # AdamW: added to the root of that mean
-    weight_decay: float = setting(0.1)  # on matrices; not on norms, biases and embeddings of positions
+    weight_decay: float = setting(0.1, high=LARGEST_FACTOR)  # on matrices; not on norms, biases and embeddings of positions
     clip_norm: float = setting(1.0)  # gradients are scaled down to this global norm; 0: never
     # apex: NVIDIA's FusedAdam; auto: that one where it is installed and on CUDA
     implementation: str = setting("auto", choices=("auto", "torch", "apex"))
@@ -177,6 +184,7 @@ class TrainConfig:
     eval_interval: int = setting(50, high=LARGEST_COUNT)  # steps between validations; 0: only at the end
     eval_sequences: int = setting(64, low=1)  # sequences of one validation
     resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
+    allow_changes: bool = False  # go on although settings differ that change the data's order or what the saved state means
     init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
     exit_step: int = setting(0, high=LARGEST_COUNT)  # save and stop after this step; 0: run to the end
     max_minutes: float = setting(0.0, high=1e9)  # save and stop after this time; 0: no limit

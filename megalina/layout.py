@@ -38,8 +38,15 @@ def rows(shape: Mapping[str, int]) -> dict[str, list[list[int]]]:
 
 def ranks_of(shape: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
     """(axis, rank) -> the ranks of its row, of the axes of `rows`."""
-    row_of = {(axis, rank): row for axis, table in rows(shape).items() for row in map(tuple, table) for rank in row}
-    return lambda axis, rank: row_of[axis, rank]
+    table = rows(shape)
+    row_of: dict[str, dict[int, tuple[int, ...]]] = {}  # of the axes that are asked for: a hundred thousand ranks take their time
+
+    def row(axis: str, rank: int) -> tuple[int, ...]:
+        if axis not in row_of:
+            row_of[axis] = {rank: row for row in map(tuple, table[axis]) for rank in row}
+        return row_of[axis][rank]
+
+    return row
 
 
 def axis_of_group(group: str) -> str:

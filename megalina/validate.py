@@ -137,6 +137,10 @@ def check_machine(
 
 def check_paths(config: PretrainConfig) -> None:
     """Raises ValueError if run.dir can't be written, or a checkpoint that is named isn't there."""
+    if not config.run.dir.strip():
+        raise ValueError("run.dir is empty: give a folder for this run, or leave run.dir out")
+    if not config.data.cache_dir.strip():
+        raise ValueError("data.cache_dir is empty: give a folder for prepared text, or leave data.cache_dir out")
     folder = Path(config.run.dir).absolute()
     while not folder.exists():
         folder = folder.parent

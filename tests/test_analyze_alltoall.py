@@ -30,7 +30,6 @@ def no_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TWO, "--experts", "3"], "--experts 3 on 2 rank(s) gives no all-to-all"),
         ([*TWO, "--experts", "1,2"], "--experts 1,2: a layer needs at least 2 experts"),
         ([*TWO, "--experts", "two"], "--experts two: give numbers with commas between, such as 2,4,8"),
-        ([*TWO, "--steps", "0"], "--steps 0 must be at least 1"),
         ([*TWO, "--json", "/nowhere/a.json"], "--json /nowhere/a.json: there is no folder /nowhere"),
         ([*TWO, "--plot", "a.gif"], "--plot a.gif: the name must end in .png or .svg"),
         ([*TWO, "--timeline", "a.pdf"], "--timeline a.pdf: the name must end in .png or .svg"),

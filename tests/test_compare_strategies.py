@@ -35,15 +35,6 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--nodes 0", "nodes=0 must be positive and finite"),
-        ("--ranks-per-node 0", "ranks_per_node=0 must be positive and finite"),
-        ("--nodes -2", "nodes=-2 must be positive"),
-        ("--rounds 0", "rounds=0 must be positive"),
-        ("--steps -1", "steps=-1 must be positive"),
-        ("--link-mbit 0", "link_mbit=0 must be positive and finite; ranks that shall share no link are of one node"),
-        ("--link-mbit nan", "link_mbit=nan must be positive and finite"),
-        ("--link-mbit inf", "link_mbit=inf must be positive and finite"),
-        ("--link-mbit -5", "link_mbit=-5 must be positive and finite"),
         (
             "--nodes 1 --ranks-per-node 4 --link-mbit 100",
             "--link-mbit 100: one node has no link; leave it out",

@@ -377,7 +377,7 @@ def saved_checkpoint(path: Path, config: PretrainConfig, vocab_size: int) -> Pat
     tensors |= {f"exp_avg/{name}": {"shape": [1], "dtype": "float32"} for name, _ in gpt.named_parameters()}
     path.mkdir(parents=True)
     (path / ".metadata").touch()
-    values = {"step": int(path.name[5:]), "config": asdict(config)}
+    values = {"step": int(path.name[5:]), "config": asdict(config), "vocab_size": vocab_size}
     (path / "values.json").write_text(json.dumps({"values": values, "tensors": tensors}))
     write_sums(path, {p.name: sum_of(p) for p in list(path.iterdir())})
     return path
@@ -388,18 +388,33 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, 
     path = saved_checkpoint(tmp_path / "old" / "step_00000020", composed("model=tiny"), 512)
     code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"{setting}={path}")
     assert (code, out, err.count("\n")) == (2, [], 1)
-    assert "is of another model" in err
-    assert "model/layers.0.experts.w1: [4, 256, 64] in the checkpoint, [4, 128, 64] here" in err
+    assert "is of another model: model.d_ff 128 -> 64: set back what differs" in err
     assert not (tmp_path / "new").exists()
     code, _, err = command("model=tiny", "model.num_layers=3", "run.dir=new", f"{setting}={path}")
-    assert (code, "model/layers.2.attention.q: absent in the checkpoint, [64, 64] here" in err) == (2, True)
+    assert (code, "is of another model: model.num_layers 2 -> 3: " in err) == (2, True)
     assert command("model=tiny", "run.dir=new", f"{setting}={path}")[0] == 0
+
+
+def test_changed_settings_are_refused_before_text_is_prepared(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+
+    def prepared(config: PretrainConfig) -> int:
+        raise AssertionError("text is prepared")
+
+    monkeypatch.setattr(pretrain_gpt_moe, "check_data", prepared)
+    code, out, err = command("model=tiny", "run.dir=here", "train.dtype=bfloat16")
+    assert (code, out, err.count("\n")) == (2, [], 1) and "number type: train.dtype float32 -> bfloat16: set back" in err
+    code, out, err = command("model=tiny", "run.dir=here", "train.seed=1", "optim.lr=1")
+    assert (code, out, err.count("\n")) == (2, [], 1) and "another run: train.seed 1234 -> 1: " in err
+    path = saved_checkpoint(tmp_path / "old" / "step_00000020", composed("model=tiny"), 512)
+    code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"train.init_from={path}")
+    assert (code, out, err.count("\n")) == (2, [], 1) and "another model: model.d_ff 128 -> 64: " in err
 
 
 def test_a_run_folder_with_another_models_checkpoints_is_refused(command, tmp_path: Path) -> None:
     saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
     code, _, err = command("model.num_experts=8", "run.dir=here")
-    assert (code, "model/layers.0.router.weight: [4, 64] in the checkpoint, [8, 64] here" in err) == (2, True)
+    assert (code, "is of another model: model.num_experts 4 -> 8: " in err) == (2, True)
     code, _, err = command("train.resume=none", "run.dir=here")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("train.resume=none, but here has a checkpoint of step 20: choose another run.dir")

@@ -57,12 +57,7 @@ def test_figures_that_make_no_cluster_are_refused_before_anything_is_made(
     ("arguments", "said"),
     [
         ("--nodes 4", "there is no command: give it after --"),
-        ("--nodes 0 -- true", "nodes=0 must be positive"),
-        ("--link-mbit 0 -- true", "link_mbit=0 must be positive"),
-        ("--ranks-per-node 0 -- true", "ranks_per_node=0 must be positive"),
-        ("--timeout-s -1 -- true", "timeout_s=-1 must be positive"),
         ("--slowdown 3 -- true", "--slowdown says how much slower"),
-        ("--like lina_testbed --slowdown 0 -- true", "slowdown=0 must be positive"),
         ("--like lina_testbed --link-mbit 100 -- true", "--link-mbit follows from --like"),
         ("--like lina_tesbed -- true", "does not exist (did you mean lina_testbed?)"),
         ("--like h100 -- true", "conf/cluster/h100.yaml gives no nodes and links; there is a100_80g_ib, "),

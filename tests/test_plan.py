@@ -110,4 +110,4 @@ def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.Captu
 def test_loads_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*LAYOUT, "--loads", text])
-    assert "must be numbers of 1 or more" in capsys.readouterr().err
+    assert "must be numbers from 1, for even routing, to 1,000,000" in capsys.readouterr().err

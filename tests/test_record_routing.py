@@ -102,7 +102,6 @@ def test_text_is_tokenized_as_far_as_it_is_needed(folder: Path, tmp_path: Path) 
     [
         ("nowhere", "there is no checkpoint nowhere"),
         ("{runs}/empty", "has no checkpoint yet"),
-        ("{run} --tokens 0", "--tokens is 0: choose 1 to 16777216"),
         ("{run} --devices 5", "--devices is 5: choose 1 to 4, the number of experts"),
         ("{run} --out {tmp}/none/x.npz", "there is no folder {tmp}/none"),
         ("{run} --out {tmp}", "is a folder: name a file in it"),

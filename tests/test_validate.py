@@ -200,6 +200,9 @@ def test_paths_are_checked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file, not a folder: choose another run.dir"):
         check_paths(changed(run__dir=str(tmp_path / "file" / "run")))
+    for key in ("run__dir", "data__cache_dir"):
+        with pytest.raises(ValueError, match=rf"{key.replace('__', '.')} is empty: give a folder"):
+            check_paths(changed(**{key: " "}))
     with pytest.raises(ValueError, match="train.resume=nowhere: there is no such folder"):
         check_paths(changed(run__dir=str(tmp_path), train__resume="nowhere"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

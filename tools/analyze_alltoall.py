@@ -85,8 +85,6 @@ def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Mem
 
     from megalina.parallel.plan_file import with_plan
 
-    if steps < 1:
-        raise ValueError(f"--steps {steps} must be at least 1")
     own = composed(overrides)
     train = replace(own.train, steps=max(own.train.steps, WARM_UP_STEPS + steps))  # the schedule is that of the real run
     own = replace(own, train=train, guard=replace(own.guard, spike="none"))
@@ -208,7 +206,9 @@ def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from megalina.arguments import Parser, whole
+
+    parser = Parser(
         description="Trains some steps of your configuration, with your strategy, and says what all-to-alls cost: their share of "
         "the step (by number of experts), what a MoE layer's forward pass goes to, how much all-to-alls are slowed down by "
         "gradients, and how long devices stand idle.  The paper's numbers stand beside.",
@@ -221,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", default="", metavar="E,E", help="once for each number of experts a layer, over as many ranks as divide it "
         "(parallel.ep is set); default: the configuration's own",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps a setting (default: 20)")
+    parser.add_argument(
+        "--steps", type=whole(1, 1_000_000), default=20, metavar="N", help="measured steps a setting (default: 20)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, and every slowdown")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="plots of shares, a layer, slowdowns (CDF), idle time; .svg too")
     parser.add_argument("--timeline", type=Path, metavar="PNG", help="the last step of rank 0, a row a setting; .svg too")

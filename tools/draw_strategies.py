@@ -202,8 +202,6 @@ def steps_of(args: argparse.Namespace) -> dict[str, Drawn]:
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     check_figures(ranks=args.ranks, link_mbit=args.link_mbit)
-    if not 0 <= args.latency_ms < float("inf"):
-        raise ValueError(f"--latency-ms {args.latency_ms:g} must be a number of milliseconds, 0 or more")
     cluster = Cluster(args.ranks, args.link_mbit, args.latency_ms)
     jobs = {name: ladder_job(f"strategy={name}", *EXTRA.get(name, ()), *args.overrides, cluster=cluster) for name in names}
     return {name: Drawn(job.plan, job.step(training_step(name, job.setting))) for name, job in jobs.items()}
@@ -240,7 +238,9 @@ def _is_input(error: Exception) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from megalina.arguments import Parser, number, whole
+
+    parser = Parser(
         description="Draws one training step of each strategy as a timeline in virtual time: no rank is started and nothing is "
         "measured.  Devices take the time that the configuration says, links share their rate fairly, and each step is the very "
         "list that ranks would run.  All pictures have one scale; all.png has all of them.  The model is the ladder's "
@@ -253,9 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for NAME.png of each; made if it isn't there")
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all but auto, which has no step of its own")
-    parser.add_argument("--ranks", type=int, default=RANKS, metavar="N", help=f"each on a node of its own (default: {RANKS})")
-    parser.add_argument("--link-mbit", type=float, default=LINK_MBIT, metavar="X", help="of each node, each way (default: 500)")
-    parser.add_argument("--latency-ms", type=float, default=LATENCY_MS, metavar="X", help="of each exchange (default: 1)")
+    parser.add_argument(
+        "--ranks", type=whole(1, 1024), default=RANKS, metavar="N", help=f"each on a node of its own (default: {RANKS})"
+    )
+    parser.add_argument(
+        "--link-mbit", type=number(above=True), default=LINK_MBIT, metavar="X", help="of each node, each way (default: 500)"
+    )
+    parser.add_argument(
+        "--latency-ms", type=number(0, 1e9), default=LATENCY_MS, metavar="X", help="of each exchange (default: 1)"
+    )
     return parser
 
 

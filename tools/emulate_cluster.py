@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from megalina.arguments import Parser, number, whole
 from megalina.launch import Stopped, num_cores
 from megalina.namespaces import CannotEmulate, Cluster, NoLatency, check_figures, emulated_cluster
 from megalina.node_ranks import check_command
@@ -199,20 +200,28 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--nodes N] [--ranks-per-node N] [--link-mbit X | --like NAME [--slowdown F]] [--latency-us X]\n"
         "                          [--timeout-s X] [--logs FOLDER] -- COMMAND",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="default: 4, or as the cluster of --like has")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="default: 1, or as the cluster of --like has")
-    parser.add_argument("--link-mbit", type=float, metavar="X", help="Mbit/s of each node's link, each way (default: 500)")
-    parser.add_argument("--latency-us", type=float, metavar="X", help="added to each packet's way, microseconds (default: 0)")
+    parser.add_argument("--nodes", type=whole(1, 254), metavar="N", help="default: 4, or as the cluster of --like has")
+    parser.add_argument("--ranks-per-node", type=whole(1, 1024), metavar="N", help="default: 1, or as the cluster of --like has")
+    parser.add_argument(
+        "--link-mbit", type=number(above=True), metavar="X", help="Mbit/s of each node's link, each way (default: 500)"
+    )
+    parser.add_argument(
+        "--latency-us", type=number(0, 1e9), metavar="X", help="added to each packet's way, microseconds (default: 0)"
+    )
     parser.add_argument("--like", metavar="NAME", help="a cluster of conf/cluster in slow motion: lina_testbed")
-    parser.add_argument("--slowdown", type=float, metavar="F", help="the factor of --like (default: makes links of 500 Mbit/s)")
-    parser.add_argument("--timeout-s", type=float, metavar="X", default=1e9, help="end all after this many seconds")
+    parser.add_argument(
+        "--slowdown", type=number(above=True), metavar="F", help="the factor of --like (default: makes links of 500 Mbit/s)"
+    )
+    parser.add_argument(
+        "--timeout-s", type=number(0, 1e9, above=True), metavar="X", default=1e9, help="end all after this many seconds"
+    )
     parser.add_argument(
         "--logs", type=Path, metavar="FOLDER",
         help="what ranks 1, 2, ... write goes to FOLDER/rank_N.log (default: a temporary folder, kept if a rank fails)",

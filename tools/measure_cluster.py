@@ -35,8 +35,9 @@ STEPS = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from megalina import launch
     from pretrain_gpt_moe import explain
+
+    from megalina import launch
 
     member = launch.joined(os.environ)
     try:
@@ -70,13 +71,9 @@ def check_arguments(args: argparse.Namespace, member: "Member | None") -> None:
         raise ValueError(f"--out {args.out} must end in .yaml, as cluster=NAME reads conf/cluster/NAME.yaml")
     if member and args.ranks:
         raise ValueError(f"--ranks {args.ranks}: {member.launcher} has started {member.world} ranks; leave it out")
-    if args.ranks is not None and not 1 <= args.ranks <= MAX_RANKS_A_CORE * num_cores():
+    if args.ranks is not None and args.ranks > MAX_RANKS_A_CORE * num_cores():
         most = f"{MAX_RANKS_A_CORE * num_cores()}, {MAX_RANKS_A_CORE} for each of {num_cores()} cores"
         raise ValueError(f"--ranks {args.ranks} must be 1 to {most}")
-    if not 0 < args.seconds < float("inf"):
-        raise ValueError(f"--seconds {args.seconds:g} must be positive and finite")
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} must be at least 1")
     device_kind(args.device)
 
 
@@ -129,10 +126,10 @@ def measure(args: argparse.Namespace, ranks: int, member: "Member | None") -> in
 def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
     """Short runs of the trainer on ranks of this machine against their forecasts."""
     from omegaconf import OmegaConf
+    from pretrain_gpt_moe import check_data
 
     from megalina.measure.check import as_json, busy, checked, overrides_of, table
     from megalina.validate import check_config, check_hardware
-    from pretrain_gpt_moe import check_data
 
     configs = {name: config_of([*words, f"cluster={args.out.stem}"]) for name, words in overrides_of(ranks).items()}
     vocab_sizes = {}
@@ -180,15 +177,26 @@ def run_ranks(spec: Mapping[str, Any], ranks: int, member: "Member | None") -> d
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, metavar="N", help="to start here (default: one for each GPU or core)")
+    from megalina.arguments import Parser, number, whole
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ranks", type=whole(1, 1_000_000), metavar="N", help="to start here (default: one for each GPU or core)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: GPUs where there are some")
     parser.add_argument("--out", type=Path, default=ROOT / FILE, metavar="YAML",
                         help=f"the cluster's file (default: {FILE}); with --check the one that forecasts read")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=f"for each of some 80 things that are timed, "
-                        f"twice (default: {SECONDS:g})")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=number(0, 1e6, above=True),
+        default=SECONDS,
+        metavar="S",
+        help=f"for each of some 80 things that are timed, twice (default: {SECONDS:g})",
+    )
     parser.add_argument("--check", action="store_true", help="measure nothing; run three small configurations and compare")
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of --check, of each (default: {STEPS})")
+    parser.add_argument(
+        "--steps", type=whole(1, 1_000_000), default=STEPS, metavar="N", help=f"of --check, of each (default: {STEPS})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all times and figures")
     return parser
 

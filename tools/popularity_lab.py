@@ -139,9 +139,10 @@ class _Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from megalina.arguments import Parser, number, whole
     from placement_lab.replays import SAMPLE, SMALL, SOLVER_S
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Replays batches of recorded routing under each predictor, planner, split and trigger, with the controller "
         "that serves: how even devices' loads would be, how well popularity was predicted, what that takes.",
         epilog="which part of a trace is used: a trace that is given to --train alone is trained on as a whole, one that is "
@@ -162,21 +163,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alternate", action="store_true", help="a batch of each served trace in turn (default: one after another)"
     )
-    parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="(default: 1024)")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="each has an equal part of the tokens (default: 8)")
-    parser.add_argument("--devices-per-node", type=int, default=0, metavar="N", help="planner hierarchical (default: two nodes)")
-    parser.add_argument("--slots", type=int, default=10, metavar="N", help="places for experts on a device (default: 10)")
-    parser.add_argument("--first-layer", type=int, default=3, metavar="L", help="MoE layers from this one on count (default: 3, "
-                        "the fourth, from which on paths of three layers are known)")  # fmt: skip
-    parser.add_argument("--warm-up-batches", type=int, default=0, metavar="N", help="served first, not counted (default: 0)")
-    parser.add_argument("--experts", type=int, default=0, metavar="E", help="of the traces, where their files don't say")
-    parser.add_argument("--top1-experts", type=int, default=0, metavar="E", help="first choices alone, experts merged to so many")
+    parser.add_argument("--batch-tokens", type=whole(1, 2**31 - 1), default=1024, metavar="N", help="(default: 1024)")
+    parser.add_argument(
+        "--devices", type=whole(1, 65536), default=8, metavar="N", help="each has an equal part of the tokens (default: 8)"
+    )
+    parser.add_argument(
+        "--devices-per-node", type=whole(0, 65536), default=0, metavar="N", help="planner hierarchical (default: two nodes)"
+    )
+    parser.add_argument(
+        "--slots", type=whole(1, 1 << 20), default=10, metavar="N", help="places for experts on a device (default: 10)"
+    )
+    parser.add_argument(
+        "--first-layer",
+        type=whole(0, 100_000),
+        default=3,
+        metavar="L",
+        help="MoE layers from this one on count (default: 3, the fourth, from which on paths of three layers are known)",
+    )
+    parser.add_argument(
+        "--warm-up-batches", type=whole(0, 2**31 - 1), default=0, metavar="N", help="served first, not counted (default: 0)"
+    )
+    parser.add_argument(
+        "--experts", type=whole(0, 1 << 20), default=0, metavar="E", help="of the traces, where their files don't say"
+    )
+    parser.add_argument(
+        "--top1-experts", type=whole(0, 1 << 20), default=0, metavar="E", help="first choices alone, experts merged to so many"
+    )
     parser.add_argument("--predictors", default="", metavar="A,B", help="default: all")
-    parser.add_argument("--replan-rows", type=float, metavar="X", help="trigger gain: planning anew takes as long as so many "
+    parser.add_argument("--replan-rows", type=number(), metavar="X", help="trigger gain: planning anew takes as long as so many "
                         "rows on the busiest device (default: a tenth of a device's mean rows)")  # fmt: skip
     parser.add_argument("--optimum", action="store_true", help=f"how far from the exact optimum: all layers of batches up to "
                         f"{SMALL} experts, else {SAMPLE} by chance (needs scipy; up to {SOLVER_S:g} s each)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that sample (default: 0)")
+    parser.add_argument("--seed", type=whole(), default=0, metavar="N", help="of that sample (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="95th percentiles as bars by predictor; .svg too")
     return parser

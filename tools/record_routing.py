@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megalina.arguments import Parser, whole
 from megalina.batch import Batch
 from megalina.checkpoint.checkpoints import read_values
 from megalina.checkpoint.profile import PROFILE
@@ -90,7 +91,7 @@ class Shown:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     parser.add_argument(
         "--data",
@@ -99,9 +100,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a text file, .jsonl or folder, tokenized with the model's tokenizer; or PREFIX of PREFIX.bin and PREFIX.idx "
         "(default: the run's validation text)",
     )
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="at most so many (default 16384)")
+    parser.add_argument(
+        "--tokens", type=whole(1, MOST_TOKENS), default=16384, metavar="N", help="at most so many (default 16384)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write it (default CHECKPOINT/{PROFILE})")
-    parser.add_argument("--devices", type=int, metavar="N", help=f"load of the busiest of so many is told (default {DEVICES})")
+    parser.add_argument(
+        "--devices", type=whole(1, 1 << 20), metavar="N", help=f"load of the busiest of so many is told (default {DEVICES})"
+    )
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--cache-dir", default="", help="where the run's prepared text lies now, if not where the run had it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
@@ -143,8 +148,6 @@ def run(options: argparse.Namespace) -> str:
 
 def check(options: argparse.Namespace, values: dict[str, Any], out: Path) -> None:
     """ValueError for what can be seen before the weights are read."""
-    if not 1 <= options.tokens <= MOST_TOKENS:
-        raise ValueError(f"--tokens is {options.tokens}: choose 1 to {MOST_TOKENS}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     if not out.absolute().parent.is_dir():

@@ -9,24 +9,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from megalina.arguments import Parser, number, whole
 from megalina.data.bpe import train_bpe
 from megalina.data.documents import find_sources, read_texts
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl (also .gz, .zst), .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of PREFIX.model")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, an upper limit")
+    parser.add_argument("--vocab-size", type=whole(1, 2**24), required=True, help="number of pieces, an upper limit")
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"], help="where the text is in JSON lines and parquet rows (default: text)"
     )
-    parser.add_argument("--sample-mb", type=float, default=100.0, help="a random sample of at most this much text (default: 100)")
+    parser.add_argument(
+        "--sample-mb", type=number(above=True), default=100.0, help="a random sample of at most this much text (default: 100)"
+    )
     options = parser.parse_args()
     path = Path(f"{options.output_prefix}.model")
     try:
-        if options.sample_mb <= 0:
-            raise ValueError(f"--sample-mb must be positive, not {options.sample_mb}")
         texts = read_texts(find_sources(options.input), options.json_keys)
         pieces = train_bpe(texts, vocab_size=options.vocab_size, path=path, sample_mb=options.sample_mb)
     except OSError as error:

@@ -40,17 +40,25 @@ class Place:
 def before_experts(place: Place, on: int, fault: Callable[[Any], None]) -> None:
     """On rank `on` call `fault(instruction functions)` once, in the first experts' instruction of step STEP."""
     from megalina.parallel.functions import StageFunctions
+    from megalina.step.program import Instruction
 
-    experts, left = StageFunctions._experts, [fault]
+    of, left = StageFunctions.__call__, [fault]
 
-    def faulty(self: StageFunctions, *arguments: Any) -> Any:
-        if place.rank == on and self.log.position.step == STEP and left:
-            begin = left.pop()
-            place.mark()
-            begin(self)
-        return experts(self, *arguments)
+    def faulty(self: StageFunctions, instruction: Instruction) -> Callable[..., Any]:
+        function = of(self, instruction)
+        if instruction.name != "experts" or instruction.phase != "F":
+            return function
 
-    StageFunctions._experts = faulty  # type: ignore[assignment, method-assign]
+        def run(*arguments: Any) -> Any:
+            if place.rank == on and self.log.position.step == STEP and left:
+                begin = left.pop()
+                place.mark()
+                begin(self)
+            return function(*arguments)
+
+        return run
+
+    StageFunctions.__call__ = faulty  # type: ignore[method-assign]
 
 
 def stall(place: Place) -> None:
@@ -112,7 +120,7 @@ def before_step(number: int, act: Callable[[Any], None]) -> None:
             act(self)
         return run_step(self, *arguments, **named)
 
-    Trainable.step = step  # type: ignore[assignment, method-assign]
+    Trainable.step = step  # type: ignore[method-assign]
 
 
 def swap_buckets(place: Place) -> None:
@@ -238,7 +246,7 @@ def watch_weights(place: Place) -> None:
             (place.run / f"weights.{place.rank}").write_text("same" if same else "changed")
             raise
 
-    Trainable.step = step  # type: ignore[assignment, method-assign]
+    Trainable.step = step  # type: ignore[method-assign]
 
 
 def main(role: str, plant: str, *arguments: str) -> int:

@@ -20,9 +20,12 @@ def write_checkpoint(path: Path, values: Mapping[str, Any], listing: Listing, fe
     """Write the checkpoint folder `path`, which must not be there; `fetch` gives the data of a box of a tensor.
 
     The tensors lie one after the other in `files` tensor files of the same size, whole but for those at the cuts.
-    ValueError for a number of files below 1; OSError where it can't be written: nothing of it stays."""
-    if files < 1:
-        raise ValueError(f"a checkpoint has at least 1 tensor file, not {files}")
+    ValueError for fewer files than 1, or more than the tensors have rows; OSError where it can't be written: nothing stays."""
+    rows = sum(shape[0] if shape else 1 for shape, _ in listing.values())
+    if not 1 <= files <= max(rows, 1):
+        raise ValueError(
+            f"{files} tensor files: a checkpoint has at least 1, and at most as many as its tensors have rows, {rows}"
+        )
     with published(path) as partial:
         partial.mkdir(parents=True)
         tensors, sums = write_streamed(partial, _shares(listing, files), fetch)

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from megalina.arguments import Parser, whole
 from megalina.checkpoint.average import average
 from megalina.checkpoint.checkpoints import newest_first
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES
@@ -26,7 +27,7 @@ SAFETENSORS = ".safetensors"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect|verify|convert|average")
     place = "a checkpoint folder, or a run folder"
 
@@ -54,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     convert.add_argument(
         "--ranks",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="write N tensor files of even size, as N ranks would.  Checkpoints know no layout, any layout loads any: "
         "this evens out file sizes, for disks and readers that work on files in parallel (default 1)",

@@ -257,7 +257,9 @@ def note(job: Job) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from megalina.arguments import Parser, number, whole
+
+    parser = Parser(
         description="Trains the same model on the same data under several strategies, which take turns step by step in one job: "
         "step times, their ratios to tuned eager, times that devices wait, slowdown of all-to-alls, and what no schedule could "
         "beat.  Nodes are emulated (root, iproute2); the trainer, its math and its losses are real.",
@@ -270,16 +272,27 @@ def _parser() -> argparse.ArgumentParser:
                         "ladder's model unless you give overrides")  # fmt: skip
     parser.add_argument("--suite", choices=("ladder",), help="four settings: 4x1 and 4x2, light and heavy dense gradients")
     parser.add_argument("--only", default="", metavar="A,B", help='of the suite, such as "4x1 light,4x2 light"')
-    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="without --suite (default: 4); 1: no emulated link")
-    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without --suite (default: 1)")
-    parser.add_argument("--link-mbit", type=float, metavar="X", help="of each node, each way (default: 500)")
-    parser.add_argument("--slow-motion", type=float, metavar="F", help="links and devices slower by this factor, figures divided "
-                        "by it, so that more ranks' real math fits in (default: 2 for the suite's 4x2, else 1)")  # fmt: skip
+    parser.add_argument(
+        "--nodes", type=whole(1, 254), default=4, metavar="N", help="without --suite (default: 4); 1: no emulated link"
+    )
+    parser.add_argument("--ranks-per-node", type=whole(1, 1024), default=1, metavar="N", help="without --suite (default: 1)")
+    parser.add_argument("--link-mbit", type=number(above=True), metavar="X", help="of each node, each way (default: 500)")
+    parser.add_argument(
+        "--slow-motion",
+        type=number(0, 1e6, above=True),
+        metavar="F",
+        help="links and devices slower by this factor, figures divided "
+        "by it, so that more ranks' real math fits in (default: 2 for the suite's 4x2, else 1)",
+    )
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:A=B,C=D",
                         help="one more contestant, with these overrides; may be given several times")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy, of slow ones 1 (default: 3)")
-    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
+    parser.add_argument(
+        "--rounds", type=whole(1, 1_000_000), default=3, metavar="N", help="turns of each strategy, of slow ones 1 (default: 3)"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1, 1_000_000), default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="step times as bars; .svg too")
     parser.add_argument("--slowdowns", type=Path, metavar="PNG", help="how much gradients slow all-to-alls, as a distribution")

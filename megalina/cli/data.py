@@ -11,20 +11,25 @@ import argparse
 import sys
 import time
 
+from megalina.arguments import Parser, whole
 from megalina.data.documents import find_sources
 from megalina.data.preprocess import Recipe, output_prefixes, preprocess
 from megalina.data.progress import ProgressDisplay
 
+MOST_WORKERS = 1024  # processes of one machine
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl (also .gz, .zst), .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of .bin and .idx; several keys: PREFIX_KEY_document")
     parser.add_argument("--tokenizer-model", required=True, help='sentencepiece .model, tokenizer.json, or "bytes"')
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="one dataset for each of these keys (default: text)")
     parser.add_argument("--append-eod", action="store_true", help="an end-of-document token after each document")
-    parser.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
-    parser.add_argument("--partitions", type=int, default=1, help="parts of the input read at once (default: 1)")
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), default=1, help="processes that encode (default: 1)")
+    parser.add_argument(
+        "--partitions", type=whole(1, MOST_WORKERS), default=1, help="parts of the input read at once (default: 1)"
+    )
     options = parser.parse_args()
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()

@@ -83,10 +83,6 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         raise ValueError(
             "--wandb online: this machine has no key; set WANDB_API_KEY or run `wandb login`, or give --wandb offline"
         )
-    for name, least in (("batches", 1), ("sequences", 1), ("decode", 0), ("length", 0), ("ranks", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: choose {least} or more")
     if member is not None and args.ranks is not None:
         raise ValueError(f"--ranks {args.ranks} under {member.launcher}, which has started {member.world}: leave it out")
     world = member.world if member is not None else args.ranks or 1
@@ -275,21 +271,34 @@ def _line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from megalina.arguments import Parser, whole
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     option = parser.add_argument
     option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal); "
            "cluster.KEY=VALUE emulates devices: attention_ms and experts_ms (of a layer, for a whole batch of a device; experts "
            "in proportion to their rows) or device_gflops, and kernel_floor_ms")  # fmt: skip
-    option("--ranks", type=int, metavar="N", help="processes to start, each a device with own sequences (default: 1); leave "
-           "it out under torchrun and Slurm")  # fmt: skip
+    option(
+        "--ranks",
+        type=whole(1, 1_000_000),
+        metavar="N",
+        help="processes to start, each a device with own sequences (default: 1); leave it out under torchrun and Slurm",
+    )
     option("--modes", default="", metavar="A,B", help="files of conf/infer; static always runs (default: of "
            f"{','.join(MODES)} those that fit)")  # fmt: skip
-    option("--batches", type=int, default=40, metavar="N", help="timed batches of each mode (default: 40)")
-    option("--sequences", type=int, default=2, metavar="N", help="sequences of a rank in a batch (default: 2)")
-    option("--length", type=int, default=0, metavar="N", help="tokens of a sequence that is timed (default: as in training; with "
-           "--text all that the model reads)")  # fmt: skip
-    option("--decode", type=int, default=16, metavar="N", help="tokens decoded after a prompt (default: 16; 0: none)")
+    option("--batches", type=whole(1, 1_000_000), default=40, metavar="N", help="timed batches of each mode (default: 40)")
+    option("--sequences", type=whole(1, 1 << 24), default=2, metavar="N", help="sequences of a rank in a batch (default: 2)")
+    option(
+        "--length",
+        type=whole(0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="tokens of a sequence that is timed (default: as in training; with --text all that the model reads)",
+    )
+    option(
+        "--decode", type=whole(0, 2**31 - 1), default=16, metavar="N", help="tokens decoded after a prompt (default: 16; 0: none)"
+    )
     option("--tasks", type=Path, metavar="FILE", help='JSON lines {"context", "choices", "answer"} or {"context", "target"}')
     option("--text", type=Path, metavar="FILE", help="instead of the run's held-out text: a text, a .jsonl or a folder")
     option("--out", type=Path, metavar="FOLDER", help="for eval.json and eval.html (default: RUN/evaluation)")

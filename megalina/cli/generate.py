@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megalina.arguments import Parser, number, whole
 from megalina.checkpoint.restored import restore
 from megalina.data.tokenizer import open_tokenizer
 from megalina.generate import Sampling, generate
@@ -18,15 +19,20 @@ from megalina.train.resume import newest_checkpoint
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
-    parser.add_argument("--max-tokens", type=int, default=200, help="tokens to write (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument("--max-tokens", type=whole(1, 2**31 - 1), default=200, help="tokens to write (default 200)")
+    parser.add_argument("--temperature", type=number(0, 1e6), default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="of the likeliest tokens with this total probability (default 0.95)"
+        "--top-p",
+        type=number(0, 1, above=True),
+        default=0.95,
+        help="of the likeliest tokens with this total probability (default 0.95)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument(
+        "--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="the same seed gives the same text (default 0)"
+    )
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
     return parser.parse_args()
@@ -34,8 +40,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    if options.max_tokens < 1:
-        raise ValueError(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     path = options.checkpoint

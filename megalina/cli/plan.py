@@ -13,7 +13,7 @@ published or assumed: results are as good as those.  Routing is taken to be even
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if TYPE_CHECKING:
     from megalina.config import PretrainConfig
+    from megalina.forecast.priced_step import Shared
     from megalina.forecast.search import Candidate
 
 BAD_INPUT = 2  # exit code
+MOST_LOAD = 1_000_000  # as many as there are ranks at most
 SHOWN = 10
+SKEW = 1.5  # rows of the busiest rank over the mean, for which a plan should have room
+MOST_WORDS = 2**24
 DEFAULT_VOCAB = 32768  # where neither the model nor --vocab-size says it
 SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
@@ -47,7 +51,11 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from tools.compare_strategies import composed
 
     from megalina.dry_run import describe
+    from megalina.forecast.bounds import check_work
     from megalina.forecast.garbage import few_collections
+    from megalina.forecast.paste import command, heads, joined, origin, planned_for
+    from megalina.forecast.priced_step import Shared
+    from megalina.forecast.progress import Bar
     from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
     from megalina.validate import check_hardware
@@ -61,29 +69,34 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     added = chosen(config, overrides, world, searching=args.search)
     config = composed([*overrides, *added])
     vocab_size = args.vocab_size or config.model.vocab_size or DEFAULT_VOCAB
-    given = [word for word in overrides if not word.startswith("cluster.nodes=")]
-    common = [*given, *added, f"launch.ranks={world}"]
+    check_work(config, world)
+    common = planned_for([*overrides, *added], config, world=world, vocab_size=vocab_size)
+    if start := origin(overrides, config):
+        print(f"{start}\n")
     if added:
         print(f"chosen, since nothing else was asked for: {' '.join(added)}\n")
-    with few_collections():
+    shared = Shared()
+    with few_collections(), Bar() as bar:
         if args.search:
-            candidates = search(config, world, vocab_size=vocab_size, progress=show)
-            print(file=sys.stderr)
+            candidates = search(config, world, vocab_size=vocab_size, progress=bar, shared=shared)
         else:
-            candidates = of_one_layout(config, world, vocab_size)
+            candidates = of_one_layout(config, world, vocab_size, progress=bar, shared=shared)
     best = candidates[0]
     print(describe(best.config, world, vocab_size=vocab_size).rpartition("\n")[0])  # without the run's folder
-    print_figures(best, world, vocab_size, args.loads)
+    print(f"attention  {heads(best.config)}")
+    print_figures(best, world, vocab_size, args.loads, shared)
     print(f"\n{config.cluster.name}, {config.cluster.nodes} nodes of {config.cluster.ranks_per_node}: {summary(candidates)}")
     print(strategy_table(candidates[:SHOWN] if args.search else candidates, layouts=args.search))
     if best.found is None:
         print(f"\n{would_fit(best, world, vocab_size)}")
     if best.found is not None:
+        print_skewed(candidates, world, vocab_size, shared)
         days = args.tokens / best.found.tokens_a_day if args.tokens else 0.0
         until = f"; {days:,.1f} days for {args.tokens:,.0f} tokens" if days else ""
         file = f"conf/cluster/{config.cluster.name}.yaml"
         print(f"\n{best.found.tokens_a_day:,.0f} tokens a day{until}; simulated, on figures of {file}")
-        print("\npython pretrain_gpt_moe.py " + " ".join([*common, *best.overrides()]))
+        words = joined(common, best.overrides())
+        print("\n" + command(words, nodes=config.cluster.nodes, ranks_per_node=config.cluster.ranks_per_node))
         if args.picture:
             draw_timelines(args.picture, candidates)
     if args.json:
@@ -103,7 +116,29 @@ def chosen(config: "PretrainConfig", overrides: Sequence[str], world: int, *, se
     return added
 
 
-def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "list[Candidate]":
+def print_skewed(candidates: "Sequence[Candidate]", world: int, vocab_size: int, shared: "Shared") -> None:
+    """Where the fastest one does not fit under skew, the fastest that does."""
+    from megalina.forecast.what_if import fits_under
+
+    best, *others = [c for c in candidates if c.found]
+    if fits_under(best, SKEW, world, vocab_size=vocab_size, shared=shared):
+        return
+    other = next((c for c in others if fits_under(c, SKEW, world, vocab_size=vocab_size, shared=shared)), None)
+    if other is None or other.found is None:
+        print(f"\nat a skew of {SKEW:g} it does not fit, nor does any other that is shown here")
+        return
+    layout = other.config.parallel
+    where = f"parallel.tp={layout.tp} parallel.ep={layout.ep} parallel.zero={layout.zero}"
+    train = f"train.micro_batch_size={other.config.train.micro_batch_size} train.recompute={other.config.train.recompute}"
+    print(
+        f"\nat a skew of {SKEW:g} it does not fit; the fastest that does: {other.found.step_s * 1e3:.1f} ms with {where} "
+        f"{train}, {other.plan}"
+    )
+
+
+def of_one_layout(
+    config: "PretrainConfig", world: int, vocab_size: int, *, progress: "Callable[[int, int, str], None]", shared: "Shared"
+) -> "list[Candidate]":
     """The layout as it is, under every strategy that it can run."""
     from dataclasses import replace
 
@@ -114,19 +149,23 @@ def of_one_layout(config: "PretrainConfig", world: int, vocab_size: int) -> "lis
 
     check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)
     plans = plans_of(config, world, vocab_size=vocab_size)
-    return ordered([candidate(config, p, world, vocab_size=vocab_size) for p in plans])
+    found = []
+    for number, plan in enumerate(plans):
+        progress(number, len(plans), "strategies")
+        found.append(candidate(config, plan, world, vocab_size=vocab_size, shared=shared))
+    return ordered(found)
 
 
-def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float]) -> None:
+def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float], shared: "Shared") -> None:
     """FLOPs, memory, and the step from left to right if it fits."""
     from megalina.forecast.forecast import WALKED, forecast, memory_limit_bytes
-    from megalina.forecast.priced_step import PricedStep, Shared
+    from megalina.forecast.priced_step import PricedStep
     from megalina.forecast.report import load_table, memory_table, timeline_text
     from megalina.forecast.what_if import under_loads
     from megalina.train.model_flops import model_flops
 
     config, plan, found = best.config, best.plan, best.found
-    train, limit_bytes, shared = config.train, memory_limit_bytes(config.cluster), Shared()
+    train, limit_bytes = config.train, memory_limit_bytes(config.cluster)
     flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=train.seq_len).per_token
     a_step = flops * train.global_batch_size * train.seq_len
     print(f"FLOPs      {flops:.3g} for a token, forward and backward; {a_step:.3g} a step")
@@ -186,23 +225,23 @@ def loads_of(text: str) -> tuple[float, ...]:
         loads = tuple(map(float, words))
     except ValueError:
         loads = ()
-    if not loads or not all(1 <= load < float("inf") for load in loads):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers of 1 or more with commas, 1 for even routing")
+    if not loads or not all(1 <= load <= MOST_LOAD for load in loads):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 1, for even routing, to {MOST_LOAD:,} with commas")
     return loads
 
 
-def show(done: int, total: int, what: str) -> None:
-    print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from megalina.arguments import Parser, number, whole
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="A=B", help="as for pretrain_gpt_moe.py, and nodes=N")
     parser.add_argument(
         "--search", action="store_true", help="layouts x recompute x micro-batch x strategies, not this one alone"
     )
-    parser.add_argument("--tokens", type=float, default=0.0, metavar="N", help="say how many days so many tokens take")
-    parser.add_argument("--vocab-size", type=int, default=0, metavar="N", help=f"default: the model's, or {DEFAULT_VOCAB}")
+    parser.add_argument("--tokens", type=number(), default=0.0, metavar="N", help="say how many days so many tokens take")
+    parser.add_argument(
+        "--vocab-size", type=whole(0, MOST_WORDS), default=0, metavar="N", help=f"default: the model's, or {DEFAULT_VOCAB}"
+    )
     parser.add_argument(
         "--loads", type=loads_of, default=(1.0, 1.5, 2.0), metavar="A,B,...", help="rows of the busiest rank, default 1,1.5,2"
     )

@@ -116,11 +116,9 @@ def _job(cfg: DictConfig, words: list[str]) -> Any:
     own = plain.pop("simulate")
     config = load_config(OmegaConf.to_yaml(OmegaConf.create(plain)))
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    if own["sequences_per_rank"] < 0 or own["vocab_size"] < 1:
-        raise ValueError(
-            f"simulate.sequences_per_rank={own['sequences_per_rank']} must be 0 or more, and simulate.vocab_size="
-            f"{own['vocab_size']} 1 or more"
-        )
+    for name, low, high in (("sequences_per_rank", 0, 2**24), ("vocab_size", 1, 2**24), ("busiest_load", 1, 1_000_000)):
+        if not low <= own[name] <= high:
+            raise ValueError(f"simulate.{name}={own[name]} must be from {low} to {high}")
     scaled = weak_scaling(config, world, own["sequences_per_rank"])
     kept = [word for word in words if not word.lstrip("+").startswith("simulate.")]
     if scaled is not config:

@@ -105,13 +105,26 @@ def check_data(config: PretrainConfig) -> int:
     return config.model.vocab_size or vocab_size
 
 
+def check_changed(config: PretrainConfig) -> None:
+    """ValueError if settings differ from those of the checkpoint that the run would go on from, and must not."""
+    if _starts_from_checkpoint(config):
+        from megalina.train.fit import check_settings  # a second that a new run need not wait for
+
+        check_settings(config)
+
+
 def check_checkpoint(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run would start from a checkpoint that isn't of this model, or must not start because of one."""
-    named = config.train.init_from or config.train.resume not in ("auto", "verify", "none")
-    if named or (Path(config.run.dir) / "checkpoints").is_dir():
-        from megalina.train.fit import check_start  # a second that a new run need not wait for
+    if _starts_from_checkpoint(config):
+        from megalina.train.fit import check_start
 
         check_start(config, vocab_size=vocab_size)
+
+
+def _starts_from_checkpoint(config: PretrainConfig) -> bool:
+    """Whether there may be one, as far as is known without reading any."""
+    named = config.train.init_from or config.train.resume not in ("auto", "verify", "none")
+    return bool(named) or (Path(config.run.dir) / "checkpoints").is_dir()
 
 
 def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
@@ -196,6 +209,7 @@ def _run_folder(config: PretrainConfig, overrides: list[str], *, sweeping: bool)
                     f"run.dir={run_dir} holds a job with other overrides: leave run.dir out of a sweep, "
                     "or give hydra.sweep.dir=FOLDER"
                 )
+            check_changed(config)  # before text is prepared, which takes its time
             check_checkpoint(config, vocab_size=check_data(config))
             (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             saved.parent.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 python tools/verify_layouts.py [OVERRIDES] --ranks N [--pairs auto|always|never] [--json FILE] [--plant BUG | --list-plants]
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,14 +26,18 @@ MODES = ("auto", "always", "never")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    from megalina.arguments import Parser, whole
+
+    parser = Parser(
         description="Shrinks the configuration's model, keeps all its mechanisms, and runs some steps in float64 on every layout "
         "and on one process.  Every activation, routing decision, loss, gradient and weight must be equal.  Exit code 0: all "
         "are, 1: some differ, 2: bad input.",
         epilog="Layouts are the tool's: parallel.* and launch.ranks do nothing.  launch.device=cuda runs on GPUs, one a rank.",
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py: model=laptop router=sigmoid")
-    parser.add_argument("--ranks", type=int, default=4, metavar="N", help="worlds of 1, 2, 4, ... up to N ranks (default: 4)")
+    parser.add_argument(
+        "--ranks", type=whole(1, 1024), default=4, metavar="N", help="worlds of 1, 2, 4, ... up to N ranks (default: 4)"
+    )
     parser.add_argument(
         "--pairs", nargs="?", const="always", default="auto", metavar="WHEN",
         help="always (or no word): few rows, in which every pair of choices occurs; never: every combination; "
@@ -76,8 +79,6 @@ def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple
     """What is run, and for people how it was chosen; ValueError, or an error of Hydra, for bad input."""
     from megalina.verify import layouts
 
-    if ranks < 1:
-        raise ValueError(f"--ranks {ranks} must be at least 1")
     planted = _plant(plant) if plant else None
     if planted is not None:
         ours = tuple(planted.overrides)

@@ -1,8 +1,9 @@
-"""A chunk of documents, as it comes from a file: .txt, folders, .jsonl (also .gz, .zst) and .parquet.
+"""A chunk of documents, as it comes from a file: .txt, folders, .jsonl (each also compressed by gzip or zstd) and .parquet.
 
 Reading is cheap (bytes are cut, nothing is parsed), so that one process feeds many: `texts` does the work, anywhere.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-_RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes; no text in UTF-8 begins so
+_NOT_READ = {b"BZh": "by bzip2", b"\xfd7zXZ": "by xz", b"PK\x03\x04": "in a zip archive"}
 _CHUNK_BYTES = 1 << 20
 _MAX_DOCUMENTS = 4096  # a chunk: keeps the tokens of very short documents together
 _MAX_LINE_BYTES = 1 << 28  # a few kB of a compressed file can be a line that no memory holds
@@ -65,7 +67,7 @@ def cut_sources(sources: Sequence[Source], parts: int) -> list[list[Source]]:
     done = 0  # bytes before this source
     for source in sources:
         size = source.stop - source.start
-        if _is_lines(source) and not source.path.endswith((".gz", ".zst")):
+        if _is_lines(source) and not _compression(source.path):
             edges = [min(max(total * part // parts - done, 0), size) for part in range(parts)] + [size]
             for part in range(parts):
                 if edges[part] < edges[part + 1]:
@@ -120,26 +122,67 @@ def read_texts(sources: Sequence[Source], keys: Sequence[str]) -> Iterator[str]:
 
 
 def _is_lines(source: Source) -> bool:
-    name = source.path
-    if name.endswith((".json", ".json.gz", ".json.zst")):  # in a folder a .json may be anything: text
-        return source.required
-    return name.endswith(_RECORDS) and not name.endswith(".parquet")
+    name = source.path.removesuffix(".gz").removesuffix(".zst")
+    return name.endswith(".jsonl") or (name.endswith(".json") and source.required)  # in a folder a .json may be anything: text
+
+
+def _compression(path: str) -> str:
+    """What the file is compressed by, or "".  Its first bytes count; its name does where they are damaged."""
+    with open(path, "rb") as file:
+        first = file.read(64)
+    for magic, name in _COMPRESSED.items():
+        if first.startswith(magic):
+            return name
+    if not first or (len(first) >= 4 and _begins_text(first)):
+        return ""
+    return "gzip" if path.endswith(".gz") else "zstd" if path.endswith(".zst") else ""
 
 
 def _read_text(source: Source) -> Iterator[Chunk]:
-    num_bytes = Path(source.path).stat().st_size
-    if num_bytes > _MAX_TEXT_BYTES:
-        if not source.required and _is_binary(source.path):
-            return
-        raise ValueError(
-            f"{source.path} has {num_bytes} bytes, and one document at most {_MAX_TEXT_BYTES}: cut it, or make it JSON lines"
-        )
-    raw = Path(source.path).read_bytes()
+    raw = _unpacked(source) if _compression(source.path) else _plain(source)
+    if raw is None:
+        return
     if source.required:
+        if raw[257:262] == b"ustar":
+            raise ValueError(f"{source.path} is a tar archive: unpack it, and give the folder")
         _decoded(raw, source.path)
     elif b"\0" in raw[:8192] or not _is_utf8(raw):
         return
-    yield Chunk(source, False, 1, [raw], len(raw))
+    yield Chunk(source, False, 1, [raw], source.stop - source.start)
+
+
+def _plain(source: Source) -> bytes | None:
+    """The file; None: too large, and no text that was asked for."""
+    num_bytes = Path(source.path).stat().st_size
+    if num_bytes > _MAX_TEXT_BYTES:
+        if not source.required and _is_binary(source.path):
+            return None
+        raise ValueError(
+            f"{source.path} has {num_bytes} bytes, and one document at most {_MAX_TEXT_BYTES}: cut it, or make it JSON lines"
+        )
+    return Path(source.path).read_bytes()
+
+
+def _unpacked(source: Source) -> bytes | None:
+    """A compressed file, in pieces: a few kB of it can be more than memory holds; None: no text, and none that was asked for."""
+    pieces: list[bytes] = []
+    size = 0
+    with open(source.path, "rb") as file:
+        stream = _decompressed(file, source.path)
+        try:
+            while piece := stream.read(_CHUNK_BYTES):
+                if not pieces and not source.required and b"\0" in piece[:8192]:
+                    return None
+                pieces.append(piece)
+                size += len(piece)
+                if size > _MAX_TEXT_BYTES:
+                    raise ValueError(
+                        f"{source.path} has more than {_MAX_TEXT_BYTES} bytes once it is unpacked, and one document no more: "
+                        "cut it, or make it JSON lines"
+                    )
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{source.path} can't be decompressed after byte {size}: {error}") from error
+    return b"".join(pieces)
 
 
 def _read_lines(source: Source) -> Iterator[Chunk]:
@@ -174,10 +217,20 @@ def _read_lines(source: Source) -> Iterator[Chunk]:
             yield Chunk(source, True, first_line, lines, at - before)
 
 
+def _begins_text(first: bytes) -> bool:
+    """Whether these bytes, of which the last character may be cut, are UTF-8 without control characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(first)
+    except UnicodeDecodeError:
+        return False
+    return all(character >= " " or character in "\t\n\r" for character in text)
+
+
 def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
-    if path.endswith(".gz"):
+    compression = _compression(path)
+    if compression == "gzip":
         return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)
-    if path.endswith(".zst"):
+    if compression == "zstd":
         try:
             import zstandard
         except ImportError as error:
@@ -266,6 +319,9 @@ def _decoded(raw: bytes, path: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
+        for magic, how in _NOT_READ.items():
+            if raw.startswith(magic):
+                raise ValueError(f"{path} is compressed {how}, which is not read: unpack it, or use gzip or zstd") from error
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv") from error
 
 

@@ -35,6 +35,9 @@ class Shared:
     def __init__(self) -> None:
         self._programs: dict[Any, Program] = {}
         self._folded: dict[Any, FoldedLoads] = {}
+        self._ranks_of: dict[Any, Callable[[str, int], tuple[int, ...]]] = {}
+        self._phases: dict[Any, Any] = {}
+        self._phases_of: Any = None
 
     def program(self, setting: Setting) -> Program:
         """The list of its plan."""
@@ -49,8 +52,18 @@ class Shared:
         """As the walk wants it.  `axes`: ranks along each."""
         key = network, tuple(axes.items()), uses
         if key not in self._folded:
-            self._folded[key] = FoldedLoads(network, axes["world"], ranks_of(axes), uses, slowest=True)
+            if self._phases_of != key[:2]:  # large ones: of the latest layout alone
+                self._phases_of, self._phases = key[:2], {}
+            ranks = axes["world"]
+            self._folded[key] = FoldedLoads(network, ranks, self.ranks_of(axes), uses, slowest=True, known=self._phases)
         return self._folded[key]
+
+    def ranks_of(self, axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
+        """As `megalina.layout.ranks_of`."""
+        key = tuple(axes.items())
+        if key not in self._ranks_of:
+            self._ranks_of = {key: ranks_of(axes)}
+        return self._ranks_of[key]
 
 
 class PricedStep:
@@ -86,7 +99,7 @@ class PricedStep:
     @cached_property
     def ranks_of(self) -> Callable[[str, int], tuple[int, ...]]:
         """(axis, rank) -> the ranks of its row."""
-        return ranks_of(self.held.axes)
+        return self._shared.ranks_of(self.held.axes)
 
     @cached_property
     def program(self) -> Program:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalina.forecast.forecast import Forecast, memory_limit_bytes
+from megalina.forecast.paste import joined
 from megalina.forecast.search import Candidate
 from megalina.forecast.what_if import UnderLoad
 from megalina.sim.memory import Memory
@@ -97,7 +98,7 @@ def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
         }
     limit = memory_limit_bytes(c.config.cluster)
     return {
-        "overrides": [*common, *c.overrides()],
+        "overrides": joined(common, c.overrides()),
         "strategy": c.plan.strategy,
         "plan": str(c.plan),
         "fits": c.fits,

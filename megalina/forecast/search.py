@@ -56,6 +56,7 @@ def search(
     *,
     vocab_size: int,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    shared: Shared | None = None,
 ) -> list[Candidate]:
     """All candidates, the fastest first; those that don't fit last, the smallest first.
 
@@ -64,7 +65,7 @@ def search(
     if not layouts:
         check_config(config, world)
         raise ValueError(f"no layout of {world} ranks is accepted with train.global_batch_size={config.train.global_batch_size}")
-    shared, first = Shared(), []
+    shared, first = shared or Shared(), []
     for number, layout in enumerate(layouts):
         progress(number, len(layouts), "layouts")
         for mode in RECOMPUTE:

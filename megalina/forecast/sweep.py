@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megalina.config import PretrainConfig
+from megalina.forecast.bounds import check_work
 from megalina.forecast.forecast import memory_limit_bytes
+from megalina.forecast.priced_step import Shared
 from megalina.forecast.report import GIB, as_json
 from megalina.forecast.search import Candidate, candidate, ordered
 from megalina.forecast.uneven import Unevenness, forecast_unevenly
@@ -50,6 +52,7 @@ def simulated(job: Job) -> Candidate:
     """ValueError for what the trainer would refuse, for a cluster that isn't known, and for unevenness that can't be."""
     check_hardware(job.config.cluster)
     check_config(job.config, job.world)
+    check_work(job.config, job.world)
     job.unevenness.check(job.world)
     best = _planned(job)
     if best.found is None or job.unevenness.all_alike:
@@ -63,10 +66,12 @@ def _planned(job: Job) -> Candidate:
     config, world = job.config, job.world
     packings = allowed_packings(config, world)
     packings = worth_trying(config, world, packings, ranks_per_node=config.cluster.ranks_per_node)
-    best = candidate(config, plan_of(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size)
+    shared = Shared()
+    best = candidate(config, plan_of(config.strategy, packing=packings[0]), world, vocab_size=job.vocab_size, shared=shared)
     for question in questions(config, world, packings=packings):
         plans = [plan for plan in question(best.plan) if plan != best.plan]
-        best = ordered([best, *(candidate(config, plan, world, vocab_size=job.vocab_size) for plan in plans)])[0]
+        tried = [candidate(config, plan, world, vocab_size=job.vocab_size, shared=shared) for plan in plans]
+        best = ordered([best, *tried])[0]
     return best
 
 

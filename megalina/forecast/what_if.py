@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import fits_in
 from megalina.forecast.priced_step import PricedStep, Shared
-from megalina.forecast.search import RECOMPUTE, accepted, divisors, with_recompute
+from megalina.forecast.search import RECOMPUTE, Candidate, accepted, divisors, with_recompute
 from megalina.plan_settings import strategy_of
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program
@@ -42,6 +42,12 @@ def under_loads(
                 received = max(received, step.held.value(arrival.writes[0], arrival))
         out.append(UnderLoad(load, peaks, sent, received))
     return out
+
+
+def fits_under(found: Candidate, load: float, world: int, *, vocab_size: int, shared: Shared) -> bool:
+    """Whether a candidate fits as it is where the busiest rank has so many times the mean's rows."""
+    step = PricedStep(found.config, world, found.plan, vocab_size=vocab_size, load=load, shared=shared)
+    return fits_in(found.config.cluster, step.peak[0])
 
 
 def what_fits(config: PretrainConfig, plan: Plan, world: int, *, vocab_size: int) -> tuple[str, ...]:

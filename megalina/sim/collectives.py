@@ -73,7 +73,7 @@ def phases_of(
     n = len(rank_N)
     if bytes_NN is not None and (what is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
         raise ValueError(f"{what.value} over {n} ranks: bytes_NN is {bytes_NN.shape}, which only all-to-all takes, as {n, n}")
-    by_node = [rank_N[node_N == node] for node in np.unique(node_N)]
+    by_node = _by_node(rank_N, node_N)
     direct = partial(_direct_by_levels, ranks_per_node, nodes_per_group) if few and bytes_NN is None else _direct
     if algorithm == "hierarchical" and 1 < len(by_node) < n:
         return _hierarchical(what, rank_N, by_node, bytes_NN, direct)
@@ -121,12 +121,26 @@ def _direct_by_levels(
 
 
 def _rings(by_node: Sequence[Ints], rounds: int, rings: int) -> Phase:
-    orders = [np.concatenate([np.roll(row, -(k * len(row) // rings)) for row in by_node]) for k in range(rings)]
+    orders = [_turned(by_node, k, rings) for k in range(rings)]
     n, nodes = len(orders[0]), len(by_node)
     leaving = min(nodes, n - 1) if nodes > 1 else 0
     bytes_F = np.full(n * rings, rounds * (n - 1) / n / rings)
     target_F = np.concatenate([np.roll(order, -1) for order in orders])
     return Phase(np.concatenate(orders), target_F, bytes_F, rounds * leaving, rounds * (n - 1 - leaving))
+
+
+def _by_node(rank_N: Ints, node_N: Ints) -> list[Ints]:
+    """The ranks of each node, in the order of nodes and in their own."""
+    order_N = np.argsort(node_N, kind="stable")
+    cuts = np.flatnonzero(np.diff(node_N[order_N])) + 1
+    return np.split(rank_N[order_N], cuts)
+
+
+def _turned(by_node: Sequence[Ints], k: int, rings: int) -> Ints:
+    """The ranks of all nodes, of each beginning with another one: that of ring `k`."""
+    if len({len(row) for row in by_node}) == 1:  # thousands of nodes at once
+        return np.roll(np.stack(by_node), -(k * len(by_node[0]) // rings), axis=1).ravel()
+    return np.concatenate([np.roll(row, -(k * len(row) // rings)) for row in by_node])
 
 
 def _trees(by_node: Sequence[Ints]) -> Phase:

@@ -25,7 +25,8 @@ class FoldedLoads(Loads):
     """As `Loads`, where all groups of an axis always begin a collective together: what one link of each colour has of it.
 
     `uses`: all that will be sent.  ValueError where the groups of an axis aren't alike in this network; with `slowest` they all
-    end with the slowest of them."""
+    end with the slowest of them.  `known`: what others have worked out for the same network, groups and `slowest`, to which this
+    adds."""
 
     def __init__(
         self,
@@ -35,8 +36,10 @@ class FoldedLoads(Loads):
         uses: Collection[Use],
         *,
         slowest: bool = False,
+        known: dict[tuple[Use, bool], list["_Phase"]] | None = None,
     ):
         super().__init__(network, ranks)
+        self._known = {} if known is None else known
         groups = {axis: _groups(axis, ranks, ranks_of) for axis in dict.fromkeys(axis for axis, _ in uses)}
         phases, colour_B, colour_L = self._coloured(groups, uses, slowest=slowest, few=True)
         if not self._crossed_alike(phases.values(), colour_L):
@@ -66,19 +69,25 @@ class FoldedLoads(Loads):
     ) -> tuple[dict[Use, list["_Phase"]], Ints, Ints]:
         """The phases of all uses, and the colours of all bundles, one phase after another, and of all links."""
         phases = {
-            (axis, what): self._phases(axis, what, groups[axis], slowest=slowest, few=few)
+            (axis, what): self._phases_once(axis, what, groups[axis], slowest=slowest, few=few)
             for axis, what in uses
             if groups[axis].shape[1] > 1
         }
         return phases, *_colours([phase for joined in phases.values() for phase in joined], self.capacity_L)
 
+    def _phases_once(self, axis: str, what: Collective, rank_GN: Ints, *, slowest: bool, few: bool) -> list["_Phase"]:
+        key = (axis, what), few
+        if key not in self._known:
+            self._known[key] = self._phases(axis, what, rank_GN, slowest=slowest, few=few)
+        return self._known[key]
+
     def _phases(self, axis: str, what: Collective, rank_GN: Ints, *, slowest: bool, few: bool) -> list["_Phase"]:
         """Groups that lie over nodes in the same way have the same flows between other ranks."""
         node_GN = rank_GN // self.network.ranks_per_node
         core_GN = node_GN // max(1, self.network.nodes_per_group)
-        lies: dict[tuple[bytes, ...], list[int]] = {}
-        for g in range(len(rank_GN)):
-            lies.setdefault(tuple(_dense(row).tobytes() for row in (node_GN[g], core_GN[g])), []).append(g)
+        lies: dict[bytes, list[int]] = {}
+        for g, row in enumerate(np.concatenate([_dense_rows(node_GN), _dense_rows(core_GN)], axis=1)):
+            lies.setdefault(row.tobytes(), []).append(g)
         found: list[list[_Phase]] = []
         for alike in lies.values():
             first_N = rank_GN[alike[0]]
@@ -211,3 +220,13 @@ def _ids(values: Floats) -> Ints:
 
 def _dense(values: NDArray[Any]) -> Ints:
     return np.unique(values, return_inverse=True)[1]
+
+
+def _dense_rows(values: Ints) -> Ints:
+    """`_dense` of each row, of thousands at once."""
+    order = np.argsort(values, axis=1, kind="stable")
+    rising = np.take_along_axis(values, order, axis=1)
+    number = np.cumsum(np.diff(rising, axis=1, prepend=rising[:, :1]) != 0, axis=1)
+    out = np.empty_like(number)
+    np.put_along_axis(out, order, number, axis=1)
+    return out

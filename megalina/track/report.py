@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megalina.changed_settings import change_line
 from megalina.track.expert_load import LoadHistory, layer_numbers
 from megalina.track.load_strips import load_strips
 from megalina.track.metrics import Record, read_metrics
@@ -146,6 +147,10 @@ def _header(run: RunData, name: str) -> str:
     emulated = any(run.setting("cluster", key) for key in ("attention_ms", "experts_ms", "device_gflops"))
     if told := run.summary.get("emulation") or ("emulated devices" if emulated else ""):
         notes.append(f"Times: {told}. Their ratios count, not the seconds.")
+    for record in run.records:
+        if isinstance(changed := record.get("changed_settings"), Mapping):
+            notes.append(change_line(record["step"] - 1, changed) + ".")
+        notes += [f"Warning, step {record['step']}: {line}." for line in record.get("warnings") or []]
     skipped = sum(bool(record.get("skipped")) for record in run.records)
     if skipped:
         notes.append(f"{skipped} of {len(run.records)} steps were skipped: their loss or gradient norm was not finite.")

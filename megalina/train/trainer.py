@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalina.changed_settings import as_json, change_line, changes
 from megalina.checkpoint.checkpoints import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
@@ -26,6 +27,7 @@ from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
 from megalina.train.closing import close_run
+from megalina.train.dead_model import DeadModel
 from megalina.train.determinism import make_deterministic
 from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
@@ -121,8 +123,10 @@ class Trainer:
         vocab_size = self.built.trainable.gpt.vocab_size
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
+        self._dead_model = DeadModel(vocab_size)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
+        self._changed: dict[int, dict[str, Any]] = {}  # what the first step of this start says of it, by its number
 
     def begin(self, start: Path | None) -> None:
         """Take the state of the checkpoint `start`, or the weights of `train.init_from`."""
@@ -142,6 +146,10 @@ class Trainer:
             logger.info("%s", self._describe())
             if start is not None:
                 logger.info("resumed from %s after step %d", start, self.state.step)
+        if start is not None and (pairs := as_json(changes(read_values(start)["config"], self.config))):
+            self._changed = {self.state.step + 1: {"changed_settings": pairs}}
+            if self.runner.is_first:
+                logger.info("%s", change_line(self.state.step, pairs))
 
     def loop(self) -> None:
         """Steps until the end, `train.exit_step`, or a wish to stop."""
@@ -224,6 +232,7 @@ class Trainer:
             "rewinds": state.rewinds,
             "failed_saves": state.failed_saves,
             "dead_experts": sum(self._record.get("dead_experts", [])),
+            "dead_model": self._dead_model.dead,
             "total_params": self.flops.total_params,
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
@@ -240,9 +249,13 @@ class Trainer:
         state = self.state
         tokens_per_s = self._tokens_per_s(step_s)
         load = self.state.watch.report(state.step, result.loads)
+        layers, least = self.built.trainable.gpt.moe_layers, self.config.guard.min_entropy
+        warnings = [
+            *self._dead_model.warnings(result),
+            *self.state.watch.warnings(load, moe_layers=layers, min_entropy=least),
+        ]
         if self.runner.is_first:
-            layers, least = self.built.trainable.gpt.moe_layers, self.config.guard.min_entropy
-            for line in self.state.watch.warnings(load, moe_layers=layers, min_entropy=least):
+            for line in warnings:
                 logger.warning("warning: step %d: %s", state.step, line)
         return {
             "step": state.step,
@@ -261,6 +274,8 @@ class Trainer:
             "failed_saves": state.failed_saves,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
+            **self._changed.get(state.step, {}),
+            **({"warnings": warnings} if warnings else {}),
         } | ({"plan": str(self.built.trainable.plan), "packing": self.built.mesh.packing} if self.runner.adapts else {})
 
     def _tokens_per_s(self, step_s: float) -> float:

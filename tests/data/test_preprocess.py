@@ -85,6 +85,43 @@ def test_every_kind_of_file_gives_the_same_bytes(folder: Path) -> None:
         assert_equal_files(folder, "out")
 
 
+def test_compressed_text_is_known_by_its_first_bytes(folder: Path) -> None:
+    zstandard, text = pytest.importorskip("zstandard"), "Grüße.\n" * 200_000  # more than a piece
+    inside = folder / "inside"
+    inside.mkdir()
+    (inside / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (inside / "b.txt.zst").write_bytes(zstandard.compress(text.encode()))
+    (inside / "c.txt").write_bytes(gzip.compress(text.encode()))  # its name doesn't say it
+    (inside / "d.txt.gz").write_text(text)  # a download that was unpacked on the way
+    for name in ("a.txt.gz", "b.txt.zst", "c.txt", "d.txt.gz"):
+        assert list(read_texts(find_sources([str(inside / name)]), ["text"])) == [text], name
+    (inside / "picture.gz").write_bytes(gzip.compress(b"\x89PNG\0\0"))
+    (inside / "cut.gz").write_bytes(gzip.compress(text.encode())[:-9])
+    with pytest.raises(ValueError, match="cut.gz can't be decompressed after byte"):
+        list(read_texts(find_sources([str(inside)]), ["text"]))
+    (inside / "cut.gz").unlink()
+    assert list(read_texts(find_sources([str(inside)]), ["text"])) == [text] * 4
+    (folder / "e.jsonl").write_bytes(gzip.compress(lines(TEXTS)))
+    assert [text for text in read_texts(find_sources([str(folder / "e.jsonl")]), ["text"]) if text] == [t for t in TEXTS if t]
+    assert sum(len(part) for part in cut_sources(find_sources([str(folder / "e.jsonl")]), 4)) == 1  # it can't be cut
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (gzip.compress(b"x" * 257 + b"ustar" + b"x" * 250), "is a tar archive: unpack it"),
+        (b"BZh91AY\xff", "is compressed by bzip2, which is not read"),
+        (b"\xfd7zXZ\0", "is compressed by xz, which is not read"),
+        (b"PK\x03\x04\xff", "is compressed in a zip archive, which is not read"),
+        (b"caf\xe9", r"is not UTF-8 \(byte 3\): convert it"),
+    ],
+)
+def test_what_else_comes_compressed_is_named(folder: Path, raw: bytes, problem: str) -> None:
+    (folder / "x.txt").write_bytes(raw)
+    with pytest.raises(ValueError, match=problem):
+        list(read_texts(find_sources([str(folder / "x.txt")]), ["text"]))
+
+
 @pytest.mark.parametrize(("workers", "partitions"), [(2, 1), (2, 2)])
 def test_any_number_of_processes_gives_the_same_bytes(folder: Path, workers: int, partitions: int) -> None:
     reports = run(folder, ["in.jsonl"], "out", workers=workers, partitions=partitions)

@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from tools.write_report import main
 
 from megalina.track.expert_load import MAX_SNAPSHOTS, LoadHistory, keep_snapshot, layer_numbers
 from megalina.track.load_map import DARK, LEVELS, LIGHT, NO_TOKEN, colour_levels, load_figure, png
 from megalina.track.report import Sample, rebuild_report, write_report
 from megalina.track.svg_chart import MAX_POINTS, Reference, Series, line_chart, short, smoothed, ticks
 from tests.track.fake_run import UNIGRAM_LOSS, write_run
-from tools.write_report import main
 
 SUMMARY = {"val_loss": 2.7, "unigram_loss": UNIGRAM_LOSS, "total_params": 23_400_000, "active_params": 9_000_000}
 VOID = {"meta", "img", "br"}
@@ -113,6 +113,18 @@ def test_text_that_looks_like_html_stays_text(tmp_path):
     page = parsed(write_report(run_dir, samples=[Sample("<em>", nasty)], summary={}))
     assert "script" not in page.tags and "em" not in page.tags and "i" in page.tags
     assert "</pre><script>alert(1)</script> &" in page.text and "<i>topk</i>" in page.text and "run & <b>co</b>" in page.text
+
+
+def test_settings_that_changed_on_the_way_are_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | {"changed_settings": {"optim.lr": [0.001, 0.003], "data.prefix": ["", "<b>"]}})
+    lines[4] = json.dumps(json.loads(lines[4]) | {"warnings": ["the model is dead: <it>"]})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = parsed(write_report(run, samples=[], summary=SUMMARY))
+    step = json.loads(lines[3])["step"]
+    assert f"Warning, step {step + 1}: the model is dead: <it>." in page.text
+    assert f"changed since step {step - 1}: optim.lr 0.001 -> 0.003, data.prefix '' -> <b>." in page.text
 
 
 def test_expert_choice_runs_are_marked(tmp_path):

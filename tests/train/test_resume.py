@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from megalina.checkpoint.checkpoints import read_values
 from megalina.checkpoint.checksums import SUMS
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
-from megalina.train.fit import check_start
+from megalina.train.fit import check_settings, check_start
 from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point
 from megalina.train.trainer import Trainer
 from tests.checkpoint.planted import flip
@@ -135,3 +136,46 @@ def test_one_without_checksums_is_incomplete_and_named(run: PretrainConfig) -> N
         (checkpoint(run, step) / SUMS).unlink()
     with pytest.raises(ValueError, match=r"damaged or incomplete .*step_00000006: SHA256SUMS: there is no such file"):
         resume_point(run)
+
+
+def test_what_has_changed_is_in_the_log_and_in_the_first_record(run: PretrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run.data.cache_dir = read_values(checkpoint(run, 6))["config"]["data"]["cache_dir"]
+    run.optim.lr, run.train.steps = 3e-4, 8
+    with caplog.at_level(logging.INFO, "megalina"):
+        first, second = go_on(run).records
+    assert "changed since step 6: optim.lr 0.003 -> 0.0003, train.steps 6 -> 8" in caplog.messages
+    assert first["changed_settings"] == {"optim.lr": [3e-3, 3e-4], "train.steps": [6, 8]}
+    assert "changed_settings" not in second
+    caplog.clear()
+    run.train.steps = 9
+    with caplog.at_level(logging.INFO, "megalina"):
+        assert go_on(run).records[0]["changed_settings"] == {"train.steps": [8, 9]}  # against the newest checkpoint
+
+
+def test_a_run_does_not_go_on_with_another_seed_or_number_type(run: PretrainConfig) -> None:
+    run.train.seed, run.train.steps = 5, 8
+    for find in (resume_point, check_settings, go_on):
+        with pytest.raises(ValueError, match="is of another run: train.seed 1234 -> 5: .*train.allow_changes=true"):
+            find(run)
+    run.train.dtype = "bfloat16"
+    for find in (resume_point, check_settings, go_on):
+        with pytest.raises(ValueError, match="number type: train.dtype float32 -> bfloat16: .*train.init_from="):
+            find(run)
+    run.train.dtype, run.train.allow_changes = "float32", True
+    assert len(go_on(run).records) == 2
+
+
+@pytest.mark.parametrize("setting", ["resume", "init_from"])
+def test_another_model_is_named_by_its_settings_without_data(run: PretrainConfig, tmp_path: Path, setting: str) -> None:
+    branch = config_of(tmp_path, "branch", **RUN, **{setting: str(checkpoint(run, 6))})
+    branch.data.prefix = run.data.prefix
+    branch.train.dtype = "float32" if setting == "resume" else "bfloat16"  # of weights alone any type is made
+    check_settings(branch)
+    branch.model.d_ff = 64
+    with pytest.raises(ValueError, match="is of another model: model.d_ff 16 -> 64: set back what differs"):
+        check_settings(branch)
+
+
+def test_another_vocabulary_is_named(run: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match="is of another model: a vocabulary of 300 there and of 301 here"):
+        check_start(run, vocab_size=301)

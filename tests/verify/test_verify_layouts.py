@@ -77,7 +77,6 @@ def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["model.dropuot=0.1"], "there is no setting model.dropuot (did you mean model.dropout?); see --help"),
         (["router.top_k=99"], "router.top_k (99) is more than model.num_experts (4): lower it or add experts"),
         (["router.group=global", "router.capacity_factor=1"], "router.group=global works for the balance loss alone: "),
-        (["--ranks", "0"], "--ranks 0 must be at least 1"),
         (["--pairs", "some"], "--pairs some: choose one of auto, always, never"),
         (["--plant", "norm_per_ranc"], "--plant norm_per_ranc: there is no such bug (did you mean norm_per_rank?)"),
         (["--plant", "norm_per_rank", "--ranks", "1"], "--plant norm_per_rank changes nothing in any layout of up to 1 ranks"),
