@@ -354,4 +354,6 @@ def late_share(engine: Engine) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

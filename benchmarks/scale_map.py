@@ -100,4 +100,6 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -348,4 +348,6 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # tools/
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

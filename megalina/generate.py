@@ -9,6 +9,8 @@ from megalina.batch import Batch
 from megalina.model.gpt import GPT
 from megalina.model.layers import KeyValues
 
+SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
+
 
 def generate(
     gpt: GPT,
@@ -39,6 +41,8 @@ def generate(
         raise ValueError(f"temperature is {temperature}: choose 0 (likeliest token) or a positive number")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}: choose more than 0 and at most 1")
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise ValueError(f"seed is {seed}: choose a number from {SEEDS[0]} to {SEEDS[1]} (64 bits)")
     refuse_looking_ahead(gpt)
     random = torch.Generator().manual_seed(seed)
     past = [KeyValues() for _ in gpt.layers]
@@ -75,10 +79,15 @@ def _batch(tokens: Sequence[int], position: int, device: torch.device) -> Batch:
 
 
 def choose(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`."""
+    """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`.
+
+    ValueError for logits that are not finite."""
+    if not logits_V.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if temperature == 0.0:
         return int(logits_V.argmax())
-    probability_V = (logits_V / temperature).softmax(0)
+    wide_V = logits_V.double()  # the smallest temperature is 0 in anything narrower
+    probability_V = ((wide_V - wide_V.max()) / temperature).softmax(0)  # a tiny temperature sends the others to -inf, none to inf
     if top_p < 1.0:
         sorted_V, word_V = probability_V.sort(descending=True, stable=True)
         above_V = sorted_V.cumsum(0) - sorted_V >= top_p  # what is likelier has top_p already

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from megalina.config import PretrainConfig
+from megalina.console import command
 from megalina.credentials import text_values
 from megalina.rank_files import REFUSED, traceback_path
 
@@ -77,4 +78,4 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], _train))
+    command(lambda: main(sys.argv[1:], _train))

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megalina import launch
+from megalina import elastic, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Starts the script beside it as a rank and ends with the code that pretrain_gpt_moe.py would give.
@@ -285,6 +286,25 @@ def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("SLURM_NTASKS", {"SLURM_PROCID": "0", "SLURM_NTASKS": "abc"}),
+        ("SLURM_PROCID", {"SLURM_PROCID": "", "SLURM_NTASKS": "2"}),
+        ("SLURM_LOCALID", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "x"}),
+        ("SLURM_JOB_ID", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "x"}),
+        ("MASTER_PORT", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_PORT": "1e3"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "two"}),
+        ("RANK", {"RANK": "-1", "WORLD_SIZE": "2"}),
+        ("LOCAL_RANK", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}),
+        ("LOCAL_WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "?"}),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, variables: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(variables[name])} in the environment must be a whole number"):
+        launch.joined(variables)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-006,9],cpu1", "gpu003"), ("a-[7,9]-x,b", "a-7-x"), ("login,gpu[1-2]", "login")],
 )
@@ -339,8 +359,22 @@ def test_ranks_with_another_configuration_are_refused(tmp_path: Path) -> None:
 def test_bad_input_under_torchrun_is_said_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "parallel.ep=3")
     assert done.returncode != 0
-    assert done.stderr.count("parallel.tp (1) x parallel.ep (3) must divide the number of ranks (2)") == 1
+    line = "parallel.tp (1) x parallel.ep (3) must divide the number of ranks (2)"
+    assert len(re.findall(f"^{re.escape(line)}", done.stderr, re.MULTILINE)) == 1
+    cause = done.stderr.split("Root Cause (first observed failure):")[1]  # with which torchrun's own report ends
+    assert "rank      : 0 " in cause and f"traceback : {line}" in cause
     assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_is_told_why_a_rank_ended(tmp_path: Path) -> None:
+    elastic.tell_agent("train.steps=0 must be at least 1", {})  # nobody to tell
+    path = tmp_path / "error.json"
+    elastic.tell_agent("train.steps=0 must be at least 1", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    failure = ProcessFailure(local_rank=1, pid=2, exitcode=2, error_file=str(path))
+    assert abs(failure.timestamp - time.time()) < 5
+    report = str(ChildFailedError("job", {1: failure})).splitlines()
+    assert report[-2].strip() == "traceback : train.steps=0 must be at least 1" and set(report[-1]) == {"="}
+    elastic.tell_agent("no such folder", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")})
 
 
 def slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:

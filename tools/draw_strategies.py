@@ -257,4 +257,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megalina.checkpoint.restored import restore
+from megalina.console import check_text, command
 from megalina.data.tokenizer import open_tokenizer
 from megalina.generate import generate
 from megalina.train.resume import newest_checkpoint
@@ -33,7 +34,15 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    options = arguments()
+    try:
+        return write(arguments())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def write(options: argparse.Namespace) -> int:
+    check_text([options.prompt], "--prompt")
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -83,8 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -186,4 +186,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy comes in: small products are faster so, and steadier
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

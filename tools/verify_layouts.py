@@ -327,7 +327,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from megalina.console import command
+
+    command(main)

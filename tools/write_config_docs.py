@@ -85,4 +85,6 @@ def fields(schema: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 if __name__ == "__main__":
-    main()
+    from megalina.console import command
+
+    command(main)
