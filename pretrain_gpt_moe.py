@@ -29,6 +29,7 @@ from megalina.dry_run import describe
 from megalina.elastic import tell_agent
 from megalina.explain import explain
 from megalina.parallel.plan_file import with_plan
+from megalina.rank_files import Unsaved
 from megalina.restart import later_starts
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -64,7 +65,7 @@ def main(cfg: DictConfig) -> float:
     except launch.Stopped as error:  # of a sweep too: its other jobs are not started
         _say(str(error))
         sys.exit(128 + error.signum)
-    except (ValueError, OmegaConfBaseException, OSError, launch.RankFailed) as error:
+    except (ValueError, OmegaConfBaseException, OSError, launch.RankFailed, Unsaved) as error:
         line, code = _verdict(error)
         _say(f"job {hydra_cfg.job.num}: {line}" if sweeping else line)
         if sweeping:
@@ -239,7 +240,7 @@ def _warn(lines: list[str]) -> None:
 
 def _verdict(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
-    if isinstance(error, launch.RankFailed):
+    if isinstance(error, launch.RankFailed | Unsaved):
         return str(error), 1
     return explain(error, sys.argv[1:]), BAD_INPUT
 
@@ -251,7 +252,7 @@ def run() -> None:
         typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
         refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
         main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed, Unsaved) as error:
         line, code = _verdict(error)
         _say(line)
         tell_agent(_masked(line), os.environ)

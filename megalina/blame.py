@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megalina.collective_log import first_difference, name_ranks, read_collectives, read_mirror
-from megalina.rank_files import REFUSED, STOOD_STILL, collectives_path, position_path, traceback_path
+from megalina.rank_files import REFUSED, STOOD_STILL, UNSAVED, collectives_path, position_path, traceback_path
 
 TAIL_LINES = 40  # of a rank's log
 # What a rank says when another one is gone: it is not the one to blame.
@@ -33,6 +33,10 @@ def blame(first: Mapping[int, int], failed: Mapping[int, int], logs: Path, ranks
     if STOOD_STILL in first.values():  # all end together then; one has said why, rank 0 on our stderr
         words = [texts[r] for r, code in failed.items() if code == STOOD_STILL and traceback_path(logs, r).is_file()]
         return RankFailed("\n".join([f"the job of {ranks} rank(s) stood still and was ended", *words[:1]]))
+    if UNSAVED in first.values():  # all alike; where the disk had no room for a word, it is on stderr
+        files = [traceback_path(logs, r) for r, code in failed.items() if code == UNSAVED]
+        told = [path.read_text() for path in files if path.is_file() and path.stat().st_size]
+        return RankFailed(told[0] if told else "the last state could not be saved")
     own = [rank for rank, text in texts.items() if failed[rank] < 0 or not CONSEQUENCES.search(text[-2000:])]
     # A rank that loses another one in the middle of a message may abort.
     rank = min(own or failed, key=lambda r: (failed[r] == -signal.SIGABRT, r not in first, r))

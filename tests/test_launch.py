@@ -267,6 +267,27 @@ def test_the_message_says_where_each_rank_was(tmp_path: Path) -> None:
     assert "ranks 0, 2 were in step 7, instruction F:combine<.1.0" in err
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_last_state_that_could_not_be_saved_is_told_in_one_line(tmp_path: Path, room: bool) -> None:
+    """`room`: for a rank's words on the disk; else rank 0's are on our stderr."""
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from megalina import worker
+    from megalina.rank_files import Unsaved
+    def train(config):
+        time.sleep(rank / 5)
+        raise Unsaved("make room")
+    worker.load_config = lambda text: None
+    if not {room}: worker.traceback_path = lambda logs, rank: here / "no" / "folder"
+    (here / "config.yaml").touch()
+    sys.exit(worker.main([str(here / "config.yaml")], train))
+    """
+    code, out, err = Job(tmp_path, code).finish()
+    assert (code, out) == (1, "")
+    assert err == ("make room\n" if room else "make room\nthe last state could not be saved\n")
+
+
 def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:
     assert launch.joined({}) is None
     assert launch.joined({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
