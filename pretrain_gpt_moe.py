@@ -55,6 +55,10 @@ def main(cfg: DictConfig) -> float:
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         config = with_plan(config, member.world if member else config.launch.ranks)
+        if config.train.init_from:
+            from megalina.train.resume import with_weights  # seconds
+
+            config = with_weights(config)
         if sweeping and member is not None:
             raise ValueError(f"-m under {member.launcher}: a sweep starts its ranks itself; run it without, with launch.ranks=N")
         if config.launch.dry_run:

@@ -121,8 +121,10 @@ class TrainConfig:
     recompute: str = "none"  # none | selective (attention and experts) | full: activations computed again in backward
     eval_interval: int = 50  # steps between validations; 0: only at the end
     eval_sequences: int = 64  # sequences of one validation
-    resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
-    init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
+    resume: str = (
+        "auto"  # auto: the newest checkpoint of run.dir | verify: it, its last steps run again | none | a run or checkpoint
+    )
+    init_from: str = ""  # PATH of a run or checkpoint: its weights, a fresh optimizer
     exit_step: int = 0  # save and stop after this step; 0: run to the end
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
     ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit

@@ -50,18 +50,29 @@ def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
 
 
 def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
-    """A plan and what it is of; ValueError for what isn't one."""
+    """A plan and what it is of; ValueError that says what is wrong with what isn't one."""
+    plan, wrong = Plan(), ""
+    found: Any = None
     try:
         found = json.loads(path.read_text())
-        plan, of = plan_of(found["plan"]), dict(found["of"])
-        kinds = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
-        if bad := [name for name, kind in kinds.items() if type(getattr(plan, name)) is not kind]:
-            raise TypeError(f"{bad[0]} is no {kinds[bad[0]].__name__}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"strategy.plan={path} is no plan of megalina's ({error!r}): take a {PLAN_FILE} from a run's folder"
-        ) from error
-    return plan, of
+        plan = plan_of(found["plan"])
+    except (UnicodeDecodeError, RecursionError):
+        wrong = "it is no text in JSON"
+    except json.JSONDecodeError as error:
+        wrong = f"it is no JSON from line {error.lineno}, column {error.colno} on"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        entry = found.get("plan") if isinstance(found, dict) else None
+        names = {f.name for f in fields(Plan)}
+        other = [name for name in entry if name not in names] if isinstance(entry, dict) else []
+        wrong = f"a plan has no {other[0]!r}" if other else "its 'plan' is missing or damaged"
+    kinds = {f.name: type(getattr(Plan(), f.name)) for f in fields(Plan)}
+    if not wrong and (bad := [name for name, kind in kinds.items() if type(getattr(plan, name)) is not kind]):
+        wrong = f"{bad[0]} of its 'plan' is no {kinds[bad[0]].__name__}"
+    if not wrong and not isinstance(found.get("of"), dict):
+        wrong = "what it is a plan of isn't there under 'of'"
+    if wrong:
+        raise ValueError(f"strategy.plan={path} is no plan of megalina's, {wrong}: take a {PLAN_FILE} from a run's folder")
+    return plan, found["of"]
 
 
 def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:
