@@ -57,6 +57,7 @@ from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
 from megalina.placement.workloads import WORKLOADS, own_part
+from megalina.status_line import StatusLine
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 
@@ -231,6 +232,7 @@ def rank(spec: dict[str, Any]) -> int:
     gpt = tiny_gpt(spec["layers"])
     host = shared_experts(gpt, mesh)
     factor = spec["slow_motion"] / 1e3
+    status = StatusLine()
     times = Times(spec["attention_ms"] * factor, spec["experts_ms"] * factor, spec["expert_ms"] * factor)
     even_rows = spec["batch_tokens"] // world
     part = OwnPart(np.zeros((0, spec["layers"]), np.int64), 0)
@@ -253,10 +255,10 @@ def rank(spec: dict[str, Any]) -> int:
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
         if me == 0:
-            print(f"\r{world} devices, {name}: {number + 1}/{served} ", end="", file=sys.stderr, flush=True)
+            status.show(f"{world} devices, {name}: {number + 1}/{served}")
     late = max(late_share(engine) for engine in engines.values())
+    status.end()
     if me == 0:
-        print(file=sys.stderr)
         modes = {mode: measured(mode, took_s, engine, served) for mode, engine in engines.items()}
         ratios = [ratio if math.isfinite(ratio) else None for ratio in routing.most_over_least]
         result = {"modes": modes, "most_over_least": ratios, "overrun_fraction": late, "served": served}

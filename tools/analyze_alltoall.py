@@ -134,6 +134,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
     from megalina.mesh import rows
+    from megalina.status_line import StatusLine
     from megalina.timeline.alltoall import analysis_of
     from megalina.timeline.recorder import Event
     from megalina.timeline.trace import TracedStep, aligned
@@ -152,16 +153,18 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     device = run.trainable.device
     if device is not None:
         device.busy_s = device.overrun_s = 0.0
+    status = StatusLine()
     gc.collect()
     gc.disable()  # a collection would hit some step
     try:
         for step in range(WARM_UP_STEPS + 1, WARM_UP_STEPS + steps + 1):
-            if first and sys.stderr.isatty():
-                print(f"\r{config.model.num_experts} experts: step {step - WARM_UP_STEPS}/{steps} ", end="", file=sys.stderr)
+            if first:
+                status.show(f"{config.model.num_experts} experts: step {step - WARM_UP_STEPS}/{steps}")
             run.compute(step)
             own.append(recorder.events())
     finally:
         gc.enable()
+        status.end()
     after = calibrate(run.mesh, sizes_bytes, sharded=config.parallel.zero == 1)
     alone = fastest(before, after, sizes_bytes)
     times_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
@@ -190,8 +193,6 @@ def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
     from megalina.timeline.trace import write_trace
 
     analyses, last = [m.analysis for m in settings], settings[-1]
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
     print(report(analyses, steps=args.steps, note=last.note), flush=True)
     if args.json:
         args.json.write_text(json.dumps(as_json(analyses, steps=args.steps, note=last.note), indent=1) + "\n")

@@ -48,6 +48,7 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.forecast.garbage import few_collections
     from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
+    from megalina.status_line import StatusLine
     from megalina.validate import check_hardware
     from tools.compare_strategies import composed
 
@@ -66,8 +67,11 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
         print(f"chosen, since nothing else was asked for: {' '.join(added)}\n")
     with few_collections():
         if args.search:
-            candidates = search(config, world, vocab_size=vocab_size, progress=show)
-            print(file=sys.stderr)
+            status = StatusLine()
+            candidates = search(
+                config, world, vocab_size=vocab_size, progress=lambda done, total, what: status.show(f"{what}: {done}/{total}")
+            )
+            status.end()
         else:
             candidates = of_one_layout(config, world, vocab_size)
     best = candidates[0]
@@ -188,10 +192,6 @@ def loads_of(text: str) -> tuple[float, ...]:
     if not loads or not all(1 <= load < float("inf") for load in loads):
         raise argparse.ArgumentTypeError(f"{text} must be numbers of 1 or more with commas, 1 for even routing")
     return loads
-
-
-def show(done: int, total: int, what: str) -> None:
-    print(f"\r{what}: {done}/{total} ", end="", file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -33,16 +33,18 @@ def reproduce(args: argparse.Namespace) -> int:
     from megalina.infer.modes import read_mode
     from megalina.reenact.reenactment import reenact
     from megalina.reenact.report import closing, constants_table, contradictions, draw, table, what_if
+    from megalina.status_line import StatusLine
     from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     base, modes = composed(BASE), ROOT / "conf" / "infer"
+    status = StatusLine()
     found = reenact(
-        base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=show
+        base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=status.show
     )
-    print(file=sys.stderr)
+    status.end()
     hardware = base.cluster.hardware
     print(
         constants_table(
@@ -57,10 +59,6 @@ def reproduce(args: argparse.Namespace) -> int:
     if args.picture:
         draw(args.picture, found.rows)
     return 0
-
-
-def show(what: str) -> None:
-    print(f"\r{what:<70}", end="", file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
