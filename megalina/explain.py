@@ -17,7 +17,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 NEAR = 0.7  # difflib's ratio of two names, from which on one is taken for a slip of the other
 LONG_PART = 4  # letters of a name that say which one is meant
 MOST_GUESSES = 3
-KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "ListConfig": "a list, such as [1,2]"}
+VALUES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "ListConfig": "a list, such as [1,2]"}
 FOLDERS = ("run.dir", "data.cache_dir", "hydra.sweep.dir")  # settings that must be folders to write to
 
 
@@ -159,7 +159,7 @@ def _several_values(found: re.Match[str], _: str, arguments: Sequence[str]) -> s
 
 
 def _wrong_kind(found: re.Match[str], key: str, arguments: Sequence[str]) -> str:
-    return f"{_typed(key, arguments)} must be {KINDS[found[1]]}"
+    return f"{_typed(key, arguments)} must be {VALUES[found[1]]}"
 
 
 def _no_group(_: re.Match[str], key: str, arguments: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from megalina.dry_run import axis_groups, describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.parameters import ParameterCounts, count_parameters, is_moe_layer, padded_vocab_size
-from megalina.validate import check_config
+from megalina.validate import CHOICES, check_config
 from megalina.worker import load_config
 from tools import write_config_docs
 
@@ -128,6 +128,29 @@ def test_gpt2_without_moe_has_124_million_parameters() -> None:
     assert counts.total == 124_439_808  # the published checkpoint
     _, moe = counts_of("gpt2_moe")
     assert moe.total - counts.total == 6 * (7 * moe.expert + 8 * 768)
+
+
+ROUTERS = sorted(path.stem for path in FILES if path.parent.name == "router")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    "shape", [(), ("model.bias=true", "model.moe_every=2", "model.shared_d_ff=32", "model.positions=learned")]
+)
+def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tuple[str, ...]) -> None:
+    config = composed("model=tiny", "model.num_layers=4", f"router={router}", *shape)
+    model, sizes = config.model, {"vocab_size": 512, "seq_len": 32}
+    gpt = GPT(model, config.router, vocab_size=512, max_positions=32, seed=0)  # on the meta device
+    counts = count_parameters(model, config.router, **sizes)
+    assert counts.total == sum(p.numel() for p in gpt.parameters())
+    moe = [layer for layer in gpt.layers if layer.is_moe]
+    assert counts.num_moe_layers == len(moe)
+    experts = sum(p.numel() for layer in moe for name, p in layer.named_parameters() if name.startswith("experts."))
+    assert counts.expert * model.num_experts * len(moe) == experts
+
+
+def test_every_kind_of_router_has_a_file() -> None:
+    assert {composed(f"router={name}").router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
 
 
 @pytest.mark.parametrize(

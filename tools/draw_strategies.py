@@ -139,6 +139,8 @@ def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     from megalina.validate import check_config
     from tools.compare_strategies import composed
 
+    if wrong := [o for o in overrides if not isinstance(o, str)]:
+        raise ValueError(f"ladder_job({wrong[0]!r}): give overrides one by one, as in ladder_job('model.num_heads=7')")
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
     config = with_plan(composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
     check_config(config, cluster.ranks)
