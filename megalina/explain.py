@@ -172,7 +172,8 @@ def _no_reference(found: re.Match[str], key: str, arguments: Sequence[str]) -> s
 
 
 def _chosen_twice(found: re.Match[str], _: str, arguments: Sequence[str]) -> str:
-    return f"{_typed(found[1], arguments)}: {found[1]} has a file already; take another one with {found[1]}=NAME, without the +"
+    typed = next((a for a in arguments if a.startswith(f"+{found[1]}=")), found[1])
+    return f"{typed}: {found[1]} has a file already; take another one with {found[1]}=NAME, without the +"
 
 
 # What Hydra and OmegaConf say, and what we say in its place, given the match, the key if they name one, and the arguments.

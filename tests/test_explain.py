@@ -73,6 +73,10 @@ def test_a_mistake_is_told_in_our_words(argument: str, line: str) -> None:
     assert told(argument) == line
 
 
+def test_of_two_files_the_added_one_is_named() -> None:
+    assert told("model=tiny", "+model=gpt2_moe").startswith("+model=gpt2_moe: model has a file already;")
+
+
 @pytest.mark.parametrize("value", ["a=b", "a b(c", "a,b", "it's", "${x}$"])
 def test_the_quotes_that_are_proposed_are_right(value: str) -> None:
     GlobalHydra.instance().clear()
