@@ -60,6 +60,7 @@ from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, check_infer, policy_of
 from megalina.serve.serving_device import ServingDevice
+from megalina.status_line import StatusLine
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 from megalina.timeline.recorder import Recorder
@@ -235,6 +236,7 @@ def rank(spec: dict[str, Any]) -> int:
     gpt = tiny_gpt(spec["layers"])
     host = shared_experts(gpt, mesh)
     factor = spec["slow_motion"] / 1e3
+    status = StatusLine()
     times = Times(spec["attention_ms"] * factor, spec["experts_ms"] * factor, spec["expert_ms"] * factor)
     even_rows = spec["batch_tokens"] // world
     engines = {mode: engine_of(mode, gpt, host, mesh, routing, times, even_rows, spec["slots"]) for mode in spec["modes"]}
@@ -256,10 +258,10 @@ def rank(spec: dict[str, Any]) -> int:
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
         if me == 0:
-            print(f"\r{world} devices, {name}: {number + 1}/{served} ", end="", file=sys.stderr, flush=True)
+            status.show(f"{world} devices, {name}: {number + 1}/{served}")
     late = max(late_share(engine) for engine in engines.values())
+    status.end()
     if me == 0:
-        print(file=sys.stderr)
         modes = {mode: measured(mode, took_s, engine, served) for mode, engine in engines.items()}
         ratios = [ratio if math.isfinite(ratio) else None for ratio in routing.most_over_least]
         result = {"modes": modes, "most_over_least": ratios, "overrun_fraction": late, "served": served}
@@ -355,4 +357,6 @@ def late_share(engine: Engine) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

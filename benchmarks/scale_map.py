@@ -70,15 +70,17 @@ def swept(*, quick: bool) -> dict[str, Any]:
 
 def _run(jobs: "Sequence[tuple[Variant, Place]]") -> list[dict[str, Any]]:
     from benchmarks.scale.grid import simulated
+    from megalina.status_line import StatusLine
 
+    status = StatusLine()
     whole_cost, done_cost, started_s, out = sum(_cost(p) for _, p in jobs), 0.0, time.monotonic(), []
     for number, (variant, place) in enumerate(jobs):
         left_s = (time.monotonic() - started_s) * (whole_cost / done_cost - 1) if done_cost else 0.0
         ahead = f", {left_s / 60:.0f} min left" if done_cost else ""
-        print(f"\r{number}/{len(jobs)} points{ahead}: {place.title:<60}", end="", file=sys.stderr, flush=True)
+        status.show(f"{number}/{len(jobs)} points{ahead}: {place.title}")
         out.append({"variant": variant.title, **place.as_json(), **simulated(place, variant).as_json()})
         done_cost += _cost(place)
-    print(file=sys.stderr)
+    status.end()
     return out
 
 
@@ -100,4 +102,6 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

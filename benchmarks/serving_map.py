@@ -147,6 +147,7 @@ def check(args: argparse.Namespace) -> None:
 def the_map(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from benchmarks.serving.figure import draw
     from benchmarks.serving.tables import map_table, modes_table, plan_table, slots_table, swap_table
+    from megalina.status_line import StatusLine
 
     models, clusters = args.models.split(","), args.clusters.split(",")
     counts = [int(word) for word in args.devices.split(",")] if args.devices else list(DEVICES)
@@ -157,12 +158,13 @@ def the_map(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     jobs += [(replace(s, turns=False), [args.plan_ms]) for s in middle]
     jobs += [(replace(s, slots=n), [args.plan_ms]) for s in middle if s.phase == "prefill" for n in more_slots(s, catalog)]
     found: dict[Spot, list[Point]] = {}
+    status = StatusLine()
     for number, (spot, plans_ms) in enumerate(jobs):
         own = [c for c in clusters if args.devices or spot.devices <= most_devices(catalog[spot.model, c])]
         found[spot] = points_of(spot, {c: catalog[spot.model, c] for c in own}, plans_ms, args.check_ms)
         told = f"{number + 1}/{len(jobs)} {time.process_time() - began_s:.0f} s of CPU time"
-        print(f"\r{told}: {spot.model} {spot.phase} {spot.devices} devices    ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        status.show(f"{told}: {spot.model} {spot.phase} {spot.devices} devices")
+    status.end()
     every = [p for own in found.values() for p in own]
     turning = [p for s in spots for p in found[s] if p.plan_s == args.plan_ms / 1e3]
     panels = {c: [p.cell for p in turning if p.cluster == c] for c in clusters}
@@ -262,8 +264,9 @@ def settings() -> "dict[str, InferConfig]":
 
 def catalog_of(models: Sequence[str], clusters: Sequence[str]) -> "dict[tuple[str, str], PretrainConfig]":
     """Of each model on each cluster."""
-    from megalina.config import ModelConfig, PretrainConfig, RouterConfig, TrainConfig
     from tools.compare_strategies import composed
+
+    from megalina.config import ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 
     sources = {name: MODELS[name].source for name in models}
     shapes = {n: ModelConfig(**SHAPES[s]) if s in SHAPES else composed([f"model={s}"]).model for n, s in sources.items()}
@@ -321,19 +324,21 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
         table,
     )
     from megalina.serve.modes import read_mode
+    from megalina.status_line import StatusLine
 
+    status = StatusLine()
     common = {"traces": list(map(str, paths)), "layers": LAYERS, "batch_tokens": BATCH_TOKENS, "batches": BATCHES}
     routing = {(n, skew): routing_of({**common, "devices": n, "skew": skew}) for n, skew in MEASURED}
 
     def simulated(devices: int, skew: str, mode: str, host_s: float) -> "Replayed":
-        print(f"\r{devices} devices, {skew}: {mode}    ", end="", file=sys.stderr, flush=True)
+        status.show(f"{devices} devices, {skew}: {mode}")
         served = routing[devices, skew]
         return replayed(served.batches, served.profile, read_mode(CONF, mode), num_devices=devices, host_s=host_s)
 
     devices, skew, mode = FITTED
     host_s = fitted_host_s(simulated(*FITTED, 0.0), MEASURED[devices, skew][mode], LAYERS)
     found = {key: {mode: simulated(*key, mode, host_s) for mode in modes} for key, modes in MEASURED.items()}
-    print(file=sys.stderr)
+    status.end()
     as_json = {
         "host_ms": host_s * 1e3,
         "rows": [
@@ -347,4 +352,6 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # tools/
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -38,6 +38,7 @@ from megalina.forecast.search import plans_of  # noqa: E402
 from megalina.sim.folding import FoldedLoads  # noqa: E402
 from megalina.sim.network import Network  # noqa: E402
 from megalina.sim.virtual import simulate_alike, uses_of  # noqa: E402
+from megalina.status_line import StatusLine  # noqa: E402
 from megalina.step.plan import Plan  # noqa: E402
 
 VOCAB, EXPERTS, RANKS_PER_NODE = 151936, 128, 8
@@ -70,19 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json and not args.json.absolute().parent.is_dir():
         print(f"--json {args.json}: there is no folder {args.json.absolute().parent}", file=sys.stderr)
         return 2
+    status = StatusLine()
     with few_collections():
         rows = []
         for varied, value, config, world, plan in sizes(quick=args.quick):
-            show(f"{varied} {value}")
+            status.show(f"{varied} {value}")
             rows.append(measure(varied, value, config, world, plan))
-        show("strategies")
+        status.show("strategies")
         slowest = slowest_step(layers=8 if args.quick else 48, world=64 if args.quick else 1024)
         searched = None
         if not args.quick:
-            show("search")
+            status.show("search")
             searched = search_s()
     slopes = {varied: slope([r for r in rows if r.varied == varied]) for varied in ("layers", "chunks", "pieces")}
-    print(file=sys.stderr)
+    status.end()
     met = print_all(rows, slopes, slowest, searched)
     if args.json:
         found = {"rows": [asdict(r) | {"total_s": r.total_s} for r in rows], "slopes": slopes, "steepest": STEEPEST}
@@ -218,10 +220,6 @@ def print_all(rows: Sequence[Row], slopes: dict[str, float], slowest: dict[str, 
     return all(met)
 
 
-def show(what: str) -> None:
-    print(f"\r{what:<40}", end="", file=sys.stderr, flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no search")
@@ -230,4 +228,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

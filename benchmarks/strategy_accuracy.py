@@ -38,6 +38,7 @@ from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.launch import Stopped, run_ranks
+from megalina.status_line import StatusLine
 from megalina.step.strategy import STRATEGIES
 from megalina.train.step_runner import StepRunner
 from megalina.validate import check_config
@@ -191,17 +192,17 @@ def work(folder: Path) -> int:
     first = configs[0]
     data = open_data(first.data, seq_len=first.train.seq_len, seed=first.train.seed)
     dist.init_process_group("gloo", timeout=timedelta(seconds=first.cluster.timeout_s))
-    found, started_s = {}, time.monotonic()
+    found, started_s, status = {}, time.monotonic(), StatusLine()
     for i, (entry, config) in enumerate(zip(job["cases"], configs, strict=True)):
         if dist.get_rank() == 0:
             left_s = (time.monotonic() - started_s) / i * (len(configs) - i) if i else 0.0
             eta = f", {left_s:.0f} s left" if i else ""
             line = f"seed {job['seed']}: {i + 1}/{len(configs)}{eta}  {entry['name']}"
-            print(f"\r{line:70s}", end="", file=sys.stderr, flush=True)
+            status.show(line)
         switches = {int(step): packing for step, packing in entry["switches"].items()}
         found[entry["name"]] = curve_of(config, data, switches=switches, adapts=entry["adapts"])
+    status.end()
     if dist.get_rank() == 0:
-        print(file=sys.stderr)
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     return 0
@@ -336,4 +337,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools/
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -347,4 +347,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from megalina.console import command
+
+    command(main)

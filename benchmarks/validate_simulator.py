@@ -138,4 +138,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # tools, pretrain_gpt_moe.py
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

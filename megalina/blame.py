@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megalina.collective_log import first_difference, name_ranks, read_collectives, read_mirror
-from megalina.rank_files import REFUSED, STOOD_STILL, collectives_path, position_path, traceback_path
+from megalina.rank_files import REFUSED, STOOD_STILL, UNSAVED, collectives_path, position_path, traceback_path
 from megalina.rank_process import for_own_reasons, how_it_ended
 
 TAIL_LINES = 40  # of a rank's log
@@ -29,6 +29,10 @@ def blame(first: Mapping[int, int], failed: Mapping[int, int], logs: Path, ranks
     if STOOD_STILL in first.values():  # all end together then; one has said why, rank 0 on our stderr
         words = [texts[r] for r, code in failed.items() if code == STOOD_STILL and traceback_path(logs, r).is_file()]
         return RankFailed("\n".join([f"the job of {ranks} rank(s) stood still and was ended", *words[:1]]))
+    if UNSAVED in first.values():  # all alike; where the disk had no room for a word, it is on stderr
+        files = [traceback_path(logs, r) for r, code in failed.items() if code == UNSAVED]
+        told = [path.read_text() for path in files if path.is_file() and path.stat().st_size]
+        return RankFailed(told[0] if told else "the last state could not be saved")
     # A rank that loses another one in the middle of a message may abort.
     rank = min(for_own_reasons(failed, texts) or failed, key=lambda r: (failed[r] == -signal.SIGABRT, r not in first, r))
     code, places = failed[rank], {r: read_mirror(position_path(logs, r)) for r in range(ranks)}

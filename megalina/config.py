@@ -183,9 +183,10 @@ class TrainConfig:
     recompute: str = setting("none", choices=("none", "selective", "full"))
     eval_interval: int = setting(50, high=LARGEST_COUNT)  # steps between validations; 0: only at the end
     eval_sequences: int = setting(64, low=1)  # sequences of one validation
-    resume: str = "auto"  # auto: the newest checkpoint of run.dir | verify: it, after running its last steps again | none | PATH
+    # auto: the newest checkpoint of run.dir | verify: it, its last steps run again | none | a run or checkpoint
+    resume: str = "auto"
     allow_changes: bool = False  # go on although settings differ that change the data's order or what the saved state means
-    init_from: str = ""  # PATH of a checkpoint: its weights, a fresh optimizer
+    init_from: str = ""  # PATH of a run or checkpoint: its weights, a fresh optimizer
     exit_step: int = setting(0, high=LARGEST_COUNT)  # save and stop after this step; 0: run to the end
     max_minutes: float = setting(0.0, high=1e9)  # save and stop after this time; 0: no limit
     ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit

@@ -10,10 +10,12 @@ from megalina.batch import Batch
 from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
 
+SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a text is written on.  The same seed gives the same text.  ValueError for a temperature or a `top_p` that can't be."""
+    """How a text is written on.  The same seed gives the same text.  ValueError for numbers that can't be."""
 
     max_tokens: int  # that are written
     max_positions: int  # in all, the prompt among them
@@ -28,6 +30,8 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}: choose 0 (likeliest token) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}: choose more than 0 and at most 1")
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            raise ValueError(f"seed is {self.seed}: choose a number from {SEEDS[0]} to {SEEDS[1]} (64 bits)")
 
     def limit(self, vocab_size: int) -> int:
         """Of the model's words, the first so many are written."""
@@ -81,10 +85,15 @@ def _batch(tokens: Sequence[int], position: int, device: torch.device) -> Batch:
 
 
 def choose(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`."""
+    """The next token: the likeliest one at temperature 0, else drawn from the likeliest that together have `top_p`.
+
+    ValueError for logits that are not finite."""
+    if not logits_V.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged, take an earlier checkpoint")
     if temperature == 0.0:
         return int(logits_V.argmax())
-    probability_V = (logits_V / temperature).softmax(0)
+    wide_V = logits_V.double()  # the smallest temperature is 0 in anything narrower
+    probability_V = ((wide_V - wide_V.max()) / temperature).softmax(0)  # a tiny temperature sends the others to -inf, none to inf
     if top_p < 1.0:
         sorted_V, word_V = probability_V.sort(descending=True, stable=True)
         above_V = sorted_V.cumsum(0) - sorted_V >= top_p  # what is likelier has top_p already

@@ -63,31 +63,41 @@ def rank_environment(rank: int, world: int, local_rank: int, local_ranks: int, a
 
 
 def joined(environ: Mapping[str, str]) -> Member | None:
-    """Which rank this process is under torchrun or srun; None: nobody has started ranks, we do."""
+    """Which rank this process is under torchrun or srun; None: nobody has started ranks, we do.
+
+    ValueError for a variable that should be a number and isn't."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        world = int(environ["WORLD_SIZE"])
+        world = _number(environ, "WORLD_SIZE")
         return Member(
             "torchrun",
-            rank=int(environ["RANK"]),
+            rank=_number(environ, "RANK"),
             world=world,
-            local_rank=int(environ.get("LOCAL_RANK", 0)),
-            local_ranks=int(environ.get("LOCAL_WORLD_SIZE", world)),
+            local_rank=_number(environ, "LOCAL_RANK", 0),
+            local_ranks=_number(environ, "LOCAL_WORLD_SIZE", world),
             address=environ.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(environ.get("MASTER_PORT", 29500)),
+            port=_number(environ, "MASTER_PORT", 29500),
         )
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
+    if "SLURM_PROCID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1:
         tasks = re.match(r"\d+", environ.get("SLURM_TASKS_PER_NODE", environ["SLURM_NTASKS"]))
         return Member(
             "slurm",
-            rank=int(environ["SLURM_PROCID"]),
-            world=int(environ["SLURM_NTASKS"]),
-            local_rank=int(environ.get("SLURM_LOCALID", 0)),
+            rank=_number(environ, "SLURM_PROCID"),
+            world=_number(environ, "SLURM_NTASKS"),
+            local_rank=_number(environ, "SLURM_LOCALID", 0),
             local_ranks=int(tasks.group()) if tasks else 1,
             address=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", "127.0.0.1")),
             # Jobs that share a node must not share a port: it follows from the job's number.
-            port=int(environ.get("MASTER_PORT", 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
+            port=_number(environ, "MASTER_PORT", 20000 + _number(environ, "SLURM_JOB_ID", 0) % 20000),
         )
     return None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A variable that is a number, `default` where there is none; ValueError that names it."""
+    text = environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise ValueError(f"{name}={text} in the environment must be a whole number: set it right, or take it away")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 STOOD_STILL = 75  # exit code of a rank that ended because the job made no progress
+UNSAVED = 74  # exit code of a rank whose last state could not be saved
 REFUSED = 2  # exit code of a rank that ended with a ValueError: the configuration, data or checkpoint is no good
+
+
+class Unsaved(RuntimeError):
+    """A run's last state could not be saved: all ranks raise it alike, and the message says all there is to say."""
 
 
 def traceback_path(logs: Path, rank: int) -> Path:

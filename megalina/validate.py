@@ -150,10 +150,10 @@ def check_paths(config: PretrainConfig) -> None:
         raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
     resume, init_from = config.train.resume, config.train.init_from
     for name, path in (("train.resume", "" if resume in ("auto", "verify", "none") else resume), ("train.init_from", init_from)):
-        if (Path(path) / "checkpoints").is_dir() and path:
-            raise ValueError(f"{name}={path} is a run folder: give one of its checkpoints, as {path}/checkpoints/step_00000100")
+        if path and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("checkpoints/step_*")):
+            raise ValueError(f"{name}={path} has no checkpoint yet: name another run's folder, or one of its checkpoints")
         if path and not Path(path).is_dir():
-            raise ValueError(f"{name}={path}: there is no such folder; a checkpoint is RUN_DIR/checkpoints/step_00000100")
+            raise ValueError(f"{name}={path}: there is no such folder; give a run's folder, or RUN/checkpoints/step_00000100")
 
 
 def advice(config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int) -> list[str]:

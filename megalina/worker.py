@@ -14,8 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from megalina.config import PretrainConfig
+from megalina.console import command
 from megalina.credentials import text_values
-from megalina.rank_files import REFUSED, traceback_path
+from megalina.rank_files import REFUSED, UNSAVED, Unsaved, traceback_path
 from megalina.whole_file import write_whole
 
 Train = Callable[[PretrainConfig], dict[str, Any]]
@@ -63,8 +64,13 @@ def main(arguments: list[str], train: Train) -> int:
             config.train.resume = resume[0]
         work(config, train)
     except Exception as error:  # noqa: BLE001  the launcher shows it
-        traceback_path(Path(path).parent / "logs", int(os.environ["RANK"])).write_text(traceback.format_exc())
-        return REFUSED if isinstance(error, ValueError) else 1
+        unsaved = isinstance(error, Unsaved)
+        text = str(error) if unsaved else traceback.format_exc()
+        try:
+            traceback_path(Path(path).parent / "logs", int(os.environ["RANK"])).write_text(text)
+        except OSError:  # a disk that is full to the last byte
+            print(text, file=sys.stderr)
+        return UNSAVED if unsaved else REFUSED if isinstance(error, ValueError) else 1
     return 0
 
 
@@ -76,4 +82,4 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], _train))
+    command(lambda: main(sys.argv[1:], _train))

@@ -1,5 +1,7 @@
 """The pictures of docs/strategies.md: all are there, to one scale; times follow from bytes and devices; bad input is one line."""
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,9 @@ def drawn(name: str, *overrides: str, cluster: Cluster | None = None) -> Drawn:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_document_has_a_section_the_numbers_and_a_picture_of_each_strategy(name: str) -> None:
-    section = DOCUMENT.split(f"\n### {name}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    _, heading, rest = DOCUMENT.partition(f"\n### {name}\n")
+    assert heading, f'docs/strategies.md has no section "### {name}"; what it needs: "Write your own schedule" there, step 6'
+    section = rest.split("\n## ")[0].split("\n### ")[0]
     picture = ROOT / "docs" / "images" / "strategies" / f"{name}.png"
     assert f"(images/strategies/{name}.png)" in section and picture.stat().st_size < MOST_BYTES
     for line in (ROOT / "conf" / "strategy" / f"{name}.yaml").read_text().splitlines():
@@ -107,3 +111,17 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_folder_in_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "a" / "b")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_overrides_in_a_list_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^ladder_job\(\['model.num_heads=7'\]\): give overrides one by one, as in ladder_job"):
+        ladder_job(["model.num_heads=7"])  # type: ignore[arg-type]
+
+
+def test_the_steps_to_a_schedule_of_ones_own_run_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    how_to = DOCUMENT.split("\n## Write your own schedule\n")[1].split("\n[docs/examples/own_schedule.py]")[0]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"^   ```python\n(.*?)^   ```$", how_to, re.DOTALL | re.MULTILINE)]
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert {"F:embed.-.0", "B:dense.1>.-.0"} <= {tag.partition("[")[0] for tag in printed}

@@ -5,7 +5,7 @@ import torch
 
 from megalina.batch import Batch
 from megalina.config import ModelConfig, RouterConfig
-from megalina.generate import Sampling, generate
+from megalina.generate import Sampling, choose, generate
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 
@@ -88,3 +88,36 @@ def test_an_id_that_the_tokenizer_lacks_is_never_written() -> None:
     gpt, few = small(), 20
     tokens = list(generate(gpt, [1], Sampling(max_tokens=25, max_positions=POSITIONS, temperature=2.0, num_ids=few)))
     assert max(tokens) < few <= max(generate(gpt, [1], Sampling(max_tokens=25, max_positions=POSITIONS, temperature=2.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-38, 1e-6])
+def test_a_tiny_temperature_is_the_likeliest_token_however_large_the_logits(dtype: torch.dtype, temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    for scale in (1.0, 1e4, 1e30):
+        logits_V = torch.tensor([-3.0, 2.0, 1.0, 0.0], dtype=dtype) * scale
+        assert choose(logits_V, temperature, 1.0, random) == choose(-logits_V, temperature, 0.9, random) + 1 == 1
+
+
+def test_probabilities_are_those_of_the_logits_over_the_temperature() -> None:
+    logits_V, random = torch.tensor([0.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([choose(logits_V, 2.0, 1.0, random) for _ in range(4000)]), minlength=3)
+    assert (counts / 4000).tolist() == pytest.approx((logits_V / 2.0).softmax(0).tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_named(value: float, temperature: float) -> None:
+    with pytest.raises(ValueError, match="logits are not finite: it has diverged"):
+        choose(torch.tensor([0.0, value]), temperature, 1.0, torch.Generator())
+
+
+@pytest.mark.parametrize("seed", [99999999999999999999, 2**64, -(2**63) - 1])
+def test_a_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"^seed is {seed}: choose a number from -9223372036854775808 to 18446744073709551615"):
+        Sampling(max_tokens=1, max_positions=POSITIONS, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_every_seed_of_64_bits_is_taken(seed: int) -> None:
+    assert len(list(generate(small(), [1], Sampling(max_tokens=1, max_positions=POSITIONS, seed=seed)))) == 1

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megalina import launch
+from megalina import elastic, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Starts the script beside it as a rank and ends with the code that pretrain_gpt_moe.py would give.
@@ -266,6 +267,27 @@ def test_the_message_says_where_each_rank_was(tmp_path: Path) -> None:
     assert "ranks 0, 2 were in step 7, instruction F:combine<.1.0" in err
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_last_state_that_could_not_be_saved_is_told_in_one_line(tmp_path: Path, room: bool) -> None:
+    """`room`: for a rank's words on the disk; else rank 0's are on our stderr."""
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from megalina import worker
+    from megalina.rank_files import Unsaved
+    def train(config):
+        time.sleep(rank / 5)
+        raise Unsaved("make room")
+    worker.load_config = lambda text: None
+    if not {room}: worker.traceback_path = lambda logs, rank: here / "no" / "folder"
+    (here / "config.yaml").touch()
+    sys.exit(worker.main([str(here / "config.yaml")], train))
+    """
+    code, out, err = Job(tmp_path, code).finish()
+    assert (code, out) == (1, "")
+    assert err == ("make room\n" if room else "make room\nthe last state could not be saved\n")
+
+
 def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:
     assert launch.joined({}) is None
     assert launch.joined({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
@@ -282,6 +304,25 @@ def test_torchrun_and_slurm_are_joined_by_their_variables() -> None:
         "SLURM_JOB_ID": "123456",
     }
     assert launch.joined(slurm) == launch.Member("slurm", 5, 8, 1, 4, "gpu003", 20000 + 123456 % 20000)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("SLURM_NTASKS", {"SLURM_PROCID": "0", "SLURM_NTASKS": "abc"}),
+        ("SLURM_PROCID", {"SLURM_PROCID": "", "SLURM_NTASKS": "2"}),
+        ("SLURM_LOCALID", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "x"}),
+        ("SLURM_JOB_ID", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "x"}),
+        ("MASTER_PORT", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_PORT": "1e3"}),
+        ("WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "two"}),
+        ("RANK", {"RANK": "-1", "WORLD_SIZE": "2"}),
+        ("LOCAL_RANK", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0.5"}),
+        ("LOCAL_WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "?"}),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, variables: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(variables[name])} in the environment must be a whole number"):
+        launch.joined(variables)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +380,22 @@ def test_ranks_with_another_configuration_are_refused(tmp_path: Path) -> None:
 def test_bad_input_under_torchrun_is_said_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "parallel.ep=3")
     assert done.returncode != 0
-    assert done.stderr.count("parallel.tp (1) x parallel.ep (3) must divide the number of ranks (2)") == 1
+    line = "parallel.tp (1) x parallel.ep (3) must divide the number of ranks (2)"
+    assert len(re.findall(f"^{re.escape(line)}", done.stderr, re.MULTILINE)) == 1
+    cause = done.stderr.split("Root Cause (first observed failure):")[1]  # with which torchrun's own report ends
+    assert "rank      : 0 " in cause and f"traceback : {line}" in cause
     assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_is_told_why_a_rank_ended(tmp_path: Path) -> None:
+    elastic.tell_agent("train.steps=0 must be at least 1", {})  # nobody to tell
+    path = tmp_path / "error.json"
+    elastic.tell_agent("train.steps=0 must be at least 1", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    failure = ProcessFailure(local_rank=1, pid=2, exitcode=2, error_file=str(path))
+    assert abs(failure.timestamp - time.time()) < 5
+    report = str(ChildFailedError("job", {1: failure})).splitlines()
+    assert report[-2].strip() == "traceback : train.steps=0 must be at least 1" and set(report[-1]) == {"="}
+    elastic.tell_agent("no such folder", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")})
 
 
 def slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:

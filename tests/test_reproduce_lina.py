@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from tools import reproduce_lina
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,3 +51,7 @@ def test_the_whole_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         if number:
             assert math.isclose(row["residual"], row["simulated"] / row["paper"] - 1)
     assert (tmp_path / "a.png").stat().st_size > 50_000
+    made = (ROOT / "docs" / "reproduction.md").read_text().split("\n## Made routing or real")[0]
+    blocks = re.findall(r"^```\n(.*?)^```$", made, re.DOTALL | re.MULTILINE)
+    printed = {line.rstrip() for line in text.splitlines()}
+    assert [line for block in blocks for line in block.splitlines() if line.rstrip() not in printed] == []

@@ -206,8 +206,11 @@ def test_paths_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train.resume=nowhere: there is no such folder"):
         check_paths(changed(run__dir=str(tmp_path), train__resume="nowhere"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="run is a run folder: give one of its checkpoints"):
-        check_paths(changed(run__dir=str(tmp_path), train__init_from=str(tmp_path / "run")))
+    for name in ("resume", "init_from"):
+        with pytest.raises(ValueError, match=f"train.{name}=.*run has no checkpoint yet: name another run's folder"):
+            check_paths(changed(run__dir=str(tmp_path), **{f"train__{name}": str(tmp_path / "run")}))
+    (tmp_path / "run" / "checkpoints" / "step_00000003").mkdir()
+    check_paths(changed(run__dir=str(tmp_path), train__resume=str(tmp_path / "run"), train__init_from=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="train.init_from=nowhere: there is no such folder"):
         check_paths(changed(run__dir=str(tmp_path), train__init_from="nowhere"))
 

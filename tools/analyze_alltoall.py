@@ -134,6 +134,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.comm.objects import everybodys
     from megalina.data.source import open_data
     from megalina.layout import rows
+    from megalina.status_line import StatusLine
     from megalina.timeline.recorder import Event, Recorder
     from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.step_runner import StepRunner
@@ -151,17 +152,19 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     device = runner.trainable.device
     if device is not None:
         device.busy_s = device.overrun_s = 0.0
+    status = StatusLine()
     gc.collect()
     gc.disable()  # a collection would hit some step
     try:
         for step in range(WARM_UP_STEPS + 1, WARM_UP_STEPS + steps + 1):
-            if first and sys.stderr.isatty():
-                print(f"\r{config.model.num_experts} experts: step {step - WARM_UP_STEPS}/{steps} ", end="", file=sys.stderr)
+            if first:
+                status.show(f"{config.model.num_experts} experts: step {step - WARM_UP_STEPS}/{steps}")
             recorder = Recorder()
             runner.compute(step, record=recorder)
             own.append(recorder.events())
     finally:
         gc.enable()
+        status.end()
     after = calibrate(runner.mesh, runner.log, sizes_bytes, sharded=config.parallel.zero == 1)
     alone = fastest(before, after, sizes_bytes)
     times_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
@@ -191,8 +194,6 @@ def write(settings: Sequence[Measured], args: argparse.Namespace) -> None:
     from papers.lina.alltoall_tables import report
 
     analyses, last = [m.analysis for m in settings], settings[-1]
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
     print(report(analyses, steps=args.steps, note=last.note), flush=True)
     if args.json:
         args.json.write_text(json.dumps(as_json(analyses, steps=args.steps, note=last.note), indent=1) + "\n")
@@ -283,4 +284,6 @@ def _is_input(error: Exception) -> bool:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -143,6 +143,8 @@ def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
+    if wrong := [o for o in overrides if not isinstance(o, str)]:
+        raise ValueError(f"ladder_job({wrong[0]!r}): give overrides one by one, as in ladder_job('model.num_heads=7')")
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
     config = with_plan(composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
     check_config(config, cluster.ranks)
@@ -267,4 +269,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -203,4 +203,6 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

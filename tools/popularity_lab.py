@@ -203,4 +203,6 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy comes in: small products are faster so, and steadier
     sys.path.insert(0, str(ROOT))  # placement_lab/
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

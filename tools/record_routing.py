@@ -269,4 +269,6 @@ def busiest_over_mean(trace: RoutingTrace, placement: Placement) -> np.ndarray[A
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

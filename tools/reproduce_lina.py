@@ -30,19 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reproduce(args: argparse.Namespace) -> int:
+    from tools.compare_strategies import composed
+
     from megalina.serve.modes import read_mode
+    from megalina.status_line import StatusLine
     from papers.lina.reenactment import reenact
     from papers.lina.report import closing, constants_table, contradictions, draw, table, what_if
-    from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     base, modes = composed(BASE), ROOT / "conf" / "infer"
+    status = StatusLine()
     found = reenact(
-        base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=show
+        base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=status.show
     )
-    print(file=sys.stderr)
+    status.end()
     hardware = base.cluster.hardware
     print(
         constants_table(
@@ -59,10 +62,6 @@ def reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(what: str) -> None:
-    print(f"\r{what:<70}", end="", file=sys.stderr, flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -75,4 +74,6 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

@@ -29,8 +29,6 @@ it in `config.yaml` in its folder.
 
 An experiment (`experiment=laptop`) is a file that picks a file of each group and changes settings on top: copy one in
 `conf/experiment/` to keep a recipe. What is given on the command line wins over it.
-
-Of the published models, DeepSeek-V2-Lite has no file: its multi-head latent attention is left out here.
 """
 
 
@@ -112,4 +110,6 @@ def fields(schema: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 if __name__ == "__main__":
-    main()
+    from megalina.console import command
+
+    command(main)

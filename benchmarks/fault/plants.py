@@ -254,7 +254,7 @@ def main(role: str, plant: str, *arguments: str) -> int:
     if role == "command":
         import pretrain_gpt_moe
 
-        pretrain_gpt_moe.WORKER = (sys.executable, __file__, "rank", plant)  # type: ignore[assignment]
+        pretrain_gpt_moe.WORKER = (sys.executable, __file__, "rank", plant)
         sys.argv = [pretrain_gpt_moe.__file__, *arguments]
         pretrain_gpt_moe.run()
         return 0

@@ -140,4 +140,6 @@ def newest_of(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

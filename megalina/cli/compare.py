@@ -311,4 +311,6 @@ def _is_input(error: Exception) -> bool:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

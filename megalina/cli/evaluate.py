@@ -310,4 +310,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    from megalina.console import command
+
+    command(main)

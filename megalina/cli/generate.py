@@ -13,6 +13,7 @@ import torch
 
 from megalina.arguments import Parser, number, whole
 from megalina.checkpoint.restored import restore
+from megalina.console import check_text, command
 from megalina.data.tokenizer import open_tokenizer
 from megalina.generate import Sampling, generate
 from megalina.train.resume import newest_checkpoint
@@ -39,7 +40,15 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    options = arguments()
+    try:
+        return write(arguments())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def write(options: argparse.Namespace) -> int:
+    check_text([options.prompt], "--prompt")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     path = options.checkpoint
@@ -86,8 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -182,9 +182,9 @@ def run() -> None:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(explain(error, sys.argv[1:]), file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    run()
+    from megalina.console import command
+
+    command(run)

@@ -6,11 +6,9 @@ python pretrain_gpt_moe.py --help
 import fcntl
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -25,9 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
 from megalina.config import PretrainConfig, RunConfig
+from megalina.console import command
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
+from megalina.elastic import tell_agent
+from megalina.explain import explain
 from megalina.parallel.plan_file import with_plan
+from megalina.rank_files import Unsaved
 from megalina.restart import later_starts
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -53,6 +55,10 @@ def main(cfg: DictConfig) -> float:
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         config = with_plan(config, member.world if member else config.launch.ranks)
+        if config.train.init_from:
+            from megalina.train.resume import with_weights  # seconds
+
+            config = with_weights(config)
         if sweeping and member is not None:
             raise ValueError(f"-m under {member.launcher}: a sweep starts its ranks itself; run it without, with launch.ranks=N")
         if config.launch.dry_run:
@@ -63,11 +69,12 @@ def main(cfg: DictConfig) -> float:
     except launch.Stopped as error:  # of a sweep too: its other jobs are not started
         _say(str(error))
         sys.exit(128 + error.signum)
-    except (ValueError, OmegaConfBaseException, OSError, launch.RankFailed) as error:
+    except (ValueError, OmegaConfBaseException, OSError, launch.RankFailed, Unsaved) as error:
         line, code = _verdict(error)
         _say(f"job {hydra_cfg.job.num}: {line}" if sweeping else line)
         if sweeping:
             raise  # the jobs that follow are run all the same
+        tell_agent(_masked(line), os.environ)
         sys.exit(code)
 
 
@@ -180,7 +187,8 @@ def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -
             warnings = check(config, world=member.world, local_ranks=member.local_ranks)
             stack.enter_context(_run_folder(config, overrides, sweeping=False))
             _warn(warnings)
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            tell_agent(_masked(_verdict(error)[0]), os.environ)  # before the others end, for which torchrun ends this rank too
             agreement.refuse()
             raise
         agreement.offer(config)
@@ -190,9 +198,11 @@ def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -
 
 
 def _train(config: PretrainConfig) -> dict[str, Any]:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from megalina.train.trainer import train
 
-    return worker.work(config, train)
+    return record(worker.work)(config, train)  # type: ignore[return-value]  # torchrun's report has a traceback, if there is one
 
 
 @contextmanager
@@ -232,48 +242,12 @@ def _val_loss(summary: dict[str, Any]) -> float:
     return float("nan") if summary.get("val_loss") is None else float(summary["val_loss"])
 
 
-def explain(error: BaseException, arguments: list[str]) -> str:
-    """One line that says what to change, also for the errors of Hydra and OmegaConf."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(cause)
-    key = match[1] if (match := re.search(r"full_key: ([\w.]+)", text)) else ""
-    if unknown := re.search(r"Key '([^']*)' not in '(\w+)'", text):
-        key = key or unknown[1]
-        keys = _keys(PretrainConfig)
-        typed = [argument.split("=")[0].lstrip("+~") for argument in arguments]
-        key = next((name for name in typed if name.startswith(f"{key}.")), key)
-        same_name = [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
-        hint = f" (did you mean {' or '.join(same_name)}?)" if same_name else validate.nearest(key, keys)
-        return f"there is no setting {key}{hint}; see --help"
-    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
-        group, option = missing.groups()
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        hint = validate.nearest(option, options)
-        return f"{group}={option}: there is no such file in conf/{group}{hint}; there are {', '.join(options)}"
-    if "Config group override must be a string" in text:
-        given = [argument.split("=", 1) for argument in arguments if "=" in argument]
-        wrong = [(g, option) for g, option in given if (CONF / g).is_dir() and not (CONF / g / f"{option}.yaml").exists()]
-        return "; ".join(f"{g}={option}: {g} wants the name of a file in conf/{g}" for g, option in wrong) or text
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or text}; run.dir and data.cache_dir must be folders that can be written"
-    noise = re.compile(r"\s*(full_key|reference_type|object_type|See https)")
-    line = " ".join(line.strip() for line in text.splitlines() if line.strip() and not noise.match(line))
-    return f"{key}: {line}" if key and key not in line else line
-
-
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, groups included."""
-    found = []
-    for field in fields(schema):
-        found.append(prefix + field.name)
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            found += _keys(field.type, f"{prefix}{field.name}.")
-    return found
+def _masked(line: str) -> str:
+    return masked(line, find_credentials(os.environ, Path.home()))
 
 
 def _say(line: str) -> None:
-    print(masked(line, find_credentials(os.environ, Path.home())), file=sys.stderr, flush=True)
+    print(_masked(line), file=sys.stderr, flush=True)
 
 
 def _warn(lines: list[str]) -> None:
@@ -284,7 +258,7 @@ def _warn(lines: list[str]) -> None:
 
 def _verdict(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
-    if isinstance(error, launch.RankFailed):
+    if isinstance(error, launch.RankFailed | Unsaved):
         return str(error), 1
     return explain(error, sys.argv[1:]), BAD_INPUT
 
@@ -296,13 +270,12 @@ def run() -> None:
         typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
         refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
         main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed, Unsaved) as error:
         line, code = _verdict(error)
         _say(line)
+        tell_agent(_masked(line), os.environ)
         sys.exit(code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    run()
+    command(run)

@@ -1,6 +1,6 @@
 """Verify layouts: does every layout of a configuration's model give the numbers of one process?
 
-python tools/verify_layouts.py [OVERRIDES] --ranks N [--pairs auto|always|never] [--json FILE] [--plant BUG | --list-plants]
+python tools/verify_layouts.py [OVERRIDES] --ranks N [--pairs WHEN] [--only KIND=A,B] [--json FILE] [--plant BUG | --list-plants]
 """
 
 import json
@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         help="always (or no word): few rows, in which every pair of choices occurs; never: every combination; "
         "auto (default): every combination if they are few",
     )  # fmt: skip
+    parser.add_argument("--only", action="append", default=[], metavar="KIND=A,B",
+                        help="rows with these alone: strategy=flow, router=topk,hash; may be given for both")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plant", default="", metavar="BUG", help="build this bug into the ranks and see whether it is found")
     parser.add_argument("--list-plants", action="store_true", help="the bugs that can be planted")
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--pairs {args.pairs}: choose one of {', '.join(MODES)}")
         if args.json and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
-        choices, rows, how = chosen(args.overrides, ranks=args.ranks, mode=args.pairs, plant=args.plant)
+        choices, rows, how = chosen(args.overrides, ranks=args.ranks, mode=args.pairs, plant=args.plant, only=args.only)
     except Exception as error:
         if not _is_input(error):
             raise
@@ -75,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(r.equal for r in results) else DIFFERENT
 
 
-def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple[Choices, list[Row], str]":
+def chosen(
+    overrides: list[str], *, ranks: int, mode: str, plant: str, only: Sequence[str] = ()
+) -> "tuple[Choices, list[Row], str]":
     """What is run, and for people how it was chosen; ValueError, or an error of Hydra, for bad input."""
     from megalina.verify import layouts
 
@@ -84,7 +88,7 @@ def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple
         ours = tuple(planted.overrides)
         keys = {o.split("=")[0].lstrip("+~") for o in ours}
         overrides = [o for o in overrides if o.split("=")[0].lstrip("+~") not in keys] + list(ours)
-    choices = choices_of(overrides, ranks)
+    choices = layouts.only(choices_of(overrides, ranks), only)
     if planted is None:
         return (choices, *layouts.chosen_rows(choices, ranks, mode))
     rows = _planted_rows(choices, ranks, planted)
@@ -328,7 +332,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from megalina.console import command
+
+    command(main)

@@ -18,6 +18,7 @@ from megalina.compare.contest import Contestant, alone, contest
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.data.source import open_data
 from megalina.layout import rows
+from megalina.status_line import StatusLine
 from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace
@@ -36,13 +37,13 @@ def main(spec_path: str) -> int:
     first = next(iter(configs.values()))
     data = open_data(first.data, seq_len=first.train.seq_len, seed=first.train.seed)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=first.cluster.timeout_s))
-    began_s = time.monotonic()
+    began_s, status = time.monotonic(), StatusLine()
 
     def progress(done: int, total: int, name: str) -> None:
         if rank == 0:
             left_s = (time.monotonic() - began_s) / done * (total - done) if done else 0.0
             eta = f", {left_s:.0f} s left" if done else ""
-            print(f"\r{spec['name']}: {done}/{total}{eta}  {name:20s}", end="", file=sys.stderr, flush=True)
+            status.show(f"{spec['name']}: {done}/{total}{eta}  {name}")
 
     turns = {"rounds": spec["rounds"], "turn": spec["turn"]}
     contestants = contest(configs, data, **turns, baseline=EAGER, to_the_end=spec["to_the_end"], progress=progress)
@@ -55,7 +56,7 @@ def main(spec_path: str) -> int:
     by_name[EAGER] = by_name[tuned_eager(found)]
     shown = {name: traced(by_name[name], known) for name in spec["shown"] if name in by_name}
     if rank == 0:
-        print(file=sys.stderr)
+        status.end()
         Path(spec["out"]).write_text(json.dumps(as_json(spec["name"], found, slow_motion=spec["slow_motion"]), allow_nan=False))
         if spec["picture"]:
             draw(Path(spec["picture"]), {name: step.by_rank[0] for name, step in shown.items()}, note=spec["note"])

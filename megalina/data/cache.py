@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megalina.file_errors import naming
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -68,7 +70,8 @@ def cached_arrays(folder: Path, names: Sequence[str], build: Callable[[], Arrays
 
     def write(new: Path) -> None:
         for name, array in build().items():
-            np.save(new / f"{name}.npy", array)
+            with naming(new / f"{name}.npy"):
+                np.save(new / f"{name}.npy", array)
 
     entry = cache_entry(folder, write)
     return {name: _array(entry / f"{name}.npy") for name in names}

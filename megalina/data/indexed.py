@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megalina.file_errors import naming
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {
@@ -134,7 +136,7 @@ class IndexedWriter:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         self._code = next(code for code, known in _DTYPES.items() if np.dtype(known) == self.dtype)
         self._bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        self._partial = Path(f"{prefix}.bin.partial")
+        self._partial, self._idx_partial = Path(f"{prefix}.bin.partial"), Path(f"{prefix}.idx.partial")
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._bin: IO[bytes] = self._partial.open("wb")
@@ -151,20 +153,24 @@ class IndexedWriter:
         if kind is None:
             self.finalize()
         else:
-            self._bin.close()
-            self._partial.unlink()
+            try:
+                self._bin.close()  # on a full disk it raises once more
+            finally:
+                self._remove_partial()
 
     def add_document(self, tokens: Iterable[int] | Array, lengths: Sequence[int] | None = None) -> None:
         """One document; `lengths` cuts it into sequences (one by default)."""
         ids = np.asarray(tokens, dtype=self.dtype)
         parts = np.asarray([len(ids)] if lengths is None else lengths, dtype=np.int32)
         assert int(parts.sum()) == len(ids)
-        self._bin.write(ids.tobytes())
+        with naming(self._bin_path):
+            self._bin.write(ids.tobytes())
         self._append(parts, np.array([len(parts)], np.int64))
 
     def add_documents(self, tokens: Array, lengths: Array) -> None:
         """Many documents of one sequence each: `tokens` is flat, `lengths` says where it is cut."""
-        self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        with naming(self._bin_path):
+            self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
         self._append(np.asarray(lengths, dtype=np.int32), np.arange(1, len(lengths) + 1, dtype=np.int64))
 
     def add_dataset(self, prefix: str | Path) -> None:
@@ -172,24 +178,37 @@ class IndexedWriter:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             raise ValueError(f"{prefix}.bin holds {other.dtype}, {self.prefix}.bin {self.dtype}: use one tokenizer for both")
-        for first in range(0, other.num_tokens, 1 << 24):
-            self._bin.write(other.tokens[first : first + (1 << 24)].tobytes())
+        with naming(self._bin_path):
+            for first in range(0, other.num_tokens, 1 << 24):
+                self._bin.write(other.tokens[first : first + (1 << 24)].tobytes())
         self._append(np.array(other.lengths), np.array(other.document_indices[1:]))
 
     def finalize(self) -> None:
-        self._bin.close()
+        try:
+            self._finalize()
+        except OSError:
+            self._remove_partial()
+            raise
+
+    def _finalize(self) -> None:
+        with naming(self._bin_path):
+            self._bin.close()
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1] * np.int64(self.dtype.itemsize), out=pointers[1:])
         documents = np.concatenate(self._documents)
-        partial = Path(f"{self.prefix}.idx.partial")
-        with partial.open("wb") as out:
+        partial = self._idx_partial
+        with naming(self._idx_path), partial.open("wb") as out:
             out.write(_HEADER.pack(_MAGIC, 1, self._code, len(lengths), len(documents)))
             for array in (lengths.astype("<i4"), pointers.astype("<i8"), documents.astype("<i8")):
-                array.tofile(out)
+                out.write(array.data)  # array.tofile would lose the reason of an error
         self._idx_path.unlink(missing_ok=True)  # an older index must not stand beside the new tokens, not even for a moment
         self._partial.replace(self._bin_path)
         partial.replace(self._idx_path)
+
+    def _remove_partial(self) -> None:
+        for path in (self._partial, self._idx_partial):
+            path.unlink(missing_ok=True)
 
     def _append(self, lengths: npt.NDArray[np.int32], document_ends: npt.NDArray[np.int64]) -> None:
         self._lengths.append(lengths)

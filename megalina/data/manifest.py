@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from megalina.file_errors import naming
+
 _MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 
 
@@ -18,7 +20,9 @@ class Manifest:
     tokens: int
 
     def write(self, prefix: str | Path) -> None:
-        Path(f"{prefix}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path = Path(f"{prefix}.json")
+        with naming(path):
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:

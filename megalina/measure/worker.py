@@ -26,6 +26,7 @@ from megalina.measure.stopwatch import Stopwatch
 from megalina.measure.trial_runs import trial_run
 from megalina.mesh import Mesh, build_mesh
 from megalina.sim.collectives import Collective
+from megalina.status_line import StatusLine
 from megalina.worker import load_config
 
 PASSES = 2
@@ -110,17 +111,15 @@ class Progress:
     """One line on stderr, of rank 0."""
 
     def __init__(self, shown: bool):
-        self._shown, self.heading = shown, ""
+        self._shown, self.heading, self._line = shown, "", StatusLine()
         self._began_s = time.monotonic()
 
     def say(self, what: str) -> None:
         if self._shown:
-            text = f"{self.heading}, {time.monotonic() - self._began_s:.0f} s: {what}"
-            print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+            self._line.show(f"{self.heading}, {time.monotonic() - self._began_s:.0f} s: {what}")
 
     def end(self) -> None:
-        if self._shown:
-            print(file=sys.stderr)
+        self._line.end()
 
 
 def kernel_seconds(

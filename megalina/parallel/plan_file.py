@@ -5,8 +5,9 @@ such as each job of a sweep, or one that must be deterministic.  JSON: the plan,
 """
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,28 @@ def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
 
 
 def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
-    """A plan and what it is of; ValueError for what isn't one."""
+    """A plan and what it is of; ValueError that says what is wrong with what isn't one."""
+    plan, wrong = Plan(), ""
+    found: Any = None
     try:
         found = json.loads(path.read_text())
-        plan, of = Plan.from_json(found["plan"]), dict(found["of"])
+        plan = Plan.from_json(found["plan"])
+    except (UnicodeDecodeError, RecursionError):
+        wrong = "it is no text in JSON"
+    except json.JSONDecodeError as error:
+        wrong = f"it is no JSON from line {error.lineno}, column {error.colno} on"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"strategy.plan={path} is no plan of megalina's ({error!r}): take a {PLAN_FILE} from a run's folder"
-        ) from error
-    return plan, of
+        entry = found.get("plan") if isinstance(found, dict) else None
+        names = {f.name for f in fields(Plan)}
+        other = [name for name in entry if name not in names] if isinstance(entry, dict) else []
+        kind = re.fullmatch(r"(\w+) is no (\w+)", str(error))
+        wrong = f"a plan has no {other[0]!r}" if other else "its 'plan' is missing or damaged"
+        wrong = f"{kind[1]} of its 'plan' is no {kind[2]}" if kind else wrong
+    if not wrong and not isinstance(found.get("of"), dict):
+        wrong = "what it is a plan of isn't there under 'of'"
+    if wrong:
+        raise ValueError(f"strategy.plan={path} is no plan of megalina's, {wrong}: take a {PLAN_FILE} from a run's folder")
+    return plan, found["of"]
 
 
 def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:

@@ -57,5 +57,7 @@ def close_run(config: PretrainConfig, data: TokenData, *, checkpoint: Path | Non
         samples = write_samples(config, data, checkpoint) if checkpoint is not None else []
         path = write_report(run_dir, samples=samples, summary=summary)
         logger.info("report: %s", path)
+    except OSError as error:
+        logger.warning("warning: the report could not be written: %s; try tools/write_report.py %s", error, run_dir)
     except Exception:  # whatever it is: the model is trained and saved, and the log says what went wrong
         logger.exception("the report could not be written; try tools/write_report.py %s", run_dir)

@@ -3,6 +3,7 @@
 The newest is taken whose files are all as they were written.  What one process can see at no cost (small files, sizes)
 is looked at before ranks start, the rest by all ranks together."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megalina.changed_settings import check_changes
@@ -29,7 +30,25 @@ def resume_candidates(config: PretrainConfig) -> list[Path]:
                 "choose another run.dir, remove its checkpoints, or go on with train.resume=auto"
             )
         return []
-    return there if config.train.resume in ("auto", "verify") else [Path(config.train.resume)]
+    return there if config.train.resume in ("auto", "verify") else named_checkpoints(Path(config.train.resume))
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint that is named; of a run folder its checkpoints, the newest first."""
+    return newest_first(path / "checkpoints") if (path / "checkpoints").is_dir() else [path]
+
+
+def with_weights(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with the newest whole checkpoint of the run folder that train.init_from names; the same one where it
+    names none.  ValueError where all are damaged."""
+    path = Path(config.train.init_from)
+    if not config.train.init_from or not (path / "checkpoints").is_dir():
+        return config
+    found = {candidate: damaged(candidate, tensors=False) for candidate in named_checkpoints(path)}
+    start = next((candidate for candidate, reasons in found.items() if not reasons), None)
+    if start is None:
+        raise ValueError(all_damaged(found) if found else f"train.init_from={path} has no checkpoint yet")
+    return replace(config, train=replace(config.train, init_from=str(start)))
 
 
 def resume_point(config: PretrainConfig) -> Path | None:

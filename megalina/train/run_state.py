@@ -24,6 +24,7 @@ from megalina.model.init import local_shape, spec_of
 from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
 from megalina.placement.routing_trace import write_trace
+from megalina.rank_files import Unsaved
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.built import Built
 from megalina.train.ledger import Ledger
@@ -103,13 +104,13 @@ class RunState:
         self._try(self.checkpoints.wait)
 
     def close(self) -> None:
-        """The last save must succeed: it is tried once more.  SaveFailed, on all ranks, where it can't be."""
+        """The last save must succeed: it is tried once more.  Unsaved, on all ranks, where it can't be."""
         self.wait()
         if self.saved_step != self.step:
             self.save()
             self.wait()
         if self.saved_step != self.step:
-            raise RuntimeError(
+            raise Unsaved(
                 f"the state after step {self.step} could not be saved in {self.config.run.dir}/checkpoints (see the warnings): "
                 "make room on the disk and run the same command again; it goes on from the newest checkpoint that is there"
             )

@@ -23,6 +23,7 @@ from megalina.data.source import TokenData, open_data
 from megalina.parallel.plan_file import PLAN_FILE, write_plan
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import DTYPES
+from megalina.rank_files import Unsaved
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
@@ -45,7 +46,8 @@ WARM_UP_STEPS = 3  # the first steps of a process are left out of the median spe
 def train(config: PretrainConfig) -> dict[str, Any]:
     """Train, from the first step or from a checkpoint; returns the run's summary, the same on all ranks.
 
-    torchrun's environment variables say which rank this is (none: a single process).
+    torchrun's environment variables say which rank this is (none: a single process).  Unsaved, on all ranks, where the last
+    state could not be saved: the report is written nevertheless.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if config.train.deterministic:
@@ -59,7 +61,7 @@ def train(config: PretrainConfig) -> dict[str, Any]:
         expected = resume_point(config)
         resumed_step = read_values(expected)["step"] if expected else 0
         tracker = open_trackers(config.tracker, run_dir=Path(config.run.dir), config=asdict(config), resumed_step=resumed_step)
-    failed, trainer = True, None
+    failed, trainer, unsaved = True, None, None
     try:
         if device.type == "cuda":
             flight_recorder.prepare(os.environ, Path(config.run.dir) / "logs")
@@ -84,13 +86,15 @@ def train(config: PretrainConfig) -> dict[str, Any]:
             if tracker is not None and start != expected:  # a file of tensors is damaged
                 tracker.rewind(trainer.state.step)
             trainer.loop()
+        except Unsaved as error:  # which all ranks have agreed upon
+            unsaved = error
         except Exception as error:
             error.add_note(f"rank {rank} of {world}, in step {trainer.state.step + 1}")
             doctor.stop(error)
             raise
         summary = trainer.close()
         trainer.runner.close()
-        failed = False
+        failed = unsaved is not None
     finally:
         if tracker is not None:
             tracker.finish(failed=failed)
@@ -98,6 +102,8 @@ def train(config: PretrainConfig) -> dict[str, Any]:
             trainer.runner.doctor.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if unsaved is not None:
+        raise unsaved
     return summary
 
 

@@ -45,6 +45,19 @@ class Row:
         return self.router + (f", capacity {self.capacity:g}" if self.capacity else "")
 
 
+def only(choices: Choices, words: Sequence[str]) -> Choices:
+    """Those of `choices` that words such as "strategy=flow,lina" or "router=topk" name.  ValueError for what isn't there."""
+    there: dict[str, Mapping[str, Any]] = {"strategy": choices.strategies, "router": choices.routers}
+    for word in words:
+        kind, _, names = word.partition("=")
+        if kind not in there:
+            raise ValueError(f"--only {word}: give {' or '.join(f'{name}=A,B' for name in there)}")
+        if missing := [name for name in names.split(",") if name not in there[kind]]:
+            raise ValueError(f"--only {word}: there is no {kind} {missing[0]!r}; there are {', '.join(there[kind])}")
+        there[kind] = {name: there[kind][name] for name in names.split(",")}
+    return replace(choices, strategies=there["strategy"], routers=there["router"])
+
+
 def places(ranks: int) -> list[tuple[int, int, int, bool]]:
     """(world, tp, ep, sequence parallel) for every world of 1, 2, 4, ... up to `ranks`."""
     powers = [1 << i for i in range(power_below(ranks).bit_length())]

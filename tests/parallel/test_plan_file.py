@@ -1,6 +1,7 @@
 """A plan in a file: what was found is what another run of the same job begins with; all else is refused in one line."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,23 +73,26 @@ def test_a_plan_of_another_job_is_refused_with_what_differs(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "wrong"),
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: '{"plan": {"strategy": "flow"}}',
-        lambda text: text.replace('"late_layers": 2', '"late_layers": "2"'),
-        lambda text: text.replace('"late_layers"', '"latest_layers"'),
-        lambda text: text.replace('"strategy": "flow"', '"strategy": 7'),
-        lambda text: text.replace('"yields": true', '"gap_bytes": [[1]], "yields": true'),
+        (lambda text: text[: len(text) // 2], "it is no JSON from line "),
+        (lambda text: "", "it is no JSON from line 1, column 1 on"),
+        (lambda text: "[]", "its 'plan' is missing or damaged"),
+        (lambda text: '{"plan": 3}', "its 'plan' is missing or damaged"),
+        (lambda text: '{"plan": {"strategy": "flow"}}', "what it is a plan of isn't there under 'of'"),
+        (lambda text: text.replace('"late_layers": 2', '"late_layers": "2"'), "late_layers of its 'plan' is no int"),
+        (lambda text: text.replace('"late_layers"', '"latest_layers"'), "a plan has no 'latest_layers'"),
+        (lambda text: text.replace('"strategy": "flow"', '"strategy": 7'), "strategy of its 'plan' is no str"),
+        (lambda text: text.replace('"yields": true', '"gap_bytes": [[1]], "yields": true'), "its 'plan' is missing or damaged"),
     ],
 )
-def test_a_damaged_file_is_named(path: Path, change: "object") -> None:
-    assert callable(change)
+def test_a_damaged_file_is_named_with_what_is_wrong(path: Path, change: Callable[[str], str], wrong: str) -> None:
     text = path.read_text()
     assert change(text) != text
     path.write_text(change(text))
-    assert f"strategy.plan={path} is no plan of megalina's" in refusal(job(plan=str(path)))
+    line = refusal(job(plan=str(path)))
+    assert line.startswith(f"strategy.plan={path} is no plan of megalina's, {wrong}") and "Error" not in line
+    assert line.endswith(": take a plan.json from a run's folder")
 
 
 def test_a_file_that_is_not_there_and_one_of_bytes_are_named(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from megalina.batch import Batch
 from megalina.checkpoint.writing import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
 from megalina.parallel.step_result import CollectivesDiffer
+from megalina.rank_files import Unsaved
 from megalina.train.load_watch import LOW_STEPS
 from megalina.train.recovery import SpikesGoOn
-from megalina.train.trainer import Trainer
+from megalina.train.run_state import RunState
+from megalina.train.trainer import Trainer, train
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import (
     VOCABULARY,
@@ -228,6 +230,23 @@ def test_a_run_whose_last_state_can_not_be_saved_ends_with_an_error(folder: Path
     settings = config_of(folder, "full at the end", steps=6, interval=2)
     run = start(settings)
     full_at(run, {6})
-    with pytest.raises(RuntimeError, match="the state after step 6 could not be saved"):
+    with pytest.raises(Unsaved, match="the state after step 6 could not be saved"):
         run.loop()
     assert run.state.failed_saves == 2 and steps_kept(settings) == [2, 4]  # it was tried twice
+
+
+def test_a_run_whose_last_state_can_not_be_saved_writes_its_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config_of(folder, "full, with report", steps=2, interval=1)
+    settings.tracker.tensorboard, settings.tracker.wandb.mode = False, "disabled"
+
+    Path(settings.run.dir).mkdir(exist_ok=True)
+    (Path(settings.run.dir) / "config.yaml").write_text("model: {name: tiny}\n")
+
+    def close(state: RunState) -> None:
+        raise Unsaved("make room")
+
+    monkeypatch.setattr(RunState, "close", close)
+    with pytest.raises(Unsaved, match="^make room$") as caught:
+        train(settings)
+    assert not hasattr(caught.value, "__notes__")  # no place in the program: nothing is wrong there
+    assert (Path(settings.run.dir) / "report.html").exists()

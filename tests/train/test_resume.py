@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megalina.checkpoint.checksums import SUMS
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
 from megalina.train.fit import check_settings, check_start
-from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point
+from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point, with_weights
 from megalina.train.trainer import Trainer
 from tests.checkpoint.planted import flip
 from tests.parallel.ranks import run_on_ranks
@@ -179,3 +180,26 @@ def test_another_model_is_named_by_its_settings_without_data(run: PretrainConfig
 def test_another_vocabulary_is_named(run: PretrainConfig) -> None:
     with pytest.raises(ValueError, match="is of another model: a vocabulary of 300 there and of 301 here"):
         check_start(run, vocab_size=301)
+
+
+def test_another_runs_folder_stands_for_its_newest_good_checkpoint(run: PretrainConfig, made: tuple[Path, list[float]]) -> None:
+    other = replace(run, run=replace(run.run, dir=str(Path(run.run.dir).parent / "other")))
+    other.train = replace(run.train, resume=run.run.dir)
+    Path(other.run.dir).mkdir()
+    assert resume_candidates(other) == [checkpoint(run, step) for step in (6, 4, 2)]
+    spoil(run, 6, "__0_0.distcp", 5000)
+    assert go_on(other).of("loss") == made[1][4:]
+    assert resume_point(other) == checkpoint(run, 6)  # its folder is left as it is
+
+
+def test_another_runs_folder_stands_for_the_weights_of_its_newest_good_checkpoint(run: PretrainConfig) -> None:
+    anew = replace(run, train=replace(run.train, init_from=run.run.dir))
+    assert with_weights(anew).train.init_from == str(checkpoint(run, 6))
+    spoil(run, 6, "values.json")
+    assert with_weights(anew).train.init_from == str(checkpoint(run, 4))
+    named = replace(run, train=replace(run.train, init_from=str(checkpoint(run, 2))))
+    assert with_weights(named) == named and with_weights(run) == run
+    for step in (2, 4):
+        spoil(run, step, "values.json")
+    with pytest.raises(ValueError, match="all 3 checkpoints are damaged"):
+        with_weights(anew)

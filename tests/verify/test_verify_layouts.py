@@ -129,3 +129,20 @@ def test_a_failed_row_is_shown_with_its_message_and_is_valid_json() -> None:
     rows = json.loads(json.dumps(verify_layouts.as_json(results, planted=False), allow_nan=False))["rows"]
     assert [r["largest_error"] for r in rows] == [1e-14, None, 0.5]
     assert [r["failed"] is None for r in rows] == [True, False, True]
+
+
+def test_only_some_rows_are_run() -> None:
+    every = verify_layouts.choices_of(["model=tiny"], 2)
+    some = layouts.only(every, ["strategy=flow,lina", "router=hash"])
+    assert (list(some.strategies), list(some.routers)) == (["flow", "lina"], ["hash"])
+    rows, how = layouts.chosen_rows(some, 2, "always")
+    assert rows and {row.layout.strategy for row in rows} == {"flow", "lina"} and {row.router for row in rows} == {"hash"}
+    assert len(rows) < len(layouts.chosen_rows(every, 2, "always")[0]) and f"{len(rows)} rows" in how
+    assert layouts.only(every, []) == every
+    for word, said in (
+        ("strategy=mine", "there is no strategy 'mine'; there are eager, "),
+        ("router=", "there is no router ''; there are "),
+        ("zero=1", "give strategy=A,B or router=A,B"),
+    ):
+        with pytest.raises(ValueError, match=f"^--only {word}: {said}"):
+            layouts.only(every, [word])
