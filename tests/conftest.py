@@ -1,8 +1,10 @@
-"""The order of the modules, which is all that is here."""
+"""The order of the modules, and hypothesis's profiles."""
 
 from pathlib import Path
 
 import pytest
+
+import tests.profiles  # noqa: F401  (registers them)
 
 LONG = (  # modules that take half a minute or more, the longest first
     *("verify/test_layouts.py", "train/test_trainer.py", "parallel/test_random_delays.py", "train/test_repack.py"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.forecast.network import network_of
@@ -90,7 +90,6 @@ NOTHING = Policy(None, None, even, never)
     mode=st.sampled_from(["static", "window", "best"]),
     nobody=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_no_row_is_lost_and_rows_go_where_their_expert_sits(
     seed: int, tokens_R: list[int], top_k: int, mode: str, nobody: bool
 ) -> None:
