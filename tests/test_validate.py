@@ -55,11 +55,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
     assert numbers == set(RANGES)
 
 
-@pytest.mark.parametrize("key", RANGES)
-def test_no_number_may_be_infinite_or_out_of_its_range(key: str) -> None:
-    for bad in (math.nan, math.inf, -1):
-        with pytest.raises(ValueError, match=f"^{key}={bad} must be"):
-            check_config(changed(**{key.replace(".", "__"): bad}), 1)
+def test_no_number_may_be_infinite_or_out_of_its_range(subtests: pytest.Subtests) -> None:
+    for key in RANGES:
+        for bad in (math.nan, math.inf, -1):
+            with subtests.test(key, bad=bad), pytest.raises(ValueError, match=f"^{key}={bad} must be"):
+                check_config(changed(**{key.replace(".", "__"): bad}), 1)
 
 
 def test_the_comments_of_the_schema_name_the_choices() -> None:
@@ -69,10 +69,10 @@ def test_the_comments_of_the_schema_name_the_choices() -> None:
         assert any(all(choice in line for choice in choices) for line in lines), key
 
 
-@pytest.mark.parametrize("key", CHOICES)
-def test_an_unknown_choice_is_named_with_the_known_ones(key: str) -> None:
-    with pytest.raises(ValueError, match=f"^{key}=3 is not one of {CHOICES[key][0]}"):
-        check_config(changed(**{key.replace(".", "__"): "3"}), 1)
+def test_an_unknown_choice_is_named_with_the_known_ones(subtests: pytest.Subtests) -> None:
+    for key, choices in CHOICES.items():
+        with subtests.test(key), pytest.raises(ValueError, match=f"^{key}=3 is not one of {choices[0]}"):
+            check_config(changed(**{key.replace(".", "__"): "3"}), 1)
 
 
 def test_the_nearest_word_is_suggested() -> None:
