@@ -1,6 +1,6 @@
 """Inference rows: routing that is made to order, and replays held against counts by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 from megalina.infer.modes import read_mode
 from megalina.placement.controller import Outcome
 from megalina.placement.routing_trace import traced, write_trace
+from megalina.reenact import routing
 from megalina.reenact.inference import (
     BERT_LARGE,
     FREE,
@@ -39,10 +40,13 @@ def short(model: Model, experts: int) -> Routed:
 
 
 @pytest.fixture(scope="module")
-def inference() -> Inference:
-    return Inference(bed(), START, lina=read_mode(CONF, "lina"), static=read_mode(CONF, "static"), routed=short)
+def inference() -> Iterator[Inference]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "TEXTS", 32)
+        yield Inference(bed(), START, lina=read_mode(CONF, "lina"), static=read_mode(CONF, "static"), routed=short)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("experts", [4, 16])
 def test_made_routing_has_the_papers_skew_and_paths(experts: int) -> None:
     found = made(experts, 12, seed=0)
