@@ -4,14 +4,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
 # Tests start ranks of their own, so two workers fill two cores; a module stays on one worker, for the ranks it keeps.  They come
-# in the order of tests/conftest.py: long modules first, so that no worker is alone at the end.
-PYTEST := $(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+# in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
+PYTEST := pytest -n 2 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv pretrain test test-full lint benchmark docs clean
+.PHONY: help .venv pretrain test test-full durations coverage lint benchmark docs clean
+
+# $(call beside,COMMAND): COMMAND and lint at the same time.  What lint says comes when COMMAND has ended; both must succeed.
+define beside
+	@said=$$(mktemp); $(MAKE) --no-print-directory lint > $$said 2>&1 & linter=$$!; \
+	trap 'kill $$linter; rm -f $$said; exit 130' INT TERM; \
+	$(1); tests=$$?; wait $$linter; lint=$$?; trap - INT TERM; \
+	cat $$said; rm -f $$said; exit $$((tests || lint))
+endef
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +43,20 @@ lint: $(READY)  ## style, import contracts, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint  ## lint, then the tests
-	$(PYTEST)
+test: $(READY)  ## lint and the tests, side by side (5 minutes on 2 cores)
+	$(call beside,$(ONE_THREAD) $(PYTEST))
 
-test-full: lint  ## lint, then all tests, the slow ones included
-	$(PYTEST) -m '' --timeout 1800
+test-full: $(READY)  ## lint and all tests, the slow ones and more examples included
+	$(call beside,$(ONE_THREAD) $(PYTEST) -m '' --hypothesis-profile full --timeout 1800)
+
+durations: $(READY)  ## run the tests and record what each module takes (on an idle machine with 2 cores)
+	$(ONE_THREAD) $(PYTEST) --record-durations
+
+coverage: $(READY)  ## run the tests and print the line coverage of megalina/, other processes' lines included
+	$(BIN)/python -m coverage erase
+	$(ONE_THREAD) coverage run -m $(PYTEST) --timeout 900
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 benchmark: $(READY)  ## speed and memory against peers (about 10 minutes, on an idle machine)
 	$(BIN)/python benchmarks/train_step.py
@@ -49,5 +66,5 @@ docs: $(READY)  ## write docs/config.md from the schema
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove .venv and all caches; runs and data stay
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

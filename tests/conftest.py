@@ -1,20 +1,22 @@
-"""The order of the modules, which is all that is here."""
+"""The order of the modules, what they take, and hypothesis's profiles."""
 
-from pathlib import Path
+import math
 
 import pytest
 
-LONG = (  # modules that take half a minute or more, the longest first
-    *("verify/test_layouts.py", "train/test_trainer.py", "parallel/test_random_delays.py", "train/test_repack.py"),
-    *("test_measure_cluster.py", "forecast/test_sequence.py", "train/test_run_state.py", "serve/test_engine.py"),
-    *("sim/test_memory.py", "train/test_recovery.py", "train/test_replay.py", "verify/test_verify_layouts.py"),
-    *("checkpoint/test_checkpoints.py", "parallel/test_executor.py", "compare/test_contest.py"),
-    *("benchmarks/test_validate_simulator.py", "test_analyze_alltoall.py", "sim/test_network.py", "train/test_doctor.py"),
-)
-TESTS = Path(__file__).resolve().parent
+import tests.profiles  # noqa: F401  (registers them)
+from tests.durations import FILE, Durations, recorded
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help=f"write what each module takes to tests/{FILE.name}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Durations())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long modules first: workers take one module after another, and the last ones should be short."""
-    place = {TESTS / name: number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+    """Long modules first, and those that aren't recorded: workers take one after another, and the last ones should be short."""
+    known_s = recorded()
+    items.sort(key=lambda item: -known_s.get(item.nodeid.split("::")[0], math.inf))

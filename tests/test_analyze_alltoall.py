@@ -51,6 +51,7 @@ def test_each_number_of_experts_is_a_setting_over_as_many_ranks_as_divide_it() -
     assert [(c.model.num_experts, c.parallel.ep) for c in configs] == [(2, 2), (4, 4), (8, 4), (6, 2)]
 
 
+@pytest.mark.full
 def test_two_ranks_are_measured(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     files = {

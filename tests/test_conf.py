@@ -44,16 +44,17 @@ def composed(*overrides: str) -> PretrainConfig:
 # files
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_composes_and_passes_the_checks(path: Path) -> None:
-    group, name = path.parent.name, path.stem
-    extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
-    extra += ["parallel.zero=1"] if name == "lina_zero" else []
-    config = composed(f"{group}={name}", *extra)
-    check_config(config, config.launch.ranks)
-    if group in ("model", "strategy", "optim", "schedule", "cluster"):
-        part = getattr(config, group)
-        assert part.name == name or (group, name) == ("cluster", "h100")
+def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(str(path)):
+            group, name = path.parent.name, path.stem
+            extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
+            extra += ["parallel.zero=1"] if name == "lina_zero" else []
+            config = composed(f"{group}={name}", *extra)
+            check_config(config, config.launch.ranks)
+            if group in ("model", "strategy", "optim", "schedule", "cluster"):
+                part = getattr(config, group)
+                assert part.name == name or (group, name) == ("cluster", "h100")
 
 
 def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:
@@ -193,15 +194,16 @@ VARIANTS = (
 )
 
 
-@pytest.mark.parametrize("override", [*(f"model={name}" for name in MODELS), *VARIANTS])
-def test_counts_are_those_of_the_model_built_without_memory(override: str) -> None:
-    config = composed(override)
-    vocab_size = config.model.vocab_size or config.data.vocab_size
-    positions = config.model.max_positions or config.train.seq_len
-    with torch.device("meta"):
-        model = GPT(config.model, config.router, vocab_size=vocab_size, max_positions=positions, seed=0)
-    counts = count_parameters(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
-    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+def test_counts_are_those_of_the_model_built_without_memory(subtests: pytest.Subtests) -> None:
+    for override in [*(f"model={name}" for name in MODELS), *VARIANTS]:
+        with subtests.test(override):
+            config = composed(override)
+            vocab_size = config.model.vocab_size or config.data.vocab_size
+            positions = config.model.max_positions or config.train.seq_len
+            with torch.device("meta"):
+                model = GPT(config.model, config.router, vocab_size=vocab_size, max_positions=positions, seed=0)
+            counts = count_parameters(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
+            assert counts.total == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_vocabulary_is_padded_on_each_tensor_parallel_rank() -> None:

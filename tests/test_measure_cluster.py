@@ -63,6 +63,7 @@ def test_ranks_are_not_asked_for_where_something_else_has_started_them(
     assert "--ranks 2: torchrun has started 4 ranks; leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_rank_that_fails_ends_all_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_rank_that_fails_ends_all_and_writes_nothing(
     assert "rank" in capfd.readouterr().err and not out.exists()
 
 
+@pytest.mark.full
 def test_two_ranks_measure_all_and_their_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, numbers = tmp_path / "two.yaml", tmp_path / "two.json"
     assert main(["--ranks", "2", *SHORT, "--out", str(out), "--json", str(numbers)]) == 0

@@ -109,6 +109,7 @@ def heard_from(cluster: Cluster, code: str, folder: Path, *, ranks_per_node: int
     return json.loads(text.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_a_node_sends_and_receives_at_its_links_rate_both_at_once(real: None, tmp_path: Path) -> None:
     """Two others share the link of node 0, so both directions of a link are tested at its own end."""
     rates: dict[str, list[float]] = {"in": [], "out": [], "both": []}
@@ -163,6 +164,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.full
 def test_gloo_ranks_of_one_node_talk_past_the_link(real: None, tmp_path: Path) -> None:
     with emulated_cluster(nodes=2, link_mbit=20) as cluster:
         seen = heard_from(cluster, GLOO, tmp_path, ranks_per_node=2)
@@ -232,6 +234,7 @@ def test_after_sigkill_the_ranks_are_gone_and_the_next_start_sweeps(real: None, 
         wait_for(lambda: not any(map(alive, children)), "a rank's child outlives its namespace")
 
 
+@pytest.mark.full
 def test_clusters_of_threads_and_processes_live_side_by_side(real: None, tmp_path: Path) -> None:
     """Others come, sweep and go meanwhile; a thread that ends takes none of another's ranks with it."""
     tool = Tool(tmp_path, f"while test ! -e {tmp_path}/go; do sleep 0.05; done")
@@ -268,6 +271,7 @@ else:
 )
 
 
+@pytest.mark.full
 def test_clusters_at_the_same_time_have_the_same_addresses_and_do_not_meet(real: None, tmp_path: Path) -> None:
     words = ("one", "two")
     tools = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.config import InferConfig
@@ -32,7 +32,6 @@ from tools import popularity_lab
 from tools.popularity_lab import BAD_INPUT, CONF, asked_of, main
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
-QUICK = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 E, K, L = 8, 2, 5
 SMALL = "--batch-tokens 32 --devices 4 --slots 3"
 REPLAYED = [name for name in CONTESTANTS if name not in NEEDING_AHEAD]  # of traces that don't say anything ahead
@@ -119,7 +118,6 @@ def test_the_second_phase_sees_what_the_router_chose() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REPLAYED if name not in ("none", "oracle")])
-@QUICK
 @given(seed=st.integers(0, 2**32 - 1), devices=st.sampled_from([1, 2, 4]), tokens=st.sampled_from([16, 29]))
 def test_a_replay_is_the_loop_over_predictor_planner_and_split(name: str, seed: int, devices: int, tokens: int) -> None:
     """The predictor is asked of the whole batch here, of the ranks' slices there."""

@@ -48,21 +48,21 @@ def test_every_number_of_the_schema_has_a_range_and_its_default_is_in_it() -> No
             assert value in may_be["choices"], key
 
 
-@pytest.mark.parametrize("key", [key for key, _, may_be in settings(PretrainConfig()) if "low" in may_be])
-def test_no_number_may_be_infinite_or_out_of_its_range(key: str) -> None:
-    for bad in (math.nan, math.inf, -1):
-        with pytest.raises(ValueError, match=f"^{key}={bad} must be"):
-            check_config(changed(**{key.replace(".", "__"): bad}), 1)
+def test_no_number_may_be_infinite_or_out_of_its_range(subtests: pytest.Subtests) -> None:
+    for key in [key for key, _, may_be in settings(PretrainConfig()) if "low" in may_be]:
+        for bad in (math.nan, math.inf, -1):
+            with subtests.test(key, bad=bad), pytest.raises(ValueError, match=f"^{key}={bad} must be"):
+                check_config(changed(**{key.replace(".", "__"): bad}), 1)
 
 
 CHOICES = {key: may_be["choices"] for key, _, may_be in settings(PretrainConfig()) if "choices" in may_be}
 CHOICES["strategy.name"] = (*STRATEGIES, "auto")
 
 
-@pytest.mark.parametrize("key", CHOICES)
-def test_an_unknown_choice_is_named_with_the_known_ones(key: str) -> None:
-    with pytest.raises(ValueError, match=f"^{key}=3 is not one of {CHOICES[key][0]}"):
-        check_config(changed(**{key.replace(".", "__"): "3"}), 1)
+def test_an_unknown_choice_is_named_with_the_known_ones(subtests: pytest.Subtests) -> None:
+    for key, choices in CHOICES.items():
+        with subtests.test(key), pytest.raises(ValueError, match=f"^{key}=3 is not one of {choices[0]}"):
+            check_config(changed(**{key.replace(".", "__"): "3"}), 1)
 
 
 def test_the_docs_tell_bounds_and_choices() -> None:

@@ -45,12 +45,12 @@ def as_planned(kill: Kill) -> End:
     return replace(GOOD, inside_save=kill.moment == "save", trained=kill.moment != "startup")
 
 
-@pytest.mark.parametrize("kills", range(1, 41))
-def test_a_run_that_goes_by_plan_has_enough_kills_of_each_kind(kills: int) -> None:
-    for seed in range(20):
-        plan = draw(kills, seed)
-        assert len(plan) == kills
-        assert shortages(plan, [as_planned(kill) for kill in plan]) == []
+def test_a_run_that_goes_by_plan_has_enough_kills_of_each_kind() -> None:
+    for kills in range(1, 41):
+        for seed in range(20):
+            plan = draw(kills, seed)
+            assert len(plan) == kills, (kills, seed)
+            assert shortages(plan, [as_planned(kill) for kill in plan]) == [], (kills, seed)
 
 
 def test_a_plan_of_twenty_kills_has_all_that_it_promises() -> None:

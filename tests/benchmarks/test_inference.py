@@ -176,6 +176,7 @@ def told(name: str) -> tuple[float, float]:
     return float(np.median(static)), float(np.median(planned_BL[1:]))
 
 
+@pytest.mark.full
 def test_a_tiny_run_from_end_to_end(inference: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Ranks with unequal numbers of tokens, and one with none."""
     names = "ragged_source,zero_load_rank"

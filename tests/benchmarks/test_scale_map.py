@@ -126,6 +126,7 @@ def test_a_layout_that_fits_no_memory_has_no_rungs() -> None:
     assert not found.rungs and found.pays == "" and found.bound_s > 0
 
 
+@pytest.mark.full
 def test_every_place_is_one_that_the_trainer_would_accept_and_occurs_once() -> None:
     found = places(quick=False)
     assert len({place.title for place in found}) == len(found) == 294
@@ -137,6 +138,7 @@ def test_every_place_is_one_that_the_trainer_would_accept_and_occurs_once() -> N
         check_config(config_of(place, variant), place.gpus)
 
 
+@pytest.mark.full
 def test_variants_change_what_they_say() -> None:
     plain = config_of(HERE, Variant())
     less = config_of(HERE, Variant("less", (("collective_efficiency", 0.75),)))
@@ -195,6 +197,7 @@ def test_zero_is_held_against_the_same_place_without() -> None:
     assert "of 1 points" in line and "0 have the same winner; lina_zero wins 1" in line and "1.60 to 1.60 times" in line
 
 
+@pytest.mark.full
 def test_the_command_writes_points_tables_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tools.compare_strategies import composed
 
 from benchmarks.serving.figure import Cell, columns_of, draw, text_of
 from benchmarks.serving.measured import (
@@ -41,7 +42,6 @@ from megalina.forecast.serving import PlannerSeconds
 from megalina.placement.placement import EMPTY
 from megalina.placement.routing_trace import counts_of, traced
 from megalina.serve.modes import read_mode
-from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 PROFILE = InferConfig(name="profile", predictor="static", planner="greedy", split="load_aware")
@@ -71,7 +71,6 @@ def test_tasks_are_as_far_apart_as_on_real_traces() -> None:
 
 
 @given(experts=st.sampled_from([8, 16, 64]), top_k=st.integers(1, 4), skew=st.floats(1.5, 1.9), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
 def test_made_routing_is_as_skewed_as_asked(experts: int, top_k: int, skew: float, seed: int) -> None:
     routing = topic_routing(experts, top_k, 2, skew, seed=seed)
     assert routing.skew == pytest.approx(skew, rel=NEAR)

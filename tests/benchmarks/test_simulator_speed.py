@@ -34,6 +34,7 @@ def test_what_is_missed_is_said(slopes, slowest, searched, met: bool, capsys: py
     assert ("MISSED" in capsys.readouterr().out) is not met
 
 
+@pytest.mark.full
 def test_small_sizes_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_speed, "STEEPEST", 9.0)  # times are noise here
     monkeypatch.setattr(simulator_speed, "TARGET_STEP_MIB", 1e9)  # it is the memory of all tests in this process

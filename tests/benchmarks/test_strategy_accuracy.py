@@ -100,6 +100,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert (out, err) == ("", f"{said}\n") or (out == "" and said in err and err.count("\n") == 1)
 
 
+@pytest.mark.full
 def test_a_tiny_benchmark_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two ranks: float32, where gradients sent later are the same bits, and packing goes up and comes back."""
     write_tokens(tmp_path / "tokens")

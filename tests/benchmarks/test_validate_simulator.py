@@ -42,6 +42,7 @@ def test_errors_are_those_of_a_table_by_hand(bench: Any) -> None:
     assert e["exposed_error"] == {"a2a": None, "grads": pytest.approx(0.2)}
 
 
+@pytest.mark.full
 def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
     """Steps that the simulator itself made, with other constants than those that the fit begins with."""
     case = bench.cases.CASES[0]

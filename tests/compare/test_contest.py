@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megalina.compare.contest import HOPEFUL, WORTHWHILE, alone, contest
+from megalina.compare.contest import HOPEFUL, WORTHWHILE, Contestant, _without_hopeless, alone, contest
 from megalina.compare.results import VALID_OVERRUN, as_json, by_round, measure
 from megalina.config import ClusterConfig, StrategyConfig
 from megalina.data.source import open_data
+from megalina.mesh import build_mesh
 from megalina.timeline.recorder import COMPUTE, SEND
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
@@ -39,9 +41,6 @@ def work(folder: Path) -> dict[str, Any]:
     )
     known = alone(contestants)
     found = measure(contestants, known, turn=TURN, ranks_per_node=1, link_mbit=100.0)
-    slow_device = replace(config, cluster=SLOW_DEVICE)
-    runners = {f"eager {n}": config for n in "abc"} | dict.fromkeys(("slow", "ddp"), slow_device)
-    heats = contest(runners, data, rounds=3, turn=1, baseline="eager", to_the_end=["ddp"])
     one = {"eager": replace(config, cluster=DEVICE, strategy=StrategyConfig())}
     (slow,) = paced = contest(one, data, rounds=1, turn=2)
     (emulated,) = measure(paced, {}, turn=2, ranks_per_node=2, link_mbit=0.0).values()
@@ -55,9 +54,17 @@ def work(folder: Path) -> dict[str, Any]:
         "searched": {c.name: c.search_steps for c in contestants},
         "calibrated": {op: line.seconds(10**6) for op, line in known[1].items()},
         "emulated": emulated,
-        "heats": {c.name: (c.step_s, len(c.losses)) for c in heats},
         "device step_s": sum(slow.busy_s) / len(slow.step_s),
     }
+
+
+def run_heats(folder: Path) -> dict[str, tuple[list[float], int]]:
+    config = config_of(folder, "run", ep=2, micro_batch_size=4, dtype="float64")
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    slow_device = replace(config, cluster=SLOW_DEVICE)
+    runners = {f"eager {n}": config for n in "abc"} | dict.fromkeys(("slow", "ddp"), slow_device)
+    heats = contest(runners, data, rounds=3, turn=1, baseline="eager", to_the_end=["ddp"])
+    return {c.name: (c.step_s, len(c.losses)) for c in heats}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +93,27 @@ def test_timed_steps_are_those_after_the_first_of_a_turn(ranks: list[dict[str, A
         assert {COMPUTE, SEND} < rank["kinds"]
 
 
-def test_what_is_slow_in_the_first_round_takes_no_further_turn(ranks: list[dict[str, Any]]) -> None:
-    heats = [rank["heats"] for rank in ranks]
+@pytest.mark.parametrize(
+    ("step_s", "going_on"),
+    [
+        (
+            {"eager a": 1.0, "eager b": 1.02, "eager c": 1.04, "ddp": 9.0, "lina": 1.04, "flow": 1.06},
+            "eager a, eager b, ddp, lina",
+        ),
+        ({"eager a": 2.0, "eager b": 1.0, "lina": 1.5}, "eager b"),
+        ({"lina": 2.0, "flow": 1.0}, "lina, flow"),  # nobody to hold them against
+    ],
+)
+def test_who_is_clearly_slower_than_the_best_baseline_is_hopeless(step_s: dict[str, float], going_on: str) -> None:
+    alone: Any = SimpleNamespace(mesh=build_mesh())
+    contestants = [Contestant(name, alone, step_s=[9.0, s, s]) for name, s in step_s.items()]
+    assert ", ".join(c.name for c in _without_hopeless(contestants, "eager", ["ddp"])) == going_on
+
+
+@pytest.mark.full
+def test_what_is_slow_in_the_first_round_takes_no_further_turn(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    heats = run_on_ranks(2, run_heats, tmp_path)
     first_s = {name: max(rank[name][0][0] for rank in heats) for name in heats[0]}
     best_s = min(s for name, s in first_s.items() if name.startswith("eager"))
     limit_s = {name: best_s * (HOPEFUL if name.startswith("eager") else WORTHWHILE) for name in first_s}

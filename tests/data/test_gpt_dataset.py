@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.data import gpt_dataset as gpt_dataset_module
@@ -112,7 +112,6 @@ def test_without_repeat_the_same_sequences_come_again(tmp_path: Path) -> None:
     assert [packed.sequence(n).tokens.tolist() for n in range(9)] == [packed.sequence(n + 9).tokens.tolist() for n in range(9)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 0),
     shares=st.lists(st.sampled_from([0.0, 1.0, 30.0, 969.0]), min_size=3, max_size=3).filter(lambda shares: shares[0] > 0),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.data import documents as documents_module
@@ -131,7 +131,6 @@ def test_any_number_of_processes_gives_the_same_bytes(folder: Path, workers: int
     assert sum(text_bytes for _, text_bytes in reports) == sum(len(text.encode()) for text in TEXTS)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(0, 30), max_size=8), min_size=1, max_size=4),
     parts=st.integers(1, 6),

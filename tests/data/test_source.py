@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.batch import Batch
@@ -58,7 +58,6 @@ def assert_same(a: Batch, b: Batch) -> None:
         assert torch.equal(x, y), name
 
 
-@settings(max_examples=25, deadline=None)
 @given(first=st.integers(0, 2000), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_order_is_the_same_at_any_data_parallel_size_and_after_a_restart(folder: Path, first: int, sizes: list[int]) -> None:
     whole = opened(folder, prefix="", blend=blend(folder)).train.batch(first, sum(sizes))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.data.bpe import train_bpe
@@ -20,7 +20,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenize
     return SentencePieceTokenizer(path)
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_every_text_comes_back(tokenizer: SentencePieceTokenizer, text: str) -> None:
     for kind in (tokenizer, ByteTokenizer()):

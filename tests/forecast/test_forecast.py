@@ -70,13 +70,14 @@ def test_zero_saves_memory_and_more_so_on_more_ranks() -> None:
 
 
 def test_a_search_gives_what_the_trainer_accepts_the_fastest_first() -> None:
-    found = search(config_of("train.global_batch_size=64"), WORLD, vocab_size=VOCAB)
+    words = ("train.global_batch_size=64", "model.num_layers=2")
+    found = search(config_of(*words), WORLD, vocab_size=VOCAB)
     assert len(found) > 50 and all(accepted(c.config, WORLD) for c in found)
     times = [c.found.step_s for c in found if c.found]
     assert times == sorted(times)
     assert {c.plan.strategy for c in found} > {"eager", "flow", "lina"}
     best = found[0]
-    again = composed([*SMALL, "train.global_batch_size=64", *best.overrides()])
+    again = config_of(*words, *best.overrides())
     assert again.strategy == best.config.strategy and again.parallel == best.config.parallel and again.train == best.config.train
 
 

@@ -43,7 +43,7 @@ def test_what_is_shared_changes_nothing() -> None:
 
 
 def test_a_search_gives_what_each_candidate_gives_alone_and_the_same_again() -> None:
-    config = config_of("train.global_batch_size=64")
+    config = config_of("train.global_batch_size=64", "model.num_layers=2")
     found, again = (search(config, WORLD, vocab_size=VOCAB) for _ in range(2))
     told = [[(c.overrides(), c.memory_bytes, c.found and c.found.walked) for c in one] for one in (found, again)]
     assert told[0] == told[1]

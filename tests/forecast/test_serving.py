@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tools.compare_strategies import composed
 
 from megalina.blocks.model import plain_shape
 from megalina.forecast.network import network_of
@@ -30,7 +31,6 @@ from megalina.serve.policies import Served, policy_of
 from megalina.sim.network import Network
 from megalina.step.inference import given_of
 from megalina.step.program import Instruction, Kind, Op, check
-from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 EXPERTS, DEVICES, LAYERS, TOKENS = 8, 4, 5, 64
@@ -91,7 +91,6 @@ NOTHING = Policy(None, None, even, never)
     mode=st.sampled_from(["static", "window", "best"]),
     nobody=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_no_row_is_lost_and_rows_go_where_their_expert_sits(
     seed: int, tokens_R: list[int], top_k: int, mode: str, nobody: bool
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -23,7 +23,6 @@ from megalina.checkpoint.metadata_pickle import read_pickle
 from tests.checkpoint.planted import STATE, saved, sign
 from tests.fuzz.bounded import outcomes, spoiled
 
-QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 NESTED = b")" + b"\x85" * 300_000  # a tuple in a tuple in a tuple ...
 BOMBS = {
@@ -177,13 +176,11 @@ def same_or_named(path: Path, whole: Path, name: str, content: bytes) -> None:
         assert all(tensor.shape == STATE[name].shape for name, tensor in tensors.items() if name in STATE)
 
 
-@QUICK
 @given(EDITS, st.integers(0, 60))
 def test_spoiled_metadata_is_refused_or_readable(worn: Path, whole: Path, edits: list[tuple[int, int]], cut: int) -> None:
     same_or_named(worn, whole, METADATA, spoiled((whole / METADATA).read_bytes(), edits, cut))
 
 
-@settings(QUICK, max_examples=50)
 @given(EDITS, st.integers(0, 60))
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_spoiled_tensor_file_is_refused_or_readable(worn: Path, whole: Path, edits: list[tuple[int, int]], cut: int) -> None:
@@ -199,7 +196,6 @@ ODD = st.recursive(
 )
 
 
-@QUICK
 @given(st.one_of(st.binary(max_size=30), ODD.map(lambda value: json.dumps(value).encode()), ODD))
 def test_a_description_may_be_anything(worn: Path, whole: Path, content: Any) -> None:
     if not isinstance(content, bytes):  # of one tensor alone

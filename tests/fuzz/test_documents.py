@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.data.documents import find_sources, read_chunks, texts
 from megalina.data.preprocess import Recipe, preprocess
 from tests.fuzz.bounded import outcomes, spoiled
 
-QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 LINES = b"".join(json.dumps({"text": f"line {i}", "n": i}).encode() + b"\n" for i in range(300))
 ODD_LINES = st.one_of(
@@ -74,7 +73,6 @@ def comes_or_is_named(path: Path) -> list[str] | None:
     return found
 
 
-@QUICK
 @given(st.lists(ODD_LINES, max_size=4))
 def test_json_lines_may_be_anything(folder: Path, lines: list[bytes]) -> None:
     path = folder / "a.jsonl"
@@ -97,7 +95,6 @@ def test_keys_are_shown_in_one_line_that_can_be_printed(folder: Path) -> None:
         read_all(folder / "keys.jsonl")
 
 
-@QUICK
 @given(st.sampled_from(["gz", "zst"]), EDITS, st.integers(0, 200))
 def test_a_spoiled_compressed_file_is_refused_or_whole(folder: Path, kind: str, edits: list[tuple[int, int]], cut: int) -> None:
     path = folder / f"a.jsonl.{kind}"
@@ -117,7 +114,6 @@ def test_a_compressed_file_that_is_cut_anywhere_is_refused(folder: Path, kind: s
             read_all(path)
 
 
-@QUICK
 @given(EDITS, st.integers(0, 2))
 def test_a_spoiled_parquet_file_is_refused_or_read(folder: Path, edits: list[tuple[int, int]], cut: int) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -128,7 +124,6 @@ def test_a_spoiled_parquet_file_is_refused_or_read(folder: Path, edits: list[tup
     comes_or_is_named(path)
 
 
-@QUICK
 @given(st.binary(max_size=80))
 def test_plain_text_is_utf8_or_named_with_the_byte(folder: Path, raw: bytes) -> None:
     path = folder / "a.txt"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalina.config import DataConfig
@@ -12,7 +12,6 @@ from megalina.data.indexed import IndexedDataset, IndexedWriter
 from megalina.data.source import open_data
 from tests.fuzz.bounded import outcomes, spoiled
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("boundaries", "<u8")])
 NUMBERS = st.one_of(st.integers(0, 6), st.sampled_from([2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1]))
 SIGNED = st.one_of(st.integers(-3, 5), st.sampled_from([2**62, -(2**62), 2**63 - 1, -(2**63)]))
@@ -49,7 +48,6 @@ def opens_or_is_named(folder: Path, index: bytes, tokens: bytes) -> None:
         assert "\n" not in str(error)
 
 
-@QUICK
 @given(st.integers(0, 9), NUMBERS, NUMBERS, st.binary(max_size=60), st.binary(max_size=12))
 def test_any_header_is_compared_with_the_size_of_its_file(
     folder: Path, code: int, sequences: int, boundaries: int, rest: bytes, tokens: bytes
@@ -58,7 +56,6 @@ def test_any_header_is_compared_with_the_size_of_its_file(
     opens_or_is_named(folder, header + rest, tokens)
 
 
-@QUICK
 @given(st.lists(st.integers(-2, 4), max_size=4), st.lists(SIGNED, max_size=6), st.data())
 def test_lengths_pointers_and_boundaries_may_be_anything(
     folder: Path, lengths: list[int], boundaries: list[int], data: st.DataObject
@@ -80,7 +77,6 @@ def test_boundaries_whose_differences_wrap_around_are_refused(folder: Path) -> N
         IndexedDataset(folder / "w")
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), st.integers(0, 40), st.integers(0, 5))
 @example([], 0, 0)
 def test_a_spoiled_pair_of_files_is_refused_or_whole(folder: Path, edits: list[tuple[int, int]], cut: int, cut_bin: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.data.bpe import train_bpe
@@ -18,7 +18,6 @@ from megalina.track.comparison import RunResult
 from megalina.track.metrics import MetricsFile, read_metrics
 from tests.fuzz.bounded import outcomes, spoiled
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
@@ -37,7 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("read_back")
 
 
-@QUICK
 @given(
     st.lists(st.one_of(st.binary(max_size=20), JSON.map(lambda v: json.dumps(v).encode()), st.sampled_from(STRANGE)), max_size=3)
 )
@@ -74,14 +72,12 @@ def test_another_programs_nan_is_none_as_in_our_own_records(tmp_path: Path) -> N
 FIELDS = ("tokenizer", "tokenizer_sha256", "vocab_size", "documents", "tokens")
 
 
-@QUICK
 @given(st.one_of(st.binary(max_size=40), JSON.map(lambda v: json.dumps(v).encode()), st.sampled_from(DEEP)))
 def test_a_file_that_is_no_manifest_counts_as_none(folder: Path, raw: bytes) -> None:
     (folder / "p.json").write_bytes(raw)
     assert read_manifest(folder / "p") is None
 
 
-@QUICK
 @given(st.lists(JSON, min_size=5, max_size=5))
 def test_a_manifest_has_the_types_that_it_promises_or_counts_as_none(folder: Path, values: list[Any]) -> None:
     (folder / "p.json").write_text(json.dumps(dict(zip(FIELDS, values, strict=True))))
@@ -104,7 +100,6 @@ def array_file(folder: Path) -> bytes:
     return (folder / "good.npy").read_bytes()
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), max_size=4), st.integers(0, 520))
 def test_a_spoiled_cache_file_is_refused_with_the_folder_to_remove(folder: Path, edits: list[tuple[int, int]], cut: int) -> None:
     entry = folder / "entry"

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.model.capacity import capacity, within_capacity
@@ -24,7 +24,6 @@ def test_rounded_products_would_give_one_too_many() -> None:
     assert capacity(torch.tensor([50]), 1.1, 1, 1).tolist() == [55]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_the_first_of_each_queue_stay(data: st.DataObject) -> None:
     num_queues, count = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 20))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,7 +29,6 @@ CASES = [
 
 
 @given(st.integers(0, 12), st.integers(1, 4), st.integers(0, 10**6), st.booleans())
-@settings(max_examples=60, deadline=None)
 def test_rows_are_sorted_by_expert_then_token(tokens: int, top_k: int, seed: int, dropped: bool) -> None:
     expert = assignments(tokens, top_k, seed, dropped)
     order = row_order(expert, NOBODY)
@@ -109,7 +108,6 @@ def test_weights_stay_in_float32_over_bfloat16_rows(expert: Tensor) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
 def test_regrouping_sorts_by_expert_then_source(counts: list[list[int]]) -> None:
     labels = [(e, r, i) for r, per_expert in enumerate(counts) for e, n in enumerate(per_expert) for i in range(n)]
     index, inverse = regroup_index(counts)

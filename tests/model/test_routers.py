@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -243,7 +243,6 @@ def sequences_of(tokens: RouterTokens, first: int, stop: int) -> RouterTokens:
     return RouterTokens(tokens.token_A[of], tokens.sample_A[of], tokens.position_A[of], tokens.valid_A[of], stop - first)
 
 
-@settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(BY_POSITION), ends=st.sets(st.integers(1, B - 1)), tp=st.sampled_from([1, 2]), seed=st.integers(0, 9))
 def test_parts_of_a_group_are_routed_as_the_whole(name: str, ends: set[int], tp: int, seed: int) -> None:
     router, tokens = make_router(replace(CONFIGS[name], group="micro_batch")), make_tokens(some_padding())
@@ -513,7 +512,6 @@ def cases(draw: st.DrawFn) -> tuple[RouterConfig, int, RouterTokens, Tensor]:
     return config, num_experts, make_tokens(valid_A, sequences, length), logits
 
 
-@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_routings_keep_their_promises(case: tuple[RouterConfig, int, RouterTokens, Tensor]) -> None:
     config, num_experts, tokens, logits = case

@@ -1,14 +1,17 @@
 """Rows through experts: with tiles, what becomes of a row depends on the row alone."""
 
+from itertools import product
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.model.experts import expert_mlp
 from megalina.model.rows import expert_rows
 from megalina.serve.engine import TILE_ROWS
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 WIDTHS = [(32, 24), (64, 128), (130, 70), (512, 32), (96, 1024)]  # model, hidden
 
 
@@ -23,10 +26,13 @@ def weights_of(width: int, hidden: int, activation: str, bias: bool, dtype: torc
     return found | ({"b1": draw(inner), "b2": draw(width)} if bias else {})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
-@pytest.mark.parametrize(("width", "hidden"), WIDTHS)
-def test_a_row_is_the_same_wherever_it_is(width: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
+def test_a_row_is_the_same_wherever_it_is(subtests: pytest.Subtests) -> None:
+    for sizes, activation, dtype in product(WIDTHS, ("swiglu", "gelu", "relu"), DTYPES):
+        with subtests.test(sizes=sizes, activation=activation, dtype=dtype):
+            is_the_same(*sizes, activation, dtype)
+
+
+def is_the_same(width: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
     weights = weights_of(width, hidden, activation, activation == "gelu", dtype)
     x_ND = torch.randn(70, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     alone = torch.cat([expert_rows(x_ND[i : i + 1], [1], [weights], activation=activation, tile=TILE_ROWS) for i in range(70)])
@@ -36,7 +42,6 @@ def test_a_row_is_the_same_wherever_it_is(width: int, hidden: int, activation: s
             assert torch.equal(some, alone[begin : begin + rows])
 
 
-@settings(max_examples=50, deadline=None)
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5), tile=st.sampled_from([0, 3, 16]), bias=st.booleans())
 def test_it_is_the_mlp_of_training(counts: list[int], tile: int, bias: bool) -> None:
     weights = [weights_of(32, 24 + 0 * i, "swiglu", bias, torch.float64) for i in range(len(counts))]

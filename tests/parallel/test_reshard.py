@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,7 +54,6 @@ def part_of(whole: Tensor, mesh: Mesh, tp_dim: int | None, flat: bool) -> Slice:
     return Slice(values, sharded, shape=tuple(local.shape), start=start)
 
 
-@settings(max_examples=150, deadline=None)
 @given(case=layouts())
 def test_what_a_rank_lacks_comes_once_from_one_that_has_it_and_both_ends_agree_on_the_order(case: Any) -> None:
     world, shape, *cuts = case

@@ -3,7 +3,7 @@
 from itertools import permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.aligned import aligned, moved, moved_slots
@@ -26,7 +26,6 @@ def changes(draw: st.DrawFn) -> tuple[Placement, Placement]:
     return placement(), placement()
 
 
-@settings(max_examples=150, deadline=None)
 @given(changes())
 def test_each_device_has_the_new_experts_and_no_order_needs_fewer(case: tuple[Placement, Placement]) -> None:
     old, new = case
@@ -40,7 +39,6 @@ def test_each_device_has_the_new_experts_and_no_order_needs_fewer(case: tuple[Pl
     assert aligned(old, found) == found and aligned(old, old) == old and moved(old, old) == 0
 
 
-@settings(max_examples=100, deadline=None)
 @given(changes())
 def test_filling_what_moved_gives_the_new_placement(case: tuple[Placement, Placement]) -> None:
     old, new = case

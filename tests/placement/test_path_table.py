@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.path_counts import (
@@ -25,7 +25,6 @@ from megalina.placement.predictors.path_table import PathTablePredictor
 from megalina.placement.predictors.predictor import Predictor, Seen
 from megalina.placement.routing_trace import alternate, best_first, halves, joined, merged_experts, read_trace, top1, traced
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 Chosen = list[np.ndarray[Any, Any]]
 
@@ -70,7 +69,6 @@ def in_loops(chosen: Chosen, longest: int, num_experts: int) -> list[dict[tuple[
 # counting
 
 
-@QUICK
 @given(choices(), st.integers(1, 4))
 def test_counts_are_what_loops_count(chosen: Chosen, longest: int) -> None:
     profile = counted(empty(longest=longest), chosen)
@@ -83,7 +81,6 @@ def test_counts_are_what_loops_count(chosen: Chosen, longest: int) -> None:
         assert got == {path: [counter[e] for e in range(4)] for path, counter in of_path.items()}
 
 
-@QUICK
 @given(choices(), st.integers(0, 30))
 def test_ranks_profiles_merge_to_what_one_would_have_counted(chosen: Chosen, cut: int) -> None:
     whole = counted(empty(), chosen)
@@ -93,7 +90,6 @@ def test_ranks_profiles_merge_to_what_one_would_have_counted(chosen: Chosen, cut
     assert same(merge(empty(), whole), whole)
 
 
-@QUICK
 @given(st.lists(choices(), min_size=1, max_size=4), st.integers(4, 8))
 def test_memory_stays_bounded_and_what_stays_is_what_most_came_by(batches: list[Chosen], most_paths: int) -> None:
     profile, exact = empty(most_paths=most_paths), empty()
@@ -170,7 +166,6 @@ def test_profiles_with_other_bounds_are_not_merged() -> None:
 # as arrays
 
 
-@QUICK
 @given(choices(), st.integers(4, 8))
 def test_arrays_give_back_the_profile(tmp_path_factory: pytest.TempPathFactory, chosen: Chosen, most_paths: int) -> None:
     profile = counted(empty(most_paths=most_paths, router="größer"), chosen)
@@ -230,7 +225,6 @@ def test_damaged_arrays_are_refused_in_a_line(key: str, array: Any, message: str
 NUMBERS = st.one_of(st.integers(0, 6), st.sampled_from([-1, 2**31, 2**60, 2**62, 2**63 - 1, -(2**63)]))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.lists(NUMBERS, min_size=5, max_size=5), st.lists(NUMBERS, min_size=20, max_size=20), st.booleans())
 def test_whatever_the_numbers_say_it_is_a_profile_or_refused(numbers: list[int], paths: list[int], right: bool) -> None:
     arrays = to_arrays(counted(empty(), [np.array([[0, 1], [2, 3]])] * 5))
@@ -269,7 +263,6 @@ def expected_rows(
     return rows_E
 
 
-@QUICK
 @given(
     choices(), choices(), st.integers(1, 3), st.sampled_from([None, 1, 2, 4]), st.booleans(), st.integers(1, 4), st.integers(1, 3)
 )

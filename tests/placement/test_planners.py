@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.placement import EMPTY, Placement
@@ -68,7 +68,6 @@ def check_slots(placement: Placement, num_experts: int, num_devices: int, slots_
 
 
 @pytest.mark.parametrize("name", PLANNERS)
-@settings(max_examples=100, deadline=None)
 @given(case=shares())
 def test_every_expert_sits_somewhere_and_nowhere_twice(name: str, case: tuple[Floats, int, int]) -> None:
     share_E, num_devices, slots_per_device = case
@@ -163,7 +162,6 @@ def test_first_fit_keeps_to_the_capacity_and_to_the_number_of_experts_while_ther
     assert counts == [2, 2, 2, 2]  # more than one, since each expert must sit somewhere
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=shares(), most=st.integers(1, 4))
 def test_first_fit_passes_the_number_of_experts_only_in_need(case: tuple[Floats, int, int], most: int) -> None:
     share_E, num_devices, slots_per_device = case
@@ -185,7 +183,6 @@ def test_first_fit_refuses_fields_out_of_range(fields: dict[str, Any], message: 
 # greedy
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=shares())
 def test_greedy_uses_all_slots_and_is_never_worse_than_without_exchanges(case: tuple[Floats, int, int]) -> None:
     share_E, num_devices, slots_per_device = case
@@ -237,7 +234,6 @@ def test_greedy_places_64_experts_evenly() -> None:
 # hierarchical
 
 
-@settings(max_examples=100, deadline=None)
 @given(case=shares(), devices_per_node=st.integers(1, 3))
 def test_hierarchical_keeps_replicas_of_an_expert_on_one_node(case: tuple[Floats, int, int], devices_per_node: int) -> None:
     share_E, num_nodes, slots_per_device = case

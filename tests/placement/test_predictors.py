@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.predictors.batch_memory import correction, empty_memory, remembered
@@ -24,7 +24,6 @@ from megalina.placement.routing_trace import alternate, halves, joined, read_tra
 
 E, K, L = 6, 2, 5
 BATCHES = 4
-QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -93,7 +92,6 @@ NAMES = tuple(all_predictors([drawn(0, 1)]))
 # what holds for all of them
 
 
-@QUICK
 @given(st.lists(st.tuples(seeds, st.sampled_from([0, 1, 2, 30])), min_size=1, max_size=BATCHES))
 def test_what_is_expected_is_a_distribution_whatever_the_tokens(drawings: list[tuple[int, int]]) -> None:
     batches = [drawn(seed, tokens) for seed, tokens in drawings]
@@ -104,7 +102,6 @@ def test_what_is_expected_is_a_distribution_whatever_the_tokens(drawings: list[t
                 assert share_E.min() >= 0 and abs(share_E.sum() - 1) < 1e-12, name
 
 
-@QUICK
 @given(seeds, st.integers(0, 40), st.lists(st.integers(0, 40), min_size=1, max_size=3))
 def test_features_and_evidence_are_sums_over_ranks(seed: int, tokens: int, cuts: list[int]) -> None:
     ids_TLK = drawn(seed, tokens)
@@ -193,7 +190,6 @@ def test_static_is_the_profile() -> None:
     np.testing.assert_allclose(expected, [counts_LE / counts_LE.sum(1, keepdims=True)] * 2)
 
 
-@QUICK
 @given(seeds, st.integers(1, 3))
 def test_the_window_is_the_sum_of_the_last_counts(seed: int, size: int) -> None:
     batches = [drawn(seed + i, 10 + 5 * i) for i in range(5)]
@@ -204,7 +200,6 @@ def test_the_window_is_the_sum_of_the_last_counts(seed: int, size: int) -> None:
         np.testing.assert_allclose(expected[b], layer_shares(counts_LE))
 
 
-@QUICK
 @given(seeds, st.floats(0, 1), st.floats(0, 1))
 def test_the_moving_average_and_the_mixture_have_their_weights(seed: int, decay: float, part: float) -> None:
     batches = [drawn(seed + i, 10) for i in range(4)]
@@ -217,7 +212,6 @@ def test_the_moving_average_and_the_mixture_have_their_weights(seed: int, decay:
     np.testing.assert_allclose(mixed, part * profile_LE + (1 - part) * average_LE, atol=1e-12)
 
 
-@QUICK
 @given(seeds, st.integers(1, 3), st.floats(0.01, 100))
 def test_the_linear_map_is_the_ridge_regression_of_numpy(seed: int, back: int, ridge: float) -> None:
     ids_TLK = drawn(seed, 30)
@@ -237,7 +231,6 @@ def test_the_linear_map_is_the_ridge_regression_of_numpy(seed: int, back: int, r
         np.testing.assert_allclose(expected_E, as_shares(inputs_TF.sum(0) @ wanted, 0.01), atol=1e-6)
 
 
-@QUICK
 @given(seeds, st.integers(1, 6), st.floats(0.3, 1))
 def test_the_batch_memory_is_the_ridge_regression_around_the_map_before(seed: int, most: int, forgetting: float) -> None:
     random = np.random.default_rng(seed)

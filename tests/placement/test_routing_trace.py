@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalina.placement.routing_trace import (
@@ -31,8 +31,8 @@ from megalina.placement.routing_trace import (
     write_trace,
 )
 from tests.fuzz.bounded import spoiled
+from tests.profiles import examples
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 
 
@@ -86,7 +86,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # files
 
 
-@QUICK
 @given(traces())
 def test_a_file_gives_back_the_trace_and_equal_traces_equal_bytes(folder: Path, trace: RoutingTrace) -> None:
     write_trace(folder / "a.npz", trace)
@@ -175,7 +174,7 @@ def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
         read_trace(tmp_path / "none.npz")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@examples(1.5)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), st.one_of(st.just(0), st.integers(0, 10**6)))
 @example([], 1)
 @example([], 700)
@@ -217,7 +216,6 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 # parts and wholes
 
 
-@QUICK
 @given(traces(), st.integers(1, 40))
 def test_batches_hold_every_token_once_in_order(trace: RoutingTrace, batch_tokens: int) -> None:
     parts = list(batches(trace, batch_tokens))
@@ -227,7 +225,6 @@ def test_batches_hold_every_token_once_in_order(trace: RoutingTrace, batch_token
     assert len(list(batches(trace, batch_tokens, drop_last=True))) == len(whole)
 
 
-@QUICK
 @given(traces())
 def test_halves_joined_are_the_whole_cut_nearest_the_middle(trace: RoutingTrace) -> None:
     lengths = trace.sample_lengths_S.tolist()
@@ -273,7 +270,6 @@ def test_weights_are_joined_only_where_all_have_them() -> None:
 # other routing
 
 
-@QUICK
 @given(traces())
 def test_counts_are_what_a_loop_counts(trace: RoutingTrace) -> None:
     expected = np.zeros((trace.num_layers, trace.num_experts), np.int64)
@@ -306,7 +302,6 @@ def test_merged_experts_add_up() -> None:
         merged_experts(small(top_k=2), 2)
 
 
-@QUICK
 @given(traces(), st.floats(0, 1), st.integers(0, 2**20))
 def test_rerouted_choices_stay_distinct_and_as_many(trace: RoutingTrace, probability: float, seed: int) -> None:
     rerouted = rerouted_evenly(trace, probability, seed)  # the trace itself checks that choices are distinct and in range

@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.placement import EMPTY, Placement
@@ -64,7 +64,6 @@ def kept(split_REN: Counts) -> int:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@settings(max_examples=120, deadline=None)
 @given(case=rows())
 def test_no_row_is_lost_and_none_goes_where_its_expert_is_not(split: Split, case: tuple[Counts, Placement]) -> None:
     count_RE, placement = case
@@ -78,7 +77,6 @@ def test_no_row_is_lost_and_none_goes_where_its_expert_is_not(split: Split, case
     assert device_load(split_REN).sum() == count_RE.sum()
 
 
-@settings(max_examples=120, deadline=None)
 @given(case=rows())
 def test_even_parts_differ_by_one_at_most_of_each_rank_and_in_sum(case: tuple[Counts, Placement]) -> None:
     count_RE, placement = case
@@ -100,7 +98,6 @@ def test_even_remainders_go_round() -> None:
 
 
 @pytest.mark.parametrize("split", BALANCED)
-@settings(max_examples=150, deadline=None)
 @given(case=rows())
 def test_the_largest_load_is_exactly_as_small_as_it_can_be(split: Split, case: tuple[Counts, Placement]) -> None:
     count_RE, placement = case
@@ -129,7 +126,6 @@ def test_rows_go_round_several_corners(split: Split) -> None:
     assert device_load(split(count_RE, chain)).max() == 50
 
 
-@settings(max_examples=150, deadline=None)
 @given(case=rows())
 def test_local_first_keeps_all_rows_where_that_raises_no_load(case: tuple[Counts, Placement]) -> None:
     count_RE, placement = case

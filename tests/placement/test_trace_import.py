@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.routing_trace import counts_LE
 from megalina.placement.trace_import import HistogramTrace, from_histograms, from_megatron_jsonl
 from tests.fuzz.bounded import spoiled
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"
 
 
@@ -187,7 +186,6 @@ EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
-@QUICK
 @given(edits=EDITS, cut=st.one_of(st.just(0), st.integers(0, 10**6)))
 def test_damaged_bytes_are_read_or_named(folder: Path, form: str, edits: list[tuple[int, int]], cut: int) -> None:
     table = 'iteration,layer,counts\n0,0,"[1, 2]"\n1,0,"[3, 4]"\n'
@@ -210,7 +208,6 @@ def test_the_real_counts_by_domain() -> None:
     assert from_histograms(path, only="mistral/").counts_BLE.shape[1:] == (3, 8)
 
 
-@QUICK
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_no_choice_is_lost(folder: Path, seed: int, sizes: list[int]) -> None:
     random = np.random.default_rng(seed)

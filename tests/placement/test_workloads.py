@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.controller import Policy
@@ -32,7 +32,6 @@ from megalina.placement.workloads import (
     zero_load_rank,
 )
 
-QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 LAPTOP = Size(num_experts=16, num_devices=4, num_layers=3, batch_tokens=512, num_batches=6)
 SHARES = st.floats(0, 1)
 
@@ -62,7 +61,6 @@ def first(workload: Workload) -> Counts:
 # of all workloads
 
 
-@QUICK
 @given(sizes(), st.sampled_from(sorted(WORKLOADS)), st.integers(0, 99), SHARES)
 def test_what_is_drawn_has_exactly_the_counts_that_were_known_before(size: Size, name: str, seed: int, follow: float) -> None:
     workload = WORKLOADS[name](size)
@@ -77,7 +75,6 @@ def test_what_is_drawn_has_exactly_the_counts_that_were_known_before(size: Size,
     assert np.array_equal(counts_LE(trace_of(workload, seed)), counts_BLE.sum(axis=0))
 
 
-@QUICK
 @given(sizes(), st.sampled_from(sorted(WORKLOADS)))
 def test_static_loads_are_those_of_a_replay_that_moves_nothing_and_the_same_in_all_layers(size: Size, name: str) -> None:
     size = replace(size, batch_tokens=size.batch_tokens + size.num_devices)
@@ -89,7 +86,6 @@ def test_static_loads_are_those_of_a_replay_that_moves_nothing_and_the_same_in_a
     assert (load_BLN == load_BLN[:, :1]).all()
 
 
-@QUICK
 @given(sizes(), st.sampled_from(sorted(WORKLOADS)))
 def test_an_oracle_expects_what_comes(size: Size, name: str) -> None:
     workload = WORKLOADS[name](size)
@@ -101,7 +97,6 @@ def test_an_oracle_expects_what_comes(size: Size, name: str) -> None:
             assert np.array_equal(np.rint(share_E * size.batch_tokens).astype(np.int64), came_E)
 
 
-@QUICK
 @given(sizes(), st.sampled_from(sorted(WORKLOADS)), SHARES)
 def test_so_many_tokens_follow_to_the_next_expert_of_their_device(size: Size, name: str, follow: float) -> None:
     workload = WORKLOADS[name](size)
@@ -131,7 +126,6 @@ def test_a_seed_decides_all_and_decides_nothing_of_the_counts(name: str) -> None
     assert trace.sample_lengths_S.tolist() == [512] * 6 and (trace.num_experts, trace.name) == (16, name)
 
 
-@QUICK
 @given(sizes(), st.sampled_from(sorted(WORKLOADS)))
 def test_parts_of_ranks_are_the_batch_in_their_order(size: Size, name: str) -> None:
     for tokens_R in WORKLOADS[name](size).tokens_BR:
@@ -143,14 +137,12 @@ def test_parts_of_ranks_are_the_batch_in_their_order(size: Size, name: str) -> N
 # one after another
 
 
-@QUICK
 @given(sizes())
 def test_balanced_is_even(size: Size) -> None:
     workload = balanced(size)
     assert (np.ptp(workload.counts_BLE(), axis=2) <= 1).all() and (np.ptp(workload.tokens_BR, axis=1) <= 1).all()
 
 
-@QUICK
 @given(sizes(), SHARES, st.data())
 def test_a_hot_expert_has_its_share_and_the_others_are_even(size: Size, share: float, data: st.DataObject) -> None:
     expert = data.draw(st.integers(0, size.num_experts - 1))
@@ -161,7 +153,6 @@ def test_a_hot_expert_has_its_share_and_the_others_are_even(size: Size, share: f
         assert (workload.counts_BLE()[:, 1, workload.next_E[expert]] == first(workload)[:, expert]).all()
 
 
-@QUICK
 @given(sizes(), SHARES, st.data())
 def test_a_hot_rank_has_its_share_and_all_else_is_even(size: Size, share: float, data: st.DataObject) -> None:
     device = data.draw(st.integers(0, size.num_devices - 1))
@@ -172,7 +163,6 @@ def test_a_hot_rank_has_its_share_and_all_else_is_even(size: Size, share: float,
     assert (np.ptp(np.delete(first(workload), hot, axis=1), axis=1) <= 1).all()
 
 
-@QUICK
 @given(sizes(), SHARES)
 def test_spread_heat_is_on_one_expert_of_several_devices(size: Size, share: float) -> None:
     workload = spread_heat(size, share=share)
@@ -189,7 +179,6 @@ def test_spread_heat_by_hand() -> None:
     assert first(spread_heat(LAPTOP))[0].tolist() == [192, 10, 10, 9, 9, 9, 9, 9, 192, 9, 9, 9, 9, 9, 9, 9]
 
 
-@QUICK
 @given(sizes())
 def test_ragged_ranks_have_tokens_in_turn_and_experts_are_less_popular_one_after_another(size: Size) -> None:
     workload = ragged_source(size)
@@ -207,7 +196,6 @@ def test_ragged_by_hand() -> None:
     assert first(workload)[0].tolist() == [12, 6, 4, 3]
 
 
-@QUICK
 @given(sizes(), st.data())
 def test_the_zero_load_rank_sends_nothing_and_is_sent_nothing(size: Size, data: st.DataObject) -> None:
     rank = data.draw(st.integers(-1, size.num_devices - 1))
@@ -219,7 +207,6 @@ def test_the_zero_load_rank_sends_nothing_and_is_sent_nothing(size: Size, data: 
     assert (np.ptp(first(workload)[:, others], axis=1) <= 1).all()
 
 
-@QUICK
 @given(sizes())
 def test_heat_goes_round_the_devices_and_comes_back(size: Size) -> None:
     size = replace(size, num_batches=2 * size.num_devices + 1)

@@ -1,5 +1,7 @@
 """Rows that go back in chunks of slots: all ranks know the sizes, and join them in the order in which they left."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,13 @@ def test_each_slot_is_in_one_chunk_and_no_chunk_is_empty() -> None:
             assert all(slot * n // slots == c for c, chunk in enumerate(chunks) for slot in chunk)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(10))
-def test_rows_come_back_in_the_order_in_which_they_left(ranks: int, seed: int) -> None:
+def test_rows_come_back_in_the_order_in_which_they_left(subtests: pytest.Subtests) -> None:
+    for ranks, seed in product((1, 2, 3), range(10)):
+        with subtests.test(ranks=ranks, seed=seed):
+            rows_come_back(ranks, seed)
+
+
+def rows_come_back(ranks: int, seed: int) -> None:
     """The exchanges of all ranks, played in one process; a row is (source rank, its number there, its slot)."""
     random = np.random.default_rng(seed)
     slots = int(random.integers(1, 6))

@@ -6,7 +6,7 @@ n ranks; alpha seconds a hop between nodes, beta inside (Thakur, Rabenseifner an
 from math import inf, log2
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.sim.network import Network
@@ -14,7 +14,6 @@ from megalina.sim.virtual import simulate
 from megalina.step.program import Instruction, Op
 from tests.sim.schedules import NAMED, start, wait
 
-drawn = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 bandwidths = st.floats(1e3, 1e9)
 hops = st.one_of(st.just(0.0), st.floats(1e-7, 1e-2))
 sizes = st.integers(1, 10**9)
@@ -41,7 +40,6 @@ def ends_s(network: Network, starts: list[tuple[Instruction, float]], ranks: int
     return {e.name.split()[0]: e.end_s for e in timeline.events(0) if e.kind == "send"}
 
 
-@drawn
 @given(n=st.integers(2, 9), size=sizes, rate=bandwidths, alpha=hops, own=hops, algorithm=algorithms)
 def test_one_rank_a_node(n: int, size: int, rate: float, alpha: float, own: float, algorithm: str) -> None:
     network = Network(nic_bytes_per_s=rate, hop_s=alpha, latency_s=own, algorithm=algorithm)
@@ -68,7 +66,6 @@ def fullest(n: int) -> float:
     return max(edges(i) + edges(n - 1 - i) for i in range(n)) / 2
 
 
-@drawn
 @given(nodes=few, inside=few, size=sizes, rate=bandwidths, fast=bandwidths, alpha=hops, beta=hops, own=hops)
 def test_nodes_of_several_ranks(
     nodes: int, inside: int, size: int, rate: float, fast: float, alpha: float, beta: float, own: float
@@ -95,7 +92,6 @@ def test_nodes_of_several_ranks(
     assert alone_s(both, size, Op.GATHER, n) == pytest.approx(inner + outer + own)
 
 
-@drawn
 @given(
     first=sizes,
     second=sizes,
@@ -122,7 +118,6 @@ def test_two_at_once_have_half_of_the_link_each(
     assert {name: end_s - own for name, end_s in found.items()} == pytest.approx(want, abs=1e-9 * (a_s + b_s + own))
 
 
-@drawn
 @given(size=sizes, n=st.integers(2, 5), k=st.integers(1, 6), rate=bandwidths)
 def test_equal_ones_end_together_after_as_long_as_one_of_all_their_bytes(size: int, n: int, k: int, rate: float) -> None:
     network = Network(nic_bytes_per_s=rate)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.sim.collectives import ALGORITHMS, Collective, Phase, phases_of
@@ -34,7 +34,6 @@ def between_nodes(phases: tuple[Phase, ...], ranks_per_node: int) -> Counter[tup
 groups = st.sets(st.integers(0, 23), min_size=2, max_size=12).map(sorted)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     ranks=groups,
     per_node=st.integers(1, 6),
@@ -109,7 +108,6 @@ def test_in_a_hierarchy_each_rank_carries_its_part_between_nodes() -> None:
     )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32), nodes=st.integers(1, 4), inside=st.integers(1, 4))
 def test_an_uneven_all_to_all_sends_its_matrix(seed: int, nodes: int, inside: int) -> None:
     n = nodes * inside

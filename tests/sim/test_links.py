@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.sim import virtual
@@ -15,6 +15,7 @@ from megalina.sim.sizes import Sizes
 from megalina.sim.virtual import Timeline, simulate
 from megalina.step.program import Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, training_step
+from tests.profiles import examples
 from tests.sim.fluid import way
 from tests.sim.schedules import SHAPES, delays, random_network, ranks_of, setting_of
 from tests.sim.watched_links import WatchedTraffic
@@ -94,7 +95,6 @@ def arrives(monkeypatch: pytest.MonkeyPatch, seed: int, name: str, shape: str, *
 drawn = {"name": st.sampled_from(list(STRATEGIES)), "shape": st.sampled_from([s for s in SHAPES if "tensor" not in s])}
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32), uneven=st.booleans(), **drawn)
 def test_what_leaves_arrives_and_links_are_never_too_full_nor_idle(seed: int, name: str, shape: str, uneven: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -102,7 +102,7 @@ def test_what_leaves_arrives_and_links_are_never_too_full_nor_idle(seed: int, na
 
 
 @pytest.mark.full
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@examples(1.5)
 @given(seed=st.integers(0, 2**32), uneven=st.booleans(), **drawn)
 def test_what_leaves_arrives_in_hundreds_of_steps(seed: int, name: str, shape: str, uneven: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.sim.collectives import Collective
@@ -19,12 +19,12 @@ from megalina.sim.traffic import Moving, Traffic
 from megalina.sim.virtual import simulate
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.step.strategy import training_step
+from tests.profiles import examples
 from tests.sim import fluid
 from tests.sim.schedules import LAYOUTS, NAMED, SHAPES, delays, random_network, ranks_of, setting_of, start, wait
 from tests.sim.watched_links import fair_and_thrifty, together
 
 SIZES = Sizes(lambda s: 4.0 * max(10, s.piece[1] - s.piece[0]))
-drawn = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
 def ends_s(network: Network, *starts: Instruction, ranks: int = 8) -> dict[str, float]:
@@ -134,7 +134,6 @@ def random_links(random: np.random.Generator) -> tuple[np.ndarray, Load]:
     return random.choice([1.0, 10.0, 37.0], links), Load(random.random(bundles) + 0.1, bundle_I, link_I, weight_I, 0.0)
 
 
-@drawn
 @given(seed=st.integers(0, 2**32))
 def test_no_link_is_overfull_and_none_could_be_faster_at_the_cost_of_a_faster_one(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -151,7 +150,6 @@ def test_no_link_is_overfull_and_none_could_be_faster_at_the_cost_of_a_faster_on
         assert rate_B[first_B] == pytest.approx(alone_B)  # the most urgent don't notice the others
 
 
-@drawn
 @given(seed=st.integers(0, 2**32))
 def test_all_bytes_arrive_and_links_are_fair_at_all_times(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -217,14 +215,13 @@ def takes_as_long_as_said(seed: int) -> None:
     assert found.step_s == pytest.approx(float(want_s), rel=1e-9)
 
 
-@drawn
 @given(seed=st.integers(0, 2**32))
 def test_small_lists_take_as_long_as_a_plain_simulator_says(seed: int) -> None:
     takes_as_long_as_said(seed)
 
 
 @pytest.mark.full
-@settings(max_examples=3000, deadline=None, derandomize=True, database=None)
+@examples(15)
 @given(seed=st.integers(0, 2**32))
 def test_thousands_of_small_lists_take_as_long_as_a_plain_simulator_says(seed: int) -> None:
     takes_as_long_as_said(seed)
@@ -264,14 +261,13 @@ faster = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(**faster)
 def test_eager_is_no_slower_on_a_faster_network(seed: int, share: str, faster: str, alike: bool) -> None:
     no_slower(seed, share, faster, alike=alike)
 
 
 @pytest.mark.full
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@examples(2.5)
 @given(**faster)
 def test_eager_is_no_slower_in_hundreds_of_cases(seed: int, share: str, faster: str, alike: bool) -> None:
     no_slower(seed, share, faster, alike=alike)

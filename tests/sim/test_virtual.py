@@ -12,7 +12,6 @@ from random import Random
 
 import pytest
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from megalina.sim.lanes import LITERAL, OURS, Rule
@@ -23,6 +22,7 @@ from megalina.sim.virtual import Deadlock, Timeline, simulate
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
+from tests.profiles import examples
 from tests.sim.schedules import (
     DELAYS_S,
     LAYOUTS,
@@ -262,8 +262,8 @@ def tried() -> Iterator[Counter[str]]:
     print(f"\nschedules in virtual time: {counts.total()}, none deadlocked {dict(counts)}")
 
 
-def explore(name: str, tried: Counter[str], *, examples: int, schedules: int, layouts: list[tuple[int, int, int]]) -> None:
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+def explore(name: str, tried: Counter[str], *, times: float, schedules: int, layouts: list[tuple[int, int, int]]) -> None:
+    @examples(times)
     @drawn(shape=st.sampled_from(list(SHAPES)), seed=st.integers(0, 2**32), shuffled=st.booleans())
     def explored(shape: str, seed: int, shuffled: bool) -> None:
         random = Random(seed)
@@ -318,13 +318,13 @@ def yields_are_kept(timeline: Timeline, starts: dict[str, Instruction], rank: in
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_delays_and_no_legal_order_deadlock_and_ranks_agree(name: str, tried: Counter[str]) -> None:
-    explore(name, tried, examples=20, schedules=10, layouts=SMALL)
+    explore(name, tried, times=0.4, schedules=10, layouts=SMALL)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_none_of_thousands_of_schedules_deadlocks(name: str, tried: Counter[str]) -> None:
-    explore(name, tried, examples=300, schedules=10, layouts=list(LAYOUTS))
+    explore(name, tried, times=1.5, schedules=10, layouts=list(LAYOUTS))
 
 
 def test_the_same_delays_give_the_same_timeline() -> None:

@@ -6,13 +6,14 @@ from itertools import groupby
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.mesh import build_mesh
 from megalina.step.plan import Plan
 from megalina.train.trials import Measured, Rules, Trials
 from megalina.train.tuning import Tuner, evidence
+from tests.profiles import examples
 
 NUMBERS = (1, 2, 4, 8)
 RULES = Rules()
@@ -117,7 +118,7 @@ def test_a_resumed_run_goes_on_as_it_is() -> None:
     assert set(run(trials(present=4, searches=1), steady({1: 0.1, 2: 1.0, 4: 1.0, 8: 1.0}))) == {4}
 
 
-@settings(max_examples=300, deadline=None)
+@examples(1.5)
 @given(
     seed=st.integers(0, 2**32),
     spread=st.floats(0.0, 5.0),
@@ -142,7 +143,7 @@ def test_whatever_is_measured_changes_are_few_searches_rest_and_ranks_agree(
     assert all(is_search or a == b for is_search, a, b in zip(searching, seen, seen[1:], strict=False))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(1.5)
 @given(
     data=st.data(), times_s=st.fixed_dictionaries({k: st.floats(0.1, 10.0) for k in NUMBERS}), present=st.sampled_from(NUMBERS)
 )

@@ -1,14 +1,16 @@
 """Inference rows: routing that is made to order, and replays held against counts by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tools.compare_strategies import composed
 
 from megalina.placement.controller import Outcome
 from megalina.placement.routing_trace import traced, write_trace
 from megalina.serve.modes import read_mode
+from papers.lina import routing
 from papers.lina.inference import (
     BERT_LARGE,
     FREE,
@@ -27,7 +29,6 @@ from papers.lina.reenactment import reenact
 from papers.lina.routing import BATCH_TOKENS, SKEWS, Routed, made, next_concentration, of_trace
 from papers.lina.walk import START
 from tests.papers.lina.testbed import base, bed
-from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "infer"
 
@@ -39,10 +40,13 @@ def short(model: Model, experts: int) -> Routed:
 
 
 @pytest.fixture(scope="module")
-def inference() -> Inference:
-    return Inference(bed(), START, lina=read_mode(CONF, "lina"), static=read_mode(CONF, "static"), routed=short)
+def inference() -> Iterator[Inference]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "TEXTS", 32)
+        yield Inference(bed(), START, lina=read_mode(CONF, "lina"), static=read_mode(CONF, "static"), routed=short)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("experts", [4, 16])
 def test_made_routing_has_the_papers_skew_and_paths(experts: int) -> None:
     found = made(experts, 12, seed=0)

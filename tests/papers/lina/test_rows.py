@@ -10,15 +10,15 @@ import pytest
 
 from megalina.sim.virtual import Timeline
 from megalina.timeline.recorder import SEND
-from papers.lina import worked_example
-from papers.lina.models import DDP, PARTITION, PIPELINE, TRAINED, TXL, lina
-from papers.lina.overheads import alone, figures, shares, under_gradients
+from papers.lina import walk, worked_example
+from papers.lina.models import DDP, PARTITION, PIPELINE, TRAINED, TXL, config_of, lina
+from papers.lina.overheads import alone, figures, shares, table_1, under_gradients
 from papers.lina.report import Found, closing, contradictions, draw, part_of, table, what_if
 from papers.lina.row import Row, mean_absolute
 from papers.lina.speedups import SWEPT_MB, Speedups, _local_minima, efficiency
-from papers.lina.walk import START
+from papers.lina.walk import START, Bed
 from papers.lina.what_if import exposed, packed
-from tests.papers.lina.testbed import PLAIN, bed
+from tests.papers.lina.testbed import PLAIN, base, bed
 
 GIVEN = replace(START, between_factor=1.4, inside_factor=100.0)
 
@@ -101,6 +101,7 @@ def test_slowdowns_are_of_all_to_alls_that_meet_gradients() -> None:
     assert alone(step).seconds(forward.num_bytes) == pytest.approx(forward.end_s - forward.start_s)
 
 
+@pytest.mark.full
 def test_rows_of_training_are_ratios_of_walks() -> None:
     own = Speedups(bed(), GIVEN)
     found = numbers(list(own.rows()))
@@ -118,6 +119,7 @@ def test_rows_of_training_are_ratios_of_walks() -> None:
     assert found["T7.TXL-24.lina"] > found["T7.TXL-24.baseline"]  # packed experts and their optimizer
 
 
+@pytest.mark.full
 def test_no_row_of_training_is_fitted_and_ids_are_unique() -> None:
     rows = [*Speedups(bed(), GIVEN).rows(), *shares(bed(), GIVEN)]
     assert not any(row.fitted for row in rows)
@@ -156,6 +158,7 @@ def small_found() -> Found:
     return Found(GIVEN, rows, list(exposed(bed(), GIVEN)), packed(bed(), GIVEN), {"TXL": {"lina": 1.1}}, "made routing")
 
 
+@pytest.mark.full
 def test_tables_json_and_picture_have_all_rows(tmp_path: Path) -> None:
     found = small_found()
     text = table(found.rows)
@@ -173,6 +176,23 @@ def test_tables_json_and_picture_have_all_rows(tmp_path: Path) -> None:
     assert (tmp_path / "rows.png").stat().st_size > 20_000
 
 
+def test_all_rows_are_told_of_shallow_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The paper's models with two layers: what their numbers are is tested with all layers in `make test-full`."""
+    shallow = lambda base, model, *more, **named: config_of(base, replace(model, layers=2), *more, **named)  # noqa: E731
+    monkeypatch.setattr(walk, "config_of", shallow)
+    own = Bed(base())
+    training = [*Speedups(own, GIVEN).rows(), *shares(own, GIVEN)]
+    assert {f"T{n}" for n in range(1, 17)} <= {row.id.split(".")[0] for row in training} and not any(r.fitted for r in training)
+    rows = [*training, *figures(own, GIVEN), *table_1(own, GIVEN)]
+    assert len({row.id for row in rows}) == len(rows) > 80
+    found = Found(GIVEN, rows, list(exposed(own, GIVEN)), packed(own, GIVEN), {"TXL": {"lina": 1.1}}, "made routing")
+    text = "\n".join((table(rows), closing(found), contradictions(rows), what_if(found)))
+    assert all(row.id in text for row in rows)
+    assert len(json.loads(json.dumps(found.as_json(), allow_nan=False))["rows"]) == len(rows)
+    draw(tmp_path / "rows.png", rows)
+    assert (tmp_path / "rows.png").stat().st_size > 20_000
+
+
 def test_parts_of_the_paper() -> None:
     ids = {
         "Tab1.E4": "Tab1",
@@ -187,6 +207,7 @@ def test_parts_of_the_paper() -> None:
         assert part_of(Row(id=id, name="", paper=1.0, simulated=1.0)) == part
 
 
+@pytest.mark.full
 def test_more_gradients_expose_more_and_no_packing_is_ddp_nearly() -> None:
     found = list(exposed(bed(), PLAIN))
     assert found[-1].meeting > found[0].meeting
