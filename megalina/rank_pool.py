@@ -228,10 +228,11 @@ def _context(preload: Sequence[str]) -> ForkServerContext | SpawnContext:
 
 
 def _forked(environment: dict[str, str], work: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """What the server has of its own start is put right: its environment, and numpy's random numbers."""
+    """What all would have from the server is put right: its environment, and seeds (Python's own sees to itself)."""
     os.environ.clear()
     os.environ.update(environment)
     np.random.seed()
+    torch.seed()
     torch.set_num_threads(1)
     work(*arguments)
 
