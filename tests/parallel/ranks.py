@@ -6,8 +6,8 @@ from typing import Any
 from megalina.rank_pool import TIME_LIMIT_S, RankPool, RanksFailed
 
 PRELOAD = (  # what takes long to import, of all tests: one server forks the ranks of all
-    *("torch._dynamo", "megalina.train.trainer", "megalina.infer.engine", "megalina.worker", "megalina.verify.pool"),
-    *("pytest", "hypothesis", "tests.train.small_run"),
+    *("pytest", "hypothesis", "matplotlib.figure", "torch._dynamo", "torch.distributed.checkpoint"),
+    *("megalina.train.trainer", "megalina.infer.engine", "megalina.worker", "megalina.verify.pool", "tests.train.small_run"),
 )
 
 
