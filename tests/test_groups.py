@@ -17,8 +17,7 @@ def byte_movers() -> int:
 
 
 def sums_in_groups(interface: str) -> tuple[int, list[float], list[bool]]:
-    if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     before = byte_movers()
     rows = [[0, 1], [0, 2], [1, 2], [0, 1, 2], [2, 0, 1], [0, 1, 2]]
     groups = [new_group(row) for row in rows]

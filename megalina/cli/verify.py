@@ -139,7 +139,7 @@ def composed(overrides: list[str]) -> "PretrainConfig":
 
 def run(choices: "Choices", rows: "list[Row]", *, device: str, plant: str) -> "list[Result]":
     """The results of all rows; progress goes to stderr."""
-    from megalina.verify.pool import stop_server
+    from megalina.rank_pool import stop_server
     from megalina.verify.verification import verify
 
     results = []

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -15,8 +15,10 @@ from megalina.verify.shrink import power_below
 
 CAPACITY = 0.8  # of routers that come without one: some tokens are always dropped
 MOST_ROWS = 400  # of a product; beyond, pairs
+TRIES = 2000  # random rows with a pair before it counts as never allowed
 PIECE_MB = 0.002  # MiB: many pieces a bucket
 Values = dict[str, Any]  # axis -> choice
+Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]  # (axis, choice) of two axes, in the order of the axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,13 @@ def pairs(options: Mapping[str, Sequence[Any]], allowed: Callable[[Values], bool
         for a, b in itertools.combinations(names, 2)
         for x, y in itertools.product(options[a], options[b])
     }
+    never = _never_allowed(options, missing, allowed)
     uses: Counter[tuple[str, Hashable]] = Counter()
     while missing:
         first, second = next(iter(missing))
-        found = _completed(dict((first, second)), names, options, missing, uses, allowed)
+        found = (
+            None if (first, second) in never else _completed(dict((first, second)), names, options, missing, never, uses, allowed)
+        )
         if found is None:
             del missing[first, second]
             continue
@@ -178,11 +183,31 @@ def pairs(options: Mapping[str, Sequence[Any]], allowed: Callable[[Values], bool
         yield found
 
 
+def _never_allowed(options: Mapping[str, Sequence[Any]], of: Iterable[Pair], allowed: Callable[[Values], bool]) -> set[Pair]:
+    """The pairs with which no random row is allowed.  The search below would prove it by trying all rows, of which there are
+    some ten thousand for a pair, and again for each row on whose way such a pair lies."""
+    random, left = Random(0), dict.fromkeys(of)
+    never: set[Pair] = set()
+    while left:
+        first, second = next(iter(left))
+        for _ in range(TRIES):
+            values = {axis: random.choice(choices) for axis, choices in options.items()} | dict((first, second))
+            if allowed(values):
+                for pair in itertools.combinations(values.items(), 2):
+                    left.pop(pair, None)
+                break
+        else:
+            del left[first, second]
+            never.add((first, second))
+    return never
+
+
 def _completed(
     chosen: Values,
     names: Sequence[str],
     options: Mapping[str, Sequence[Any]],
-    missing: Mapping[tuple[tuple[str, Hashable], tuple[str, Hashable]], None],
+    missing: Mapping[Pair, None],
+    never: Set[Pair],
     uses: Mapping[tuple[str, Hashable], int],
     allowed: Callable[[Values], bool],
 ) -> Values | None:
@@ -193,12 +218,18 @@ def _completed(
         return chosen if allowed(chosen) else None
     axis = left[0]
 
+    place = {name: i for i, name in enumerate(names)}
+
+    def with_chosen(choice: Hashable) -> list[Pair]:
+        own = axis, choice
+        return [(own, other) if place[axis] < place[other[0]] else (other, own) for other in chosen.items()]
+
     def gain(choice: Hashable) -> int:
-        ordered = [sorted([(axis, choice), other], key=lambda c: names.index(c[0])) for other in chosen.items()]
-        return sum((a, b) in missing for a, b in ordered)
+        return sum(pair in missing for pair in with_chosen(choice))
 
     for choice in sorted(options[axis], key=lambda c: (-gain(c), uses[axis, c])):
-        found = _completed({**chosen, axis: choice}, names, options, missing, uses, allowed)
-        if found is not None:
-            return found
+        if never.isdisjoint(with_chosen(choice)):
+            found = _completed({**chosen, axis: choice}, names, options, missing, never, uses, allowed)
+            if found is not None:
+                return found
     return None

@@ -5,10 +5,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
+from megalina.rank_pool import RanksFailed
 from megalina.verify.compare import compare
 from megalina.verify.diagnosis import UNKNOWN, diagnose
 from megalina.verify.layouts import Choices, Row, config_of
-from megalina.verify.pool import Pool, RowFailed
+from megalina.verify.pool import Pool
 from megalina.verify.recording import Recording
 from megalina.verify.reference import detail, record, reference_config
 from megalina.verify.shrink import STEPS
@@ -60,11 +61,12 @@ def verify(
         for row in rows:
             started_s = time.perf_counter()
             config = config_of(choices, row)
-            pool.start(config, row.layout, random_batches(config, steps), plant)
+            batches = random_batches(config, steps)
+            pool.start_row(config, row.layout, batches, plant)
             reference = references.of(config, steps)  # while the ranks work
             try:
-                recording = pool.finish()
-            except RowFailed as error:
+                recording = pool.finish_row(config, row.layout, batches)
+            except RanksFailed as error:
                 yield _failed(row, str(error), time.perf_counter() - started_s)
                 continue
             yield result_of(row, reference, recording, started_s)

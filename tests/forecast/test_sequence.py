@@ -37,6 +37,7 @@ from tests.forecast.sequence_ranks import (
     on_gloo,
     steps_of,
 )
+from tests.in_groups import InGroups
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import write_tokens
 
@@ -86,6 +87,12 @@ def cases() -> dict[str, Case]:
 
 CASES = cases()
 PLANTED = ("eager, full", "flow, selective", "lina, plain")
+QUICK = {*PLANTED, "eager, plain", *(name for name in CASES if name.partition(", ")[2] in ONCE)}
+QUICK |= {  # one of each strategy, in turns
+    f"{name}, {('plain', 'full', 'selective')[i % 3]}"
+    for i, name in enumerate(n for n in NAMES if n not in {p.split(",")[0] for p in PLANTED})
+}
+every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in QUICK)) for n in CASES])
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +104,15 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PretrainConfi
 
 @pytest.fixture(scope="module")
 def seen(configs: dict[str, PretrainConfig]) -> dict[str, list[Seen]]:
-    """What all ranks saw of each case; they are started once."""
-    return real_steps(configs)
+    """What all ranks saw of each case."""
+    groups = [[name for name in CASES if (name in QUICK) == quick] for quick in (True, False)]
+    return InGroups(groups, lambda names: real_steps({name: configs[name] for name in names}))
 
 
 def real_steps(configs: Mapping[str, PretrainConfig]) -> dict[str, list[Seen]]:
     for config in configs.values():
         check_config(config, WORLD)
-    by_rank = run_on_ranks(WORLD, steps_of, list(configs.values()))
+    by_rank = run_on_ranks(WORLD, steps_of, list(configs.values()), time_limit_s=600)
     return {name: list(own) for name, own in zip(configs, zip(*by_rank, strict=True), strict=True)}
 
 
@@ -116,7 +124,7 @@ def simulated(found: Forecasted, seen: Sequence[Seen], *, seed: int = 0) -> Sequ
     return in_virtual_time([found.program] * WORLD, as_counted(found, seen), found.axes, seed=seed)
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_the_forecasts_list_is_the_trainers(name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
     program = forecasted(configs[name]).program
     for own in seen[name]:
@@ -124,7 +132,7 @@ def test_the_forecasts_list_is_the_trainers(name: str, configs: dict[str, Pretra
         assert own.program == program
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_each_rank_sends_the_same_in_the_same_order(
     name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]
 ) -> None:

@@ -232,7 +232,7 @@ def test_constants_are_those_of_the_code_that_they_describe() -> None:
 
 # predicted and measured
 def check_cases(world: int, names: Sequence[str]) -> None:
-    for rank, found in enumerate(run_on_ranks(world, predicted_and_measured, names)):
+    for rank, found in enumerate(run_on_ranks(world, predicted_and_measured, names, time_limit_s=600)):
         for name, case in zip(names, found, strict=True):
             assert case["same_buckets"], (name, rank)
             assert abs(error_of(case)) < TOLERANCE, (name, rank, case)

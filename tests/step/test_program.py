@@ -186,7 +186,7 @@ def test_whole_micro_batches_tell_one_another_nothing() -> None:
 
 
 def test_parts_of_a_model_without_experts_share_nothing() -> None:
-    shape = Shape(moe=(False,), micro_batch_groups=True)
+    shape = plain_shape(moe=(False,), micro_batch_groups=True)
     program = training_step("flow", Setting(shape, buckets_of(shape), Plan(parts=2)))
     assert not any("group" in s.name for s in program)
 

@@ -1,8 +1,7 @@
-"""Forked ranks: the launcher's ranks as forks of a server that has imported torch once, so that a start costs milliseconds.
+"""Forked ranks: the launcher's ranks as forks of the server that forks all ranks of tests, so that a start costs milliseconds.
 
 Everything but the start is the launcher's own: a rank is a session of its own, its exit code and output are seen by it."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,19 +14,17 @@ import pytest
 
 from megalina import launch
 from megalina.blame import RankFailed
+from megalina.rank_pool import fork
+from tests.parallel.ranks import PRELOAD
 
 TERMINAL = "terminal.txt"  # what the launcher's stderr would show of rank 0
-PRELOAD = ["megalina.train.trainer", "megalina.worker", "tests.train.small_run"]
 
 
 class ForkedRank:
     """As much of subprocess.Popen as the launcher uses."""
 
     def __init__(self, work: Callable[..., int], rank: int, environment: dict[str, str], output: Path, arguments: Sequence[Any]):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        self._process = context.Process(target=_child, args=(work, rank, environment, output, arguments))
-        self._process.start()
+        self._process = fork(_rank, work, rank, environment, output, arguments, name=f"rank {rank}", preload=PRELOAD)
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -42,15 +39,12 @@ class ForkedRank:
         os.kill(self.pid, number)
 
 
-def _child(work: Callable[..., int], rank: int, environment: dict[str, str], output: Path, arguments: Sequence[Any]) -> None:
+def _rank(work: Callable[..., int], rank: int, environment: dict[str, str], output: Path, arguments: Sequence[Any]) -> None:
     os.setsid()
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    import torch
-
-    torch.set_num_threads(1)
     code = work(rank, *arguments)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,6 +7,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megalina.checkpoint.checkpoints import read_tensors
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel import reshard
 from megalina.parallel.plan_file import with_plan
 from megalina.plan_settings import plan_of
+from megalina.rank_pool import RanksFailed
 from megalina.step.plan import Plan
 from megalina.train.replay import replay
 from megalina.train.trainer import Trainer
+from tests.in_groups import InGroups
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 from tests.train.test_trainer import _process_state  # noqa: F401  handlers of signals come back
@@ -39,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, strateg
     "weights gathered late": ({"zero": 1, "micro_batch_size": 2}, {"name": "lina_zero", "parts": 2, "yields": True}),
     "balance over all ranks": ({"group": "global", "recompute": "full", "shared_d_ff": 16}, {"name": "flow", "packing": "auto"}),
 }
+FULL = ("zero", "balance over all ranks", "all")  # scenarios of `make test-full` alone
+OnRanks = Mapping[str, list[dict[str, Any]]]
 
 
 def packed_config(folder: Path, run: str, strategy: dict[str, Any], **settings: Any) -> PretrainConfig:
@@ -59,16 +63,16 @@ def losses_of(run: Trainer, switches: dict[int, int]) -> list[tuple[float, float
     return seen
 
 
-def scenarios(folder: Path) -> dict[str, Any]:
+def scenarios(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     gc.freeze()  # each repack collects garbage: not through all that torch has made
-    return {
-        "cases": {name: switched(folder, name, *CASES[name]) for name in CASES},
-        "bits": moved_bits(folder),
-        "memory": memory_of_many(folder),
-        "auto": chosen(folder),
-        "resumed": resumed(folder),
-        "all": chosen_of_all(folder),
+    others = {
+        "bits": moved_bits,
+        "memory": memory_of_many,
+        "auto": chosen,
+        "resumed": resumed,
+        "all": chosen_of_all,
     }
+    return {name: switched(folder, name, *CASES[name]) if name in CASES else others[name](folder) for name in names}
 
 
 def switched(folder: Path, name: str, settings: dict[str, Any], strategy: dict[str, Any]) -> dict[str, Any]:
@@ -222,14 +226,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(WORLD, scenarios, folder)
+def on_ranks(folder: Path) -> OnRanks:
+    """What each scenario gave on each rank."""
+
+    def made(names: Sequence[str]) -> OnRanks:
+        ranks = run_on_ranks(WORLD, scenarios, folder, names)
+        return {name: [rank[name] for rank in ranks] for name in names}
+
+    return InGroups([("plain", "weights gathered late", "bits", "memory", "auto", "resumed"), FULL], made)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_losses_norms_and_validation_are_those_of_the_unpacked_run(on_ranks: list[dict[str, Any]], name: str) -> None:
-    for rank in on_ranks:
-        plain, packed = rank["cases"][name]["plain"], rank["cases"][name]["packed"]
+every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
+
+
+@every_case
+def test_losses_norms_and_validation_are_those_of_the_unpacked_run(on_ranks: OnRanks, name: str) -> None:
+    for rank in on_ranks[name]:
+        plain, packed = rank["plain"], rank["packed"]
         for expected, found in zip(plain["seen"], packed["seen"], strict=True):
             assert found == pytest.approx(expected, rel=1e-10)
         assert packed["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-10)
@@ -238,10 +251,9 @@ def test_losses_norms_and_validation_are_those_of_the_unpacked_run(on_ranks: lis
         assert "ep" in plain["axes"] and "ep/2" in packed["axes"]  # the hang doctor sees the new groups
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_weights_moments_and_biases_are_those_of_the_unpacked_run(
-    folder: Path, on_ranks: list[dict[str, Any]], name: str
-) -> None:
+@every_case
+def test_weights_moments_and_biases_are_those_of_the_unpacked_run(folder: Path, on_ranks: OnRanks, name: str) -> None:
+    assert on_ranks[name]
     paths = [checkpoint(packed_config(folder, f"{name} {kind}", {}), STEPS) for kind in ("plain", "packed")]
     plain, packed = map(read_tensors, paths)
     assert list(plain) == list(packed) and any("router.bias_E" in n for n in plain) == (name == "plain")
@@ -249,47 +261,46 @@ def test_weights_moments_and_biases_are_those_of_the_unpacked_run(
         torch.testing.assert_close(packed[tensor_name], expected, rtol=1e-10, atol=1e-12, msg=tensor_name)
 
 
-@pytest.mark.parametrize("name", ["plain", "zero"])
-def test_a_checkpoint_written_under_packing_loads_without_it(folder: Path, on_ranks: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize("name", ["plain", pytest.param("zero", marks=pytest.mark.full)])
+def test_a_checkpoint_written_under_packing_loads_without_it(folder: Path, on_ranks: OnRanks, name: str) -> None:
     """In one process."""
+    val_loss = on_ranks[name][0]["plain"]["val_loss"]
     packed = checkpoint(packed_config(folder, f"{name} packed", {}), STEPS)
     settings = CASES[name][0] | {"zero": 0, "ep": 1, "micro_batch_size": 2}
     run = start(packed_config(folder, f"{name} alone", {"name": "eager", "packing": "1"}, **settings), packed)
-    assert run.validate() == pytest.approx(on_ranks[0]["cases"][name]["plain"]["val_loss"], rel=1e-10)
+    assert run.validate() == pytest.approx(val_loss, rel=1e-10)
     run.state.save()
     alone = checkpoint(packed_config(folder, f"{name} alone", {}), STEPS)
     assert same_checkpoints(packed, alone) == []
 
 
-def test_every_bit_comes_through_all_packings(on_ranks: list[dict[str, Any]]) -> None:
-    assert all(all(rank["bits"].values()) for rank in on_ranks), [rank["bits"] for rank in on_ranks]
+def test_every_bit_comes_through_all_packings(on_ranks: OnRanks) -> None:
+    assert all(all(rank.values()) for rank in on_ranks["bits"]), on_ranks["bits"]
 
 
-def test_what_was_moved_out_of_is_gone(on_ranks: list[dict[str, Any]]) -> None:
-    for rank in on_ranks:
-        assert rank["memory"]["gone"] and rank["memory"]["lanes"]["lane dp"] <= 1, rank["memory"]  # one may begin late
+def test_what_was_moved_out_of_is_gone(on_ranks: OnRanks) -> None:
+    for rank in on_ranks["memory"]:
+        assert rank["gone"] and rank["lanes"]["lane dp"] <= 1, rank  # one may begin late
 
 
-def test_auto_tries_each_keeps_the_fastest_and_changes_no_number(on_ranks: list[dict[str, Any]]) -> None:
-    for rank in on_ranks:
-        auto = rank["auto"]
+def test_auto_tries_each_keeps_the_fastest_and_changes_no_number(on_ranks: OnRanks) -> None:
+    for auto in on_ranks["auto"]:
         assert [k for k, _ in groupby(auto["packings"])] == [1, 2, 4, 1, 2] and auto["packings"][-4:] == [2] * 4
         assert auto["losses"] == pytest.approx(auto["calm"], rel=1e-10)
         assert len(auto["val"]) == 3 and auto["val"] == pytest.approx(auto["calm val"], rel=1e-10)
 
 
-def test_a_resumed_run_is_packed_as_it_was_and_verifies(on_ranks: list[dict[str, Any]]) -> None:
-    for rank in on_ranks:
-        again = rank["resumed"]
+def test_a_resumed_run_is_packed_as_it_was_and_verifies(on_ranks: OnRanks) -> None:
+    for auto, again in zip(on_ranks["auto"], on_ranks["resumed"], strict=True):
         assert (again["packing"], again["searching"], again["fixed packing"]) == (2, False, 2)
-        assert again["losses"] == rank["auto"]["losses"][18:] == again["fixed"]  # to the last bit
+        assert again["losses"] == auto["losses"][18:] == again["fixed"]  # to the last bit
         assert again["verified"] == (20, 2, STEPS, 2)
 
 
-def test_auto_among_all_strategies_changes_no_number_and_is_kept_by_a_checkpoint(on_ranks: list[dict[str, Any]]) -> None:
-    for rank in on_ranks:
-        found = rank["all"]
-        assert found["plans"] == on_ranks[0]["all"]["plans"]
+@pytest.mark.full
+def test_auto_among_all_strategies_changes_no_number_and_is_kept_by_a_checkpoint(on_ranks: OnRanks) -> None:
+    for found in on_ranks["all"]:
+        assert found["plans"] == on_ranks["all"][0]["plans"]
         strategies = {plan.partition(":")[0] for plan in found["plans"]}
         assert strategies == {"eager", "lina", "flow"} and found["plans"][0].startswith("eager")
         assert found["plans"][-1].startswith("flow: 2 parts") and found["plans"][-1].endswith("packing 2")
@@ -333,7 +344,7 @@ def digest_of(folder: Path) -> str:
 
 
 def test_a_kill_in_the_middle_touches_nothing_that_was_saved(folder: Path) -> None:
-    with pytest.raises((RuntimeError, mp.ProcessExitedException)):
+    with pytest.raises(RanksFailed):
         run_on_ranks(2, killed, folder)
     config = packed_config(folder, "killed", LINA, ep=1, steps=4)
     assert not (folder / "survived").exists()

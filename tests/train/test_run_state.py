@@ -1,7 +1,7 @@
 """A checkpoint of one layout is the same run in any other."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.train.trainer import Trainer
+from tests.in_groups import InGroups
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import Recorder, checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
@@ -36,6 +37,10 @@ CASES = [
     ("router bias, bfloat16", "mixed"),
     ("router bias, bfloat16", "heads"),
 ]
+QUICK = [(FLOAT64[0], "heads"), (FLOAT64[0], "experts"), (FLOAT64[1], "mixed"), (FLOAT64[1], "data"), CASES[-2]]
+every_case = pytest.mark.parametrize(
+    ("kind", "layout"), [pytest.param(*case, marks=[pytest.mark.full] * (case not in QUICK)) for case in CASES]
+)
 CHANGES = [(FLOAT64[0], "heads", "mixed"), (FLOAT64[1], "mixed", "experts"), (FLOAT64[1], "data", "heads")]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-3}  # of a loss of about 5.7, relative
 
@@ -49,24 +54,28 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def name_of(*case: str) -> str:
+    return " ".join(case)
+
+
 def finish(run: Trainer) -> list[float]:
     run.loop()
     assert isinstance(run.tracker, Recorder)
     return run.tracker.of("loss")
 
 
-def on_four_ranks(folder: Path) -> dict[str, Any]:
+def on_four_ranks(folder: Path, cases: Sequence[str]) -> dict[str, Any]:
     """From the checkpoints of one rank, in every layout; and from what one layout wrote, in another."""
     out: dict[str, Any] = {}
-    for kind, layout in CASES:
+    for kind, layout in (case for case in CASES if name_of(*case) in cases):
         config = config_of(folder, f"{kind} {layout}", interval=SAVED + 1, steps=STEPS, **KINDS[kind], **LAYOUTS[layout])
         run = start(config, checkpoint(config_of(folder, f"{kind} one"), SAVED))
         run.state.save()  # as it was read: nothing may be lost on the way through a layout
-        out[f"{kind} {layout}"] = finish(run)
-    for kind, layout, other in CHANGES:
+        out[name_of(kind, layout)] = finish(run)
+    for kind, layout, other in (change for change in CHANGES if name_of(*change) in cases):
         config = config_of(folder, f"{kind} {layout} {other}", steps=STEPS, **KINDS[kind], **LAYOUTS[other])
         point = checkpoint(config_of(folder, f"{kind} {layout}"), SAVED + 1)
-        out[f"{kind} {layout} {other}"] = records_of(config, point).of("loss")
+        out[name_of(kind, layout, other)] = records_of(config, point).of("loss")
     return out
 
 
@@ -92,9 +101,13 @@ def whole(folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def cut(folder: Path, whole: dict[str, list[float]]) -> dict[str, Any]:
-    out: list[dict[str, Any]] = run_on_ranks(4, on_four_ranks, folder)
-    assert all(rank == out[0] for rank in out)  # all ranks saw the same losses, to the bit
-    return out[0]
+    def made(cases: Sequence[str]) -> dict[str, Any]:
+        out: list[dict[str, Any]] = run_on_ranks(4, on_four_ranks, folder, cases)
+        assert all(rank == out[0] for rank in out)  # all ranks saw the same losses, to the bit
+        return out[0]
+
+    quick = [name_of(*case) for case in (*QUICK, *CHANGES)]
+    return InGroups([quick, [name for case in CASES if (name := name_of(*case)) not in quick]], made)
 
 
 def close(got: list[float], want: list[float], kind: str) -> bool:
@@ -102,7 +115,7 @@ def close(got: list[float], want: list[float], kind: str) -> bool:
     return len(got) == len(want) and all(abs(a - b) <= tolerance * abs(b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@every_case
 def test_a_run_of_one_rank_goes_on_in_any_layout(
     kind: str, layout: str, whole: dict[str, list[float]], cut: dict[str, Any]
 ) -> None:
@@ -116,17 +129,19 @@ def test_a_run_goes_from_layout_to_layout(
     assert close(cut[f"{kind} {layout} {other}"], whole[kind][SAVED + 1 :], kind)
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@every_case
 def test_a_run_of_many_ranks_goes_on_on_one(
     kind: str, layout: str, folder: Path, whole: dict[str, list[float]], cut: dict[str, Any]
 ) -> None:
+    assert cut[name_of(kind, layout)]
     config = config_of(folder, f"{kind} back from {layout}", steps=STEPS, micro_batch_size=4, **KINDS[kind])
     point = checkpoint(config_of(folder, f"{kind} {layout}"), SAVED + 1)
     assert close(records_of(config, point).of("loss"), whole[kind][SAVED + 1 :], kind)
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@every_case
 def test_no_bit_is_lost_on_the_way_through_a_layout(kind: str, layout: str, folder: Path, cut: dict[str, Any]) -> None:
+    assert cut[name_of(kind, layout)]
     one, many = (checkpoint(config_of(folder, f"{kind} {run}"), SAVED) for run in ("one", layout))
     assert same_checkpoints(one, many) == []
 

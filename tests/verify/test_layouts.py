@@ -1,12 +1,15 @@
 """The star test: every layout gives the numbers of one process, in float64; and the rows of which it is made.
 
 Every activation, routing decision, loss, gradient, norm and weight of two steps to 1e-12 (after AdamW updates to 1e-10).
-`make test` covers all pairs of choices, `make test-full` the product of layouts, ZeRO, accumulation and routers.
+`make test` covers all pairs of choices, the world one of them; `make test-full` all pairs in each world, and the product of
+layouts, ZeRO, accumulation and routers.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch
 from megalina.layout import rows as mesh_rows
 from megalina.verify import layouts
 from megalina.verify.compare import compare
-from megalina.verify.layouts import Choices, Row, axes, config_of, pairs, pairwise, product, row_of, runs
+from megalina.verify.layouts import Choices, Pair, Row, Values, axes, config_of, pairs, pairwise, product, row_of, runs
 from megalina.verify.pool import Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
@@ -24,12 +27,34 @@ from megalina.verify.verification import verify
 from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, strategy, with_router
 
 RANKS = 4
+SIZES: dict[str, list[Any]] = {"world": [4, 2, 1], "tp": [1, 2, 4], "ep": [1, 2, 4], "sequence": [True, False]}
 
 
 @cache
 def pairs_of_all() -> list[Row]:
     """For tests that look at rows."""
     return pairwise(choices_of(RANKS), RANKS)
+
+
+def options_by_size() -> dict[str, Sequence[Any]]:
+    """The axes of rows, but the sizes of a layout each an axis of its own: far fewer pairs than with layouts as choices."""
+    options = axes(choices_of(RANKS), RANKS)
+    return {axis: options[axis] for axis in options if axis != "place"} | SIZES
+
+
+def with_place(values: Values) -> Values:
+    return {**values, "place": tuple(values[axis] for axis in SIZES)}
+
+
+@cache
+def pairs_by_size() -> list[Values]:
+    choices, places = choices_of(RANKS), set(layouts.places(RANKS))
+
+    def allowed(values: Values) -> bool:
+        row = with_place(values)
+        return row["place"] in places and runs(choices, row_of(choices, row))
+
+    return list(pairs(options_by_size(), allowed))
 
 
 def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
@@ -48,6 +73,15 @@ PASSED = {
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
+    choices = choices_of(RANKS)
+    rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
+    assert 25 <= len(rows) <= 60
+    assert differences(choices, rows, steps=2) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_pair_of_choices_in_each_world_equals_one_process(world: int) -> None:
     choices = choices_of(world)
     rows = pairwise(choices, world, only=True)
     assert {row.layout.world for row in rows} == {world}
@@ -129,24 +163,42 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     allowed = lambda values: runs(choices, row_of(choices, values))  # noqa: E731
     found = list(pairs(options, allowed))
     assert all(map(allowed, found))
-    have = {pair for values in found for pair in itertools.combinations(values_in_order(values, options), 2)}
-    every = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(options, 2) for x, y in itertools.product(options[a], options[b])
-    }
+    lacking = pairs_lacking(found, options)
     # statistics of all ranks can't be exact with accumulation, and need every rank's scores with capacity
     never = {(("router", "global"), ("capacity", True))}
     never |= {(("place", p), ("micro_batch", m)) for p in options["place"] for m in (2, 1, 0) if m > SEQUENCES * p[1] // p[0]}
     # weights are gathered ahead under ZeRO-1 alone; parts of a micro-batch have no statistics of all ranks
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
     never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "lina_zero")}
-    refused = {pair for pair in every - have if pair not in never}
+    refused = lacking - never
     assert all(("router", "global") in pair for pair in refused), refused
     assert len(refused) <= 2
     assert len(found) < 1.6 * len(options["place"]) * len(options["router"])
 
 
-def values_in_order(values: layouts.Values, options: dict) -> list[tuple]:
-    return [(axis, values[axis]) for axis in options]
+def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own() -> None:
+    options = options_by_size()
+    found = pairs_by_size()
+    places = set(layouts.places(RANKS))
+    assert all(with_place(values)["place"] in places for values in found)
+    # statistics of all ranks can't be exact with accumulation, and need every rank's scores with capacity
+    never: set[Pair] = {(("micro_batch", 1), ("router", "global")), (("router", "global"), ("capacity", True))}
+    never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
+    never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "lina_zero")}
+    for size in ("tp", "ep"):
+        never |= {(("world", world), (size, n)) for world in (1, 2, 4) for n in (1, 2, 4) if n > world}
+    never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
+    never |= {(("tp", 1), ("sequence", False)), (("world", 1), ("sequence", False)), (("ep", 4), ("sequence", False))}
+    assert pairs_lacking(found, options) == never
+    assert len(found) < 130
+
+
+def pairs_lacking(found: Iterable[Values], options: dict[str, Sequence[Any]]) -> set[Pair]:
+    """Those of all pairs that no row has."""
+    have = {pair for values in found for pair in itertools.combinations([(axis, values[axis]) for axis in options], 2)}
+    return {
+        ((a, x), (b, y)) for a, b in itertools.combinations(options, 2) for x, y in itertools.product(options[a], options[b])
+    } - have
 
 
 def test_pairs_of_nothing_in_the_way_are_a_covering_array() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalina.rank_pool import RanksFailed
 from megalina.verify.compare import compare
-from megalina.verify.pool import Pool, RowFailed
+from megalina.verify.pool import Pool
 from megalina.verify.recording import Layout
 from megalina.verify.reference import record
 from megalina.verify.start import random_batches
@@ -29,11 +30,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def processes_of(pool: Pool) -> list[int]:
-    assert pool._team is not None
-    return [process.pid for process in pool._team._processes if process.pid is not None]
-
-
 def gone(pids: list[int], within_s: float) -> bool:
     deadline = time.monotonic() + within_s
     while any(map(alive, pids)) and time.monotonic() < deadline:
@@ -47,19 +43,19 @@ def test_rows_of_one_world_share_processes_and_a_failed_row_gets_new_ones() -> N
     reference = record(config, batches)
     with Pool() as pool:
         first = pool.record(config, Layout(2, 1, 2), batches)
-        used = processes_of(pool)
+        used = pool.pids
         second = pool.record(config, Layout(2, 2), batches)
-        assert processes_of(pool) == used
+        assert pool.pids == used
         broken = replace(batches[0], tokens_BS=batches[0].tokens_BS + 10**6)  # no such words
-        with pytest.raises(RowFailed, match=r"^rank \d of 2: IndexError: index out of range(.|\n)*in instruction F:embed"):
+        with pytest.raises(RanksFailed, match=r"^rank \d of 2: IndexError: index out of range(.|\n)*in instruction F:embed"):
             pool.record(config, Layout(2, 1, 2), [broken])
         assert gone(used, 5)
         third = pool.record(config, Layout(2, 1, 2), batches)
-        new = processes_of(pool)
+        new = pool.pids
         assert not set(new) & set(used)
         fourth = pool.record(config, Layout(1), batches)
         assert gone(new, 5)
-        last = processes_of(pool)
+        last = pool.pids
         assert len(last) == 1
     assert gone(last, 5)
     for recording in (first, second, third, fourth):
@@ -71,16 +67,16 @@ def test_a_rank_that_dies_or_takes_too_long_fails_the_row() -> None:
     batches = random_batches(config, 1)
     with Pool() as pool:
         pool.record(config, Layout(2, 1, 2), batches)
-        pids = processes_of(pool)
+        pids = pool.pids
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(RowFailed, match="rank 1 of 2 ended with exit code -9|rank 0 of 2: "):
+        with pytest.raises(RanksFailed, match="^rank 1 of 2 was ended by SIGKILL"):
             pool.record(config, Layout(2, 1, 2), batches)
         assert gone(pids, 5)
     with Pool(time_limit_s=0.02) as pool:
         pool.record(config, Layout(1), batches)  # the first row waits for the start as well
-        pids = processes_of(pool)
+        pids = pool.pids
         os.kill(pids[0], signal.SIGSTOP)
-        with pytest.raises(RowFailed, match=r"no answer from rank 0 of 1 after 0.02 s"):
+        with pytest.raises(RanksFailed, match=r"no answer from rank 0 of 1 after 0.02 s"):
             pool.record(config, Layout(1), batches)
         assert gone(pids, 5)
 
@@ -120,10 +116,10 @@ def test_no_rank_outlives_its_parent_even_inside_a_collective() -> None:
         "config = config_with()\n"
         "with Pool() as pool:\n"
         "    pool.record(config, Layout(2, 1, 2), random_batches(config, 1))\n"
-        "    os.kill(processes_of(pool)[1], signal.SIGSTOP)\n"  # the other rank waits for it
-        "    pool.start(config, Layout(2, 1, 2), random_batches(config, 1))\n"
+        "    os.kill(pool.pids[1], signal.SIGSTOP)\n"  # the other rank waits for it
+        "    pool.start_row(config, Layout(2, 1, 2), random_batches(config, 1))\n"
         "    time.sleep(0.5)\n"
-        "    print(*processes_of(pool), flush=True)\n"
+        "    print(*pool.pids, flush=True)\n"
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
