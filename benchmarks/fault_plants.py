@@ -244,12 +244,10 @@ def watch_weights(place: Place) -> None:
 def main(role: str, plant: str, *arguments: str) -> int:
     sys.path.insert(0, str(ROOT))
     if role == "command":
-        import pretrain_gpt_moe
+        from megalina.cli import train
 
-        pretrain_gpt_moe.WORKER = (sys.executable, __file__, "rank", plant)  # type: ignore[assignment]
-        sys.argv = [pretrain_gpt_moe.__file__, *arguments]
-        pretrain_gpt_moe.run()
-        return 0
+        train.WORKER = (sys.executable, __file__, "rank", plant)  # type: ignore[assignment]
+        return train.main(arguments)
     from megalina import worker
 
     place = Place(int(os.environ["RANK"]), Path(arguments[0]).parent)

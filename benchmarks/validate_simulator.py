@@ -24,15 +24,15 @@ FAILED, BAD_INPUT = 1, 2  # exit codes
 if TYPE_CHECKING:
     from validation_cases import Case, Row
 
+    from megalina.cli.compare import Job
     from megalina.config import PretrainConfig
-    from tools.compare_strategies import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    from megalina.cli.compare import RanksFailed
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
-    from tools.compare_strategies import RanksFailed
 
     try:
         return validate(args)
@@ -91,8 +91,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every case's contest, one after another, each on a cluster of its own."""
     from validation_cases import CASES
 
+    from megalina.cli.compare import note, run
     from megalina.namespaces import check_host
-    from tools.compare_strategies import note, run
 
     check_host()
     jobs = [job_of_case(case) for case in CASES]
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def job_of_case(case: "Case") -> "Job":
-    from tools.compare_strategies import job_of
+    from megalina.cli.compare import job_of
 
     return job_of(
         case.setting,

@@ -1,5 +1,6 @@
-"""The order of the modules, which is all that is here."""
+"""The order of the modules, and which megalina the processes that tests start will import."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ LONG = (  # modules that take half a minute or more, the longest first
     *("benchmarks/test_validate_simulator.py", "test_analyze_alltoall.py", "sim/test_network.py", "train/test_doctor.py"),
 )
 TESTS = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = str(TESTS.parent)  # this one, from whatever folder, also where another clone is installed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

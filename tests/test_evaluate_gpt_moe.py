@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from megalina.cli import evaluate as evaluate_gpt_moe
+from megalina.cli.evaluate import BAD_INPUT, FAILED, command_of, main
 from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
 from megalina.infer.even_routing import EvenRouting
@@ -33,10 +35,9 @@ from megalina.placement.split import even
 from megalina.placement.triggers import never
 from tests.infer.small_engine import small_gpt
 from tests.train.small_run import config_of, records_of
-from tools import evaluate_gpt_moe
-from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, command_of, main
 
 LENGTH = 24
+ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
 KEYS = {
     "perplexity", "bits_per_byte", "p50_ms", "p95_ms", "p99_ms", "p50_ratio_to_static", "p95_ratio_to_static",

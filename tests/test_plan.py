@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.plan import main
+from megalina.cli.plan import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["model=bench", "cluster=h100_400g", "nodes=1", "train.seq_len=512"]

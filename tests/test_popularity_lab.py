@@ -28,7 +28,7 @@ from megalina.placement.routing_trace import RoutingTrace, counts_LE, traced, wr
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import OrderedTop, always, never
 from tools import popularity_lab
-from tools.popularity_lab import BAD_INPUT, CONF, asked_of, main
+from tools.popularity_lab import BAD_INPUT, MODES, asked_of, main
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
 QUICK = settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -352,11 +352,11 @@ def test_what_warms_up_does_not_count(folder: Path) -> None:
 
 def test_modes_have_room_for_all_experts(folder: Path) -> None:
     found = lab(folder, "--train a.npz --serve b.npz")
-    assert {name: config.slots_per_device for name, config in modes_of(CONF, found)[0].items()} == {
+    assert {name: config.slots_per_device for name, config in modes_of(MODES, found)[0].items()} == {
         "best": 3, "lina": 4, "profile": 3, "static": 3, "window": 3,
     }  # fmt: skip
     wide = lab(folder, "--train a.npz --serve b.npz --devices 1 --slots 9")
-    assert modes_of(CONF, wide)[0]["lina"].slots_per_device == 9
+    assert modes_of(MODES, wide)[0]["lina"].slots_per_device == 9
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalina.compose import compose
 from megalina.forecast.report import as_json
 from megalina.forecast.search import candidate
 from megalina.forecast.sweep import Job, append, read, row_of, simulated, trace, weak_scaling
@@ -25,7 +26,6 @@ from megalina.step.program import Instruction, Kind, Op
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
 from tests.train.test_timing import timed
-from tools.compare_strategies import composed
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD, VOCAB = 8, 4096
@@ -43,7 +43,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def job_of(*overrides: str, **unevenness: Any) -> Job:
-    config = composed([*SMALL, *overrides])
+    config = compose([*SMALL, *overrides])
     return Job(config, WORLD, VOCAB, Unevenness(**unevenness), [*SMALL, *overrides])
 
 
@@ -72,7 +72,7 @@ def test_a_sweep_has_a_row_for_every_job_also_for_those_that_cannot_run(sweep: A
 
 def test_a_row_has_the_keys_of_a_candidate_of_the_planner(sweep: Any) -> None:
     rows = read(sweep[0] / "results.jsonl")
-    config = composed(SMALL)
+    config = compose(SMALL)
     plain = candidate(config, Plan("eager"), WORLD, vocab_size=config.model.vocab_size)
     of_planner = as_json([plain], world=WORLD, common=())["candidates"][0]
     assert rows[0].keys() - of_planner.keys() == {"job", "swept", "world", "reason"} and of_planner.keys() <= rows[0].keys()
@@ -138,9 +138,9 @@ def test_a_simulated_trace_and_a_real_one_have_the_same_boxes(tmp_path: Path) ->
     run_on_ranks(2, _traced, tmp_path)
     real = boxes(tmp_path / "real" / "trace.json.gz")
     config = config_of(tmp_path, "real", ep=2)
-    hardware = composed(["cluster=h100_400g"]).cluster
+    hardware = compose(["cluster=h100_400g"]).cluster
     cluster = replace(hardware, nodes=1, ranks_per_node=2, hardware=replace(hardware.hardware, domain_ranks=2, nics_per_node=2))
-    config = replace(config, cluster=cluster, strategy=composed(["strategy=eager"]).strategy)
+    config = replace(config, cluster=cluster, strategy=compose(["strategy=eager"]).strategy)
     uneven = Unevenness(slow_rank=1, slow_factor=1.5)  # so that both ranks walk
     found = simulated(Job(config, 2, 300, uneven, ()))
     trace(tmp_path / "simulated.json.gz", found, 2)
@@ -231,7 +231,7 @@ def test_unevenness_that_cannot_be_is_refused(unevenness: Unevenness, said: str)
 def test_what_a_strategy_leaves_open_is_searched_as_the_trainer_would() -> None:
     given, packed, auto = (simulated(job_of(*words)) for words in (("strategy=eager",), ("strategy=lina",), ("strategy=auto",)))
     assert given.found and packed.found and auto.found
-    first = first_plan(composed([*SMALL, "strategy=lina"]).strategy)
+    first = first_plan(compose([*SMALL, "strategy=lina"]).strategy)
     assert packed.found.step_s <= min(
         candidate(packed.config, replace(first, packing=k), WORLD, vocab_size=VOCAB).found.step_s  # type: ignore[union-attr]
         for k in (1, 2, 4)
@@ -246,7 +246,7 @@ def test_a_job_that_does_not_fit_says_how_much_it_needs() -> None:
 
 
 def test_sequences_per_rank_follow_the_ranks() -> None:
-    config = composed([*SMALL, "parallel.tp=2"])
+    config = compose([*SMALL, "parallel.tp=2"])
     assert weak_scaling(config, 8, 4).train.global_batch_size == 16 and weak_scaling(config, 8, 0) is config
 
 

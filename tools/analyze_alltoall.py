@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from megalina.timeline.alltoall import Analysis
     from megalina.timeline.trace import TracedStep
 
-ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 WARM_UP_STEPS = 5
 PICTURES, TRACES = (".png", ".svg"), (".json", ".json.gz")
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(argv)
     from megalina import launch
-    from pretrain_gpt_moe import check_data, explain
+    from megalina.cli.train import check_data, explain
 
     member = launch.joined(os.environ)
     try:
@@ -80,12 +79,13 @@ def check_files(args: argparse.Namespace) -> None:
 
 def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Member | None") -> "list[PretrainConfig]":
     """The configuration of each setting, checked; ValueError, or an error of Hydra, for bad input."""
+    from megalina.cli.train import check
+    from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
-    from pretrain_gpt_moe import check
 
     if steps < 1:
         raise ValueError(f"--steps {steps} must be at least 1")
-    own = composed(overrides)
+    own = compose(overrides)
     train = replace(own.train, steps=max(own.train.steps, WARM_UP_STEPS + steps))  # the schedule is that of the real run
     own = replace(own, train=train, guard=replace(own.guard, spike="none"))
     world = member.world if member else own.launch.ranks
@@ -114,18 +114,6 @@ def numbers_of(experts: str) -> list[int]:
     if min(numbers) < 2:
         raise ValueError(f"--experts {experts}: a layer needs at least 2 experts")
     return numbers
-
-
-def composed(overrides: Sequence[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
 
 
 def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
@@ -247,8 +235,8 @@ def _agreed(config: "PretrainConfig", member: "Member") -> bool:
     from torch import distributed as dist
 
     from megalina.agreement import Agreement
+    from megalina.cli.train import check_data
     from megalina.train.trainer import choose_device
-    from pretrain_gpt_moe import check_data
 
     os.environ.update(member.environment())
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -276,6 +264,5 @@ def _is_input(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

@@ -36,7 +36,7 @@ STEPS = 10
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from megalina import launch
-    from pretrain_gpt_moe import explain
+    from megalina.cli.train import explain
 
     member = launch.joined(os.environ)
     try:
@@ -130,9 +130,9 @@ def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
     """Short runs of the trainer on ranks of this machine against their forecasts."""
     from omegaconf import OmegaConf
 
+    from megalina.cli.train import check_data
     from megalina.measure.check import as_json, busy, checked, overrides_of, table
     from megalina.validate import check_config, check_hardware
-    from pretrain_gpt_moe import check_data
 
     configs = {name: config_of([*words, f"cluster={args.out.stem}"]) for name, words in overrides_of(ranks).items()}
     vocab_sizes = {}
@@ -156,9 +156,9 @@ def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
 
 
 def config_of(overrides: Sequence[str]) -> "PretrainConfig":
-    from tools.compare_strategies import composed
+    from megalina.compose import compose
 
-    return composed(overrides)
+    return compose(overrides)
 
 
 def run_ranks(spec: Mapping[str, Any], ranks: int, member: "Member | None") -> dict[str, Any] | None:
@@ -194,5 +194,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     sys.exit(main())

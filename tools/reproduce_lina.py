@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 BASE = ("model=lina_12l_4e", "cluster=lina_testbed")
 
@@ -30,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reproduce(args: argparse.Namespace) -> int:
+    from megalina.compose import CONF, compose
     from megalina.infer.modes import read_mode
     from megalina.reenact.reenactment import reenact
     from megalina.reenact.report import closing, constants_table, contradictions, draw, table, what_if
-    from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    base, modes = composed(BASE), ROOT / "conf" / "infer"
+    base, modes = compose(BASE), CONF / "infer"
     found = reenact(
         base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=show
     )
@@ -74,5 +73,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     sys.exit(main())

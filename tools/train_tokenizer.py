@@ -7,13 +7,14 @@ writes my.model, from which every text comes back exactly as it was.  A small te
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalina.data.bpe import train_bpe
 from megalina.data.documents import find_sources, read_texts
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of PREFIX.model")
@@ -22,7 +23,7 @@ def main() -> int:
         "--json-keys", nargs="+", default=["text"], help="where the text is in JSON lines and parquet rows (default: text)"
     )
     parser.add_argument("--sample-mb", type=float, default=100.0, help="a random sample of at most this much text (default: 100)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     path = Path(f"{options.output_prefix}.model")
     try:
         if options.sample_mb <= 0:

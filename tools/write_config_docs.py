@@ -5,7 +5,11 @@ python tools/write_config_docs.py
 
 import argparse
 import ast
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from megalina.compose import CONF
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = """# Configuration
@@ -24,12 +28,13 @@ Of the published models, DeepSeek-V2-Lite has no file: its multi-head latent att
 """
 
 
-def main() -> None:
-    argparse.ArgumentParser(description="Write docs/config.md from megalina/config.py and conf/.").parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description="Write docs/config.md from megalina/config.py and conf/.").parse_args(argv)
     path = ROOT / "docs" / "config.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(document())
     print(path.relative_to(ROOT))
+    return 0
 
 
 def document() -> str:
@@ -70,7 +75,7 @@ def written(value: object) -> str:
 
 def options(group: str) -> list[str]:
     """The group's files with their first comment."""
-    paths = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    paths = sorted((CONF / group).glob("*.yaml"))
     if not paths:
         return []
     lines = ["| file | what it is |", "|---|---|"]
@@ -85,4 +90,4 @@ def fields(schema: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

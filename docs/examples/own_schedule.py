@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
 from megalina.batch import Batch
+from megalina.compose import compose
 from megalina.launch import free_port
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
@@ -17,7 +18,6 @@ from megalina.step.passes import RECOMPUTED, finish, late_weights, place_gradien
 from megalina.step.program import Program, check
 from megalina.step.strategy import Setting, eager, given
 from megalina.train.bucket_optimizer import BucketOptimizer
-from tools.compare_strategies import composed
 from tools.draw_strategies import ladder_job
 
 
@@ -33,7 +33,7 @@ def weights_under_tokens(setting: Setting) -> Program:
 
 def train(rank: int, port: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    config, mesh = composed(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
+    config, mesh = compose(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
     words, every = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(rank)), torch.ones(4, 16).bool()
     batch = Batch(words[:, :-1], words[:, 1:], every, every, torch.arange(16).expand(4, 16), None, torch.arange(4))
     for schedule in (eager, weights_under_tokens):

@@ -11,6 +11,7 @@ python tools/checkpoint.py average STEP_A STEP_B --out FOLDER              # the
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalina.checkpoint.average import average
@@ -25,7 +26,7 @@ from megalina.checkpoint.wholeness import faults
 SAFETENSORS = ".safetensors"
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect|verify|convert|average")
     place = "a checkpoint folder, or a run folder"
@@ -69,7 +70,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:
         if options.command == "verify":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megalina.compare.ladder import Setting
     from megalina.config import ClusterConfig, PretrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]  # where ranks find megalina
 FAILED, BAD_INPUT = 1, 2  # exit codes
 SHOWN = ("eager", "flow")  # in the picture, one step of each
 TO_THE_END = ("ddp", "auto")  # take all turns, however slow: ratios are to them, or theirs count
@@ -31,11 +31,11 @@ class Job:
     link_mbit: float  # 0: no emulated links, all ranks of this machine's loopback; in slow motion the slower rate
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
+    from megalina.cli.train import explain
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
-    from pretrain_gpt_moe import explain
 
     try:
         jobs = jobs_of(args)
@@ -152,6 +152,7 @@ def _config(
     overrides: Sequence[str],
 ) -> "PretrainConfig":
     from megalina.compare.ladder import OVERRIDES
+    from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
@@ -163,7 +164,7 @@ def _config(
         f"launch.ranks={setting.world}",
         "guard.spike=none",
     ]
-    config = with_plan(composed(words), setting.world)
+    config = with_plan(compose(words), setting.world)
     config = replace(config, cluster=slowed(config.cluster, setting.slow_motion))
     check_config(config, setting.world)
     return config
@@ -182,20 +183,6 @@ def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
     )
 
 
-def composed(overrides: Sequence[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
-
-
 def run(
     job: Job, args: argparse.Namespace, folder: Path, *, first: bool, to_the_end: Sequence[str] = TO_THE_END
 ) -> dict[str, Any]:
@@ -203,8 +190,8 @@ def run(
     from omegaconf import OmegaConf
 
     from megalina import launch
+    from megalina.cli.train import check_data
     from megalina.namespaces import emulated_cluster
-    from pretrain_gpt_moe import check_data
 
     setting = job.setting
     check_data(next(iter(job.configs.values())))
@@ -295,5 +282,4 @@ def _is_input(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     sys.exit(main())

@@ -10,13 +10,14 @@ of workers and partitions.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from megalina.data.documents import find_sources
 from megalina.data.preprocess import Recipe, output_prefixes, preprocess
 from megalina.data.progress import ProgressDisplay
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of .bin and .idx; several keys: PREFIX_KEY_document")
@@ -25,7 +26,7 @@ def main() -> int:
     parser.add_argument("--append-eod", action="store_true", help="an end-of-document token after each document")
     parser.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
     parser.add_argument("--partitions", type=int, default=1, help="parts of the input read at once (default: 1)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()
     try:

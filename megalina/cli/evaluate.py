@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megalina.infer.worker import Evaluation
     from megalina.launch import Member
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = ("static", "lina", "window", "lookahead", "best", "ideal")
 FAILED, BAD_INPUT = 1, 2  # exit codes
 
@@ -31,7 +30,7 @@ class RanksFailed(RuntimeError):
     """A rank ended badly; the message has which one, and its last lines."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(words)
     from megalina.launch import Stopped, joined
@@ -68,6 +67,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     OSError.  `command`: for the report."""
     from megalina.checkpoint.checkpoints import read_values
     from megalina.checkpoint.profile import find_profile
+    from megalina.compose import CONF
     from megalina.config import ModelConfig
     from megalina.data.tokenizer import open_tokenizer
     from megalina.infer.emulation import read_cluster
@@ -93,7 +93,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     names = [name for name in dict.fromkeys((args.modes or ",".join(MODES)).split(",")) if name]
     if names and "static" not in names:
         names = ["static", *names]  # what all ratios are to
-    folder = ROOT / "conf" / "infer"
+    folder = CONF / "infer"
     cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
     overrides = [text for text in args.overrides if not text.startswith("cluster.")]
     modes = {name: read_mode(folder, name) for name in names}
@@ -304,5 +304,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -6,6 +6,7 @@ python tools/generate.py RUN --prompt "class " --temperature 0        # the newe
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megalina.generate import generate
 from megalina.train.resume import newest_checkpoint
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
@@ -29,11 +30,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    options = arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    try:
+        return write_on(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def write_on(options: argparse.Namespace) -> int:
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -83,8 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

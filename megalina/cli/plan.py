@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-
 if TYPE_CHECKING:
     from megalina.config import PretrainConfig
     from megalina.forecast.search import Candidate
@@ -31,7 +29,7 @@ SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    from pretrain_gpt_moe import explain
+    from megalina.cli.train import explain
 
     overrides = [f"cluster.{word}" if word.startswith("nodes=") else word for word in args.overrides]
     try:
@@ -44,21 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from megalina.compose import compose
     from megalina.dry_run import describe
     from megalina.forecast.garbage import few_collections
     from megalina.forecast.report import as_json, strategy_table
     from megalina.forecast.search import search
     from megalina.validate import check_hardware
-    from tools.compare_strategies import composed
 
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    config = composed(overrides)
+    config = compose(overrides)
     check_hardware(config.cluster)
     world = config.cluster.nodes * config.cluster.ranks_per_node
     added = chosen(config, overrides, world, searching=args.search)
-    config = composed([*overrides, *added])
+    config = compose([*overrides, *added])
     vocab_size = args.vocab_size or config.model.vocab_size or DEFAULT_VOCAB
     given = [word for word in overrides if not word.startswith("cluster.nodes=")]
     common = [*given, *added, f"launch.ranks={world}"]
@@ -211,5 +209,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     sys.exit(main())

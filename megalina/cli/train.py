@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -24,20 +23,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
+from megalina.cli.hydra_arguments import arguments_for_hydra
+from megalina.compose import CONF, register_schema
 from megalina.config import PretrainConfig, RunConfig
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
 from megalina.parallel.plan_file import with_plan
 from megalina.restart import later_starts
 
-CONF = Path(__file__).resolve().parent / "conf"
 BAD_INPUT = 2  # exit code
 WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
-ConfigStore.instance().store(name="schema", node=PretrainConfig)
+register_schema()
 
 
 @hydra.main(config_path=str(CONF), config_name="pretrain", version_base="1.3")
-def main(cfg: DictConfig) -> float:
+def job(cfg: DictConfig) -> float:
     """One run: a sweep calls it once a job.  Returns the final validation loss, which Hydra's optimising sweepers want."""
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
@@ -275,20 +275,23 @@ def _verdict(error: BaseException) -> tuple[str, int]:
     return explain(error, sys.argv[1:]), BAD_INPUT
 
 
-def run() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command: mistakes of the configuration become one line and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on in place of printing them
-    try:
-        typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
-        refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
-        main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
-        line, code = _verdict(error)
-        _say(line)
-        sys.exit(code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with arguments_for_hydra(argv):
+        try:
+            typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
+            refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
+            job()
+        except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
+            line, code = _verdict(error)
+            _say(line)
+            return code
+        except SystemExit as end:  # of a job that has said why
+            return int(end.code or 0)
+        except KeyboardInterrupt:
+            return 130
+    return 0
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

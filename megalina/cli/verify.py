@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,13 +20,20 @@ if TYPE_CHECKING:
     from megalina.verify.layouts import Choices, Row
     from megalina.verify.verification import Result
 
-ROOT = Path(__file__).resolve().parent.parent
 DIFFERENT, BAD_INPUT = 1, 2  # exit codes
 MOST_PLANTED = 6  # rows
 MODES = ("auto", "always", "never")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         description="Shrinks the configuration's model, keeps all its mechanisms, and runs some steps in float64 on every layout "
         "and on one process.  Every activation, routing decision, loss, gradient and weight must be equal.  Exit code 0: all "
@@ -48,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides, args.pairs = [args.pairs, *args.overrides], "always"
     if args.list_plants:
         return _list_plants()
-    from pretrain_gpt_moe import explain
+    from megalina.cli.train import explain
 
     try:
         if args.pairs not in MODES:
@@ -95,41 +102,28 @@ def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple
 def choices_of(overrides: list[str], ranks: int) -> "Choices":
     """The shrunk configuration, with every router and every strategy that there is."""
     from megalina import launch, validate
+    from megalina.compose import CONF, compose
     from megalina.config import ParallelConfig
     from megalina.step.strategy import STRATEGIES
     from megalina.verify.layouts import Choices
     from megalina.verify.shrink import shrink, shrink_router
 
-    own = composed(overrides)
+    own = compose(overrides)
     one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
     validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
     base = shrink(own, ranks)
     _check_machine(replace(base, launch=replace(base.launch, ranks=ranks, device=_device(base))), launch.num_cores())
     others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] != "router"]
     routers = {"yours": base.router}
-    for path in sorted((ROOT / "conf" / "router").glob("*.yaml")):
-        router = composed([*others, f"router={path.stem}"]).router
+    for path in sorted((CONF / "router").glob("*.yaml")):
+        router = compose([*others, f"router={path.stem}"]).router
         if router == own.router:
             routers = {path.stem: base.router} | {k: v for k, v in routers.items() if k != "yours"}
         else:
             routers[path.stem] = shrink_router(router, own.model.num_experts, base.model.num_experts)
     without = [o for o in overrides if o.split("=")[0] not in ("strategy", "strategy.name")]
-    strategies = {name: composed([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
+    strategies = {name: compose([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
     return Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
-
-
-def composed(overrides: list[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    from megalina.worker import load_config
-    from pretrain_gpt_moe import CONF
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=overrides), resolve=True))
 
 
 def run(choices: "Choices", rows: "list[Row]", *, device: str, plant: str) -> "list[Result]":
@@ -325,9 +319,4 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """A verification: row after row is run on ranks and held to its reference; where they differ, the cause is looked for."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
@@ -53,7 +53,7 @@ class References:
 
 def verify(
     choices: Choices, rows: Sequence[Row], *, device: str = "cpu", plant: str = "", steps: int = STEPS
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """A result for each row, in order.  Close the iterator (or end it) and no process is left."""
     references = References()
     with Pool(device=device) as pool:

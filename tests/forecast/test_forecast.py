@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, Forecast, forecast, memory_limit_bytes
 from megalina.forecast.search import EAGER, PLANS, Candidate, accepted, candidate, ordered, search
 from megalina.parallel.plans import strategy_of
 from megalina.step.plan import Plan
-from tools.compare_strategies import composed
 
 WORLD, VOCAB = 8, 4096
 FLOW = Plan("flow", parts=2)
@@ -21,7 +21,7 @@ SMALL = (
 
 
 def config_of(*overrides: str) -> PretrainConfig:
-    return composed([*SMALL, *overrides])
+    return compose([*SMALL, *overrides])
 
 
 def forecast_of(config: PretrainConfig, plan: Plan = EAGER) -> Forecast:
@@ -75,7 +75,7 @@ def test_a_search_gives_what_the_trainer_accepts_the_fastest_first() -> None:
     assert times == sorted(times)
     assert {c.plan.strategy for c in found} > {"eager", "flow", "lina"}
     best = found[0]
-    again = composed([*SMALL, "train.global_batch_size=64", *best.overrides()])
+    again = compose([*SMALL, "train.global_batch_size=64", *best.overrides()])
     assert again.strategy == best.config.strategy and again.parallel == best.config.parallel and again.train == best.config.train
 
 
@@ -91,7 +91,7 @@ def test_plans_are_taken_up_again_as_they_are() -> None:
     config = config_of("parallel.zero=1")
     for plan in PLANS:
         planned = replace(config, strategy=strategy_of(plan, config.strategy))
-        again = composed([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
+        again = compose([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
         assert again.strategy == planned.strategy, plan
 
 

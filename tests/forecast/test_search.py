@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, WALKED, Shared, forecast, held_by, program_of, timed
 from megalina.forecast.report import load_table, memory_table, timeline_text
@@ -14,7 +15,6 @@ from megalina.parallel.plans import strategy_of
 from megalina.sim.memory import memory_of, peak_of
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Event
-from tools.compare_strategies import composed
 
 WORLD, VOCAB = 8, 4096
 SMALL = (
@@ -24,7 +24,7 @@ SMALL = (
 
 
 def config_of(*overrides: str) -> PretrainConfig:
-    return composed([*SMALL, *overrides])
+    return compose([*SMALL, *overrides])
 
 
 def with_memory(config: PretrainConfig, **values: Any) -> PretrainConfig:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalina.compose import compose
 from megalina.config import InferConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.forecast.serving import PlannerSeconds
 from megalina.forecast.serving_figure import Cell, columns_of, draw, text_of
@@ -41,7 +42,6 @@ from megalina.forecast.serving_tables import Point, map_table, modes_table, plan
 from megalina.infer.modes import read_mode
 from megalina.placement.placement import EMPTY
 from megalina.placement.routing_trace import counts_of, traced
-from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 PROFILE = InferConfig(name="profile", predictor="static", planner="greedy", split="load_aware")
@@ -108,7 +108,7 @@ def test_residents_hold_each_expert_as_often_as_there_are_devices_for_it() -> No
 def hardware(*, plan_s: float = 0.0, expert_s: float = 0.0) -> Hardware:
     model = ModelConfig(num_layers=20, d_model=2048, num_heads=16, num_kv_heads=16, num_experts=16, d_ff=8192)
     train = TrainConfig(dtype="bfloat16", seq_len=256)
-    cluster = composed(["cluster=h100_400g"]).cluster
+    cluster = compose(["cluster=h100_400g"]).cluster
     config = PretrainConfig(model=model, router=RouterConfig(top_k=2), cluster=cluster, train=train)
     return Hardware(config=config, context=0, expert_s=expert_s, planner=PlannerSeconds(plan_s=plan_s, check_s=plan_s / 10))
 

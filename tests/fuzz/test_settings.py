@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-import pretrain_gpt_moe
+from megalina.cli import train
 from megalina.config import PretrainConfig
 from megalina.credentials import text_values
 from megalina.dry_run import describe
@@ -154,7 +151,7 @@ def refusal(text: str) -> str | None:
     try:
         config = load_config(text)
     except (ValueError, OmegaConfBaseException) as error:
-        line = pretrain_gpt_moe.explain(error, [])
+        line = train.explain(error, [])
         assert "\n" not in line, line
         return line
     assert isinstance(config, PretrainConfig)
@@ -200,14 +197,8 @@ def command(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:
-        GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *arguments, "launch.dry_run=true"])
-        try:
-            pretrain_gpt_moe.run()
-        except SystemExit as error:
-            return int(error.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        code = train.main([*arguments, "launch.dry_run=true"])
+        return code, capsys.readouterr().err
 
     return run
 

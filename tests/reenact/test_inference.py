@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalina.compose import compose
 from megalina.infer.modes import read_mode
 from megalina.placement.controller import Outcome
 from megalina.placement.routing_trace import traced, write_trace
@@ -27,7 +28,6 @@ from megalina.reenact.reenactment import reenact
 from megalina.reenact.routing import BATCH_TOKENS, SKEWS, Routed, made, next_concentration, of_trace
 from megalina.reenact.walk import START
 from tests.reenact.testbed import base, bed
-from tools.compare_strategies import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 
@@ -129,7 +129,7 @@ def test_bad_input_stops_before_the_fit(tmp_path: Path) -> None:
         raise AssertionError(what)
 
     with pytest.raises(ValueError, match="take cluster=lina_testbed"):
-        reenact(composed(["cluster=h100_400g"]), **modes, progress=never)
+        reenact(compose(["cluster=h100_400g"]), **modes, progress=never)
     with pytest.raises(ValueError, match="give two"):
         reenact(base(), **modes, traces=[tmp_path], progress=never)
     with pytest.raises(FileNotFoundError):

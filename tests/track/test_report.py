@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from megalina.cli.report import main
 from megalina.track.expert_load import MAX_SNAPSHOTS, LoadHistory, keep_snapshot, layer_numbers
 from megalina.track.load_map import DARK, LEVELS, LIGHT, NO_TOKEN, colour_levels, load_figure, png
 from megalina.track.report import Sample, rebuild_report, write_report
 from megalina.track.svg_chart import MAX_POINTS, Reference, Series, line_chart, short, smoothed, ticks
 from tests.track.fake_run import UNIGRAM_LOSS, write_run
-from tools.write_report import main
 
 SUMMARY = {"val_loss": 2.7, "unigram_loss": UNIGRAM_LOSS, "total_params": 23_400_000, "active_params": 9_000_000}
 VOID = {"meta", "img", "br"}

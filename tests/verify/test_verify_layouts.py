@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megalina.cli import verify as verify_layouts
 from megalina.verify import layouts, verification
 from megalina.verify.layouts import Choices, Row
 from megalina.verify.recording import Layout
 from megalina.verify.verification import Result, common_cause
-from tools import verify_layouts
 
 
 @pytest.fixture

@@ -1,0 +1,11 @@
+"""Look into checkpoints, verify, convert and average them, on one process and with one tensor in memory at a time.
+
+python tools/checkpoint.py --help     the same as: megalina checkpoint --help
+"""
+
+import sys
+
+from megalina.cli.checkpoint import main
+
+if __name__ == "__main__":
+    sys.exit(main())

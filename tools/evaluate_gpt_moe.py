@@ -1,0 +1,11 @@
+"""Evaluate a checkpoint: how well does it write, and how fast is it served under each placement of its experts?
+
+python tools/evaluate_gpt_moe.py --help     the same as: megalina eval --help
+"""
+
+import sys
+
+from megalina.cli.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Simulates steps of training runs in virtual time, one configuration or a sweep of them: no ranks, no GPU, no weights.
+
+python tools/simulate.py --help     the same as: megalina simulate --help
+"""
+
+import sys
+
+from megalina.cli.simulate import main
+
+if __name__ == "__main__":
+    sys.exit(main())
