@@ -191,10 +191,10 @@ def wrong_splits(place: Place) -> None:
 
 def full_disk(place: Place) -> None:
     """Rank 1's first write of the second save is refused."""
-    from megalina.checkpoint import writing
+    from megalina.checkpoint import tensor_files
     from megalina.checkpoint.checkpoints import Checkpoints
 
-    save, write, saves = Checkpoints.save, writing._HashedFile.write, []
+    save, write, saves = Checkpoints.save, tensor_files._HashedFile.write, []
 
     def counted(self: Checkpoints, *arguments: Any) -> None:
         saves.append(1)
@@ -209,7 +209,7 @@ def full_disk(place: Place) -> None:
 
     if place.rank == 1:
         Checkpoints.save = counted  # type: ignore[method-assign]
-        writing._HashedFile.write = refused  # type: ignore[method-assign]
+        tensor_files._HashedFile.write = refused  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[Place], None]] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalina.checkpoint.checkpoints import read_tensors
 from megalina.checkpoint.restored import restore
+from megalina.checkpoint.stored import read_tensors
 from megalina.cli import checkpoint as tool
 from megalina.train.fit import check_fit, check_start
 from tests.checkpoint.planted import flip

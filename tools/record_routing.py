@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.checkpoint.profile import PROFILE
 from megalina.checkpoint.restored import restore
 from megalina.config import DataConfig

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalina.checkpoint.average import average
-from megalina.checkpoint.checkpoints import newest_first
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES
-from megalina.checkpoint.files import is_complete
+from megalina.checkpoint.files import is_complete, newest_first
 from megalina.checkpoint.safetensors_file import from_safetensors, to_safetensors
 from megalina.checkpoint.streamed import rewrite
 from megalina.checkpoint.summary import as_text, summary

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def checked(args: argparse.Namespace, member: "Member | None", *, command: str) -> tuple["Evaluation", Path]:
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
     OSError.  `command`: for the report."""
-    from megalina.checkpoint.checkpoints import read_values
+    from megalina.checkpoint.files import read_values
     from megalina.checkpoint.profile import find_profile
     from megalina.compose import CONF
     from megalina.config import ModelConfig

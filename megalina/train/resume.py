@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, newest_first, read_values
+from megalina.checkpoint.checkpoints import Checkpoints, all_damaged
 from megalina.checkpoint.checksums import damaged
-from megalina.checkpoint.files import is_complete
+from megalina.checkpoint.files import is_complete, newest_first, read_values
 from megalina.config import PretrainConfig
 
 # What makes another run of it: other numbers, or other data.  Everything else may change (layout, length, learning rate).

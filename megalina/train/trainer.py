@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.parallel.functions import Verdict

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megalina.checkpoint.checkpoints import read_tensors
+from megalina.checkpoint.stored import read_tensors
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel import reshard
 from megalina.parallel.plan_file import with_plan
