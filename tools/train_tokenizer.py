@@ -10,9 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalina.data.bpe import train_bpe
-from megalina.data.documents import find_sources, read_texts
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sample-mb", type=float, default=100.0, help="a random sample of at most this much text (default: 100)")
     options = parser.parse_args(argv)
+    from megalina.data.bpe import train_bpe
+    from megalina.data.documents import find_sources, read_texts
+
     path = Path(f"{options.output_prefix}.model")
     try:
         if options.sample_mb <= 0:

@@ -46,6 +46,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step in RUN/checkpoints, if there is one; it may be damaged."""
+    return next((path for path in newest_first(folder) if is_complete(path)), None)
+
+
 def is_shape(shape: Any) -> bool:
     """Whether it is a list of numbers of 0 or more, as anything may stand in a file."""
     return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)

@@ -12,10 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megalina.data.documents import find_sources
-from megalina.data.preprocess import Recipe, output_prefixes, preprocess
-from megalina.data.progress import ProgressDisplay
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
     parser.add_argument("--partitions", type=int, default=1, help="parts of the input read at once (default: 1)")
     options = parser.parse_args(argv)
+    from megalina.data.documents import find_sources
+    from megalina.data.preprocess import Recipe, output_prefixes, preprocess
+    from megalina.data.progress import ProgressDisplay
+
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()
     try:

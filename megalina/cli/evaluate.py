@@ -66,17 +66,9 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
     OSError.  `command`: for the report."""
     from megalina.checkpoint.files import read_values
-    from megalina.checkpoint.profile import find_profile
     from megalina.compose import CONF
     from megalina.config import ModelConfig
-    from megalina.data.tokenizer import open_tokenizer
-    from megalina.infer.emulation import read_cluster
-    from megalina.infer.expert_memory import check_memory, free_memory_bytes
     from megalina.infer.modes import read_mode
-    from megalina.infer.perplexity import open_held_out, read_documents
-    from megalina.infer.policies import Served, check_infer
-    from megalina.infer.tasks import check_tasks, read_tasks
-    from megalina.infer.worker import Evaluation, devices_per_node
     from megalina.validate import has_wandb_key
 
     if args.wandb == "online" and not has_wandb_key(os.environ, Path.home()):
@@ -94,7 +86,6 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     if names and "static" not in names:
         names = ["static", *names]  # what all ratios are to
     folder = CONF / "infer"
-    cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
     overrides = [text for text in args.overrides if not text.startswith("cluster.")]
     modes = {name: read_mode(folder, name) for name in names}
     modes = {n: mode if mode.even_routing else read_mode(folder, n, overrides) for n, mode in modes.items()}
@@ -104,6 +95,16 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         raise ValueError("infer.even_routing=true: choose the mode ideal, what the others write must mean something")
     checkpoint = checkpoint_of(args.checkpoint)
     values = read_values(checkpoint)
+    from megalina.checkpoint.profile import find_profile  # torch, which the mistakes above need not wait for
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.infer.emulation import read_cluster
+    from megalina.infer.expert_memory import check_memory, free_memory_bytes
+    from megalina.infer.perplexity import open_held_out, read_documents
+    from megalina.infer.policies import Served, check_infer
+    from megalina.infer.tasks import check_tasks, read_tasks
+    from megalina.infer.worker import Evaluation, devices_per_node
+
+    cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
     config = values["config"]
     model, router = ModelConfig(**config["model"]), config["router"]
     served = Served(model.num_experts, router["top_k"], world, devices_per_node(os.environ, world) if member else 0)
@@ -184,7 +185,7 @@ def command_of(words: Sequence[str], member: "Member | None", environ: Mapping[s
 
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint, or the newest one of a run; ValueError where there is none."""
-    from megalina.train.resume import newest_checkpoint
+    from megalina.checkpoint.files import newest_checkpoint
 
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; give a run or a checkpoint")

@@ -10,12 +10,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-import torch
-
-from megalina.checkpoint.restored import restore
-from megalina.data.tokenizer import open_tokenizer
-from megalina.generate import generate
-from megalina.train.resume import newest_checkpoint
+from megalina.checkpoint.files import newest_checkpoint, read_values
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,14 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_on(options: argparse.Namespace) -> int:
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     path = options.checkpoint
     if (path / "checkpoints").is_dir():
         newest = newest_checkpoint(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} has no checkpoint yet")
         path = newest
+    read_values(path)
+    import torch  # seconds, which a mistake need not wait for
+
+    from megalina.checkpoint.restored import restore
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.generate import generate
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     restored = restore(path, device=options.device)
     tokenizer_path = options.tokenizer or restored.tokenizer_path
     if not tokenizer_path:

@@ -43,10 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.compose import compose
-    from megalina.dry_run import describe
-    from megalina.forecast.garbage import few_collections
-    from megalina.forecast.report import as_json, strategy_table
-    from megalina.forecast.search import search
     from megalina.validate import check_hardware
 
     for path in filter(None, (args.json, args.picture)):
@@ -54,6 +50,11 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     config = compose(overrides)
     check_hardware(config.cluster)
+    from megalina.dry_run import describe
+    from megalina.forecast.garbage import few_collections
+    from megalina.forecast.report import as_json, strategy_table  # torch, which a mistake need not wait for
+    from megalina.forecast.search import search
+
     world = config.cluster.nodes * config.cluster.ranks_per_node
     added = chosen(config, overrides, world, searching=args.search)
     config = compose([*overrides, *added])

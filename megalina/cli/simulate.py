@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalina.cli.hydra_arguments import arguments_for_hydra
+from megalina.cli.hydra_help import show_help
 from megalina.cli.train import explain
 from megalina.compose import CONF, register_schema
 
@@ -180,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: mistakes become one line and exit code 2."""
     with arguments_for_hydra(argv):
         try:
-            job()
+            if not show_help("simulate", sys.argv[1:]):
+                job()
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
             print(explain(error, sys.argv[1:]), file=sys.stderr)
             return BAD_INPUT

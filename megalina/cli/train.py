@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
 from megalina.cli.hydra_arguments import arguments_for_hydra
+from megalina.cli.hydra_help import show_help
 from megalina.compose import CONF, register_schema
 from megalina.config import PretrainConfig, RunConfig
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
@@ -74,6 +75,7 @@ def job(cfg: DictConfig) -> float:
 def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
     """Everything but data and checkpoints that can be known before a rank starts: ValueError, or warnings."""
     validate.check_config(config, world)
+    validate.check_paths(config)
     import torch  # seconds; --help and mistakes in the configuration don't need it
 
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
@@ -88,7 +90,6 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
         apex=find_spec("amp_C") is not None and find_spec("apex") is not None,
         wandb_key=validate.has_wandb_key(os.environ, Path.home()),
     )
-    validate.check_paths(config)
     return validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus)
 
 
@@ -281,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
             refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
-            job()
+            if not show_help("pretrain", sys.argv[1:]):
+                job()
         except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed) as error:
             line, code = _verdict(error)
             _say(line)

@@ -81,8 +81,6 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple[Choices, list[Row], str]":
     """What is run, and for people how it was chosen; ValueError, or an error of Hydra, for bad input."""
-    from megalina.verify import layouts
-
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} must be at least 1")
     planted = _plant(plant) if plant else None
@@ -91,6 +89,8 @@ def chosen(overrides: list[str], *, ranks: int, mode: str, plant: str) -> "tuple
         keys = {o.split("=")[0].lstrip("+~") for o in ours}
         overrides = [o for o in overrides if o.split("=")[0].lstrip("+~") not in keys] + list(ours)
     choices = choices_of(overrides, ranks)
+    from megalina.verify import layouts
+
     if planted is None:
         return (choices, *layouts.chosen_rows(choices, ranks, mode))
     rows = _planted_rows(choices, ranks, planted)
@@ -105,12 +105,13 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
     from megalina.compose import CONF, compose
     from megalina.config import ParallelConfig
     from megalina.step.strategy import STRATEGIES
-    from megalina.verify.layouts import Choices
-    from megalina.verify.shrink import shrink, shrink_router
 
     own = compose(overrides)
     one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
     validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
+    from megalina.verify.layouts import Choices  # torch, which a mistake need not wait for
+    from megalina.verify.shrink import shrink, shrink_router
+
     base = shrink(own, ranks)
     _check_machine(replace(base, launch=replace(base.launch, ranks=ranks, device=_device(base))), launch.num_cores())
     others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] != "router"]

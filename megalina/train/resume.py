@@ -9,17 +9,12 @@ from typing import Any
 
 from megalina.checkpoint.checkpoints import Checkpoints, all_damaged
 from megalina.checkpoint.checksums import damaged
-from megalina.checkpoint.files import is_complete, newest_first, read_values
+from megalina.checkpoint.files import newest_first, read_values
 from megalina.config import PretrainConfig
 
 # What makes another run of it: other numbers, or other data.  Everything else may change (layout, length, learning rate).
 SAME = ("model", "router", "data", "train.seed", "train.seq_len", "optim.name")
 FREE = ("model.name", "data.cache_dir", "data.tokenizer", "data.skip_samples")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in RUN/checkpoints, if there is one; it may be damaged."""
-    return next((path for path in newest_first(folder) if is_complete(path)), None)
 
 
 def resume_candidates(config: PretrainConfig) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.checkpoint.files import read_values
+from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.parallel.functions import Verdict
@@ -30,7 +30,7 @@ from megalina.train.determinism import make_deterministic
 from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
-from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
+from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.steps import Steps
 from megalina.train.throughput import mfu, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megalina.checkpoint.checksums import SUMS
+from megalina.checkpoint.files import newest_checkpoint
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
 from megalina.train.fit import check_start
-from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_candidates, resume_point
+from megalina.train.resume import agreed_resume_point, resume_candidates, resume_point
 from megalina.train.trainer import Run
 from tests.checkpoint.planted import flip
 from tests.parallel.ranks import run_on_ranks
