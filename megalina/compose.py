@@ -34,10 +34,10 @@ def compose(overrides: Sequence[str] = ()) -> PretrainConfig:
     from megalina.worker import load_config
 
     register_schema()
-    state = GlobalHydra.instance()
-    outer, state.hydra = state.hydra, None
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return load_config(OmegaConf.to_yaml(hydra.compose("pretrain", overrides=list(overrides)), resolve=True))
     finally:
-        state.hydra = outer
+        GlobalHydra.instance().hydra = outer  # of another instance: Hydra makes a new one
