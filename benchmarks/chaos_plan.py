@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megalina.checkpoint.checkpoints import read_tensors, read_values
+from megalina.checkpoint.files import read_values
+from megalina.checkpoint.stored import read_tensors
 from megalina.track.metrics import read_metrics
 
 RANKS, INTERVAL = 2, 5  # of the run; steps between its checkpoints

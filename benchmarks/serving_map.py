@@ -264,13 +264,12 @@ def settings() -> "dict[str, InferConfig]":
 
 def catalog_of(models: Sequence[str], clusters: Sequence[str]) -> "dict[tuple[str, str], PretrainConfig]":
     """Of each model on each cluster."""
-    from tools.compare_strategies import composed
-
+    from megalina.compose import compose
     from megalina.config import ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 
     sources = {name: MODELS[name].source for name in models}
-    shapes = {n: ModelConfig(**SHAPES[s]) if s in SHAPES else composed([f"model={s}"]).model for n, s in sources.items()}
-    parts = {cluster: composed([f"cluster={cluster}"]).cluster for cluster in clusters}
+    shapes = {n: ModelConfig(**SHAPES[s]) if s in SHAPES else compose([f"model={s}"]).model for n, s in sources.items()}
+    parts = {cluster: compose([f"cluster={cluster}"]).cluster for cluster in clusters}
     train = TrainConfig(dtype="bfloat16")
     return {
         (name, cluster): PretrainConfig(model=shape, router=RouterConfig(top_k=MODELS[name].top_k), cluster=part, train=train)

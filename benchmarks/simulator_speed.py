@@ -95,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def config_of(layers: int, world: int) -> PretrainConfig:
     """Qwen3-30B-A3B with so many layers; two micro-batches a rank."""
-    from tools.compare_strategies import composed
+    from megalina.compose import compose
 
     given = (f"model.num_layers={layers}", f"cluster.nodes={world // RANKS_PER_NODE}", f"train.global_batch_size={2 * world}")
     fixed = ("model=qwen3_30b_a3b", "cluster=h100_400g", "parallel.zero=1", "train.micro_batch_size=1", "train.seq_len=4096")
-    return composed([*fixed, "train.dtype=bfloat16", f"parallel.ep={min(EXPERTS, world)}", *given])
+    return compose([*fixed, "train.dtype=bfloat16", f"parallel.ep={min(EXPERTS, world)}", *given])
 
 
 def sizes(*, quick: bool) -> Iterator[tuple[str, int, PretrainConfig, int, Plan]]:
@@ -175,7 +175,7 @@ def slowest_step(*, layers: int, world: int) -> dict[str, Any]:
 
 def search_s() -> dict[str, Any]:
     """A search of the planner, its start left out."""
-    from tools import plan
+    from megalina.cli import plan
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path, began_s = Path(folder) / "plan.json", time.process_time()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_tensors
+from megalina.checkpoint.stored import read_tensors
 from megalina.config import CheckpointConfig, DataConfig, GuardConfig, PretrainConfig, RunConfig, ScheduleConfig, TrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.train.trainer import Trainer

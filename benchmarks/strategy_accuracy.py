@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             setattr(args, name, value)
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from pretrain_gpt_moe import explain
+
+    from megalina.explain import explain
 
     try:
         with tempfile.TemporaryDirectory(prefix="megalina_accuracy_") as folder:
@@ -139,8 +140,9 @@ def packing_path(ep: int) -> tuple[int, ...]:
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A job a seed, checked before a rank starts: what `work` reads.  ValueError, or an error of Hydra, for bad input."""
     from omegaconf import OmegaConf
-    from pretrain_gpt_moe import check_data
-    from tools.compare_strategies import composed
+
+    from megalina.cli.train import check_data
+    from megalina.compose import compose
 
     for name in ("steps", "seeds", "ranks"):
         if getattr(args, name) < 1:
@@ -153,14 +155,14 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         common = ["experiment=laptop", *SMALL, f"parallel.ep={ranks}", f"train.global_batch_size={4 * ranks}"]
     common += [f"launch.ranks={ranks}", f"train.steps={args.steps}", "guard.spike=none", *args.overrides]
     names = args.strategies.split(",") if args.strategies else (*STRATEGIES, "auto")
-    plain = composed(common)
+    plain = compose(common)
     ep, micro_batch_size = plain.parallel.ep, plain.train.micro_batch_size
     cases = cases_of(names, ep=ep, steps=args.steps, micro_batch_size=micro_batch_size)
     jobs = []
     for seed in range(plain.train.seed, plain.train.seed + args.seeds):
         content = []
         for case in cases:
-            config = composed([*common, *case.overrides, f"train.seed={seed}", f"run.dir={folder / 'run'}"])
+            config = compose([*common, *case.overrides, f"train.seed={seed}", f"run.dir={folder / 'run'}"])
             check_config(config, ranks)
             content.append(
                 {

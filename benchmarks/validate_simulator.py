@@ -22,16 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FAILED, BAD_INPUT = 1, 2  # exit codes
 
 if TYPE_CHECKING:
-    from tools.compare_strategies import Job
-
     from benchmarks.validation.cases import Case, Row
+    from megalina.cli.compare import Job
     from megalina.config import PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from tools.compare_strategies import RanksFailed
-
+    from megalina.cli.compare import RanksFailed
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
 
@@ -90,10 +88,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every case's contest, one after another, each on a cluster of its own."""
-    from tools.compare_strategies import run
-
     from benchmarks.validation.cases import CASES
-    from megalina.cli.compare import note
+    from megalina.cli.compare import note, run
     from megalina.namespaces import check_host
 
     check_host()
@@ -105,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def job_of_case(case: "Case") -> "Job":
-    from tools.compare_strategies import job_of
+    from megalina.cli.compare import job_of
 
     return job_of(
         case.setting,

@@ -10,10 +10,10 @@ from pathlib import Path
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from megalina.compose import CONF
 from megalina.config import PretrainConfig
 from megalina.validate import nearest
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 NEAR = 0.7  # difflib's ratio of two names, from which on one is taken for a slip of the other
 LONG_PART = 4  # letters of a name that say which one is meant
 MOST_GUESSES = 3

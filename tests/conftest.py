@@ -1,11 +1,16 @@
-"""The order of the modules, what they take, and hypothesis's profiles."""
+"""The order of the modules, what they take, hypothesis's profiles, and which megalina the processes of tests import."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 
 import tests.profiles  # noqa: F401  (registers them)
 from tests.durations import FILE, Durations, recorded
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # this one, from whatever folder, also where another clone is installed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from megalina import launch
 from tests.train.small_run import write_tokens
-from tools.analyze_alltoall import BAD_INPUT, ROOT, main, settings_of
+from tools.analyze_alltoall import BAD_INPUT, main, settings_of
 
+ROOT = Path(__file__).resolve().parent.parent
 TWO = ["model=tiny", "launch.ranks=2", "launch.device=cpu", "parallel.ep=2"]
 
 

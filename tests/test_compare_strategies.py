@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tools.compare_strategies import BAD_INPUT, Job, main
 
-from megalina.cli.compare import jobs_of, note, variants_of
+from megalina.cli import compare as compare_strategies
+from megalina.cli.compare import BAD_INPUT, Job, jobs_of, main, note, variants_of
 from megalina.compare.ladder import EAGER_PIECES, EIGHT_RANKS, LADDER, STRATEGIES
 from tests.train.small_run import write_tokens
-from tools import compare_strategies
 
 TINY = (
     *("model=tiny", "parallel.ep=2", "model.num_layers=1", "data=indexed", "data.split='80,20'"),

@@ -9,16 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import pretrain_gpt_moe
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+import pretrain_gpt_moe
 from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.checkpoint.checksums import sum_of, write_sums
+from megalina.cli import train
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.cost.bucket_specs import bucket_specs
 from megalina.dry_run import describe
@@ -35,12 +34,6 @@ FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob(
 MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 
 
-def composed(*overrides: str) -> PretrainConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
-
-
 # files
 
 
@@ -50,7 +43,7 @@ def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) ->
             group, name = path.parent.name, path.stem
             extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
             extra += ["parallel.zero=1"] if name == "lina_zero" else []
-            config = composed(f"{group}={name}", *extra)
+            config = compose([f"{group}={name}", *extra])
             check_config(config, config.launch.ranks)
             if group in ("model", "strategy", "optim", "schedule", "cluster"):
                 part = getattr(config, group)
@@ -59,7 +52,7 @@ def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) ->
 
 def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:
     for router in [path.stem for path in FILES if path.parent.name == "router"]:
-        config = composed("model=tiny", f"router={router}")
+        config = compose(["model=tiny", f"router={router}"])
         assert (config.data.vocab_size, config.model.vocab_size) == (512, 0)
         check_config(config, 1)
         for tp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
@@ -68,14 +61,14 @@ def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:
 
 
 def test_a_router_keeps_what_the_model_says_unless_it_is_about_that() -> None:
-    olmoe = composed("model=olmoe_1b_7b")
+    olmoe = compose(["model=olmoe_1b_7b"])
     assert (olmoe.router.kind, olmoe.router.top_k, olmoe.router.renormalize) == ("topk", 8, False)
-    assert composed("model=qwen3_30b_a3b", "router=topk_raw").router.renormalize is False
-    assert composed("model=qwen3_30b_a3b", "router.top_k=4").router.top_k == 4
+    assert compose(["model=qwen3_30b_a3b", "router=topk_raw"]).router.renormalize is False
+    assert compose(["model=qwen3_30b_a3b", "router.top_k=4"]).router.top_k == 4
 
 
 def test_an_experiment_is_a_recipe_on_top_of_the_groups() -> None:
-    config = composed("experiment=laptop", "train.steps=7")
+    config = compose(["experiment=laptop", "train.steps=7"])
     assert (config.model.name, config.launch.ranks, config.parallel.ep, config.train.steps) == ("laptop", 2, 2, 7)
     for path in (ROOT / "conf" / "experiment").glob("*.yaml"):
         head = path.read_text().splitlines()
@@ -84,7 +77,7 @@ def test_an_experiment_is_a_recipe_on_top_of_the_groups() -> None:
 
 
 def test_the_configuration_survives_its_yaml() -> None:
-    config = composed("data=blend", "optim.eps=1e-12", "tracker.wandb.tags=[a,1]")
+    config = compose(["data=blend", "optim.eps=1e-12", "tracker.wandb.tags=[a,1]"])
     assert config.data.blend == ["0.7", "stdlib", "0.3", "prose"]
     assert load_config(OmegaConf.to_yaml(OmegaConf.structured(config))) == config
 
@@ -103,7 +96,7 @@ PUBLISHED = {  # total and active parameters as the model cards round them
 
 
 def counts_of(name: str) -> tuple[PretrainConfig, ParameterCounts]:
-    config = composed(f"model={name}")
+    config = compose([f"model={name}"])
     sizes = {"vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
     return config, count_parameters(config.model, config.router, **sizes)
 
@@ -127,7 +120,7 @@ def test_lina_models_have_their_published_sizes(layers: int, experts: int, publi
 
 
 def test_gpt2_without_moe_has_124_million_parameters() -> None:
-    config = composed("model=gpt2_moe", "model.dense_layers_first=12")
+    config = compose(["model=gpt2_moe", "model.dense_layers_first=12"])
     counts = count_parameters(config.model, config.router, vocab_size=50257, seq_len=1024)
     assert counts.total == 124_439_808  # the published checkpoint
     _, moe = counts_of("gpt2_moe")
@@ -142,7 +135,7 @@ ROUTERS = sorted(path.stem for path in FILES if path.parent.name == "router")
     "shape", [(), ("model.bias=true", "model.moe_every=2", "model.shared_d_ff=32", "model.positions=learned")]
 )
 def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tuple[str, ...]) -> None:
-    config = composed("model=tiny", "model.num_layers=4", f"router={router}", *shape)
+    config = compose("model=tiny", "model.num_layers=4", f"router={router}", *shape)
     model, sizes = config.model, {"vocab_size": 512, "seq_len": 32}
     gpt = GPT(model, config.router, vocab_size=512, max_positions=32, seed=0)  # on the meta device
     counts = count_parameters(model, config.router, **sizes)
@@ -154,7 +147,7 @@ def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tup
 
 
 def test_every_kind_of_router_has_a_file() -> None:
-    assert {composed(f"router={name}").router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
+    assert {compose(f"router={name}").router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +155,7 @@ def test_every_kind_of_router_has_a_file() -> None:
 )
 def test_counts_are_those_of_matrices_written_out(settings: tuple[str, ...]) -> None:
     shape = ("model.num_kv_heads=2", "model.shared_d_ff=32", "model.moe_every=2", "model.num_layers=4")
-    config = composed("model=tiny", *shape, *settings)
+    config = compose(["model=tiny", *shape, *settings])
     model = config.model
     bias, gates = model.bias, 2 if model.activation == "swiglu" else 1
     norm = [(64,), (64,)] if model.norm == "layernorm" else [(64,)]
@@ -197,7 +190,7 @@ VARIANTS = (
 def test_counts_are_those_of_the_model_built_without_memory(subtests: pytest.Subtests) -> None:
     for override in [*(f"model={name}" for name in MODELS), *VARIANTS]:
         with subtests.test(override):
-            config = composed(override)
+            config = compose([override])
             vocab_size = config.model.vocab_size or config.data.vocab_size
             positions = config.model.max_positions or config.train.seq_len
             with torch.device("meta"):
@@ -215,7 +208,7 @@ def test_the_vocabulary_is_padded_on_each_tensor_parallel_rank() -> None:
 
 
 def test_a_dry_run_tells_layout_and_sizes() -> None:
-    config = composed("model=mixtral_8x7b", "parallel.tp=8", "parallel.ep=8", "train.global_batch_size=64")
+    config = compose(["model=mixtral_8x7b", "parallel.tp=8", "parallel.ep=8", "train.global_batch_size=64"])
     text = describe(config, 64, vocab_size=32000)
     assert "64 ranks = edp 1 x ep 8 x tp 8" in text
     assert "46,7" in text
@@ -225,7 +218,7 @@ def test_a_dry_run_tells_layout_and_sizes() -> None:
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_dry_run_counts_what_a_rank_allocates(zero: int) -> None:
     """Norms and routers too, which tp doesn't cut; with ZeRO-1 each copy of a parameter has its share of the moments."""
-    config = composed("model=tiny", "parallel.tp=2", f"parallel.zero={zero}", "train.global_batch_size=8")
+    config = compose("model=tiny", "parallel.tp=2", f"parallel.zero={zero}", "train.global_batch_size=8")
     buckets = bucket_specs(config, 4, vocab_size=512).values()
     numel = sum(bucket.numel for bucket in buckets)
     moments = sum(2 * bucket.numel // ({"world": 4, "copies": 4, "dp": 2}[bucket.axis] if zero else 1) for bucket in buckets)
@@ -248,18 +241,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "sys.exit(main(sys.argv[1:], train))\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain_gpt_moe, "WORKER", (sys.executable, str(rank)))
-    monkeypatch.setattr(pretrain_gpt_moe, "check_data", lambda config: 512)
+    monkeypatch.setattr(train, "WORKER", (sys.executable, str(rank)))
+    monkeypatch.setattr(train, "check_data", lambda config: 512)
 
     def run(*arguments: str) -> tuple[int, list[str], str]:
-        GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *arguments])
-        code = 0
-        try:
-            pretrain_gpt_moe.run()
-        except SystemExit as error:
-            code = int(error.code or 0)
+        code = train.main(arguments)
         out, err = capsys.readouterr()
         return code, out.splitlines(), err
 
@@ -307,7 +293,7 @@ def test_bad_data_leaves_no_folder(command, tmp_path: Path, monkeypatch: pytest.
     def refuse(config: PretrainConfig) -> int:
         raise ValueError("the data is no good")
 
-    monkeypatch.setattr(pretrain_gpt_moe, "check_data", refuse)
+    monkeypatch.setattr(train, "check_data", refuse)
     assert command("run.dir=a/b") == (2, [], "the data is no good\n")
     assert not (tmp_path / "a" / "b").exists()
 
@@ -390,10 +376,10 @@ def test_data_of_more_pieces_than_the_model_has_is_refused(monkeypatch: pytest.M
         vocab_size = 600
 
     monkeypatch.setitem(sys.modules, "megalina.data.source", SimpleNamespace(open_data=lambda data, seq_len, seed: Data))
-    assert pretrain_gpt_moe.check_data(composed("model.vocab_size=0")) == 600
-    assert pretrain_gpt_moe.check_data(composed("model.vocab_size=1000")) == 1000
+    assert train.check_data(compose(["model.vocab_size=0"])) == 600
+    assert train.check_data(compose(["model.vocab_size=1000"])) == 1000
     with pytest.raises(ValueError, match=r"model.vocab_size \(512\) is below the 600 pieces of the data: set model.vocab_size=0"):
-        pretrain_gpt_moe.check_data(composed("model.vocab_size=512"))
+        train.check_data(compose(["model.vocab_size=512"]))
 
 
 # checkpoints
@@ -414,7 +400,7 @@ def saved_checkpoint(path: Path, config: PretrainConfig, vocab_size: int) -> Pat
 
 @pytest.mark.parametrize("setting", ["train.init_from", "train.resume"])
 def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, tmp_path: Path, setting: str) -> None:
-    path = saved_checkpoint(tmp_path / "old" / "step_00000020", composed("model=tiny"), 512)
+    path = saved_checkpoint(tmp_path / "old" / "step_00000020", compose(["model=tiny"]), 512)
     code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"{setting}={path}")
     assert (code, out, err.count("\n")) == (2, [], 1)
     assert "is of another model: model.d_ff 128 -> 64: set back what differs" in err
@@ -425,7 +411,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, 
 
 
 def test_changed_settings_are_refused_before_text_is_prepared(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", compose("model=tiny"), 512)
 
     def prepared(config: PretrainConfig) -> int:
         raise AssertionError("text is prepared")
@@ -435,13 +421,13 @@ def test_changed_settings_are_refused_before_text_is_prepared(command, tmp_path:
     assert (code, out, err.count("\n")) == (2, [], 1) and "number type: train.dtype float32 -> bfloat16: set back" in err
     code, out, err = command("model=tiny", "run.dir=here", "train.seed=1", "optim.lr=1")
     assert (code, out, err.count("\n")) == (2, [], 1) and "another run: train.seed 1234 -> 1: " in err
-    path = saved_checkpoint(tmp_path / "old" / "step_00000020", composed("model=tiny"), 512)
+    path = saved_checkpoint(tmp_path / "old" / "step_00000020", compose("model=tiny"), 512)
     code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"train.init_from={path}")
     assert (code, out, err.count("\n")) == (2, [], 1) and "another model: model.d_ff 128 -> 64: " in err
 
 
 def test_a_run_folder_with_another_models_checkpoints_is_refused(command, tmp_path: Path) -> None:
-    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", compose(["model=tiny"]), 512)
     code, _, err = command("model.num_experts=8", "run.dir=here")
     assert (code, "is of another model: model.num_experts 4 -> 8: " in err) == (2, True)
     code, _, err = command("train.resume=none", "run.dir=here")
@@ -458,5 +444,5 @@ def test_a_folder_that_is_no_checkpoint_is_refused(command, tmp_path: Path) -> N
 def test_a_warning_does_not_hide_a_mistake(command, tmp_path: Path) -> None:
     many = ("launch.ranks=16", "train.global_batch_size=32", "model=tiny")
     assert "warning: 16 ranks share" in command(*many, "run.dir=good")[2]
-    saved_checkpoint(tmp_path / "bad" / "checkpoints" / "step_00000020", composed("model=tiny"), 512)
+    saved_checkpoint(tmp_path / "bad" / "checkpoints" / "step_00000020", compose(["model=tiny"]), 512)
     assert command(*many, "run.dir=bad", "model.num_experts=8")[2].startswith("checkpoint bad/")

@@ -9,7 +9,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from tools.compare_strategies import composed
 
 from megalina.config import PretrainConfig
 from megalina.explain import CONF
@@ -58,7 +57,7 @@ def test_scripts_and_their_flags_exist(script: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("command", of("pretrain_gpt_moe.py"), ids=str)
 def test_what_is_trained_passes_the_checks(command: Command) -> None:
     for job in command.jobs():
-        config = composed([word for word in job if not word.startswith(("hydra.", "strategy.plan="))])  # a plan is a run's file
+        config = compose([word for word in job if not word.startswith(("hydra.", "strategy.plan="))])  # a plan is a run's file
         check_config(config, command.world or config.launch.ranks)
 
 
@@ -77,7 +76,7 @@ def test_what_is_simulated_passes_the_checks(command: Command) -> None:
 @pytest.mark.parametrize("command", of("tools/plan.py"), ids=str)
 def test_what_is_planned_passes_the_checks(command: Command) -> None:
     words = [f"cluster.{word}" if word.startswith("nodes=") else word for word in command.overrides]
-    config = composed(words)
+    config = compose(words)
     check_hardware(config.cluster)
     if "--search" not in command.words:  # which chooses layout and batch itself
         eager = replace(config, strategy=strategy_of(Plan("eager"), config.strategy))
@@ -94,7 +93,7 @@ OTHERS = ("tools/verify_layouts.py", "tools/analyze_alltoall.py", "tools/compare
 
 @pytest.mark.parametrize("command", of(*OTHERS), ids=str)
 def test_what_others_are_given_composes(command: Command) -> None:
-    composed(command.overrides)
+    compose(command.overrides)
 
 
 @pytest.mark.parametrize("text", ["train.stepz=3", "model=tinny", "parallel.ep=3"])

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tools.evaluate_gpt_moe import BAD_INPUT, FAILED, ROOT, main
 
-from megalina.cli.evaluate import command_of
+from megalina.cli import evaluate as evaluate_gpt_moe
+from megalina.cli.evaluate import BAD_INPUT, FAILED, command_of, main
 from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
 from megalina.evaluate.measures import accuracy
@@ -35,9 +35,9 @@ from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served
 from tests.serve.small_engine import small_gpt
 from tests.train.small_run import config_of, records_of
-from tools import evaluate_gpt_moe
 
 LENGTH = 24
+ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
 KEYS = {
     "perplexity", "bits_per_byte", "p50_ms", "p95_ms", "p99_ms", "p50_ratio_to_static", "p95_ratio_to_static",

@@ -336,7 +336,7 @@ def test_the_first_host_of_a_slurm_node_list(nodes: str, first: str) -> None:
 FAKE_RUN = """
 import sys
 sys.path.insert(0, {root!r})
-import pretrain_gpt_moe
+from megalina.cli import train as command
 from megalina.config import PretrainConfig
 def train(config: PretrainConfig) -> dict:
     import os
@@ -347,12 +347,12 @@ def train(config: PretrainConfig) -> dict:
     dist.all_reduce(ranks)
     dist.destroy_process_group()
     return dict(run_dir=config.run.dir, steps=config.train.steps, val_loss=float(ranks), unigram_loss=2.0, tokens_per_s=1.0)
-pretrain_gpt_moe.check_data = lambda config: 512
-pretrain_gpt_moe._train = lambda config: pretrain_gpt_moe.worker.work(config, train)
+command.check_data = lambda config: 512
+command._train = lambda config: command.worker.work(config, train)
 import os, time
 time.sleep(1.1 * int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]))  # the clocks read another second
 if {other}: sys.argv.append("train.steps=7")
-pretrain_gpt_moe.run()
+sys.exit(command.main())
 """
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tools.compare_strategies import composed
 
+from megalina.compose import compose
 from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
 from megalina.plan_settings import overrides_of, plan_of, settings_of, strategy_of
 from megalina.step import candidates
@@ -23,7 +23,7 @@ SIMPLEST = (
 
 @pytest.mark.parametrize("plan", SIMPLEST, ids=str)
 def test_candidates_have_the_numbers_of_the_yaml(plan: Plan) -> None:
-    assert plan_of(composed([f"strategy={plan.strategy}"]).strategy) == plan
+    assert plan_of(compose([f"strategy={plan.strategy}"]).strategy) == plan
 
 
 OTHERS = (
@@ -36,7 +36,7 @@ OTHERS = (
 
 @pytest.mark.parametrize("plan", [*candidates.OF_A_LAYOUT, *candidates.winners(zero=True), *OTHERS], ids=str)
 def test_what_is_pasted_on_a_command_line_gives_the_plan(plan: Plan) -> None:
-    strategy = composed([*overrides_of(plan)]).strategy
+    strategy = compose([*overrides_of(plan)]).strategy
     assert plan_of(strategy) == plan and strategy.windows == "none"
     assert overrides_of(plan)[0] == f"strategy={plan.strategy}"
 

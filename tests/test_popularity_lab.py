@@ -29,7 +29,7 @@ from placement_lab.input import CONTESTANTS, NEEDING_AHEAD, Lab, lab_of, modes_o
 from placement_lab.replays import PLANNERS, SPLITS, TRIGGERS, Contest, cases_of
 from placement_lab.report import report
 from tools import popularity_lab
-from tools.popularity_lab import BAD_INPUT, CONF, asked_of, main
+from tools.popularity_lab import BAD_INPUT, MODES, asked_of, main
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
 E, K, L = 8, 2, 5
@@ -351,11 +351,11 @@ def test_what_warms_up_does_not_count(folder: Path) -> None:
 
 def test_modes_have_room_for_all_experts(folder: Path) -> None:
     found = lab(folder, "--train a.npz --serve b.npz")
-    assert {name: config.slots_per_device for name, config in modes_of(CONF, found)[0].items()} == {
+    assert {name: config.slots_per_device for name, config in modes_of(MODES, found)[0].items()} == {
         "best": 3, "lina": 4, "profile": 3, "static": 3, "window": 3,
     }  # fmt: skip
     wide = lab(folder, "--train a.npz --serve b.npz --devices 1 --slots 9")
-    assert modes_of(CONF, wide)[0]["lina"].slots_per_device == 9
+    assert modes_of(MODES, wide)[0]["lina"].slots_per_device == 9
 
 
 @pytest.mark.parametrize(

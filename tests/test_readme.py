@@ -1,14 +1,15 @@
 """The README names what is there: its files exist, its overrides compose, its commands' tools have these flags."""
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megalina.cli import train
 from megalina.config import PretrainConfig
+from tests.commands import done
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,7 +60,7 @@ def test_every_override_of_the_readme_is_a_key_or_a_file() -> None:
 
 @pytest.mark.parametrize("tool", sorted({c.split()[1] for c in COMMANDS if c.split()[1].startswith("tools/")}))
 def test_every_flag_of_the_readme_is_one_of_the_tool(tool: str) -> None:
-    help_text = subprocess.run([sys.executable, ROOT / tool, "--help"], capture_output=True, text=True, check=True).stdout
+    help_text = done(runpy.run_path(str(ROOT / tool))["main"], "--help").stdout
     for command in (c for c in COMMANDS if c.split()[1] == tool):
         for flag in re.findall(r"(--[a-z-]+)", command):
             assert flag in help_text, (tool, flag)
@@ -68,12 +69,7 @@ def test_every_flag_of_the_readme_is_one_of_the_tool(tool: str) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pretrain" in c and " -m " not in c and "data/" not in c])
 def test_every_configuration_of_the_readme_passes_the_checks(command: str) -> None:
     overrides = shlex.split(command.replace("\\", " "))[2:]
-    checked = subprocess.run(
-        [sys.executable, ROOT / "pretrain_gpt_moe.py", *overrides, "launch.dry_run=true", "tracker.wandb.mode=disabled"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    checked = done(train.main, *overrides, "launch.dry_run=true", "tracker.wandb.mode=disabled")
     assert (checked.returncode, checked.stderr) == (0, "")
 
 

@@ -15,6 +15,7 @@ from megalina.checkpoint.restored import restore
 from megalina.data.gpt_dataset import GPTDataset, Span
 from megalina.data.indexed import IndexedDataset, IndexedWriter
 from megalina.data.source import PackedSamples, open_data
+from megalina.data.tokenizer import open_tokenizer
 from megalina.placement.placement import Placement
 from megalina.placement.routing_trace import read_trace, traced
 from tests.model.test_routing_recorder import by_hand, chosen_by_hand
@@ -86,7 +87,7 @@ def test_text_and_indexed_data_are_recorded_and_no_more_than_there_is(
 
 
 def test_text_is_tokenized_as_far_as_it_is_needed(folder: Path, tmp_path: Path) -> None:
-    tokenizer = tool.open_tokenizer("bytes")
+    tokenizer = open_tokenizer("bytes")
     many = tmp_path / "many"
     many.mkdir()
     for i in range(9):

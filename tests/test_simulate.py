@@ -2,18 +2,16 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tools.compare_strategies import composed
 
+from megalina.cli.simulate import main
+from megalina.compose import compose
 from megalina.forecast.report import as_json
 from megalina.forecast.search import candidate
 from megalina.forecast.sweep import Job, append, read, row_of, simulated, trace, weak_scaling
@@ -23,11 +21,11 @@ from megalina.plan_settings import plan_of
 from megalina.sim.sizes import Sizes
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
+from tests.commands import Done, done
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, write_tokens
 from tests.train.test_timing import timed
 
-ROOT = Path(__file__).resolve().parent.parent
 WORLD, VOCAB = 8, 4096
 SMALL = (
     *("model=bench", "model.num_layers=2", "cluster=h100_400g", "cluster.nodes=1", "train.dtype=bfloat16", "train.seq_len=512"),
@@ -35,35 +33,32 @@ SMALL = (
 )
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "tools/simulate.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def run(*words: str) -> Done:
+    return done(main, *words)
 
 
 def job_of(*overrides: str, **unevenness: Any) -> Job:
-    config = composed([*SMALL, *overrides])
+    config = compose([*SMALL, *overrides])
     return Job(config, WORLD, VOCAB, Unevenness(**unevenness), [*SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     folder = tmp_path_factory.mktemp("sweep") / "out"
     swept = ("strategy=eager,flow", "parallel.ep=4,3", "simulate.trace=step.json.gz", f"hydra.sweep.dir={folder}")
     return folder, run("-m", *SMALL[:-1], *swept)
 
 
 def test_a_sweep_has_a_row_for_every_job_also_for_those_that_cannot_run(sweep: Any) -> None:
-    folder, done = sweep
-    assert done.returncode == 0, done.stderr
+    folder, swept = sweep
+    assert swept.returncode == 0, swept.stderr
     rows = read(folder / "results.jsonl")
     assert [row["job"] for row in rows] == [0, 1, 2, 3]
     assert [row["reason"] is None for row in rows] == [True, False, True, False]
     assert all("parallel.ep (3)" in row["reason"] and row["step_s"] is None for row in rows[1::2])
     assert [row["swept"]["strategy"] for row in rows] == ["eager", "eager", "flow", "flow"]
     assert rows[0]["step_s"] != rows[2]["step_s"] and rows[2]["plan"] == "flow: 2 parts"
-    assert "parallel.ep (3)" in done.stdout and "as fast as eager" in done.stdout
+    assert "parallel.ep (3)" in swept.stdout and "as fast as eager" in swept.stdout
     html = (folder / "sweep.html").read_text()
     assert html.count("<tr") == 5 and "<svg" in html and not re.search(r'(src|href)="?https?:', html)
     assert (folder / "sweep.png").stat().st_size > 10_000
@@ -72,7 +67,7 @@ def test_a_sweep_has_a_row_for_every_job_also_for_those_that_cannot_run(sweep: A
 
 def test_a_row_has_the_keys_of_a_candidate_of_the_planner(sweep: Any) -> None:
     rows = read(sweep[0] / "results.jsonl")
-    config = composed(SMALL)
+    config = compose(SMALL)
     plain = candidate(config, Plan("eager"), WORLD, vocab_size=config.model.vocab_size)
     of_planner = as_json([plain], world=WORLD, common=())["candidates"][0]
     assert rows[0].keys() - of_planner.keys() == {"job", "swept", "world", "reason"} and of_planner.keys() <= rows[0].keys()
@@ -94,10 +89,10 @@ def test_a_sweep_does_not_write_into_another_one_and_is_drawn_again_after_a_kill
 def test_one_configuration_is_a_table_a_trace_a_picture_and_a_row(tmp_path: Path) -> None:
     files = {name: tmp_path / f"step.{name}" for name in ("json", "png", "gz")}
     words = (f"simulate.json={files['json']}", f"simulate.picture={files['png']}", f"simulate.trace={files['gz']}")
-    done = run(*SMALL, "strategy=priority", "simulate.sequences_per_rank=8", *words)
-    assert done.returncode == 0, done.stderr
+    one = run(*SMALL, "strategy=priority", "simulate.sequences_per_rank=8", *words)
+    assert one.returncode == 0, one.stderr
     row = json.loads(files["json"].read_text())
-    assert f"{row['step_s'] * 1e3:.1f}" in done.stdout and "memory of a rank" in done.stdout
+    assert f"{row['step_s'] * 1e3:.1f}" in one.stdout and "memory of a rank" in one.stdout
     assert "train.global_batch_size=64" in row["overrides"] and "train.global_batch_size=32" not in row["overrides"]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
@@ -114,8 +109,8 @@ def test_one_configuration_is_a_table_a_trace_a_picture_and_a_row(tmp_path: Path
     ids=str,
 )
 def test_mistakes_are_one_line(words: list[str], said: str) -> None:
-    done = run(*(word for word in words if word == "-m"), *SMALL, *(word for word in words if word != "-m"))
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    refused = run(*(word for word in words if word == "-m"), *SMALL, *(word for word in words if word != "-m"))
+    assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1 and not refused.stdout
 
 
 def boxes(path: Path) -> dict[str, set[str]]:
@@ -138,9 +133,9 @@ def test_a_simulated_trace_and_a_real_one_have_the_same_boxes(tmp_path: Path) ->
     run_on_ranks(2, _traced, tmp_path)
     real = boxes(tmp_path / "real" / "trace.json.gz")
     config = config_of(tmp_path, "real", ep=2)
-    hardware = composed(["cluster=h100_400g"]).cluster
+    hardware = compose(["cluster=h100_400g"]).cluster
     cluster = replace(hardware, nodes=1, ranks_per_node=2, hardware=replace(hardware.hardware, domain_ranks=2, nics_per_node=2))
-    config = replace(config, cluster=cluster, strategy=composed(["strategy=eager"]).strategy)
+    config = replace(config, cluster=cluster, strategy=compose(["strategy=eager"]).strategy)
     uneven = Unevenness(slow_rank=1, slow_factor=1.5)  # so that both ranks walk
     found = simulated(Job(config, 2, 300, uneven, ()))
     trace(tmp_path / "simulated.json.gz", found, 2)
@@ -231,7 +226,7 @@ def test_unevenness_that_cannot_be_is_refused(unevenness: Unevenness, said: str)
 def test_what_a_strategy_leaves_open_is_searched_as_the_trainer_would() -> None:
     given, packed, auto = (simulated(job_of(*words)) for words in (("strategy=eager",), ("strategy=lina",), ("strategy=auto",)))
     assert given.found and packed.found and auto.found
-    first = plan_of(composed([*SMALL, "strategy=lina"]).strategy)
+    first = plan_of(compose([*SMALL, "strategy=lina"]).strategy)
     assert packed.found.step_s <= min(
         candidate(packed.config, replace(first, packing=k), WORLD, vocab_size=VOCAB).found.step_s  # type: ignore[union-attr]
         for k in (1, 2, 4)
@@ -246,7 +241,7 @@ def test_a_job_that_does_not_fit_says_how_much_it_needs() -> None:
 
 
 def test_sequences_per_rank_follow_the_ranks() -> None:
-    config = composed([*SMALL, "parallel.tp=2"])
+    config = compose([*SMALL, "parallel.tp=2"])
     assert weak_scaling(config, 8, 4).train.global_batch_size == 16 and weak_scaling(config, 8, 0) is config
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalina.checkpoint.checkpoints import read_tensors
 from megalina.checkpoint.restored import restore
+from megalina.checkpoint.stored import read_tensors
+from megalina.cli import checkpoint as tool
 from megalina.train.fit import check_fit, check_start
 from tests.checkpoint.planted import flip
 from tests.train.small_run import checkpoint, config_of, records_of, start, weights_of, write_tokens
-from tools import checkpoint as tool
 
 RUN = {"kind": "sigmoid", "bias_update_rate": 0.01, "dtype": "bfloat16", "steps": 4, "interval": 2}
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from megalina.timeline.trace import TracedStep
     from papers.lina.alltoall import Analysis
 
-ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 WARM_UP_STEPS = 5
 PICTURES, TRACES = (".png", ".svg"), (".json", ".json.gz")
@@ -42,9 +41,9 @@ class Measured:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(argv)
-    from pretrain_gpt_moe import check_data, explain
-
     from megalina import launch
+    from megalina.cli.train import check_data
+    from megalina.explain import explain
 
     member = launch.joined(os.environ)
     try:
@@ -81,11 +80,11 @@ def check_files(args: argparse.Namespace) -> None:
 
 def settings_of(overrides: Sequence[str], experts: str, steps: int, member: "Member | None") -> "list[PretrainConfig]":
     """The configuration of each setting, checked; ValueError, or an error of Hydra, for bad input."""
-    from pretrain_gpt_moe import check
-
+    from megalina.cli.train import check
+    from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
 
-    own = composed(overrides)
+    own = compose(overrides)
     train = replace(own.train, steps=max(own.train.steps, WARM_UP_STEPS + steps))  # the schedule is that of the real run
     own = replace(own, train=train, guard=replace(own.guard, spike="none"))
     world = member.world if member else own.launch.ranks
@@ -114,18 +113,6 @@ def numbers_of(experts: str) -> list[int]:
     if min(numbers) < 2:
         raise ValueError(f"--experts {experts}: a layer needs at least 2 experts")
     return numbers
-
-
-def composed(overrides: Sequence[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-    from pretrain_gpt_moe import CONF
-
-    from megalina.worker import load_config
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
 
 
 def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
@@ -250,10 +237,10 @@ def _launch(argv: Sequence[str], ranks: int) -> int:
 
 def _agreed(config: "PretrainConfig", member: "Member") -> bool:
     """Whether all ranks hold the same configuration; then they have a process group."""
-    from pretrain_gpt_moe import check_data
     from torch import distributed as dist
 
     from megalina.agreement import Agreement
+    from megalina.cli.train import check_data
     from megalina.train.trainer import choose_device
 
     os.environ.update(member.environment())
@@ -282,7 +269,6 @@ def _is_input(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megalina.console import command
 

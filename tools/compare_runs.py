@@ -8,8 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-from megalina.track.comparison import curves, find_runs, rows, table
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -21,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         "--png", type=Path, metavar="FILE", help="where to draw the loss curves (default: FOLDER/compare_runs.png)"
     )
     args = parser.parse_args(argv)
+    from megalina.track.comparison import curves, find_runs, rows, table
+
     try:
         runs = find_runs(args.folder)
         print(table(runs))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from megalina.step.program import Instruction, Program
     from megalina.step.strategy import Setting
 
-ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 RANKS, LINK_MBIT, LATENCY_MS = 4, 500.0, 1.0
 # what a YAML leaves to measured steps, or needs from elsewhere
@@ -137,16 +136,16 @@ class VirtualJob:
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
     error of Hydra, for bad ones."""
-    from tools.compare_strategies import composed
 
     from megalina.compare.ladder import Setting
+    from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
     if wrong := [o for o in overrides if not isinstance(o, str)]:
         raise ValueError(f"ladder_job({wrong[0]!r}): give overrides one by one, as in ladder_job('model.num_heads=7')")
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
-    config = with_plan(composed([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
+    config = with_plan(compose([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
     check_config(config, cluster.ranks)
     if config.parallel.tp > 1:
         raise ValueError(f"parallel.tp is {config.parallel.tp}: steps are drawn without tensor parallelism, set it to 1")
@@ -175,7 +174,7 @@ class Drawn:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
-    from pretrain_gpt_moe import explain
+    from megalina.explain import explain
 
     try:
         drawn = steps_of(args)
@@ -268,7 +267,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     from megalina.console import command
 
     command(main)

@@ -35,9 +35,8 @@ STEPS = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from pretrain_gpt_moe import explain
-
     from megalina import launch
+    from megalina.explain import explain
 
     member = launch.joined(os.environ)
     try:
@@ -126,8 +125,8 @@ def measure(args: argparse.Namespace, ranks: int, member: "Member | None") -> in
 def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
     """Short runs of the trainer on ranks of this machine against their forecasts."""
     from omegaconf import OmegaConf
-    from pretrain_gpt_moe import check_data
 
+    from megalina.cli.train import check_data
     from megalina.measure.check import as_json, busy, checked, overrides_of, table
     from megalina.validate import check_config, check_hardware
 
@@ -153,9 +152,9 @@ def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
 
 
 def config_of(overrides: Sequence[str]) -> "PretrainConfig":
-    from tools.compare_strategies import composed
+    from megalina.compose import compose
 
-    return composed(overrides)
+    return compose(overrides)
 
 
 def run_ranks(spec: Mapping[str, Any], ranks: int, member: "Member | None") -> dict[str, Any] | None:
@@ -202,7 +201,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     from megalina.console import command
 
     command(main)

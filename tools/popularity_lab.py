@@ -14,11 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalina.cli.compare import ROOT
+from megalina.compose import CONF
+
 if TYPE_CHECKING:
     from placement_lab.input import Asked
 
-ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf" / "infer"
+MODES = CONF / "infer"
 BAD_INPUT = 2  # exit code
 PICTURES = (".png", ".svg")
 
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         asked_names = names_of(args.predictors)
         lab = lab_of(asked_of(args))
         names, skipped_predictors = replayable(asked_names, lab, all_asked=not args.predictors)
-        modes, skipped_modes = modes_of(CONF, lab)
+        modes, skipped_modes = modes_of(MODES, lab)
     except (ValueError, OSError) as error:
         print(one_line(error), file=sys.stderr)
         return BAD_INPUT

@@ -7,18 +7,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalina.config import WandbConfig
-from megalina.track.wandb_run import rebuild
-from megalina.track.yaml_file import read_yaml
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a whole offline W&B run of RUN_DIR from metrics.jsonl and config.yaml.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     args = parser.parse_args(argv)
+    from megalina.config import WandbConfig
+    from megalina.track.yaml_file import read_yaml
+
     try:
         if not (args.run_dir / "config.yaml").is_file():
             raise ValueError(f"{args.run_dir} is no run folder: it has no config.yaml")
+        from megalina.track.wandb_run import rebuild
+
         config = read_yaml(args.run_dir / "config.yaml")
         wandb_config = WandbConfig(**{**config["tracker"]["wandb"], "mode": "offline"})
         folder = rebuild(wandb_config, run_dir=args.run_dir, run_config=config)

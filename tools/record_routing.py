@@ -17,33 +17,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from megalina.arguments import Parser, whole
-from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.checkpoint.profile import PROFILE
-from megalina.checkpoint.restored import restore
-from megalina.config import DataConfig
-from megalina.data.documents import find_sources, read_texts
-from megalina.data.gpt_dataset import GPTDataset, Span
-from megalina.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from megalina.data.preprocess import encode_documents
-from megalina.data.source import PackedSamples, Samples
-from megalina.data.statistics import max_id
-from megalina.data.tokenizer import Tokenizer, open_tokenizer
-from megalina.evaluate.perplexity import open_held_out
-from megalina.model.routing_recorder import record_routing
-from megalina.placement.placement import Placement
-from megalina.placement.planners.identity import identity
-from megalina.placement.routing_trace import RoutingTrace, counts_LE, skew, write_trace
-from megalina.track.progress import LINE_EVERY_S, duration
-from megalina.train.resume import newest_checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import rich.progress
+
+    from megalina.batch import Batch
+    from megalina.data.indexed import IndexedDataset
+    from megalina.data.source import PackedSamples, Samples
+    from megalina.data.tokenizer import Tokenizer
+    from megalina.placement.placement import Placement
+    from megalina.placement.routing_trace import RoutingTrace
 
 BATCH_TOKENS = 4096  # that go through the model at a time, at least one sequence
 MOST_TOKENS = 1 << 24
@@ -54,7 +43,7 @@ DEVICES = 4
 class Text:
     """What the model reads."""
 
-    samples: Samples
+    samples: "Samples"
     num_sequences: int  # the first so many
     name: str
 
@@ -65,8 +54,11 @@ class Shown:
     def __init__(self, total_tokens: int):
         self._total_tokens, self._done_tokens = total_tokens, 0
         self._began_s = self._line_s = time.monotonic()
-        self._bar: Progress | None = None
+        self._bar: rich.progress.Progress | None = None
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (TextColumn("tokens {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("record", total=total_tokens)
@@ -81,6 +73,8 @@ class Shown:
 
     def update(self, tokens: int) -> None:
         """So many are done, in all."""
+        from megalina.track.progress import LINE_EVERY_S, duration
+
         now_s = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=min(tokens, self._total_tokens))
@@ -129,6 +123,12 @@ def run(options: argparse.Namespace) -> str:
     values = read_values(checkpoint)
     out = options.out or checkpoint / PROFILE
     check(options, values, out)
+    import torch
+
+    from megalina.checkpoint.restored import restore
+    from megalina.model.routing_recorder import record_routing
+    from megalina.placement.routing_trace import write_trace
+
     with tempfile.TemporaryDirectory(prefix="megalina_record_") as folder:
         text = open_text(options, checkpoint, values, Path(folder))
         gpt = restore(checkpoint, device=options.device).gpt
@@ -148,8 +148,11 @@ def run(options: argparse.Namespace) -> str:
 
 def check(options: argparse.Namespace, values: dict[str, Any], out: Path) -> None:
     """ValueError for what can be seen before the weights are read."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
+    if options.device == "cuda":
+        import torch  # seconds, which a mistake need not wait for
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.absolute().parent}")
     if out.is_dir():
@@ -174,6 +177,11 @@ def checkpoint_of(path: Path) -> Path:
 
 def open_text(options: argparse.Namespace, checkpoint: Path, values: dict[str, Any], folder: Path) -> Text:
     """`folder`: for a text that has yet to be tokenized.  ValueError where there is none, or it isn't of the model's ids."""
+    from megalina.data.indexed import IndexedDataset
+    from megalina.data.statistics import max_id
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.evaluate.perplexity import open_held_out
+
     seq_len = values["config"]["train"]["seq_len"]
     wanted = -(-options.tokens // seq_len)
     if not options.data:
@@ -207,8 +215,12 @@ def check_ids(num_ids: int, values: dict[str, Any], tokenizer_path: str) -> None
         )
 
 
-def tokenize(path: str, tokenizer: Tokenizer, prefix: str, *, enough_tokens: int) -> None:
+def tokenize(path: str, tokenizer: "Tokenizer", prefix: str, *, enough_tokens: int) -> None:
     """The documents of a text file, which is one, of a .jsonl under "text", or of a folder: the first that are enough."""
+    from megalina.data.documents import find_sources, read_texts
+    from megalina.data.indexed import IndexedWriter, best_dtype
+    from megalina.data.preprocess import encode_documents
+
     tokens = 0
     with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer:
         for document in read_texts(find_sources([path]), ["text"]):
@@ -221,8 +233,12 @@ def tokenize(path: str, tokenizer: Tokenizer, prefix: str, *, enough_tokens: int
             raise ValueError(f"{path} holds no text: give a file with text in it")
 
 
-def packed(dataset: IndexedDataset, values: dict[str, Any], tokenizer: Tokenizer | None, folder: Path) -> PackedSamples:
+def packed(dataset: "IndexedDataset", values: dict[str, Any], tokenizer: "Tokenizer | None", folder: Path) -> "PackedSamples":
     """All of the dataset once, packed into sequences as the run packed its own text."""
+    from megalina.config import DataConfig
+    from megalina.data.gpt_dataset import GPTDataset, Span
+    from megalina.data.source import PackedSamples
+
     train, data = values["config"]["train"], DataConfig(**values["config"]["data"])
     if dataset.num_tokens < 2:
         raise ValueError(f"{dataset.prefix}.bin holds {dataset.num_tokens} token(s): give more text")
@@ -239,7 +255,7 @@ def packed(dataset: IndexedDataset, values: dict[str, Any], tokenizer: Tokenizer
     )
 
 
-def batches(text: Text, batch_sequences: int) -> Iterator[Batch]:
+def batches(text: Text, batch_sequences: int) -> "Iterator[Batch]":
     for first in range(0, text.num_sequences, batch_sequences):
         yield text.samples.batch(first, min(batch_sequences, text.num_sequences - first))
 
@@ -248,8 +264,13 @@ def devices_of(options: argparse.Namespace, num_experts: int) -> int:
     return options.devices or min(DEVICES, num_experts)
 
 
-def summary(trace: RoutingTrace, num_devices: int, out: Path) -> str:
+def summary(trace: "RoutingTrace", num_devices: int, out: Path) -> str:
     """One line.  Devices hold the experts in blocks, once each, as in training."""
+    import numpy as np
+
+    from megalina.placement.planners.identity import identity
+    from megalina.placement.routing_trace import skew
+
     placement = identity(np.ones(trace.num_experts), num_devices, -(-trace.num_experts // num_devices))
     ratio_L = busiest_over_mean(trace, placement)
     worst = int(ratio_L.argmax())
@@ -262,8 +283,12 @@ def summary(trace: RoutingTrace, num_devices: int, out: Path) -> str:
     )
 
 
-def busiest_over_mean(trace: RoutingTrace, placement: Placement) -> np.ndarray[Any, np.dtype[np.float64]]:
+def busiest_over_mean(trace: "RoutingTrace", placement: "Placement") -> "np.ndarray[Any, np.dtype[np.float64]]":
     """[L]: rows of the busiest device over the mean of devices."""
+    import numpy as np
+
+    from megalina.placement.routing_trace import counts_LE
+
     load_LN = np.stack([counts_LE(trace)[:, [e for e in device if e >= 0]].sum(1) for device in placement.slots], axis=1)
     return np.asarray(load_LN.max(1) / load_LN.mean(1))
 

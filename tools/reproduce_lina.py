@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2  # exit code
 BASE = ("model=lina_12l_4e", "cluster=lina_testbed")
 
@@ -30,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    from tools.compare_strategies import composed
-
+    from megalina.compose import CONF, compose
     from megalina.serve.modes import read_mode
     from megalina.status_line import StatusLine
     from papers.lina.reenactment import reenact
@@ -40,7 +38,7 @@ def reproduce(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    base, modes = composed(BASE), ROOT / "conf" / "infer"
+    base, modes = compose(BASE), CONF / "infer"
     status = StatusLine()
     found = reenact(
         base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=status.show
@@ -73,7 +71,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     from megalina.console import command
 
     command(main)

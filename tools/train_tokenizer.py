@@ -7,14 +7,13 @@ writes my.model, from which every text comes back exactly as it was.  A small te
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalina.arguments import Parser, number, whole
-from megalina.data.bpe import train_bpe
-from megalina.data.documents import find_sources, read_texts
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl (also .gz, .zst), .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of PREFIX.model")
@@ -25,7 +24,10 @@ def main() -> int:
     parser.add_argument(
         "--sample-mb", type=number(above=True), default=100.0, help="a random sample of at most this much text (default: 100)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    from megalina.data.bpe import train_bpe
+    from megalina.data.documents import find_sources, read_texts
+
     path = Path(f"{options.output_prefix}.model")
     try:
         texts = read_texts(find_sources(options.input), options.json_keys)

@@ -7,9 +7,11 @@ import argparse
 import ast
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megalina.compose import CONF
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,12 +34,13 @@ An experiment (`experiment=laptop`) is a file that picks a file of each group an
 """
 
 
-def main() -> None:
-    argparse.ArgumentParser(description="Write docs/config.md from megalina/config.py and conf/.").parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description="Write docs/config.md from megalina/config.py and conf/.").parse_args(argv)
     path = ROOT / "docs" / "config.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(document())
     print(path.relative_to(ROOT))
+    return 0
 
 
 def document() -> str:
@@ -95,7 +98,7 @@ def written(value: object) -> str:
 
 def options(group: str) -> list[str]:
     """The group's files with their first comment."""
-    paths = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    paths = sorted((CONF / group).glob("*.yaml"))
     if not paths:
         return []
     lines = ["| file | what it is |", "|---|---|"]

@@ -199,10 +199,10 @@ def wrong_splits(place: Place) -> None:
 
 def full_disk(place: Place) -> None:
     """Rank 1's first write of the second save is refused."""
-    from megalina.checkpoint import writing
+    from megalina.checkpoint import tensor_files
     from megalina.checkpoint.checkpoints import Checkpoints
 
-    save, write, saves = Checkpoints.save, writing._HashedFile.write, []
+    save, write, saves = Checkpoints.save, tensor_files._HashedFile.write, []
 
     def counted(self: Checkpoints, *arguments: Any) -> None:
         saves.append(1)
@@ -217,7 +217,7 @@ def full_disk(place: Place) -> None:
 
     if place.rank == 1:
         Checkpoints.save = counted  # type: ignore[assignment, method-assign]
-        writing._HashedFile.write = refused  # type: ignore[method-assign]
+        tensor_files._HashedFile.write = refused  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[Place], None]] = {
@@ -252,12 +252,10 @@ def watch_weights(place: Place) -> None:
 def main(role: str, plant: str, *arguments: str) -> int:
     sys.path.insert(0, str(ROOT))
     if role == "command":
-        import pretrain_gpt_moe
+        from megalina.cli import train
 
-        pretrain_gpt_moe.WORKER = (sys.executable, __file__, "rank", plant)
-        sys.argv = [pretrain_gpt_moe.__file__, *arguments]
-        pretrain_gpt_moe.run()
-        return 0
+        train.WORKER = (sys.executable, __file__, "rank", plant)  # type: ignore[assignment]
+        return train.main(arguments)
     from megalina import worker
 
     place = Place(int(os.environ["RANK"]), Path(arguments[0]).parent)

@@ -140,11 +140,11 @@ def config_of(place: Place, variant: Variant) -> PretrainConfig:
 
 @cache
 def _base(device: str, shape: str) -> PretrainConfig:
-    from tools.compare_strategies import composed
+    from megalina.compose import compose
 
     seq_len = 1024 if device == "PCIe" else 2048  # what fits
     shapes = SHAPES | {"granular": OWN_SHAPE}
-    return composed(
+    return compose(
         [
             *shapes[shape],
             f"cluster={DEVICES[device]}",

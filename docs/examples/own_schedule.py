@@ -8,9 +8,9 @@ import sys
 import torch
 
 sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
-from tools.compare_strategies import composed
 
 from megalina.batch import Batch
+from megalina.compose import compose
 from megalina.launch import free_port
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
@@ -35,7 +35,7 @@ def weights_under_tokens(setting: Setting) -> Program:
 
 def train(rank: int, port: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    config, mesh = composed(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
+    config, mesh = compose(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
     words, every = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(rank)), torch.ones(4, 16).bool()
     batch = Batch(words[:, :-1], words[:, 1:], every, every, torch.arange(16).expand(4, 16), None, torch.arange(4))
     for schedule in (eager, weights_under_tokens):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.checkpoints import check_same
-from megalina.checkpoint.files import MODEL, Stored
+from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.streamed import write_checkpoint
 from megalina.comm.slice import Box
 

@@ -5,26 +5,28 @@ moment leaves the older ones as they are; what it left half-written is removed a
 fails the save and nothing else.  One that is damaged is passed over, by all ranks alike, and named.
 """
 
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megalina.checkpoint.checksums import Sum, damaged
-from megalina.checkpoint.files import Part, Stored, is_complete, read_description
-from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest, write_tensors
+from megalina.checkpoint.files import is_complete, newest_first
+from megalina.checkpoint.part import Part
+from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
 from megalina.groups import new_group
 from megalina.mesh import Mesh
 
 T = TypeVar("T")
+Write = Callable[[Path], tuple[dict[str, Any], dict[str, Sum]]]  # tensors into a folder: what values.json says of them, and sums
 
 logger = logging.getLogger("megalina")
 _TIMEOUT = timedelta(minutes=30)  # ranks may write for a long time, to a slow disk
@@ -77,6 +79,9 @@ class Checkpoints:
 
         SaveFailed, on all ranks, where one can't write: what was written is removed, older checkpoints stay.  An
         asynchronous save raises it from the next `save`, which is under way nevertheless, or from `wait`."""
+        # A second at the first save, which every start is spared; here, since a thread should not import beside a running step.
+        from megalina.checkpoint.tensor_files import write_tensors
+
         values_json = json.dumps(values)
         copy = self._thread is not None
         failed: SaveFailed | None = None
@@ -85,10 +90,11 @@ class Checkpoints:
         except SaveFailed as error:  # the one before: no reason not to try again
             failed = error
         parts = {name: self._part(part, copy=copy) for name, part in tensors.items()}
+        write = functools.partial(write_tensors, parts=parts, group=self._group)
         if self._thread is None:
-            self._write(step, parts, values_json, beside)
+            self._write(step, write, values_json, beside)
         else:
-            self._pending = self._thread.submit(self._write, step, parts, values_json, beside)
+            self._pending = self._thread.submit(self._write, step, write, values_json, beside)
         if failed is not None:
             raise failed
 
@@ -129,6 +135,8 @@ class Checkpoints:
         has just done so), and where the checkpoint's tensors (those whose names start with `prefix`) are not these ones
         in name and shape.
         """
+        from megalina.checkpoint.stored import Stored  # a second, which a run that starts anew need not wait for
+
         if self._good != path:
             self.first_good([path])
         self._good = None
@@ -145,22 +153,22 @@ class Checkpoints:
             cut = [Box(box.offsets, box.data.detach().to("cpu", copy=True)) for box in cut]
         return Part(whole_shape(slices[0], self._mesh), slices[0].local.dtype, cut)
 
-    def _write(self, step: int, parts: Mapping[str, Part], values_json: str, beside: Callable[[Path], None] | None) -> None:
+    def _write(self, step: int, write: Write, values_json: str, beside: Callable[[Path], None] | None) -> None:
         final = self._folder / f"step_{step:08d}"
-        partial, replaced = self._hidden(final, _PARTIAL), self._hidden(final, _REPLACED)
+        hidden, replaced = self._hidden(final, _PARTIAL), self._hidden(final, _REPLACED)
         try:
-            self._save_on_first_rank(final, lambda: self._prepare(partial))
-            listing, own = write_tensors(partial, parts, self._group)
+            self._save_on_first_rank(final, lambda: self._prepare(hidden))
+            listing, own = write(hidden)
             sums = self._gathered(own)
 
             def make_current() -> None:
                 if beside is not None:
-                    beside(partial)
-                write_rest(partial, values_json, listing, sums)
+                    beside(hidden)
+                write_rest(hidden, values_json, listing, sums)
                 if final.exists():
                     shutil.rmtree(replaced, ignore_errors=True)
                     final.rename(replaced)
-                partial.rename(final)
+                hidden.rename(final)
                 sync_folder(self._folder)
 
             self._save_on_first_rank(final, make_current)
@@ -283,35 +291,12 @@ def _list(part: Slice | Sequence[Slice]) -> Sequence[Slice]:
     return [part] if isinstance(part, Slice) else part
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder `checkpoints`, whole or not, from the highest step down."""
-    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)
-
-
 def all_damaged(found: Mapping[Path, Sequence[str]]) -> str:
     """The message for checkpoints of which none is any good."""
     each = "; ".join(f"{path}: {', '.join(reasons)}" for path, reasons in found.items())
     if len(found) == 1:
         return f"checkpoint {each}; it is damaged or incomplete: choose another one"
     return f"all {len(found)} checkpoints are damaged or incomplete ({each}): name another one, or choose another run.dir"
-
-
-def read_values(path: Path) -> dict:
-    """The values of a checkpoint; needs no process group.  ValueError where it isn't one."""
-    values: dict = read_description(path)["values"]
-    return values
-
-
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint, all or those of `names`, on the CPU; needs no process group.
-
-    ValueError where there is no such tensor, or a file that is read is damaged."""
-    stored = Stored(path)
-    wanted = list(stored.listing) if names is None else list(names)
-    missing = [name for name in wanted if name not in stored.listing]
-    if missing:
-        raise ValueError(f"checkpoint {path} has no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing)")
-    return {name: stored.tensor(name) for name in wanted}
 
 
 def check_same(path: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

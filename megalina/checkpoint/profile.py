@@ -6,7 +6,7 @@ SHA256SUMS doesn't name it (an npz has checksums of its own), so one can be reco
 
 from pathlib import Path
 
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.config import ModelConfig
 from megalina.parameters import is_moe_layer
 from megalina.placement.routing_trace import RoutingTrace, read_trace

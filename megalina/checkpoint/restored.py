@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from megalina.blocks.routers import kind_of
-from megalina.checkpoint.checkpoints import read_tensors, read_values
-from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.files import MODEL, read_values
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize, spec_of
@@ -46,6 +45,8 @@ def restore(
     if not experts:
         for layer in gpt.moe_layers:
             gpt.layers[layer].experts.release()
+    from megalina.checkpoint.stored import read_tensors
+
     names = [name for name, _ in gpt.named_parameters()] + [n for n, _ in gpt.named_buffers() if n.endswith("bias_E")]
     whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
     initialize(gpt, seed=0, dtype=dtype, device=device)
@@ -61,6 +62,8 @@ def restore(
 
 def read_experts(path: Path, gpt: GPT, layer: int) -> dict[str, Tensor]:
     """The weights of all experts of one layer, [E, ...] by name, as the checkpoint of `gpt` has them."""
+    from megalina.checkpoint.stored import read_tensors
+
     names = EXPERT_TENSORS if gpt.config.bias else EXPERT_TENSORS[:2]
     found = read_tensors(path, [f"{MODEL}layers.{layer}.experts.{name}" for name in names])
     return {name: found[f"{MODEL}layers.{layer}.experts.{name}"] for name in names}

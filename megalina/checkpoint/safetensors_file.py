@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalina.checkpoint.files import MODEL, Stored
+from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.streamed import published, write_checkpoint
 from megalina.comm.slice import Box
 

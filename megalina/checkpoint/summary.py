@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megalina.checkpoint.checksums import SUMS, read_sums
-from megalina.checkpoint.files import MODEL, Stored
+from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.stored import Stored
 
 LEDGER_LINES = 3
 NUMBERS = ("step", "tokens", "consumed_samples", "optimizer_steps", "skipped_steps", "rewinds", "val_loss", "vocab_size")

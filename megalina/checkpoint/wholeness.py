@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megalina.checkpoint.checksums import METADATA, damaged, read_sums
-from megalina.checkpoint.files import Stored
+from megalina.checkpoint.stored import Stored
 
 
 def faults(path: Path) -> list[str]:

@@ -11,22 +11,17 @@ python tools/checkpoint.py average STEP_A STEP_B --out FOLDER              # the
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalina.arguments import Parser, whole
-from megalina.checkpoint.average import average
-from megalina.checkpoint.checkpoints import newest_first
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES
-from megalina.checkpoint.files import is_complete
-from megalina.checkpoint.safetensors_file import from_safetensors, to_safetensors
-from megalina.checkpoint.streamed import rewrite
-from megalina.checkpoint.summary import as_text, summary
-from megalina.checkpoint.wholeness import faults
+from megalina.checkpoint.files import is_complete, newest_first
 
 SAFETENSORS = ".safetensors"
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect|verify|convert|average")
     place = "a checkpoint folder, or a run folder"
@@ -70,18 +65,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:
         if options.command == "verify":
             return verify([path for given in options.paths for path in all_of(given)])
         if options.command == "inspect":
-            for path in options.paths:
-                found = summary(newest_of(path))
+            paths = list(map(newest_of, options.paths))
+            from megalina.checkpoint.summary import as_text, summary  # torch, which a mistake need not wait for
+
+            for path in paths:
+                found = summary(path)
                 print(json.dumps(found) if options.json else as_text(found))
         elif options.command == "average":
             weights = None if options.weights is None else [float(w) for w in options.weights.split(",")]
-            average([newest_of(path) for path in options.paths], options.out, weights=weights)
+            paths = [newest_of(path) for path in options.paths]
+            from megalina.checkpoint.average import average
+
+            average(paths, options.out, weights=weights)
             print(f"{options.out}: the mean of {len(options.paths)} checkpoints")
         else:
             convert(options.source, options.target, optimizer=options.optimizer, ranks=options.ranks)
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify(paths: list[Path]) -> int:
+    from megalina.checkpoint.wholeness import faults
+
     damaged = 0
     for path in paths:
         found = faults(path)
@@ -109,13 +112,21 @@ def convert(source: Path, target: Path, *, optimizer: bool, ranks: int | None) -
     if ranks is not None and to_file:
         raise ValueError(f"--ranks is for checkpoint folders; {target} is one file")
     if to_file:
-        to_safetensors(newest_of(source), target, optimizer=optimizer)
+        there = newest_of(source)
+        from megalina.checkpoint.safetensors_file import to_safetensors
+
+        to_safetensors(there, target, optimizer=optimizer)
     elif from_file:
+        from megalina.checkpoint.safetensors_file import from_safetensors
+
         from_safetensors(source, target, files=1 if ranks is None else ranks)
     elif ranks is None:
         raise ValueError(f"from folder to folder there is nothing to convert without --ranks; or name TARGET *{SAFETENSORS}")
     else:
-        rewrite(newest_of(source), target, files=ranks)
+        there = newest_of(source)
+        from megalina.checkpoint.streamed import rewrite
+
+        rewrite(there, target, files=ranks)
     print(target)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megalina.compare.ladder import Setting
     from megalina.config import ClusterConfig, PretrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]  # where ranks find megalina
 FAILED, BAD_INPUT = 1, 2  # exit codes
 SHOWN = ("eager", "flow")  # in the picture, one step of each
 TO_THE_END = ("ddp", "auto")  # take all turns, however slow: ratios are to them, or theirs count
@@ -31,10 +31,9 @@ class Job:
     link_mbit: float  # 0: no emulated links, all ranks of this machine's loopback; in slow motion the slower rate
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
-    from pretrain_gpt_moe import explain
-
+    from megalina.explain import explain
     from megalina.launch import Stopped
     from megalina.namespaces import CannotEmulate
 
@@ -153,6 +152,7 @@ def _config(
     overrides: Sequence[str],
 ) -> "PretrainConfig":
     from megalina.compare.ladder import OVERRIDES
+    from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
 
@@ -165,7 +165,7 @@ def _config(
         f"launch.ranks={setting.world}",
         "guard.spike=none",
     ]
-    config = with_plan(composed(words), setting.world)
+    config = with_plan(compose(words), setting.world)
     config = replace(config, cluster=slowed(config.cluster, setting.slow_motion))
     check_config(config, setting.world)
     return config
@@ -184,28 +184,14 @@ def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
     )
 
 
-def composed(overrides: Sequence[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-    from pretrain_gpt_moe import CONF
-
-    from megalina.worker import load_config
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=list(overrides)), resolve=True))
-
-
 def run(
     job: Job, args: argparse.Namespace, folder: Path, *, first: bool, to_the_end: Sequence[str] = TO_THE_END
 ) -> dict[str, Any]:
     """Runs a setting's contest on its own cluster; returns what rank 0 found.  `to_the_end`: who takes all turns."""
     from omegaconf import OmegaConf
-    from pretrain_gpt_moe import check_data
 
     from megalina import launch
+    from megalina.cli.train import check_data
     from megalina.namespaces import emulated_cluster
 
     setting = job.setting
@@ -310,7 +296,6 @@ def _is_input(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
     from megalina.console import command
 
     command(main)

@@ -10,16 +10,14 @@ of workers and partitions.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from megalina.arguments import Parser, whole
-from megalina.data.documents import find_sources
-from megalina.data.preprocess import Recipe, output_prefixes, preprocess
-from megalina.data.progress import ProgressDisplay
 
 MOST_WORKERS = 1024  # processes of one machine
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help=".txt, .jsonl (also .gz, .zst), .parquet, folders")
     parser.add_argument("--output-prefix", required=True, help="PREFIX of .bin and .idx; several keys: PREFIX_KEY_document")
@@ -30,7 +28,11 @@ def main() -> int:
     parser.add_argument(
         "--partitions", type=whole(1, MOST_WORKERS), default=1, help="parts of the input read at once (default: 1)"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    from megalina.data.documents import find_sources
+    from megalina.data.preprocess import Recipe, output_prefixes, preprocess
+    from megalina.data.progress import ProgressDisplay
+
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()
     try:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megalina.evaluate.worker import Evaluation
     from megalina.launch import Member
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = ("static", "lina", "window", "lookahead", "best", "ideal")
 FAILED, BAD_INPUT = 1, 2  # exit codes
 
@@ -31,7 +30,7 @@ class RanksFailed(RuntimeError):
     """A rank ended badly; the message has which one, and its last lines."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(words)
     from megalina.launch import Stopped, joined
@@ -66,17 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 def checked(args: argparse.Namespace, member: "Member | None", *, command: str) -> tuple["Evaluation", Path]:
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
     OSError.  `command`: for the report."""
-    from megalina.checkpoint.checkpoints import read_values
-    from megalina.checkpoint.profile import find_profile
+    from megalina.checkpoint.files import read_values
+    from megalina.compose import CONF
     from megalina.config import ModelConfig
-    from megalina.data.tokenizer import open_tokenizer
-    from megalina.evaluate.emulation import read_cluster
-    from megalina.evaluate.perplexity import open_held_out, read_documents
-    from megalina.evaluate.tasks import check_tasks, read_tasks
-    from megalina.evaluate.worker import Evaluation, devices_per_node
-    from megalina.serve.expert_memory import check_memory, free_memory_bytes
     from megalina.serve.modes import read_mode
-    from megalina.serve.policies import Served, check_infer
     from megalina.validate import has_wandb_key
 
     if args.wandb == "online" and not has_wandb_key(os.environ, Path.home()):
@@ -89,8 +81,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     names = [name for name in dict.fromkeys((args.modes or ",".join(MODES)).split(",")) if name]
     if names and "static" not in names:
         names = ["static", *names]  # what all ratios are to
-    folder = ROOT / "conf" / "infer"
-    cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
+    folder = CONF / "infer"
     overrides = [text for text in args.overrides if not text.startswith("cluster.")]
     modes = {name: read_mode(folder, name) for name in names}
     modes = {n: mode if mode.even_routing else read_mode(folder, n, overrides) for n, mode in modes.items()}
@@ -100,6 +91,16 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         raise ValueError("infer.even_routing=true: choose the mode ideal, what the others write must mean something")
     checkpoint = checkpoint_of(args.checkpoint)
     values = read_values(checkpoint)
+    from megalina.checkpoint.profile import find_profile  # torch, which the mistakes above need not wait for
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.evaluate.emulation import read_cluster
+    from megalina.evaluate.perplexity import open_held_out, read_documents
+    from megalina.evaluate.tasks import check_tasks, read_tasks
+    from megalina.evaluate.worker import Evaluation, devices_per_node
+    from megalina.serve.expert_memory import check_memory, free_memory_bytes
+    from megalina.serve.policies import Served, check_infer
+
+    cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
     config = values["config"]
     model, router = ModelConfig(**config["model"]), config["router"]
     served = Served(model.num_experts, router["top_k"], world, devices_per_node(os.environ, world) if member else 0)
@@ -180,7 +181,7 @@ def command_of(words: Sequence[str], member: "Member | None", environ: Mapping[s
 
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint, or the newest one of a run; ValueError where there is none."""
-    from megalina.train.resume import newest_checkpoint
+    from megalina.checkpoint.files import newest_checkpoint
 
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; give a run or a checkpoint")
@@ -309,7 +310,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     from megalina.console import command
 
     command(main)

@@ -6,20 +6,16 @@ python tools/generate.py RUN --prompt "class " --temperature 0        # the newe
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-import torch
-
 from megalina.arguments import Parser, number, whole
-from megalina.checkpoint.restored import restore
+from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.console import check_text, command
-from megalina.data.tokenizer import open_tokenizer
-from megalina.generate import Sampling, generate
-from megalina.train.resume import newest_checkpoint
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
@@ -36,27 +32,35 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
     try:
-        return write(arguments())
+        return write_on(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def write(options: argparse.Namespace) -> int:
+def write_on(options: argparse.Namespace) -> int:
     check_text([options.prompt], "--prompt")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     path = options.checkpoint
     if (path / "checkpoints").is_dir():
         newest = newest_checkpoint(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} has no checkpoint yet")
         path = newest
+    read_values(path)
+    import torch  # seconds, which a mistake need not wait for
+
+    from megalina.checkpoint.restored import restore
+    from megalina.data.tokenizer import open_tokenizer
+    from megalina.generate import Sampling, generate
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     restored = restore(path, device=options.device)
     tokenizer_path = options.tokenizer or restored.tokenizer_path
     if not tokenizer_path:

@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-
 if TYPE_CHECKING:
     from megalina.config import PretrainConfig
     from megalina.forecast.priced_step import Shared
@@ -35,7 +33,7 @@ SEARCH_SEQUENCES = 1024  # a step, where the search may choose
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    from pretrain_gpt_moe import explain
+    from megalina.explain import explain
 
     overrides = [f"cluster.{word}" if word.startswith("nodes=") else word for word in args.overrides]
     try:
@@ -48,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    from tools.compare_strategies import composed
-
+    from megalina.compose import compose
     from megalina.dry_run import describe
     from megalina.forecast.bounds import check_work
     from megalina.forecast.garbage import few_collections
@@ -63,11 +60,12 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    config = composed(overrides)
+    config = compose(overrides)
     check_hardware(config.cluster)
+
     world = config.cluster.nodes * config.cluster.ranks_per_node
     added = chosen(config, overrides, world, searching=args.search)
-    config = composed([*overrides, *added])
+    config = compose([*overrides, *added])
     vocab_size = args.vocab_size or config.model.vocab_size or DEFAULT_VOCAB
     check_work(config, world)
     common = planned_for([*overrides, *added], config, world=world, vocab_size=vocab_size)
@@ -251,7 +249,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py, tools
     from megalina.console import command
 
     command(main)

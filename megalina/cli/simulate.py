@@ -4,8 +4,8 @@ python tools/simulate.py --help
 """
 
 import json
-import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # pretrain_gpt_moe.py, tools
-
-from pretrain_gpt_moe import CONF, explain  # noqa: E402
+from megalina.cli.hydra_arguments import arguments_for_hydra
+from megalina.cli.hydra_help import show_help
+from megalina.compose import CONF, register_schema
+from megalina.explain import explain
 
 BAD_INPUT = 2  # exit code
 
@@ -42,6 +42,7 @@ class SimulateConfig:
     redraw: str = ""
 
 
+register_schema()
 ConfigStore.instance().store(name="simulate_schema", node=SimulateConfig, package="simulate")
 
 
@@ -53,7 +54,7 @@ class SweepReport(Callback):
 
 
 @hydra.main(config_path=str(CONF), config_name="simulate", version_base="1.3")
-def main(cfg: DictConfig) -> float:
+def job(cfg: DictConfig) -> float:
     """One job.  Returns the step's seconds, which Hydra's optimising sweepers want; nan where there is no step."""
     hydra_cfg = HydraConfig.get()
     words = OmegaConf.to_container(hydra_cfg.overrides.task)
@@ -174,17 +175,23 @@ def draw(folder: Path) -> None:
     print(f"\n{folder / RESULTS}, sweep.png, sweep.html")
 
 
-def run() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command: mistakes become one line and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on in place of printing them
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        print(explain(error, sys.argv[1:]), file=sys.stderr)
-        sys.exit(BAD_INPUT)
+    with arguments_for_hydra(argv):
+        try:
+            if not show_help("simulate", sys.argv[1:]):
+                job()
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            print(explain(error, sys.argv[1:]), file=sys.stderr)
+            return BAD_INPUT
+        except SystemExit as end:  # of a job that has said why
+            return int(end.code or 0)
+        except KeyboardInterrupt:
+            return 130
+    return 0
 
 
 if __name__ == "__main__":
     from megalina.console import command
 
-    command(run)
+    command(main)

@@ -7,14 +7,13 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -22,6 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
+from megalina.cli.hydra_arguments import arguments_for_hydra
+from megalina.cli.hydra_help import show_help
+from megalina.compose import CONF, register_schema
 from megalina.config import PretrainConfig, RunConfig
 from megalina.console import command
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
@@ -32,14 +34,13 @@ from megalina.parallel.plan_file import with_plan
 from megalina.rank_files import Unsaved
 from megalina.restart import later_starts
 
-CONF = Path(__file__).resolve().parent / "conf"
 BAD_INPUT = 2  # exit code
 WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
-ConfigStore.instance().store(name="schema", node=PretrainConfig)
+register_schema()
 
 
 @hydra.main(config_path=str(CONF), config_name="pretrain", version_base="1.3")
-def main(cfg: DictConfig) -> float:
+def job(cfg: DictConfig) -> float:
     """One run: a sweep calls it once a job.  Returns the final validation loss, which Hydra's optimising sweepers want."""
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
@@ -81,6 +82,7 @@ def main(cfg: DictConfig) -> float:
 def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
     """Everything but data and checkpoints that can be known before a rank starts: ValueError, or warnings."""
     validate.check_config(config, world)
+    validate.check_paths(config)
     import torch  # seconds; --help and mistakes in the configuration don't need it
 
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
@@ -95,7 +97,6 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
         apex=find_spec("amp_C") is not None and find_spec("apex") is not None,
         wandb_key=validate.has_wandb_key(os.environ, Path.home()),
     )
-    validate.check_paths(config)
     return validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus)
 
 
@@ -263,19 +264,25 @@ def _verdict(error: BaseException) -> tuple[str, int]:
     return explain(error, sys.argv[1:]), BAD_INPUT
 
 
-def run() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command: mistakes of the configuration become one line and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on in place of printing them
-    try:
-        typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
-        refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
-        main()
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed, Unsaved) as error:
-        line, code = _verdict(error)
-        _say(line)
-        tell_agent(_masked(line), os.environ)
-        sys.exit(code)
+    with arguments_for_hydra(argv):
+        try:
+            typed = {argument.split("=")[0]: argument for argument in sys.argv[1:]}
+            refuse_credentials(typed, find_credentials(os.environ, Path.home()))  # before Hydra writes down a sweep's overrides
+            if not show_help("pretrain", sys.argv[1:]):
+                job()
+        except (HydraException, OmegaConfBaseException, ValueError, OverflowError, OSError, launch.RankFailed, Unsaved) as error:
+            line, code = _verdict(error)
+            _say(line)
+            tell_agent(_masked(line), os.environ)
+            return code
+        except SystemExit as end:  # of a job that has said why
+            return int(end.code or 0)
+        except KeyboardInterrupt:
+            return 130
+    return 0
 
 
 if __name__ == "__main__":
-    command(run)
+    command(main)

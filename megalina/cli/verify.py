@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from megalina.verify.layouts import Choices, Row
     from megalina.verify.verification import Result
 
-ROOT = Path(__file__).resolve().parent.parent
 DIFFERENT, BAD_INPUT = 1, 2  # exit codes
 MOST_PLANTED = 6  # rows
 MODES = ("auto", "always", "never")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     from megalina.arguments import Parser, whole
 
     parser = Parser(
@@ -53,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides, args.pairs = [args.pairs, *args.overrides], "always"
     if args.list_plants:
         return _list_plants()
-    from pretrain_gpt_moe import explain
+    from megalina.explain import explain
 
     try:
         if args.pairs not in MODES:
@@ -81,14 +88,15 @@ def chosen(
     overrides: list[str], *, ranks: int, mode: str, plant: str, only: Sequence[str] = ()
 ) -> "tuple[Choices, list[Row], str]":
     """What is run, and for people how it was chosen; ValueError, or an error of Hydra, for bad input."""
-    from megalina.verify import layouts
-
     planted = _plant(plant) if plant else None
     if planted is not None:
         ours = tuple(planted.overrides)
         keys = {o.split("=")[0].lstrip("+~") for o in ours}
         overrides = [o for o in overrides if o.split("=")[0].lstrip("+~") not in keys] + list(ours)
-    choices = layouts.only(choices_of(overrides, ranks), only)
+    choices = choices_of(overrides, ranks)
+    from megalina.verify import layouts
+
+    choices = layouts.only(choices, only)
     if planted is None:
         return (choices, *layouts.chosen_rows(choices, ranks, mode))
     rows = _planted_rows(choices, ranks, planted)
@@ -100,41 +108,29 @@ def chosen(
 def choices_of(overrides: list[str], ranks: int) -> "Choices":
     """The shrunk configuration, with every router and every strategy that there is."""
     from megalina import launch, validate
+    from megalina.compose import CONF, compose
     from megalina.config import ParallelConfig
     from megalina.step.strategy import STRATEGIES
-    from megalina.verify.layouts import Choices
-    from megalina.verify.shrink import shrink, shrink_router
 
-    own = composed(overrides)
+    own = compose(overrides)
     one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
     validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
+    from megalina.verify.layouts import Choices  # torch, which a mistake need not wait for
+    from megalina.verify.shrink import shrink, shrink_router
+
     base = shrink(own, ranks)
     _check_machine(replace(base, launch=replace(base.launch, ranks=ranks, device=_device(base))), launch.num_cores())
     others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] != "router"]
     routers = {"yours": base.router}
-    for path in sorted((ROOT / "conf" / "router").glob("*.yaml")):
-        router = composed([*others, f"router={path.stem}"]).router
+    for path in sorted((CONF / "router").glob("*.yaml")):
+        router = compose([*others, f"router={path.stem}"]).router
         if router == own.router:
             routers = {path.stem: base.router} | {k: v for k, v in routers.items() if k != "yours"}
         else:
             routers[path.stem] = shrink_router(router, own.model.num_experts, base.model.num_experts)
     without = [o for o in overrides if o.split("=")[0] not in ("strategy", "strategy.name")]
-    strategies = {name: composed([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
+    strategies = {name: compose([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
     return Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
-
-
-def composed(overrides: list[str]) -> "PretrainConfig":
-    """The configuration that pretrain_gpt_moe.py would run."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-    from pretrain_gpt_moe import CONF
-
-    from megalina.worker import load_config
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load_config(OmegaConf.to_yaml(compose("pretrain", overrides=overrides), resolve=True))
 
 
 def run(choices: "Choices", rows: "list[Row]", *, device: str, plant: str) -> "list[Result]":
@@ -330,8 +326,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # pretrain_gpt_moe.py
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megalina.console import command
 
     command(main)

@@ -10,7 +10,7 @@ STRATEGIES = (
     "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
     "lina_zero", "auto",
 )  # fmt: skip
-OVERRIDES = {  # of a strategy's YAML
+OVERRIDES: dict[str, tuple[str, ...]] = {  # of a strategy's YAML
     "flow_packed": ("strategy=flow", "strategy.packing=2"),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
 }

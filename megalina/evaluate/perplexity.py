@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.comm.objects import everybodys
 from megalina.config import DataConfig
 from megalina.data.documents import find_sources, read_texts

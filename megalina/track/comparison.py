@@ -5,13 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from megalina.track.metrics import Record, read_metrics
 from megalina.track.svg_chart import smoothed
 from megalina.track.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOT_A_DIFFERENCE = ("run.", "tracker.", "data.cache_dir")  # where it lies and how it is watched
 NOT_RUNS = ("wandb", "tensorboard", "checkpoints")
@@ -164,8 +165,10 @@ def table(runs: Sequence[RunResult]) -> str:
     return "\n".join(shown)
 
 
-def curves(runs: Sequence[RunResult]) -> Figure:
+def curves(runs: Sequence[RunResult]) -> "Figure":
     """Loss over steps, the best `MAX_CURVES` runs: training pale and smoothed, validation with dots."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), dpi=110, layout="constrained")
     axes = figure.subplots()
     names = differing(runs)

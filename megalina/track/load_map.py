@@ -9,11 +9,14 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from megalina.track.expert_load import LoadHistory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FULL_COLOUR_LOG2 = 2.0  # a quarter and four times the balanced load
 LEVELS = 65  # odd: the middle one is balance
@@ -77,8 +80,10 @@ def data_uri(levels_HW: np.ndarray, colours: Colours) -> str:
     return "data:image/png;base64," + base64.b64encode(png(levels_HW, colours)).decode("ascii")
 
 
-def load_figure(history: LoadHistory, layer_numbers: Sequence[int], *, max_layers: int = 16) -> Figure:
+def load_figure(history: LoadHistory, layer_numbers: Sequence[int], *, max_layers: int = 16) -> "Figure":
     """The light map as a matplotlib figure, for trackers that show images; at most `max_layers` layers, evenly chosen."""
+    from matplotlib.figure import Figure
+
     num_layers, num_experts = history.share_TLE.shape[1:]
     shown = sorted({round(i) for i in np.linspace(0, num_layers - 1, min(max_layers, num_layers))})
     strip_inches = float(np.clip(num_experts * 0.09, 0.5, 1.6))

@@ -9,16 +9,17 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from megalina.config import TrackerConfig
 from megalina.track.expert_load import LoadHistory, keep_snapshot, layer_numbers, short_shares
 from megalina.track.load_map import load_figure
 from megalina.track.metrics import MetricsFile, Record, json_record, read_metrics, scalars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Tracker(Protocol):
     def log(self, record: dict[str, Any]) -> None:
         """One step's record, with `step` as the key."""
 
-    def images(self, step: int, figures: dict[str, Figure]) -> None: ...
+    def images(self, step: int, figures: "dict[str, Figure]") -> None: ...
 
     def rewind(self, step: int) -> None:
         """The run has gone back to after `step`: metrics.jsonl forgets what came later; W&B and TensorBoard keep both."""
@@ -99,7 +100,7 @@ class Background:
 class Picture:
     """A figure's pixels, drawn once, by the first thread that needs them.  matplotlib wants one thread at a time: `lock`."""
 
-    def __init__(self, draw: Callable[[], Figure], lock: threading.Lock) -> None:
+    def __init__(self, draw: "Callable[[], Figure]", lock: threading.Lock) -> None:
         self._draw = draw
         self._lock = lock
         self._pixels: np.ndarray | None = None
@@ -107,6 +108,8 @@ class Picture:
     def pixels(self) -> np.ndarray:
         with self._lock:
             if self._pixels is None:
+                from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, which no start need wait for
+
                 canvas = FigureCanvasAgg(self._draw())
                 canvas.draw()
                 self._pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -151,7 +154,7 @@ class RunTracker:
         if self._image_interval and step % self._image_interval == 0:
             self._show_expert_load()
 
-    def images(self, step: int, figures: dict[str, Figure]) -> None:
+    def images(self, step: int, figures: "dict[str, Figure]") -> None:
         pictures = {name: Picture(lambda figure=figure: figure, self._drawing) for name, figure in figures.items()}  # type: ignore[misc]
         for backend in self._backends:
             backend.do(lambda opened: opened.images(step, {name: picture.pixels() for name, picture in pictures.items()}))

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from megalina.config import OptimConfig
 
@@ -22,60 +24,67 @@ class FlatTensor:
     decay: bool  # weight decay applies
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Tensors with the same weight decay."""
+
+    tensors: list[FlatTensor]
+    states: list[dict[str, Tensor]]
+    counts: list[Tensor]  # updates so far, as torch's kernels want them: a float32 scalar for each tensor
+    weight_decay: float
+
+    def column(self, name: str) -> list[Tensor]:
+        return [state[name] for state in self.states]
+
+
 class FlatOptimizer:
     """AdamW or SGD with one kernel launch for many flat tensors; ValueError where the implementation can't be had.
 
     AdamW: decoupled weight decay (Loshchilov and Hutter 2019), torch's fused kernel (on CPU too) or NVIDIA Apex's.
     SGD: no momentum; weight decay is added to the gradient, as torch does.
+
+    torch's kernels are called by torch's functions: its optimizer classes import its compiler, a second at each start.
     """
 
     def __init__(self, config: OptimConfig, tensors: list[FlatTensor]) -> None:
-        self._tensors = list(tensors)
+        if config.name not in ("adamw", "sgd"):
+            raise ValueError(f"optim.name must be adamw or sgd, got {config.name!r}")
+        self._config = config
         self._grads = [t.grad for t in tensors]
-        for t in self._tensors:
-            t.param.grad = t.grad
-        groups: list[dict[str, Any]] = []
+        # Allocated now, not at the first step, so that a checkpoint can be read into them.
+        names = ("exp_avg", "exp_avg_sq") if config.name == "adamw" else ()
+        self._state = [{name: torch.zeros_like(t.param) for name in names} for t in tensors]
+        self._groups = []
         for decay in (True, False):
-            params = [t.param for t in self._tensors if t.decay == decay]
-            if params:
-                groups.append({"params": params, "weight_decay": config.weight_decay if decay else 0.0})
-        use_apex = _use_apex(config, [t.param for t in self._tensors])
-        self._optimizer: torch.optim.Optimizer | None = None  # a rank may own no shard at all
-        if config.name == "adamw":
-            # Allocated now, not at the first step, so that a checkpoint can be read into them.
-            self._state = [{"exp_avg": torch.zeros_like(t.param), "exp_avg_sq": torch.zeros_like(t.param)} for t in tensors]
-            settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-            if groups and use_apex:
-                fused_adam = importlib.import_module("apex.optimizers").FusedAdam
-                self._optimizer = fused_adam(groups, **settings, adam_w_mode=True)
-            elif groups:
-                self._optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-            self.description = "AdamW: NVIDIA Apex FusedAdam" if use_apex else "AdamW: torch, fused kernel"
-        elif config.name == "sgd":
-            self._state = [{} for _ in tensors]
-            if groups:
-                self._optimizer = torch.optim.SGD(groups, lr=config.lr, fused=True)
+            chosen = [(t, state) for t, state in zip(tensors, self._state, strict=True) if t.decay == decay]
+            if chosen:  # a rank may own no shard at all
+                own = [t for t, _ in chosen]
+                counts = [torch.zeros((), dtype=torch.float32, device=t.param.device) for t in own]
+                weight_decay = config.weight_decay if decay else 0.0
+                self._groups.append(_Group(own, [state for _, state in chosen], counts, weight_decay))
+        use_apex = _use_apex(config, [t.param for t in tensors])
+        self._apex = self._fused_adam() if use_apex and self._groups else None
+        if config.name == "sgd":
             self.description = "SGD: torch, fused kernel"
         else:
-            raise ValueError(f"optim.name must be adamw or sgd, got {config.name!r}")
-        self._apex = use_apex
+            self.description = "AdamW: NVIDIA Apex FusedAdam" if use_apex else "AdamW: torch, fused kernel"
         self._step_count = 0
-        if self._optimizer is not None:
-            for t, state in zip(self._tensors, self._state, strict=True):
-                self._optimizer.state[t.param].update(state)
-            if config.name == "adamw" and not use_apex:
-                for t in self._tensors:
-                    self._optimizer.state[t.param]["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
 
     def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
         """One update with gradients multiplied by `grad_scale` (clipping)."""
         self._step_count += 1
-        if self._optimizer is None:
+        if not self._groups:
             return
-        self._scale(self._optimizer, grad_scale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        divisor = self._scale(grad_scale)
+        if self._apex is not None:
+            for settings in self._apex.param_groups:
+                settings["lr"] = lr
+            self._apex.step()
+            return
+        update = self._adamw if self._config.name == "adamw" else self._sgd
+        with torch.no_grad():
+            for group in self._groups:
+                update(group, lr, divisor)
 
     def state(self, i: int) -> Mapping[str, Tensor]:
         """The state of tensor `i`, each flat like it, to be read or overwritten in place: exp_avg and exp_avg_sq for
@@ -90,23 +99,71 @@ class FlatOptimizer:
     @step_count.setter
     def step_count(self, value: int) -> None:
         self._step_count = value
-        if self._optimizer is None:
-            return
-        for group in self._optimizer.param_groups:
-            if self._apex:
-                group["step"] = value
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(value)
+        for settings in [] if self._apex is None else self._apex.param_groups:
+            settings["step"] = value
+        for group in self._groups:
+            for count in group.counts:
+                count.fill_(value)
 
-    def _scale(self, optimizer: torch.optim.Optimizer, grad_scale: float) -> None:
+    def _adamw(self, group: _Group, lr: float, divisor: Tensor | None) -> None:
+        adamw(
+            [t.param for t in group.tensors],
+            [t.grad for t in group.tensors],
+            group.column("exp_avg"),
+            group.column("exp_avg_sq"),
+            [],
+            group.counts,
+            fused=True,
+            grad_scale=divisor,
+            amsgrad=False,
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            lr=lr,
+            weight_decay=group.weight_decay,
+            eps=self._config.eps,
+            maximize=False,
+        )
+
+    def _sgd(self, group: _Group, lr: float, divisor: Tensor | None) -> None:
+        sgd(
+            [t.param for t in group.tensors],
+            [t.grad for t in group.tensors],
+            [None] * len(group.tensors),
+            fused=True,
+            grad_scale=divisor,
+            weight_decay=group.weight_decay,
+            momentum=0.0,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _fused_adam(self) -> torch.optim.Optimizer:
+        for group in self._groups:
+            for t in group.tensors:
+                t.param.grad = t.grad
+        groups: list[dict[str, Any]] = [
+            {"params": [t.param for t in group.tensors], "weight_decay": group.weight_decay} for group in self._groups
+        ]
+        config = self._config
+        settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        optimizer: torch.optim.Optimizer = importlib.import_module("apex.optimizers").FusedAdam(
+            groups, **settings, adam_w_mode=True
+        )
+        for group in self._groups:
+            for t, state in zip(group.tensors, group.states, strict=True):
+                optimizer.state[t.param].update(state)
+        return optimizer
+
+    def _scale(self, grad_scale: float) -> Tensor | None:
         """Let torch's kernel divide by 1 / grad_scale while it has the gradients at hand; it takes a float32 divisor, too
         coarse for float64, and Apex takes none: those gradients are scaled beforehand, in one more pass over memory."""
-        in_kernel = not self._apex and all(g.dtype == torch.float32 for g in self._grads)
+        in_kernel = self._apex is None and all(g.dtype == torch.float32 for g in self._grads)
         divisor = torch.tensor(1.0 / grad_scale) if in_kernel and grad_scale not in (0.0, 1.0) else None
         if divisor is None and grad_scale != 1.0:
             torch._foreach_mul_(self._grads, grad_scale)
-        optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # what torch.amp.GradScaler sets
+        return divisor
 
 
 def _use_apex(config: OptimConfig, params: list[Tensor]) -> bool:

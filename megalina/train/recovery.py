@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megalina.checkpoint.checkpoints import newest_first
+from megalina.checkpoint.files import newest_first
 from megalina.comm.objects import everybodys
 from megalina.parallel.non_finite import first_bad_stage
 from megalina.parallel.step_result import StepResult

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.comm.objects import everybodys
 from megalina.step.plan import Plan
 from megalina.train.ledger import Line, difference

@@ -7,15 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalina.changed_settings import check_changes
-from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, newest_first, read_values
+from megalina.checkpoint.checkpoints import Checkpoints, all_damaged
 from megalina.checkpoint.checksums import damaged
-from megalina.checkpoint.files import is_complete
+from megalina.checkpoint.files import newest_first, read_values
 from megalina.config import PretrainConfig
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in RUN/checkpoints, if there is one; it may be damaged."""
-    return next((path for path in newest_first(folder) if is_complete(path)), None)
 
 
 def resume_candidates(config: PretrainConfig) -> list[Path]:

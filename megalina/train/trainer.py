@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megalina.changed_settings import as_json, change_line, changes
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.parallel.plan_file import PLAN_FILE, write_plan
@@ -33,7 +33,7 @@ from megalina.train.determinism import make_deterministic
 from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
-from megalina.train.resume import agreed_resume_point, newest_checkpoint, resume_point
+from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.step_runner import StepRunner
 from megalina.train.throughput import mfu, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note

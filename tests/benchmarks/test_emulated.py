@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from tools.compare_strategies import composed
 
 from benchmarks.validation.emulated import HostConstants, simulate_emulated
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.plan_settings import plan_of
 from megalina.sim.virtual import Timeline
@@ -31,7 +31,7 @@ NARROW, WIDE = 500.0, 1e9
 @pytest.fixture(scope="module")
 def ladder() -> PretrainConfig:
     words = ("experiment=ladder", "model.num_experts=4", "parallel.ep=4", "train.global_batch_size=16", "launch.ranks=4")
-    return composed([*words, "strategy=eager", "strategy.partition_bytes=0"])
+    return compose([*words, "strategy=eager", "strategy.partition_bytes=0"])
 
 
 def walked(config: PretrainConfig, host: HostConstants, *, link_mbit: float = WIDE) -> Timeline:

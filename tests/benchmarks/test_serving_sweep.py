@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tools.compare_strategies import composed
 
 from benchmarks.serving.figure import Cell, columns_of, draw, text_of
 from benchmarks.serving.measured import (
@@ -37,6 +36,7 @@ from benchmarks.serving.sweep import (
     verdict,
 )
 from benchmarks.serving.tables import Point, map_table, modes_table, plan_table, slots_table, swap_table
+from megalina.compose import compose
 from megalina.config import InferConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.forecast.serving import PlannerSeconds
 from megalina.placement.placement import EMPTY
@@ -107,7 +107,7 @@ def test_residents_hold_each_expert_as_often_as_there_are_devices_for_it() -> No
 def hardware(*, plan_s: float = 0.0, expert_s: float = 0.0) -> Hardware:
     model = ModelConfig(num_layers=20, d_model=2048, num_heads=16, num_kv_heads=16, num_experts=16, d_ff=8192)
     train = TrainConfig(dtype="bfloat16", seq_len=256)
-    cluster = composed(["cluster=h100_400g"]).cluster
+    cluster = compose(["cluster=h100_400g"]).cluster
     config = PretrainConfig(model=model, router=RouterConfig(top_k=2), cluster=cluster, train=train)
     return Hardware(config=config, context=0, expert_s=expert_s, planner=PlannerSeconds(plan_s=plan_s, check_s=plan_s / 10))
 

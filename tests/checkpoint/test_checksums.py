@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.checkpoint.checksums import SUMS, Sum, damaged, read_sums, share, sum_of, write_sums
-from megalina.checkpoint.files import is_complete, read_metadata
+from megalina.checkpoint.files import is_complete, read_values
+from megalina.checkpoint.stored import read_metadata, read_tensors
 from tests.checkpoint.planted import flip, saved, sign
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalina.checkpoint import safetensors_file, streamed, writing
+from megalina.checkpoint import safetensors_file, streamed, tensor_files
 from megalina.checkpoint.average import average
-from megalina.checkpoint.checkpoints import read_tensors, read_values
-from megalina.checkpoint.files import Stored
+from megalina.checkpoint.files import read_values
 from megalina.checkpoint.safetensors_file import from_safetensors, to_safetensors
+from megalina.checkpoint.stored import Stored, read_tensors
 from megalina.checkpoint.streamed import rewrite, write_checkpoint
 from megalina.checkpoint.wholeness import faults
 from tests.checkpoint.planted import CONFIG, STATE, WEIGHTS, flip, names, saved
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing._HashedFile, "write", full)
+    monkeypatch.setattr(tensor_files._HashedFile, "write", full)
     with pytest.raises(OSError, match="No space left"):
         rewrite(source, tmp_path / "new", files=2)
     assert names(tmp_path) == ["step_00000001"]
@@ -138,7 +138,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
         return int(status["RssAnon"].split()[0]) / 1024
 
     save = torch.save
-    monkeypatch.setattr(writing.torch, "save", lambda *given: (seen.append(anonymous_mb()), save(*given)))
+    monkeypatch.setattr(tensor_files.torch, "save", lambda *given: (seen.append(anonymous_mb()), save(*given)))
     monkeypatch.setattr(safetensors_file, "_raw", lambda t, raw=safetensors_file._raw: (seen.append(anonymous_mb()), raw(t))[1])
     before = anonymous_mb()
     rewrite(tmp_path / "new", tmp_path / "again", files=1)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalina.checkpoint.checkpoints import newest_first, read_tensors
 from megalina.checkpoint.checksums import SUMS
+from megalina.checkpoint.files import newest_first
+from megalina.checkpoint.stored import read_tensors
 from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
 from tests.checkpoint.planted import WEIGHTS, checkpoints, flip, names, saved

@@ -13,9 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megalina.checkpoint import checkpoints as checkpoints_module
-from megalina.checkpoint import writing
-from megalina.checkpoint.checkpoints import newest_first, read_tensors
+from megalina.checkpoint import tensor_files, writing
 from megalina.checkpoint.checksums import damaged
+from megalina.checkpoint.files import newest_first
+from megalina.checkpoint.stored import read_tensors
 from megalina.checkpoint.writing import SaveFailed
 from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
@@ -45,10 +46,10 @@ def weights(value: float, elements: int = 100) -> dict[str, Slice]:
 MOMENTS = {
     "folder": (0, Path, "mkdir"),
     "folder, seen by rank 1": (1, dcp.FileSystemWriter, "prepare_local_plan"),
-    "tensors": (1, writing._HashedFile, "write"),
-    "sync": (1, writing.os, "fsync"),
+    "tensors": (1, tensor_files._HashedFile, "write"),
+    "sync": (1, tensor_files.os, "fsync"),
     "metadata": (0, dcp.FileSystemWriter, "finish"),
-    "metadata's name": (0, writing._HashedFiles, "rename"),
+    "metadata's name": (0, tensor_files._HashedFiles, "rename"),
     "values": (0, checkpoints_module, "write_rest"),
     "sums": (0, writing, "write_sums"),
     "name": (0, Path, "rename"),

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tools.compare_strategies import composed
 
 from megalina.blocks.model import shape_of
 from megalina.compare.ladder import EAGER_PIECES, LADDER, LINK_MBIT, OVERRIDES, STRATEGIES, Setting
+from megalina.compose import compose
 from megalina.mesh import build_mesh
 from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.step import strategy
@@ -25,7 +25,7 @@ def test_every_strategy_that_there_is_climbs_the_ladder() -> None:
 
 @pytest.mark.parametrize("setting", LADDER, ids=lambda s: s.name)
 def test_a_setting_composes_with_one_expert_a_rank_and_emulated_devices(setting: Setting) -> None:
-    config = composed(setting.all_overrides())
+    config = compose(setting.all_overrides())
     check_config(config, setting.world)
     model, cluster = config.model, config.cluster
     assert model.num_experts == config.parallel.ep == setting.world
@@ -38,7 +38,7 @@ def test_a_setting_composes_with_one_expert_a_rank_and_emulated_devices(setting:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_layers_dense_gradients_are_light_or_heavy(name: str) -> None:
-    config = composed(SETTINGS[name].all_overrides())
+    config = compose(SETTINGS[name].all_overrides())
     config.model.num_experts = 4  # few, on one rank
     gpt = build_shard(
         config.model, config.router, build_mesh(), vocab_size=384, max_positions=64, seed=0, dtype=torch.float32,
@@ -53,7 +53,7 @@ def test_a_layers_dense_gradients_are_light_or_heavy(name: str) -> None:
 def test_a_setting_with_twice_the_ranks_sends_half_the_rows_a_rank() -> None:
     def rows_bytes(setting: Setting) -> float:
         world = setting.world
-        return wire_bytes(composed(setting.all_overrides()), world, 1, ranks_per_node=1) * world / (world - 1)
+        return wire_bytes(compose(setting.all_overrides()), world, 1, ranks_per_node=1) * world / (world - 1)
 
     light, doubled = SETTINGS["4x1 light"], SETTINGS["4x2 light"]
     assert rows_bytes(doubled) == pytest.approx(rows_bytes(light) / 2)

@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megalina.cli.data import main as preprocess_main
 from megalina.data import documents as documents_module
 from megalina.data.bpe import train_bpe
 from megalina.data.documents import Source, cut_sources, find_sources, read_texts
@@ -17,6 +16,8 @@ from megalina.data.indexed import IndexedDataset
 from megalina.data.manifest import read_manifest
 from megalina.data.preprocess import Recipe, preprocess
 from megalina.data.tokenizer import open_tokenizer
+from tests.commands import done
+from tools.train_tokenizer import main as train_tokenizer_main
 
 REPOSITORY = Path(__file__).parents[2]
 TEXTS = [f"document {i}\n" + "some words, é中🙂 and \u2581 more\n" * (i % 17) for i in range(200)] + ["", "the last one"]
@@ -208,19 +209,14 @@ def test_bad_input_is_one_line(folder: Path) -> None:
         run(folder, ["in.jsonl", str(REPOSITORY / "pyproject.toml")], "bad", json_keys=("text", "title"))
 
 
-def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(REPOSITORY)})
-
-
 def test_the_two_tools_turn_text_into_a_dataset(folder: Path) -> None:
-    trained = tool(
-        "train_tokenizer.py", "--input", folder / "in.jsonl", "--output-prefix", folder / "small", "--vocab-size", 9000
+    trained = done(
+        train_tokenizer_main, "--input", folder / "in.jsonl", "--output-prefix", folder / "small", "--vocab-size", 9000
     )
     assert trained.returncode == 0 and "9000 asked for" in trained.stdout
     arguments = ("--output-prefix", folder / "tool", "--tokenizer-model", folder / "tok.model", "--append-eod")
-    done = tool("preprocess_data.py", "--input", folder / "in.jsonl", *arguments)
-    assert done.returncode == 0 and "201 documents" in done.stdout and done.stderr == ""
+    made = done(preprocess_main, "--input", folder / "in.jsonl", *arguments)
+    assert made.returncode == 0 and "201 documents" in made.stdout and made.stderr == ""
     assert_equal_files(folder, "tool")
-    failed = tool("preprocess_data.py", "--input", folder / "none.jsonl", *arguments)
+    failed = done(preprocess_main, "--input", folder / "none.jsonl", *arguments)
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tools.compare_strategies import composed
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, Forecast, forecast, memory_limit_bytes
 from megalina.forecast.search import Candidate, accepted, candidate, ordered, search
@@ -22,7 +22,7 @@ SMALL = (
 
 
 def config_of(*overrides: str) -> PretrainConfig:
-    return composed([*SMALL, *overrides])
+    return compose([*SMALL, *overrides])
 
 
 def forecast_of(config: PretrainConfig, plan: Plan = EAGER) -> Forecast:
@@ -93,7 +93,7 @@ def test_plans_are_taken_up_again_as_they_are() -> None:
     config = config_of("parallel.zero=1")
     for plan in OF_A_LAYOUT:
         planned = replace(config, strategy=strategy_of(plan, config.strategy))
-        again = composed([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
+        again = compose([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
         assert again.strategy == planned.strategy, plan
 
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.compose import compose
 from megalina.config import ClusterConfig, HardwareConfig
 from megalina.forecast.network import NODES_PER_SWITCH, network_of
-from tools.compare_strategies import composed
 
 
 def cluster(name: str) -> ClusterConfig:
-    return composed([f"cluster={name}"]).cluster
+    return compose([f"cluster={name}"]).cluster
 
 
 def test_a_node_of_eight_devices_with_an_adapter_each() -> None:

@@ -4,9 +4,9 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from tools.compare_strategies import composed
 
 from megalina.cli.plan import main
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.forecast.bounds import MOST_LAYERS, MOST_RANKS, check_work
 from megalina.forecast.paste import command, heads, joined, origin, planned_for
@@ -18,7 +18,7 @@ TINY = ["model=tiny", "cluster=h100_400g", "train.global_batch_size=64", "train.
 
 def pasted(line: str) -> PretrainConfig:
     words = shlex.split(line)
-    return composed(words[words.index("pretrain_gpt_moe.py") + 1 :])
+    return compose(words[words.index("pretrain_gpt_moe.py") + 1 :])
 
 
 def same_job(found: PretrainConfig, planned: PretrainConfig) -> bool:
@@ -62,7 +62,7 @@ def test_the_line_to_paste_is_the_planned_job(
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_every_plan_comes_back_as_it_was(plan) -> None:
     words = [*TINY, "cluster.nodes=1", "parallel.ep=4", "parallel.zero=1", "model.num_layers=4", "strategy=flow"]
-    config = composed(words)
+    config = compose(words)
     planned = candidate(config, plan, 8, vocab_size=512)
     line = command(joined(planned_for(words, config, world=8, vocab_size=512), planned.overrides()), nodes=2, ranks_per_node=4)
     wanted = replace(planned.config, model=replace(config.model, vocab_size=512))
@@ -72,15 +72,15 @@ def test_every_plan_comes_back_as_it_was(plan) -> None:
 
 
 def test_heads_and_the_model_that_overrides_start_from_are_shown() -> None:
-    config = composed(["model=tiny", "model.d_model=2048"])
+    config = compose(["model=tiny", "model.d_model=2048"])
     assert heads(config).startswith("4 heads x 512, 4 of keys and values; warning: heads wider than 256")
-    assert heads(composed(["model=tiny"])) == "4 heads x 16, 4 of keys and values"
+    assert heads(compose(["model=tiny"])) == "4 heads x 16, 4 of keys and values"
     assert origin(["model.d_model=2048"], config) == "model.d_model=2048 start from model=tiny, as no model=NAME is given"
     assert origin(["model=tiny", "model.d_model=2048"], config) == origin(["optim.lr=1"], config) == ""
 
 
 def test_what_a_minute_does_not_walk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    config = composed(["model=tiny"])
+    config = compose(["model=tiny"])
     check_work(config, MOST_RANKS)
     for words, said in (
         (
@@ -102,7 +102,7 @@ def test_the_fastest_that_fits_under_skew_is_named(capsys: pytest.CaptureFixture
     words = [*TINY, "nodes=1", "parallel.ep=4"]
     assert main(words) == 0
     assert "at a skew" not in capsys.readouterr().out
-    tight = composed([*TINY, "cluster.nodes=1"])
+    tight = compose([*TINY, "cluster.nodes=1"])
     best, second = search(tight, 8, vocab_size=32768)[:2]
     assert best.found and second.found
     asked: list[float] = []

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from tools.compare_strategies import composed
 
 from megalina.blocks.model import shape_of
+from megalina.compose import compose
 from megalina.cost.stage_bytes import StageBytes
 from megalina.cost.stage_seconds import stage_seconds
 from megalina.cost.stage_work import StageWork
@@ -20,7 +20,7 @@ from megalina.step.strategy import Setting, training_step
 
 WORLD, VOCAB = 8, 512
 PLANS = (Plan("eager"), Plan("lina", chunks=(2,), yields=True, piece_bytes=2**14, packing=2), Plan("flow", parts=2))
-CONFIG = composed(
+CONFIG = compose(
     ["model=tiny", "model.num_experts=8", "cluster=h100_400g", "cluster.nodes=1", "parallel.ep=4", "parallel.tp=2"]
     + ["train.micro_batch_size=2", "train.global_batch_size=32", "train.dtype=bfloat16"]
 )

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tools.compare_strategies import composed
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.forecast.forecast import RESERVED_BYTES, WALKED, forecast, forecast_of
 from megalina.forecast.priced_step import PricedStep, Shared
@@ -26,7 +26,7 @@ SMALL = (
 
 
 def config_of(*overrides: str) -> PretrainConfig:
-    return composed([*SMALL, *overrides])
+    return compose([*SMALL, *overrides])
 
 
 def with_memory(config: PretrainConfig, **values: Any) -> PretrainConfig:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tools.compare_strategies import composed
 
 from megalina.blocks.model import plain_shape
+from megalina.compose import compose
 from megalina.forecast.network import network_of
 from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
 from megalina.forecast.serving_decisions import Decider, ServedBatch, even_choices, shared_evenly
@@ -307,7 +307,7 @@ def test_dense_layers_count_with_the_moe_layer_after_them() -> None:
 
 
 def roofline(context: int = 0, **model: object) -> RooflineSeconds:
-    config = composed(["cluster=h100_400g", "model=mixtral_8x7b", "train.dtype=bfloat16", "train.seq_len=2048"])
+    config = compose(["cluster=h100_400g", "model=mixtral_8x7b", "train.dtype=bfloat16", "train.seq_len=2048"])
     return RooflineSeconds(replace(config, model=replace(config.model, **model)), context=context)  # type: ignore[arg-type]
 
 
@@ -337,7 +337,7 @@ def test_decoding_reads_keys_and_values_and_prefill_does_not() -> None:
 
 def test_a_cluster_of_devices_serves_a_skewed_batch() -> None:
     """Many rows a device: static waits for the busiest device, and an oracle does not."""
-    config = composed(["cluster=h100_400g", "model=mixtral_8x7b", "train.dtype=bfloat16", "train.seq_len=2048"])
+    config = compose(["cluster=h100_400g", "model=mixtral_8x7b", "train.dtype=bfloat16", "train.seq_len=2048"])
     size = replace(SIZE, num_layers=LAYERS, batch_tokens=2048 * DEVICES)
     batches = [shared_evenly(ids, DEVICES) for ids in drawn(WORKLOADS["hot_rank"](size), 0)]
     device = RooflineSeconds(config)

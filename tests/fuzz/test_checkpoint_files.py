@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megalina.checkpoint.checkpoints import read_tensors, read_values
 from megalina.checkpoint.checksums import METADATA, VALUES
-from megalina.checkpoint.files import read_metadata
+from megalina.checkpoint.files import read_values
 from megalina.checkpoint.metadata_pickle import read_pickle
+from megalina.checkpoint.stored import read_metadata, read_tensors
 from tests.checkpoint.planted import STATE, saved, sign
 from tests.fuzz.bounded import outcomes, spoiled
 
@@ -151,7 +151,7 @@ def test_bombs_end_neither_the_interpreter_nor_the_memory(tmp_path: Path, whole:
         sign(there)
     code = """
 from pathlib import Path
-from megalina.checkpoint.files import read_metadata
+from megalina.checkpoint.stored import read_metadata
 limit(400)
 for path in sorted(Path(sys.argv[1]).iterdir()):
     attempt(path.name, lambda: read_metadata(path))

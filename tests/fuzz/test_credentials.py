@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalina.cli import train
 from megalina.config import PretrainConfig
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.data.indexed import IndexedWriter
+from tests.commands import done
 
 ROOT = Path(__file__).resolve().parents[2]
 WANDB_KEY, HF_TOKEN, PASSWORD = "5ecret" + "0123456789abcdef" * 3, "hf_" + "S3cretToken" * 4, "netrc-Passw0rd-of-mine"
@@ -53,14 +55,14 @@ def test_a_run_with_keys_in_its_environment_writes_none_of_them(tmp_path: Path, 
     ]
     short = ["train.steps=2", "train.seq_len=16", "train.eval_sequences=2", "train.micro_batch_size=4", "checkpoint.interval=1"]
     data = ["data=indexed", "data.prefix=tokens", "data.cache_dir=cache", "cluster.peak_tflops=1", "model.name=${oc.env:HOME}"]
-    done = command(tmp_path, environment, *tiny, *short, *data, "run.dir=run", "tracker.tensorboard=true")
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran = command(tmp_path, environment, *tiny, *short, *data, "run.dir=run", "tracker.tensorboard=true")
+    assert ran.returncode == 0, ran.stderr[-3000:]
     written = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"config.yaml", ".hydra", "metrics.jsonl", "report.html", "wandb", "tensorboard", "checkpoints", "logs"} <= written
     assert list((tmp_path / "run").glob("wandb/*/*.wandb"))
     assert environment["HOME"] in (tmp_path / "run" / "config.yaml").read_text()  # other variables may be named
     assert leaks(tmp_path) == []
-    assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
+    assert not any(secret in ran.stdout + ran.stderr for secret in SECRETS)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +83,27 @@ def test_a_run_with_keys_in_its_environment_writes_none_of_them(tmp_path: Path, 
     ids=lambda text: text[:24],
 )
 def test_a_key_in_a_setting_is_refused_in_one_line_that_does_not_tell_it(
-    tmp_path: Path, environment: dict[str, str], override: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], override: str, told: str
 ) -> None:
-    done = command(tmp_path, environment, override, "run.dir=run")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1, done.stderr
-    assert not any(secret in done.stderr for secret in SECRETS)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    refused = done(train.main, override, "run.dir=run")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(told) and refused.stderr.count("\n") == 1, refused.stderr
+    assert not any(secret in refused.stderr for secret in SECRETS)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_does_not_write_down_a_key_that_was_typed(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = command(tmp_path, environment, "-m", f"model.name=a,{WANDB_KEY}", "launch.dry_run=true", "hydra.sweep.dir=sweep")
-    assert (done.returncode, leaks(tmp_path), list(tmp_path.iterdir())) == (2, [], [])
-    assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
+def test_a_sweep_does_not_write_down_a_key_that_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    swept = done(train.main, "-m", f"model.name=a,{WANDB_KEY}", "launch.dry_run=true", "hydra.sweep.dir=sweep")
+    assert (swept.returncode, leaks(tmp_path), list(tmp_path.iterdir())) == (2, [], [])
+    assert not any(secret in swept.stdout + swept.stderr for secret in SECRETS)
 
 
 def test_what_is_a_credential_and_what_only_sounds_like_one(tmp_path: Path) -> None:

@@ -2,22 +2,19 @@
 
 import copy
 import math
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import pretrain_gpt_moe
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
+from megalina.cli import train
 from megalina.config import PretrainConfig
 from megalina.credentials import text_values
 from megalina.dry_run import describe
@@ -157,7 +154,7 @@ def refusal(text: str) -> str | None:
     try:
         config = load_config(text)
     except (ValueError, OmegaConfBaseException) as error:
-        line = pretrain_gpt_moe.explain(error, [])
+        line = train.explain(error, [])
         assert "\n" not in line, line
         return line
     assert isinstance(config, PretrainConfig)
@@ -205,14 +202,8 @@ def command(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:
-        GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moe.py", *arguments, "launch.dry_run=true"])
-        try:
-            pretrain_gpt_moe.run()
-        except SystemExit as error:
-            return int(error.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        code = train.main([*arguments, "launch.dry_run=true"])
+        return code, capsys.readouterr().err
 
     return run
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.measure.check import Checked, as_json, busy, checked, overrides_of, table
 from megalina.measure.cluster_file import cluster_of
@@ -13,7 +14,6 @@ from megalina.measure.trial_runs import BETWEEN, mean_parts, median_parts, parts
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.validate import check_config
 from tests.measure import made
-from tools.compare_strategies import composed
 
 
 def event(kind: str, name: str, start_s: float, end_s: float, *, op: str = "", phase: str = "F", exposed_s: float = 0.0) -> Event:
@@ -44,7 +44,7 @@ def test_the_configurations_run_on_any_number_of_ranks(world: int) -> None:
     found = overrides_of(world)
     assert set(found) == {"laptop", "copies", "wide"}
     for words in found.values():
-        check_config(composed(words), world)
+        check_config(compose(words), world)
 
 
 def test_a_forecast_that_is_right_has_no_error_and_one_that_is_not_says_where() -> None:

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tools.write_report import main
 
+from megalina.cli.report import main
 from megalina.track.expert_load import MAX_SNAPSHOTS, LoadHistory, keep_snapshot, layer_numbers
 from megalina.track.load_map import DARK, LEVELS, LIGHT, NO_TOKEN, colour_levels, load_figure, png
 from megalina.track.report import Sample, rebuild_report, write_report

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_tensors, read_values
+from megalina.checkpoint.files import read_values
+from megalina.checkpoint.stored import read_tensors
 from megalina.config import (
     CheckpointConfig,
     ClusterConfig,

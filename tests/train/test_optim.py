@@ -51,6 +51,34 @@ def test_clipped_steps_equal_torchs_on_ordinary_parameters(name: str, dtype: tor
             torch.testing.assert_close(t.param, p.detach().flatten(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_are_those_of_torchs_fused_classes_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, dtype=dtype, generator=generator) for s in SHAPES]
+    config = OptimConfig(name=name, weight_decay=0.3)
+    tensors, params = flat_tensors(values), [t.param.clone() for t in flat_tensors(values)]
+    groups = [
+        {"params": [p for p, d in zip(params, DECAYS) if d == decay], "weight_decay": config.weight_decay if decay else 0.0}
+        for decay in (True, False)
+    ]
+    reference: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1.0, fused=True)
+    if name == "adamw":
+        reference = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = FlatOptimizer(config, tensors)
+    for i in range(4):
+        for p, t in zip(params, tensors):
+            t.grad.copy_(torch.randn(t.grad.shape, dtype=dtype, generator=generator))
+            p.grad = t.grad.clone()
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * (i + 1)
+        scale = 0.3 if i % 2 and dtype == torch.float32 else 1.0
+        reference.grad_scale = torch.tensor(1.0 / scale) if scale != 1.0 else None  # type: ignore[attr-defined]
+        reference.step()
+        optimizer.step(lr=0.01 * (i + 1), grad_scale=scale)
+        assert all(torch.equal(p, t.param) for p, t in zip(params, tensors))
+
+
 def test_a_scale_of_zero_gives_zero_gradients() -> None:
     tensors = flat_tensors([torch.ones(s) for s in SHAPES])
     tensors[0].grad.fill_(3.0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalina.checkpoint.checkpoints import read_tensors
+from megalina.checkpoint.stored import read_tensors
 from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel import reshard
 from megalina.parallel.plan_file import with_plan

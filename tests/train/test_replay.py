@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megalina.batch import Batch
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.train.replay import ReplayDiffers, replay
 from megalina.train.trainer import Trainer
 from tests.parallel.ranks import run_on_ranks

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalina.checkpoint.checkpoints import read_values
+from megalina.checkpoint.files import read_values
 from megalina.checkpoint.profile import PROFILE, find_profile
 from megalina.checkpoint.restored import restore
 from megalina.checkpoint.wholeness import faults

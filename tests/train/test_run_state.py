@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalina.checkpoint.checkpoints import read_tensors, read_values
+from megalina.checkpoint.files import read_values
+from megalina.checkpoint.stored import read_tensors
 from megalina.train.trainer import Trainer
 from tests.in_groups import InGroups
 from tests.parallel.ranks import run_on_ranks

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalina.checkpoint.checkpoints import read_tensors, read_values
+from megalina.checkpoint.files import read_values
+from megalina.checkpoint.stored import read_tensors
 from megalina.config import PretrainConfig
 from megalina.train.trainer import Trainer, train
 from tests.parallel.ranks import run_on_ranks

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.compose import compose
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig
 from megalina.parameters import is_moe_layer
 from megalina.validate import check_config
 from megalina.verify.layouts import places
 from megalina.verify.recording import SEQUENCES
 from megalina.verify.shrink import shrink, shrink_router
-from tests.test_conf import MODELS, ROOT, composed
+from tests.test_conf import MODELS, ROOT
 
 ROUTERS = sorted(path.stem for path in (ROOT / "conf" / "router").glob("*.yaml"))
 
@@ -39,7 +40,7 @@ def mechanisms(config: PretrainConfig) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_keeps_its_mechanisms_and_fits_every_layout(name: str) -> None:
-    config = composed(f"model={name}")
+    config = compose([f"model={name}"])
     for ranks in (1, 2, 3, 4, 8):
         small = shrink(config, ranks)
         assert mechanisms(small) == mechanisms(config)
@@ -78,7 +79,7 @@ def test_what_is_off_stays_off() -> None:
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("model", ["olmoe_1b_7b", "tiny", "lina_12l_4e"])
 def test_every_router_fits_the_shrunk_experts(name: str, model: str) -> None:
-    config = composed(f"model={model}", f"router={name}")
+    config = compose([f"model={model}", f"router={name}"])
     for ranks in (1, 4, 8):
         check_config(shrink(config, ranks), 1)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megalina.cli import verify as verify_layouts
+from megalina.compose import CONF
 from megalina.verify import layouts, verification
 from megalina.verify.layouts import Choices, Row
 from megalina.verify.recording import Layout
 from megalina.verify.verification import Result, common_cause
-from tools import verify_layouts
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_every_router_and_strategy_is_there_and_the_users_own_first() -> None:
-    files = {path.stem for path in (verify_layouts.ROOT / "conf" / "router").glob("*.yaml")}
+    files = {path.stem for path in (CONF / "router").glob("*.yaml")}
     plain = verify_layouts.choices_of(["model=laptop"], 4)
     assert set(plain.routers) == files
     assert next(iter(plain.routers)) == "topk"
@@ -104,7 +105,7 @@ def test_every_router_and_strategy_is_there_and_the_users_own_first() -> None:
     assert next(iter(own.routers)) == "yours"
     assert (own.routers["yours"].kind, own.routers["yours"].z_loss) == ("sigmoid", 0.5)
     assert own.routers["sigmoid"] == plain.routers["sigmoid"]
-    in_files = {path.stem for path in (verify_layouts.ROOT / "conf" / "strategy").glob("*.yaml")}
+    in_files = {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     assert set(own.strategies) == in_files - {"auto"}  # which is one of the others, whichever is fastest
 
 

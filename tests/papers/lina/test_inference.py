@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tools.compare_strategies import composed
 
+from megalina.compose import compose
 from megalina.placement.controller import Outcome
 from megalina.placement.routing_trace import traced, write_trace
 from megalina.serve.modes import read_mode
@@ -133,7 +133,7 @@ def test_bad_input_stops_before_the_fit(tmp_path: Path) -> None:
         raise AssertionError(what)
 
     with pytest.raises(ValueError, match="take cluster=lina_testbed"):
-        reenact(composed(["cluster=h100_400g"]), **modes, progress=never)
+        reenact(compose(["cluster=h100_400g"]), **modes, progress=never)
     with pytest.raises(ValueError, match="give two"):
         reenact(base(), **modes, traces=[tmp_path], progress=never)
     with pytest.raises(FileNotFoundError):

@@ -2,9 +2,9 @@
 
 from functools import cache
 
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from papers.lina.walk import Bed, Constants
-from tools.compare_strategies import composed
 
 PLAIN = Constants(
     inside_factor=1.0,
@@ -19,7 +19,7 @@ PLAIN = Constants(
 
 @cache
 def base() -> PretrainConfig:
-    return composed(["model=lina_12l_4e", "cluster=lina_testbed"])
+    return compose(["model=lina_12l_4e", "cluster=lina_testbed"])
 
 
 @cache
