@@ -33,6 +33,7 @@ class RouterLoss:
     name: str  # of its value, and of what is reported
     weight: float
     functions: str  # "package.module:function" or "folder/file.py:function"
+    scores_kept: int = 2  # times [T, E] numbers that it keeps for backward
 
 
 class MoE(Block):
@@ -277,9 +278,9 @@ class MoE(Block):
         before = memory.norm(rank, o) if score else Inside()
         written = self.model.shared_d_ff > 0 or rank.tp > 1  # the normed tokens are a value themselves
         copied = score and gate and (rank.mixed or not written)
-        kept = before.kept + wide * copied
+        kept = before.kept + wide * (copied + self.kind.rows_kept * score)
         if select:
-            kept += self.kind.scores_kept * scores
+            kept += (self.kind.scores_kept + sum(loss.scores_kept for loss in self.router_losses)) * scores
         rows, order = sent * rank.width * rank.element, INT_BYTES * sent
         normed = x if score and (rank.mixed or written or not gate) else 0
         results = rows + ORDER * order + normed

@@ -18,6 +18,7 @@ class RouterKind:
     has_bias: ClassVar[bool] = False  # scores are independent of each other, so that a selection bias can balance them
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
     scores_kept: ClassVar[int] = 3  # times [T, E] numbers that are kept for backward
+    rows_kept: ClassVar[int] = 0  # times [T, D] numbers that are, besides what a gate reads
     settings: ClassVar[Sequence[str]] = ()  # settings of `router` that mean something to this kind alone
 
     @classmethod
