@@ -31,12 +31,12 @@ import yaml
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.counts import model_flops
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, TrainConfig
 from megalina.mesh import build_mesh
 from megalina.model.init import spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.model_flops import model_flops
 from megalina.train.throughput import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import pretrain_gpt_moe
 from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.cli import train
@@ -135,7 +134,7 @@ ROUTERS = sorted(path.stem for path in FILES if path.parent.name == "router")
     "shape", [(), ("model.bias=true", "model.moe_every=2", "model.shared_d_ff=32", "model.positions=learned")]
 )
 def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tuple[str, ...]) -> None:
-    config = compose("model=tiny", "model.num_layers=4", f"router={router}", *shape)
+    config = compose(["model=tiny", "model.num_layers=4", f"router={router}", *shape])
     model, sizes = config.model, {"vocab_size": 512, "seq_len": 32}
     gpt = GPT(model, config.router, vocab_size=512, max_positions=32, seed=0)  # on the meta device
     counts = count_parameters(model, config.router, **sizes)
@@ -147,7 +146,7 @@ def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tup
 
 
 def test_every_kind_of_router_has_a_file() -> None:
-    assert {compose(f"router={name}").router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
+    assert {compose([f"router={name}"]).router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_a_dry_run_tells_layout_and_sizes() -> None:
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_dry_run_counts_what_a_rank_allocates(zero: int) -> None:
     """Norms and routers too, which tp doesn't cut; with ZeRO-1 each copy of a parameter has its share of the moments."""
-    config = compose("model=tiny", "parallel.tp=2", f"parallel.zero={zero}", "train.global_batch_size=8")
+    config = compose(["model=tiny", "parallel.tp=2", f"parallel.zero={zero}", "train.global_batch_size=8"])
     buckets = bucket_specs(config, 4, vocab_size=512).values()
     numel = sum(bucket.numel for bucket in buckets)
     moments = sum(2 * bucket.numel // ({"world": 4, "copies": 4, "dp": 2}[bucket.axis] if zero else 1) for bucket in buckets)
@@ -411,17 +410,17 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, 
 
 
 def test_changed_settings_are_refused_before_text_is_prepared(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", compose("model=tiny"), 512)
+    saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", compose(["model=tiny"]), 512)
 
     def prepared(config: PretrainConfig) -> int:
         raise AssertionError("text is prepared")
 
-    monkeypatch.setattr(pretrain_gpt_moe, "check_data", prepared)
+    monkeypatch.setattr(train, "check_data", prepared)
     code, out, err = command("model=tiny", "run.dir=here", "train.dtype=bfloat16")
     assert (code, out, err.count("\n")) == (2, [], 1) and "number type: train.dtype float32 -> bfloat16: set back" in err
     code, out, err = command("model=tiny", "run.dir=here", "train.seed=1", "optim.lr=1")
     assert (code, out, err.count("\n")) == (2, [], 1) and "another run: train.seed 1234 -> 1: " in err
-    path = saved_checkpoint(tmp_path / "old" / "step_00000020", compose("model=tiny"), 512)
+    path = saved_checkpoint(tmp_path / "old" / "step_00000020", compose(["model=tiny"]), 512)
     code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"train.init_from={path}")
     assert (code, out, err.count("\n")) == (2, [], 1) and "another model: model.d_ff 128 -> 64: " in err
 

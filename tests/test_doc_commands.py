@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose as compose_any
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
+from megalina.cli import simulate
+from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.explain import CONF
 from megalina.plan_settings import strategy_of
-from megalina.sim.virtual import simulate
 from megalina.step.plan import Plan
 from megalina.validate import check_config, check_hardware
 from tests.doc_commands import DOCUMENTS, ROOT, Command, commands_of
@@ -68,7 +70,7 @@ def test_what_is_simulated_passes_the_checks(command: Command) -> None:
     for job in command.jobs():
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            found = simulate._job(compose("simulate", overrides=job), job)
+            found = simulate._job(compose_any("simulate", overrides=job), job)
         check_hardware(found.config.cluster)
         check_config(found.config, found.world)
 

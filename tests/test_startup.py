@@ -29,7 +29,7 @@ RANK = """
 import json, sys
 from pathlib import Path
 from megalina.train import trainer
-from megalina.train.steps import Steps
+from megalina.train.step_runner import StepRunner
 from megalina.worker import load_config
 names = json.loads(sys.argv[1])
 def said(when):
@@ -38,7 +38,7 @@ def first_step(self, *arguments, **named):
     said("first step")
     raise SystemExit(0)
 said("imported")
-Steps.compute = first_step
+StepRunner.compute = first_step
 trainer.train(load_config(Path(sys.argv[2]).read_text()))
 """
 

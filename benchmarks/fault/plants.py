@@ -39,12 +39,12 @@ class Place:
 
 def before_experts(place: Place, on: int, fault: Callable[[Any], None]) -> None:
     """On rank `on` call `fault(instruction functions)` once, in the first experts' instruction of step STEP."""
-    from megalina.parallel.functions import StageFunctions
+    from megalina.parallel.functions import InstructionFunctions
     from megalina.step.program import Instruction
 
-    of, left = StageFunctions.__call__, [fault]
+    of, left = InstructionFunctions.__call__, [fault]
 
-    def faulty(self: StageFunctions, instruction: Instruction) -> Callable[..., Any]:
+    def faulty(self: InstructionFunctions, instruction: Instruction) -> Callable[..., Any]:
         function = of(self, instruction)
         if instruction.name != "experts" or instruction.phase != "F":
             return function
@@ -58,7 +58,7 @@ def before_experts(place: Place, on: int, fault: Callable[[Any], None]) -> None:
 
         return run
 
-    StageFunctions.__call__ = faulty  # type: ignore[method-assign]
+    InstructionFunctions.__call__ = faulty  # type: ignore[method-assign]
 
 
 def stall(place: Place) -> None:

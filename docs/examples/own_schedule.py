@@ -1,7 +1,6 @@
 """A schedule of one's own: gradients of experts' weights are computed while tokens are on the wire (after Lancet, section 4).
 
-Backward through a layer's experts gives first only what the all-to-all waits for.  Run it: python docs/examples/own_schedule.py
-"""
+Backward through a layer's experts gives first only what the all-to-all waits for.  Run python docs/examples/own_schedule.py"""
 
 import sys
 
@@ -11,13 +10,13 @@ sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
 
 from megalina.batch import Batch
 from megalina.compose import compose
-from megalina.launch import free_port
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
+from megalina.rank_pool import RankPool
 from megalina.step.forward import plain
 from megalina.step.passes import finish, late_weights, place_gradients, recompute, step
 from megalina.step.program import Program, check
-from megalina.step.strategy import Setting, eager, given
+from megalina.step.strategy import Setting, Strategy, eager, given
 from megalina.train.bucket_optimizer import BucketOptimizer
 from tools.draw_strategies import ladder_job
 
@@ -33,20 +32,19 @@ def weights_under_tokens(setting: Setting) -> Program:
     return program
 
 
-def train(rank: int, port: int) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def train(schedule: Strategy) -> list[float]:
     config, mesh = compose(["model=tiny", "train.dtype=float64", "parallel.ep=2"]), build_mesh(ep=2)
-    words, every = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(rank)), torch.ones(4, 16).bool()
+    words, every = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(mesh.world.rank)), torch.ones(4, 16).bool()
     batch = Batch(words[:, :-1], words[:, 1:], every, every, torch.arange(16).expand(4, 16), None, torch.arange(4))
-    for schedule in (eager, weights_under_tokens):
-        trainable = Trainable(config, mesh, vocab_size=512, device=torch.device("cpu"), wish_to_stop=lambda: False)
-        trainable.run_with(schedule(trainable.setting), trainable.functions)
-        update = BucketOptimizer(config.optim, trainable.buckets).update
-        print(f"rank {rank}, {schedule.__name__}: losses {[trainable.step(batch, update).loss for _ in range(3)]}")
-    torch.distributed.destroy_process_group()
+    trainable = Trainable(config, mesh, vocab_size=512, device=torch.device("cpu"), wish_to_stop=lambda: False)
+    trainable.run_with(schedule(trainable.setting), trainable.functions)
+    update = BucketOptimizer(config.optim, trainable.buckets).update
+    return [trainable.step(batch, update).loss for _ in range(3)]
 
 
 if __name__ == "__main__":
-    for schedule, job in ((eager, ladder_job()), (weights_under_tokens, ladder_job())):
-        print(f"{schedule.__name__}: {job.step(schedule(job.setting)).step_s * 1e3:.0f} ms a step in virtual time")
-    torch.multiprocessing.spawn(train, (free_port(),), nprocs=2)
+    with RankPool() as pool:
+        for schedule, job in ((eager, ladder_job()), (weights_under_tokens, ladder_job())):
+            print(f"{schedule.__name__}: {job.step(schedule(job.setting)).step_s * 1e3:.0f} ms a step in virtual time")
+            for rank, losses in enumerate(pool.run(2, train, schedule)):
+                print(f"rank {rank}, {schedule.__name__}: losses {losses}")

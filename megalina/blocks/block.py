@@ -41,6 +41,14 @@ class Block:
 
     def __init__(self, whole: Whole):
         self.whole, self.model, self.router = whole, whole.model, whole.router
+        self._hash = hash((type(self), repr(whole)))
+
+    def __eq__(self, other: object) -> bool:
+        """Blocks of one class in models that are alike: then so is all that they declare."""
+        return type(other) is type(self) and other.whole == self.whole
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def emulated(self) -> Sequence[str]:

@@ -92,3 +92,17 @@ def training_flops_per_token(model: ModelConfig, router: RouterConfig, *, vocab_
             piece = blocks.block_of(instruction).work(rank.at(instruction))
             flops += sum(work.flops for work in (piece.forward, piece.backward, piece.weights))
     return flops / seq_len
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    total_params: int
+    active_params: int  # used for one token, embeddings included, as model cards count it
+    per_token: float  # FLOPs of forward and backward
+
+
+def model_flops(model: ModelConfig, router: RouterConfig, *, vocab_size: int, seq_len: int) -> ModelFlops:
+    """Counts of a model whose vocabulary isn't padded."""
+    counts = count_parameters(model, router, vocab_size=vocab_size, seq_len=seq_len)
+    per_token = training_flops_per_token(model, router, vocab_size=vocab_size, seq_len=seq_len)
+    return ModelFlops(counts.total, counts.active, per_token)

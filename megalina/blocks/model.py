@@ -167,6 +167,7 @@ def plain_shape(
 
 def check_layer(names: Sequence[str]) -> None:
     """ValueError unless `model.layer` makes a layer."""
+    names = [str(name) for name in names]  # numbers, say, that come from a command line
     own = [name for name in names if name not in (ATTENTION, FFN)]
     if [name for name in names if name not in own] != [ATTENTION, FFN]:
         raise ValueError(

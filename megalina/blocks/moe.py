@@ -281,6 +281,8 @@ class MoE(Block):
         kept = before.kept + wide * (copied + self.kind.rows_kept * score)
         if select:
             kept += (self.kind.scores_kept + sum(loss.scores_kept for loss in self.router_losses)) * scores
+            dropped = o * at.top_k if self.router.capacity_factor and not self.kind.experts_choose else 0
+            kept += dropped * (INT_BYTES + 1)  # choices before drops, and which of them were
         rows, order = sent * rank.width * rank.element, INT_BYTES * sent
         normed = x if score and (rank.mixed or written or not gate) else 0
         results = rows + ORDER * order + normed

@@ -57,6 +57,7 @@ class GroupLimited(Sigmoid):
 
 class NoisyTopK(RouterKind):
     functions = "megalina.model.routers:NoisyTopK"
+    scores_kept = 4  # with noise and without
     settings = ("noise_std",)
 
 

@@ -12,6 +12,7 @@ from megalina.parameters import BYTES
 from megalina.step.program import Instruction
 
 INT_BYTES = 8  # of an index
+LIMBS = 2  # numbers that make up one digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,11 +156,11 @@ def of_one_layout(
 
 def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float], shared: "Shared") -> None:
     """FLOPs, memory, and the step from left to right if it fits."""
+    from megalina.blocks.counts import model_flops
     from megalina.forecast.forecast import WALKED, forecast, memory_limit_bytes
     from megalina.forecast.priced_step import PricedStep
     from megalina.forecast.report import load_table, memory_table, timeline_text
     from megalina.forecast.what_if import under_loads
-    from megalina.train.model_flops import model_flops
 
     config, plan, found = best.config, best.plan, best.found
     train, limit_bytes = config.train, memory_limit_bytes(config.cluster)

@@ -56,7 +56,7 @@ def job(cfg: DictConfig) -> float:
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         config = with_plan(config, member.world if member else config.launch.ranks)
-        if config.train.init_from:
+        if config.train.init_from and (Path(config.train.init_from) / "checkpoints").is_dir():
             from megalina.train.resume import with_weights  # seconds
 
             config = with_weights(config)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megalina.blocks.counts import ModelFlops, model_flops
 from megalina.config import ClusterConfig, PretrainConfig
 from megalina.forecast.priced_step import PricedStep, Shared
 from megalina.plan_settings import plan_of
@@ -16,7 +17,6 @@ from megalina.sim.memory import Memory
 from megalina.sim.virtual import Timeline
 from megalina.step.plan import Plan
 from megalina.timeline.contention import summary
-from megalina.train.model_flops import ModelFlops, model_flops
 
 RESERVED_BYTES = 4 * 2**30  # of a GPU's memory: driver, NCCL's buffers, holes; assumed
 WALKED = 3  # rounds of micro-batches, at most: those between the first and the last are alike

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
+from megalina.blocks.sizes import LIMBS
 from megalina.collective_log import NUM_RIDERS
 from megalina.config import PretrainConfig
 from megalina.cost.stage_bytes import StageBytes
-from megalina.model.digest import LIMBS
 from megalina.parameters import BYTES, is_moe_layer
 from megalina.sim.sizes import Sizes
 from megalina.step.program import Instruction, Op

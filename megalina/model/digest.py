@@ -11,7 +11,6 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.model.permute import RowOrder
 
-LIMBS = 2
 _MASK = 0xFFFFFFFF
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.blocks.moe import MoE as MoEBlock
 from megalina.blocks.reference import load
+from megalina.blocks.sizes import LIMBS
 from megalina.model.block_functions import BlockFunctions, Routed, Seen, no_parameters
-from megalina.model.digest import LIMBS, routing_digest
+from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import Later, expert_mlp
 from megalina.model.mlp import Mlp

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.sizes import LIMBS
 from megalina.collective_log import NUM_RIDERS, CollectiveLog, agree
 from megalina.mesh import Mesh
-from megalina.model.digest import LIMBS, tokens_digest
+from megalina.model.digest import tokens_digest
 from megalina.model.experts import Later
 from megalina.model.gpt import GPT
 from megalina.model.routers import GroupSoFar
@@ -25,7 +26,7 @@ from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.step.program import Instruction
 
 
-class StageFunctions:
+class InstructionFunctions:
     """`functions(instruction)` for the executor.
 
     `wish_to_stop()` is asked once a step on each rank; one wish is enough, and all ranks learn of it in the same step.

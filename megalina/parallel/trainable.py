@@ -17,7 +17,7 @@ from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
 from megalina.parallel.emulated_device import EmulatedDevice, emulated_device
 from megalina.parallel.executor import Executor, Functions
-from megalina.parallel.functions import StageFunctions
+from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.plan_settings import plan_of
@@ -83,7 +83,7 @@ class Trainable:
         self.program = training_step(self.plan.strategy, self.setting)
         self.device = emulated_device(config)
         self._unsettled = False  # weights that the last step updated have yet to be gathered
-        self.stage_functions = StageFunctions(
+        self.stage_functions = InstructionFunctions(
             self.gpt,
             mesh,
             self.buckets,

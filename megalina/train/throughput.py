@@ -64,6 +64,15 @@ def published_peak_flops(device_name: str, dtype: torch.dtype, *, tf32: bool = F
     return None
 
 
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one rank's device: the published dense peak of a GPU, or the best matmul rate measured here and now."""
+    if device.type == "cuda":
+        published = published_peak_flops(torch.cuda.get_device_name(device), dtype)
+        if published is not None:
+            return published
+    return measure_matmul_flops(device, dtype)
+
+
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """The best rate of a square matrix product within about `seconds`, FLOP/s, with torch's present number of threads."""
     size = 8192 if device.type == "cuda" else 1024

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalina.blocks.counts import model_flops
 from megalina.changed_settings import as_json, change_line, changes
 from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.config import PretrainConfig
@@ -30,12 +31,11 @@ from megalina.train import flight_recorder
 from megalina.train.closing import close_run
 from megalina.train.dead_model import DeadModel
 from megalina.train.determinism import make_deterministic
-from megalina.train.model_flops import model_flops, peak_flops
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.step_runner import StepRunner
-from megalina.train.throughput import mfu, peak_memory_bytes
+from megalina.train.throughput import mfu, peak_flops, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
 from megalina.train.tuning import evidence
 

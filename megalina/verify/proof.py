@@ -48,7 +48,7 @@ class NotProven(AssertionError):
 def prove(config: PretrainConfig, *, without: PretrainConfig | None = None) -> dict[str, Any]:
     """What was held against what, for people and machines.  NotProven with the first thing that differs.
 
-    `config`: with code of one's own in it; it is shrunk.  `without`: the same model without it, if what it adds is to be named."""
+    `config`: with code of one's own in it; it is shrunk.  `without`: the same model without it, to name what it adds."""
     base = shrink(config, 2)
     added = _added(config, without) if without is not None else {}
     return {
@@ -85,7 +85,7 @@ def _parameters(base: PretrainConfig) -> int:
 
 
 def _declared(base: PretrainConfig) -> dict[str, Any]:
-    """FLOPs and kept bytes of every forward instruction, in float32, of sequences so long that what is kept of weights is little."""
+    """FLOPs and kept bytes of every forward instruction, in float32, of so long sequences that little is kept of weights."""
     train = replace(base.train, dtype="float32", seq_len=COUNTED_LENGTH, global_batch_size=2, micro_batch_size=2)
     model = replace(base.model, max_positions=COUNTED_LENGTH if base.model.max_positions else 0)
     config = replace(base, model=model, train=train)

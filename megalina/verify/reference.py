@@ -95,7 +95,7 @@ def follow_load(router: Router, load: Tensor) -> None:
     chosen = load[:-1].tolist()
     mean = sum(chosen) / len(chosen)
     for expert, count in enumerate(chosen):
-        router.bias_E[expert] += router.bias_update_rate * ((count < mean) - (count > mean))
+        router.bias_E[expert] += router.config.bias_update_rate * ((count < mean) - (count > mean))
 
 
 def detail(recording: Recording, layout: Layout) -> None:

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from megalina.blocks.counts import model_flops
 from megalina.blocks.model import shape_of
 from megalina.blocks.work import Product, Work, small
 from megalina.config import PretrainConfig
@@ -13,7 +14,6 @@ from megalina.cost.stage_work import StageWork, forward_flops
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
-from megalina.train.model_flops import model_flops
 from tests.sim.schedules import SHAPES, buckets_of, setting_of
 
 C = Kind.COMPUTE

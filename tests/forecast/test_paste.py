@@ -11,7 +11,7 @@ from megalina.config import PretrainConfig
 from megalina.forecast.bounds import MOST_LAYERS, MOST_RANKS, check_work
 from megalina.forecast.paste import command, heads, joined, origin, planned_for
 from megalina.forecast.search import candidate, search
-from megalina.serve.calibration import PLANS
+from megalina.step.candidates import OF_A_LAYOUT
 
 TINY = ["model=tiny", "cluster=h100_400g", "train.global_batch_size=64", "train.seq_len=32"]
 
@@ -59,7 +59,7 @@ def test_the_line_to_paste_is_the_planned_job(
     assert same_job(found, replace(asked, **rest))
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", OF_A_LAYOUT, ids=str)
 def test_every_plan_comes_back_as_it_was(plan) -> None:
     words = [*TINY, "cluster.nodes=1", "parallel.ep=4", "parallel.zero=1", "model.num_layers=4", "strategy=flow"]
     config = compose(words)

@@ -78,7 +78,7 @@ def test_a_run_with_keys_in_its_environment_writes_none_of_them(tmp_path: Path, 
         (f"model.name={WANDB_KEY}", "model.name holds the value of WANDB_API_KEY"),
         (f"+tracker.wandb.api_key={PASSWORD}", "+tracker.wandb.api_key holds the password for api.wandb.ai in "),
         (f"data.tokenizer={TYPED}", "data.tokenizer holds what looks like an access token"),
-        ("optim.lr=${oc.env:WANDB_API_KEY}", "optim.lr: While dereferencing"),
+        ("optim.lr=${oc.env:WANDB_API_KEY}", "optim.lr=${oc.env:WANDB_API_KEY} must be a number"),
     ],
     ids=lambda text: text[:24],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megalina.blocks.parameter import Parameter
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, local_shape, parameter, spec_of
@@ -118,7 +119,7 @@ def test_a_buffer_without_values_is_an_error() -> None:
     class Hollow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = parameter(2, 2, std=1.0)
+            self.weight = parameter(Parameter("weight", (2, 2), 1.0))
             self.register_buffer("table", torch.empty(3, device="meta"))
 
     with pytest.raises(RuntimeError, match="table has no values"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from megalina.blocks.parameter import Parameter
 from megalina.mesh import Axis, build_mesh
 from megalina.model.init import initialize, parameter
 from megalina.model.linear import linear
@@ -25,8 +26,8 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a_bias, self.a = parameter(7, std=0.0), parameter(7, 11, std=1.0)
-        self.b, self.scale = parameter(5, 7, std=1.0), parameter(3, std=None)
+        self.a_bias, self.a = (parameter(Parameter(*of)) for of in (("a_bias", (7,), 0.0), ("a", (7, 11), 1.0)))
+        self.b, self.scale = (parameter(Parameter(*of)) for of in (("b", (5, 7), 1.0), ("scale", (3,), None)))
 
 
 def bucket_of(ranks: int, rank: int, piece: int | None, *, sharded: bool = True, dtype: torch.dtype = torch.float64) -> Bucket:

@@ -16,10 +16,10 @@ from megalina import worker
 from megalina.comm import exchange
 from megalina.config import PretrainConfig
 from megalina.data.source import PackedSamples
-from megalina.parallel.functions import StageFunctions
+from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.trainable import Trainable
 from megalina.restart import later_starts
-from megalina.step.program import Kind, Op
+from megalina.step.program import Instruction, Kind, Op
 from megalina.train.board import StoreBoard
 from megalina.train.trainer import train
 from tests.train.forked_ranks import Outcome, run_job
@@ -96,15 +96,30 @@ def checked(config: PretrainConfig) -> dict[str, Any]:
 
 def before_experts(fault: Callable[[], None], *, on: int, times: int = 1) -> Callable[[int], None]:
     """Plant `fault` in an instruction function of step FAULT_STEP on rank `on`."""
-    experts, left = StageFunctions._experts, [times]
+    left = [times]
 
-    def faulty(self: StageFunctions, *arguments: Any) -> Any:
+    def faulty(self: InstructionFunctions) -> None:
         if self.mesh.world.rank == on and self.log.position.step == FAULT_STEP and left[0]:
             left[0] -= 1
             fault()
-        return experts(self, *arguments)
 
-    StageFunctions._experts = faulty
+    before(faulty, "experts")
+
+
+def before(act: Callable[[InstructionFunctions], None], *names: str) -> None:
+    """`act` comes before the functions of these instructions."""
+    functions_of = InstructionFunctions.__call__
+
+    def functions(self: InstructionFunctions, instruction: Instruction) -> Callable[..., Any]:
+        function = functions_of(self, instruction)
+
+        def acted(*arguments: Any) -> Any:
+            act(self)
+            return function(*arguments)
+
+        return acted if instruction.name in names else function
+
+    InstructionFunctions.__call__ = functions
 
 
 def sleeps(rank: int, mark: Callable[[], None]) -> None:
@@ -210,34 +225,26 @@ def sends_other_splits(rank: int, mark: Callable[[], None]) -> None:
 
 def waits_alone(rank: int, mark: Callable[[], None]) -> None:
     """Rank 1 waits for a sum that nobody else has asked for."""
-    experts, asked = StageFunctions._experts, []
+    asked: list[int] = []
 
-    def one_more(self: StageFunctions, *arguments: Any) -> Any:
+    def one_more(self: InstructionFunctions) -> None:
         if rank == 1 and self.log.position.step == FAULT_STEP and not asked:
             asked.append(1)
             mark()
             exchange.start_sum(torch.zeros(4), self.mesh.world, self.log).wait()
-        return experts(self, *arguments)
 
-    StageFunctions._experts = one_more
+    before(one_more, "experts")
 
 
 def computes_long(rank: int, mark: Callable[[], None]) -> None:
     """Rank 1 takes its time in three instructions, while rank 0 waits for it in one, for longer than the time-out."""
 
-    def slowly(name: str) -> None:
-        quick = getattr(StageFunctions, name)
+    def slow(self: InstructionFunctions) -> None:
+        position = self.log.position
+        if rank == 1 and position.step == FAULT_STEP and position.tag.endswith((".-.0", ".0.0")):
+            time.sleep(TIMEOUT_S / 2)
 
-        def slow(self: StageFunctions, *arguments: Any) -> Any:
-            position = self.log.position
-            if rank == 1 and position.step == FAULT_STEP and position.tag.endswith((".-.0", ".0.0")):
-                time.sleep(TIMEOUT_S / 2)
-            return quick(self, *arguments)
-
-        setattr(StageFunctions, name, slow)
-
-    for name in ("_embed", "_attention", "_route"):
-        slowly(name)
+    before(slow, "embed", "attention", "route")
     claim = StoreBoard.claim
     StoreBoard.claim = lambda self, number: (mark(), claim(self, number))[1]
 

@@ -1,0 +1,72 @@
+"""What the built-in blocks declare is what their functions do; a declaration that is wrong is found."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from megalina.blocks.memory import Inside
+from megalina.blocks.mlp import DenseMlp
+from megalina.blocks.routers import KINDS
+from megalina.blocks.sizes import At
+from megalina.blocks.work import Piece
+from megalina.compose import compose
+from megalina.config import PretrainConfig
+from megalina.verify.declared import declared_and_counted
+from megalina.verify.proof import COUNTED_LENGTH, differs
+from megalina.verify.shrink import shrink
+
+OVERRIDES: dict[str, Sequence[str]] = {
+    **{kind: (f"router={kind}", "router.top_k=1") for kind in KINDS},
+    "two of each": (),
+    "shared": ("model.shared_d_ff=32",),
+    "bias": ("model.bias=true",),
+    "gelu": ("model.activation=gelu",),
+    "learned positions": ("model.positions=learned",),
+    "own output matrix": ("model.tie_embeddings=false",),
+    "capacity": ("router.capacity_factor=1.25",),
+    "balanced over ranks": ("router.group=global",),
+    "z-loss": ("router.z_loss=0.1",),
+    "dense layers": ("model.moe_every=2",),
+}
+
+
+def _config(overrides: Sequence[str]) -> PretrainConfig:
+    base = shrink(compose(["model=tiny", *overrides]), 1)
+    train = replace(base.train, dtype="float32", seq_len=COUNTED_LENGTH, global_batch_size=2, micro_batch_size=2)
+    return replace(base, train=train, model=replace(base.model, max_positions=COUNTED_LENGTH))
+
+
+def _wrong(overrides: Sequence[str]) -> list[str]:
+    config = _config(overrides)
+    rows = declared_and_counted(config)
+    assert len({row.instruction for row in rows}) == len(rows) >= 8
+    return [wrong for row in rows if (wrong := differs(row, 2 * COUNTED_LENGTH))]
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_flops_and_kept_bytes_are_those_of_the_functions(name: str) -> None:
+    assert _wrong(OVERRIDES[name]) == []
+
+
+def test_a_product_that_is_not_declared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = DenseMlp.work
+
+    def one_product_less(block: DenseMlp, at: At) -> Piece:
+        piece = true(block, at)
+        return replace(piece, forward=replace(piece.forward, products=piece.forward.products[1:]))
+
+    monkeypatch.setattr(DenseMlp, "work", one_product_less)
+    wrong = _wrong(OVERRIDES["dense layers"])
+    assert wrong and all("of mlp: " in line and "FLOPs are declared" in line for line in wrong), wrong
+
+
+def test_bytes_that_are_not_declared_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = DenseMlp.memory
+
+    def nothing_kept(block: DenseMlp, at: At) -> Inside:
+        return replace(true(block, at), kept=0)
+
+    monkeypatch.setattr(DenseMlp, "memory", nothing_kept)
+    wrong = _wrong(OVERRIDES["dense layers"])
+    assert wrong and all("of mlp: 0 kept bytes are declared" in line for line in wrong), wrong

@@ -1,0 +1,79 @@
+"""A block, a router and a loss of one's own, each in one file: what running it proves, and that mistakes in it are found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.reference import load
+from megalina.compose import compose
+from megalina.config import PretrainConfig
+from megalina.verify.proof import NotProven, prove
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+LINES = {"own_layer": 75, "own_router": 50}
+
+
+def _proven(name: str) -> dict[str, Any]:
+    """What the file's last line says."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, EXAMPLES / f"{name}.py"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    assert len(found["layouts"]["rows"]) == 4 and found["layouts"]["largest_error"] < 1e-11
+    assert found["checkpoint"]["largest_error"] < 1e-11
+    return found
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_one_short_file(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= LINES[name]
+
+
+def test_a_layer() -> None:
+    found = _proven("own_layer")
+    assert found["flops"]["gate F:gate"][0] == found["flops"]["gate F:gate"][1] > 0
+    assert found["added"]["state_bytes"] > 0
+
+
+def test_a_router_and_a_loss() -> None:
+    declared, counted = _proven("own_router")["kept_bytes"]["moe F:route"]
+    assert declared == pytest.approx(counted, rel=0.1)
+
+
+@pytest.fixture
+def gated() -> PretrainConfig:
+    return compose(["model=tiny", f'model.layer=[attention,"{EXAMPLES}/own_layer.py:Gate",ffn]'])
+
+
+def test_a_function_that_mixes_tokens_of_ranks_differs(gated: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = load(f"{EXAMPLES}/own_layer.py:GateFunctions")
+    monkeypatch.setattr(functions, "gate", _centred)
+    with pytest.raises(NotProven, match="tp 2"):
+        prove(gated)
+
+
+def _centred(functions: Any, x_TD: Tensor, batch: Batch) -> Tensor:
+    """By the mean over the tokens here, of which there are fewer with sequence parallelism."""
+    return x_TD + (x_TD - x_TD.mean(0)) @ functions.weight("gate.weight") @ functions.weight("gate.out")
+
+
+def test_a_parameter_declared_twice_is_named(gated: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = load(f"{EXAMPLES}/own_layer.py:Gate")
+    true = gate.parameters
+
+    def twice(block: Any) -> list[Parameter]:
+        return [*true(block), true(block)[-1]]
+
+    monkeypatch.setattr(gate, "parameters", twice)
+    with pytest.raises(AssertionError, match="gate.out is declared twice"):
+        prove(gated)
