@@ -68,8 +68,15 @@ def generate(gpt: GPT, prompt: Sequence[int], sampling: Sampling) -> Iterator[in
 
 
 def refuse_looking_ahead(gpt: GPT) -> None:
-    """ValueError if a token's routing depends on later tokens, which generation doesn't have."""
+    """ValueError if a token's result depends on tokens which generation doesn't have: later ones where a router looks at them,
+    and earlier ones, of which the keys and values of attention alone are kept."""
     for i, layer in enumerate(gpt.layers):
+        for functions in layer.functions.values():
+            if functions.block.mixes_tokens:
+                raise ValueError(
+                    f"layer {i} has the block {functions.block.name}, which mixes tokens (mixes_tokens): writing text token by token "
+                    "keeps keys and values of attention alone, so such a model is evaluated, not written with"
+                )
         if layer.is_moe and layer.router.looks_ahead:
             raise ValueError(
                 f"layer {i} routes with {layer.router.config.kind}, which looks at later tokens of the group: such a model can't "

@@ -1,15 +1,19 @@
 """Generation with a KV cache equals the whole forward pass, token by token."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megalina.batch import Batch
+from megalina.blocks.reference import load
 from megalina.config import ModelConfig, RouterConfig
 from megalina.generate import Sampling, choose, generate
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 
 VOCABULARY, POSITIONS = 150, 32
+GATE = f"{Path(__file__).resolve().parents[1]}/docs/examples/own_layer.py:Gate"
 
 
 def small(router: RouterConfig | None = None, **model: object) -> GPT:
@@ -32,7 +36,13 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"positions": "learned", "norm": "layernorm", "bias": True}, {"shared_d_ff": 8, "qk_norm": True}]
+    "model",
+    [
+        {},
+        {"positions": "learned", "norm": "layernorm", "bias": True},
+        {"shared_d_ff": 8, "qk_norm": True},
+        {"layer": ["attention", GATE, "ffn"]},
+    ],
 )
 def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:
     gpt = small(**model)
@@ -70,6 +80,13 @@ def test_it_ends_at_the_stop_token_and_at_the_last_position() -> None:
 def test_a_router_that_looks_ahead_is_refused() -> None:
     gpt = small(RouterConfig(kind="expert_choice"))
     with pytest.raises(ValueError, match="looks at later tokens"):
+        next(generate(gpt, [1], Sampling(max_tokens=1, max_positions=POSITIONS)))
+
+
+def test_a_block_that_mixes_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = small(layer=["attention", GATE, "ffn"])
+    monkeypatch.setattr(load(GATE), "mixes_tokens", True)
+    with pytest.raises(ValueError, match="layer 0 has the block gate, which mixes tokens"):
         next(generate(gpt, [1], Sampling(max_tokens=1, max_positions=POSITIONS)))
 
 

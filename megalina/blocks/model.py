@@ -91,6 +91,10 @@ class Blocks:
         that no block has: those that open and close a step."""
         return self._owner.get((instruction.layer, instruction.name)) or self._named[instruction.name]
 
+    def is_own(self, layer: int, name: str) -> bool:
+        """Whether this instruction is of a block that the user has written."""
+        return not isinstance(self._owner.get((layer, name), self.embedding), Embedding | Attention | DenseMlp | MoE)
+
     def shape(self, *, tp: int, sequence: bool) -> Shape:
         """What a program must know of the model in a layout."""
         return Shape(

@@ -71,11 +71,12 @@ class RooflineSeconds:
         self._known: dict[tuple[str, int, int], float] = {}
 
     def stage_s(self, name: str, tokens: int) -> float:
-        if name not in TWINS or not tokens:
+        twin = name if self._work.blocks.is_own(0, name) else TWINS.get(name)
+        if twin is None or not tokens:
             return 0.0
         key = name, tokens, 0
         if key not in self._known:
-            work = self._work(_stage(TWINS[name], tokens / self._config.train.seq_len))
+            work = self._work(_stage(twin, tokens / self._config.train.seq_len))
             if name == "attention":
                 work = work + Work((), tokens * self._cache_bytes)
             self._known[key] = self._device.seconds(work)

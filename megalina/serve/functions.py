@@ -46,6 +46,8 @@ class InferenceFunctions:
     device: ServingDevice | None
 
     def __call__(self, instruction: Instruction) -> Callable[..., Any]:
+        if instruction.layer >= 0 and self.gpt.blocks.is_own(instruction.layer, instruction.name):
+            return self.gpt.functions_of(instruction).bind(instruction, None)
         named = getattr(self, f"_{instruction.name}")
         if instruction.layer < 0:
             return named

@@ -11,6 +11,7 @@ slots have computed, so the wire works while the next slots compute.
 from dataclasses import replace
 
 from megalina.step.forward import Shape
+from megalina.step.lines import names
 from megalina.step.program import Instruction, Kind, Op, Program, check
 
 BATCH = "#batch.-.0"  # of this rank
@@ -43,12 +44,20 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     out = [_compute("embed", -1, (BATCH,), ("x.0.0",))]
     if moe:
         out.append(_foresee(moe[0], BATCH))
-    for layer, is_moe in enumerate(shape.moe):
-        out.append(_compute("attention", layer, (f"x.{layer}.0", BATCH, PAST), (f"h.{layer}.0",)))
-        if is_moe:
-            out += _moe(layer, before.get(layer), following.get(layer), shared=shape.shared_experts, chunks=chunks)
-        else:
-            out.append(_compute("mlp", layer, (f"h.{layer}.0", BATCH), (f"x.{layer + 1}.0",)))
+    for layer, block, *stream in shape.placed():
+        if layer < 0:
+            continue
+        (reads,), (writes,) = (names(value, layer) for value in stream)
+        match block.name:
+            case "attention":
+                out.append(_compute("attention", layer, (reads, BATCH, PAST), (writes,)))
+            case "mlp":
+                out.append(_compute("mlp", layer, (reads, BATCH), (writes,)))
+            case "moe":
+                near = before.get(layer), following.get(layer)
+                out += _moe(layer, *near, reads, writes, shared=shape.shared_experts, chunks=chunks)
+            case _:  # of one's own: as in training
+                out += [replace(line, uses=()) for line in block.lines(shape, layer, *stream)]
     out.append(_compute("final", -1, (f"x.{shape.num_layers}.0",), ("#out.-.0",)))
     if learns and moe:
         heard = (f"#{name}.{layer}.0" for layer in moe for name in ("heard", "evidence", "plan"))
@@ -58,8 +67,10 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     return program
 
 
-def _moe(layer: int, before: int | None, following: int | None, *, shared: bool, chunks: int) -> list[Instruction]:
-    """`before`, `following`: the MoE layers next to it."""
+def _moe(
+    layer: int, before: int | None, following: int | None, h: str, x: str, *, shared: bool, chunks: int
+) -> list[Instruction]:
+    """`before`, `following`: the MoE layers next to it; `h`, `x`: the stream before and after it."""
 
     def v(*names: str) -> tuple[str, ...]:
         return tuple(BATCH if name == "#batch" else f"{name}.{layer}.0" for name in names)
@@ -69,7 +80,7 @@ def _moe(layer: int, before: int | None, following: int | None, *, shared: bool,
     seen = (f"#seen.{before}.0",) if before is not None else ()
     score_writes = v("moe_n", "weight", "#chosen", "#seen", "#told", "#evidence")
     return [
-        _compute("score", layer, (*v("h", "#batch"), REROUTE, *v("#plan"), *seen), score_writes),
+        _compute("score", layer, (h, *v("#batch"), REROUTE, *v("#plan"), *seen), score_writes),
         *_exchange("told", layer, Op.GATHER, "counts", f"#told.{layer}.0", f"#heard.{layer}.0"),
         _compute("assign", layer, v("moe_n", "#chosen", "#heard", "#plan"), v("rows", "#order", "#sizes", "#outcome")),
         dispatch[0],
@@ -77,7 +88,7 @@ def _moe(layer: int, before: int | None, following: int | None, *, shared: bool,
         *([_compute("shared", layer, v("moe_n"), v("s"))] if shared else []),
         dispatch[1],
         *_experts(layer, chunks),
-        _compute("mix", layer, v("h", "back", "weight", *(["s"] if shared else []), "#order", "#batch"), (f"x.{layer + 1}.0",)),
+        _compute("mix", layer, (h, *v("back", "weight", *(["s"] if shared else []), "#order", "#batch")), (x,)),
     ]
 
 
@@ -86,10 +97,10 @@ def _experts(layer: int, chunks: int) -> list[Instruction]:
 
     Chunks on the wire have no credit, unlike training's: all are awaited together, so it is no loss if they end together."""
     got, sizes, back = f"got.{layer}.0", f"#sizes.{layer}.0", f"back.{layer}.0"
-    names = ["0"] if chunks == 1 else [f"0c{c}" for c in range(chunks)]
+    parts = ["0"] if chunks == 1 else [f"0c{c}" for c in range(chunks)]
     out: list[Instruction] = []
     waits: list[Instruction] = []
-    for c, part in enumerate(names):
+    for c, part in enumerate(parts):
         y = f"y.{layer}.{part}"
         start, wait = _exchange("combine", layer, Op.TOKENS, "ep", y, f"back.{layer}.{part}", (sizes,))
         instructions = [_compute("experts", layer, (got, sizes), (y,)), start, wait]
@@ -98,7 +109,7 @@ def _experts(layer: int, chunks: int) -> list[Instruction]:
         waits.append(last)
     if chunks == 1:
         return out + waits
-    arrived = tuple(f"back.{layer}.{part}" for part in names)
+    arrived = tuple(f"back.{layer}.{part}" for part in parts)
     join = _compute("join", layer, (*arrived, sizes), (back,))
     return [*out, *waits, replace(join, chunk=(0, chunks))]
 

@@ -330,6 +330,8 @@ def test_decoding_reads_keys_and_values_and_prefill_does_not() -> None:
     assert long.stage_s("attention", 256) - short.stage_s("attention", 256) == pytest.approx(cache_s)
     assert long.stage_s("score", 256) == short.stage_s("score", 256) > 0
     assert roofline().stage_s("attention", 2048) > roofline().stage_s("attention", 1024) > 0
+    own = roofline(layer=["attention", f"{Path(__file__).resolve().parents[2]}/docs/examples/own_layer.py:Gate", "ffn"])
+    assert own.stage_s("gate", 2048) > own.stage_s("gate", 1024) > 0 == roofline().stage_s("gate", 1024)
     assert roofline().stage_s("foresee", 64) == roofline().stage_s("attention", 0) == 0.0
     with pytest.raises(ValueError, match="a context of -1 tokens"):
         roofline(context=-1)

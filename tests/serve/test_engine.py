@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,16 @@ from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, batch_of, layer_bytes, random_placement, small_engine, small_gpt, tokens_of
 
 SPLITS = {"even": even, "load_aware": load_aware, "local_first": local_first}
+OWN = Path(__file__).resolve().parents[2] / "docs" / "examples" / "own_layer.py"
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "shared experts, biases": {"shared_d_ff": 8, "bias": True, "activation": "gelu", "norm": "layernorm"},
     "every other layer dense": {"moe_every": 2},
+}
+OWN_BLOCKS: dict[str, dict[str, Any]] = {
+    "own block": {"layer": ["attention", f"{OWN}:Gate", "ffn"]},
+    "own block before attention": {"layer": [f"{OWN}:Gate", "attention", "ffn"], "moe_every": 2},
+    "own block behind": {"layer": ["attention", "ffn", f"{OWN}:Gate"]},
 }
 
 
@@ -275,7 +282,7 @@ BAD = {
 def jobs() -> dict[str, Any]:
     """All that this file asks of so many ranks: starting them takes longer than what they do."""
     world = dist.get_world_size()
-    out: dict[str, Any] = {"oracle": {name: on_one_device(model, "float64") for name, model in MODELS.items()}}
+    out: dict[str, Any] = {"oracle": {name: on_one_device(model, "float64") for name, model in (MODELS | OWN_BLOCKS).items()}}
     out["chunks"] = in_chunks(6)
     if world == 2:
         out["placements"] = {dtype: many_placements(PLACEMENTS[dtype], dtype) for dtype in DTYPES}
@@ -296,7 +303,7 @@ Found = dict[int, list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OWN_BLOCKS])
 def test_an_engine_gives_what_the_model_gives_on_one_device(found: Found, world: int, name: str) -> None:
     for rank in found[world]:
         of_model = rank["oracle"][name]
