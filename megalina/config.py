@@ -85,9 +85,8 @@ class ModelConfig:
     bias: bool = False  # biases in attention and MLPs (experts included)
     tie_embeddings: bool = True  # the output matrix is the token embedding
     vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
-    init_std: float = setting(
-        0.02, high=LARGEST_FACTOR
-    )  # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
+    # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
+    init_std: float = setting(0.02, high=LARGEST_FACTOR)
     # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
     dropout: float = setting(0.0, high=BELOW_ONE)
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
@@ -99,9 +98,8 @@ class RouterConfig:
     kind: str = setting("topk", choices=("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"), own=True)
     top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
     renormalize: bool = True  # the selected weights of a token sum to one
-    scale: float = setting(
-        1.0, low=POSITIVE, high=LARGEST_FACTOR
-    )  # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
+    # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
+    scale: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)
     # tokens that share capacity and balance; global: balance loss alone
     group: str = setting("sequence", choices=("sequence", "micro_batch", "global"))
     # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
@@ -110,9 +108,8 @@ class RouterConfig:
     drop: str = setting("position", choices=("position", "probability"))
     balance_loss: float = setting(0.01, high=LARGEST_FACTOR)  # weight of the load-balance loss
     z_loss: float = setting(0.0, high=LARGEST_FACTOR)  # weight of the router z-loss
-    bias_update_rate: float = setting(
-        0.0, high=LARGEST_FACTOR
-    )  # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
+    # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
+    bias_update_rate: float = setting(0.0, high=LARGEST_FACTOR)
     num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
     groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual

@@ -74,8 +74,8 @@ def refuse_looking_ahead(gpt: GPT) -> None:
         for functions in layer.functions.values():
             if functions.block.mixes_tokens:
                 raise ValueError(
-                    f"layer {i} has the block {functions.block.name}, which mixes tokens (mixes_tokens): writing text token by token "
-                    "keeps keys and values of attention alone, so such a model is evaluated, not written with"
+                    f"layer {i} has the block {functions.block.name}, which mixes tokens (mixes_tokens): of earlier tokens, "
+                    "generation keeps the keys and values of attention alone; such a model can be trained and evaluated"
                 )
         if layer.is_moe and layer.router.looks_ahead:
             raise ValueError(

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megalina.blocks.model import check_layer
+from megalina.blocks.model import blocks_of, check_layer, check_own
 from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import check_router, kind_of
 from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, settings
@@ -44,6 +44,8 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_model(config)
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts)
+    if config.router.losses or any(map(is_reference, config.model.layer)):
+        check_own(blocks_of(config.model, config.router))
     _check_layout(config, world)
     _check_batch(config, world)
     check_strategy(config, world)

@@ -84,7 +84,7 @@ def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
 def may_be(allowed: Mapping[str, Any]) -> str:
     """Choices, or bounds; not the upper one where it only keeps out what is absurd."""
     if "choices" in allowed:
-        return ", ".join(f"`{choice}`" for choice in allowed["choices"])
+        return ", ".join(f"`{choice}`" for choice in allowed["choices"]) + (", or your own" if allowed["own"] else "")
     if "low" not in allowed:
         return ""
     bounds = in_words(allowed["low"], allowed["high"])

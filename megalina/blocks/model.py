@@ -182,3 +182,15 @@ def check_layer(names: Sequence[str]) -> None:
         raise ValueError(f"model.layer has {bad[0]}: choose attention, ffn, or a block of your own as folder/file.py:Name")
     if len(set(own)) != len(own):
         raise ValueError(f"model.layer is [{', '.join(names)}]: a layer has each block once")
+
+
+def check_own(blocks: Blocks) -> None:
+    """ValueError for what code of one's own declares and nothing here can do, or no two blocks can do alike."""
+    for _, block in blocks.all():
+        own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Balance | Head)
+        if own and block.losses:
+            raise ValueError(
+                f"block {block.name} declares losses ({', '.join(loss.name for loss in block.losses)}): auxiliary losses are of "
+                "routers alone; name yours in router.losses"
+            )
+    assert blocks.losses and blocks._owner

@@ -35,6 +35,10 @@ class RouterLoss:
     functions: str  # "package.module:function" or "folder/file.py:function"
     scores_kept: int = 2  # times [T, E] numbers that it keeps for backward
 
+    def __post_init__(self) -> None:
+        if not self.name.endswith("_loss") or self.name in ("balance_loss", "aux_loss", "z_loss"):
+            raise ValueError(f"an auxiliary loss is named {self.name!r}: choose a name of its own that ends in _loss")
+
 
 class MoE(Block):
     name = "moe"
@@ -58,7 +62,13 @@ class MoE(Block):
 
     @property
     def router_losses(self) -> Sequence[RouterLoss]:
-        return [load(reference) for reference in self.router.losses]
+        found = [load(reference) for reference in self.router.losses]
+        for reference, loss in zip(self.router.losses, found, strict=True):
+            if not isinstance(loss, RouterLoss):
+                raise ValueError(f"router.losses: {reference} is no megalina.blocks.moe.RouterLoss")
+        if len({loss.name for loss in found}) != len(found):
+            raise ValueError(f"router.losses are named {', '.join(loss.name for loss in found)}: each needs a name of its own")
+        return found
 
     @property
     def losses(self) -> Sequence[Loss]:

@@ -15,7 +15,6 @@ class RouterKind:
         str
     ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
     has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D]
-    has_bias: ClassVar[bool] = False  # scores are independent of each other, so that a selection bias can balance them
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
     scores_kept: ClassVar[int] = 3  # times [T, E] numbers that are kept for backward
     rows_kept: ClassVar[int] = 0  # times [T, D] numbers that are, besides what a gate reads
@@ -32,7 +31,6 @@ class TopK(RouterKind):
 
 class Sigmoid(RouterKind):
     functions = "megalina.model.routers:Sigmoid"
-    has_bias = True
     scores_kept = 5
     settings: ClassVar[Sequence[str]] = ("bias_update_rate",)
 

@@ -270,6 +270,7 @@ class Trainer:
             "loss": result.loss,
             "aux_loss": result.balance_loss,
             "z_loss": result.z_loss,
+            **{name: mean for name, mean in result.auxiliary.items() if name not in ("balance_loss", "z_loss")},
             "grad_norm": result.grad_norm,
             "lr": self.built.optimizer.lr,
             "tokens_per_s": tokens_per_s,

@@ -76,7 +76,7 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     """What varies: axis -> its choices."""
     return {
         "place": places(ranks),
-        "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO instruction, size of a gradient piece in MiB
+        "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
         "recompute": ["none", "selective", "full"],
         "router": list(choices.routers),

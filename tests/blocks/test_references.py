@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from megalina.blocks.model import blocks_of, check_layer
+from megalina.blocks.moe import RouterLoss
 from megalina.blocks.reference import is_reference, load
 from megalina.blocks.routers import check_router
-from megalina.config import ModelConfig, RouterConfig
+from megalina.config import ModelConfig, PretrainConfig, RouterConfig
+from megalina.validate import check_config
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:
@@ -47,6 +49,50 @@ def test_a_class_of_another_kind_is_refused() -> None:
         check_router(RouterConfig(kind="megalina.config:ModelConfig"), 4)
     with pytest.raises(ValueError, match="router.kind is 'top': choose one of topk, sigmoid"):
         check_router(RouterConfig(kind="top"), 4)
+
+
+LOSS = """
+from megalina.blocks.moe import RouterLoss
+Own, Same = (RouterLoss("own_loss", 0.1, "nowhere.py:own") for _ in range(2))
+Other = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (["own.py:Own", "own.py:Same"], "router.losses are named own_loss, own_loss: each needs a name of its own"),
+        (["own.py:Other"], "router.losses: .*own.py:Other is no megalina.blocks.moe.RouterLoss"),
+        (["own.py:None"], "own.py has no None"),
+    ],
+)
+def test_losses_are_refused_before_anything_starts(tmp_path: Path, losses: list[str], message: str) -> None:
+    (tmp_path / "own.py").write_text(LOSS)
+    config = PretrainConfig(router=RouterConfig(losses=[f"{tmp_path}/{loss}" for loss in losses]))
+    with pytest.raises(ValueError, match=message):
+        check_config(config, 1)
+
+
+@pytest.mark.parametrize("name", ["z_loss", "aux_loss", "lr"])
+def test_a_loss_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="choose a name of its own that ends in _loss"):
+        RouterLoss(name, 0.1, "own.py:own")
+
+
+BLOCK = """
+from megalina.blocks.block import Block
+from megalina.blocks.loss import Loss
+class Own(Block):
+    name = "own"
+    losses = [Loss("own_loss", ("own",), 1.0, "valid_tokens")]
+"""
+
+
+def test_a_block_with_a_loss_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(BLOCK)
+    config = PretrainConfig(model=ModelConfig(layer=["attention", f"{tmp_path}/own.py:Own", "ffn"]))
+    with pytest.raises(ValueError, match=r"block own declares losses \(own_loss\): auxiliary losses are of routers alone"):
+        check_config(config, 1)
 
 
 @pytest.mark.parametrize("layer", [[], ["attention"], ["ffn", "ffn"], ["attention", "fnn"]])

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalina.blocks.sizes import LIMBS
 from megalina.comm import exchange
 from megalina.mesh import Mesh, build_mesh
-from megalina.model.digest import LIMBS
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction, Kind, Op, Program, backward
