@@ -46,7 +46,9 @@ def test_a_layer() -> None:
 
 
 def test_a_router_and_a_loss() -> None:
-    declared, counted = _proven("own_router")["kept_bytes"]["moe F:route"]
+    found = _proven("own_router")
+    assert "entropy_loss" in found["checkpoint"]["reported"]
+    declared, counted = found["kept_bytes"]["moe F:route"]
     assert declared == pytest.approx(counted, rel=0.1)
 
 

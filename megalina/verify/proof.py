@@ -5,7 +5,6 @@ functions do, the planner's memory with and without it, and a checkpoint of one 
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,16 +128,16 @@ def _checkpoint(base: PretrainConfig) -> dict[str, Any]:
     """What one layout wrote, another goes on with, as one process would have."""
     with tempfile.TemporaryDirectory() as folder, RankPool(preload=PRELOAD) as pool:
         _write_tokens(Path(folder) / "tokens", base.model.vocab_size)
-        whole = pool.run(1, _trained, _run(base, folder, "one", steps=2 * STEPS), None)[0]
+        whole, names = pool.run(1, _trained, _run(base, folder, "one", steps=2 * STEPS), None)[0]
         saving = _run(replace(base, parallel=replace(base.parallel, ep=2)), folder, "ep", steps=STEPS)
-        first = pool.run(2, _trained, saving, None)[0]
+        first, _ = pool.run(2, _trained, saving, None)[0]
         point = Path(saving.run.dir) / "checkpoints" / f"step_{STEPS:08d}"
         other = _run(replace(base, parallel=replace(base.parallel, tp=2)), folder, "tp", steps=2 * STEPS)
-        then = pool.run(2, _trained, other, point)[0]
+        then, _ = pool.run(2, _trained, other, point)[0]
     error = max(abs(a - b) / abs(a) for a, b in zip(whole, first + then, strict=True))
     if not error < 1e-9:
         raise NotProven(f"losses after a checkpoint of ep=2 was gone on with under tp=2: {first + then}, one process: {whole}")
-    return {"from": "ep 2", "to": "tp 2", "losses": then, "largest_error": error}
+    return {"from": "ep 2", "to": "tp 2", "losses": then, "largest_error": error, "reported": names}
 
 
 def _run(base: PretrainConfig, folder: str, name: str, *, steps: int) -> PretrainConfig:
@@ -168,9 +167,11 @@ class _Losses:
 
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.names: list[str] = []
 
     def log(self, values: dict[str, Any]) -> None:
         self.seen.append(values["loss"])
+        self.names = [name for name in values if name.endswith("_loss")]
 
     def rewind(self, step: int) -> None:
         pass
@@ -179,11 +180,11 @@ class _Losses:
         pass
 
 
-def _trained(config: PretrainConfig, point: Path | None) -> Sequence[float]:
-    """On a rank: the losses of the steps from a checkpoint on."""
+def _trained(config: PretrainConfig, point: Path | None) -> tuple[list[float], list[str]]:
+    """On a rank: the losses of the steps from a checkpoint on, and which auxiliary ones are reported."""
     data, losses = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed), _Losses()
     trainer = Trainer(config, data, device=torch.device("cpu"), tracker=losses)  # type: ignore[arg-type]
     trainer.begin(point)
     trainer.loop()
     trainer.runner.close()
-    return losses.seen
+    return losses.seen, losses.names
