@@ -64,7 +64,7 @@ class Job:
         return [int(path.read_text()) for path in paths]
 
     def finish(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
 

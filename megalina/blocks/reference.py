@@ -14,7 +14,9 @@ def is_reference(text: str) -> bool:
 
 def load(reference: str) -> Any:
     """What it names.  A file is read once in each process.  ValueError where there is no such file, module or name."""
-    where, _, name = reference.rpartition(":")
+    where, _, name = str(reference).rpartition(":")  # a number, say, may come from a command line
+    if not (where and name):
+        raise ValueError(f"{reference} names no code: write folder/file.py:Name or package.module:Name")
     module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where, reference)
     if not hasattr(module, name):
         raise ValueError(f"{reference}: {where} has no {name}")

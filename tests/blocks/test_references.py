@@ -33,6 +33,7 @@ def test_a_file_that_fails_may_be_mended_and_read_again(tmp_path: Path) -> None:
     ("reference", "message"),
     [
         ("nowhere.py:Own", "nowhere.py: there is no such file"),
+        ("own.py", "own.py names no code: write folder/file.py:Name or package.module:Name"),
         ("no.such.module:Own", "no.such.module:Own: No module named 'no'"),
         ("megalina.blocks.mlp:Own", "megalina.blocks.mlp has no Own"),
     ],

@@ -89,6 +89,7 @@ def _calibrated() -> list[tuple[dict[str, Alone], list[tuple[str, str]]]]:
     return out
 
 
+@pytest.mark.full
 def test_ranks_agree_on_the_speed_of_the_wire_however_late_one_comes() -> None:
     ranks = run_on_ranks(4, _calibrated)
     assert all(found == ranks[0] for found in ranks)

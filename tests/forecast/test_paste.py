@@ -98,6 +98,7 @@ def test_what_a_minute_does_not_walk_is_one_line(capsys: pytest.CaptureFixture[s
     assert MOST_LAYERS // 3 >= 1000
 
 
+@pytest.mark.full
 def test_the_fastest_that_fits_under_skew_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*TINY, "nodes=1", "parallel.ep=4"]
     assert main(words) == 0

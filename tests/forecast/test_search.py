@@ -42,6 +42,7 @@ def test_what_is_shared_changes_nothing() -> None:
             assert alone.walked == together.walked and alone.memory == together.memory
 
 
+@pytest.mark.full
 def test_a_search_gives_what_each_candidate_gives_alone_and_the_same_again() -> None:
     config = config_of("train.global_batch_size=64", "model.num_layers=2")
     found, again = (search(config, WORLD, vocab_size=VOCAB) for _ in range(2))

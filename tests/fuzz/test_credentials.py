@@ -59,7 +59,7 @@ def test_a_run_with_keys_in_its_environment_writes_none_of_them(tmp_path: Path, 
     assert ran.returncode == 0, ran.stderr[-3000:]
     written = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"config.yaml", ".hydra", "metrics.jsonl", "report.html", "wandb", "tensorboard", "checkpoints", "logs"} <= written
-    assert list((tmp_path / "run").glob("wandb/*/*.wandb"))
+    assert list((tmp_path / "run").glob("wandb/*/*.wandb")), ran.stderr[-3000:]
     assert environment["HOME"] in (tmp_path / "run" / "config.yaml").read_text()  # other variables may be named
     assert leaks(tmp_path) == []
     assert not any(secret in ran.stdout + ran.stderr for secret in SECRETS)

@@ -162,6 +162,7 @@ def refusal(text: str) -> str | None:
     return None
 
 
+@pytest.mark.full
 def test_a_key_of_each_group_may_have_any_yaml_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:

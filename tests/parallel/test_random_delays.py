@@ -293,7 +293,7 @@ def on_ranks(folder: Path, seeds: int) -> Iterator[list[dict[str, Outcome]]]:
 
 @pytest.fixture(
     scope="module",
-    params=[1, pytest.param(30, marks=pytest.mark.full)],
+    params=[pytest.param(1, marks=pytest.mark.full), pytest.param(30, marks=pytest.mark.full)],
     ids=["dozens", "hundreds"],
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Outcome]]]:

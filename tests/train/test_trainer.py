@@ -113,6 +113,7 @@ def ranks_of(process: "subprocess.Popen[bytes]") -> list[int]:
     return sorted(environments, key=lambda pid: b"RANK=0" not in environments[pid])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
 def test_killed_twice_the_same_command_ends_with_the_loss_curve_of_an_uninterrupted_run(
     folder: Path, two_ranks: list[dict[str, Any]]

@@ -71,7 +71,7 @@ PASSED = {
 # the star test
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full), 4])
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     choices = choices_of(RANKS)
     rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
@@ -80,7 +80,7 @@ def test_every_pair_of_choices_equals_one_process(world: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full), 4])
 def test_every_pair_of_choices_in_each_world_equals_one_process(world: int) -> None:
     choices = choices_of(world)
     rows = pairwise(choices, world, only=True)
@@ -117,7 +117,7 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
     choices = replace(choices_of(RANKS), routers=PASSED)
     models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))

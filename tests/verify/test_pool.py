@@ -110,6 +110,7 @@ def test_what_a_rank_has_is_a_part_of_the_whole_and_the_rest_is_marked() -> None
     assert all(not w.isnan().any() for w in weight)
 
 
+@pytest.mark.full
 def test_no_rank_outlives_its_parent_even_inside_a_collective() -> None:
     script = (
         "from tests.verify.test_pool import *\n"

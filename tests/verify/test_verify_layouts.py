@@ -28,6 +28,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "chosen_rows", rows)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few")
 def test_equal_rows_end_with_exit_code_0_and_are_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
@@ -95,6 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.startswith(line)
 
 
+@pytest.mark.full
 def test_every_router_and_strategy_is_there_and_the_users_own_first() -> None:
     files = {path.stem for path in (CONF / "router").glob("*.yaml")}
     plain = verify_layouts.choices_of(["model=laptop"], 4)
