@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
-# Tests start ranks of their own and wait for them, so three workers fill two cores; a module stays on one worker, for the ranks it keeps.  They come
+# Tests start ranks of their own, so two workers fill two cores (three are no quicker); a module stays on one worker, for the ranks it keeps.  They come
 # in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
-PYTEST := pytest -n 3 --dist loadscope --no-loadscope-reorder
+PYTEST := pytest -n 2 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ lint: $(READY)  ## style, import contracts, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: $(READY)  ## lint and the tests, side by side (5 minutes on 2 cores)
+test: $(READY)  ## lint and the tests, side by side (about 8 minutes on 2 cores)
 	$(call beside,$(ONE_THREAD) $(PYTEST))
 
 test-full: $(READY)  ## lint and all tests, the slow ones and more examples included

@@ -325,6 +325,7 @@ def test_from_end_to_end_on_two_ranks(run: Path, tmp_path: Path, capsys: pytest.
     assert "nothing is emulated" in out and "multiple choice" in out and str(tmp_path / "out" / "eval.json") in out
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_all_and_is_named(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tools/evaluate_gpt_moe.py", str(run), "--ranks", "2", "--batches", "100000", "--modes", "static"]
     tool = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE, text=True)

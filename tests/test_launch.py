@@ -371,6 +371,7 @@ def test_ranks_under_torchrun_share_one_run_folder(tmp_path: Path) -> None:
     assert "steps: 3" in (tmp_path / summary["run_dir"] / "config.yaml").read_text()
 
 
+@pytest.mark.full
 def test_ranks_with_another_configuration_are_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "run.dir=here", other="__import__('os').environ['RANK'] == '1'")
     assert done.returncode != 0

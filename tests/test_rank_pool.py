@@ -120,6 +120,7 @@ def test_ranks_have_the_environment_and_folder_of_now_and_are_new_for_each_job(
         assert len({s[drawn] for s in before + after}) == 4, drawn
 
 
+@pytest.mark.full
 def test_a_server_started_in_another_folder_imports_the_same_files(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

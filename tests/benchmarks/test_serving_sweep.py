@@ -128,6 +128,7 @@ def test_where_deciding_and_fetching_are_free_a_better_foresight_is_faster(modes
     assert times["best"].seconds > (20 - LAYERS) * times["best"].layer_s  # all layers of the model
 
 
+@pytest.mark.full
 def test_a_slow_plan_and_a_slow_fetch_cost_those_who_swap_and_nobody_else(modes: Modes) -> None:
     free, slow = mode_times(modes, hardware()), mode_times(modes, hardware(plan_s=0.02))
     fetched = mode_times(modes, hardware(expert_s=0.02))

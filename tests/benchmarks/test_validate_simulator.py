@@ -61,6 +61,7 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
     assert host.sum_weight == pytest.approx(3.0, rel=0.25)
 
 
+@pytest.mark.full
 def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plans = {"eager 512 KiB": "eager: pieces of 0.5 MiB", "serial": "serial", "flow": "flow: 2 parts", "ddp": "another plan"}
     strategies = {name: measured(0.9 + 0.01 * i, plan, 0.3, 0.05) for i, (name, plan) in enumerate(plans.items())}

@@ -236,6 +236,7 @@ def test_the_command_refuses_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_model_that_no_memory_holds_can_be_looked_at(command: Callable[..., tuple[int, str]]) -> None:
     assert command("model.d_model=2147483640", "model.num_layers=100000", "model.d_ff=2147483647") == (0, "")
 

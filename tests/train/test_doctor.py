@@ -269,6 +269,7 @@ def test_a_rank_that_does_not_come_back_to_its_program_is_named_with_its_stack(j
     assert "rank 0 waits in instruction F:counts<" in text
 
 
+@pytest.mark.full
 def test_a_rank_whose_sequences_never_come_is_named_with_the_stack_of_their_reader(job: Callable[..., Outcome]) -> None:
     text = explained(job(never_reads), "rank 1 is outside of the instructions, in step 2", "time.sleep(60)")
     assert "in never_reads" in text or "in batch" in text
