@@ -185,7 +185,7 @@ def check_layer(names: Sequence[str]) -> None:
 
 
 def check_own(blocks: Blocks) -> None:
-    """ValueError for what code of one's own declares and nothing here can do, or no two blocks can do alike."""
+    """ValueError where code of one's own declares losses outside of a router, or what two blocks must not have in common."""
     for _, block in blocks.all():
         own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Balance | Head)
         if own and block.losses:
@@ -193,4 +193,4 @@ def check_own(blocks: Blocks) -> None:
                 f"block {block.name} declares losses ({', '.join(loss.name for loss in block.losses)}): auxiliary losses are of "
                 "routers alone; name yours in router.losses"
             )
-    assert blocks.losses and blocks._owner
+    _ = blocks.losses, blocks._owner  # asked for, they raise ValueError for losses that are none and instructions of one name
