@@ -19,7 +19,9 @@ def register_schema() -> None:
     """Makes `schema` in the defaults of conf/pretrain.yaml mean PretrainConfig, so that Hydra refuses unknown keys and types."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=PretrainConfig)
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=PretrainConfig)
 
 
 def compose(overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -29,15 +31,14 @@ def compose(overrides: Sequence[str] = ()) -> PretrainConfig:
     within a program of Hydra, whose own state is left as it was."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
-    from megalina.worker import load_config
+    from megalina.worker import resolved
 
     register_schema()
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return load_config(OmegaConf.to_yaml(hydra.compose("pretrain", overrides=list(overrides)), resolve=True))
+            return resolved(hydra.compose("pretrain", overrides=list(overrides)))
     finally:
         GlobalHydra.instance().hydra = outer  # of another instance: Hydra makes a new one

@@ -378,6 +378,7 @@ def test_ranks_with_another_configuration_are_refused(tmp_path: Path) -> None:
     assert re.search(r"^rank 1 differs from rank 0: train.steps is 7, not 100; start all ranks", done.stderr, re.MULTILINE)
 
 
+@pytest.mark.full
 def test_bad_input_under_torchrun_is_said_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "parallel.ep=3")
     assert done.returncode != 0
@@ -433,6 +434,7 @@ def test_ranks_under_slurm_share_one_run_folder(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+@pytest.mark.full
 def test_bad_input_under_slurm_ends_all_ranks_and_is_said_once(tmp_path: Path) -> None:
     first, second = slurm(tmp_path, "parallel.ep=3")
     assert (first[0], second[0]) == (2, 2)

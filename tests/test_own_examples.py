@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,9 @@ EXAMPLES = ROOT / "docs" / "examples"
 LINES = {"own_layer": 75, "own_router": 50}
 
 
-def _proven(name: str) -> dict[str, Any]:
-    """What the file's last line says."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, EXAMPLES / f"{name}.py"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+def _checked(printed: str) -> dict[str, Any]:
+    """What the last line of a file that was run says."""
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     assert len(found["layouts"]["rows"]) == 4 and found["layouts"]["largest_error"] < 1e-11
     assert found["checkpoint"]["largest_error"] < 1e-11
     return found
@@ -39,14 +36,26 @@ def test_one_short_file(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= LINES[name]
 
 
-def test_a_layer() -> None:
-    found = _proven("own_layer")
+@pytest.mark.full
+@pytest.mark.parametrize("name", LINES)
+def test_each_runs_as_a_program(name: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, EXAMPLES / f"{name}.py"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    _checked(ran.stdout)
+
+
+def test_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "own_layer.py"), run_name="__main__")
+    found = _checked(capsys.readouterr().out)
     assert found["flops"]["gate F:gate"][0] == found["flops"]["gate F:gate"][1] > 0
     assert found["added"]["state_bytes"] > 0
 
 
-def test_a_router_and_a_loss() -> None:
-    found = _proven("own_router")
+def test_a_router_and_a_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "own_router.py"), run_name="__main__")
+    found = _checked(capsys.readouterr().out)
     assert "entropy_loss" in found["checkpoint"]["reported"]
     declared, counted = found["kept_bytes"]["moe F:route"]
     assert declared == pytest.approx(counted, rel=0.1)

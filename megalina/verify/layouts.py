@@ -1,7 +1,7 @@
 """The rows of a verification: which layouts run which routers with which strategies, all of them or so that all pairs occur."""
 
 import itertools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from random import Random
@@ -159,8 +159,18 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row.layout.world)
 
 
-def pairs(options: Mapping[str, Sequence[Any]], allowed: Callable[[Values], bool]) -> Iterator[Values]:
-    """Greedy: combinations until every pair of choices of two axes has occurred, but for pairs that are never allowed."""
+def pairs(
+    options: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Values], bool],
+    costs: Mapping[tuple[str, Hashable], float] | None = None,
+    may_be_allowed: Callable[[Values], bool] = lambda values: True,
+) -> Iterator[Values]:
+    """Greedy: combinations until every pair of choices of two axes has occurred, but for pairs that are never allowed.
+
+    `costs`: what a row with a choice (axis, choice) costs, 1 where nothing is said.  Where choices serve equally well, a costly
+    one is taken that much more rarely.  `may_be_allowed`: False of a combination that lacks axes,
+    where no choice of them helps."""
+    costs = costs or {}
     names = list(options)
     missing = {
         ((a, x), (b, y)): None  # a set in a fixed order
@@ -168,18 +178,21 @@ def pairs(options: Mapping[str, Sequence[Any]], allowed: Callable[[Values], bool
         for x, y in itertools.product(options[a], options[b])
     }
     never = _never_allowed(options, missing, allowed)
-    uses: Counter[tuple[str, Hashable]] = Counter()
+    used: dict[tuple[str, Hashable], float] = defaultdict(float)
     while missing:
         first, second = next(iter(missing))
         found = (
-            None if (first, second) in never else _completed(dict((first, second)), names, options, missing, never, uses, allowed)
+            None
+            if (first, second) in never
+            else _completed(dict((first, second)), names, options, missing, never, used, allowed, may_be_allowed)
         )
         if found is None:
             del missing[first, second]
             continue
         for pair in itertools.combinations(((name, found[name]) for name in names), 2):
             missing.pop(pair, None)
-        uses.update(found.items())
+        for choice in found.items():
+            used[choice] += costs.get(choice, 1)
         yield found
 
 
@@ -208,14 +221,17 @@ def _completed(
     options: Mapping[str, Sequence[Any]],
     missing: Mapping[Pair, None],
     never: Set[Pair],
-    uses: Mapping[tuple[str, Hashable], int],
+    used: Mapping[tuple[str, Hashable], float],
     allowed: Callable[[Values], bool],
+    may_be_allowed: Callable[[Values], bool],
 ) -> Values | None:
     """The other axes one by one, each by how many missing pairs it adds, then the choice that was used least; and back where
     the end is not allowed."""
     left = [name for name in names if name not in chosen]
     if not left:
         return chosen if allowed(chosen) else None
+    if not may_be_allowed(chosen):
+        return None
     axis = left[0]
 
     place = {name: i for i, name in enumerate(names)}
@@ -227,9 +243,9 @@ def _completed(
     def gain(choice: Hashable) -> int:
         return sum(pair in missing for pair in with_chosen(choice))
 
-    for choice in sorted(options[axis], key=lambda c: (-gain(c), uses[axis, c])):
+    for choice in sorted(options[axis], key=lambda c: (-gain(c), used[axis, c])):
         if never.isdisjoint(with_chosen(choice)):
-            found = _completed({**chosen, axis: choice}, names, options, missing, never, uses, allowed)
+            found = _completed({**chosen, axis: choice}, names, options, missing, never, used, allowed, may_be_allowed)
             if found is not None:
                 return found
     return None

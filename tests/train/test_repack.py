@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, strateg
     "weights gathered late": ({"zero": 1, "micro_batch_size": 2}, {"name": "lina_zero", "parts": 2, "yields": True}),
     "balance over all ranks": ({"group": "global", "recompute": "full", "shared_d_ff": 16}, {"name": "flow", "packing": "auto"}),
 }
-FULL = ("zero", "balance over all ranks", "all")  # scenarios of `make test-full` alone
+FULL = ("zero", "weights gathered late", "balance over all ranks", "all")  # scenarios of `make test-full` alone
 OnRanks = Mapping[str, list[dict[str, Any]]]
 
 
@@ -233,7 +233,7 @@ def on_ranks(folder: Path) -> OnRanks:
         ranks = run_on_ranks(WORLD, scenarios, folder, names)
         return {name: [rank[name] for rank in ranks] for name in names}
 
-    return InGroups([("plain", "weights gathered late", "bits", "memory", "auto", "resumed"), FULL], made)
+    return InGroups([("plain", "bits", "memory", "auto", "resumed"), FULL], made)
 
 
 every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
