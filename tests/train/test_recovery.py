@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def config(folder: Path, name: str, spike: str, **settings: Any) -> PretrainConfig:
-    out = config_of(folder, name, **({"steps": STEPS, "interval": 10, "lr": 1e-2} | settings))
+    out = config_of(folder, name, **({"steps": STEPS, "interval": 10, "lr": 1e-2, "micro_batch_size": 4} | settings))
     out.guard = GuardConfig(**(GUARD | {"spike": spike}))
     return out
 

@@ -72,9 +72,7 @@ def two_ranks(folder: Path) -> list[dict[str, Any]]:
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
-    uninterrupted = records_of(config_of(folder, "uninterrupted", **KILLED))
     return {
-        "uninterrupted": uninterrupted.records,
         "bad step": bad_step(folder),
         "signal": signalled(folder),
         "saves": {mode: records_of(saving(folder, mode)).of("loss") for mode in ("sync", "async")},
@@ -83,6 +81,10 @@ def scenarios(folder: Path) -> dict[str, Any]:
 
 
 # kills
+def uninterrupted(folder: Path) -> list[dict[str, Any]]:
+    return records_of(config_of(folder, "uninterrupted", **KILLED)).records
+
+
 def command(config: PretrainConfig) -> list[str]:
     """The command line that composes this configuration."""
 
@@ -115,9 +117,8 @@ def ranks_of(process: "subprocess.Popen[bytes]") -> list[int]:
 
 @pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
-def test_killed_twice_the_same_command_ends_with_the_loss_curve_of_an_uninterrupted_run(
-    folder: Path, two_ranks: list[dict[str, Any]]
-) -> None:
+def test_killed_twice_the_same_command_ends_with_the_loss_curve_of_an_uninterrupted_run(folder: Path) -> None:
+    whole = run_on_ranks(2, uninterrupted, folder)[0]
     config = config_of(folder, "killed", **KILLED)
     config.launch.ranks = 2
     metrics = Path(config.run.dir) / "metrics.jsonl"
@@ -139,7 +140,7 @@ def test_killed_twice_the_same_command_ends_with_the_loss_curve_of_an_uninterrup
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     for key in ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "val_loss", "dead_experts", "load_entropy"):
-        assert [r.get(key) for r in records] == [r.get(key) for r in two_ranks[0]["uninterrupted"]], key
+        assert [r.get(key) for r in records] == [r.get(key) for r in whole], key
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["steps"] == 120 and summary["finished"] and summary["val_loss"] == records[-1]["val_loss"]
     assert same_checkpoints(checkpoint(config, 120), checkpoint(config_of(folder, "uninterrupted"), 120)) == []
