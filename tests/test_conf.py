@@ -18,11 +18,11 @@ from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.cli import train
 from megalina.compose import compose
 from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import bucket_specs
 from megalina.dry_run import describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.parameters import is_moe_layer, padded_vocab_size
+from megalina.perfmodel.cost.bucket_specs import bucket_specs
 from megalina.validate import check_config
 from megalina.worker import load_config
 from tests.test_validate import CHOICES

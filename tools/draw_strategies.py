@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from megalina.config import PretrainConfig
-    from megalina.sim.virtual import Timeline
+    from megalina.perfmodel.sim.virtual import Timeline
     from megalina.step.plan import Plan
     from megalina.step.program import Instruction, Program
     from megalina.step.strategy import Setting
@@ -89,9 +89,9 @@ class VirtualJob:
 
     def step(self, program: "Program") -> "Timeline":
         from megalina.parallel.emulated_device import emulated_device
-        from megalina.sim.network import one_level
-        from megalina.sim.sizes import Sizes
-        from megalina.sim.virtual import simulate
+        from megalina.perfmodel.sim.network import one_level
+        from megalina.perfmodel.sim.sizes import Sizes
+        from megalina.perfmodel.sim.virtual import simulate
         from megalina.step.program import Kind, Op
 
         device = emulated_device(self.config)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.forecast.serving_decisions import ServedBatch, shared_evenly
+from megalina.perfmodel.forecast.serving_decisions import ServedBatch, shared_evenly
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import RoutingTrace, traced
 

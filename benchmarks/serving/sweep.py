@@ -15,11 +15,11 @@ import numpy as np
 from benchmarks.serving.routing import TASKS, topic_routing
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig, PretrainConfig
-from megalina.forecast.network import network_of
-from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
-from megalina.forecast.serving_decisions import Decider, Decision, ServedBatch, even_choices
-from megalina.forecast.serving_seconds import RooflineSeconds, row_s
 from megalina.parameters import BYTES
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
+from megalina.perfmodel.forecast.serving_decisions import Decider, Decision, ServedBatch, even_choices
+from megalina.perfmodel.forecast.serving_seconds import RooflineSeconds, row_s
 from megalina.placement.controller import Policy
 from megalina.placement.offline import counts_of_batches
 from megalina.placement.placement import EMPTY, Placement

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
-from megalina.cost.stage_seconds import emulated_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.priced_step import PricedStep
-from megalina.sim.network import Network
-from megalina.sim.virtual import Timeline
+from megalina.perfmodel.cost.stage_seconds import emulated_seconds
+from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.sim.network import Network
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 

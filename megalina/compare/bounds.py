@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from megalina.layout import rows
-from megalina.sim.lower_bound import lower_bound
-from megalina.sim.network import one_level
-from megalina.sim.sizes import Sizes
+from megalina.perfmodel.sim.lower_bound import lower_bound
+from megalina.perfmodel.sim.network import one_level
+from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Program
 from megalina.timeline.recorder import SEND, Event
 

@@ -6,8 +6,8 @@ from math import gcd
 from typing import Any
 
 from megalina.config import PretrainConfig
-from megalina.forecast.forecast import forecast
 from megalina.measure.trial_runs import WAITS, parts_of, whole
+from megalina.perfmodel.forecast.forecast import forecast
 
 SHOWN = 6  # parts of a step
 HEAD = f"{'predicted':>12}{'measured':>12}{'error':>9}"

@@ -16,7 +16,7 @@ from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
 from megalina.layout import rows
 from megalina.mesh import Axis, Mesh, build_mesh
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 
 REPEATS = 15
 PAUSE_S = 0.001  # at least, before each; the core computes meanwhile, as it does in a step

@@ -15,7 +15,7 @@ from megalina.comm.exchange import Pending
 from megalina.comm.objects import everybodys
 from megalina.measure.collectives import collective_s, compute_for, started, timed
 from megalina.mesh import Mesh
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 from megalina.timeline.contention import quantile
 
 FOREGROUND_BYTES = 2**18

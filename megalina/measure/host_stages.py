@@ -10,9 +10,9 @@ import torch
 
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
-from megalina.cost.stage_work import StageWork
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
+from megalina.perfmodel.cost.stage_work import StageWork
 from megalina.step.program import Kind
 from megalina.train.bucket_optimizer import BucketOptimizer
 

@@ -25,7 +25,7 @@ from megalina.measure.shapes import Sizes, sent_key, sizes_of
 from megalina.measure.stopwatch import Stopwatch
 from megalina.measure.trial_runs import trial_run
 from megalina.mesh import Mesh, build_mesh
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 from megalina.status_line import StatusLine
 from megalina.worker import load_config
 

@@ -1,4 +1,4 @@
-"""What Lina gains at inference (section 7.3): rows I1 to I10 and Table 5, on `megalina/forecast/serving.py`.
+"""What Lina gains at inference (section 7.3): rows I1 to I10 and Table 5, on `megalina/perfmodel/forecast/serving.py`.
 
 Predictor, planner, split and trigger are the engine's, as conf/infer/lina.yaml has them; the baseline leaves experts where
 training had them, one a device, and "Ideal" sends as many rows to each.  Planning takes what the paper says; an expert comes over
@@ -14,14 +14,14 @@ import numpy as np
 
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
-from megalina.forecast.network import network_of
-from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
-from megalina.forecast.serving_decisions import Decider, even_choices, shared_evenly
-from megalina.forecast.serving_seconds import GivenTimes
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
+from megalina.perfmodel.forecast.serving_decisions import Decider, even_choices, shared_evenly
+from megalina.perfmodel.forecast.serving_seconds import GivenTimes
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.placement.controller import Outcome
 from megalina.placement.planners.identity import identity
 from megalina.serve.policies import Served, policy_of
-from megalina.sim.virtual import Timeline
 from megalina.timeline.contention import quantile
 from megalina.timeline.recorder import COMPUTE
 from papers.lina.models import SEQ_LEN, SEQUENCES, Model, config_of

@@ -12,7 +12,7 @@ from megalina.measure import figures, worker
 from megalina.measure.host_stages import TinyStep
 from megalina.measure.shapes import CPU, sent_key
 from megalina.mesh import build_mesh
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 from tests.parallel.ranks import run_on_ranks
 
 SMALL = replace(
