@@ -2,7 +2,7 @@
 
 Products of a small side, for the curve, with operands that come from memory, as weights do in a step; passes of the model's own
 functions over activations, whose counted bytes are those of `megalina/perfmodel/cost/stage_work.py`, so a rate found here means
-there what it means here; experts with few rows, which nothing is fitted on.  """
+there what it means here; experts with few rows, which nothing is fitted on."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,7 @@
 """How many bytes one rank holds in a step, by arithmetic: its state, each value of a program, what exchanges set aside.
 
 `StageBytes` is the `Sizes` that `megalina.perfmodel.sim.memory` asks.  Rows are those of routing without drops: a rank gets as
-many as it sends on average, and `skew` times as many where its experts are the fullest.  """
+many as it sends on average, and `skew` times as many where its experts are the fullest."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
 The list is the one that the trainer would run.  It is walked in virtual time, with the seconds of `megalina/perfmodel/cost` and
 the network of the cluster's file, and once more for its bytes.  All ranks are taken to be alike: routing is even.  Of many
 micro-batches few are walked, and the rest take what one more of them adds.  Lists and folded networks serve many forecasts
-(`Shared`).  """
+(`Shared`)."""
 
 import math
 from collections.abc import Mapping
