@@ -16,7 +16,7 @@ slowed by the number of ranks that share a core, so a host has on the average as
 Profiles are recorded on the first half of each trace; the second halves are served, the two tasks taking turns batch by batch.
 Modes take turns too, on the same batches.  `oracle` is `best`, told the exact counts before; `ideal` forces even routing.
 Skew "paper": so many tokens are sent to random experts that the most popular one gets 5.56 times the least popular one (Lina,
-figure 6).  Workloads are those of `megalina/placement/workloads.py`; their profile is the same workload by another seed.
+figure 6).  Workloads are those of `placement_lab/workloads.py`; their profile is the same workload by another seed.
 """
 
 import argparse
@@ -51,10 +51,8 @@ from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 from megalina.parallel.emulated_device import SMALLEST_SHARE
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
-from megalina.placement.workloads import WORKLOADS, own_part
 from megalina.serve.engine import Engine, EngineSettings
 from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.modes import read_mode
@@ -64,6 +62,8 @@ from megalina.status_line import StatusLine
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 from megalina.timeline.recorder import Recorder
+from placement_lab.oracle import OraclePredictor
+from placement_lab.workloads import WORKLOADS, own_part
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"

@@ -6,7 +6,7 @@
     python benchmarks/serving_map.py --plan-ms 6.2 --check-ms 1.45                          (deciding as slow as Lina's)
     python benchmarks/serving_map.py --against-measured --traces A.npz B.npz                (held against docs/log.md)
 
-Batches are walked in virtual time (`megalina/perfmodel/forecast/serving.py`) with the predictors, planners, splits and triggers
+Batches are walked in virtual time (`placement_lab/serving/simulator.py`) with the predictors, planners, splits and triggers
 of the engine, on the networks of `conf/cluster`, with the roofline of their devices.  Routing is made, two tasks taking turns
 batch by batch (`benchmarks/serving/routing.py`); skew is the busiest expert's rows over the mean expert's.
 
@@ -194,8 +194,8 @@ def points_of(spot: Spot, configs: "Mapping[str, PretrainConfig]", plans_ms: Seq
     """One of each cluster and time of a plan."""
     from benchmarks.serving.sweep import Hardware, Load, Modes, mode_times
     from benchmarks.serving.tables import Point
-    from megalina.perfmodel.forecast.serving import PlannerSeconds
     from megalina.serve.expert_memory import num_expert_bytes
+    from placement_lab.serving.simulator import PlannerSeconds
 
     tokens, context = PHASES[spot.phase]
     if not configs:

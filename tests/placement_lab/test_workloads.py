@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.controller import Policy
-from megalina.placement.offline import counts_of_batches, replay
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Seen
 from megalina.placement.routing_trace import Counts, counts_LE
 from megalina.placement.split import even
 from megalina.placement.triggers import never
-from megalina.placement.workloads import (
+from placement_lab.offline import counts_of_batches, replay
+from placement_lab.oracle import OraclePredictor
+from placement_lab.workloads import (
     WORKLOADS,
     Size,
     Workload,

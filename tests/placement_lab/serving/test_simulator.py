@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from megalina.blocks.model import plain_shape
 from megalina.compose import compose
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.serving import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
-from megalina.perfmodel.forecast.serving_decisions import Decider, ServedBatch, even_choices, shared_evenly
-from megalina.perfmodel.forecast.serving_seconds import GivenTimes, RooflineSeconds, row_s
 from megalina.perfmodel.sim.network import Network
 from megalina.placement.controller import Policy
-from megalina.placement.offline import replay
 from megalina.placement.placement import Placement
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.routing_trace import traced
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import always, never
-from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, policy_of
 from megalina.step.inference import given_of
 from megalina.step.program import Instruction, Kind, Op, check
+from placement_lab.offline import replay
+from placement_lab.oracle import OraclePredictor
+from placement_lab.serving.decisions import Decider, ServedBatch, even_choices, shared_evenly
+from placement_lab.serving.seconds import GivenTimes, RooflineSeconds, row_s
+from placement_lab.serving.simulator import BatchTime, PlannerSeconds, Serving, program_of, serve, sizes_of
+from placement_lab.workloads import WORKLOADS, Size, drawn, trace_of
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "infer"
 EXPERTS, DEVICES, LAYERS, TOKENS = 8, 4, 5, 64

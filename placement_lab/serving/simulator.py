@@ -8,9 +8,9 @@
     server = Decider(policy, residents)
     times = [serve(shared_evenly(ids_TLK, 16), server, setting) for ids_TLK in batches]
 
-First it is decided who sends how many rows where (`serving_decisions.py`), which no clock has a say in.  Then the list of the
+First it is decided who sends how many rows where (`decisions.py`), which no clock has a say in.  Then the list of the
 engine (`megalina/step/inference.py`) is walked by all ranks, which differ: each computes its own tokens and the rows that came to
-its slots (`serving_seconds.py`), and the all-to-alls send what was decided.
+its slots (`seconds.py`), and the all-to-alls send what was decided.
 
 The engine fetches experts behind its list, on a thread or a stream.  Here that is an instruction: what a layer lacks leaves when
 the
@@ -26,8 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalina.perfmodel.forecast.serving_decisions import Decider, Decision, ServedBatch
-from megalina.perfmodel.forecast.serving_seconds import DeviceSeconds
 from megalina.perfmodel.sim.collectives import Floats
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
@@ -38,6 +36,8 @@ from megalina.step.forward import Shape
 from megalina.step.inference import inference_step
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.recorder import COMPUTE, SEND
+from placement_lab.serving.decisions import Decider, Decision, ServedBatch
+from placement_lab.serving.seconds import DeviceSeconds
 
 NUMBER_BYTES = 8  # of what is told
 FETCH = "fetch"  # instruction and axis

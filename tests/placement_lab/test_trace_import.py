@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.routing_trace import counts_LE
-from megalina.placement.trace_import import HistogramTrace, from_histograms, from_megatron_jsonl
+from placement_lab.trace_import import HistogramTrace, from_histograms, from_megatron_jsonl
 from tests.fuzz.bounded import spoiled
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "data" / "traces"

@@ -11,17 +11,17 @@ import torch.distributed as dist
 
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig, RouterConfig
-from megalina.perfmodel.forecast.serving import Serving, program_of
-from megalina.perfmodel.forecast.serving_decisions import Decider, ServedBatch
-from megalina.perfmodel.forecast.serving_seconds import GivenTimes
 from megalina.perfmodel.sim.network import Network
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace, traced
-from megalina.placement.workloads import own_part
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, policy_of
 from megalina.timeline.recorder import Recorder
+from placement_lab.serving.decisions import Decider, ServedBatch
+from placement_lab.serving.seconds import GivenTimes
+from placement_lab.serving.simulator import Serving, program_of
+from placement_lab.workloads import own_part
 from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 
