@@ -43,10 +43,10 @@ from benchmarks.replay.report import PAPER, measured, table
 from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
 from megalina.blame import RankFailed
-from megalina.comm.objects import everybodys
 from megalina.config import InferConfig, ModelConfig, RouterConfig
+from megalina.console import StatusLine
 from megalina.launch import Stopped, run_ranks
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Mesh, build_mesh, everybodys
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 from megalina.parallel.emulated_device import SMALLEST_SHARE
@@ -58,7 +58,6 @@ from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, check_infer, policy_of
 from megalina.serve.serving_device import ServingDevice
-from megalina.status_line import StatusLine
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 from megalina.timeline.recorder import Recorder

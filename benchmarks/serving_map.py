@@ -147,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
 def the_map(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from benchmarks.serving.figure import draw
     from benchmarks.serving.tables import map_table, modes_table, plan_table, slots_table, swap_table
-    from megalina.status_line import StatusLine
+    from megalina.console import StatusLine
 
     models, clusters = args.models.split(","), args.clusters.split(",")
     counts = [int(word) for word in args.devices.split(",")] if args.devices else list(DEVICES)
@@ -322,8 +322,8 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
         replayed,
         table,
     )
+    from megalina.console import StatusLine
     from megalina.serve.modes import read_mode
-    from megalina.status_line import StatusLine
 
     status = StatusLine()
     common = {"traces": list(map(str, paths)), "layers": LAYERS, "batch_tokens": BATCH_TOKENS, "batches": BATCHES}

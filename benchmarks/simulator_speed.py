@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools
 
 from megalina.config import PretrainConfig  # noqa: E402
+from megalina.console import StatusLine  # noqa: E402
 from megalina.perfmodel.cost.bucket_specs import bucket_specs  # noqa: E402
 from megalina.perfmodel.forecast.garbage import few_collections  # noqa: E402
 from megalina.perfmodel.forecast.network import network_of  # noqa: E402
@@ -38,7 +39,6 @@ from megalina.perfmodel.forecast.search import plans_of  # noqa: E402
 from megalina.perfmodel.sim.folding import FoldedLoads  # noqa: E402
 from megalina.perfmodel.sim.network import Network  # noqa: E402
 from megalina.perfmodel.sim.virtual import simulate_alike, uses_of  # noqa: E402
-from megalina.status_line import StatusLine  # noqa: E402
 from megalina.step.plan import Plan  # noqa: E402
 
 VOCAB, EXPERTS, RANKS_PER_NODE = 151936, 128, 8

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from megalina.blocks.counts import count_parameters
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.layout import rows
-from megalina.parameters import padded_vocab_size
 from megalina.perfmodel.cost.stage_bytes import StageBytes
 
 SHOWN_AXES = ("tp", "ep", "edp", "dp")

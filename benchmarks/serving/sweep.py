@@ -14,8 +14,7 @@ import numpy as np
 
 from benchmarks.serving.routing import TASKS, topic_routing
 from megalina.blocks.model import plain_shape
-from megalina.config import InferConfig, PretrainConfig
-from megalina.parameters import BYTES
+from megalina.config import BYTES, InferConfig, PretrainConfig
 from megalina.perfmodel.forecast.network import network_of
 from megalina.placement.controller import Policy
 from megalina.placement.placement import EMPTY, Placement

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
-from megalina.blocks.block import Block, norm_parameters
-from megalina.blocks.loss import Loss
+from megalina.blocks.block import Block, Loss, norm_parameters
 from megalina.blocks.memory import Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At

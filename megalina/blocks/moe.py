@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalina.blocks import memory, work
-from megalina.blocks.block import Block, norm_parameters, output_std
-from megalina.blocks.loss import Loss
+from megalina.blocks.block import Block, Loss, norm_parameters, output_std
 from megalina.blocks.memory import Inside
 from megalina.blocks.mlp import mlp_parameters
 from megalina.blocks.parameter import Parameter

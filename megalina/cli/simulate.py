@@ -19,8 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megalina.cli.hydra_arguments import arguments_for_hydra
-from megalina.cli.hydra_help import show_help
+from megalina.cli.hydra_command import arguments_for_hydra, show_help
 from megalina.compose import CONF, register_schema
 from megalina.explain import explain
 

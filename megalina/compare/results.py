@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megalina.comm.objects import everybodys
 from megalina.compare.bounds import bounds_of, link_bytes
 from megalina.compare.contest import Contestant
 from megalina.layout import rows
+from megalina.mesh import everybodys
 from megalina.timeline.contention import AllToAll, Alone, all_to_alls, quantile, summary
 from megalina.timeline.recorder import Event
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-from megalina.file_errors import naming
+from megalina.whole_file import naming
 
 _MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 

@@ -13,9 +13,8 @@ import torch
 from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
-from megalina.comm.objects import everybodys
 from megalina.layout import rows
-from megalina.mesh import Axis, Mesh, build_mesh
+from megalina.mesh import Axis, Mesh, build_mesh, everybodys
 from megalina.perfmodel.sim.collectives import Collective
 
 REPEATS = 15

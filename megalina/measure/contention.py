@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from megalina.comm.exchange import Pending
-from megalina.comm.objects import everybodys
 from megalina.measure.collectives import collective_s, compute_for, started, timed
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.timeline.contention import quantile
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
+from megalina.mesh import everybodys
 from megalina.timeline.contention import class_of
 from megalina.timeline.recorder import COMPUTE, WAIT, Event, Recorder
 from megalina.train.step_runner import StepRunner

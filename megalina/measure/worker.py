@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.comm.objects import everybodys
+from megalina.console import StatusLine
 from megalina.launch import num_cores
 from megalina.measure.collectives import collective_s, groups_of
 from megalina.measure.contention import contention
@@ -24,9 +24,8 @@ from megalina.measure.kernels import TINY_OPS, kernel_calls
 from megalina.measure.shapes import Sizes, sent_key, sizes_of
 from megalina.measure.stopwatch import Stopwatch
 from megalina.measure.trial_runs import trial_run
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Mesh, build_mesh, everybodys
 from megalina.perfmodel.sim.collectives import Collective
-from megalina.status_line import StatusLine
 from megalina.worker import load_config
 
 PASSES = 2

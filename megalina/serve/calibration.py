@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.comm.objects import everybodys
 from megalina.config import InferConfig
+from megalina.mesh import everybodys
 from megalina.placement.aligned import aligned, moved_slots
 from megalina.placement.controller import Counts, Planner, Split
 from megalina.placement.placement import Placement

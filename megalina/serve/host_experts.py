@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalina.comm.objects import everybodys
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 
 SHARED_MEMORY = Path("/dev/shm")
 

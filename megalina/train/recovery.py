@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalina.checkpoint.files import newest_first
-from megalina.comm.objects import everybodys
+from megalina.mesh import everybodys
 from megalina.parallel.non_finite import first_bad_stage
 from megalina.parallel.step_result import StepResult
 from megalina.track.tracker import Tracker

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
-from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.files import MODEL, SaveFailed
 from megalina.checkpoint.profile import PROFILE
-from megalina.checkpoint.writing import SaveFailed
 from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh

@@ -11,12 +11,11 @@ import torch.distributed as dist
 
 from megalina.batch import Batch
 from megalina.collective_log import CollectiveLog
-from megalina.comm.objects import everybodys
 from megalina.comm.urgency import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, build_meshes
+from megalina.mesh import Mesh, build_meshes, everybodys
 from megalina.parallel.plans import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable

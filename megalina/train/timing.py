@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
-from megalina.comm.objects import everybodys
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
 from megalina.layout import rows
+from megalina.mesh import everybodys
 from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary

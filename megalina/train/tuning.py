@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Callable
 
-from megalina.comm.objects import everybodys
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 from megalina.step.plan import Plan
 from megalina.train.trials import Measured, Trials
 

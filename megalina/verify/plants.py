@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megalina.blocks.routers import kind_of
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
-from megalina.parameters import is_moe_layer
 from megalina.verify.bugs import forward, gradients, losses, updates
 from megalina.verify.recording import Layout
 

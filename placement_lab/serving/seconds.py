@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megalina.blocks.work import Work
-from megalina.config import PretrainConfig
-from megalina.parameters import BYTES
+from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.cost.stage_seconds import SMALLEST_SHARE, device_of
 from megalina.perfmodel.cost.stage_work import StageWork
 from megalina.step.program import Instruction, Kind

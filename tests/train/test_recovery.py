@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalina.batch import Batch
-from megalina.checkpoint.writing import SaveFailed
+from megalina.checkpoint.files import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
 from megalina.parallel.step_result import CollectivesDiffer
 from megalina.rank_files import Unsaved

@@ -6,9 +6,8 @@ A program needs them, and so does the question how large a rank is, also of mode
 from math import prod
 
 from megalina.blocks.model import blocks_of
-from megalina.config import PretrainConfig
+from megalina.config import BYTES, PretrainConfig, padded_vocab_size
 from megalina.layout import axis_of_group, axis_sizes
-from megalina.parameters import BYTES, padded_vocab_size
 from megalina.step.program import BucketSpec
 
 ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes

@@ -11,9 +11,8 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.memory import Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.sizes import INT_BYTES, Rank
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.layout import axis_sizes
-from megalina.parameters import padded_vocab_size
 from megalina.perfmodel.cost.bucket_specs import bucket_specs
 from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import Instruction, Op, has_gradient

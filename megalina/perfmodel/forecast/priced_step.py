@@ -9,9 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from megalina.blocks.model import shape_of
-from megalina.config import ClusterConfig, PretrainConfig
+from megalina.config import BYTES, ClusterConfig, PretrainConfig, padded_vocab_size
 from megalina.layout import ranks_of
-from megalina.parameters import BYTES, padded_vocab_size
 from megalina.perfmodel.cost.stage_bytes import StageBytes
 from megalina.perfmodel.cost.stage_seconds import stage_seconds
 from megalina.perfmodel.cost.stage_work import StageWork

@@ -7,8 +7,7 @@ second walks the fastest of them under every strategy.  What fits is known befor
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megalina.config import PretrainConfig
-from megalina.parameters import BYTES
+from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.cost.bucket_specs import bucket_specs
 from megalina.perfmodel.forecast.forecast import Forecast, fits_in, forecast_of
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared

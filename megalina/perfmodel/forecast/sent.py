@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 from megalina.blocks.sizes import LIMBS
 from megalina.collective_log import NUM_RIDERS
-from megalina.config import PretrainConfig
-from megalina.parameters import BYTES, is_moe_layer
+from megalina.config import BYTES, PretrainConfig, is_moe_layer
 from megalina.perfmodel.cost.stage_bytes import StageBytes
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Op

@@ -16,13 +16,12 @@ import torch
 
 from megalina.batch import Batch
 from megalina.collective_log import Entry
-from megalina.config import PretrainConfig, StrategyConfig
+from megalina.config import BYTES, PretrainConfig, StrategyConfig
 from megalina.data.source import TokenData, open_data
 from megalina.layout import ranks_of
 from megalina.mesh import Mesh, build_meshes
 from megalina.model.permute import RowOrder
 from megalina.parallel.executor import Functions
-from megalina.parameters import BYTES
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.perfmodel.sim.collectives import Collective, Floats
 from megalina.perfmodel.sim.network import Network

@@ -1,12 +1,41 @@
-"""The --help of a program of Hydra, in half the time: Hydra copies its configuration for every group that it lists."""
+"""Hydra's decorator reads sys.argv and reports to the process: here a program of Hydra becomes a function of its arguments.
 
-from collections.abc import Sequence
+Its --help comes in half the time: Hydra copies its configuration for every group that it lists."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from string import Template
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict, read_write
 
 from megalina.compose import CONF
+
+
+@contextmanager
+def arguments_for_hydra(argv: Sequence[str] | None) -> Iterator[None]:
+    """Within it Hydra reads `argv` (None: the process's own) and hands its errors on in place of printing them.
+
+    What Hydra keeps for the process is fresh at the start, so that a process may run several commands one after another."""
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if argv is not None:
+        sys.argv = [before[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
 
 ASKED = ("--help", "-h")
 
