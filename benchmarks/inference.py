@@ -49,7 +49,7 @@ from megalina.launch import Stopped, run_ranks
 from megalina.mesh import Mesh, build_mesh, everybodys
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
-from megalina.parallel.emulated_device import SMALLEST_SHARE
+from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
@@ -57,7 +57,6 @@ from megalina.serve.engine import Engine, EngineSettings
 from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, check_infer, policy_of
-from megalina.serve.serving_device import ServingDevice
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 from megalina.timeline.recorder import Recorder

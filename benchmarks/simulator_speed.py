@@ -31,10 +31,9 @@ sys.path.insert(0, str(ROOT))  # tools
 
 from megalina.config import PretrainConfig  # noqa: E402
 from megalina.console import StatusLine  # noqa: E402
-from megalina.perfmodel.cost.bucket_specs import bucket_specs  # noqa: E402
-from megalina.perfmodel.forecast.garbage import few_collections  # noqa: E402
+from megalina.perfmodel.cost.stage_bytes import bucket_specs  # noqa: E402
 from megalina.perfmodel.forecast.network import network_of  # noqa: E402
-from megalina.perfmodel.forecast.priced_step import PricedStep  # noqa: E402
+from megalina.perfmodel.forecast.priced_step import PricedStep, few_collections  # noqa: E402
 from megalina.perfmodel.forecast.search import plans_of  # noqa: E402
 from megalina.perfmodel.sim.folding import FoldedLoads  # noqa: E402
 from megalina.perfmodel.sim.network import Network  # noqa: E402

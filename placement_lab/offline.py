@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.placement.aligned import aligned, moved
 from megalina.placement.controller import Controller, Counts, Policy
-from megalina.placement.placement import Placement
+from megalina.placement.placement import Placement, aligned, moved
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
-from megalina.placement.predictors.shares import choice_counts
+from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, choice_counts
 from megalina.placement.routing_trace import counts_of
 from megalina.placement.split import device_load
 

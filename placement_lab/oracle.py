@@ -8,8 +8,7 @@ Shapes: T tokens of a rank, K choices a token, B batches, L MoE layers, E expert
 
 import numpy as np
 
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, as_shares
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares
 
 
 class OraclePredictor:

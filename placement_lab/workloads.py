@@ -29,8 +29,7 @@ import numpy as np
 
 from megalina.placement.placement import EMPTY
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.predictor import Ids
-from megalina.placement.predictors.shares import check_part
+from megalina.placement.predictors.predictor import Ids, check_part
 from megalina.placement.routing_trace import Counts, RoutingTrace, traced
 
 HOT_EXPERT, HOT_RANK, SPREAD_HEAT = 0.25, 0.5, 0.75  # shares of all rows; of 16 experts, 4 times an even share for one

@@ -13,8 +13,7 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
 from megalina.config import ModelConfig, RouterConfig
-from megalina.step.forward import Shape
-from megalina.step.lines import compute, exchange
+from megalina.step.forward import Shape, compute, exchange
 from megalina.step.program import Instruction, Op
 
 

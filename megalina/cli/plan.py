@@ -47,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.compose import compose
     from megalina.dry_run import describe
-    from megalina.perfmodel.forecast.bounds import check_work
-    from megalina.perfmodel.forecast.garbage import few_collections
+    from megalina.perfmodel.forecast.forecast import check_work
     from megalina.perfmodel.forecast.paste import command, heads, joined, origin, planned_for
-    from megalina.perfmodel.forecast.priced_step import Shared
+    from megalina.perfmodel.forecast.priced_step import Shared, few_collections
     from megalina.perfmodel.forecast.progress import Bar
     from megalina.perfmodel.forecast.report import as_json, strategy_table
     from megalina.perfmodel.forecast.search import search

@@ -21,7 +21,7 @@ from megalina.parallel.buckets import Bucket
 from megalina.parallel.shard import cut_of
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.step.lines import names
+from megalina.step.forward import names
 from megalina.step.program import Instruction
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.verify.recording import (

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.placement.aligned import aligned
 from megalina.placement.controller import Controller, Counts, Outcome, Policy
-from megalina.placement.placement import EMPTY, Placement
-from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
-from megalina.placement.predictors.shares import choice_counts
+from megalina.placement.placement import EMPTY, Placement, aligned
+from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, choice_counts
 from placement_lab.workloads import own_part
 
 FIXED_NUMBERS = 2  # told besides counts: whether a fetch did not come, and a fingerprint of the plan

@@ -15,8 +15,7 @@ from megalina.placement.predictors.ema import EmaPredictor
 from megalina.placement.predictors.linear_map import LinearMapPredictor, even_map, fit_linear_map
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
-from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
-from megalina.placement.predictors.shares import as_shares, choice_counts, layer_shares
+from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, as_shares, choice_counts, layer_shares
 from megalina.placement.predictors.static import StaticPredictor
 from megalina.placement.predictors.window import WindowPredictor
 from megalina.placement.routing_trace import alternate, halves, joined, read_trace

@@ -1,21 +1,59 @@
 """How many bytes one rank holds in a step, by arithmetic: its state, each value of a program, what exchanges set aside.
 
 `StageBytes` is the `Sizes` that `megalina.perfmodel.sim.memory` asks.  Rows are those of routing without drops: a rank gets as
-many as it sends on average, and `skew` times as many where its experts are the fullest."""
+many as it sends on average, and `skew` times as many where its experts are the fullest.
+
+`bucket_specs` are the gradient buckets that `megalina/parallel/buckets.py` builds, without a model: a program needs them, and so
+does the question how large a rank is, also of models that no machine here could hold."""
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import prod
 
 from megalina.blocks.attention import head_dim
 from megalina.blocks.memory import Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.sizes import INT_BYTES, Rank
-from megalina.config import PretrainConfig, padded_vocab_size
-from megalina.layout import axis_sizes
-from megalina.perfmodel.cost.bucket_specs import bucket_specs
+from megalina.config import BYTES, PretrainConfig, padded_vocab_size
+from megalina.layout import axis_of_group, axis_sizes
 from megalina.step.passes import ROUTER_BIAS
-from megalina.step.program import Instruction, Op, has_gradient
+from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
+
+ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
+
+
+def bucket_specs(
+    config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0
+) -> dict[str, BucketSpec]:
+    """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
+    `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
+    tp = config.parallel.tp
+    sizes = axis_sizes(world, tp=tp, ep=config.parallel.ep // packing)
+    blocks = blocks_of(
+        config.model,
+        config.router,
+        vocab_size=vocab_size,
+        padded_vocab=padded_vocab_size(vocab_size, tp),
+        max_positions=config.model.max_positions or config.train.seq_len,
+    )
+    numels: dict[str, int] = {}
+    for layer, parameter in blocks.parameters():
+        group = parameter.group(layer, tp=tp > 1)
+        numels[group] = numels.pop(group, 0) + _up(prod(parameter.local_shape(sizes)), ALIGNMENT)
+    out = {}
+    for group, numel in reversed(numels.items()):
+        axis = axis_of_group(group)
+        sharded = config.parallel.zero == 1 and sizes[axis] > 1
+        grain = ALIGNMENT * (sizes[axis] if sharded else 1)
+        piece = piece_bytes // max(BYTES[config.train.dtype], 4)
+        out[group] = BucketSpec(_up(numel, grain), axis, sharded, max(grain, piece // grain * grain) if piece else None)
+    return out
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted

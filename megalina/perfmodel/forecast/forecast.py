@@ -142,3 +142,24 @@ def peak_of(config: PretrainConfig) -> float:
     hardware = config.cluster.hardware
     known = {"float32": hardware.float32_tflops, "bfloat16": hardware.bfloat16_tflops}
     return (known.get(config.train.dtype) or config.cluster.peak_tflops) * 1e12
+
+
+MOST_RANKS = 16_384 * 8  # links and flows of all of them are worked out once, before alike ones become one
+MOST_LAYERS = 3_000  # over all micro-batches that are walked: some ten instructions each, and as many backward
+
+
+def check_work(config: PretrainConfig, world: int) -> None:
+    """ValueError, one line, for more ranks or a longer list of instructions than a forecast walks."""
+    if world > MOST_RANKS:
+        raise ValueError(
+            f"cluster.nodes ({config.cluster.nodes}) x cluster.ranks_per_node ({config.cluster.ranks_per_node}) = {world} ranks: "
+            f"a forecast takes at most {MOST_RANKS}: lower cluster.nodes"
+        )
+    dp = max(1, world // config.parallel.tp)
+    micro_batches = max(1, config.train.global_batch_size // (config.train.micro_batch_size * dp))
+    walked = min(WALKED, micro_batches) * config.strategy.parts
+    if config.model.num_layers * walked > MOST_LAYERS:
+        raise ValueError(
+            f"model.num_layers ({config.model.num_layers}) x {walked} micro-batches or parts that are walked is a list of more "
+            f"instructions than a forecast takes: at most {MOST_LAYERS // walked} layers; lower model.num_layers"
+        )

@@ -4,25 +4,28 @@ This is the one recipe of all forecasts.  What a line takes (`seconds`), what a 
 (`memory`) follow from the configuration; `walk` puts them together in virtual time.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from megalina.blocks.model import shape_of
-from megalina.config import BYTES, ClusterConfig, PretrainConfig, padded_vocab_size
+from megalina.blocks.sizes import LIMBS
+from megalina.collective_log import NUM_RIDERS
+from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size
 from megalina.layout import ranks_of
 from megalina.perfmodel.cost.stage_bytes import StageBytes
 from megalina.perfmodel.cost.stage_seconds import stage_seconds
 from megalina.perfmodel.cost.stage_work import StageWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.sent import sizes_of
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import Timeline, simulate_alike, uses_of
 from megalina.step.plan import Plan
-from megalina.step.program import Instruction, Program
+from megalina.step.program import Instruction, Op, Program
 from megalina.step.strategy import Setting, training_step
 
 KEPT_LISTS = 12
@@ -181,3 +184,56 @@ class PricedStep:
 def on_cuda(cluster: ClusterConfig) -> bool:
     """Whether its devices are GPUs, neither emulated ones nor cores."""
     return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
+
+
+NEW_OBJECTS = 100_000  # between two collections
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Few garbage collections, where lists of ten thousands of instructions are made.
+
+    What was there before is not searched again and again, nor are lists while they grow; afterwards all is as it was."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(NEW_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
+
+
+def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:
+    """Routing is even.  `held`: of one rank."""
+    return Sizes(bytes_of(config, held), scattered=[name for name, spec in held.buckets.items() if spec.sharded])
+
+
+def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction], float]:
+    """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
+    weight_bytes = BYTES[config.train.dtype]
+    gradient_bytes = max(weight_bytes, 4)
+    experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
+    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + loads}
+
+    def of(instruction: Instruction) -> float:
+        elements = instruction.piece[1] - instruction.piece[0]
+        match instruction.op:
+            case Op.GRADS:
+                return elements * gradient_bytes
+            case Op.PARAMS:
+                return elements * weight_bytes
+            case Op.COUNTS:
+                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
+            case Op.SUM if instruction.name in numbers:
+                return numbers[instruction.name] * NUMBER_BYTES
+            case Op.GATHER:
+                return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
+            case _:
+                return held.value(instruction.reads[0], instruction)
+
+    return of

@@ -1,8 +1,7 @@
 """A job of a sweep of simulations: one configuration under its own strategy, as a row of the sweep's file.
 
-What the configuration leaves to measured steps is searched with the very questions of the trainer (`megalina/parallel/plans.py`),
-and simulated steps answer them.
-"""
+What the configuration leaves to measured steps is searched with the very questions of the trainer
+(`megalina/parallel/plan_file.py`), and simulated steps answer them."""
 
 import json
 import os
@@ -13,9 +12,8 @@ from typing import Any
 
 from megalina.config import PretrainConfig
 from megalina.layout import axis_sizes, rows
-from megalina.parallel.plans import questions
-from megalina.perfmodel.forecast.bounds import check_work
-from megalina.perfmodel.forecast.forecast import memory_limit_bytes
+from megalina.parallel.plan_file import questions
+from megalina.perfmodel.forecast.forecast import check_work, memory_limit_bytes
 from megalina.perfmodel.forecast.priced_step import Shared
 from megalina.perfmodel.forecast.report import GIB, as_json
 from megalina.perfmodel.forecast.search import Candidate, candidate, ordered

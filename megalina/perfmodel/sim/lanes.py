@@ -1,8 +1,9 @@
-"""Lanes: what a rank has started and what it holds back, and the rules by which it decides."""
+"""Lanes: what a rank has started and what it holds back, and the rules by which it decides; a circle of waiting, in words."""
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from megalina.step.program import MOVABLE, Instruction, Op
 
@@ -64,3 +65,35 @@ OURS = Rule(lambda instruction: instruction.axis, _held)
 # Lina's scheduler as the paper has it (sections 4.1 and 6.1): gradients in one queue, of which one leaves when no all-to-all is
 # queued or running here; an all-to-all leaves when no gradient is running here.  Each waits for the other.
 LITERAL = Rule(lambda instruction: "gradients" if instruction.op in MOVABLE else instruction.axis, _held_literally)
+
+
+Node = TypeVar("Node", bound=Hashable)
+
+
+def circle_of(begin: Iterable[Node], waits_for: Callable[[Node], Sequence[tuple[Node, str]]]) -> list[str]:
+    """The reasons along the first circle that is reached from `begin`, one for each edge; [] if there is none.
+
+    `waits_for`: what a node waits for, each with the reason."""
+    over: set[Node] = set()
+    for first in begin:
+        path: dict[Node, str] = {}  # in order; the reason why each waits for the next
+        edges = [(first, iter(waits_for(first)))]
+        while edges:
+            node, left = edges[-1]
+            edge = next(left, None)
+            if edge is None:
+                over.add(node)
+                path.pop(node, None)
+                edges.pop()
+                continue
+            after, path[node] = edge
+            if after in path:
+                return _from(path, after)
+            if after not in over:
+                edges.append((after, iter(waits_for(after))))
+    return []
+
+
+def _from(path: Mapping[Node, str], node: Node) -> list[str]:
+    nodes = list(path)
+    return [path[n] for n in nodes[nodes.index(node) :]]

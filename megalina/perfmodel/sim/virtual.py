@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalina.perfmodel.sim.circle import circle_of
 from megalina.perfmodel.sim.collectives import Collective, Floats
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
-from megalina.perfmodel.sim.lanes import OURS, Here, Rule, Sent
+from megalina.perfmodel.sim.lanes import OURS, Here, Rule, Sent, circle_of
 from megalina.perfmodel.sim.network import Load, Loads, Network
 from megalina.perfmodel.sim.sizes import Sizes, own_bytes
 from megalina.perfmodel.sim.traffic import Moving, Traffic

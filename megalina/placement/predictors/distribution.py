@@ -8,8 +8,7 @@ Shapes: T tokens of a rank, K choices a token, E experts, L MoE layers.
 import numpy as np
 
 from megalina.placement.predictors.ema import averaged
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, as_shares, check_part, choice_counts, layer_shares
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 
 class DistributionPredictor:

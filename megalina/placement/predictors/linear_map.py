@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalina.placement.predictors.ema import averaged
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import as_shares, check_part, choice_counts, layer_shares
+from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 LEAST = 0.01  # times an even share: below that no expert is expected to get
 RIDGE = 30.0  # tokens; 3 to 100 do as well on traces of 8,000 tokens

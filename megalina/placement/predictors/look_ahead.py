@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
 from megalina.placement.predictors.ema import averaged
 from megalina.placement.predictors.linear_map import LEAST
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, as_shares, check_part, choice_counts, layer_shares
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 RIDGE = 30.0  # tokens; 1 to 300 do as well on traces of 32,000 tokens of 8 experts
 

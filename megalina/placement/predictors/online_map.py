@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
 from megalina.placement.predictors.ema import averaged
 from megalina.placement.predictors.linear_map import LEAST, LinearMap, counts_behind
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import as_shares, check_part, choice_counts
+from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

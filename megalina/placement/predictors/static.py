@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, layer_shares
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, layer_shares
 
 
 class StaticPredictor:

@@ -7,8 +7,7 @@ Shapes: T tokens of a rank, K choices a token, E experts, L MoE layers.
 
 import numpy as np
 
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, as_shares, choice_counts, layer_shares
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares, choice_counts, layer_shares
 
 Window = tuple[Floats, ...]  # counts [E] of the last batches, the latest last
 

@@ -8,7 +8,7 @@ import pytest
 from megalina.cli.plan import main
 from megalina.compose import compose
 from megalina.config import PretrainConfig
-from megalina.perfmodel.forecast.bounds import MOST_LAYERS, MOST_RANKS, check_work
+from megalina.perfmodel.forecast.forecast import MOST_LAYERS, MOST_RANKS, check_work
 from megalina.perfmodel.forecast.paste import command, heads, joined, origin, planned_for
 from megalina.perfmodel.forecast.search import candidate, search
 from megalina.step.candidates import OF_A_LAYOUT

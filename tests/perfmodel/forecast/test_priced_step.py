@@ -11,8 +11,7 @@ from megalina.perfmodel.cost.stage_bytes import StageBytes
 from megalina.perfmodel.cost.stage_seconds import stage_seconds
 from megalina.perfmodel.cost.stage_work import StageWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
-from megalina.perfmodel.forecast.sent import sizes_of
+from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, sizes_of
 from megalina.perfmodel.sim.memory import memory_of
 from megalina.perfmodel.sim.virtual import simulate_alike
 from megalina.step.plan import Plan

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.perfmodel.sim.circle import circle_of
-from megalina.perfmodel.sim.lanes import LITERAL
+from megalina.perfmodel.sim.lanes import LITERAL, circle_of
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import Deadlock, simulate

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.perfmodel.sim.network import Load, Loads, Network, one_level
-from megalina.perfmodel.sim.sharing import fair_rates
 from megalina.perfmodel.sim.sizes import Sizes
-from megalina.perfmodel.sim.traffic import Moving, Traffic
+from megalina.perfmodel.sim.traffic import Moving, Traffic, fair_rates
 from megalina.perfmodel.sim.virtual import simulate
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.step.strategy import training_step
