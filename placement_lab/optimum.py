@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megalina.placement.placement import EMPTY, Placement
-from megalina.placement.planners.share import scaled_share
+from megalina.placement.placement import EMPTY, Placement, scaled_share
 from megalina.placement.predictors.predictor import Floats
 
 NEAR_ENOUGH = 1e-6  # of the optimum's value

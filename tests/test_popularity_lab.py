@@ -14,8 +14,8 @@ from megalina.config import InferConfig
 from megalina.placement.controller import Policy
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.identity import identity
+from megalina.placement.predictors.counts import WindowPredictor
 from megalina.placement.predictors.predictor import Ids, Seen, choice_counts
-from megalina.placement.predictors.window import WindowPredictor
 from megalina.placement.routing_trace import RoutingTrace, counts_LE, traced, write_trace
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import OrderedTop, always, never

@@ -35,8 +35,7 @@ from torch.futures import Future
 
 from megalina.checkpoint.checksums import Sum
 from megalina.checkpoint.files import SaveFailed
-from megalina.checkpoint.part import Part
-from megalina.comm.slice import Box
+from megalina.comm.slice import Box, Part
 
 Fetch = Callable[[str, Box], Tensor]  # the data of a box of a tensor
 

@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     from megalina.data.documents import find_sources
-    from megalina.data.preprocess import Recipe, output_prefixes, preprocess
-    from megalina.data.progress import ProgressDisplay
+    from megalina.data.preprocess import ProgressDisplay, Recipe, output_prefixes, preprocess
 
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()

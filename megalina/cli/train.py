@@ -114,7 +114,7 @@ def check_data(config: PretrainConfig) -> int:
 def check_changed(config: PretrainConfig) -> None:
     """ValueError if settings differ from those of the checkpoint that the run would go on from, and must not."""
     if _starts_from_checkpoint(config):
-        from megalina.train.fit import check_settings  # a second that a new run need not wait for
+        from megalina.train.resume import check_settings  # a second that a new run need not wait for
 
         check_settings(config)
 
@@ -122,7 +122,7 @@ def check_changed(config: PretrainConfig) -> None:
 def check_checkpoint(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run would start from a checkpoint that isn't of this model, or must not start because of one."""
     if _starts_from_checkpoint(config):
-        from megalina.train.fit import check_start
+        from megalina.train.resume import check_start
 
         check_start(config, vocab_size=vocab_size)
 

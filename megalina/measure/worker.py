@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from megalina.console import StatusLine
 from megalina.launch import num_cores
-from megalina.measure.collectives import collective_s, groups_of
-from megalina.measure.contention import contention
+from megalina.measure.collectives import collective_s, contention, groups_of
 from megalina.measure.figures import Measured
 from megalina.measure.host_stages import TinyStep, tiny_step
 from megalina.measure.kernels import TINY_OPS, kernel_calls

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from megalina.placement.placement import EMPTY, Placement, aligned, moved_slots
-from megalina.serve.expert_stream import ExpertStream
-from megalina.serve.host_experts import HostExperts
+from megalina.serve.host_experts import ExpertStream, HostExperts
 
 logger = logging.getLogger("megalina")
 Copy = Callable[[Tensor, Tensor], object]

@@ -25,12 +25,11 @@ from megalina.parallel.trainable import Trainable
 from megalina.placement.routing_trace import write_trace
 from megalina.rank_files import Unsaved
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.built import Built
+from megalina.train.guard import LoadWatch, SpikeGuard
 from megalina.train.ledger import Ledger
-from megalina.train.load_watch import LoadWatch
+from megalina.train.packing import Built
 from megalina.train.run_profile import RunProfile
 from megalina.train.sample_windows import Window, pairs
-from megalina.train.spike_guard import SpikeGuard
 
 logger = logging.getLogger("megalina")
 

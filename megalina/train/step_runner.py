@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megalina.batch import Batch
 from megalina.collective_log import CollectiveLog
-from megalina.comm.urgency import other_threads_are_urgent
+from megalina.comm.links import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.source import TokenData
@@ -26,14 +26,13 @@ from megalina.plan_settings import AUTO
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.built import Built
 from megalina.train.doctor import Doctor
+from megalina.train.guard import SpikeGuard
 from megalina.train.ledger import Line, RandomState, line_of
-from megalina.train.packing import allowed_packings, worth_trying
+from megalina.train.packing import Built, allowed_packings, worth_trying
 from megalina.train.run_state import RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
-from megalina.train.spike_guard import SpikeGuard
 from megalina.train.trials import Rules, Trials, Tuner
 from megalina.train.windows import Windows
 

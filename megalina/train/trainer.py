@@ -29,7 +29,7 @@ from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
 from megalina.train.closing import close_run
-from megalina.train.dead_model import DeadModel
+from megalina.train.guard import DeadModel
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, resume_point

@@ -22,7 +22,7 @@ from megalina.rank_pool import RankPool
 from megalina.train.trainer import Trainer
 from megalina.verify.compare import compare
 from megalina.verify.declared import Declared, declared_and_counted
-from megalina.verify.pool import PRELOAD, Pool
+from megalina.verify.on_ranks import PRELOAD, Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
 from megalina.verify.shrink import shrink

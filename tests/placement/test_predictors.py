@@ -10,14 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.predictors.batch_memory import correction, empty_memory, remembered
-from megalina.placement.predictors.distribution import DistributionPredictor
-from megalina.placement.predictors.ema import EmaPredictor
+from megalina.placement.predictors.counts import DistributionPredictor, EmaPredictor, StaticPredictor, WindowPredictor
 from megalina.placement.predictors.linear_map import LinearMapPredictor, even_map, fit_linear_map
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, as_shares, choice_counts, layer_shares
-from megalina.placement.predictors.static import StaticPredictor
-from megalina.placement.predictors.window import WindowPredictor
 from megalina.placement.routing_trace import alternate, halves, joined, read_trace
 from placement_lab.oracle import OraclePredictor
 

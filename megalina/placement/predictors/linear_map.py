@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.placement.predictors.ema import averaged
+from megalina.placement.predictors.counts import averaged
 from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 LEAST = 0.01  # times an even share: below that no expert is expected to get

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
-from megalina.placement.predictors.ema import averaged
+from megalina.placement.predictors.counts import averaged
 from megalina.placement.predictors.linear_map import LEAST
 from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 

@@ -14,7 +14,7 @@ Shapes: T tokens of a rank, K choices a token, E experts, F features: E times th
 from dataclasses import dataclass
 
 from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
-from megalina.placement.predictors.ema import averaged
+from megalina.placement.predictors.counts import averaged
 from megalina.placement.predictors.linear_map import LEAST, LinearMap, counts_behind
 from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts
 

@@ -1,11 +1,17 @@
-"""The summary of a checkpoint: what is in it, for people and as JSON, without reading a tensor."""
+"""The inspection of a checkpoint: what is in it, for people and as JSON, without reading a tensor; and whether it is whole.
+
+Whole is one whose files are all as they were written, with every tensor covered once by its boxes and every value finite.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalina.checkpoint.checksums import SUMS, read_sums
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from megalina.checkpoint.checksums import METADATA, SUMS, damaged, read_sums
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.stored import Stored
 
@@ -85,3 +91,49 @@ def _pairs(values: Mapping[str, Any], keys: Mapping[str, Any] | Sequence[str]) -
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.2f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} B"
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with the checkpoint folder `path`, a line each; reads everything, one tensor at a time."""
+    found = [f"{path}/{line}" for line in damaged(path)]
+    if found:
+        return found
+    try:
+        stored = Stored(path, checked=True)
+    except ValueError as error:
+        return [str(error)]
+    unlisted = sorted({info.relative_path for info in stored.metadata.storage_data.values()} - set(read_sums(path)))
+    found += [f"{path / name} has no checksum" for name in unlisted]
+    extra = sorted(set(stored.metadata.state_dict_metadata) - set(stored.listing))
+    found += [f"{path / METADATA}: tensor {name} is not in values.json" for name in extra]
+    for name in stored.listing:
+        try:
+            fault = _fault(stored, name)
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            found.append(f"{path}: tensor {name}: {fault}")
+    return found
+
+
+def _fault(stored: Stored, name: str) -> str:
+    shape, dtype = stored.listing[name]
+    value = stored.tensor(name)
+    times = torch.zeros(shape, dtype=torch.uint8)
+    for chunk in stored.chunks(name):
+        if any(o + size > n for o, size, n in zip(chunk.offsets, chunk.sizes, shape)):
+            return f"its box {_text(chunk)} is beyond its shape {list(shape)}"
+        box = times[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes))]
+        if bool((box > 0).any()):
+            return f"its box {_text(chunk)} covers what another one covers"
+        box.fill_(1)
+    missing = times.numel() - int(times.sum(dtype=torch.int64))
+    if missing:
+        return f"{missing} of {times.numel()} elements are in no box"
+    if dtype.is_floating_point and (bad := int((~torch.isfinite(value)).sum())):
+        return f"{bad} of {value.numel()} values are not finite"
+    return ""
+
+
+def _text(chunk: ChunkStorageMetadata) -> str:
+    return f"{list(chunk.offsets)} + {list(chunk.sizes)}"
