@@ -246,8 +246,9 @@ def _scalar(value: float) -> Held:
 PRELOAD = ("megalina.verify.on_ranks", "torch._dynamo")  # an optimizer's first step imports the second
 
 
-class Pool(RankPool): """Runs rows, a layout's steps each, on ranks that stay from row to row; sorted by world size they start the
-ranks of each size once."""
+class Pool(RankPool):
+    """Runs rows, a layout's steps each, on ranks that stay from row to row: sorted by world size they start the ranks of each size
+    once."""
 
     def __init__(self, *, device: str = "cpu", time_limit_s: float = TIME_LIMIT_S):
         super().__init__(device=device, time_limit_s=time_limit_s, preload=PRELOAD)
