@@ -47,10 +47,6 @@ class Placement:
                     found[expert].add(device)
         return tuple(tuple(sorted(devices)) for devices in found)
 
-    def slot_of(self, device: int, expert: int) -> int:
-        """The first slot of the device that holds the expert; ValueError if none does."""
-        return self.slots[device].index(expert)
-
 
 def check_room(num_experts: int, num_devices: int, slots_per_device: int) -> None:
     """ValueError where not every expert finds a slot."""

@@ -247,7 +247,7 @@ PRELOAD = ("megalina.verify.on_ranks", "torch._dynamo")  # an optimizer's first 
 
 
 class Pool(RankPool):
-    """Runs rows, a layout's steps each, on ranks that stay from row to row: sorted by world size they start the ranks of each size
+    """Runs rows, a layout's steps each, on ranks that stay from row to row: sorted by world size they start each size's ranks
     once."""
 
     def __init__(self, *, device: str = "cpu", time_limit_s: float = TIME_LIMIT_S):

@@ -112,24 +112,22 @@ def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0)
         check_hardware(config.cluster)
         return lambda instruction: emulated(instruction) if instruction.kind is Kind.COMPUTE else 0.0
     device = device_of(config.cluster, config.train.dtype)
-    known: dict[tuple[str, str, float, int, bool, bool], float] = {}  # layers are alike
+    computed_s = once_a_kind(lambda instruction: device.seconds(work(instruction, load)))
+    return lambda instruction: computed_s(instruction) if instruction.kind is Kind.COMPUTE else device.seconds(Work())
 
-    def seconds(instruction: Instruction) -> float:
-        if instruction.kind is not Kind.COMPUTE:
-            return device.seconds(Work())
-        key = (
-            instruction.phase,
-            instruction.name,
-            instruction.share,
-            instruction.chunk[1],
-            instruction.recompute,
-            instruction.late,
-        )
+
+def once_a_kind(seconds: Callable[[Instruction], float]) -> Callable[[Instruction], float]:
+    """The same of compute instructions, asked once of each kind of them: layers are alike."""
+    known: dict[tuple[str, str, float, int, bool, bool], float] = {}
+
+    def of(instruction: Instruction) -> float:
+        i = instruction
+        key = (i.phase, i.name, i.share, i.chunk[1], i.recompute, i.late)
         if key not in known:
-            known[key] = device.seconds(work(instruction, load))
+            known[key] = seconds(instruction)
         return known[key]
 
-    return seconds
+    return of
 
 
 def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] | None:

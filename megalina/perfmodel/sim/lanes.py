@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from megalina.step.program import MOVABLE, Instruction, Op
+from megalina.step.program import Instruction, Op
 
 
 @dataclass(slots=True, eq=False)
@@ -54,17 +54,8 @@ def _held(instruction: Instruction, here: Here) -> Sent | None:
     return here.sent(instruction.yields_to) or here.asked(instruction.yields_to) if instruction.yields_to else None
 
 
-def _held_literally(instruction: Instruction, here: Here) -> Sent | None:
-    if instruction.op in MOVABLE:
-        return here.sent((*MOVABLE, Op.TOKENS)) or here.asked((Op.TOKENS,))
-    return here.sent(MOVABLE) if instruction.op is Op.TOKENS else None
-
-
 # Only what an instruction itself names holds it back: tokens never wait for gradients.
 OURS = Rule(lambda instruction: instruction.axis, _held)
-# Lina's scheduler as the paper has it (sections 4.1 and 6.1): gradients in one queue, of which one leaves when no all-to-all is
-# queued or running here; an all-to-all leaves when no gradient is running here.  Each waits for the other.
-LITERAL = Rule(lambda instruction: "gradients" if instruction.op in MOVABLE else instruction.axis, _held_literally)
 
 
 Node = TypeVar("Node", bound=Hashable)

@@ -28,7 +28,7 @@ class Learned:
 
 
 class OnlineMapPredictor:
-    """`profile`: of `fit_linear_map`, or `even_map` where there is no trace.
+    """`profile`: of `fit_linear_map`.
 
     `batches`: so many are remembered.  `equal_tokens`: a batch of so many tokens counts as much as the whole profile, however
     long the trace was: traffic that differs does so in more than the noise of a trace's tokens.  `forgetting`: what a batch

@@ -9,12 +9,13 @@ from random import Random
 
 from megalina.blocks.model import plain_shape
 from megalina.layout import axis_of_group, rows
+from megalina.perfmodel.sim.lanes import Here, Rule, Sent
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import RanksOf, Seconds
 from megalina.step.forward import Shape, plain
 from megalina.step.plan import Plan
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, reads_of, writes_of
+from megalina.step.program import MOVABLE, BucketSpec, Instruction, Kind, Op, Program, reads_of, writes_of
 from megalina.step.strategy import Setting
 
 SHAPES = {
@@ -150,3 +151,14 @@ def reduced(program: Program, buckets: Mapping[str, BucketSpec]) -> dict[str, li
                 for i in range(first, stop):
                     counts[name][i] += 1
     return counts
+
+
+def _held_literally(instruction: Instruction, here: Here) -> Sent | None:
+    if instruction.op in MOVABLE:
+        return here.sent((*MOVABLE, Op.TOKENS)) or here.asked((Op.TOKENS,))
+    return here.sent(MOVABLE) if instruction.op is Op.TOKENS else None
+
+
+# Lina's scheduler as the paper has it (sections 4.1 and 6.1): gradients in one queue, of which one leaves when no all-to-all is
+# queued or running here; an all-to-all leaves when no gradient is running here.  Each waits for the other.
+LITERAL = Rule(lambda instruction: "gradients" if instruction.op in MOVABLE else instruction.axis, _held_literally)

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.perfmodel.sim.lanes import LITERAL, circle_of
+from megalina.perfmodel.sim.lanes import circle_of
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import Deadlock, simulate
 from megalina.step.plan import Plan
 from megalina.step.program import Program
 from megalina.step.strategy import Setting, training_step
-from tests.perfmodel.sim.schedules import NAMED, SHAPES, buckets_of, delays, ranks_of, start, wait
+from tests.perfmodel.sim.schedules import LITERAL, NAMED, SHAPES, buckets_of, delays, ranks_of, start, wait
 
 STARTED = re.compile(r"rank (\d) has started (.+) and waits for rank (\d) to")
 HOLDS = re.compile(r"rank (\d) holds (.+) back for (.+)")

@@ -10,7 +10,7 @@ from megalina.blocks.model import plain_shape
 from megalina.layout import axis_of_group, rows
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.perfmodel.sim.folding import FoldedLoads
-from megalina.perfmodel.sim.lanes import LITERAL, OURS
+from megalina.perfmodel.sim.lanes import OURS
 from megalina.perfmodel.sim.network import Network, one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import RanksOf, Timeline, simulate, simulate_alike
@@ -18,7 +18,7 @@ from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program
 from megalina.step.strategy import STRATEGIES, Setting, training_step
-from tests.perfmodel.sim.schedules import SHAPES, setting_of
+from tests.perfmodel.sim.schedules import LITERAL, SHAPES, setting_of
 
 SIZES = Sizes(lambda s: 4.0 * max(10, s.piece[1] - s.piece[0]))
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from megalina.perfmodel.sim.lanes import LITERAL, OURS, Rule
+from megalina.perfmodel.sim.lanes import OURS, Rule
 from megalina.perfmodel.sim.lower_bound import lower_bound
 from megalina.perfmodel.sim.network import Loads, one_level
 from megalina.perfmodel.sim.sizes import Sizes
@@ -25,6 +25,7 @@ from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from tests.perfmodel.sim.schedules import (
     DELAYS_S,
     LAYOUTS,
+    LITERAL,
     NAMED,
     SHAPES,
     WALKING,
