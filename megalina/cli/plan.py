@@ -48,10 +48,9 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from megalina.compose import compose
     from megalina.dry_run import describe
     from megalina.perfmodel.forecast.forecast import check_work
-    from megalina.perfmodel.forecast.paste import command, heads, joined, origin, planned_for
     from megalina.perfmodel.forecast.priced_step import Shared, few_collections
     from megalina.perfmodel.forecast.progress import Bar
-    from megalina.perfmodel.forecast.report import as_json, strategy_table
+    from megalina.perfmodel.forecast.report import as_json, command, heads, joined, origin, planned_for, strategy_table
     from megalina.perfmodel.forecast.search import search
     from megalina.validate import check_hardware
 
@@ -114,7 +113,7 @@ def chosen(config: "PretrainConfig", overrides: Sequence[str], world: int, *, se
 
 def print_skewed(candidates: "Sequence[Candidate]", world: int, vocab_size: int, shared: "Shared") -> None:
     """Where the fastest one does not fit under skew, the fastest that does."""
-    from megalina.perfmodel.forecast.what_if import fits_under
+    from megalina.perfmodel.forecast.search import fits_under
 
     best, *others = [c for c in candidates if c.found]
     if fits_under(best, SKEW, world, vocab_size=vocab_size, shared=shared):
@@ -158,7 +157,7 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
     from megalina.perfmodel.forecast.forecast import WALKED, forecast, memory_limit_bytes
     from megalina.perfmodel.forecast.priced_step import PricedStep
     from megalina.perfmodel.forecast.report import load_table, memory_table, timeline_text
-    from megalina.perfmodel.forecast.what_if import under_loads
+    from megalina.perfmodel.forecast.search import under_loads
 
     config, plan, found = best.config, best.plan, best.found
     train, limit_bytes = config.train, memory_limit_bytes(config.cluster)
@@ -184,7 +183,7 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
 
 
 def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
-    from megalina.perfmodel.forecast.what_if import MOST_NODES, what_fits
+    from megalina.perfmodel.forecast.search import MOST_NODES, what_fits
 
     config, plan = smallest.config, smallest.plan
     words = what_fits(config, plan, world, vocab_size=vocab_size)

@@ -21,7 +21,7 @@ from megalina.config import WandbConfig
 from megalina.evaluate.findings import chosen_mode
 from megalina.evaluate.measures import IDEAL, STATIC
 from megalina.evaluate.report_charts import PARTS, stage_means
-from megalina.track.load_map import LIGHT, colour_levels
+from megalina.track.expert_load import LIGHT, colour_levels
 from megalina.track.tracker import Background, Picture
 from megalina.track.wandb_run import WandbRun
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from megalina.timeline.picture import FILE as PICTURE
 from megalina.timeline.trace import FILE as TRACE
-from megalina.track.expert_load import LoadHistory
-from megalina.track.load_map import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, colour_levels, data_uri
+from megalina.track.expert_load import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, LoadHistory, colour_levels, data_uri
 from megalina.track.metrics import Record
 from megalina.track.svg_chart import Series, legend, line_chart, smoothed
 

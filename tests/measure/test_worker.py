@@ -9,7 +9,7 @@ import pytest
 
 from megalina import launch
 from megalina.measure import figures, worker
-from megalina.measure.host_stages import TinyStep
+from megalina.measure.kernels import TinyStep
 from megalina.measure.shapes import CPU, sent_key
 from megalina.mesh import build_mesh
 from megalina.perfmodel.sim.collectives import Collective

@@ -44,7 +44,7 @@ def fit_linear_map(expert_ids_TLK: Ids, num_experts: int, *, layers_back: int = 
         raise ValueError(f"a map of {layers_back} layers back with ridge {ridge}: take at least 1 layer and a ridge above 0")
     top_k = expert_ids_TLK.shape[2]
     # float32 is exact for these sums up to 16 million tokens, and twice as fast
-    hot = [_multi_hot(chosen_TK, num_experts) for chosen_TK in np.moveaxis(expert_ids_TLK, 1, 0)]
+    hot = [multi_hot(chosen_TK, num_experts) for chosen_TK in np.moveaxis(expert_ids_TLK, 1, 0)]
     weights, inverses = [], []
     for layer, hot_TE in enumerate(hot):
         inputs_TF = np.concatenate(
@@ -114,7 +114,7 @@ class LinearMapPredictor:
         return (features / rows) @ self.fitted.weights[layer]
 
 
-def _multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
+def multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
     """[T, E], 1 where a token chose the expert; nobody is one more expert, who is then left out."""
     hot = np.zeros((len(chosen_TK), num_experts + 1), np.float32)
     np.put_along_axis(hot, chosen_TK.astype(np.int64), 1.0, axis=1)

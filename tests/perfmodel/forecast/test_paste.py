@@ -9,7 +9,7 @@ from megalina.cli.plan import main
 from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.forecast import MOST_LAYERS, MOST_RANKS, check_work
-from megalina.perfmodel.forecast.paste import command, heads, joined, origin, planned_for
+from megalina.perfmodel.forecast.report import command, heads, joined, origin, planned_for
 from megalina.perfmodel.forecast.search import candidate, search
 from megalina.step.candidates import OF_A_LAYOUT
 
@@ -43,7 +43,7 @@ def test_the_line_to_paste_is_the_planned_job(
         planned.append(config)
         return planned_for(words, config, **rest)
 
-    monkeypatch.setattr("megalina.perfmodel.forecast.paste.planned_for", remembered)
+    monkeypatch.setattr("megalina.perfmodel.forecast.report.planned_for", remembered)
     assert main([*TINY, *words]) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
     found = pasted(line)
@@ -112,7 +112,7 @@ def test_the_fastest_that_fits_under_skew_is_named(capsys: pytest.CaptureFixture
         asked.append(load)
         return len(asked) > 1
 
-    monkeypatch.setattr("megalina.perfmodel.forecast.what_if.fits_under", second_fits)
+    monkeypatch.setattr("megalina.perfmodel.forecast.search.fits_under", second_fits)
     assert main([*TINY, "nodes=1", "--search"]) == 0
     out = capsys.readouterr().out
     assert f"at a skew of 1.5 it does not fit; the fastest that does: {second.found.step_s * 1e3:.1f} ms with parallel.tp=" in out

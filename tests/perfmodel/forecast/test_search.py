@@ -10,8 +10,7 @@ from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.forecast import RESERVED_BYTES, WALKED, forecast, forecast_of
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
 from megalina.perfmodel.forecast.report import load_table, memory_table, timeline_text
-from megalina.perfmodel.forecast.search import candidate, search
-from megalina.perfmodel.forecast.what_if import under_loads, what_fits
+from megalina.perfmodel.forecast.search import candidate, search, under_loads, what_fits
 from megalina.perfmodel.sim.memory import memory_of, peak_of
 from megalina.plan_settings import strategy_of
 from megalina.step.candidates import EAGER, OF_A_LAYOUT
