@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from megalina.cli.progress import Bar
     from megalina.compose import compose
     from megalina.dry_run import describe
     from megalina.perfmodel.forecast.forecast import check_work
     from megalina.perfmodel.forecast.priced_step import Shared, few_collections
-    from megalina.perfmodel.forecast.progress import Bar
     from megalina.perfmodel.forecast.report import as_json, command, heads, joined, origin, planned_for, strategy_table
     from megalina.perfmodel.forecast.search import search
     from megalina.validate import check_hardware

@@ -7,14 +7,10 @@ two times of the forward pass and never goes back.  Here each packing that is `w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megalina.blocks.counts import expert_bytes_on_rank, expert_params_on_rank
 from megalina.config import BYTES, PretrainConfig, is_moe_layer
 from megalina.layout import axis_sizes, rows
-from megalina.mesh import Mesh
-from megalina.parallel.trainable import Trainable
-from megalina.train.bucket_optimizer import BucketOptimizer
 
 BYTES_FACTOR = 1.5  # what puts so many times the bytes of the least packing on the wire is not tried
 
@@ -54,17 +50,3 @@ def worth_trying(config: PretrainConfig, world: int, packings: Sequence[int], *,
     """Without packings that put far more bytes on the wire than the first one does."""
     bytes_of = {k: wire_bytes(config, world, k, ranks_per_node=ranks_per_node) for k in packings}
     return tuple(k for k in packings if bytes_of[k] <= BYTES_FACTOR * bytes_of[packings[0]] or k == packings[0])
-
-
-@dataclass(slots=True)
-class Built:
-    """What a run trains with: everything that a repack replaces.
-
-    One per run.  All that need one of the three hold this record, never a part of it, so they see a repack at once."""
-
-    mesh: Mesh
-    trainable: Trainable
-    optimizer: BucketOptimizer
-
-    def become(self, mesh: Mesh, trainable: Trainable, optimizer: BucketOptimizer) -> None:
-        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer

@@ -7,7 +7,7 @@ and of all random numbers.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,24 @@ from megalina.rank_files import Unsaved
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.guard import LoadWatch, SpikeGuard
 from megalina.train.ledger import Ledger
-from megalina.train.packing import Built
 from megalina.train.run_profile import RunProfile
 from megalina.train.sample_windows import Window, pairs
 
 logger = logging.getLogger("megalina")
+
+
+@dataclass(slots=True)
+class Built:
+    """What a run trains with: everything that a repack replaces.
+
+    One per run.  All that need one of the three hold this record, never a part of it, so they see a repack at once."""
+
+    mesh: Mesh
+    trainable: Trainable
+    optimizer: BucketOptimizer
+
+    def become(self, mesh: Mesh, trainable: Trainable, optimizer: BucketOptimizer) -> None:
+        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
 
 
 class RunState:

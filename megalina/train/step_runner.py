@@ -29,8 +29,8 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.guard import SpikeGuard
 from megalina.train.ledger import Line, RandomState, line_of
-from megalina.train.packing import Built, allowed_packings, worth_trying
-from megalina.train.run_state import RunState
+from megalina.train.packing import allowed_packings, worth_trying
+from megalina.train.run_state import Built, RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
 from megalina.train.trials import Rules, Trials, Tuner

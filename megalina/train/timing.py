@@ -15,7 +15,7 @@ from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary
 from megalina.timeline.recorder import Event, Recorder
-from megalina.train.packing import Built
+from megalina.train.run_state import Built
 
 CALIBRATIONS = 3  # after so many of the first recorded steps: a machine that is busy for a moment spoils not all of them
 MOST_PICTURED = 8  # steps, the newest; the trace has all
