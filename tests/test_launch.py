@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.rank_files.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megalina import launch, rank_files
 

@@ -14,13 +14,13 @@ LINE_EVERY_S = 10.0
 class _Display:
     """Live within a `with` block.  `count`: the bar's column that says how far it is; `transient`: taken away at the end."""
 
-    def __init__(self, title: str, count: ProgressColumn, *, total: float, transient: bool, **fields: str) -> None:
+    def __init__(self, title: str, count: ProgressColumn, *, total: float, transient: bool) -> None:
         self._begin_s = self._line_s = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=transient)
-            self._task = self._bar.add_task(title, total=total, **fields)
+            self._task = self._bar.add_task(title, total=total, speed="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -63,7 +63,7 @@ class SpeedDisplay(_Display):
     def __init__(self, title: str, total_bytes: int) -> None:
         self._title, self._total_bytes = title, max(1, total_bytes)
         self._disk_bytes = self._text_bytes = 0
-        super().__init__(title, TextColumn("{task.fields[speed]}"), total=self._total_bytes, transient=False, speed="")
+        super().__init__(title, TextColumn("{task.fields[speed]}"), total=self._total_bytes, transient=False)
 
     def advance(self, disk_bytes: int, text_bytes: int) -> None:
         self._disk_bytes += disk_bytes
