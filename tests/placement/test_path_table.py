@@ -1,7 +1,7 @@
 """Path profile and predictor: counts of what came next by path, exact over ranks; unknown paths fall back, no token gets lost."""
 
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def same(a: Profile, b: Profile) -> bool:
         np.array_equal(t.codes_P, u.codes_P) and np.array_equal(t.counts_PE, u.counts_PE) and t.pruned == u.pruned
         for t, u in zip(x, y, strict=True)
     )
-    return tables and replace(a, tables=()) == replace(b, tables=())
+    return tables and all(getattr(a, f.name) == getattr(b, f.name) for f in fields(Profile) if f.name != "tables")
 
 
 def in_loops(chosen: Chosen, longest: int, num_experts: int) -> list[dict[tuple[int, ...], Counter[int]]]:
