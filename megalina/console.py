@@ -14,6 +14,7 @@ from typing import NoReturn, TextIO
 
 READER_GONE = 141  # exit code, as a shell has it of what SIGPIPE ended
 INTERRUPTED = 130  # exit code, as a shell has it of what SIGINT ended
+LINE_EVERY_S = 10.0
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:
@@ -77,9 +78,6 @@ def check_text(words: Sequence[str], what: str) -> None:
                 f"{what} {word.encode(errors='replace').decode()!r} is not UTF-8 (byte {number + 1} is "
                 f"0x{os.fsencode(word)[number]:02x}): convert it, or set your terminal to UTF-8"
             ) from None
-
-
-LINE_EVERY_S = 10.0
 
 
 class StatusLine:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from megalina.groups import new_group
 from megalina.layout import axis_sizes, rows
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -100,9 +102,6 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
             shared[name] = shared.get(name) or axis(name, found[name], 1)
         meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in found.items()})
     return meshes
-
-
-T = TypeVar("T")
 
 
 def everybodys(mesh: Mesh, value: T) -> list[T]:

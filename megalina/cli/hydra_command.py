@@ -15,6 +15,8 @@ from omegaconf import OmegaConf, open_dict, read_write
 
 from megalina.compose import CONF
 
+ASKED = ("--help", "-h")
+
 
 @contextmanager
 def arguments_for_hydra(argv: Sequence[str] | None) -> Iterator[None]:
@@ -35,9 +37,6 @@ def arguments_for_hydra(argv: Sequence[str] | None) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
-
-
-ASKED = ("--help", "-h")
 
 
 def show_help(config_name: str, arguments: Sequence[str]) -> bool:

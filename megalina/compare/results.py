@@ -16,6 +16,9 @@ from megalina.step.program import Instruction, Kind, Program
 from megalina.timeline.contention import AllToAll, Alone, all_to_alls, quantile, summary
 from megalina.timeline.recorder import SEND, Event
 
+EAGER = "eager"
+VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
+
 
 def link_bytes(by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, ranks_per_node: int, sharded: bool) -> float:
     """What a step puts on the busiest node's link, out of it: all ranks' events of one step.
@@ -72,10 +75,6 @@ def bounds_of(
         sizes=Sizes(whole_bytes),
     )
     return {"compute_s": found["compute_s"], "critical_path_s": found["critical_path_s"]}
-
-
-EAGER = "eager"
-VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ _DTYPES: dict[int, type[np.generic]] = {
 _CHECKED_AT_ONCE = 1 << 22  # sequences: bounds the memory of the check
 
 Array = npt.NDArray[Any]
+_MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -262,9 +263,6 @@ def _suggestion(prefix: Path) -> str:
     if nearby:
         return f"{prefix.parent} has the prefixes {', '.join(nearby[:5])}"
     return "give the prefix of a .bin and .idx pair, as tools/preprocess_data.py writes it"
-
-
-_MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 
 
 @dataclass(frozen=True, slots=True)

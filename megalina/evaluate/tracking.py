@@ -28,6 +28,9 @@ from megalina.track.wandb_run import WandbRun
 FINISH_TIMEOUT_S = 120.0  # wandb gives up after 90 s without a network
 PAIRS = {"quartiles": ("p25", "p75"), "interval": ("low", "high")}
 Row = Sequence[str | float | None]
+COLOURS = {STATIC: "#2468b4", "best": "#d9601a", IDEAL: "#20784a"}
+OTHERS = ("#a04cc0", "#1a94b0", "#c99a12", "#c83f74", "#747b85")
+PART_COLOURS = ("#2468b4", "#d9601a", "#a04cc0", "#cf9fe0", "#c99a12", "#747b85")
 
 
 class EvaluationRun(WandbRun):
@@ -104,11 +107,6 @@ def tables_of(found: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[
             [[name, batch, ms] for name, mode in modes.items() for batch, ms in enumerate(mode["latency_ms"])],
         ),
     }
-
-
-COLOURS = {STATIC: "#2468b4", "best": "#d9601a", IDEAL: "#20784a"}
-OTHERS = ("#a04cc0", "#1a94b0", "#c99a12", "#c83f74", "#747b85")
-PART_COLOURS = ("#2468b4", "#d9601a", "#a04cc0", "#cf9fe0", "#c99a12", "#747b85")
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:

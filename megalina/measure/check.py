@@ -21,6 +21,9 @@ from megalina.train.step_runner import StepRunner
 WARM_UP = 3  # steps: allocators, caches, pages of the optimizer's state
 BETWEEN = "between instructions"  # all that is in no instruction and no wait
 WAITS = "waits for"
+SHOWN = 6  # parts of a step
+HEAD = f"{'predicted':>12}{'measured':>12}{'error':>9}"
+LEAST_CORE_SHARE = 0.9
 
 
 def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> dict[str, Any]:
@@ -86,11 +89,6 @@ def mean_parts(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _names(of: Iterable[dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for parts in of for name in parts))
-
-
-SHOWN = 6  # parts of a step
-HEAD = f"{'predicted':>12}{'measured':>12}{'error':>9}"
-LEAST_CORE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,10 @@ from megalina.timeline.contention import quantile
 REPEATS = 15
 PAUSE_S = 0.001  # at least, before each; the core computes meanwhile, as it does in a step
 ELEMENT_BYTES = 4
+FOREGROUND_BYTES = 2**18
+SMALL_ONES = 4  # under each large one, which would take so many times as long alone
+ROUNDS = 12
+MOST_BACKGROUND_BYTES = 2**28
 
 
 def groups_of(*, world: int, ranks_per_node: int) -> dict[str, tuple[Mesh, str]]:
@@ -90,12 +94,6 @@ def compute_for(seconds: float, device: torch.device) -> None:
         torch.mm(x, x)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-FOREGROUND_BYTES = 2**18
-SMALL_ONES = 4  # under each large one, which would take so many times as long alone
-ROUNDS = 12
-MOST_BACKGROUND_BYTES = 2**28
 
 
 def contention(mesh: Mesh, device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 
 Call = Callable[[], object]
 TINY_OPS = 50
+VOCAB = 128
+TOKENS = 8
 
 
 def kernel_calls(sizes: Sizes, dtypes: tuple[str, ...], device: torch.device) -> dict[str, Callable[[], Call]]:
@@ -146,10 +148,6 @@ def experts(sizes: Sizes, dtype: str, rows: int, device: torch.device) -> Call:
 
 def _made(dtype: str, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, device=device).mul_(0.1).to(DTYPES[dtype]) for shape in shapes]
-
-
-VOCAB = 128
-TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)

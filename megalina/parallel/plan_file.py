@@ -22,6 +22,7 @@ from megalina.whole_file import write_whole
 
 PLAN_FILE = "plan.json"  # in a run's folder
 FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they are, a step takes as long
+Question = Callable[[Plan], Sequence[Plan]]  # the best plan so far -> alternatives to it
 
 
 def write_plan(path: Path, config: PretrainConfig, world: int, plan: Plan, *, evidence: str) -> None:
@@ -87,9 +88,6 @@ def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:
         assert is_dataclass(values) and not isinstance(values, type)
         out |= {f"{group}.{key}": value for key, value in asdict(values).items() if key not in FREE_OF_SPEED}
     return out | {f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seq_len", "dtype")}
-
-
-Question = Callable[[Plan], Sequence[Plan]]  # the best plan so far -> alternatives to it
 
 
 def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) -> list[Question]:

@@ -38,6 +38,8 @@ PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later 
 WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
 GAP = 0.12  # above and below the boxes of a lane, which is 1 high
 SMALLEST_LABELLED, SMALLEST_PHASE = 0.0065, 0.045  # of the width
+PAPER = {"paper's median, 1.83": 1.83, "paper's worst, 4.14": 4.14}  # Lina, Figure 3: backward all-to-alls under all-reduces
+SHOWN = 0.98  # of each sample lies within the axis: one that a busy machine held up would press all others to its edge
 
 
 def draw(path: Path, timelines: Mapping[str, Sequence[Event]], note: str = "", *, race: bool = True) -> None:
@@ -179,10 +181,6 @@ def _label(e: Event) -> str:
     if e.layer >= 0:
         return str(e.layer)
     return ",".join(re.findall(r"\.(\d+)", e.name)) if e.op in ("grads", "params") else e.name.partition(" ")[0]
-
-
-PAPER = {"paper's median, 1.83": 1.83, "paper's worst, 4.14": 4.14}  # Lina, Figure 3: backward all-to-alls under all-reduces
-SHOWN = 0.98  # of each sample lies within the axis: one that a busy machine held up would press all others to its edge
 
 
 def draw_distribution(axis: "Axes", samples: Mapping[str, Sequence[float]]) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SNAPSHOTS = 200
+FULL_COLOUR_LOG2 = 2.0  # a quarter and four times the balanced load
+LEVELS = 65  # odd: the middle one is balance
+NO_TOKEN = LEVELS  # index of the colour of an expert without a token
+RGB = tuple[int, int, int]
 
 
 def keep_snapshot(step: int, total_steps: int) -> bool:
@@ -64,13 +68,6 @@ class LoadHistory:
     def ratio_TLE(self) -> np.ndarray:
         """Share over balanced share: 1 is balanced, 0 no token."""
         return self.share_TLE * self.share_TLE.shape[-1]
-
-
-FULL_COLOUR_LOG2 = 2.0  # a quarter and four times the balanced load
-LEVELS = 65  # odd: the middle one is balance
-NO_TOKEN = LEVELS  # index of the colour of an expert without a token
-
-RGB = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)

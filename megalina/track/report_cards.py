@@ -16,6 +16,12 @@ from megalina.track.expert_load import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, Lo
 from megalina.track.metrics import Record
 from megalina.track.svg_chart import Series, legend, line_chart, smoothed
 
+WAITS = {
+    "a2a_exposed_s": ("all-to-alls", "var(--accent)"),
+    "grads_exposed_s": ("gradients", "var(--second)"),
+    "params_exposed_s": ("updated weights (ZeRO-1)", "var(--good)"),
+}
+
 
 def load_strips(history: LoadHistory, numbers: Sequence[int]) -> str:
     """`numbers`: the model's numbers of its MoE layers.  Bars: mean over the last tenth of the snapshots."""
@@ -73,13 +79,6 @@ def _scale() -> str:
         f'<i class="{kind}" style="background:rgb{colours.no_token}"></i>' for kind, colours in (("light", LIGHT), ("dark", DARK))
     )
     return f'<div class="scale"><span>1/{full} of balanced</span>{ends}<span>{full} times</span>{none}<span>no token</span></div>'
-
-
-WAITS = {
-    "a2a_exposed_s": ("all-to-alls", "var(--accent)"),
-    "grads_exposed_s": ("gradients", "var(--second)"),
-    "params_exposed_s": ("updated weights (ZeRO-1)", "var(--good)"),
-}
 
 
 def waits_chart(steps: Sequence[int], records: Sequence[Record]) -> str:

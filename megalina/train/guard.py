@@ -16,6 +16,11 @@ from torch import Tensor
 from megalina.config import GuardConfig
 from megalina.parallel.step_result import StepResult
 
+DEAD_STEPS = 3  # in a row; at a usual spread of first weights the loss is off ln(vocabulary) by a thousandth
+SAME = 1e-6  # relative: float32 has seven digits
+WINDOW_STEPS = 100  # an expert without a token in so many steps is dead
+LOW_STEPS = 10  # a layer whose entropy is low in so many steps in a row has collapsed
+
 
 class SpikeGuard:
     """Knows the losses of the last `guard.window` updates.  All ranks see the same losses, so all judge alike."""
@@ -53,10 +58,6 @@ class SpikeGuard:
         self._losses = deque(losses, maxlen=self.config.window)
 
 
-DEAD_STEPS = 3  # in a row; at a usual spread of first weights the loss is off ln(vocabulary) by a thousandth
-SAME = 1e-6  # relative: float32 has seven digits
-
-
 class DeadModel:
     """Counts the steps in a row in which the model was dead: every word equally likely, or not one gradient.
 
@@ -87,10 +88,6 @@ class DeadModel:
             f"the model is dead: for {DEAD_STEPS} steps {' and '.join(what)}; it learns nothing any more: go back to an older "
             "checkpoint, or start anew, with a lower optim.lr or model.init_std"
         ]
-
-
-WINDOW_STEPS = 100  # an expert without a token in so many steps is dead
-LOW_STEPS = 10  # a layer whose entropy is low in so many steps in a row has collapsed
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from megalina.track.tracker import Tracker
 from megalina.train.step_runner import StepRunner
 
 logger = logging.getLogger("megalina")
+NOWHERE = 1 << 40
 
 
 class SpikesGoOn(RuntimeError):
@@ -100,9 +101,6 @@ def _backward_order(runner: StepRunner) -> Callable[[str], int]:
     """Backward meets the last layers first, so what is last in the model's order is where it began."""
     order = {name: i for i, (name, _) in enumerate(runner.trainable.gpt.named_parameters())}
     return lambda name: -order.get(name, 0)
-
-
-NOWHERE = 1 << 40
 
 
 def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:

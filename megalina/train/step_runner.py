@@ -36,6 +36,8 @@ from megalina.train.schedule import learning_rate
 from megalina.train.trials import Rules, Trials, Tuner
 from megalina.train.windows import Windows
 
+RULES_OF_ALL = Rules(window=3, finalists=2)  # among all strategies
+
 
 class StopWish:
     """True once SIGTERM or SIGINT came, or after `max_minutes` (0: never).
@@ -57,9 +59,6 @@ class StopWish:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._signalled = True
-
-
-RULES_OF_ALL = Rules(window=3, finalists=2)  # among all strategies
 
 
 class StepRunner:

@@ -19,6 +19,7 @@ from megalina.step.plan import Plan
 
 Option = TypeVar("Option", bound=Hashable)
 Question = Callable[[Option], Sequence[Option]]  # the best option so far -> alternatives to it
+logger = logging.getLogger("megalina")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +159,6 @@ class Trials(Generic[Option]):
             self.searching = True
             self._begin()
         return self.present
-
-
-logger = logging.getLogger("megalina")
 
 
 class Tuner:

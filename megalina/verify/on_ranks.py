@@ -43,6 +43,7 @@ from megalina.verify.recording import (
 from megalina.verify.start import shake
 
 Key = tuple[int, str, str]  # step, kind, name
+PRELOAD = ("megalina.verify.on_ranks", "torch._dynamo")  # an optimizer's first step imports the second
 
 
 @dataclass(slots=True)
@@ -241,9 +242,6 @@ def _nothing(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _scalar(value: float) -> Held:
     return Held(torch.tensor(float(value), dtype=torch.float64), "U:verdict.-.0")
-
-
-PRELOAD = ("megalina.verify.on_ranks", "torch._dynamo")  # an optimizer's first step imports the second
 
 
 class Pool(RankPool):

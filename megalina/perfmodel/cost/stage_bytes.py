@@ -21,6 +21,12 @@ from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
 
 ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
+DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
+FEW = (  # a number a part, an expert or a sequence: not counted
+    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
+    *("prob", "#load", "#loads", "#all_loads", "#group"),
+)
+STREAM = re.compile(r"x|h\d*")  # values of the residual stream
 
 
 def bucket_specs(
@@ -53,14 +59,6 @@ def bucket_specs(
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
-FEW = (  # a number a part, an expert or a sequence: not counted
-    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
-    *("prob", "#load", "#loads", "#all_loads", "#group"),
-)
-STREAM = re.compile(r"x|h\d*")  # values of the residual stream
 
 
 class StageBytes:

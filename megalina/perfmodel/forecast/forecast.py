@@ -20,6 +20,8 @@ from megalina.timeline.contention import summary
 
 RESERVED_BYTES = 4 * 2**30  # of a GPU's memory: driver, NCCL's buffers, holes; assumed
 WALKED = 3  # rounds of micro-batches, at most: those between the first and the last are alike
+MOST_RANKS = 16_384 * 8  # links and flows of all of them are worked out once, before alike ones become one
+MOST_LAYERS = 3_000  # over all micro-batches that are walked: some ten instructions each, and as many backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +144,6 @@ def peak_of(config: PretrainConfig) -> float:
     hardware = config.cluster.hardware
     known = {"float32": hardware.float32_tflops, "bfloat16": hardware.bfloat16_tflops}
     return (known.get(config.train.dtype) or config.cluster.peak_tflops) * 1e12
-
-
-MOST_RANKS = 16_384 * 8  # links and flows of all of them are worked out once, before alike ones become one
-MOST_LAYERS = 3_000  # over all micro-batches that are walked: some ten instructions each, and as many backward
 
 
 def check_work(config: PretrainConfig, world: int) -> None:

@@ -29,6 +29,8 @@ from megalina.step.program import Instruction, Op, Program
 from megalina.step.strategy import Setting, training_step
 
 KEPT_LISTS = 12
+NEW_OBJECTS = 100_000  # between two garbage collections
+NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
 
 
 class Shared:
@@ -186,9 +188,6 @@ def on_cuda(cluster: ClusterConfig) -> bool:
     return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
 
 
-NEW_OBJECTS = 100_000  # between two collections
-
-
 @contextmanager
 def few_collections() -> Iterator[None]:
     """Few garbage collections, where lists of ten thousands of instructions are made.
@@ -202,9 +201,6 @@ def few_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
-
-
-NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
 
 
 def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:

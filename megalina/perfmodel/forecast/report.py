@@ -14,6 +14,7 @@ from megalina.timeline.spans import shared_s, union
 GIB = 2**30
 LANES = {"tokens": ("tokens",), "gradients": ("grads",), "weights": ("params",), "others": ("counts", "gather", "scatter", "sum")}
 CLASSES = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
+WIDEST_HEAD = 256  # kernels of attention end there
 
 
 def memory_table(memory: Memory, limit_bytes: float) -> str:
@@ -108,9 +109,6 @@ def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
         "mfu": found.mfu if found else None,
         **numbers,
     }
-
-
-WIDEST_HEAD = 256  # kernels of attention end there
 
 
 def planned_for(given: Sequence[str], config: PretrainConfig, *, world: int, vocab_size: int) -> list[str]:

@@ -24,6 +24,7 @@ RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 12  # layouts that go to the second round
 PIECES_A_LAYER = 8
+MOST_NODES = 64  # times as many: further is no small change
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +135,6 @@ def ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-MOST_NODES = 64  # times as many: further is no small change
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from megalina.step.program import Instruction, Op
 
+Node = TypeVar("Node", bound=Hashable)
+
 
 @dataclass(slots=True, eq=False)
 class Sent:
@@ -56,9 +58,6 @@ def _held(instruction: Instruction, here: Here) -> Sent | None:
 
 # Only what an instruction itself names holds it back: tokens never wait for gradients.
 OURS = Rule(lambda instruction: instruction.axis, _held)
-
-
-Node = TypeVar("Node", bound=Hashable)
 
 
 def circle_of(begin: Iterable[Node], waits_for: Callable[[Node], Sequence[tuple[Node, str]]]) -> list[str]:

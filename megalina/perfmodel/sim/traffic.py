@@ -22,6 +22,7 @@ from megalina.perfmodel.sim.network import Load
 ROUNDING = 1e-12  # of what a bundle had to send: less is nothing
 INSTANT = 1e-14  # of the time: what ends so close together ends together
 DIGITS = 1e-15  # of what a stream has given: a sum's last digits
+FULL = 1e-12  # of a link's capacity: less room than this is rounding
 
 
 @dataclass(slots=True, eq=False)
@@ -196,9 +197,6 @@ class Traffic:
             np.divide(1.0, rate_B, out=byte_s_B, where=rate_B > 0)
             out.append((rate_B, byte_s_B))
         return out
-
-
-FULL = 1e-12  # of a link's capacity: less room than this is rounding
 
 
 def fair_rates(capacity_L: Floats, bundle_I: Ints, link_I: Ints, weight_I: Floats, urgency_B: Ints) -> Floats:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.integer[Any]]
+Counts = NDArray[np.integer[Any]] | Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,6 @@ class Predictor(Protocol):
 
     def learn(self, layer: int, features: Floats, evidence: Floats, state: Any) -> Any:
         """The state for the next batch."""
-
-
-Counts = NDArray[np.integer[Any]] | Floats
 
 
 def choice_counts(chosen_TK: Ids, num_experts: int) -> Floats:
