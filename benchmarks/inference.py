@@ -16,7 +16,7 @@ slowed by the number of ranks that share a core, so a host has on the average as
 Profiles are recorded on the first half of each trace; the second halves are served, the two tasks taking turns batch by batch.
 Modes take turns too, on the same batches.  `oracle` is `best`, told the exact counts before; `ideal` forces even routing.
 Skew "paper": so many tokens are sent to random experts that the most popular one gets 5.56 times the least popular one (Lina,
-figure 6).  Workloads are those of `megalina/placement/workloads.py`; their profile is the same workload by another seed.
+figure 6).  Workloads are those of `placement_lab/workloads.py`; their profile is the same workload by another seed.
 """
 
 import argparse
@@ -43,27 +43,25 @@ from benchmarks.replay.report import PAPER, measured, table
 from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
 from megalina.blame import RankFailed
-from megalina.comm.objects import everybodys
 from megalina.config import InferConfig, ModelConfig, RouterConfig
+from megalina.console import StatusLine
 from megalina.launch import Stopped, run_ranks
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Mesh, build_mesh, everybodys
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
-from megalina.parallel.emulated_device import SMALLEST_SHARE
+from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import read_trace
-from megalina.placement.workloads import WORKLOADS, own_part
 from megalina.serve.engine import Engine, EngineSettings
 from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, check_infer, policy_of
-from megalina.serve.serving_device import ServingDevice
-from megalina.status_line import StatusLine
 from megalina.step.program import Instruction
 from megalina.timeline.picture import draw
 from megalina.timeline.recorder import Recorder
+from placement_lab.oracle import OraclePredictor
+from placement_lab.workloads import WORKLOADS, own_part
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"

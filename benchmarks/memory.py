@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --json memory.json
 
-Predicted: `megalina.sim.memory`, which walks the step's list with bytes in place of tensors, given how unevenly its routers
-filled ranks and experts.  Measured: the most resident memory of a rank's process in its second step, above what it had before the
-model was built.  malloc gives every block of 64 KiB or more pages of its own here and returns them at once, so that resident
-memory is what is in use, not what an allocator holds on to.  Linux with glibc.
+Predicted: `megalina.perfmodel.sim.memory`, which walks the step's list with bytes in place of tensors, given how unevenly its
+routers filled ranks and experts.  Measured: the most resident memory of a rank's process in its second step, above what it had
+before the model was built.  malloc gives every block of 64 KiB or more pages of its own here and returns them at once, so that
+resident memory is what is in use, not what an allocator holds on to.  Linux with glibc.
 
 oneDNN, which computes bfloat16 products on CPU, keeps half a megabyte for each shape that it has met (1,024 at most), as much
 again is kept by torch, and experts meet new shapes in every step.  That is no memory of the step, and is switched off here.
@@ -29,12 +29,12 @@ import torch.multiprocessing as mp
 
 from megalina.batch import Batch
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
-from megalina.cost.stage_bytes import StageBytes
 from megalina.launch import free_port
 from megalina.mesh import build_mesh
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.sim.memory import memory_of
+from megalina.perfmodel.cost.stage_bytes import StageBytes
+from megalina.perfmodel.sim.memory import memory_of
 from megalina.train.bucket_optimizer import BucketOptimizer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

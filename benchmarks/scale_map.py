@@ -70,7 +70,7 @@ def swept(*, quick: bool) -> dict[str, Any]:
 
 def _run(jobs: "Sequence[tuple[Variant, Place]]") -> list[dict[str, Any]]:
     from benchmarks.scale.grid import simulated
-    from megalina.status_line import StatusLine
+    from megalina.console import StatusLine
 
     status = StatusLine()
     whole_cost, done_cost, started_s, out = sum(_cost(p) for _, p in jobs), 0.0, time.monotonic(), []

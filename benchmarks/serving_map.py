@@ -6,9 +6,9 @@
     python benchmarks/serving_map.py --plan-ms 6.2 --check-ms 1.45                          (deciding as slow as Lina's)
     python benchmarks/serving_map.py --against-measured --traces A.npz B.npz                (held against docs/log.md)
 
-Batches are walked in virtual time (`megalina/forecast/serving.py`) with the predictors, planners, splits and triggers of the
-engine, on the networks of `conf/cluster`, with the roofline of their devices.  Routing is made, two tasks taking turns batch by
-batch (`benchmarks/serving/routing.py`); skew is the busiest expert's rows over the mean expert's.
+Batches are walked in virtual time (`placement_lab/serving/simulator.py`) with the predictors, planners, splits and triggers
+of the engine, on the networks of `conf/cluster`, with the roofline of their devices.  Routing is made, two tasks taking turns
+batch by batch (`benchmarks/serving/routing.py`); skew is the busiest expert's rows over the mean expert's.
 
 Modes: `profile` replicates once, by the profile, and swaps nothing (as EPLB does); `window`, `lina` and `best` are those of
 `conf/infer` (`best` is the online map), `even` is `best` with rows split evenly over replicas.  They plan every layer of every
@@ -147,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
 def the_map(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from benchmarks.serving.figure import draw
     from benchmarks.serving.tables import map_table, modes_table, plan_table, slots_table, swap_table
-    from megalina.status_line import StatusLine
+    from megalina.console import StatusLine
 
     models, clusters = args.models.split(","), args.clusters.split(",")
     counts = [int(word) for word in args.devices.split(",")] if args.devices else list(DEVICES)
@@ -194,8 +194,8 @@ def points_of(spot: Spot, configs: "Mapping[str, PretrainConfig]", plans_ms: Seq
     """One of each cluster and time of a plan."""
     from benchmarks.serving.sweep import Hardware, Load, Modes, mode_times
     from benchmarks.serving.tables import Point
-    from megalina.forecast.serving import PlannerSeconds
     from megalina.serve.expert_memory import num_expert_bytes
+    from placement_lab.serving.simulator import PlannerSeconds
 
     tokens, context = PHASES[spot.phase]
     if not configs:
@@ -322,8 +322,8 @@ def against_measured(paths: Sequence[Path]) -> tuple[dict[str, Any], str]:
         replayed,
         table,
     )
+    from megalina.console import StatusLine
     from megalina.serve.modes import read_mode
-    from megalina.status_line import StatusLine
 
     status = StatusLine()
     common = {"traces": list(map(str, paths)), "layers": LAYERS, "batch_tokens": BATCH_TOKENS, "batches": BATCHES}

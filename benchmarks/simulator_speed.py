@@ -30,15 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools
 
 from megalina.config import PretrainConfig  # noqa: E402
-from megalina.cost.bucket_specs import bucket_specs  # noqa: E402
-from megalina.forecast.garbage import few_collections  # noqa: E402
-from megalina.forecast.network import network_of  # noqa: E402
-from megalina.forecast.priced_step import PricedStep  # noqa: E402
-from megalina.forecast.search import plans_of  # noqa: E402
-from megalina.sim.folding import FoldedLoads  # noqa: E402
-from megalina.sim.network import Network  # noqa: E402
-from megalina.sim.virtual import simulate_alike, uses_of  # noqa: E402
-from megalina.status_line import StatusLine  # noqa: E402
+from megalina.console import StatusLine  # noqa: E402
+from megalina.perfmodel.cost.stage_bytes import bucket_specs  # noqa: E402
+from megalina.perfmodel.forecast.network import network_of  # noqa: E402
+from megalina.perfmodel.forecast.priced_step import PricedStep, few_collections  # noqa: E402
+from megalina.perfmodel.forecast.search import plans_of  # noqa: E402
+from megalina.perfmodel.sim.folding import FoldedLoads  # noqa: E402
+from megalina.perfmodel.sim.network import Network  # noqa: E402
+from megalina.perfmodel.sim.virtual import simulate_alike, uses_of  # noqa: E402
 from megalina.step.plan import Plan  # noqa: E402
 
 VOCAB, EXPERTS, RANKS_PER_NODE = 151936, 128, 8

@@ -33,12 +33,12 @@ import torch
 import torch.distributed as dist
 
 from megalina.blame import RankFailed
-from megalina.comm.objects import everybodys
 from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
+from megalina.console import StatusLine
 from megalina.data.source import TokenData, open_data
 from megalina.launch import Stopped, run_ranks
-from megalina.status_line import StatusLine
+from megalina.mesh import everybodys
 from megalina.step.strategy import STRATEGIES
 from megalina.train.step_runner import StepRunner
 from megalina.validate import check_config

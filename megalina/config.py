@@ -1,5 +1,7 @@
 """The schema of everything in `conf/`: one dataclass a group; of each field its default, what it may be, and a comment.
 
+Below it, facts of a configuration that need no blocks.
+
 Not frozen: Hydra writes into structured configs while it composes.  `OmegaConf.to_object` turns the composed
 config into these once, in main; nothing below main sees a Hydra object.
 """
@@ -364,3 +366,16 @@ class PretrainConfig:
     hang: HangConfig = field(default_factory=HangConfig)
     timeline: TimelineConfig = field(default_factory=TimelineConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # train.dtype -> of one number
+
+
+def is_moe_layer(model: ModelConfig, layer: int) -> bool:
+    above = layer - model.dense_layers_first
+    return above >= 0 and above % model.moe_every == model.moe_every - 1
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding: a multiple of 128 on each tensor-parallel rank."""
+    return -(-vocab_size // (128 * tp)) * 128 * tp

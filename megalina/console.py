@@ -1,4 +1,4 @@
-"""The console: a command's standard streams, and how the command ends.
+"""The console: a command's standard streams, how the command ends, and a line that says how far it is.
 
 What users typed is printed, whatever encoding their terminal has; and a command whose reader has gone away (`| head`) ends as
 other tools do, without a word and with the exit code of SIGPIPE.
@@ -6,12 +6,15 @@ other tools do, without a word and with the exit code of SIGPIPE.
 
 import io
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
 READER_GONE = 141  # exit code, as a shell has it of what SIGPIPE ended
 INTERRUPTED = 130  # exit code, as a shell has it of what SIGINT ended
+LINE_EVERY_S = 10.0
 
 
 def command(main: Callable[[], int | None]) -> NoReturn:
@@ -75,3 +78,31 @@ def check_text(words: Sequence[str], what: str) -> None:
                 f"{what} {word.encode(errors='replace').decode()!r} is not UTF-8 (byte {number + 1} is "
                 f"0x{os.fsencode(word)[number]:02x}): convert it, or set your terminal to UTF-8"
             ) from None
+
+
+class StatusLine:
+    """How far a command is, on stderr, for whoever waits for it.
+
+    On a terminal one line that is written over.  Anywhere else, such as in a log, a line of its own every ten seconds, the
+    first of them after ten."""
+
+    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`stream`: sys.stderr unless given."""
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._live, self._shown_s = self._stream.isatty(), clock()
+        self._under_way = False
+
+    def show(self, text: str) -> None:
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps can't be written over
+            print(f"\r\x1b[K{text[:width]}", end="", file=self._stream, flush=True)
+            self._under_way = True
+        elif self._clock() - self._shown_s >= LINE_EVERY_S:
+            print(text.rstrip(), file=self._stream, flush=True)
+            self._shown_s = self._clock()
+
+    def end(self) -> None:
+        """Takes the line away: what is printed next begins a line."""
+        if self._under_way:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
+            self._under_way = False

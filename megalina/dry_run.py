@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from megalina.blocks.counts import count_parameters
-from megalina.config import PretrainConfig
-from megalina.cost.stage_bytes import StageBytes
+from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.layout import rows
-from megalina.parameters import padded_vocab_size
+from megalina.perfmodel.cost.stage_bytes import StageBytes
 
 SHOWN_AXES = ("tp", "ep", "edp", "dp")
 SHOWN_GROUPS = 4  # of each axis

@@ -12,11 +12,14 @@ of an ep group are neighbours, so a group that is small enough lies inside a nod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megalina.groups import new_group
 from megalina.layout import axis_sizes, rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,12 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
             shared[name] = shared.get(name) or axis(name, found[name], 1)
         meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in found.items()})
     return meshes
+
+
+def everybodys(mesh: Mesh, value: T) -> list[T]:
+    """Each rank's `value`, in the order of ranks.  All ranks must call it."""
+    if mesh.world.group is None:
+        return [value]
+    values: list[T | None] = [None] * mesh.world.size
+    dist.all_gather_object(values, value, group=mesh.world.group)
+    return values  # type: ignore[return-value]

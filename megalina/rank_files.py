@@ -1,5 +1,9 @@
-"""The files of a rank: what it leaves in RUN/logs for whoever asks why a job has ended."""
+"""The files of a rank: what it leaves in RUN/logs, and to torchrun, for whoever asks why a job has ended."""
 
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 STOOD_STILL = 75  # exit code of a rank that ended because the job made no progress
@@ -35,3 +39,18 @@ def files_of(logs: Path, rank: int) -> list[Path]:
     """All of them that may be there, its output included."""
     names = (traceback_path, position_path, collectives_path, hang_path)
     return [logs / f"rank_{rank}.log", *(name(logs, rank) for name in names)]
+
+
+def tell_agent(line: str, environ: Mapping[str, str]) -> None:
+    """Writes `line` for torchrun's agent that has started this rank; nothing where there is none.
+
+    Its text is the root cause that the agent reports last.  The agent ends with a report and a traceback of its own whatever a
+    rank does, so a mistake's line is not the very last one; but with this file the report says it.
+    https://docs.pytorch.org/docs/stable/elastic/errors.html"""
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # As torch's ErrorHandler writes it, whose import takes seconds.  The first of several ranks by this time is the root cause.
+    told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+    with suppress(OSError), open(path, "w") as file:  # the line is on stderr as well
+        json.dump({"message": told}, file)

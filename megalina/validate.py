@@ -15,8 +15,7 @@ from urllib.parse import urlparse
 from megalina.blocks.model import blocks_of, check_layer, check_own
 from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import check_router, kind_of
-from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, settings
-from megalina.parameters import is_moe_layer
+from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, is_moe_layer, settings
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
 

@@ -2,8 +2,7 @@
 
 from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.routers import kind_of
-from megalina.config import PretrainConfig, StrategyConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer
 from megalina.plan_settings import AUTO, plan_of, settings_of
 from megalina.step import candidates
 from megalina.step.plan import Plan, chunks_text

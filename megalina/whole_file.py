@@ -1,4 +1,4 @@
-"""A file that is there as a whole, or as it was before, whenever its writer is killed."""
+"""A file that is there as a whole, or as it was before, whenever its writer is killed; and errors of writing, with its name."""
 
 import os
 from collections.abc import Iterator
@@ -26,3 +26,15 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> N
     """Text is written as UTF-8; what isn't text after all, half of a pair of surrogates, as a question mark."""
     with whole(path, durable=durable) as aside:
         aside.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError of the block, which writes to `path`, gets that name unless it has one, such as on a full disk: Python names the
+    file in errors of opening it, and not in those of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

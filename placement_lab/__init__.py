@@ -1,1 +1,2 @@
-"""Predictors, planners, splits and triggers replayed on recorded routing, without weights: tools/popularity_lab.py."""
+"""What labs and papers alone need of placements: predictors, planners, splits and triggers replayed on recorded or made routing,
+without weights (tools/popularity_lab.py), and inference batches in virtual time (serving/)."""

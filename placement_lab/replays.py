@@ -11,16 +11,16 @@ import numpy as np
 
 from megalina.config import InferConfig
 from megalina.placement.controller import Planner, Policy
-from megalina.placement.offline import Replay, accuracy, balance, counts_of_batches, max_over_mean, replay
 from megalina.placement.placement import Placement
-from megalina.placement.planners.optimum import optimum
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
 from megalina.placement.routing_trace import counts_LE
 from megalina.placement.split import device_load, load_aware
 from megalina.serve.policies import policy_of, slots_of
 from placement_lab.input import CONTESTANTS, NEEDING_AHEAD, Lab, with_cost
+from placement_lab.offline import Replay, accuracy, balance, counts_of_batches, max_over_mean, replay
+from placement_lab.optimum import optimum
+from placement_lab.oracle import OraclePredictor
 
 PLANNERS = ("none", "first_fit", "greedy", "hierarchical")
 SPLITS = ("even", "load_aware", "local_first")

@@ -17,12 +17,11 @@ from megalina.blocks.counts import ParameterCounts, count_parameters
 from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.cli import train
 from megalina.compose import compose
-from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import bucket_specs
+from megalina.config import PretrainConfig, is_moe_layer, padded_vocab_size
 from megalina.dry_run import describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
-from megalina.parameters import is_moe_layer, padded_vocab_size
+from megalina.perfmodel.cost.stage_bytes import bucket_specs
 from megalina.validate import check_config
 from megalina.worker import load_config
 from tests.test_validate import CHOICES

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from megalina.data.cache import cached_arrays
-from megalina.data.indexed import IndexedDataset, IndexedWriter
-from megalina.data.manifest import Manifest
-from megalina.file_errors import naming
+from megalina.data.indexed import IndexedDataset, IndexedWriter, Manifest
+from megalina.whole_file import naming
 
 
 def full(*_: Any, **__: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megalina import elastic, launch
+from megalina import launch, rank_files
 
 ROOT = Path(__file__).resolve().parent.parent
 # Starts the script beside it as a rank and ends with the code that pretrain_gpt_moe.py would give.
@@ -390,14 +390,14 @@ def test_bad_input_under_torchrun_is_said_once(tmp_path: Path) -> None:
 
 
 def test_torchrun_is_told_why_a_rank_ended(tmp_path: Path) -> None:
-    elastic.tell_agent("train.steps=0 must be at least 1", {})  # nobody to tell
+    rank_files.tell_agent("train.steps=0 must be at least 1", {})  # nobody to tell
     path = tmp_path / "error.json"
-    elastic.tell_agent("train.steps=0 must be at least 1", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    rank_files.tell_agent("train.steps=0 must be at least 1", {"TORCHELASTIC_ERROR_FILE": str(path)})
     failure = ProcessFailure(local_rank=1, pid=2, exitcode=2, error_file=str(path))
     assert abs(failure.timestamp - time.time()) < 5
     report = str(ChildFailedError("job", {1: failure})).splitlines()
     assert report[-2].strip() == "traceback : train.steps=0 must be at least 1" and set(report[-1]) == {"="}
-    elastic.tell_agent("no such folder", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")})
+    rank_files.tell_agent("no such folder", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")})
 
 
 def slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:

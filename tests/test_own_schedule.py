@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from megalina.step.program import Kind
-from tests.sim.schedules import SHAPES, setting_of
+from tests.perfmodel.sim.schedules import SHAPES, setting_of
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "own_schedule.py"

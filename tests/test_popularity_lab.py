@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from megalina.config import InferConfig
 from megalina.placement.controller import Policy
-from megalina.placement.offline import accuracy, balance, counts_of_batches, max_over_mean, replay
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.oracle import OraclePredictor
-from megalina.placement.predictors.predictor import Ids, Seen
-from megalina.placement.predictors.shares import choice_counts
-from megalina.placement.predictors.window import WindowPredictor
+from megalina.placement.predictors.counts import WindowPredictor
+from megalina.placement.predictors.predictor import Ids, Seen, choice_counts
 from megalina.placement.routing_trace import RoutingTrace, counts_LE, traced, write_trace
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import OrderedTop, always, never
@@ -26,6 +23,8 @@ from megalina.serve.policies import Served, policy_of
 from placement_lab import replays
 from placement_lab import report as lab_report
 from placement_lab.input import CONTESTANTS, NEEDING_AHEAD, Lab, lab_of, modes_of
+from placement_lab.offline import accuracy, balance, counts_of_batches, max_over_mean, replay
+from placement_lab.oracle import OraclePredictor
 from placement_lab.replays import PLANNERS, SPLITS, TRIGGERS, Contest, cases_of
 from placement_lab.report import report
 from tools import popularity_lab

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES
-from megalina.restart import later_starts
+from megalina.launch import later_starts
 
 
 def save(folder: Path, step: int, *, complete: bool = True) -> Path:

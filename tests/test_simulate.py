@@ -12,13 +12,13 @@ import pytest
 
 from megalina.cli.simulate import main
 from megalina.compose import compose
-from megalina.forecast.report import as_json
-from megalina.forecast.search import candidate
-from megalina.forecast.sweep import Job, append, read, row_of, simulated, trace, weak_scaling
-from megalina.forecast.sweep_report import axes_of, baselines, cells, figure_of, page
-from megalina.forecast.uneven import MOST_RANKS, Unevenness, forecast_unevenly, matrix_of
+from megalina.perfmodel.forecast.report import as_json
+from megalina.perfmodel.forecast.search import candidate
+from megalina.perfmodel.forecast.sweep import Job, append, read, row_of, simulated, trace, weak_scaling
+from megalina.perfmodel.forecast.sweep_report import axes_of, baselines, cells, figure_of, page
+from megalina.perfmodel.forecast.uneven import MOST_RANKS, Unevenness, forecast_unevenly, matrix_of
+from megalina.perfmodel.sim.sizes import Sizes
 from megalina.plan_settings import plan_of
-from megalina.sim.sizes import Sizes
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 from tests.commands import Done, done

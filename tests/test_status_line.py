@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from megalina.status_line import StatusLine
+from megalina.console import StatusLine
 
 
 class Stream(io.StringIO):

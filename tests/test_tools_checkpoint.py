@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megalina.checkpoint.restored import restore
 from megalina.checkpoint.stored import read_tensors
 from megalina.cli import checkpoint as tool
-from megalina.train.fit import check_fit, check_start
+from megalina.train.resume import check_fit, check_start
 from tests.checkpoint.planted import flip
 from tests.train.small_run import checkpoint, config_of, records_of, start, weights_of, write_tokens
 

@@ -118,10 +118,10 @@ def numbers_of(experts: str) -> list[int]:
 def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     """Train some steps; all ranks call it together."""
     from megalina.comm.calibration import calibrate, fastest, sizes_of_step
-    from megalina.comm.objects import everybodys
+    from megalina.console import StatusLine
     from megalina.data.source import open_data
     from megalina.layout import rows
-    from megalina.status_line import StatusLine
+    from megalina.mesh import everybodys
     from megalina.timeline.recorder import Event, Recorder
     from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.step_runner import StepRunner

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from megalina.config import PretrainConfig
-    from megalina.sim.virtual import Timeline
+    from megalina.perfmodel.sim.virtual import Timeline
     from megalina.step.plan import Plan
     from megalina.step.program import Instruction, Program
     from megalina.step.strategy import Setting
@@ -56,10 +56,10 @@ class VirtualJob:
     def setting(self) -> "Setting":
         """What a strategy builds a step from.  Paddings of buckets are left out."""
         from megalina.blocks.model import shape_of
+        from megalina.config import padded_vocab_size
         from megalina.layout import axis_of_group
         from megalina.model.gpt import GPT
         from megalina.parallel.shard import parameter_groups
-        from megalina.parameters import padded_vocab_size
         from megalina.step.program import BucketSpec
         from megalina.step.strategy import Setting
 
@@ -89,9 +89,9 @@ class VirtualJob:
 
     def step(self, program: "Program") -> "Timeline":
         from megalina.parallel.emulated_device import emulated_device
-        from megalina.sim.network import one_level
-        from megalina.sim.sizes import Sizes
-        from megalina.sim.virtual import simulate
+        from megalina.perfmodel.sim.network import one_level
+        from megalina.perfmodel.sim.sizes import Sizes
+        from megalina.perfmodel.sim.virtual import simulate
         from megalina.step.program import Kind, Op
 
         device = emulated_device(self.config)
@@ -109,7 +109,7 @@ class VirtualJob:
         )
 
     def _bytes_of(self, instruction: "Instruction") -> float:
-        from megalina.parameters import BYTES
+        from megalina.config import BYTES
         from megalina.step.program import Op
 
         train, model, width = self.config.train, self.config.model, BYTES[self.config.train.dtype]
@@ -123,7 +123,7 @@ class VirtualJob:
     @property
     def _element_bytes(self) -> int:
         """Of a gradient."""
-        from megalina.parameters import BYTES
+        from megalina.config import BYTES
 
         return max(4, BYTES[self.config.train.dtype])
 

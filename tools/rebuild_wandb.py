@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     args = parser.parse_args(argv)
     from megalina.config import WandbConfig
-    from megalina.track.yaml_file import read_yaml
+    from megalina.track.metrics import read_yaml
 
     try:
         if not (args.run_dir / "config.yaml").is_file():

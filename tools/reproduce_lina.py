@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reproduce(args: argparse.Namespace) -> int:
     from megalina.compose import CONF, compose
+    from megalina.console import StatusLine
     from megalina.serve.modes import read_mode
-    from megalina.status_line import StatusLine
     from papers.lina.reenactment import reenact
     from papers.lina.report import closing, constants_table, contradictions, draw, table, what_if
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from megalina.placement.offline import counts_of_batches
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import (
     Counts,
@@ -26,7 +25,8 @@ from megalina.placement.routing_trace import (
     skew,
     top1,
 )
-from megalina.placement.workloads import WORKLOADS, Size, drawn, trace_of
+from placement_lab.offline import counts_of_batches
+from placement_lab.workloads import WORKLOADS, Size, drawn, trace_of
 
 EXPERTS, PAPER_SKEW = 16, 5.56
 SKEWS = ("real", "paper", "balanced")

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.scale.rungs import Point, point_of
 from megalina.config import PretrainConfig
-from megalina.forecast.network import network_of
-from megalina.sim.network import Network
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.sim.network import Network
 
 DEVICES = {"PCIe": "rtx4090_pcie", "NVLink": "h100_400g", "NVL72": "gb200_nvl72"}  # title: file of conf/cluster
 DOMAIN = 64  # of a rack's 72 devices, since experts and batches come in powers of two

@@ -10,11 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 from megalina.config import PretrainConfig
-from megalina.cost.bucket_specs import bucket_specs
-from megalina.forecast.forecast import fits_in
-from megalina.forecast.priced_step import PricedStep
-from megalina.sim.folding import FoldedLoads
-from megalina.sim.network import Network
+from megalina.perfmodel.cost.stage_bytes import bucket_specs
+from megalina.perfmodel.forecast.forecast import fits_in
+from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.sim.folding import FoldedLoads
+from megalina.perfmodel.sim.network import Network
 from megalina.step.candidates import DDP, EAGER, FLOW, LINA_NOPACK, LINA_ZERO, PACKINGS, PRIORITY, PRIORITY_PARTITION, piece_of
 from megalina.step.plan import Plan
 from megalina.step.program import Kind

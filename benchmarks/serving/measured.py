@@ -15,14 +15,14 @@ import numpy as np
 
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
-from megalina.forecast.serving import Serving, walk
-from megalina.forecast.serving_decisions import Decider, even_choices, shared_evenly
-from megalina.forecast.serving_seconds import GivenTimes
+from megalina.perfmodel.sim.network import Network
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import RoutingTrace
 from megalina.serve.policies import Served, policy_of
-from megalina.sim.network import Network
+from placement_lab.serving.decisions import Decider, even_choices, shared_evenly
+from placement_lab.serving.seconds import GivenTimes
+from placement_lab.serving.simulator import Serving, walk
 
 BATCH_TOKENS, BATCHES, LAYERS = 512, 16, 26  # as they were measured with
 EXPERTS, SLOTS = 16, 4

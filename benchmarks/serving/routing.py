@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.forecast.serving_decisions import ServedBatch, shared_evenly
 from megalina.placement.predictors.predictor import Ids
 from megalina.placement.routing_trace import RoutingTrace, traced
+from placement_lab.serving.decisions import ServedBatch, shared_evenly
 
 TASKS, TOPICS_OF_TASK, POOL = 2, 6, 512
 COMMON, OF_TASK = 0.1, 0.6  # of an expert's liking (variance) that all topics have in common, and those of a task

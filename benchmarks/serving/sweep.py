@@ -14,20 +14,19 @@ import numpy as np
 
 from benchmarks.serving.routing import TASKS, topic_routing
 from megalina.blocks.model import plain_shape
-from megalina.config import InferConfig, PretrainConfig
-from megalina.forecast.network import network_of
-from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
-from megalina.forecast.serving_decisions import Decider, Decision, ServedBatch, even_choices
-from megalina.forecast.serving_seconds import RooflineSeconds, row_s
-from megalina.parameters import BYTES
+from megalina.config import BYTES, InferConfig, PretrainConfig
+from megalina.perfmodel.forecast.network import network_of
 from megalina.placement.controller import Policy
-from megalina.placement.offline import counts_of_batches
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.planners.greedy import greedy
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.split import even, load_aware
 from megalina.placement.triggers import never
 from megalina.serve.policies import Served, policy_of
+from placement_lab.offline import counts_of_batches
+from placement_lab.oracle import OraclePredictor
+from placement_lab.serving.decisions import Decider, Decision, ServedBatch, even_choices
+from placement_lab.serving.seconds import RooflineSeconds, row_s
+from placement_lab.serving.simulator import BatchTime, PlannerSeconds, Serving, measured, walk
 
 APART = 3  # layers that a policy may leave unplanned
 LAYERS = APART + 2  # one that is like those after it, and the last one

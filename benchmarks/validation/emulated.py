@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
-from megalina.cost.stage_seconds import emulated_seconds
-from megalina.cost.stage_work import StageWork
-from megalina.forecast.priced_step import PricedStep
-from megalina.sim.network import Network
-from megalina.sim.virtual import Timeline
+from megalina.perfmodel.cost.stage_seconds import emulated_seconds, once_a_kind
+from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.sim.network import Network
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 
@@ -70,23 +70,10 @@ def simulate_emulated(
 
 
 def _host_seconds(work: StageWork, host: HostConstants) -> Callable[[Instruction], float]:
-    known: dict[tuple[str, str, float, int, bool, bool], float] = {}
+    def computed_s(instruction: Instruction) -> float:
+        asked = work(instruction)
+        math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s
+        return math_s + asked.kernels * host.kernel_s + host.stage_s
 
-    def seconds(instruction: Instruction) -> float:
-        if instruction.kind is not Kind.COMPUTE:
-            return host.stage_s
-        key = (
-            instruction.phase,
-            instruction.name,
-            instruction.share,
-            instruction.chunk[1],
-            instruction.recompute,
-            instruction.late,
-        )
-        if key not in known:
-            asked = work(instruction)
-            math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s
-            known[key] = math_s + asked.kernels * host.kernel_s + host.stage_s
-        return known[key]
-
-    return seconds
+    known_s = once_a_kind(computed_s)
+    return lambda instruction: known_s(instruction) if instruction.kind is Kind.COMPUTE else host.stage_s

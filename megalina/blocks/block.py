@@ -1,4 +1,4 @@
-"""A block: one part of a model, declared once and without torch.
+"""A block: one part of a model, declared once and without torch; a loss, as its block declares it.
 
 From the blocks of a model follow the forward program, buckets, parameter counts, FLOPs, times, memory and what is recomputed.
 Its torch functions, named as its instructions, are one class, which `functions` points to.
@@ -6,17 +6,28 @@ Its torch functions, named as its instructions, are one class, which `functions`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from megalina.blocks.loss import Loss
 from megalina.blocks.memory import Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
 from megalina.config import ModelConfig, RouterConfig
-from megalina.step.forward import Shape
-from megalina.step.lines import compute, exchange
+from megalina.step.forward import Shape, compute, exchange
 from megalina.step.program import Instruction, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A scalar that each part's list writes, is minimized with a weight, and is reported.
+
+    What is minimized is the sum over losses of weight x value / divisor; `U:seed` starts backward with weight / divisor."""
+
+    name: str  # for people and records: "z_loss"
+    values: tuple[str, ...]  # what the list calls it: `z.<layer>.<part>`, or `loss.-.<part>`
+    weight: float
+    divisor: Literal["loss_tokens", "valid_tokens"]  # of the whole step, over all ranks
+    layers: int = 1  # it is reported as the mean over so many
 
 
 @dataclass(frozen=True, slots=True)

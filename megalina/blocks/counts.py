@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.sizes import Rank
-from megalina.config import ModelConfig, PretrainConfig, RouterConfig
-from megalina.parameters import BYTES
+from megalina.config import BYTES, ModelConfig, PretrainConfig, RouterConfig
 from megalina.step.forward import plain
 from megalina.step.program import Kind
 

@@ -8,8 +8,7 @@ from megalina.blocks.memory import Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import INT_BYTES, At
 from megalina.blocks.work import Piece, moved
-from megalina.step.forward import Shape
-from megalina.step.lines import compute, exchange
+from megalina.step.forward import Shape, compute, exchange
 from megalina.step.program import Instruction, Op
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
-from megalina.blocks.block import Block, norm_parameters
-from megalina.blocks.loss import Loss
+from megalina.blocks.block import Block, Loss, norm_parameters
 from megalina.blocks.memory import Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, Work, linear, norm, small
-from megalina.step.forward import Shape
-from megalina.step.lines import compute, exchange
+from megalina.step.forward import Shape, compute, exchange
 from megalina.step.program import Instruction, Op
 
 

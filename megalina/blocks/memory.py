@@ -1,8 +1,7 @@
 """How many bytes a function keeps for backward, and how many more there are while it runs.
 
-It follows `megalina/model` tensor by tensor: `tests/sim/test_memory.py` holds both against each other.  Pieces of which blocks
-are made; numbers of tokens and rows are whole.
-"""
+It follows `megalina/model` tensor by tensor: `tests/perfmodel/sim/test_memory.py` holds both against each other.  Pieces of which
+blocks are made; numbers of tokens and rows are whole."""
 
 from dataclasses import dataclass
 

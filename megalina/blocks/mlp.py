@@ -9,8 +9,7 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, mlp, norm, residual
 from megalina.config import ModelConfig
-from megalina.step.forward import Shape
-from megalina.step.lines import compute
+from megalina.step.forward import Shape, compute
 from megalina.step.program import Instruction
 
 

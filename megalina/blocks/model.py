@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megalina.blocks.attention import Attention
-from megalina.blocks.block import Block, Whole
+from megalina.blocks.block import Block, Loss, Whole
 from megalina.blocks.embedding import Embedding
 from megalina.blocks.head import Balance, Head
-from megalina.blocks.loss import Loss
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.reference import is_reference, load
-from megalina.config import ModelConfig, RouterConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
 

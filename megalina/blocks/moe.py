@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalina.blocks import memory, work
-from megalina.blocks.block import Block, norm_parameters, output_std
-from megalina.blocks.loss import Loss
+from megalina.blocks.block import Block, Loss, norm_parameters, output_std
 from megalina.blocks.memory import Inside
 from megalina.blocks.mlp import mlp_parameters
 from megalina.blocks.parameter import Parameter
@@ -13,8 +12,7 @@ from megalina.blocks.reference import load
 from megalina.blocks.routers import RouterKind, kind_of
 from megalina.blocks.sizes import INT_BYTES, At
 from megalina.blocks.work import Piece, Work, linear, moved, norm, residual
-from megalina.step.forward import Shape
-from megalina.step.lines import compute, exchange, names
+from megalina.step.forward import Shape, compute, exchange, names
 from megalina.step.program import Instruction, Op
 
 SELECT_KERNELS = 45  # forward; counted in megalina/model/routers.py, balance.py and permute.py

@@ -7,8 +7,7 @@ average, and `skew` times as many where its experts are the fullest.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megalina.config import PretrainConfig
-from megalina.parameters import BYTES
+from megalina.config import BYTES, PretrainConfig
 from megalina.step.program import Instruction
 
 INT_BYTES = 8  # of an index

@@ -18,10 +18,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megalina.checkpoint.checksums import Sum, damaged
-from megalina.checkpoint.files import is_complete, newest_first
-from megalina.checkpoint.part import Part
-from megalina.checkpoint.writing import SaveFailed, sync_folder, write_rest
-from megalina.comm.slice import Box, Slice, boxes, whole_shape
+from megalina.checkpoint.files import SaveFailed, is_complete, newest_first, sync_folder, write_rest
+from megalina.comm.slice import Box, Part, Slice, boxes, whole_shape
 from megalina.groups import new_group
 from megalina.mesh import Mesh
 

@@ -1,10 +1,14 @@
-"""The files of one checkpoint: which there are, and values.json, which has all but the tensors.  No torch."""
+"""The files of one checkpoint: which there are, and values.json, which has all but the tensors; the end of its writing, once the
+tensor files are there, and what a full disk raises.  No torch."""
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalina.checkpoint.checksums import METADATA, SUMS, VALUES, read_checked
+from megalina.checkpoint.checksums import METADATA, SUMS, VALUES, Sum, read_checked, write_sums
 
 MODEL = "model/"  # before the names of weights and router biases; optimizer state has "exp_avg/", "master/" ...
 
@@ -54,3 +58,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def is_shape(shape: Any) -> bool:
     """Whether it is a list of numbers of 0 or more, as anything may stand in a file."""
     return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written, because of the disk: all ranks raise it alike; older checkpoints are untouched."""
+
+    def __init__(self, path: Path, rank: int, reason: str) -> None:
+        super().__init__(f"checkpoint {path} could not be written: rank {rank}: {reason}")
+        self.path, self.rank, self.reason = path, rank, reason
+
+
+def write_rest(path: Path, values_json: str, tensors: Mapping[str, Any], sums: Mapping[str, Sum]) -> None:
+    """Write values.json, then SHA256SUMS from `sums` of all other files, and make the whole folder durable."""
+    data = json.dumps({"values": json.loads(values_json), "tensors": tensors}, indent=1).encode()
+    with (path / VALUES).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    write_sums(path, {**sums, VALUES: Sum(hashlib.sha256(data).hexdigest(), len(data))})
+    sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable: a file's own sync doesn't cover its entry."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

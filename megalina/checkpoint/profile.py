@@ -7,8 +7,7 @@ SHA256SUMS doesn't name it (an npz has checksums of its own), so one can be reco
 from pathlib import Path
 
 from megalina.checkpoint.files import read_values
-from megalina.config import ModelConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import ModelConfig, is_moe_layer
 from megalina.placement.routing_trace import RoutingTrace, read_trace
 
 PROFILE = "routing.npz"

@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megalina.checkpoint.checksums import METADATA, VALUES, check_files, check_inside, read_checked, read_sums
 from megalina.checkpoint.files import is_complete, is_shape, read_description
 from megalina.checkpoint.metadata_pickle import read_pickle
-from megalina.checkpoint.part import Part
-from megalina.comm.slice import Box
+from megalina.comm.slice import Box, Part
 
 
 class _Loader(DefaultLoadPlanner):

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from megalina.checkpoint.part import Part
+from megalina.checkpoint.files import sync_folder, write_rest
 from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.tensor_files import Fetch, write_streamed
-from megalina.checkpoint.writing import sync_folder, write_rest
-from megalina.comm.slice import Box, span
+from megalina.comm.slice import Box, Part, span
 
 Listing = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name: shape of the whole tensor, type
 

@@ -34,9 +34,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megalina.checkpoint.checksums import Sum
-from megalina.checkpoint.part import Part
-from megalina.checkpoint.writing import SaveFailed
-from megalina.comm.slice import Box
+from megalina.checkpoint.files import SaveFailed
+from megalina.comm.slice import Box, Part
 
 Fetch = Callable[[str, Box], Tensor]  # the data of a box of a tensor
 

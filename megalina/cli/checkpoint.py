@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verify([path for given in options.paths for path in all_of(given)])
         if options.command == "inspect":
             paths = list(map(newest_of, options.paths))
-            from megalina.checkpoint.summary import as_text, summary  # torch, which a mistake need not wait for
+            from megalina.checkpoint.inspection import as_text, summary  # torch, which a mistake need not wait for
 
             for path in paths:
                 found = summary(path)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(paths: list[Path]) -> int:
-    from megalina.checkpoint.wholeness import faults
+    from megalina.checkpoint.inspection import faults
 
     damaged = 0
     for path in paths:

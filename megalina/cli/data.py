@@ -29,16 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--partitions", type=whole(1, MOST_WORKERS), default=1, help="parts of the input read at once (default: 1)"
     )
     options = parser.parse_args(argv)
+    from megalina.cli.progress import SpeedDisplay
     from megalina.data.documents import find_sources
     from megalina.data.preprocess import Recipe, output_prefixes, preprocess
-    from megalina.data.progress import ProgressDisplay
 
     recipe = Recipe(options.tokenizer_model, tuple(options.json_keys), options.append_eod)
     begin_s = time.monotonic()
     try:
         sources = find_sources(options.input)
         total_bytes = sum(source.stop - source.start for source in sources)
-        with ProgressDisplay("preprocessing", total_bytes) as display:
+        with SpeedDisplay("preprocessing", total_bytes) as display:
             totals = preprocess(
                 sources,
                 options.output_prefix,

@@ -6,9 +6,8 @@
         train.seq_len=4096 train.micro_batch_size=2 train.global_batch_size=2048 --tokens 1e12 --loads 1,1.5,3
 
 Overrides are those of pretrain_gpt_moe.py; `nodes=N` is short for cluster.nodes=N, and all ranks of these nodes take part.  The
-step's own list is walked in virtual time (megalina/sim) with the cluster's figures (conf/cluster), of which each says if it is
-published or assumed: results are as good as those.  Routing is taken to be even, but for the columns of --loads.
-"""
+step's own list is walked in virtual time (megalina/perfmodel/sim) with the cluster's figures (conf/cluster), of which each says
+if it is published or assumed: results are as good as those.  Routing is taken to be even, but for the columns of --loads.  """
 
 import argparse
 import json
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megalina.config import PretrainConfig
-    from megalina.forecast.priced_step import Shared
-    from megalina.forecast.search import Candidate
+    from megalina.perfmodel.forecast.priced_step import Shared
+    from megalina.perfmodel.forecast.search import Candidate
 
 BAD_INPUT = 2  # exit code
 MOST_LOAD = 1_000_000  # as many as there are ranks at most
@@ -46,15 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from megalina.cli.progress import Bar
     from megalina.compose import compose
     from megalina.dry_run import describe
-    from megalina.forecast.bounds import check_work
-    from megalina.forecast.garbage import few_collections
-    from megalina.forecast.paste import command, heads, joined, origin, planned_for
-    from megalina.forecast.priced_step import Shared
-    from megalina.forecast.progress import Bar
-    from megalina.forecast.report import as_json, strategy_table
-    from megalina.forecast.search import search
+    from megalina.perfmodel.forecast.forecast import check_work
+    from megalina.perfmodel.forecast.priced_step import Shared, few_collections
+    from megalina.perfmodel.forecast.report import as_json, command, heads, joined, origin, planned_for, strategy_table
+    from megalina.perfmodel.forecast.search import search
     from megalina.validate import check_hardware
 
     for path in filter(None, (args.json, args.picture)):
@@ -116,7 +113,7 @@ def chosen(config: "PretrainConfig", overrides: Sequence[str], world: int, *, se
 
 def print_skewed(candidates: "Sequence[Candidate]", world: int, vocab_size: int, shared: "Shared") -> None:
     """Where the fastest one does not fit under skew, the fastest that does."""
-    from megalina.forecast.what_if import fits_under
+    from megalina.perfmodel.forecast.search import fits_under
 
     best, *others = [c for c in candidates if c.found]
     if fits_under(best, SKEW, world, vocab_size=vocab_size, shared=shared):
@@ -140,7 +137,7 @@ def of_one_layout(
     """The layout as it is, under every strategy that it can run."""
     from dataclasses import replace
 
-    from megalina.forecast.search import candidate, ordered, plans_of
+    from megalina.perfmodel.forecast.search import candidate, ordered, plans_of
     from megalina.plan_settings import strategy_of
     from megalina.step.candidates import EAGER
     from megalina.validate import check_config
@@ -157,10 +154,10 @@ def of_one_layout(
 def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequence[float], shared: "Shared") -> None:
     """FLOPs, memory, and the step from left to right if it fits."""
     from megalina.blocks.counts import model_flops
-    from megalina.forecast.forecast import WALKED, forecast, memory_limit_bytes
-    from megalina.forecast.priced_step import PricedStep
-    from megalina.forecast.report import load_table, memory_table, timeline_text
-    from megalina.forecast.what_if import under_loads
+    from megalina.perfmodel.forecast.forecast import WALKED, forecast, memory_limit_bytes
+    from megalina.perfmodel.forecast.priced_step import PricedStep
+    from megalina.perfmodel.forecast.report import load_table, memory_table, timeline_text
+    from megalina.perfmodel.forecast.search import under_loads
 
     config, plan, found = best.config, best.plan, best.found
     train, limit_bytes = config.train, memory_limit_bytes(config.cluster)
@@ -186,7 +183,7 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
 
 
 def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
-    from megalina.forecast.what_if import MOST_NODES, what_fits
+    from megalina.perfmodel.forecast.search import MOST_NODES, what_fits
 
     config, plan = smallest.config, smallest.plan
     words = what_fits(config, plan, world, vocab_size=vocab_size)

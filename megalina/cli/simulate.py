@@ -19,8 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megalina.cli.hydra_arguments import arguments_for_hydra
-from megalina.cli.hydra_help import show_help
+from megalina.cli.hydra_command import arguments_for_hydra, show_help
 from megalina.compose import CONF, register_schema
 from megalina.explain import explain
 
@@ -72,7 +71,7 @@ def job(cfg: DictConfig) -> float:
 
 
 def _alone(cfg: DictConfig, words: list[str]) -> float:
-    from megalina.forecast.sweep import row_of, simulated
+    from megalina.perfmodel.forecast.sweep import row_of, simulated
 
     job = _job(cfg, words)
     _check_paths(cfg.simulate)
@@ -87,7 +86,7 @@ def _alone(cfg: DictConfig, words: list[str]) -> float:
 
 def _one_of_many(cfg: DictConfig, words: list[str], number: int, folder: Path) -> float:
     """What can't be simulated is a row, too, and the sweep goes on."""
-    from megalina.forecast.sweep import RESULTS, append, row_of, simulated
+    from megalina.perfmodel.forecast.sweep import RESULTS, append, row_of, simulated
 
     if number == 0 and (folder / RESULTS).exists():
         raise ValueError(f"{folder / RESULTS} holds another sweep: give another hydra.sweep.dir, or remove it")
@@ -108,8 +107,8 @@ def _one_of_many(cfg: DictConfig, words: list[str], number: int, folder: Path) -
 
 
 def _job(cfg: DictConfig, words: list[str]) -> Any:
-    from megalina.forecast.sweep import Job, weak_scaling
-    from megalina.forecast.uneven import Unevenness
+    from megalina.perfmodel.forecast.sweep import Job, weak_scaling
+    from megalina.perfmodel.forecast.uneven import Unevenness
     from megalina.worker import load_config
 
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -136,8 +135,8 @@ def _check_paths(own: DictConfig) -> None:
 
 
 def _show(job: Any, found: Any) -> None:
-    from megalina.forecast.forecast import memory_limit_bytes
-    from megalina.forecast.report import memory_table, strategy_table
+    from megalina.perfmodel.forecast.forecast import memory_limit_bytes
+    from megalina.perfmodel.forecast.report import memory_table, strategy_table
 
     cluster = job.config.cluster
     print(f"{cluster.name}, {cluster.nodes} nodes of {cluster.ranks_per_node}, simulated\n")
@@ -148,7 +147,7 @@ def _show(job: Any, found: Any) -> None:
 
 def _write(own: DictConfig, found: Any, world: int, folder: Path) -> None:
     """Trace and picture of a job that was simulated."""
-    from megalina.forecast.sweep import trace
+    from megalina.perfmodel.forecast.sweep import trace
     from megalina.timeline.picture import draw as draw_step
 
     if found.found is None:
@@ -162,8 +161,8 @@ def _write(own: DictConfig, found: Any, world: int, folder: Path) -> None:
 
 def draw(folder: Path) -> None:
     """sweep.png and sweep.html of a sweep's rows, and the table on stdout."""
-    from megalina.forecast.sweep import RESULTS, read
-    from megalina.forecast.sweep_report import figure_of, page, table
+    from megalina.perfmodel.forecast.sweep import RESULTS, read
+    from megalina.perfmodel.forecast.sweep_report import figure_of, page, table
 
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder / RESULTS}: there is no such file; give the folder of a sweep")

@@ -21,18 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalina import launch, validate, worker
-from megalina.cli.hydra_arguments import arguments_for_hydra
-from megalina.cli.hydra_help import show_help
+from megalina.cli.hydra_command import arguments_for_hydra, show_help
 from megalina.compose import CONF, register_schema
 from megalina.config import PretrainConfig, RunConfig
 from megalina.console import command
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
-from megalina.elastic import tell_agent
 from megalina.explain import explain
+from megalina.launch import later_starts
 from megalina.parallel.plan_file import with_plan
-from megalina.rank_files import Unsaved
-from megalina.restart import later_starts
+from megalina.rank_files import Unsaved, tell_agent
 
 BAD_INPUT = 2  # exit code
 WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
@@ -116,7 +114,7 @@ def check_data(config: PretrainConfig) -> int:
 def check_changed(config: PretrainConfig) -> None:
     """ValueError if settings differ from those of the checkpoint that the run would go on from, and must not."""
     if _starts_from_checkpoint(config):
-        from megalina.train.fit import check_settings  # a second that a new run need not wait for
+        from megalina.train.resume import check_settings  # a second that a new run need not wait for
 
         check_settings(config)
 
@@ -124,7 +122,7 @@ def check_changed(config: PretrainConfig) -> None:
 def check_checkpoint(config: PretrainConfig, *, vocab_size: int) -> None:
     """ValueError if the run would start from a checkpoint that isn't of this model, or must not start because of one."""
     if _starts_from_checkpoint(config):
-        from megalina.train.fit import check_start
+        from megalina.train.resume import check_start
 
         check_start(config, vocab_size=vocab_size)
 

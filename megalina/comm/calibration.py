@@ -18,9 +18,8 @@ import torch.distributed as dist
 from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
-from megalina.comm.objects import everybodys
 from megalina.layout import rows
-from megalina.mesh import Axis, Mesh
+from megalina.mesh import Axis, Mesh, everybodys
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone
 from megalina.timeline.recorder import SEND, Event
 

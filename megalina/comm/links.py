@@ -8,12 +8,18 @@ reorders; and as tokens yield to nobody, nobody waits in a circle.
 What need not be held starts at once, on the program's own thread; else a thread of the lane starts it.  On CUDA nothing is
 held on the host: an instruction that yields starts on a stream of low priority, which waits for the tokens that were sent before
 it.
+
+Threads that do a network card's work on a core that also does the math of an emulated device are urgent: a real card doesn't wait
+for the math to let it have the core.  Linux gives a thread such a place only to root, which an emulated cluster needs anyway;
+elsewhere nothing changes.
 """
 
+import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +27,6 @@ import torch
 from megalina.collective_log import CollectiveLog
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
-from megalina.comm.urgency import this_thread_is_urgent
 from megalina.step.program import Instruction, Op
 from megalina.timeline.recorder import SEND, Recorder
 
@@ -256,3 +261,21 @@ class Links:
         if marks is not None and enqueued is not None and sent.recorder is not None and (work := sent.pending.work) is not None:
             start, end = marks.of_work(work, sent.instruction.axis, enqueued)
             sent.recorder.add(SEND, sent.instruction, sent.pending.num_bytes, enqueued, start, end, 0.0)
+
+
+def other_threads_are_urgent() -> None:
+    """All threads of this process but the calling one: gloo's, which move the bytes."""
+    own = threading.get_native_id()
+    for name in os.listdir("/proc/self/task"):
+        if int(name) != own:
+            _urgent(int(name))
+
+
+def this_thread_is_urgent() -> None:
+    """The calling thread: a lane's, which starts what waits for nothing any more."""
+    _urgent(threading.get_native_id())
+
+
+def _urgent(thread: int) -> None:
+    with suppress(OSError):  # not permitted, or ended meanwhile
+        os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megalina.mesh import Axis, Mesh
@@ -102,3 +103,12 @@ def _part_shape(part: Slice) -> tuple[int, ...]:
 def _axis(mesh: Mesh, name: str) -> Axis:
     axis: Axis = getattr(mesh, name)
     return axis
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this rank holds of one tensor: where it is saved from or loaded into."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    dtype: torch.dtype
+    boxes: list[Box]

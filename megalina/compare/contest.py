@@ -19,10 +19,9 @@ import torch.distributed as dist
 
 from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
-from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, build_meshes
+from megalina.mesh import Mesh, build_meshes, everybodys
 from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalina.compare.ladder import PAPER
 from megalina.compare.results import EAGER, VALID_OVERRUN
-from megalina.timeline.distribution import draw_distribution
+from megalina.timeline.picture import draw_distribution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

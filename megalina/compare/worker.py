@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.comm.objects import everybodys
 from megalina.compare.contest import Contestant, alone, contest
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
+from megalina.console import StatusLine
 from megalina.data.source import open_data
 from megalina.layout import rows
-from megalina.status_line import StatusLine
+from megalina.mesh import everybodys
 from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalina.file_errors import naming
+from megalina.whole_file import naming
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from megalina.data.bpe import train_bpe
 from megalina.data.cache import cache_entry
-from megalina.data.indexed import IndexedWriter, best_dtype
-from megalina.data.manifest import Manifest, tokenizer_sha256
+from megalina.data.indexed import IndexedWriter, Manifest, best_dtype, tokenizer_sha256
 from megalina.data.preprocess import encode_documents
 from megalina.data.tokenizer import SentencePieceTokenizer
 

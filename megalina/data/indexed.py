@@ -10,16 +10,19 @@ The format is Megatron's, byte for byte.  All numbers are little-endian:
 Both are memory-mapped: opening reads a few pages, whatever the size.
 """
 
+import hashlib
+import json
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
-from megalina.file_errors import naming
+from megalina.whole_file import naming
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -36,6 +39,7 @@ _DTYPES: dict[int, type[np.generic]] = {
 _CHECKED_AT_ONCE = 1 << 22  # sequences: bounds the memory of the check
 
 Array = npt.NDArray[Any]
+_MAX_BYTES = 1 << 16  # a larger file of that name is something else, such as the corpus itself
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -259,3 +263,36 @@ def _suggestion(prefix: Path) -> str:
     if nearby:
         return f"{prefix.parent} has the prefixes {', '.join(nearby[:5])}"
     return "give the prefix of a .bin and .idx pair, as tools/preprocess_data.py writes it"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Which tokenizer made an indexed dataset, in PREFIX.json beside it: the format itself has no place for that."""
+
+    tokenizer: str  # its path when the dataset was made
+    tokenizer_sha256: str
+    vocab_size: int
+    documents: int
+    tokens: int
+
+    def write(self, prefix: str | Path) -> None:
+        path = Path(f"{prefix}.json")
+        with naming(path):
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """None where there is none, as for datasets that other programs made."""
+    path = Path(f"{prefix}.json")
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+        return None
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        return None  # a file of that name that something else wrote
+    kinds = get_type_hints(Manifest).items()
+    return manifest if all(type(getattr(manifest, name)) is kind for name, kind in kinds) else None
+
+
+def tokenizer_sha256(path: str) -> str:
+    return hashlib.sha256(b"bytes" if path == "bytes" else Path(path).read_bytes()).hexdigest()

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalina.data.documents import Chunk, Source, cut_sources, read_chunks, texts
-from megalina.data.indexed import IndexedWriter, best_dtype
-from megalina.data.manifest import Manifest, tokenizer_sha256
+from megalina.data.indexed import IndexedWriter, Manifest, best_dtype, tokenizer_sha256
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
 
 Advance = Callable[[int, int], None]  # bytes of the input on disk, bytes of text

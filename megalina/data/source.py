@@ -18,8 +18,7 @@ from megalina.config import DataConfig
 from megalina.data import corpus
 from megalina.data.blend import Blend
 from megalina.data.gpt_dataset import GPTDataset, Span, split_documents
-from megalina.data.indexed import IndexedDataset
-from megalina.data.manifest import read_manifest, tokenizer_sha256
+from megalina.data.indexed import IndexedDataset, read_manifest, tokenizer_sha256
 from megalina.data.statistics import entropy, frequencies, max_id
 from megalina.data.tokenizer import MAX_VOCABULARY, Tokenizer, open_tokenizer
 

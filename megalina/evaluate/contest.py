@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megalina.batch import Batch
-from megalina.comm.objects import everybodys
 from megalina.generate import Sampling
+from megalina.mesh import everybodys
 from megalina.placement.controller import Outcome, Planner, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.predictors.predictor import Floats

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalina.config import ClusterConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
-from megalina.parallel.emulated_device import SMALLEST_SHARE, emulated_device
-from megalina.serve.serving_device import ServingDevice
+from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice, emulated_device
 from megalina.step.program import Instruction, Kind
 from megalina.validate import nearest
 

@@ -6,10 +6,10 @@ To the harness there is one process: every rank runs it alike, with the same req
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megalina.comm.objects import everybodys
 from megalina.data.tokenizer import Tokenizer
 from megalina.evaluate.likelihood import Continuation, check_tokenizer, continuation_of, log_likelihoods
 from megalina.generate import Sampling
+from megalina.mesh import everybodys
 from megalina.serve.decoding import write_on
 from megalina.serve.engine import Engine
 

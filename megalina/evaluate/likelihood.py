@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalina.comm.objects import everybodys
 from megalina.data.tokenizer import Tokenizer
 from megalina.generate import refuse_looking_ahead
+from megalina.mesh import everybodys
 from megalina.serve.decoding import padded_batch
 from megalina.serve.engine import Engine
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megalina.comm.objects import everybodys
 from megalina.evaluate.contest import Contestant, Served, Written
+from megalina.mesh import everybodys
 from megalina.placement.controller import Outcome
 from megalina.placement.predictors.predictor import Floats
 from megalina.timeline.contention import quantile

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.checkpoint.files import read_values
-from megalina.comm.objects import everybodys
 from megalina.config import DataConfig
 from megalina.data.documents import find_sources, read_texts
 from megalina.data.source import Samples, open_data
 from megalina.data.tokenizer import Tokenizer
 from megalina.evaluate.likelihood import Progress, check_tokenizer, no_progress
-from megalina.mesh import Axis
+from megalina.mesh import Axis, everybodys
 from megalina.model.vocabulary import cross_entropy
 from megalina.serve.engine import Engine
 

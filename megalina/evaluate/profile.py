@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from megalina.checkpoint.profile import PROFILE, find_profile
-from megalina.comm.objects import everybodys
 from megalina.config import InferConfig
 from megalina.evaluate.served_text import ServedText
+from megalina.mesh import everybodys
 from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.serve.opening import Opened
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megalina.evaluate.measures import IDEAL, STATIC
-from megalina.track.load_map import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, colour_levels, data_uri
+from megalina.track.expert_load import DARK, FULL_COLOUR_LOG2, LEVELS, LIGHT, colour_levels, data_uri
 from megalina.track.svg_chart import Series, legend, short, ticks
 
 COLOURS = {STATIC: "var(--second)", "best": "var(--accent)", IDEAL: "var(--good)"}

@@ -99,7 +99,7 @@ def sources_of(measured: Measured, figures: Figures) -> dict[str, str]:
         "latency_us": f"measured: of a message, {line}" if over else "not measured, there is one node",
         "memory_gib": "the machine's, divided by the ranks of a node" if measured.kind == "cpu" else "as the driver says",
         "memory_gbyte_s": f"measured: the most of a copy ({figures.copy_bytes_per_s / 1e9:.3g} GB/s) and the model's own passes",
-        "memory_efficiency": "measured: norm, SwiGLU and residual, forward and backward, in bytes that megalina/cost counts",
+        "memory_efficiency": "measured: norm, SwiGLU and residual, forward and backward, in bytes that perfmodel/cost counts",
         "float32_tflops": rate["float32"],
         "bfloat16_tflops": rate["bfloat16"],
         "product_half_size": f"measured: the formula's best fit, error {figures.half_size_error:.0%}; the next two replace it",

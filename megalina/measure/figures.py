@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megalina.measure.shapes import Sizes, expert_key, pass_key, sent_key, sizes_of
-from megalina.sim.collectives import Collective, phases_of
+from megalina.perfmodel.sim.collectives import Collective, phases_of
 
 Curve = tuple[tuple[float, float], ...]
 HALF_SIZES = tuple(2.0 ** (i / 4) for i in range(-8, 49))  # among which the half-size formula's best is looked for

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megalina.config import ClusterConfig
-from megalina.cost.stage_seconds import device_of
 from megalina.measure.figures import Figures, Measured, experts_s, pass_rates
+from megalina.perfmodel.cost.stage_seconds import device_of
 
 BUSY_LOAD = 0.3  # of the cores, before the ranks begin
 LEAST_CORE_SHARE = 0.9

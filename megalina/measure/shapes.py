@@ -1,16 +1,15 @@
 """What is measured on a kind of device: sizes, and what the cost model says is done in each of them.  Numbers alone, no torch.
 
 Products of a small side, for the curve, with operands that come from memory, as weights do in a step; passes of the model's own
-functions over activations, whose counted bytes are those of `megalina/cost/stage_work.py`, so a rate found here means there what
-it means here; experts with few rows, which nothing is fitted on.
-"""
+functions over activations, whose counted bytes are those of `megalina/perfmodel/cost/stage_work.py`, so a rate found here means
+there what it means here; experts with few rows, which nothing is fitted on."""
 
 from dataclasses import dataclass
 from functools import partial
 
 from megalina.blocks.work import Work
 from megalina.config import PretrainConfig
-from megalina.cost.stage_work import StageWork
+from megalina.perfmodel.cost.stage_work import StageWork
 from megalina.step.program import Instruction, Kind
 
 FORWARD = {"norm": "attention_norm", "activation": "mlp_hidden", "residual": "attention_residual"}  # pass -> its instruction

@@ -14,19 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.comm.objects import everybodys
+from megalina.console import StatusLine
 from megalina.launch import num_cores
-from megalina.measure.collectives import collective_s, groups_of
-from megalina.measure.contention import contention
+from megalina.measure.check import trial_run
+from megalina.measure.collectives import collective_s, contention, groups_of
 from megalina.measure.figures import Measured
-from megalina.measure.host_stages import TinyStep, tiny_step
-from megalina.measure.kernels import TINY_OPS, kernel_calls
+from megalina.measure.kernels import TINY_OPS, TinyStep, kernel_calls, tiny_step
 from megalina.measure.shapes import Sizes, sent_key, sizes_of
 from megalina.measure.stopwatch import Stopwatch
-from megalina.measure.trial_runs import trial_run
-from megalina.mesh import Mesh, build_mesh
-from megalina.sim.collectives import Collective
-from megalina.status_line import StatusLine
+from megalina.mesh import Mesh, build_mesh, everybodys
+from megalina.perfmodel.sim.collectives import Collective
 from megalina.worker import load_config
 
 PASSES = 2

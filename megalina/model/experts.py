@@ -149,7 +149,6 @@ def _backward_loop(
     dh_NH: Tensor | None,
 ) -> Tensor | None:
     """`dh_NH`: memory for the gradient of what the first matrix gave; None: nobody needs it afterwards."""
-    w1_grad, w2_grad, b1_grad, b2_grad = grads
     dx_ND = torch.empty_like(x_ND) if needs_dx else None
     most = max(count_E)
     a_scratch_NF, da_scratch_NF = x_ND.new_empty(2, most, w2_EDF.shape[2]).unbind()
@@ -163,14 +162,7 @@ def _backward_loop(
             dh_nH = dh_NH[rows] if dh_scratch_NH is None else dh_scratch_NH[:count]  # type: ignore[index]
             torch.mm(dy_nD, w2_EDF[e], out=da_nF)
             activate_backward(da_nF, h_nH, activation, dh_nH, a_nF)
-            if w2_grad is not None:
-                add_outer(w2_grad[e], dy_nD, a_nF)
-            if b2_grad is not None:
-                add_rows(b2_grad[e], dy_nD)
-            if w1_grad is not None:
-                add_outer(w1_grad[e], dh_nH, x_ND[rows])
-            if b1_grad is not None:
-                add_rows(b1_grad[e], dh_nH)
+            _add_of_expert(e, grads, dy_nD, a_nF, dh_nH, x_ND[rows])
             if dx_ND is not None:
                 torch.mm(dh_nH, w1_EHD[e], out=dx_ND[rows])
         start += count
@@ -188,22 +180,25 @@ def _add_weights_loop(
     width: int,
 ) -> None:
     """What `_backward_loop` leaves out without `grads`."""
-    w1_grad, w2_grad, b1_grad, b2_grad = grads
     scratch_NF = x_ND.new_empty(max(count_E), width)
     start = 0
     for e, count in enumerate(count_E):
         if count:
             rows = slice(start, start + count)
-            if w2_grad is not None:
+            if grads[1] is not None:
                 activate(h_NH[rows], activation, scratch_NF[:count])
-                add_outer(w2_grad[e], dy_ND[rows], scratch_NF[:count])
-            if w1_grad is not None:
-                add_outer(w1_grad[e], dh_NH[rows], x_ND[rows])
-            if b1_grad is not None:
-                add_rows(b1_grad[e], dh_NH[rows])
-            if b2_grad is not None:
-                add_rows(b2_grad[e], dy_ND[rows])
+            _add_of_expert(e, grads, dy_ND[rows], scratch_NF[:count], dh_NH[rows], x_ND[rows])
         start += count
+
+
+def _add_of_expert(e: int, grads: list[Tensor | None], dy_nD: Tensor, a_nF: Tensor, dh_nH: Tensor, x_nD: Tensor) -> None:
+    """Add its rows' part to the gradients of expert e, of those that there are."""
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    for weight_grad, bias_grad, dout, into in ((w2_grad, b2_grad, dy_nD, a_nF), (w1_grad, b1_grad, dh_nH, x_nD)):
+        if weight_grad is not None:
+            add_outer(weight_grad[e], dout, into)
+        if bias_grad is not None:
+            add_rows(bias_grad[e], dout)
 
 
 def _forward_grouped(
@@ -234,19 +229,11 @@ def _backward_grouped(
     needs_dx: bool,
     dh_NH: Tensor | None,
 ) -> Tensor | None:
-    w1_grad, w2_grad, b1_grad, b2_grad = grads
     _, end = _count_and_end(count_E, x_ND.device)
     da_NF = F.grouped_mm(dy_ND, w2_EDF, offs=end)
     dh_NH, a_NF = torch.empty_like(h_NH) if dh_NH is None else dh_NH, torch.empty_like(da_NF)
     activate_backward(da_NF, h_NH, activation, dh_NH, a_NF)
-    if w2_grad is not None:
-        w2_grad.add_(F.grouped_mm(dy_ND.t(), a_NF, offs=end))
-    if w1_grad is not None:
-        w1_grad.add_(F.grouped_mm(dh_NH.t(), x_ND, offs=end))
-    for grad, rows in ((b1_grad, dh_NH), (b2_grad, dy_ND)):
-        if grad is not None:
-            for e, part in enumerate(rows.split(count_E)):
-                add_rows(grad[e], part)
+    _add_grouped(count_E, end, grads, dy_ND, a_NF, dh_NH, x_ND)
     return F.grouped_mm(dh_NH, w1_EHD, offs=end) if needs_dx else None
 
 
@@ -261,18 +248,24 @@ def _add_weights_grouped(
     width: int,
 ) -> None:
     """What `_backward_grouped` leaves out without `grads`."""
-    w1_grad, w2_grad, b1_grad, b2_grad = grads
     _, end = _count_and_end(count_E, x_ND.device)
-    if w2_grad is not None:
-        a_NF = x_ND.new_empty(len(x_ND), width)
+    a_NF = x_ND.new_empty(len(x_ND), width)
+    if grads[1] is not None:
         activate(h_NH, activation, a_NF)
-        w2_grad.add_(F.grouped_mm(dy_ND.t(), a_NF, offs=end))
-    if w1_grad is not None:
-        w1_grad.add_(F.grouped_mm(dh_NH.t(), x_ND, offs=end))
-    for grad, rows in ((b1_grad, dh_NH), (b2_grad, dy_ND)):
-        if grad is not None:
-            for e, part in enumerate(rows.split(count_E)):
-                add_rows(grad[e], part)
+    _add_grouped(count_E, end, grads, dy_ND, a_NF, dh_NH, x_ND)
+
+
+def _add_grouped(
+    count_E: list[int], end: Tensor, grads: list[Tensor | None], dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor, x_ND: Tensor
+) -> None:
+    """Add to those gradients that there are."""
+    w1_grad, w2_grad, b1_grad, b2_grad = grads
+    for weight_grad, bias_grad, dout, into in ((w2_grad, b2_grad, dy_ND, a_NF), (w1_grad, b1_grad, dh_NH, x_ND)):
+        if weight_grad is not None:
+            weight_grad.add_(F.grouped_mm(dout.t(), into, offs=end))
+        if bias_grad is not None:
+            for e, part in enumerate(dout.split(count_E)):
+                add_rows(bias_grad[e], part)
 
 
 def _count_and_end(count_E: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from megalina.model.norm import Norm
 from megalina.model.tokens import ALL
 
 
-class Mlp(nn.Module):
-    """Of any hidden width, so that part of it works too."""
+class TwoMatrices(nn.Module):
+    """The weights of an MLP, or of several."""
 
     w1: Tensor
     w2: Tensor
@@ -27,6 +27,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.activation = activation
         no_parameters(self, "w1", "w2", "b1", "b2")
+
+
+class Mlp(TwoMatrices):
+    """Of any hidden width, so that part of it works too."""
 
     def forward(self, n_TD: Tensor) -> Tensor:
         """[T, D], without the output's bias."""

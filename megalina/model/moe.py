@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.moe import MoE as MoEBlock
 from megalina.blocks.reference import load
 from megalina.blocks.sizes import LIMBS
-from megalina.model.block_functions import BlockFunctions, Routed, Seen, no_parameters
+from megalina.model.block_functions import BlockFunctions, Routed, Seen
 from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import Later, expert_mlp
-from megalina.model.mlp import Mlp
+from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
 from megalina.model.permute import RowOrder, permute, reorder, row_order, unpermute
 from megalina.model.routers import GroupSoFar, Router, Routing, router_class
@@ -26,18 +26,8 @@ from megalina.model.tokens import ALL, OwnTokens, places, router_tokens
 from megalina.step.program import Instruction
 
 
-class Experts(nn.Module):
+class Experts(TwoMatrices):
     """The routed experts that this device holds."""
-
-    w1: Tensor
-    w2: Tensor
-    b1: Tensor | None
-    b2: Tensor | None
-
-    def __init__(self, activation: str):
-        super().__init__()
-        self.activation = activation
-        no_parameters(self, "w1", "w2", "b1", "b2")
 
     def release(self) -> None:
         """Let go of all weights: the experts are computed elsewhere."""

@@ -18,9 +18,8 @@ from megalina.blocks.reference import load
 from megalina.blocks.routers import kind_of
 from megalina.config import RouterConfig
 from megalina.model.balance import balance_loss
-from megalina.model.capacity import capacity, within_capacity
 from megalina.model.noise import normal
-from megalina.model.selection import best_groups, hashed, highest, taken_by_experts
+from megalina.model.selection import best_groups, capacity, hashed, highest, taken_by_experts, within_capacity
 from megalina.model.tokens import RouterTokens
 
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from megalina.config import PretrainConfig
-from megalina.cost.stage_seconds import SMALLEST_SHARE as SMALLEST_SHARE
-from megalina.cost.stage_seconds import emulated_seconds
+from megalina.perfmodel.cost.stage_seconds import SMALLEST_SHARE as SMALLEST_SHARE
+from megalina.perfmodel.cost.stage_seconds import emulated_seconds
 from megalina.step.program import Instruction
 
 
@@ -44,3 +44,25 @@ def emulated_device(config: PretrainConfig) -> EmulatedDevice | None:
     """The device that `cluster` asks for; None where it asks for none."""
     seconds = emulated_seconds(config)
     return None if seconds is None else EmulatedDevice(seconds)
+
+
+class ServingDevice(EmulatedDevice):
+    """`seconds_of(instruction, tokens, rows)`: tokens of this rank's batch; rows that the experts of the instruction, or of the
+    last one that had any, have here: of their layer, and of their chunk."""
+
+    def __init__(self, seconds_of: Callable[[Instruction, int, int], float]):
+        super().__init__(self._seconds)
+        self._seconds_of = seconds_of
+        self._tokens: int | None = None
+        self._rows = 0
+
+    def begin(self, tokens: int | None) -> None:
+        """A batch of so many tokens starts; None: one for which the device takes no longer than the host."""
+        self._tokens, self._rows = tokens, 0
+
+    def give(self, rows: int) -> None:
+        """So many rows came to the experts that are computed now."""
+        self._rows = rows
+
+    def _seconds(self, instruction: Instruction) -> float:
+        return 0.0 if self._tokens is None else self._seconds_of(instruction, self._tokens, self._rows)

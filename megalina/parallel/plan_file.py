@@ -2,22 +2,27 @@
 
 A run that chooses a plan writes it to RUN/plan.json; `strategy.plan=RUN/plan.json` gives it to a run that then searches nothing,
 such as each job of a sweep, or one that must be deterministic.  JSON: the plan, what it is of, and what was measured.
+
+Questions are what a configuration leaves to measured steps, one after another, where its strategy says auto.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalina.config import PretrainConfig
 from megalina.plan_settings import AUTO, strategy_of
+from megalina.step import candidates
 from megalina.step.plan import Plan
+from megalina.validate_strategy import runs
 from megalina.whole_file import write_whole
 
 PLAN_FILE = "plan.json"  # in a run's folder
 FREE_OF_SPEED = ("name", "init_std", "norm_eps")  # of the model: whatever they are, a step takes as long
+Question = Callable[[Plan], Sequence[Plan]]  # the best plan so far -> alternatives to it
 
 
 def write_plan(path: Path, config: PretrainConfig, world: int, plan: Plan, *, evidence: str) -> None:
@@ -83,3 +88,29 @@ def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:
         assert is_dataclass(values) and not isinstance(values, type)
         out |= {f"{group}.{key}": value for key, value in asdict(values).items() if key not in FREE_OF_SPEED}
     return out | {f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seq_len", "dtype")}
+
+
+def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) -> list[Question]:
+    """What `config.strategy` leaves to measured steps, question by question; [] where it leaves nothing.
+
+    `packings`: those that groups were made for, as far as they are worth a trial."""
+    strategy = config.strategy
+    asked: list[Question] = []
+    if strategy.name == AUTO:
+        zero = bool(config.parallel.zero)
+        asked += [lambda best: candidates.winners(zero=zero), lambda best: candidates.packed(best, packings)]
+    elif strategy.packing == AUTO:
+        asked.append(lambda best: [replace(best, packing=k) for k in packings])
+    if strategy.chunks == AUTO:
+        asked.append(candidates.in_chunks)
+    if strategy.partition_bytes == AUTO or (strategy.name == AUTO and not config.parallel.zero):  # shards belong to pieces
+        asked.append(candidates.in_pieces)
+    if strategy.name == AUTO:
+        asked += [candidates.yielding, candidates.with_late_layers, candidates.in_parts]
+        asked.append(lambda best: candidates.packed(best, packings))  # again, with what was found since
+    return [_that_run(question, config, world) for question in asked]
+
+
+def _that_run(question: Question, config: PretrainConfig, world: int) -> Question:
+    """Without alternatives that this configuration can't run."""
+    return lambda best: [plan for plan in question(best) if runs(config, plan, world)]

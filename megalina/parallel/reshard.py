@@ -16,9 +16,8 @@ from torch import Tensor
 
 from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import start_all_to_all
-from megalina.comm.objects import everybodys
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # a box in the whole tensor: offsets, sizes
 Slices = Mapping[str, Sequence[Slice]]

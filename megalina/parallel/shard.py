@@ -3,12 +3,11 @@
 import torch
 from torch import nn
 
-from megalina.config import ModelConfig, RouterConfig
+from megalina.config import ModelConfig, RouterConfig, padded_vocab_size
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.tokens import TokenShare
-from megalina.parameters import padded_vocab_size
 from megalina.step.forward import Shape
 
 

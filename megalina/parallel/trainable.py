@@ -9,10 +9,9 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.blocks.model import shape_of
 from megalina.collective_log import CollectiveLog, agree
-from megalina.comm.objects import everybodys
 from megalina.config import PretrainConfig
 from megalina.layout import axis_of_group
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
 from megalina.parallel.emulated_device import EmulatedDevice, emulated_device

@@ -15,9 +15,8 @@ nobody (dropped).  A token whose last layer, all K, went to nobody is padding or
 Shapes: T tokens, L MoE layers, K choices a token, E experts, P paths of a length in a layer, sorted by code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ Int64s = NDArray[np.int64]
 
 LONGEST = 3  # Lina's l (section 7.1)
 MOST_PATHS = 4096  # all that Lina's 16 experts can have
-VERSION = 1  # of the arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +45,6 @@ class Profile:
 
     num_experts: int
     top_k: int
-    router: str  # kind
     layers: tuple[int, ...]  # of the model: the MoE layers
     longest: int
     most_paths: int
@@ -67,7 +64,6 @@ def empty_profile(
     *,
     num_experts: int,
     top_k: int,
-    router: str,
     layers: Sequence[int],
     longest: int = LONGEST,
     most_paths: int = MOST_PATHS,
@@ -81,15 +77,14 @@ def empty_profile(
         raise ValueError(f"paths of {longest} layers of {num_experts} experts have no room in 63 bits: lower the longest path")
     none = PathTable(np.zeros(0, np.int64), np.zeros((0, num_experts), np.int64))
     tables = tuple((none,) * (1 + min(layer, longest)) for layer in range(len(layers)))
-    return Profile(num_experts, top_k, router, tuple(layers), longest, most_paths, 0, tables)
+    return Profile(num_experts, top_k, tuple(layers), longest, most_paths, 0, tables)
 
 
-def profile_of(trace: RoutingTrace, *, router: str = "topk", longest: int = LONGEST, most_paths: int = MOST_PATHS) -> Profile:
+def profile_of(trace: RoutingTrace, *, longest: int = LONGEST, most_paths: int = MOST_PATHS) -> Profile:
     """The whole trace counted.  Where its choices aren't sorted by weight, take `routing_trace.best_first` before."""
     empty = empty_profile(
-        num_experts=trace.num_experts, top_k=trace.top_k, router=router, layers=trace.layers, longest=longest,
-        most_paths=most_paths,
-    )  # fmt: skip
+        num_experts=trace.num_experts, top_k=trace.top_k, layers=trace.layers, longest=longest, most_paths=most_paths
+    )
     return counted(empty, tuple(np.moveaxis(trace.expert_ids_TLK, 1, 0)))
 
 
@@ -136,104 +131,6 @@ def counted(profile: Profile, chosen: Sequence[Ids]) -> Profile:
         for layer, of_layer in enumerate(profile.tables)
     )
     return replace(profile, tokens=profile.tokens + tokens, tables=tables)
-
-
-def merge(a: Profile, b: Profile) -> Profile:
-    """What both have counted, as ranks' or runs' profiles: exactly what one would have counted, as long as nothing was pruned.
-
-    ValueError for profiles of different models or bounds."""
-    check_model(b, num_experts=a.num_experts, top_k=a.top_k, router=a.router, layers=a.layers)
-    if (a.longest, a.most_paths) != (b.longest, b.most_paths):
-        raise ValueError(
-            f"profiles with longest path {a.longest} and {b.longest}, most_paths {a.most_paths} and {b.most_paths} can't be "
-            "merged: count both alike"
-        )
-    tables = tuple(
-        tuple(_added(x, y, a.most_paths) for x, y in zip(of_a, of_b, strict=True))
-        for of_a, of_b in zip(a.tables, b.tables, strict=True)
-    )
-    return replace(a, tokens=a.tokens + b.tokens, tables=tables)
-
-
-def check_model(profile: Profile, *, num_experts: int, top_k: int, router: str, layers: Sequence[int]) -> None:
-    """ValueError, in one line, where the profile is of another model or router."""
-    of_profile = (profile.num_experts, profile.top_k, profile.router, list(profile.layers))
-    wanted = (num_experts, top_k, router, list(layers))
-    names = ("experts", "top_k", "router", "MoE layers")
-    if of_profile != wanted:
-        differ = [f"{name} {theirs}, not {ours}" for name, theirs, ours in zip(names, of_profile, wanted) if theirs != ours]
-        raise ValueError(f"the profile is of another model: {'; '.join(differ)}: profile this one")
-
-
-# as arrays
-
-
-def to_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
-    """Numbers alone, for an npz or a checkpoint; equal profiles give equal arrays.
-
-    `codes` [all P] and `counts` [all P, E] hold the tables one after another, by layer, then by length; `paths` and `pruned`
-    [L, longest + 1] their sizes, 0 where a layer has no paths so long; `router` the kind's bytes in UTF-8; `numbers` the version,
-    num_experts, top_k, longest, most_paths and tokens."""
-    tables = [table for of_layer in profile.tables for table in of_layer]
-    paths = np.zeros((len(profile.layers), profile.longest + 1), np.int64)
-    pruned = np.zeros(paths.shape, np.uint8)
-    for layer, of_layer in enumerate(profile.tables):
-        for length, table in enumerate(of_layer):
-            paths[layer, length], pruned[layer, length] = len(table.codes_P), table.pruned
-    numbers = (VERSION, profile.num_experts, profile.top_k, profile.longest, profile.most_paths, profile.tokens)
-    return {
-        "numbers": np.array(numbers, np.int64),
-        "router": np.frombuffer(profile.router.encode(), np.uint8).copy(),
-        "layers": np.array(profile.layers, np.int64),
-        "paths": paths,
-        "pruned": pruned,
-        "codes": np.concatenate([table.codes_P for table in tables]),
-        "counts": np.concatenate([table.counts_PE for table in tables]),
-    }
-
-
-def from_arrays(arrays: Mapping[str, NDArray[Any]], *, source: str = "profile") -> Profile:
-    """The profile of `to_arrays`; ValueError, in one line that begins with the source, for anything else."""
-    kinds = {"numbers": 1, "router": 1, "layers": 1, "paths": 2, "pruned": 2, "codes": 1, "counts": 2}
-    for key, ndim in kinds.items():
-        if key not in arrays:
-            raise ValueError(f"{source} is no path profile: it has no array {key}")
-        dtype = np.uint8 if key in ("router", "pruned") else np.int64
-        if arrays[key].dtype != dtype or arrays[key].ndim != ndim:
-            raise ValueError(f"{source} is damaged: {key} is {arrays[key].dtype} in {arrays[key].ndim} dimensions")
-    if len(arrays["numbers"]) != 6 or int(arrays["numbers"][0]) != VERSION:
-        raise ValueError(f"{source} is a profile of another version: its numbers are {arrays['numbers'].tolist()}")
-    _, num_experts, top_k, longest, most_paths, tokens = (int(number) for number in arrays["numbers"])
-    try:
-        router = arrays["router"].tobytes().decode()
-        layers = tuple(arrays["layers"].tolist())
-        empty = empty_profile(
-            num_experts=num_experts, top_k=top_k, router=router, layers=layers, longest=longest, most_paths=most_paths
-        )
-    except ValueError as error:
-        raise ValueError(f"{source} is damaged: {error}") from error
-    paths, codes, counts = arrays["paths"], arrays["codes"], arrays["counts"]
-    num_paths = sum(paths.ravel().tolist())  # Python's integers don't wrap around
-    shape = (len(layers), longest + 1)
-    there = np.array([[length <= layer for length in range(shape[1])] for layer in range(shape[0])])
-    if paths.shape != shape or arrays["pruned"].shape != shape or tokens < 0:
-        raise ValueError(f"{source} is damaged: paths of {list(paths.shape)} layers and lengths, {tokens} tokens")
-    if int(paths.min()) < 0 or int(paths.max()) > most_paths or paths[~there].any():
-        raise ValueError(f"{source} is damaged: up to {int(paths.max())} paths of a length, or too long ones")
-    if counts.shape != (num_paths, num_experts) or len(codes) != len(counts) or int(counts.min(initial=0)) < 0:
-        raise ValueError(f"{source} is damaged: {len(codes)} codes, counts of {list(counts.shape)}, {num_paths} paths")
-    tables, begin = [], 0
-    for layer, of_layer in enumerate(empty.tables):
-        found = []
-        for length in range(len(of_layer)):
-            end = begin + int(paths[layer, length])
-            codes_P, most = codes[begin:end], (num_experts + 1) ** length
-            if (codes_P[1:] <= codes_P[:-1]).any() or (end > begin and not 0 <= int(codes_P[0]) <= int(codes_P[-1]) < most):
-                raise ValueError(f"{source} is damaged: codes of layer {layer}, length {length} don't rise from 0 to {most - 1}")
-            found.append(PathTable(codes_P.copy(), counts[begin:end].copy(), bool(arrays["pruned"][layer, length])))
-            begin = end
-        tables.append(tuple(found))
-    return replace(empty, tokens=tokens, tables=tuple(tables))
 
 
 # tables

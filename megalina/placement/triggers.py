@@ -41,7 +41,8 @@ class OrderedTop:
     num_experts: int
 
     def __post_init__(self) -> None:
-        _check_number(self.num_experts)
+        if self.num_experts < 1:
+            raise ValueError(f"the {self.num_experts} most popular experts are compared: compare at least 1")
 
     def __call__(self, situation: Situation) -> bool:
         expected, actual = (_most(x, self.num_experts) for x in (situation.expected_E, situation.actual_E))
@@ -49,13 +50,8 @@ class OrderedTop:
 
 
 @dataclass(frozen=True, slots=True)
-class TopSet:
+class TopSet(OrderedTop):
     """The sets of the `num_experts` most popular experts differ; their order does not matter."""
-
-    num_experts: int
-
-    def __post_init__(self) -> None:
-        _check_number(self.num_experts)
 
     def __call__(self, situation: Situation) -> bool:
         expected, actual = (_most(x, self.num_experts) for x in (situation.expected_E, situation.actual_E))
@@ -115,8 +111,3 @@ def _most(popularity_E: NDArray[np.float64] | NDArray[np.int64], num_experts: in
 def _share(popularity_E: NDArray[np.float64] | NDArray[np.int64]) -> Floats:
     total = popularity_E.sum()
     return popularity_E / total if total else np.full(len(popularity_E), 1 / len(popularity_E))
-
-
-def _check_number(num_experts: int) -> None:
-    if num_experts < 1:
-        raise ValueError(f"the {num_experts} most popular experts are compared: compare at least 1")

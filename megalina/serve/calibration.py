@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.comm.objects import everybodys
 from megalina.config import InferConfig
-from megalina.placement.aligned import aligned, moved_slots
+from megalina.mesh import everybodys
 from megalina.placement.controller import Counts, Planner, Split
-from megalina.placement.placement import Placement
+from megalina.placement.placement import Placement, aligned, moved_slots
 from megalina.placement.routing_trace import RoutingTrace, batches
 from megalina.serve.even_routing import EvenRouting
 from megalina.serve.opening import Opened

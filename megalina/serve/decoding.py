@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.comm.objects import everybodys
 from megalina.generate import Sampling, choose, refuse_looking_ahead
+from megalina.mesh import everybodys
 from megalina.model.attention import KeyValues
 from megalina.serve.engine import Engine
 

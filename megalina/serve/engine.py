@@ -15,15 +15,14 @@ from megalina.collective_log import CollectiveLog
 from megalina.mesh import Mesh
 from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
+from megalina.parallel.emulated_device import ServingDevice
 from megalina.parallel.executor import Executor
 from megalina.placement.controller import Controller, Outcome, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.predictors.predictor import Ids
 from megalina.serve.expert_memory import num_swap_experts
-from megalina.serve.expert_stream import ExpertStream
 from megalina.serve.functions import InferenceFunctions, Reroute
-from megalina.serve.host_experts import HostExperts
-from megalina.serve.serving_device import ServingDevice
+from megalina.serve.host_experts import ExpertStream, HostExperts
 from megalina.serve.slots import Slots
 from megalina.step.inference import BATCH, PAST, REROUTE, inference_step
 from megalina.timeline.recorder import Recorder

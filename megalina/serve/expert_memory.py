@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from megalina.config import InferConfig, ModelConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import InferConfig, ModelConfig, is_moe_layer
 from megalina.serve.policies import Served, slots_of
 
 SHARE = 0.9  # of what is free

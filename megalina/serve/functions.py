@@ -20,10 +20,10 @@ from megalina.model.gpt import GPT, Layer
 from megalina.model.permute import RowOrder, permute, reorder, row_order
 from megalina.model.rows import expert_rows
 from megalina.model.tokens import ALL, router_tokens
+from megalina.parallel.emulated_device import ServingDevice
 from megalina.placement.controller import Controller, Foreseen, Outcome
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.serve.serving_device import ServingDevice
 from megalina.serve.slot_counts import SlotCounts
 from megalina.serve.slots import Slots
 from megalina.step.program import Instruction

@@ -5,20 +5,24 @@ have mapped it, so nothing is left behind however they end.
 
 For CUDA each rank page-locks it: only then does a copy to the device not hold up the host.  That is tested on a made-up CUDA
 runtime; on a GPU it has not been run.
-"""
+
+On CUDA experts come on a stream of their own, behind what is computed.  The host only asks for copies, which from page-locked
+memory it never waits for.  Two things must be waited for on the device: a copy may not overwrite what an earlier computation
+still reads, and a computation may not read what has not come.  The order is tested on made-up streams; on a GPU it has not been
+run."""
 
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megalina.comm.objects import everybodys
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -164,3 +168,34 @@ def _reserve(num_bytes: int) -> str:
 
 def _map(path: str, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(path, shared=True, size=size, dtype=dtype)
+
+
+class ExpertStream:
+    """Of one device, on which its slots lie."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        """Where the computation of this thread is: all that it has been asked for until now."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    @contextmanager
+    def after(self, mark: torch.cuda.Event) -> Iterator[None]:
+        """Copies in this block begin once the computation has got to the mark."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            yield
+
+    def asked(self) -> torch.cuda.Event:
+        """All copies that were asked for until now."""
+        return self._stream.record_event()
+
+    def hold(self, copies: torch.cuda.Event) -> None:
+        """What this thread computes from now on comes after these copies; the host goes on."""
+        torch.cuda.current_stream(self.device).wait_event(copies)
+
+    def synchronize(self) -> None:
+        """The host waits for all copies: only then may their memory go."""
+        self._stream.synchronize()

@@ -9,6 +9,7 @@ from megalina.checkpoint.restored import Restored, read_experts, restore
 from megalina.collective_log import CollectiveLog
 from megalina.config import InferConfig
 from megalina.mesh import Mesh
+from megalina.parallel.emulated_device import ServingDevice
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.routing_trace import RoutingTrace
@@ -17,7 +18,6 @@ from megalina.serve.even_routing import EvenRouting
 from megalina.serve.expert_memory import num_swap_bytes
 from megalina.serve.host_experts import HostExperts, experts_of, share_experts
 from megalina.serve.policies import Served, policy_of, slots_of
-from megalina.serve.serving_device import ServingDevice
 
 
 @dataclass(frozen=True, slots=True)

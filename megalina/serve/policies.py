@@ -12,15 +12,12 @@ from megalina.placement.path_counts import profile_of
 from megalina.placement.planners.first_fit import FirstFit
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.hierarchical import by_node
-from megalina.placement.predictors.distribution import DistributionPredictor
-from megalina.placement.predictors.ema import EmaPredictor
+from megalina.placement.predictors.counts import DistributionPredictor, EmaPredictor, StaticPredictor, WindowPredictor
 from megalina.placement.predictors.linear_map import LinearMap, LinearMapPredictor, fit_linear_map
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
 from megalina.placement.predictors.path_table import PathTablePredictor
 from megalina.placement.predictors.predictor import Floats, Predictor
-from megalina.placement.predictors.static import StaticPredictor
-from megalina.placement.predictors.window import WindowPredictor
 from megalina.placement.routing_trace import RoutingTrace, best_first, counts_LE
 from megalina.placement.split import even, load_aware, local_first
 from megalina.placement.triggers import Distance, GainAboveCost, OrderedTop, TopSet, always, never

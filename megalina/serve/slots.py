@@ -18,10 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megalina.placement.aligned import aligned, moved_slots
-from megalina.placement.placement import EMPTY, Placement
-from megalina.serve.expert_stream import ExpertStream
-from megalina.serve.host_experts import HostExperts
+from megalina.placement.placement import EMPTY, Placement, aligned, moved_slots
+from megalina.serve.host_experts import ExpertStream, HostExperts
 
 logger = logging.getLogger("megalina")
 Copy = Callable[[Tensor, Tensor], object]

@@ -10,8 +10,7 @@ slots have computed, so the wire works while the next slots compute.
 
 from dataclasses import replace
 
-from megalina.step.forward import Shape
-from megalina.step.lines import names
+from megalina.step.forward import Shape, names
 from megalina.step.program import Instruction, Kind, Op, Program, check
 
 BATCH = "#batch.-.0"  # of this rank

@@ -1,11 +1,11 @@
-"""The picture of a timeline: what one rank computed, what it had on the wire and where it stood still, over a step."""
+"""Pictures of a timeline: what one rank computed, what it had on the wire and where it stood still, over a step; slowdowns."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalina.timeline.contention import class_of, span_of
+from megalina.timeline.contention import class_of, quantile, span_of
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.timeline.spans import Span, length_s, rows, union
 
@@ -38,6 +38,8 @@ PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later 
 WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
 GAP = 0.12  # above and below the boxes of a lane, which is 1 high
 SMALLEST_LABELLED, SMALLEST_PHASE = 0.0065, 0.045  # of the width
+PAPER = {"paper's median, 1.83": 1.83, "paper's worst, 4.14": 4.14}  # Lina, Figure 3: backward all-to-alls under all-reduces
+SHOWN = 0.98  # of each sample lies within the axis: one that a busy machine held up would press all others to its edge
 
 
 def draw(path: Path, timelines: Mapping[str, Sequence[Event]], note: str = "", *, race: bool = True) -> None:
@@ -179,3 +181,24 @@ def _label(e: Event) -> str:
     if e.layer >= 0:
         return str(e.layer)
     return ",".join(re.findall(r"\.(\d+)", e.name)) if e.op in ("grads", "params") else e.name.partition(" ")[0]
+
+
+def draw_distribution(axis: "Axes", samples: Mapping[str, Sequence[float]]) -> None:
+    """What share of all-to-alls was slowed at most so much: a line for each {title: slowdowns} that isn't empty; its title says
+    the largest."""
+    ends = list(PAPER.values())
+    for title, values in samples.items():
+        if values:
+            ordered = sorted(values)
+            shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
+            label = f"{title} ({len(values)}, at most {ordered[-1]:.1f})"
+            axis.step([ordered[0], *ordered], [0.0, *shares], where="post", label=label, linewidth=1.8)
+            ends.append(quantile(ordered, SHOWN) or 0.0)
+    for (label, value), style in zip(PAPER.items(), ("--", ":"), strict=True):
+        axis.axvline(value, color="#555555", linestyle=style, linewidth=1, label=label)
+    axis.set_ylim(0, 1.01)
+    axis.set_xlim(0, 1.05 * max(ends))
+    axis.set_xlabel("times as long as alone")
+    axis.set_ylabel("share of all-to-alls, slowed at most so much")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)

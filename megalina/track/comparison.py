@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalina.track.metrics import Record, read_metrics
+from megalina.track.metrics import Record, read_metrics, read_yaml
 from megalina.track.svg_chart import smoothed
-from megalina.track.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from megalina.whole_file import write_whole
 
 Record = dict[str, Any]
@@ -129,3 +131,11 @@ class MetricsFile:
             logger.warning("%s: lines %s are no records and were dropped", self.path, lost)
         kept = [line + "\n" for _, line, record in parsed if record is not None and record["step"] <= last_step]
         write_whole(self.path, "".join(kept), durable=True)
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file that a run has written, read back; ValueError that names the file where it is damaged."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error

@@ -16,13 +16,11 @@ from typing import Any
 
 from megalina.changed_settings import change_line
 from megalina.track.expert_load import LoadHistory, layer_numbers
-from megalina.track.load_strips import load_strips
-from megalina.track.metrics import Record, read_metrics
+from megalina.track.metrics import Record, read_metrics, read_yaml
 from megalina.track.progress import duration
+from megalina.track.report_cards import load_strips, timeline_hint, timeline_picture, waits_chart
 from megalina.track.report_style import STYLE
 from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
-from megalina.track.timeline_card import timeline_hint, timeline_picture, waits_chart
-from megalina.track.yaml_file import read_yaml
 from megalina.whole_file import write_whole
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"

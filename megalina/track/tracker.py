@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from megalina.config import TrackerConfig
-from megalina.track.expert_load import LoadHistory, keep_snapshot, layer_numbers, short_shares
-from megalina.track.load_map import load_figure
+from megalina.track.expert_load import LoadHistory, keep_snapshot, layer_numbers, load_figure, short_shares
 from megalina.track.metrics import MetricsFile, Record, json_record, read_metrics, scalars
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ two times of the forward pass and never goes back.  Here each packing that is `w
 from collections.abc import Sequence
 
 from megalina.blocks.counts import expert_bytes_on_rank, expert_params_on_rank
-from megalina.config import PretrainConfig
+from megalina.config import BYTES, PretrainConfig, is_moe_layer
 from megalina.layout import axis_sizes, rows
-from megalina.parameters import BYTES, is_moe_layer
 
 BYTES_FACTOR = 1.5  # what puts so many times the bytes of the least packing on the wire is not tried
 

@@ -1,17 +1,25 @@
-"""Recovery: what a run does about a step whose loss or gradient can't be trusted."""
+"""Recovery: what a run does about a step whose loss or gradient can't be trusted, and where a value that isn't finite is from."""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
 from megalina.checkpoint.files import newest_first
-from megalina.comm.objects import everybodys
-from megalina.parallel.non_finite import first_bad_stage
+from megalina.mesh import everybodys
+from megalina.parallel.executor import Executor
 from megalina.parallel.step_result import StepResult
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Instruction
 from megalina.track.tracker import Tracker
 from megalina.train.step_runner import StepRunner
 
 logger = logging.getLogger("megalina")
+NOWHERE = 1 << 40
 
 
 class SpikesGoOn(RuntimeError):
@@ -93,3 +101,34 @@ def _backward_order(runner: StepRunner) -> Callable[[str], int]:
     """Backward meets the last layers first, so what is last in the model's order is where it began."""
     order = {name: i for i, (name, _) in enumerate(runner.trainable.gpt.named_parameters())}
     return lambda name: -order.get(name, 0)
+
+
+def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:
+    """Run the forward passes of `batch` again, with the weights as they are; all ranks together.
+
+    Returns the place in order of this rank's first instruction whose output is not finite, and its tag; (NOWHERE, "") if all are.
+    """
+    found = (NOWHERE, "")
+    place = 0
+
+    def watched(instruction: Instruction) -> Callable[..., Any]:
+        function = trainable.functions(instruction)
+
+        def run(*arguments: Any) -> Any:
+            nonlocal found, place
+            place += 1
+            out = function(*arguments)
+            values = out if isinstance(out, tuple) else (out,)
+            bad = any(isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all() for v in values)
+            if bad and found[0] == NOWHERE:
+                found = place, instruction.tag
+            return out
+
+        return run
+
+    executor = Executor(trainable.evaluation_program, watched, trainable.mesh, trainable.buckets, log=trainable.log)
+    trainable.gpt.train()
+    with torch.no_grad():
+        for part in batch.split(trainable.micro_batch_size):
+            executor.run({"#batch.-.0": part})
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.files import read_values
-from megalina.comm.objects import everybodys
+from megalina.mesh import everybodys
 from megalina.step.plan import Plan
 from megalina.train.ledger import Line, difference
 from megalina.train.step_runner import StepRunner

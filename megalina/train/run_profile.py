@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from megalina.comm.objects import everybodys
 from megalina.config import ProfileConfig
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 from megalina.model.gpt import GPT
 from megalina.model.routing_recorder import Decisions, RoutingRecorder, trace_of
 from megalina.parallel.step_result import StepResult

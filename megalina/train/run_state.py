@@ -7,16 +7,15 @@ and of all random numbers.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megalina.checkpoint.checkpoints import Checkpoints
-from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.files import MODEL, SaveFailed
 from megalina.checkpoint.profile import PROFILE
-from megalina.checkpoint.writing import SaveFailed
 from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
@@ -26,14 +25,26 @@ from megalina.parallel.trainable import Trainable
 from megalina.placement.routing_trace import write_trace
 from megalina.rank_files import Unsaved
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.built import Built
+from megalina.train.guard import LoadWatch, SpikeGuard
 from megalina.train.ledger import Ledger
-from megalina.train.load_watch import LoadWatch
 from megalina.train.run_profile import RunProfile
 from megalina.train.sample_windows import Window, pairs
-from megalina.train.spike_guard import SpikeGuard
 
 logger = logging.getLogger("megalina")
+
+
+@dataclass(slots=True)
+class Built:
+    """What a run trains with: everything that a repack replaces.
+
+    One per run.  All that need one of the three hold this record, never a part of it, so they see a repack at once."""
+
+    mesh: Mesh
+    trainable: Trainable
+    optimizer: BucketOptimizer
+
+    def become(self, mesh: Mesh, trainable: Trainable, optimizer: BucketOptimizer) -> None:
+        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
 
 
 class RunState:

@@ -2,8 +2,11 @@
 
 import gc
 import os
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,33 +14,51 @@ import torch.distributed as dist
 
 from megalina.batch import Batch
 from megalina.collective_log import CollectiveLog
-from megalina.comm.objects import everybodys
-from megalina.comm.urgency import other_threads_are_urgent
+from megalina.comm.links import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, build_meshes
-from megalina.parallel.plans import questions
+from megalina.mesh import Mesh, build_meshes, everybodys
+from megalina.parallel.plan_file import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import AUTO
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.built import Built
 from megalina.train.doctor import Doctor
+from megalina.train.guard import SpikeGuard
 from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.packing import allowed_packings, worth_trying
-from megalina.train.run_state import RunState
+from megalina.train.run_state import Built, RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
-from megalina.train.spike_guard import SpikeGuard
-from megalina.train.stop import StopWish
-from megalina.train.trials import Rules, Trials
-from megalina.train.tuning import Tuner
+from megalina.train.trials import Rules, Trials, Tuner
 from megalina.train.windows import Windows
 
 RULES_OF_ALL = Rules(window=3, finalists=2)  # among all strategies
+
+
+class StopWish:
+    """True once SIGTERM or SIGINT came, or after `max_minutes` (0: never).
+
+    The first signal lets the step finish and the run be saved; a second one ends the process at once.
+    """
+
+    def __init__(self, *, max_minutes: float):
+        self._signalled = False
+        self._deadline_s = time.monotonic() + max_minutes * 60 if max_minutes > 0 else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def __call__(self) -> bool:
+        return self._signalled or (self._deadline_s is not None and time.monotonic() > self._deadline_s)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signalled = True
 
 
 class StepRunner:

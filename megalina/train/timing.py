@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
-from megalina.comm.objects import everybodys
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
 from megalina.layout import rows
+from megalina.mesh import everybodys
 from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary
 from megalina.timeline.recorder import Event, Recorder
-from megalina.train.built import Built
+from megalina.train.run_state import Built
 
 CALIBRATIONS = 3  # after so many of the first recorded steps: a machine that is busy for a moment spoils not all of them
 MOST_PICTURED = 8  # steps, the newest; the trace has all

@@ -29,15 +29,14 @@ from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
 from megalina.train.closing import close_run
-from megalina.train.dead_model import DeadModel
-from megalina.train.determinism import make_deterministic
+from megalina.train.guard import DeadModel
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.step_runner import StepRunner
 from megalina.train.throughput import mfu, peak_flops, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
-from megalina.train.tuning import evidence
+from megalina.train.trials import evidence
 
 logger = logging.getLogger("megalina")
 WARM_UP_STEPS = 3  # the first steps of a process are left out of the median speed
@@ -303,3 +302,11 @@ class Trainer:
             f"optimizer: {self.built.optimizer.description}; {len(trainable.program)} instructions a step; "
             f"peak for MFU {self.peak / 1e12:,.2f} TFLOP/s a rank" + (f"; {note}" if note else "")
         )
+
+
+def make_deterministic() -> None:
+    """For `train.deterministic=true`, before the first CUDA call.  An operation that has no deterministic kernel then raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: NVIDIA's documentation, "Results reproducibility"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over every buffer
+    torch.backends.cudnn.benchmark = False

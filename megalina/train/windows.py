@@ -10,8 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megalina.comm.objects import everybodys
-from megalina.mesh import Mesh
+from megalina.mesh import Mesh, everybodys
 from megalina.step.passes import GAPS
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import SEND, Event

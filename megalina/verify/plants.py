@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megalina.blocks.routers import kind_of
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
-from megalina.parameters import is_moe_layer
-from megalina.verify.bugs import forward, gradients, losses, updates
+from megalina.verify.bugs import forward, gradients, losses
 from megalina.verify.recording import Layout
 
 
@@ -79,7 +78,7 @@ _ALL = (
         "norm_without_experts",
         "the norm of the gradients leaves the experts out",
         lambda layout, config: _has_moe(config),
-        updates.norm_without_experts,
+        gradients.norm_without_experts,
     ),
     Plant(
         "balance_loss_per_rank",
@@ -134,7 +133,7 @@ _ALL = (
         "stale_zero_shard",
         "ranks don't get the other ranks' updated ZeRO-1 shards",
         lambda layout, config: layout.zero == 1 and layout.world > 1,
-        updates.stale_zero_shard,
+        gradients.stale_zero_shard,
     ),
     Plant(
         "last_micro_batch_dropped",
@@ -178,7 +177,7 @@ _ALL = (
         "norm_per_rank",
         "each rank clips by the norm of the gradients it holds",
         lambda layout, config: layout.tp > 1 or layout.ep > 1 or (layout.zero == 1 and layout.world > 1),
-        updates.norm_per_rank,
+        gradients.norm_per_rank,
     ),
     Plant(
         "vocabulary_first_words",
@@ -197,7 +196,7 @@ _ALL = (
         "decay_on_norms",
         "weight decay also applies to norms, biases and learned positions",
         lambda layout, config: config.optim.weight_decay > 0,
-        updates.decay_on_norms,
+        gradients.decay_on_norms,
         ("optim.weight_decay=0.1",),
     ),
     Plant(

@@ -14,15 +14,15 @@ import torch
 
 from megalina.blocks.counts import count_parameters, training_flops_per_token
 from megalina.config import CheckpointConfig, ClusterConfig, DataConfig, PretrainConfig, RunConfig, TrackerConfig, WandbConfig
-from megalina.cost.stage_bytes import StageBytes
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.model.gpt import GPT
+from megalina.perfmodel.cost.stage_bytes import StageBytes
 from megalina.rank_pool import RankPool
 from megalina.train.trainer import Trainer
 from megalina.verify.compare import compare
 from megalina.verify.declared import Declared, declared_and_counted
-from megalina.verify.pool import PRELOAD, Pool
+from megalina.verify.on_ranks import PRELOAD, Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
 from megalina.verify.shrink import shrink

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.verify.recording import SEQUENCES
 
 VOCABULARY = 200  # no multiple of the padding, so that some tensor-parallel rank has padded words

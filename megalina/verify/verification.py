@@ -9,7 +9,7 @@ from megalina.rank_pool import RanksFailed
 from megalina.verify.compare import compare
 from megalina.verify.diagnosis import UNKNOWN, diagnose
 from megalina.verify.layouts import Choices, Row, config_of
-from megalina.verify.pool import Pool
+from megalina.verify.on_ranks import Pool
 from megalina.verify.recording import Recording
 from megalina.verify.reference import detail, record, reference_config
 from megalina.verify.shrink import STEPS

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalina.timeline.distribution import draw_distribution
+from megalina.timeline.picture import draw_distribution
 from papers.lina.alltoall import PAPER_SHARE, Analysis
 from papers.lina.moe_layer import ALL_TO_ALL
 

@@ -1,4 +1,4 @@
-"""What Lina gains at inference (section 7.3): rows I1 to I10 and Table 5, on `megalina/forecast/serving.py`.
+"""What Lina gains at inference (section 7.3): rows I1 to I10 and Table 5, on `placement_lab/serving/simulator.py`.
 
 Predictor, planner, split and trigger are the engine's, as conf/infer/lina.yaml has them; the baseline leaves experts where
 training had them, one a device, and "Ideal" sends as many rows to each.  Planning takes what the paper says; an expert comes over
@@ -14,20 +14,20 @@ import numpy as np
 
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
-from megalina.forecast.network import network_of
-from megalina.forecast.serving import BatchTime, PlannerSeconds, Serving, measured, walk
-from megalina.forecast.serving_decisions import Decider, even_choices, shared_evenly
-from megalina.forecast.serving_seconds import GivenTimes
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.placement.controller import Outcome
 from megalina.placement.planners.identity import identity
 from megalina.serve.policies import Served, policy_of
-from megalina.sim.virtual import Timeline
 from megalina.timeline.contention import quantile
 from megalina.timeline.recorder import COMPUTE
 from papers.lina.models import SEQ_LEN, SEQUENCES, Model, config_of
 from papers.lina.routing import SKEWS, Routed, next_concentration
 from papers.lina.row import Row
 from papers.lina.walk import Bed, Constants
+from placement_lab.serving.decisions import Decider, even_choices, shared_evenly
+from placement_lab.serving.seconds import GivenTimes
+from placement_lab.serving.simulator import BatchTime, PlannerSeconds, Serving, measured, walk
 
 PLAN_MS, CHECK_MS = 6.2, 1.45  # section 7.3
 PCIE_BYTES_PER_S = 12e9  # a host's memory to a GPU, PCIe 3 x16; assumed

@@ -6,8 +6,8 @@ from statistics import mean
 
 from megalina.blocks.model import shape_of
 from megalina.config import PretrainConfig
-from megalina.forecast.priced_step import PricedStep
-from megalina.sim.memory import Memory
+from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.sim.memory import Memory
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Op, Program
 from megalina.step.strategy import evaluation

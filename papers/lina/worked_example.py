@@ -8,9 +8,9 @@ earlier ends 21.7% earlier than in 7c, so there at 30.4 ms, and takes 5.8 ms.  W
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megalina.sim.network import Network
-from megalina.sim.sizes import Sizes
-from megalina.sim.virtual import Timeline, simulate_alike
+from megalina.perfmodel.sim.network import Network
+from megalina.perfmodel.sim.sizes import Sizes
+from megalina.perfmodel.sim.virtual import Timeline, simulate_alike
 from megalina.step.program import Instruction, Kind, Op, Program
 from megalina.timeline.recorder import SEND
 from papers.lina.row import Row

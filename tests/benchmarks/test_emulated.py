@@ -7,8 +7,8 @@ import pytest
 from benchmarks.validation.emulated import HostConstants, simulate_emulated
 from megalina.compose import compose
 from megalina.config import PretrainConfig
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.plan_settings import plan_of
-from megalina.sim.virtual import Timeline
 
 FREE = HostConstants(
     flops_per_s=1e30,

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from megalina.placement.controller import Policy
-from megalina.placement.offline import max_over_mean, replay
 from megalina.placement.planners.greedy import greedy
-from megalina.placement.predictors.oracle import OraclePredictor
 from megalina.placement.routing_trace import read_trace, traced, write_trace
 from megalina.placement.split import load_aware
 from megalina.placement.triggers import never
-from megalina.placement.workloads import WORKLOADS, Size, drawn
 from megalina.step.program import Instruction, Kind
+from placement_lab.offline import max_over_mean, replay
+from placement_lab.oracle import OraclePredictor
+from placement_lab.workloads import WORKLOADS, Size, drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--layers 2 --batches 2 --batch-tokens 48 --attention-ms 0.5 --experts-ms 2 --slow-motion 1 --slots 7"

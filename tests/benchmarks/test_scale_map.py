@@ -21,13 +21,13 @@ from benchmarks.scale.report import (
     zero_line,
 )
 from benchmarks.scale.rungs import Point, Rung, point_of
-from megalina.forecast.forecast import forecast
-from megalina.forecast.network import network_of
-from megalina.forecast.priced_step import PricedStep
+from megalina.perfmodel.forecast.forecast import forecast
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.sim.collectives import Collective
+from megalina.perfmodel.sim.lower_bound import lower_bound
+from megalina.perfmodel.sim.network import Loads
 from megalina.plan_settings import strategy_of
-from megalina.sim.collectives import Collective
-from megalina.sim.lower_bound import lower_bound
-from megalina.sim.network import Loads
 from megalina.step.plan import Plan
 from megalina.validate import check_config
 

@@ -38,10 +38,10 @@ from benchmarks.serving.sweep import (
 from benchmarks.serving.tables import Point, map_table, modes_table, plan_table, slots_table, swap_table
 from megalina.compose import compose
 from megalina.config import InferConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
-from megalina.forecast.serving import PlannerSeconds
 from megalina.placement.placement import EMPTY
 from megalina.placement.routing_trace import counts_of, traced
 from megalina.serve.modes import read_mode
+from placement_lab.serving.simulator import PlannerSeconds
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "infer"
 PROFILE = InferConfig(name="profile", predictor="static", planner="greedy", split="load_aware")

@@ -82,7 +82,7 @@ def test_a_loss_has_a_name_of_its_own(name: str) -> None:
 
 BLOCK = """
 from megalina.blocks.block import Block
-from megalina.blocks.loss import Loss
+from megalina.blocks.block import Loss
 class Own(Block):
     name = "own"
     losses = [Loss("own_loss", ("own",), 1.0, "valid_tokens")]

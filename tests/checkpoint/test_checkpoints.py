@@ -18,11 +18,9 @@ from torch import Tensor
 
 from megalina.checkpoint.checkpoints import Checkpoints
 from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
-from megalina.checkpoint.files import read_values
-from megalina.checkpoint.part import Part
+from megalina.checkpoint.files import SaveFailed, read_values
 from megalina.checkpoint.stored import read_into, read_tensors
-from megalina.checkpoint.writing import SaveFailed
-from megalina.comm.slice import Slice, boxes, span, whole_shape
+from megalina.comm.slice import Part, Slice, boxes, span, whole_shape
 from megalina.layout import rows
 from megalina.mesh import Axis, Mesh, build_mesh
 from tests.parallel.ranks import run_on_ranks

@@ -14,10 +14,10 @@ from torch import Tensor
 from megalina.checkpoint import safetensors_file, streamed, tensor_files
 from megalina.checkpoint.average import average
 from megalina.checkpoint.files import read_values
+from megalina.checkpoint.inspection import faults
 from megalina.checkpoint.safetensors_file import from_safetensors, to_safetensors
 from megalina.checkpoint.stored import Stored, read_tensors
 from megalina.checkpoint.streamed import rewrite, write_checkpoint
-from megalina.checkpoint.wholeness import faults
 from tests.checkpoint.planted import CONFIG, STATE, WEIGHTS, flip, names, saved
 
 

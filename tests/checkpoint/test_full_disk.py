@@ -13,11 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megalina.checkpoint import checkpoints as checkpoints_module
-from megalina.checkpoint import tensor_files, writing
+from megalina.checkpoint import files, tensor_files
 from megalina.checkpoint.checksums import damaged
-from megalina.checkpoint.files import newest_first
+from megalina.checkpoint.files import SaveFailed, newest_first
 from megalina.checkpoint.stored import read_tensors
-from megalina.checkpoint.writing import SaveFailed
 from megalina.comm.slice import Slice
 from megalina.mesh import build_mesh
 from tests.checkpoint.planted import checkpoints, names
@@ -51,7 +50,7 @@ MOMENTS = {
     "metadata": (0, dcp.FileSystemWriter, "finish"),
     "metadata's name": (0, tensor_files._HashedFiles, "rename"),
     "values": (0, checkpoints_module, "write_rest"),
-    "sums": (0, writing, "write_sums"),
+    "sums": (0, files, "write_sums"),
     "name": (0, Path, "rename"),
     "folder's sync": (0, checkpoints_module, "sync_folder"),
 }
@@ -103,7 +102,7 @@ def test_an_asynchronous_failure_comes_with_the_next_save_which_is_made_neverthe
     there.save(1, weights(1.0), {})
     there.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write_sums", full)
+        patch.setattr(files, "write_sums", full)
         there.save(2, weights(2.0), {})
         there._pending.exception()  # type: ignore[union-attr]  # the disk is full until it has ended
     with pytest.raises(SaveFailed, match="step_00000002") as caught:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.compare.bounds import bounds_of, link_bytes
+from megalina.compare.results import bounds_of, link_bytes
 from megalina.step.program import Instruction, Kind, Op
 from megalina.timeline.recorder import Event
 from tests.timeline.made import compute, event, grads, tokens, wait

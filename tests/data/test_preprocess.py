@@ -12,8 +12,7 @@ from megalina.cli.data import main as preprocess_main
 from megalina.data import documents as documents_module
 from megalina.data.bpe import train_bpe
 from megalina.data.documents import Source, cut_sources, find_sources, read_texts
-from megalina.data.indexed import IndexedDataset
-from megalina.data.manifest import read_manifest
+from megalina.data.indexed import IndexedDataset, read_manifest
 from megalina.data.preprocess import Recipe, preprocess
 from megalina.data.tokenizer import open_tokenizer
 from tests.commands import done

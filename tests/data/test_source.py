@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from megalina.batch import Batch
 from megalina.config import DataConfig
-from megalina.data.indexed import IndexedWriter
-from megalina.data.manifest import Manifest
+from megalina.data.indexed import IndexedWriter, Manifest
 from megalina.data.source import TokenData, open_data
 
 EOD = 256  # of the tokenizer of bytes

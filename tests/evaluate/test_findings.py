@@ -15,8 +15,8 @@ from megalina.evaluate.measures import median_interval
 from megalina.evaluate.report import page
 from megalina.evaluate.report_tables import tables
 from megalina.evaluate.tracking import scalars_of, tables_of, track
-from megalina.track.wandb_run import read_history
 from tests.evaluate.made_evaluation import made
+from tests.track.wandb_history import read_history
 
 FAST = {"static": [20.0] * 30, "best": [10.0] * 30, "window": [16.0] * 30, "ideal": [9.0] * 30}
 NOISY = {"static": [20.0] * 30, "best": [19.0, 21.0] * 15}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megalina.data.bpe import train_bpe
 from megalina.data.cache import cached_arrays
-from megalina.data.manifest import Manifest, read_manifest
+from megalina.data.indexed import Manifest, read_manifest
 from megalina.data.tokenizer import open_tokenizer
 from megalina.track.comparison import RunResult
 from megalina.track.metrics import MetricsFile, read_metrics

@@ -2,7 +2,7 @@
 
 from megalina.measure.figures import Measured, hops_and_bytes
 from megalina.measure.shapes import CPU, expert_key, pass_key, sent_key
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 
 FLOPS_PER_S = {"float32": 4e10, "bfloat16": 8e10}
 HALF_SIZE = 16.0  # a product with so few rows, or columns, reaches half; the rate of the largest there is counts as the whole

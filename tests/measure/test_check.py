@@ -6,11 +6,22 @@ import pytest
 
 from megalina.compose import compose
 from megalina.config import PretrainConfig
-from megalina.measure.check import Checked, as_json, busy, checked, overrides_of, table
+from megalina.measure.check import (
+    BETWEEN,
+    Checked,
+    as_json,
+    busy,
+    checked,
+    mean_parts,
+    median_parts,
+    overrides_of,
+    parts_of,
+    table,
+    whole,
+)
 from megalina.measure.cluster_file import cluster_of
-from megalina.measure.contention import summary
+from megalina.measure.collectives import summary
 from megalina.measure.figures import figures_of
-from megalina.measure.trial_runs import BETWEEN, mean_parts, median_parts, parts_of, whole
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.validate import check_config
 from tests.measure import made

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
-from megalina.cost.stage_seconds import device_of
-from megalina.forecast.forecast import forecast
 from megalina.measure.cluster_file import cluster_file, cluster_of, plain
 from megalina.measure.figures import figures_of
 from megalina.measure.report import as_json, report
+from megalina.perfmodel.cost.stage_seconds import device_of
+from megalina.perfmodel.forecast.forecast import forecast
 from megalina.validate import check_hardware
 from tests.measure import made
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megalina.measure.figures import curve, figures_of, hops_and_bytes, line
 from megalina.measure.report import warnings
 from megalina.measure.shapes import CPU
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 from tests.measure import made
 
 

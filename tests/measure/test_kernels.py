@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalina.measure.host_stages import tiny_step
-from megalina.measure.kernels import experts, kernel_calls, norm, product
+from megalina.measure.kernels import experts, kernel_calls, norm, product, tiny_step
 from megalina.measure.shapes import CPU, CUDA, ProductShape, expert_key, pass_key
 from megalina.measure.stopwatch import BATCH_S, Stopwatch
 

@@ -9,10 +9,10 @@ import pytest
 
 from megalina import launch
 from megalina.measure import figures, worker
-from megalina.measure.host_stages import TinyStep
+from megalina.measure.kernels import TinyStep
 from megalina.measure.shapes import CPU, sent_key
 from megalina.mesh import build_mesh
-from megalina.sim.collectives import Collective
+from megalina.perfmodel.sim.collectives import Collective
 from tests.parallel.ranks import run_on_ranks
 
 SMALL = replace(

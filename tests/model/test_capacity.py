@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.model.capacity import capacity, within_capacity
+from megalina.model.selection import capacity, within_capacity
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.1, 1.25, 1.3, 2.0])

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megalina.blocks.parameter import Parameter
-from megalina.config import ModelConfig, RouterConfig
+from megalina.config import ModelConfig, RouterConfig, padded_vocab_size
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, local_shape, parameter, spec_of
-from megalina.parameters import padded_vocab_size
 
 WORDS, PADDED = 300, 512
 MODELS = {

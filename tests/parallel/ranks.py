@@ -7,7 +7,7 @@ from megalina.rank_pool import TIME_LIMIT_S, RankPool, RanksFailed
 
 PRELOAD = (  # what takes long to import, of all tests: one server forks the ranks of all
     *("pytest", "hypothesis", "matplotlib.figure", "torch._dynamo", "torch.distributed.checkpoint"),
-    *("megalina.train.trainer", "megalina.serve.engine", "megalina.worker", "megalina.verify.pool", "tests.train.small_run"),
+    *("megalina.train.trainer", "megalina.serve.engine", "megalina.worker", "megalina.verify.on_ranks", "tests.train.small_run"),
 )
 
 

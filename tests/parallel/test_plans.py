@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, StrategyConfig, TrainConfig
-from megalina.parallel.plans import questions
+from megalina.parallel.plan_file import questions
 from megalina.plan_settings import plan_of
 from megalina.step.candidates import CHUNKS, PIECES_BYTES
 from megalina.step.plan import Plan, chunks_text

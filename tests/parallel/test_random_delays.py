@@ -22,15 +22,15 @@ from megalina.mesh import Mesh, build_mesh
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.sim.network import one_level
-from megalina.sim.sizes import Sizes
-from megalina.sim.virtual import simulate
+from megalina.perfmodel.sim.network import one_level
+from megalina.perfmodel.sim.sizes import Sizes
+from megalina.perfmodel.sim.virtual import simulate
 from megalina.step.plan import Plan
 from megalina.step.program import Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from megalina.train.bucket_optimizer import BucketOptimizer
 from tests.parallel.ranks import run_on_ranks
-from tests.sim.schedules import WALKING, order_of, ranks_of
+from tests.perfmodel.sim.schedules import WALKING, order_of, ranks_of
 from tests.train.small_run import VOCABULARY, config_of, random_batch
 
 WORLD, STEPS = 4, 2  # the second step runs on what the first has updated, and lina_zero gathered

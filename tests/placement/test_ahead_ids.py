@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from megalina.placement.controller import Policy
-from megalina.placement.offline import replay
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.predictor import Ids
@@ -28,6 +27,7 @@ from megalina.placement.routing_trace import (
 )
 from megalina.placement.split import even
 from megalina.placement.triggers import never
+from placement_lab.offline import replay
 
 E, K, L = 4, 2, 3
 

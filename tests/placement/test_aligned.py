@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.placement.aligned import aligned, moved, moved_slots
-from megalina.placement.placement import EMPTY, Placement
+from megalina.placement.placement import EMPTY, Placement, aligned, moved, moved_slots
 
 
 @st.composite

@@ -9,7 +9,7 @@ from megalina.placement.controller import Controller, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.identity import identity
-from megalina.placement.predictors.window import WindowPredictor
+from megalina.placement.predictors.counts import WindowPredictor
 from megalina.placement.split import device_load, even, load_aware
 from megalina.placement.triggers import GainAboveCost, Situation, always, never
 

@@ -1,6 +1,7 @@
 """Path profile and predictor: counts of what came next by path, exact over ranks; unknown paths fall back, no token gets lost."""
 
 from collections import Counter, defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,11 @@ from hypothesis import strategies as st
 
 from megalina.placement.path_counts import (
     Profile,
-    check_model,
     counted,
     empty_profile,
     first_choice,
-    from_arrays,
-    merge,
     path_codes,
     profile_of,
-    to_arrays,
 )
 from megalina.placement.predictors.path_table import PathTablePredictor
 from megalina.placement.predictors.predictor import Predictor, Seen
@@ -42,13 +39,17 @@ def choices(draw: st.DrawFn, num_experts: int = 4, top_k: int = 2, num_layers: i
 
 
 def empty(**changed: Any) -> Profile:
-    model: dict[str, Any] = {"num_experts": 4, "top_k": 2, "router": "topk", "layers": range(5), "longest": 3}
+    model: dict[str, Any] = {"num_experts": 4, "top_k": 2, "layers": range(5), "longest": 3}
     return empty_profile(**(model | changed))
 
 
 def same(a: Profile, b: Profile) -> bool:
-    x, y = to_arrays(a), to_arrays(b)
-    return list(x) == list(y) and all(x[key].dtype == y[key].dtype and np.array_equal(x[key], y[key]) for key in x)
+    x, y = ([table for of_layer in profile.tables for table in of_layer] for profile in (a, b))
+    tables = all(
+        np.array_equal(t.codes_P, u.codes_P) and np.array_equal(t.counts_PE, u.counts_PE) and t.pruned == u.pruned
+        for t, u in zip(x, y, strict=True)
+    )
+    return tables and all(getattr(a, f.name) == getattr(b, f.name) for f in fields(Profile) if f.name != "tables")
 
 
 def in_loops(chosen: Chosen, longest: int, num_experts: int) -> list[dict[tuple[int, ...], Counter[int]]]:
@@ -82,12 +83,9 @@ def test_counts_are_what_loops_count(chosen: Chosen, longest: int) -> None:
 
 
 @given(choices(), st.integers(0, 30))
-def test_ranks_profiles_merge_to_what_one_would_have_counted(chosen: Chosen, cut: int) -> None:
-    whole = counted(empty(), chosen)
-    first, second = (counted(empty(), [c[part] for c in chosen]) for part in (slice(cut), slice(cut, None)))
-    assert same(merge(first, second), whole) and same(merge(second, first), whole)
-    assert same(counted(first, [c[cut:] for c in chosen]), whole)
-    assert same(merge(empty(), whole), whole)
+def test_what_is_counted_in_parts_is_what_is_counted_at_once(chosen: Chosen, cut: int) -> None:
+    first = counted(empty(), [c[:cut] for c in chosen])
+    assert same(counted(first, [c[cut:] for c in chosen]), counted(empty(), chosen))
 
 
 @given(st.lists(choices(), min_size=1, max_size=4), st.integers(4, 8))
@@ -135,107 +133,6 @@ def test_what_makes_no_profile_is_refused() -> None:
         counted(empty(), [ids, np.zeros((3, 2), np.int64), ids, ids, ids])
     with pytest.raises(ValueError, match="layer 4's choices go from 5 to 5, but the profile has experts 0 to 3"):
         counted(empty(), [ids, ids, ids, ids, ids + 5])
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"num_experts": 8}, "experts 4, not 8: profile this one"),
-        ({"top_k": 1}, "top_k 2, not 1"),
-        ({"router": "sigmoid"}, "router topk, not sigmoid"),
-        ({"layers": range(1, 6)}, r"MoE layers \[0, 1, 2, 3, 4\], not \[1, 2, 3, 4, 5\]"),
-    ],
-)
-def test_a_profile_of_another_model_is_refused(changed: dict[str, Any], message: str) -> None:
-    model: dict[str, Any] = {"num_experts": 4, "top_k": 2, "router": "topk", "layers": range(5)}
-    check_model(empty(), **model)
-    with pytest.raises(ValueError, match=message) as raised:
-        check_model(empty(), **(model | changed))
-    assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match="of another model"):
-        merge(empty(), empty(**changed))
-
-
-def test_profiles_with_other_bounds_are_not_merged() -> None:
-    with pytest.raises(ValueError, match="longest path 3 and 2, most_paths 4096 and 4096 can't be merged"):
-        merge(empty(), empty(longest=2))
-    with pytest.raises(ValueError, match="most_paths 4096 and 64"):
-        merge(empty(), empty(most_paths=64))
-
-
-# as arrays
-
-
-@given(choices(), st.integers(4, 8))
-def test_arrays_give_back_the_profile(tmp_path_factory: pytest.TempPathFactory, chosen: Chosen, most_paths: int) -> None:
-    profile = counted(empty(most_paths=most_paths, router="größer"), chosen)
-    path = tmp_path_factory.getbasetemp() / "profile.npz"
-    np.savez(path, **to_arrays(profile))  # type: ignore[arg-type]
-    with np.load(path, allow_pickle=False) as arrays:
-        back = from_arrays(dict(arrays), source="x")
-    assert same(back, profile) and back.pruned == profile.pruned and back.router == "größer"
-    assert same(counted(back, chosen), counted(profile, chosen))
-
-
-def damaged_arrays() -> list[tuple[str, Any, str]]:
-    arrays = to_arrays(counted(empty(), [np.array([[0, 1], [2, 3]])] * 5))
-    numbers, codes, paths, counts = (arrays[key] for key in ("numbers", "codes", "paths", "counts"))
-    long = paths.copy()
-    long[0, 1:] = 1
-    twice = codes.copy()
-    twice[3] = twice[2]  # the two paths of length 1 in layer 1
-    return [
-        ("numbers", None, "p is no path profile: it has no array numbers"),
-        ("numbers", numbers.astype(np.int32), "numbers is int32"),
-        ("numbers", numbers[:5], "another version"),
-        ("numbers", numbers + 1, r"another version: its numbers are \[2, 5"),
-        ("numbers", np.array([1, 4, 9, 3, 64, 2]), "damaged: a profile needs"),
-        ("numbers", np.array([1, 4, 2, 3, 64, -2]), "-2 tokens"),
-        ("numbers", np.array([1, 8, 2, 3, 64, 2]), "counts of"),
-        ("numbers", np.array([1, 4, 2, 2, 64, 2]), r"paths of \[5, 4\]"),
-        ("router", np.array([255], np.uint8), "damaged: .*utf-8"),
-        ("layers", np.zeros(0, np.int64), "0 layers"),
-        ("layers", np.arange(4), r"paths of \[5, 4\]"),
-        ("paths", paths * 0 - 1, "damaged"),
-        ("paths", paths + 1, "too long ones"),
-        ("paths", long, "too long ones"),
-        ("paths", paths * 2**40, "too long ones"),
-        ("pruned", np.zeros((1, 1), np.uint8), "damaged"),
-        ("codes", codes[:-1], "codes, counts of"),
-        ("codes", twice, "codes of layer 1, length 1 don't rise"),
-        ("codes", codes[::-1].copy(), "don't rise"),
-        ("codes", codes + 5**3, "don't rise from 0 to 0"),
-        ("codes", -codes - 1, "don't rise"),
-        ("counts", counts[:, :3], r"counts of \[\d+, 3\]"),
-        ("counts", -counts, "damaged"),
-        ("counts", counts.astype(float), "counts is float64"),
-    ]
-
-
-@pytest.mark.parametrize(("key", "array", "message"), damaged_arrays())
-def test_damaged_arrays_are_refused_in_a_line(key: str, array: Any, message: str) -> None:
-    arrays = to_arrays(counted(empty(), [np.array([[0, 1], [2, 3]])] * 5)) | {key: array}
-    if array is None:
-        del arrays[key]
-    with pytest.raises(ValueError, match=message) as raised:
-        from_arrays(arrays, source="p")
-    assert str(raised.value).startswith("p ") and "\n" not in str(raised.value)
-
-
-NUMBERS = st.one_of(st.integers(0, 6), st.sampled_from([-1, 2**31, 2**60, 2**62, 2**63 - 1, -(2**63)]))
-
-
-@given(st.lists(NUMBERS, min_size=5, max_size=5), st.lists(NUMBERS, min_size=20, max_size=20), st.booleans())
-def test_whatever_the_numbers_say_it_is_a_profile_or_refused(numbers: list[int], paths: list[int], right: bool) -> None:
-    arrays = to_arrays(counted(empty(), [np.array([[0, 1], [2, 3]])] * 5))
-    arrays["numbers"] = arrays["numbers"] if right else np.array([1, *numbers])
-    arrays["paths"] = np.array(paths).reshape(5, 4)
-    try:
-        profile = from_arrays(arrays, source="p")
-    except ValueError as error:
-        assert str(error).startswith("p ") and "\n" not in str(error)
-    else:
-        assert same(from_arrays(to_arrays(profile)), profile)
 
 
 # the predictor
@@ -349,7 +246,7 @@ def test_on_real_traces_earlier_layers_know_more_than_the_marginal() -> None:
     both = [halves(merged_experts(top1(best_first(read_trace(path))), 16)) for path in paths]
     known, served = joined([a for a, _ in both]), [b for _, b in both]
     profile = profile_of(known)
-    check_model(profile, num_experts=16, top_k=1, router="topk", layers=range(1, 27))
+    assert (profile.num_experts, profile.top_k, profile.layers) == (16, 1, tuple(range(1, 27)))
     predictor = PathTablePredictor(profile)
     off_path, off_marginal = [], []
     for batch in alternate(served, 1024, drop_last=True):

@@ -17,8 +17,8 @@ from megalina.placement.planners.first_fit import FirstFit
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.hierarchical import by_node, hierarchical
 from megalina.placement.planners.identity import identity
-from megalina.placement.planners.optimum import optimum, smallest_largest_load
 from megalina.placement.predictors.predictor import Floats
+from placement_lab.optimum import optimum, smallest_largest_load
 
 Planner = Callable[[Floats, int, int], Placement]
 PLANNERS: dict[str, Planner] = {

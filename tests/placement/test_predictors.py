@@ -10,17 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.placement.predictors.batch_memory import correction, empty_memory, remembered
-from megalina.placement.predictors.distribution import DistributionPredictor
-from megalina.placement.predictors.ema import EmaPredictor
-from megalina.placement.predictors.linear_map import LinearMapPredictor, even_map, fit_linear_map
+from megalina.placement.predictors.counts import DistributionPredictor, EmaPredictor, StaticPredictor, WindowPredictor
+from megalina.placement.predictors.linear_map import LinearMap, LinearMapPredictor, fit_linear_map
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
-from megalina.placement.predictors.oracle import OraclePredictor
-from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen
-from megalina.placement.predictors.shares import as_shares, choice_counts, layer_shares
-from megalina.placement.predictors.static import StaticPredictor
-from megalina.placement.predictors.window import WindowPredictor
+from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, as_shares, choice_counts, layer_shares
 from megalina.placement.routing_trace import alternate, halves, joined, read_trace
+from placement_lab.oracle import OraclePredictor
 
 E, K, L = 6, 2, 5
 BATCHES = 4
@@ -64,6 +60,20 @@ def served(
 
 def counts_of(ids_TLK: Ids) -> Floats:
     return np.stack([choice_counts(ids_TLK[:, layer], E) for layer in range(L)])
+
+
+def even_map(num_layers: int, num_experts: int, top_k: int, *, layers_back: int = 3, ridge: float = 0.01) -> LinearMap:
+    """Where there is no trace: from any choices to an even share, and as good as one token, so ready to learn otherwise."""
+    features = [min(layer, layers_back) * num_experts for layer in range(num_layers)]
+    return LinearMap(
+        num_experts,
+        top_k,
+        layers_back,
+        1,
+        np.full((num_layers, num_experts), 1 / num_experts),
+        tuple(np.full((f, num_experts), 1 / max(1, f)) for f in features),
+        tuple(np.eye(f) / ridge for f in features),
+    )
 
 
 def all_predictors(batches: Sequence[Ids]) -> dict[str, Predictor]:
@@ -390,7 +400,7 @@ def test_on_real_traces_one_predictor_is_better_than_a_map_that_stays_and_a_wind
         (lambda: DistributionPredictor(np.ones((1, 2)), profile_part=-0.1), "profile_part is -0.1"),
         (lambda: fit_linear_map(np.zeros((0, 2, 1), np.int64), 2), r"not \[0, 2, 1\]"),
         (lambda: fit_linear_map(np.zeros((1, 2, 1), np.int64), 2, ridge=0.0), "ridge above 0"),
-        (lambda: even_map(2, 4, 1, layers_back=0), "0 layers back"),
+        (lambda: fit_linear_map(np.zeros((1, 2, 1), np.int64), 2, layers_back=0), "0 layers back"),
         (lambda: LinearMapPredictor(even_map(2, 4, 1), correction=2.0), "correction is 2"),
         (lambda: OnlineMapPredictor(even_map(2, 4, 1), batches=0), "0 batches"),
         (lambda: OnlineMapPredictor(even_map(2, 4, 1), equal_tokens=0.0), "equal_tokens 0.0"),

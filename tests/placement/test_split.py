@@ -12,8 +12,8 @@ from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.planners.first_fit import FirstFit
 from megalina.placement.planners.greedy import greedy
 from megalina.placement.planners.identity import identity
-from megalina.placement.planners.optimum import smallest_largest_load
 from megalina.placement.split import Counts, device_load, even, load_aware, local_first
+from placement_lab.optimum import smallest_largest_load
 
 Split = Callable[[Counts, Placement], Counts]
 SPLITS = (even, load_aware, local_first)

@@ -14,8 +14,7 @@ from megalina.model.routing_recorder import record_routing
 from megalina.placement.controller import Policy
 from megalina.placement.planners.identity import identity
 from megalina.placement.predictors.look_ahead import LookAheadPredictor
-from megalina.placement.predictors.predictor import Floats, Seen
-from megalina.placement.predictors.shares import choice_counts
+from megalina.placement.predictors.predictor import Floats, Seen, choice_counts
 from megalina.placement.routing_trace import traced, write_trace
 from megalina.placement.split import even
 from megalina.placement.triggers import never

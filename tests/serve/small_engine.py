@@ -10,11 +10,11 @@ from megalina.config import ModelConfig, RouterConfig
 from megalina.mesh import Mesh, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
+from megalina.parallel.emulated_device import ServingDevice
 from megalina.placement.controller import Policy
 from megalina.placement.placement import Placement
 from megalina.serve.engine import Engine, EngineSettings
 from megalina.serve.host_experts import HostExperts, experts_of, share_experts
-from megalina.serve.serving_device import ServingDevice
 
 WORDS, POSITIONS, EXPERTS = 97, 48, 6
 

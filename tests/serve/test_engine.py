@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megalina.config import RouterConfig
 from megalina.generate import Sampling, generate
 from megalina.model.attention import KeyValues
+from megalina.parallel.emulated_device import ServingDevice
 from megalina.placement.controller import Policy, Split, Trigger
 from megalina.placement.placement import Placement
 from megalina.placement.planners.identity import identity
@@ -22,7 +23,6 @@ from megalina.placement.triggers import always, never
 from megalina.serve import functions
 from megalina.serve.decoding import write_on
 from megalina.serve.engine import TILE_ROWS
-from megalina.serve.serving_device import ServingDevice
 from megalina.step.program import Instruction
 from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, batch_of, layer_bytes, random_placement, small_engine, small_gpt, tokens_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalina.placement.placement import EMPTY, Placement
-from megalina.serve.expert_stream import ExpertStream
+from megalina.serve.host_experts import ExpertStream
 from megalina.serve.slots import Slots
 from tests.serve.test_slots import EXPERTS, HERE, THERE, held, host, wanted
 

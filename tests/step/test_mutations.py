@@ -13,7 +13,7 @@ import pytest
 
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program, check, is_mirrored, reads_of, writes_of
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
-from tests.sim.schedules import SHAPES, WALKING, buckets_of, order_of, setting_of
+from tests.perfmodel.sim.schedules import SHAPES, WALKING, buckets_of, order_of, setting_of
 
 PASSING = -1  # instead of a seed: parts of a micro-batch that is one group of its routers
 Mutants = Iterator[tuple[str, Program]]  # what was done, the list after it

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from megalina.timeline.distribution import draw_distribution
+from megalina.timeline.picture import draw_distribution
 
 
 def test_each_sample_is_a_line_from_nobody_to_everybody() -> None:

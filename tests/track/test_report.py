@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 
 from megalina.cli.report import main
-from megalina.track.expert_load import MAX_SNAPSHOTS, LoadHistory, keep_snapshot, layer_numbers
-from megalina.track.load_map import DARK, LEVELS, LIGHT, NO_TOKEN, colour_levels, load_figure, png
+from megalina.track.expert_load import (
+    DARK,
+    LEVELS,
+    LIGHT,
+    MAX_SNAPSHOTS,
+    NO_TOKEN,
+    LoadHistory,
+    colour_levels,
+    keep_snapshot,
+    layer_numbers,
+    load_figure,
+    png,
+)
 from megalina.track.report import Sample, rebuild_report, write_report
 from megalina.track.svg_chart import MAX_POINTS, Reference, Series, line_chart, short, smoothed, ticks
 from tests.track.fake_run import UNIGRAM_LOSS, write_run

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from megalina.track.metrics import MetricsFile, read_metrics
 from megalina.track.tracker import Background, RunTracker
-from megalina.track.wandb_run import read_history
 from tests.track.fake_run import config_of, records_of, start, write_run
+from tests.track.wandb_history import read_history
 from tools.rebuild_wandb import main as rebuild_wandb
 
 ROOT = Path(__file__).parents[2]

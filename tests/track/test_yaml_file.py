@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megalina.track.yaml_file import read_yaml
+from megalina.track.metrics import read_yaml
 
 
 @pytest.mark.parametrize("text", [b"a: [1, 2", b"\xff\xfe\x00", b"a: b: c"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalina.config import LARGEST_FACTOR, PretrainConfig
-from megalina.train.dead_model import DEAD_STEPS, DeadModel
+from megalina.train.guard import DEAD_STEPS, DeadModel
 from megalina.validate import check_config, value_at
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import VOCABULARY, Recorder, config_of, start, write_tokens

@@ -16,9 +16,9 @@ from megalina import worker
 from megalina.comm import exchange
 from megalina.config import PretrainConfig
 from megalina.data.source import PackedSamples
+from megalina.launch import later_starts
 from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.trainable import Trainable
-from megalina.restart import later_starts
 from megalina.step.program import Instruction, Kind, Op
 from megalina.train.board import StoreBoard
 from megalina.train.trainer import train

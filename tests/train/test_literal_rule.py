@@ -2,7 +2,7 @@
 
 Gradients wait while an all-to-all is queued or under way here, and an all-to-all waits while a gradient is under way here
 (sections 4.1 and 6.1).  Rank 0 begins a gradient before the all-to-all, rank 1 the all-to-all before the gradient, and then
-each waits for the other.  Virtual time says the same: tests/sim/test_virtual.py.
+each waits for the other.  Virtual time says the same: tests/perfmodel/sim/test_virtual.py.
 """
 
 import json

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megalina.train.load_watch import WINDOW_STEPS, LoadWatch
+from megalina.train.guard import WINDOW_STEPS, LoadWatch
 
 
 def loads(*rows: list[int]) -> torch.Tensor:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megalina.batch import Batch
-from megalina.checkpoint.writing import SaveFailed
+from megalina.checkpoint.files import SaveFailed
 from megalina.config import GuardConfig, PretrainConfig
 from megalina.parallel.step_result import CollectivesDiffer
 from megalina.rank_files import Unsaved
-from megalina.train.load_watch import LOW_STEPS
+from megalina.train.guard import LOW_STEPS
 from megalina.train.recovery import SpikesGoOn
 from megalina.train.run_state import RunState
 from megalina.train.trainer import Trainer, train

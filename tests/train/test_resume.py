@@ -14,8 +14,7 @@ from megalina.checkpoint.checksums import SUMS
 from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
-from megalina.train.fit import check_settings, check_start
-from megalina.train.resume import agreed_resume_point, resume_candidates, resume_point, with_weights
+from megalina.train.resume import agreed_resume_point, check_settings, check_start, resume_candidates, resume_point, with_weights
 from megalina.train.trainer import Trainer
 from tests.checkpoint.planted import flip
 from tests.parallel.ranks import run_on_ranks

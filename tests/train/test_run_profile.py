@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megalina.checkpoint.files import read_values
+from megalina.checkpoint.inspection import faults
 from megalina.checkpoint.profile import PROFILE, find_profile
 from megalina.checkpoint.restored import restore
-from megalina.checkpoint.wholeness import faults
 from megalina.config import PretrainConfig, ProfileConfig, StrategyConfig
 from megalina.data.source import open_data
 from megalina.placement.routing_trace import RoutingTrace

@@ -3,8 +3,8 @@
 import random
 
 from megalina.config import GuardConfig
+from megalina.train.guard import SpikeGuard
 from megalina.train.sample_windows import after, pairs
-from megalina.train.spike_guard import SpikeGuard
 
 
 def falling(steps: int, seed: int = 0) -> list[float]:

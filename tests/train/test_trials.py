@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from megalina.mesh import build_mesh
 from megalina.step.plan import Plan
-from megalina.train.trials import Measured, Rules, Trials
-from megalina.train.tuning import Tuner, evidence
+from megalina.train.trials import Measured, Rules, Trials, Tuner, evidence
 from tests.profiles import examples
 
 NUMBERS = (1, 2, 4, 8)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megalina.verify import pool
+from megalina.verify import on_ranks
 from tests.parallel.ranks import PRELOAD
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _preload() -> None:
-    pool.PRELOAD = PRELOAD
+    on_ranks.PRELOAD = PRELOAD

@@ -18,7 +18,7 @@ from megalina.layout import rows as mesh_rows
 from megalina.verify import layouts
 from megalina.verify.compare import compare
 from megalina.verify.layouts import Choices, Pair, Row, Values, axes, config_of, pairs, pairwise, product, row_of, runs
-from megalina.verify.pool import Pool
+from megalina.verify.on_ranks import Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
 from megalina.verify.shrink import shrink_router

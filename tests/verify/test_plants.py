@@ -7,9 +7,8 @@ import pytest
 
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.verify.diagnosis import diagnose
-from megalina.verify.on_ranks import layout_config
+from megalina.verify.on_ranks import Pool, layout_config
 from megalina.verify.plants import PLANTS
-from megalina.verify.pool import Pool
 from megalina.verify.recording import SEQUENCES, Layout, Recording
 from megalina.verify.reference import detail, record, reference_config
 from megalina.verify.start import random_batches

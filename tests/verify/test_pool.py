@@ -13,7 +13,7 @@ import torch
 
 from megalina.rank_pool import RanksFailed
 from megalina.verify.compare import compare
-from megalina.verify.pool import Pool
+from megalina.verify.on_ranks import Pool
 from megalina.verify.recording import Layout
 from megalina.verify.reference import record
 from megalina.verify.start import random_batches

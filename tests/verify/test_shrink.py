@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megalina.compose import compose
-from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig
-from megalina.parameters import is_moe_layer
+from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.validate import check_config
 from megalina.verify.layouts import places
 from megalina.verify.recording import SEQUENCES

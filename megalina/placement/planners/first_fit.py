@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 from typing import Literal
 
-from megalina.placement.placement import EMPTY, Placement
-from megalina.placement.planners.share import checked_share, scaled_share
+from megalina.placement.placement import EMPTY, Placement, checked_share, scaled_share
 from megalina.placement.predictors.predictor import Floats
 
 Rounding = Literal["floor", "nearest", "ceil"]

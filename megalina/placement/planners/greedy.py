@@ -9,8 +9,7 @@ Shapes: E experts.
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
-from megalina.placement.placement import EMPTY, Placement
-from megalina.placement.planners.share import scaled_share
+from megalina.placement.placement import EMPTY, Placement, scaled_share
 from megalina.placement.predictors.predictor import Floats
 
 MAX_EXCHANGES = 32

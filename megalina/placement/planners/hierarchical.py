@@ -11,9 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from math import ceil
 
-from megalina.placement.placement import EMPTY, Placement
+from megalina.placement.placement import EMPTY, Placement, scaled_share
 from megalina.placement.planners.greedy import MAX_EXCHANGES, exchange, packed, replicas
-from megalina.placement.planners.share import scaled_share
 from megalina.placement.predictors.predictor import Floats
 
 ROUNDING_ERROR = 1e-9  # of a node: an expert with just a node's fair share stays on one

@@ -3,8 +3,7 @@
 Shapes: E experts.
 """
 
-from megalina.placement.placement import EMPTY, Placement
-from megalina.placement.planners.share import checked_share
+from megalina.placement.placement import EMPTY, Placement, checked_share
 from megalina.placement.predictors.predictor import Floats
 
 

@@ -32,6 +32,14 @@ class BatchMemory:
     gain_ME: Floats
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """What is learned of a layer while serving."""
+
+    average_E: Floats  # of the batches' shares, for where the memory says nothing: of the first layer, or where nothing was asked
+    memory: BatchMemory
+
+
 def empty_memory(num_features: int, num_experts: int) -> BatchMemory:
     return BatchMemory(
         np.zeros((0, num_features)), np.zeros((0, 0)), np.zeros((0, num_experts)), np.zeros(0), np.zeros((0, num_experts))

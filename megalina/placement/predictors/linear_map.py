@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.placement.predictors.ema import averaged
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import as_shares, check_part, choice_counts, layer_shares
+from megalina.placement.predictors.counts import averaged
+from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 LEAST = 0.01  # times an even share: below that no expert is expected to get
 RIDGE = 30.0  # tokens; 3 to 100 do as well on traces of 8,000 tokens
@@ -41,10 +40,11 @@ def fit_linear_map(expert_ids_TLK: Ids, num_experts: int, *, layers_back: int = 
     Ids of `num_experts` are nobody's.  ValueError where there is no token, no layer to look back at, or no ridge."""
     if expert_ids_TLK.ndim != 3 or not expert_ids_TLK.size:
         raise ValueError(f"expert ids must be [tokens, layers, choices], at least one of each, not {list(expert_ids_TLK.shape)}")
-    _check(layers_back, ridge)
+    if layers_back < 1 or not ridge > 0:
+        raise ValueError(f"a map of {layers_back} layers back with ridge {ridge}: take at least 1 layer and a ridge above 0")
     top_k = expert_ids_TLK.shape[2]
     # float32 is exact for these sums up to 16 million tokens, and twice as fast
-    hot = [_multi_hot(chosen_TK, num_experts) for chosen_TK in np.moveaxis(expert_ids_TLK, 1, 0)]
+    hot = [multi_hot(chosen_TK, num_experts) for chosen_TK in np.moveaxis(expert_ids_TLK, 1, 0)]
     weights, inverses = [], []
     for layer, hot_TE in enumerate(hot):
         inputs_TF = np.concatenate(
@@ -58,21 +58,6 @@ def fit_linear_map(expert_ids_TLK: Ids, num_experts: int, *, layers_back: int = 
     counts_LE = np.stack([hot_TE.sum(axis=0, dtype=np.float64) for hot_TE in hot])
     tokens = len(expert_ids_TLK)
     return LinearMap(num_experts, top_k, layers_back, tokens, layer_shares(counts_LE), tuple(weights), tuple(inverses))
-
-
-def even_map(num_layers: int, num_experts: int, top_k: int, *, layers_back: int = 3, ridge: float = 0.01) -> LinearMap:
-    """Where there is no trace: from any choices to an even share, and as good as one token, so ready to learn otherwise."""
-    _check(layers_back, ridge)
-    features = [min(layer, layers_back) * num_experts for layer in range(num_layers)]
-    return LinearMap(
-        num_experts,
-        top_k,
-        layers_back,
-        1,
-        np.full((num_layers, num_experts), 1 / num_experts),
-        tuple(np.full((f, num_experts), 1 / max(1, f)) for f in features),
-        tuple(np.eye(f) / ridge for f in features),
-    )
 
 
 def counts_behind(seen: Seen, layer: int, layers_back: int, num_experts: int) -> Floats:
@@ -129,13 +114,8 @@ class LinearMapPredictor:
         return (features / rows) @ self.fitted.weights[layer]
 
 
-def _multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
+def multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
     """[T, E], 1 where a token chose the expert; nobody is one more expert, who is then left out."""
     hot = np.zeros((len(chosen_TK), num_experts + 1), np.float32)
     np.put_along_axis(hot, chosen_TK.astype(np.int64), 1.0, axis=1)
     return hot[:, :num_experts]
-
-
-def _check(layers_back: int, ridge: float) -> None:
-    if layers_back < 1 or not ridge > 0:
-        raise ValueError(f"a map of {layers_back} layers back with ridge {ridge}: take at least 1 layer and a ridge above 0")

@@ -9,16 +9,12 @@ batches it came to 0.07 and 0.06.
 Shapes: T tokens of a rank or a trace, K choices a token, E experts, L MoE layers.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
-from megalina.placement.predictors.ema import averaged
-from megalina.placement.predictors.linear_map import LEAST
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import Counts, as_shares, check_part, choice_counts, layer_shares
+from megalina.placement.predictors.batch_memory import Learned, correction, empty_memory, remembered
+from megalina.placement.predictors.counts import averaged
+from megalina.placement.predictors.linear_map import LEAST, multi_hot
+from megalina.placement.predictors.predictor import Counts, Floats, Ids, Seen, as_shares, check_part, choice_counts, layer_shares
 
 RIDGE = 30.0  # tokens; 1 to 300 do as well on traces of 32,000 tokens of 8 experts
 
@@ -39,26 +35,11 @@ def fit_confusion(ahead_TLK: Ids, chosen_TLK: Ids, num_experts: int, *, ridge: f
     nothing_EE = ridge * np.eye(num_experts)
     maps = []
     for layer in range(chosen_TLK.shape[1]):
-        said_TE, chosen_TE = (_multi_hot(ids_TLK[:, layer], num_experts) for ids_TLK in (ahead_TLK, chosen_TLK))
+        said_TE, chosen_TE = (multi_hot(ids_TLK[:, layer], num_experts) for ids_TLK in (ahead_TLK, chosen_TLK))
         # float32 is exact for these sums up to 16 million tokens
         xx_EE, xy_EE = ((said_TE.T @ hot_TE).astype(np.float64) for hot_TE in (said_TE, chosen_TE))
         maps.append(np.linalg.solve(xx_EE + nothing_EE, xy_EE + nothing_EE))
     return np.stack(maps)
-
-
-def _multi_hot(chosen_TK: Ids, num_experts: int) -> NDArray[np.float32]:
-    """[T, E], 1 where the expert is among a token's; nobody is one more expert, who is then left out."""
-    hot_TE = np.zeros((len(chosen_TK), num_experts + 1), np.float32)
-    np.put_along_axis(hot_TE, chosen_TK.astype(np.int64), 1.0, axis=1)
-    return hot_TE[:, :num_experts]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Heeded:
-    """What is learned of a layer while serving."""
-
-    average_E: Floats  # of the batches' shares, for where nothing was said
-    memory: BatchMemory
 
 
 class LookAheadPredictor:
@@ -95,8 +76,8 @@ class LookAheadPredictor:
         self.maps = maps
         self.batches, self.trust, self.forgetting, self.decay = batches, trust, forgetting, decay
 
-    def start(self, layer: int) -> Heeded:
-        return Heeded(self._share_LE[layer], empty_memory(self.num_experts, self.num_experts))
+    def start(self, layer: int) -> Learned:
+        return Learned(self._share_LE[layer], empty_memory(self.num_experts, self.num_experts))
 
     def features(self, layer: int, seen: Seen) -> Floats:
         """[E], the rows that the router would give each expert; zeros where it wasn't asked.
@@ -108,7 +89,7 @@ class LookAheadPredictor:
             raise ValueError(f"MoE layer {layer}'s router wasn't asked ahead, which the look-ahead predictor needs")
         return np.zeros(self.num_experts)
 
-    def expect(self, layer: int, features: Floats, state: Heeded) -> Floats:
+    def expect(self, layer: int, features: Floats, state: Learned) -> Floats:
         if not features.any():
             return as_shares(state.average_E)
         said_E = as_shares(features)
@@ -121,7 +102,7 @@ class LookAheadPredictor:
         """[E], rows of each expert."""
         return choice_counts(chosen_TK, self.num_experts)
 
-    def learn(self, layer: int, features: Floats, evidence: Floats, state: Heeded) -> Heeded:
+    def learn(self, layer: int, features: Floats, evidence: Floats, state: Learned) -> Learned:
         memory = state.memory
         if self.batches and features.any() and evidence.any():
             said_E = as_shares(features)
@@ -135,7 +116,7 @@ class LookAheadPredictor:
                 forgetting=self.forgetting,
                 most=self.batches,
             )
-        return Heeded(averaged(state.average_E, evidence, self.decay), memory)
+        return Learned(averaged(state.average_E, evidence, self.decay), memory)
 
     def _mapped(self, layer: int, said_E: Floats) -> Floats:
         """[E], sum about 1, some perhaps negative."""

@@ -11,25 +11,14 @@ traffic shows in the means.
 Shapes: T tokens of a rank, K choices a token, E experts, F features: E times the layers looked back at, the latest first.
 """
 
-from dataclasses import dataclass
-
-from megalina.placement.predictors.batch_memory import BatchMemory, correction, empty_memory, remembered
-from megalina.placement.predictors.ema import averaged
+from megalina.placement.predictors.batch_memory import Learned, correction, empty_memory, remembered
+from megalina.placement.predictors.counts import averaged
 from megalina.placement.predictors.linear_map import LEAST, LinearMap, counts_behind
-from megalina.placement.predictors.predictor import Floats, Ids, Seen
-from megalina.placement.predictors.shares import as_shares, check_part, choice_counts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Learned:
-    """What is learned of a layer while serving."""
-
-    average_E: Floats  # of the batches' shares, for the first layer
-    memory: BatchMemory
+from megalina.placement.predictors.predictor import Floats, Ids, Seen, as_shares, check_part, choice_counts
 
 
 class OnlineMapPredictor:
-    """`profile`: of `fit_linear_map`, or `even_map` where there is no trace.
+    """`profile`: of `fit_linear_map`.
 
     `batches`: so many are remembered.  `equal_tokens`: a batch of so many tokens counts as much as the whole profile, however
     long the trace was: traffic that differs does so in more than the noise of a trace's tokens.  `forgetting`: what a batch

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from megalina.verify.evidence import Cause, Evidence, close
-from megalina.verify.hypotheses.pieces import routings
+from megalina.verify.hypotheses.routing import routings
 from megalina.verify.hypotheses.vocabulary import head_of_first_words
 
 

@@ -1,12 +1,62 @@
-"""Hypotheses about a layer's routing, its scores being right."""
+"""Hypotheses about a layer's routing, its scores being right.
+
+Pieces are what tokens a tensor-parallel rank has of a group that shares capacity and balance.  A micro-batch's tokens, sequence
+after sequence, are cut evenly over tp; a sequence, or the micro-batch, is a group.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from megalina.model.routers import Routing
+from megalina.model.tokens import ALL, RouterTokens, router_tokens
 from megalina.verify.evidence import Cause, Evidence
-from megalina.verify.hypotheses.pieces import routings
 from megalina.verify.recording import widened
+
+Group = list[Tensor]  # of indices into the tokens of the global batch, a piece each
+
+
+def groups(evidence: Evidence) -> list[Group]:
+    """The groups of one step, each cut into the pieces that ranks have."""
+    layout, length = evidence.layout, evidence.batch.tokens_BS.shape[1]
+    per_sequence = evidence.config.router.group == "sequence"
+    out: list[Group] = []
+    for place in range(layout.dp):
+        for sequences in layout.sequences(place * layout.tp):
+            token_A = torch.arange(sequences.start * length, sequences.stop * length)
+            width = len(token_A) // layout.tp
+            slice_A = torch.arange(len(token_A)) // width
+            group_A = torch.arange(len(token_A)) // (length if per_sequence else len(token_A))
+            for g in range(int(group_A[-1]) + 1):
+                inside = group_A == g
+                cuts = [token_A[inside & (slice_A == t)] for t in range(layout.tp)]
+                out.append([c for c in cuts if len(c)])
+    if evidence.config.router.group == "global":
+        return [[piece for group in out for piece in group]]
+    return out
+
+
+def routed(evidence: Evidence, layer: int, piece: Tensor) -> Routing:
+    """What a router decides about tokens if it sees no others."""
+    router = evidence.model.layers[layer].router
+    logits = evidence.pair("activation", f"layers.{layer}.logits").want.value.flatten(0, 1)[piece]
+    known = router_tokens(evidence.batch)
+    tokens = RouterTokens(known.token_A[piece], known.sample_A[piece], known.position_A[piece], known.valid_A[piece], 1)
+    config, router.config = router.config, replace(router.config, group="micro_batch")  # these tokens are all there are
+    try:
+        with torch.no_grad():
+            routing: Routing = router(logits, tokens, logits, ALL)
+    finally:
+        router.config = config
+    return routing
+
+
+def routings(evidence: Evidence, layer: int) -> Iterator[list[tuple[Tensor, Routing]]]:
+    """Of each group, (tokens, routing) of its pieces."""
+    for group in groups(evidence):
+        yield [(piece, routed(evidence, layer, piece)) for piece in group]
 
 
 def capacity_of_pieces(evidence: Evidence) -> Iterator[Cause]:

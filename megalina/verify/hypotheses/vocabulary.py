@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalina.parameters import padded_vocab_size
+from megalina.config import padded_vocab_size
 from megalina.verify.evidence import Cause, Evidence, close
 
 

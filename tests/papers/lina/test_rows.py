@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-from megalina.sim.virtual import Timeline
+from megalina.perfmodel.sim.virtual import Timeline
 from megalina.timeline.recorder import SEND
 from papers.lina import walk, worked_example
 from papers.lina.models import DDP, PARTITION, PIPELINE, TRAINED, TXL, config_of, lina

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megalina.forecast.forecast import forecast
+from megalina.perfmodel.forecast.forecast import forecast
 from megalina.plan_settings import strategy_of
 from megalina.step.plan import Plan
 from papers.lina.models import DDP, GPT2, PARTITION, PIPELINE, TRAINED, TXL, Model, config_of, lina, txl

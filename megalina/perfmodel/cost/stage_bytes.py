@@ -1,0 +1,201 @@
+"""How many bytes one rank holds in a step, by arithmetic: its state, each value of a program, what exchanges set aside.
+
+`StageBytes` is the `Sizes` that `megalina.perfmodel.sim.memory` asks.  Rows are those of routing without drops: a rank gets as
+many as it sends on average, and `skew` times as many where its experts are the fullest.
+
+`bucket_specs` are the gradient buckets that `megalina/parallel/buckets.py` builds, without a model: a program needs them, and so
+does the question how large a rank is, also of models that no machine here could hold."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import prod
+
+from megalina.blocks.attention import head_dim
+from megalina.blocks.memory import Inside
+from megalina.blocks.model import blocks_of
+from megalina.blocks.sizes import INT_BYTES, Rank
+from megalina.config import BYTES, PretrainConfig, padded_vocab_size
+from megalina.layout import axis_of_group, axis_sizes
+from megalina.step.passes import ROUTER_BIAS
+from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
+
+ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
+DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
+FEW = (  # a number a part, an expert or a sequence: not counted
+    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
+    *("prob", "#load", "#loads", "#all_loads", "#group"),
+)
+STREAM = re.compile(r"x|h\d*")  # values of the residual stream
+
+
+def bucket_specs(
+    config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0
+) -> dict[str, BucketSpec]:
+    """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
+    `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
+    tp = config.parallel.tp
+    sizes = axis_sizes(world, tp=tp, ep=config.parallel.ep // packing)
+    blocks = blocks_of(
+        config.model,
+        config.router,
+        vocab_size=vocab_size,
+        padded_vocab=padded_vocab_size(vocab_size, tp),
+        max_positions=config.model.max_positions or config.train.seq_len,
+    )
+    numels: dict[str, int] = {}
+    for layer, parameter in blocks.parameters():
+        group = parameter.group(layer, tp=tp > 1)
+        numels[group] = numels.pop(group, 0) + _up(prod(parameter.local_shape(sizes)), ALIGNMENT)
+    out = {}
+    for group, numel in reversed(numels.items()):
+        axis = axis_of_group(group)
+        sharded = config.parallel.zero == 1 and sizes[axis] > 1
+        grain = ALIGNMENT * (sizes[axis] if sharded else 1)
+        piece = piece_bytes // max(BYTES[config.train.dtype], 4)
+        out[group] = BucketSpec(_up(numel, grain), axis, sharded, max(grain, piece // grain * grain) if piece else None)
+    return out
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+class StageBytes:
+    """Of one rank; all ranks are taken to be alike."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        world: int,
+        *,
+        vocab_size: int,
+        skew: float | Sequence[float] = 1.0,
+        expert_skew: float | Sequence[float] | None = None,
+        packing: int = 1,
+        piece_bytes: int = 0,
+        cuda: bool = False,
+    ):
+        """`vocab_size`: before padding; `skew`: rows that the rank gets over the mean; `expert_skew`: rows of its fullest expert
+        over the mean of its experts, None: as `skew`; both of all layers, or of each layer; `packing`, `piece_bytes`: of the
+        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo.  ValueError for a skew that is none, and where the layout
+        does not fit the world."""
+        self._config, self._cuda = config, cuda
+        self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep, packing=packing)
+        self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
+        skew_L = _of_layers("skew", skew, config.model.num_layers)
+        expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, config.model.num_layers)
+        tp, rows = config.parallel.tp, padded_vocab_size(vocab_size, config.parallel.tp)
+        self.rank = Rank(
+            config=config,
+            ep=self.axes["ep"],
+            vocab_rows=rows,
+            padded=vocab_size < rows,
+            skew_L=skew_L,
+            expert_skew_L=expert_skew_L,
+            cuda=cuda,
+        )
+        self.blocks = blocks_of(
+            config.model,
+            config.router,
+            vocab_size=vocab_size,
+            padded_vocab=padded_vocab_size(vocab_size, tp),
+            max_positions=config.model.max_positions or config.train.seq_len,
+        )
+
+    @cached_property
+    def _few(self) -> frozenset[str]:
+        return frozenset(FEW) | {value for loss in self.blocks.losses for value in loss.values}
+
+    @cached_property
+    def state(self) -> Mapping[str, int]:
+        """What is there throughout."""
+        train, rank = self._config.train, self.rank
+        numel = sum(spec.numel for spec in self.buckets.values())
+        own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
+        tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
+        rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half each
+        table = (self._config.model.max_positions or train.seq_len) * rope * 8
+        return {
+            "weights": numel * rank.element,
+            "gradients": numel * rank.main,
+            "master weights": own * rank.main if rank.mixed else 0,
+            "moments": 2 * own * rank.main if self._config.optim.name == "adamw" else 0,
+            # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
+            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element) + table,
+        }
+
+    def ranks(self, axis: str) -> int:
+        return self.axes[axis]
+
+    def kept(self, instruction: Instruction) -> int:
+        """What a forward instruction keeps for its mirror, besides the values that it reads."""
+        return self._memory(instruction).kept
+
+    def keeps(self, instruction: Instruction) -> tuple[str, ...]:
+        """Those of its results that a forward instruction keeps, too."""
+        return tuple(self.blocks.block_of(instruction).keeps(self.rank.shapes(instruction)))
+
+    def rise(self, instruction: Instruction) -> int:
+        """The most there is inside a compute instruction above what there was before, its results among it."""
+        if instruction.phase == "U":
+            return 0
+        if instruction.phase == "W":
+            return self.blocks.block_of(instruction).late_rise(self.rank.shapes(instruction))
+        of = self._memory(instruction)
+        if instruction.phase == "F":
+            return of.forward
+        if not instruction.recompute:
+            return of.backward
+        results = sum(
+            self.value(v, instruction) for v in instruction.reads if has_gradient(v)
+        )  # as many as their gradients, which are read
+        return max(of.forward, of.kept + results + of.backward)
+
+    def bucket(self, instruction: Instruction) -> int:
+        """What is set aside to send a piece of a bucket."""
+        spec, elements = self.buckets[instruction.buckets[0]], instruction.piece[1] - instruction.piece[0]
+        if not spec.sharded:
+            return 0  # it is summed where it is
+        share = elements // self.axes[spec.axis]
+        if instruction.op is Op.PARAMS:
+            return share * self.rank.element  # a copy of what this rank has
+        return (share if self._cuda else elements) * self.rank.main  # on gloo all ranks' shares, summed here
+
+    def received(self, instruction: Instruction, sent: int, arrives: int) -> int:
+        """The buffer for what arrives, beside what is sent."""
+        if instruction.op is Op.SUM or (instruction.op is Op.SCATTER and not self._cuda):
+            return sent
+        direct = instruction.op is Op.GATHER and sent <= DIRECT_BYTES and not self._cuda
+        return arrives + (sent * self.axes[instruction.axis] if direct else 0)
+
+    def value(self, name: str, instruction: Instruction) -> int:
+        """Of a value that `instruction` reads or writes.  KeyError for one that is not known here."""
+        rank = self.rank
+        head = name.partition(".")[0].rstrip("'")
+        if " " in name and not name.startswith("#late "):
+            return 0  # buckets are state
+        if head in self._few:
+            return 0
+        at = rank.shapes(instruction)
+        if STREAM.fullmatch(head):
+            return int(at.held) * rank.width * rank.element
+        whole = "c" not in name.rpartition(".")[2] and "c" not in instruction.part  # of all chunks together
+        chunks = 1 if whole or "c" in instruction.part else instruction.chunk[1]
+        known = self.blocks.block_of(instruction).value_bytes(at)
+        if head not in known:
+            raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
+        return known[head] // chunks
+
+    def _memory(self, instruction: Instruction) -> Inside:
+        return self.blocks.block_of(instruction).memory(self.rank.shapes(instruction))
+
+
+def _of_layers(name: str, skew: float | Sequence[float], layers: int) -> Sequence[float]:
+    """Of each layer; ValueError where a number is missing or makes no sense."""
+    skew_L = [float(skew)] * layers if isinstance(skew, int | float) else list(skew)
+    if len(skew_L) != layers:
+        raise ValueError(f"{name} has {len(skew_L)} numbers: give one, or one for each of {layers} layers")
+    if bad := [s for s in skew_L if not 0 < s < float("inf")]:
+        raise ValueError(f"{name} is {bad[0]}: it is rows over their mean; give a number above 0, 1 for even routing")
+    return skew_L

@@ -1,0 +1,235 @@
+"""A priced step: from a configuration and a plan to the list that the trainer would run, with what it costs.
+
+This is the one recipe of all forecasts.  What a line takes (`seconds`), what a START sends (`sizes`) and what a rank holds
+(`memory`) follow from the configuration; `walk` puts them together in virtual time.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from megalina.blocks.model import shape_of
+from megalina.blocks.sizes import LIMBS
+from megalina.collective_log import NUM_RIDERS
+from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size
+from megalina.layout import ranks_of
+from megalina.perfmodel.cost.stage_bytes import StageBytes
+from megalina.perfmodel.cost.stage_seconds import stage_seconds
+from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.sim.folding import FoldedLoads, Use
+from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
+from megalina.perfmodel.sim.network import Network
+from megalina.perfmodel.sim.sizes import Sizes
+from megalina.perfmodel.sim.virtual import Timeline, simulate_alike, uses_of
+from megalina.step.plan import Plan
+from megalina.step.program import Instruction, Op, Program
+from megalina.step.strategy import Setting, training_step
+
+KEPT_LISTS = 12
+NEW_OBJECTS = 100_000  # between two garbage collections
+NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
+
+
+class Shared:
+    """Lists and folded networks, which layouts and plans have in common.  Lists are large: the latest ones alone are kept."""
+
+    def __init__(self) -> None:
+        self._programs: dict[Any, Program] = {}
+        self._folded: dict[Any, FoldedLoads] = {}
+        self._ranks_of: dict[Any, Callable[[str, int], tuple[int, ...]]] = {}
+        self._phases: dict[Any, Any] = {}
+        self._phases_of: Any = None
+
+    def program(self, setting: Setting) -> Program:
+        """The list of its plan."""
+        key = setting.plan, setting.shape, setting.micro_batches, setting.recompute_mode, tuple(setting.buckets.items())
+        program = self._programs.pop(key, None) or training_step(setting.plan.strategy, setting)
+        self._programs[key] = program
+        if len(self._programs) > KEPT_LISTS:
+            del self._programs[next(iter(self._programs))]
+        return program
+
+    def folded(self, network: Network, axes: Mapping[str, int], uses: tuple[Use, ...]) -> FoldedLoads:
+        """As the walk wants it.  `axes`: ranks along each."""
+        key = network, tuple(axes.items()), uses
+        if key not in self._folded:
+            if self._phases_of != key[:2]:  # large ones: of the latest layout alone
+                self._phases_of, self._phases = key[:2], {}
+            ranks = axes["world"]
+            self._folded[key] = FoldedLoads(network, ranks, self.ranks_of(axes), uses, slowest=True, known=self._phases)
+        return self._folded[key]
+
+    def ranks_of(self, axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
+        """As `megalina.layout.ranks_of`."""
+        key = tuple(axes.items())
+        if key not in self._ranks_of:
+            self._ranks_of = {key: ranks_of(axes)}
+        return self._ranks_of[key]
+
+
+class PricedStep:
+    """One step of `world` ranks that are all alike.  What costs time to find out is found out when it is asked for."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        world: int,
+        plan: Plan,
+        *,
+        vocab_size: int,
+        load: float = 1.0,
+        shared: Shared | None = None,
+    ):
+        """`vocab_size`: before padding; `load`: rows of the busiest rank's experts over the mean, which all ranks then compute;
+        `shared`: what other steps have made.  ValueError where the layout does not fit the world."""
+        self.config, self.world, self.plan, self.load = config, world, plan, load
+        self.vocab_size, self._shared = vocab_size, shared or Shared()
+        self.held = StageBytes(
+            config,
+            world,
+            vocab_size=vocab_size,
+            skew=load,
+            packing=plan.packing,
+            piece_bytes=plan.piece_bytes,
+            cuda=on_cuda(config.cluster),
+        )
+        micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * self.held.axes["dp"])
+        self._together = plan.parts if micro_batches % plan.parts == 0 else 1
+        self.rounds = micro_batches // self._together  # of micro-batches that walk together
+
+    @cached_property
+    def ranks_of(self) -> Callable[[str, int], tuple[int, ...]]:
+        """(axis, rank) -> the ranks of its row."""
+        return self._shared.ranks_of(self.held.axes)
+
+    @cached_property
+    def program(self) -> Program:
+        """The whole step."""
+        return self.listed(self.rounds)
+
+    def listed(self, rounds: int) -> Program:
+        """A step of so many rounds."""
+        config = self.config
+        setting = Setting(
+            shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
+            self.held.buckets,
+            micro_batches=rounds * self._together,
+            recompute_mode=config.train.recompute,
+            element_bytes=max(BYTES[config.train.dtype], 4),
+        )
+        return self._shared.program(setting.under(self.plan))
+
+    @property
+    def list_for_memory(self) -> Program:
+        """The shortest list that holds as much as the whole step's: more than two rounds hold no more."""
+        return self.listed(min(2, self.rounds))
+
+    @property
+    def state_bytes(self) -> int:
+        """What a rank holds throughout, without an activation."""
+        return sum(self.held.state.values())
+
+    @cached_property
+    def peak(self) -> tuple[int, int]:
+        """The most bytes that a rank holds, and at which instruction of `list_for_memory`."""
+        return peak_of(self.held, self.list_for_memory)
+
+    @cached_property
+    def memory(self) -> Memory:
+        return memory_of(self.held, self.list_for_memory, at=self.peak[1])
+
+    @cached_property
+    def work(self) -> StageWork:
+        """What an instruction asks of a device."""
+        rows = padded_vocab_size(self.vocab_size, self.config.parallel.tp)
+        buckets, packing = self.held.buckets, self.plan.packing
+        return StageWork(self.config, world=self.world, vocab_rows=rows, buckets=buckets, packing=packing)
+
+    @cached_property
+    def seconds(self) -> Callable[[Instruction], float]:
+        """What an instruction takes.  ValueError where the cluster's file lacks figures."""
+        return stage_seconds(self.config, self.work, load=self.load)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What a START sends."""
+        return sizes_of(self.config, self.held)
+
+    def walk(
+        self,
+        network: Network | None = None,
+        *,
+        program: Program | None = None,
+        seconds: Callable[[Instruction], float] | None = None,
+        sizes: Sizes | None = None,
+        host: Callable[[Instruction], float] | None = None,
+    ) -> Timeline:
+        """The step in virtual time; rank 0 walks for all.  In place of its own: the cluster's network, the whole step's list,
+        its seconds and sizes; `host`: as of `simulate_alike`."""
+        network, program, sizes = network or network_of(self.config.cluster), program or self.program, sizes or self.sizes
+        return simulate_alike(
+            program,
+            ranks=self.world,
+            ranks_of=self.ranks_of,
+            seconds=seconds or self.seconds,
+            network=network,
+            sizes=sizes,
+            slowest=True,
+            host=host,
+            loads=self._shared.folded(network, self.held.axes, uses_of(program, sizes)),
+        )
+
+
+def on_cuda(cluster: ClusterConfig) -> bool:
+    """Whether its devices are GPUs, neither emulated ones nor cores."""
+    return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Few garbage collections, where lists of ten thousands of instructions are made.
+
+    What was there before is not searched again and again, nor are lists while they grow; afterwards all is as it was."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(NEW_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:
+    """Routing is even.  `held`: of one rank."""
+    return Sizes(bytes_of(config, held), scattered=[name for name, spec in held.buckets.items() if spec.sharded])
+
+
+def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction], float]:
+    """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
+    weight_bytes = BYTES[config.train.dtype]
+    gradient_bytes = max(weight_bytes, 4)
+    experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
+    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + loads}
+
+    def of(instruction: Instruction) -> float:
+        elements = instruction.piece[1] - instruction.piece[0]
+        match instruction.op:
+            case Op.GRADS:
+                return elements * gradient_bytes
+            case Op.PARAMS:
+                return elements * weight_bytes
+            case Op.COUNTS:
+                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
+            case Op.SUM if instruction.name in numbers:
+                return numbers[instruction.name] * NUMBER_BYTES
+            case Op.GATHER:
+                return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
+            case _:
+                return held.value(instruction.reads[0], instruction)
+
+    return of
