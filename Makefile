@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Processes of tests read what the first one compiled, also where the environment forbids that.
+unexport PYTHONDONTWRITEBYTECODE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
 # Tests start ranks of their own, so two workers fill two cores (three are hardly quicker); a module stays on one worker, for the ranks it keeps.  They come
 # in the order of tests/durations.json: long modules first, so that no worker is alone at the end.

@@ -32,13 +32,13 @@ def compose(overrides: Sequence[str] = ()) -> PretrainConfig:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from megalina.worker import resolved
+    from megalina.worker import load_config
 
     register_schema()
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return resolved(hydra.compose("pretrain", overrides=list(overrides)))
+            return load_config(hydra.compose("pretrain", overrides=list(overrides)))
     finally:
         GlobalHydra.instance().hydra = outer  # of another instance: Hydra makes a new one

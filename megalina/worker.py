@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from megalina.config import PretrainConfig
 from megalina.console import command
@@ -22,27 +22,24 @@ from megalina.whole_file import write_whole
 Train = Callable[[PretrainConfig], dict[str, Any]]
 
 
-def load_config(text: str) -> PretrainConfig:
-    """The configuration in the YAML `text`, every reference in it resolved.
+def load_config(source: str | DictConfig) -> PretrainConfig:
+    """The configuration in a YAML text, or in what Hydra composed by our schema; every reference in it resolved.
 
     omegaconf's errors for unknown keys and wrong types, ValueError for what isn't such a text at all."""
-    return resolved(text)
-
-
-def resolved(source: str | DictConfig) -> PretrainConfig:
-    """The configuration in a YAML text, or in what Hydra composed by our schema; errors are those of `load_config`."""
     try:
         if isinstance(source, str):
-            source = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(source))
+            return _checked(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(source)))
         try:
-            config = OmegaConf.to_object(source)
+            return _checked(source)
         except AttributeError:  # a key that isn't in the schema was added to it: to be told by its name
-            config = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(OmegaConf.to_yaml(source)))
-            )
+            return load_config(OmegaConf.to_yaml(source))
     except (yaml.YAMLError, OverflowError, RecursionError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split("full_key")[0].split()) or "it has no keys"
         raise ValueError(f"the configuration can't be read: {reason}") from error
+
+
+def _checked(typed: DictConfig | ListConfig) -> PretrainConfig:
+    config = OmegaConf.to_object(typed)
     assert isinstance(config, PretrainConfig)
     for key, value in text_values(config).items():
         if "${" in value:  # the next one who reads it would resolve it, when nobody looks at it any more

@@ -50,7 +50,7 @@ def job(cfg: DictConfig) -> float:
         if sweeping and OmegaConf.to_container(cfg.run)["dir"] == RunConfig().dir:  # type: ignore[index, call-overload]
             folder = Path(hydra_cfg.runtime.output_dir)
             cfg.run.dir = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
-        config = worker.resolved(cfg)
+        config = worker.load_config(cfg)
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         config = with_plan(config, member.world if member else config.launch.ranks)
