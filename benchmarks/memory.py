@@ -33,7 +33,7 @@ from megalina.launch import free_port
 from megalina.mesh import build_mesh
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.perfmodel.cost.stage_bytes import StageBytes
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.sim.memory import memory_of
 from megalina.train.bucket_optimizer import BucketOptimizer
 
@@ -121,7 +121,7 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     measured = _status("VmHWM") - before
     layers, moe_layers = config.model.num_layers, trainable.gpt.moe_layers
     skews = skews_of(result, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)
-    sizes = StageBytes(config, mesh.world.size, vocab_size=vocab_size, piece_bytes=trainable.plan.piece_bytes, **skews)
+    sizes = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, piece_bytes=trainable.plan.piece_bytes, **skews)
     memory = memory_of(sizes, trainable.program)
     trainable.settle()
     trainable.close()

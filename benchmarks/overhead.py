@@ -139,7 +139,7 @@ class Watched:
 
     def switch(self, *, doctor: bool, ledger: bool) -> None:
         """All ranks together, between steps."""
-        self.run.config.train.ledger = self.run.built.trainable.stage_functions.ledger = ledger
+        self.run.config.train.ledger = self.run.built.trainable.instruction_functions.ledger = ledger
         if self._doctor is not None:
             self._doctor.stop()
             self._doctor = None

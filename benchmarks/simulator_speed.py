@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # tools
 
 from megalina.config import PretrainConfig  # noqa: E402
 from megalina.console import StatusLine  # noqa: E402
-from megalina.perfmodel.cost.stage_bytes import bucket_specs  # noqa: E402
+from megalina.perfmodel.cost.instruction_bytes import bucket_specs  # noqa: E402
 from megalina.perfmodel.forecast.network import network_of  # noqa: E402
 from megalina.perfmodel.forecast.priced_step import PricedStep, few_collections  # noqa: E402
 from megalina.perfmodel.forecast.search import plans_of  # noqa: E402

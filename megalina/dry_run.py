@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megalina.blocks.counts import count_parameters
 from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.layout import rows
-from megalina.perfmodel.cost.stage_bytes import StageBytes
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 
 SHOWN_AXES = ("tp", "ep", "edp", "dp")
 SHOWN_GROUPS = 4  # of each axis
@@ -16,7 +16,7 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     """`vocab_size`: pieces of the tokenizer, before padding."""
     packing = 1 if config.strategy.packing == "auto" else int(config.strategy.packing)
     train, router = config.train, config.router
-    held = StageBytes(config, world, vocab_size=vocab_size, packing=packing)
+    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
     tp, ep, edp, dp = (held.axes[name] for name in ("tp", "ep", "edp", "dp"))
     words = padded_vocab_size(vocab_size, tp)
     counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)

@@ -21,7 +21,7 @@ from megalina.config import PretrainConfig, is_moe_layer, padded_vocab_size
 from megalina.dry_run import describe
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
-from megalina.perfmodel.cost.stage_bytes import bucket_specs
+from megalina.perfmodel.cost.instruction_bytes import bucket_specs
 from megalina.validate import check_config
 from megalina.worker import load_config
 from tests.test_validate import CHOICES

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_bytes import bucket_specs
+from megalina.perfmodel.cost.instruction_bytes import bucket_specs
 from megalina.perfmodel.forecast.forecast import fits_in
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.perfmodel.sim.folding import FoldedLoads

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_seconds import emulated_seconds, once_a_kind
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_seconds import emulated_seconds, once_a_kind
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.virtual import Timeline
@@ -69,7 +69,7 @@ def simulate_emulated(
     return replace(timeline, step_s=timeline.step_s + host.outside_s)
 
 
-def _host_seconds(work: StageWork, host: HostConstants) -> Callable[[Instruction], float]:
+def _host_seconds(work: InstructionWork, host: HostConstants) -> Callable[[Instruction], float]:
     def computed_s(instruction: Instruction) -> float:
         asked = work(instruction)
         math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s

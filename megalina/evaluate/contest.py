@@ -24,7 +24,7 @@ from megalina.timeline.contention import summary
 from megalina.timeline.recorder import COMPUTE, SEND, Event, Recorder
 from megalina.timeline.spans import length_s, union
 
-HOST_STAGES = ("foresee", "learn")  # what a device would not do
+HOST_INSTRUCTIONS = ("foresee", "learn")  # what a device would not do
 WARM_UP_TOKENS = 2
 
 
@@ -40,7 +40,7 @@ class Served:
     fetch_wait_s: float  # it stood still for experts
     fetched_bytes: int
     planner_s: tuple[float, ...]  # each call
-    stage_s: Mapping[tuple[int, str], float]  # (layer, or -1; instruction): computed, or on the wire
+    instruction_s: Mapping[tuple[int, str], float]  # (layer, or -1; instruction): computed, or on the wire
     moe_layer_s: Mapping[int, float]  # from a layer's router to its last sum
 
 
@@ -173,7 +173,7 @@ def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
             fetch_wait_s=done.waited_s - waited_s,
             fetched_bytes=done.num_bytes - num_bytes,
             planner_s=tuple(contestant.planner.taken_s) if contestant.planner is not None else (),
-            stage_s=stage_seconds(events),
+            instruction_s=instruction_seconds(events),
             moe_layer_s=moe_layer_seconds(events),
         )
     )
@@ -200,7 +200,7 @@ def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int
     return Written(at_s[-1] - at_s[0], sum(fed[1:]), len(fed) - 1)
 
 
-def stage_seconds(events: Sequence[Event]) -> dict[tuple[int, str], float]:
+def instruction_seconds(events: Sequence[Event]) -> dict[tuple[int, str], float]:
     """{(layer, instruction): seconds} of one rank's batch: computed, or on the wire for exchanges.  Layer -1: of none."""
     out: dict[tuple[int, str], float] = {}
     for e in events:
@@ -216,4 +216,4 @@ def moe_layer_seconds(events: Sequence[Event]) -> dict[int, float]:
 
 
 def _busy_s(events: Sequence[Event]) -> float:
-    return length_s(union((e.start_s, e.end_s) for e in events if e.kind == COMPUTE and e.name not in HOST_STAGES))
+    return length_s(union((e.start_s, e.end_s) for e in events if e.kind == COMPUTE and e.name not in HOST_INSTRUCTIONS))

@@ -14,7 +14,7 @@ from megalina.step.program import Instruction, Kind
 from megalina.validate import nearest
 
 KEYS = ("device_gflops", "attention_ms", "experts_ms", "kernel_floor_ms")
-EMULATED_STAGES = ("attention", "mlp", "experts", "shared")
+EMULATED_INSTRUCTIONS = ("attention", "mlp", "experts", "shared")
 REAL = "nothing is emulated: ranks are processes that share their node's cores, memory and loopback"
 
 
@@ -89,7 +89,7 @@ def full_batch(
     device = emulated_device(PretrainConfig(model=model, router=router, cluster=without_floor, train=train))
     if device is None:
         return None
-    instructions = {name: Instruction("F", Kind.COMPUTE, name, 0, "0", (), ()) for name in EMULATED_STAGES}
+    instructions = {name: Instruction("F", Kind.COMPUTE, name, 0, "0", (), ()) for name in EMULATED_INSTRUCTIONS}
     times = {name: device.seconds(instruction) / (1 + SMALLEST_SHARE) for name, instruction in instructions.items()}
     return FullBatch(times, cluster.kernel_floor_ms / 1e3, sequences * length, sequences * length * router.top_k)
 

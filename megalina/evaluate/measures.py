@@ -171,10 +171,10 @@ def _layer(number: int, layer: int, served: Sequence[Sequence[Served]], outcomes
     median over batches), `load_max_over_mean`, `device_load` (rows over the mean, the busiest device of a batch first),
     `popularity` (share of each expert), `accuracy_ordered` and `accuracy_recall`."""
     whole_s = slowest([[batch.moe_layer_s[layer] for batch in rank] for rank in served])
-    instructions = list(dict.fromkeys(name for at, name in served[0][0].stage_s if at == layer))
+    instructions = list(dict.fromkeys(name for at, name in served[0][0].instruction_s if at == layer))
     stage_ms = {
         name: 1e3 * statistics.median(
-            statistics.fmean(b.stage_s.get((layer, name), 0.0) for b in batch) for batch in zip(*served, strict=True)
+            statistics.fmean(b.instruction_s.get((layer, name), 0.0) for b in batch) for batch in zip(*served, strict=True)
         )
         for name in instructions
     }  # fmt: skip

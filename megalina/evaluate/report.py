@@ -13,10 +13,10 @@ from megalina.evaluate.report_charts import (
     CHART_STYLE,
     accuracy_chart,
     colours,
+    instruction_means,
     latency_chart,
     load_chart,
     popularity_map,
-    stage_means,
     time_chart,
 )
 from megalina.evaluate.report_tables import FORESIGHT, PLACEMENT, QUALITY, SPEED, foreseeing, html_table, judged, number
@@ -78,7 +78,7 @@ def page(found: Mapping[str, Any]) -> str:
         "Latency": latency_chart(modes),
         "Load of devices, before and after": load_chart(modes, shown),
         "Placement": html_table(modes, PLACEMENT, own, marked=marked),
-        "Where a MoE layer's time goes": time_chart(modes) + _stages(modes, own),
+        "Where a MoE layer's time goes": time_chart(modes) + _instructions(modes, own),
         "Popularity of experts": popularity_map(modes[STATIC]["layers"]),
         "Foresight": foresight_table,
         "Foresight by layer": accuracy_chart(modes),
@@ -134,8 +134,8 @@ def _tiles(modes: Mapping[str, Any], name: str) -> str:
     return f'<div class="tiles">{shown}</div>'
 
 
-def _stages(modes: Mapping[str, Any], own: Mapping[str, str]) -> str:
-    means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
+def _instructions(modes: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    means = {name: instruction_means(mode["layers"]) for name, mode in modes.items()}
     names = list(dict.fromkeys(instruction for instructions in means.values() for instruction in instructions))
     table = html_table(means, [(instruction, number(instruction)) for instruction in names], own)
     return f"<details><summary>By instruction, milliseconds</summary>{table}</details>"

@@ -169,7 +169,7 @@ def accuracy_chart(modes: Mapping[str, Any]) -> str:
 
 def time_chart(modes: Mapping[str, Any]) -> str:
     """What a MoE layer's time is made of: a bar a mode."""
-    means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
+    means = {name: instruction_means(mode["layers"]) for name, mode in modes.items()}
     parts = {name: [sum(own.get(s, 0.0) for s in instructions) for instructions in PARTS.values()] for name, own in means.items()}
     highest = 1.03 * max(map(sum, parts.values()))
     keys = "".join(
@@ -198,7 +198,7 @@ def time_chart(modes: Mapping[str, Any]) -> str:
     return f'<div class="legend">{keys}</div>' + both_widths(draw, height=BOTTOM + TOP + 30 * len(parts))
 
 
-def stage_means(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def instruction_means(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Milliseconds of each instruction, mean over MoE layers."""
     names = dict.fromkeys(instruction for layer in layers for instruction in layer["stage_ms"])
     return {instruction: float(np.mean([layer["stage_ms"].get(instruction, 0.0) for layer in layers])) for instruction in names}

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from megalina.config import WandbConfig
 from megalina.evaluate.findings import chosen_mode
 from megalina.evaluate.measures import IDEAL, STATIC
-from megalina.evaluate.report_charts import PARTS, stage_means
+from megalina.evaluate.report_charts import PARTS, instruction_means
 from megalina.track.expert_load import LIGHT, colour_levels
 from megalina.track.tracker import Background, Picture
 from megalina.track.wandb_run import WandbRun
@@ -174,7 +174,7 @@ def _popularity(axes: Axes, layers: Any) -> None:
 
 
 def _layer_time(axes: Axes, modes: Mapping[str, Any]) -> None:
-    means = {name: stage_means(mode["layers"]) for name, mode in modes.items()}
+    means = {name: instruction_means(mode["layers"]) for name, mode in modes.items()}
     begin = np.zeros(len(modes))
     for (part, instructions), colour in zip(PARTS.items(), PART_COLOURS, strict=True):
         own = np.array([sum(of_mode.get(instruction, 0.0) for instruction in instructions) for of_mode in means.values()])

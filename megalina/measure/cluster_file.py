@@ -33,7 +33,7 @@ def cluster_of(name: str, measured: Measured, figures: Figures) -> ClusterConfig
         product_shares=[_rounded(share) for _, share in figures.curves[own]],
         attention_efficiency=_rounded(figures.attention_share),
         kernel_us=_rounded(figures.kernel_s * 1e6),
-        host_stage_us=_rounded(figures.host_stage_s * 1e6),
+        host_stage_us=_rounded(figures.host_instruction_s * 1e6),
         host_is_device=measured.kind == "cpu",
         domain_ranks=measured.ranks_per_node,
         domain_gbyte_s=_rounded(fast_bytes_per_s / 1e9),

@@ -31,7 +31,7 @@ class Measured:
     memory_gib: float  # of a rank
     dtypes: tuple[str, ...]  # the first one is what passes and attention were measured in
     instructions: int  # of the step of next to nothing ...
-    stage_kernels: float  # ... and its kernels
+    instruction_kernels: float  # ... and its kernels
     tiny_ops: int
     passes: tuple[Mapping[str, float], ...]
     contention: Mapping[str, Mapping[str, Any]]
@@ -84,7 +84,7 @@ class Figures:
     pass_bytes_per_s: float  # the model's own passes, in bytes that the cost model counts
     attention_share: float  # of the best rate
     kernel_s: float
-    host_stage_s: float
+    host_instruction_s: float
     wires: Mapping[str, Wire]  # inside | over
 
     @property
@@ -104,7 +104,7 @@ def figures_of(measured: Measured) -> Figures:
     }
     half_size, half_size_error = _half_size(sizes, rates[own], best[own])
     attention_s = max(seconds["attention"], 1e-12)
-    host_stage_s = (seconds["tiny step"] - measured.stage_kernels * kernel_s) / measured.instructions
+    host_instruction_s = (seconds["tiny step"] - measured.instruction_kernels * kernel_s) / measured.instructions
     return Figures(
         flops_per_s=best,
         curves=curves,
@@ -115,7 +115,7 @@ def figures_of(measured: Measured) -> Figures:
         pass_bytes_per_s=statistics.harmonic_mean(*_rates_and_bytes(measured, kernel_s)),
         attention_share=min(1.0, sizes.attention_flops(own) / attention_s / best[own]),
         kernel_s=kernel_s,
-        host_stage_s=max(0.0, host_stage_s),
+        host_instruction_s=max(0.0, host_instruction_s),
         wires={where: wire_of(measured, where, kernel_s) for where in wheres(measured)},
     )
 

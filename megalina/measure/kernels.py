@@ -22,7 +22,7 @@ from megalina.model.attend import attend
 from megalina.model.experts import expert_mlp
 from megalina.model.norm import rms_norm
 from megalina.parallel.trainable import DTYPES, Trainable
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.step.program import Kind
 from megalina.train.bucket_optimizer import BucketOptimizer
 
@@ -170,7 +170,7 @@ def tiny_step(device: torch.device) -> TinyStep:
     optimizer = BucketOptimizer(config.optim, trainable.buckets)
     batch = _batch().to(device)
     buckets = {name: bucket.spec for name, bucket in trainable.buckets.items()}
-    work = StageWork(config, world=1, vocab_rows=VOCAB, buckets=buckets)
+    work = InstructionWork(config, world=1, vocab_rows=VOCAB, buckets=buckets)
     computed = [instruction for instruction in trainable.program if instruction.kind is Kind.COMPUTE]
     return TinyStep(
         lambda: trainable.step(batch, optimizer.update), len(computed), sum(work(instruction).kernels for instruction in computed)

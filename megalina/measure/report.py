@@ -6,7 +6,7 @@ from typing import Any
 
 from megalina.config import ClusterConfig
 from megalina.measure.figures import Figures, Measured, experts_s, pass_rates
-from megalina.perfmodel.cost.stage_seconds import device_of
+from megalina.perfmodel.cost.instruction_seconds import device_of
 
 BUSY_LOAD = 0.3  # of the cores, before the ranks begin
 LEAST_CORE_SHARE = 0.9
@@ -56,7 +56,7 @@ def _memory(measured: Measured, figures: Figures) -> str:
     return (
         f"memory: a copy {figures.copy_bytes_per_s / 1e9:.1f} GB/s; the model's passes, as counted: {rates} GB/s\n"
         f"attention {figures.attention_share:.0%} of the best rate; an operation {figures.kernel_s * 1e6:.1f} us; "
-        f"the host {figures.host_stage_s * 1e6:.0f} us an instruction"
+        f"the host {figures.host_instruction_s * 1e6:.0f} us an instruction"
     )
 
 
@@ -87,7 +87,7 @@ def _experts(measured: Measured, cluster: ClusterConfig) -> str:
     lines = [f"held out: {sizes.num_experts} experts, {sizes.d_model} x {sizes.d_ff}, forward and backward, by the figures above"]
     for rows, took_s in experts_s(measured).items():
         work = sizes.experts(own, rows)
-        found_s = device.seconds(work) - (device.host_stage_s if device.host_is_device else 0.0)
+        found_s = device.seconds(work) - (device.host_instruction_s if device.host_is_device else 0.0)
         times = f"measured {took_s * 1e3:8.3f} ms, predicted {found_s * 1e3:8.3f} ms"
         lines.append(f"  {rows:5} rows each: {times}, {found_s / took_s - 1:+.0%}")
     return "\n".join(lines)

@@ -1,15 +1,15 @@
 """What is measured on a kind of device: sizes, and what the cost model says is done in each of them.  Numbers alone, no torch.
 
 Products of a small side, for the curve, with operands that come from memory, as weights do in a step; passes of the model's own
-functions over activations, whose counted bytes are those of `megalina/perfmodel/cost/stage_work.py`, so a rate found here means
-there what it means here; experts with few rows, which nothing is fitted on."""
+functions over activations, whose counted bytes are those of `megalina/perfmodel/cost/instruction_work.py`, so a rate found here
+means there what it means here; experts with few rows, which nothing is fitted on."""
 
 from dataclasses import dataclass
 from functools import partial
 
 from megalina.blocks.work import Work
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.step.program import Instruction, Kind
 
 FORWARD = {"norm": "attention_norm", "activation": "mlp_hidden", "residual": "attention_residual"}  # pass -> its instruction
@@ -88,8 +88,8 @@ class Sizes:
         load = rows * self.num_experts / (self.micro_batch * self.seq_len * config.router.top_k)
         return work(_compute("experts", "F"), load) + work(_compute("experts", "B"), load)
 
-    def _work(self, dtype: str) -> StageWork:
-        return StageWork(self.config(dtype), world=1, vocab_rows=128, buckets={})
+    def _work(self, dtype: str) -> InstructionWork:
+        return InstructionWork(self.config(dtype), world=1, vocab_rows=128, buckets={})
 
 
 CPU = Sizes(

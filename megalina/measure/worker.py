@@ -95,7 +95,7 @@ def measure(mesh: Mesh, device: torch.device, step: TinyStep, *, seconds: float)
         memory_gib=memory_gib(device, ranks_per_node),
         dtypes=DTYPES[device.type],
         instructions=step.instructions,
-        stage_kernels=step.kernels,
+        instruction_kernels=step.kernels,
         tiny_ops=TINY_OPS,
         passes=tuple(passes),
         contention=contended,

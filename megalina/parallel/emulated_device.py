@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_seconds import SMALLEST_SHARE as SMALLEST_SHARE
-from megalina.perfmodel.cost.stage_seconds import emulated_seconds
+from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE as SMALLEST_SHARE
+from megalina.perfmodel.cost.instruction_seconds import emulated_seconds
 from megalina.step.program import Instruction
 
 

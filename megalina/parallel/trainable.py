@@ -82,7 +82,7 @@ class Trainable:
         self.program = training_step(self.plan.strategy, self.setting)
         self.device = emulated_device(config)
         self._unsettled = False  # weights that the last step updated have yet to be gathered
-        self.stage_functions = InstructionFunctions(
+        self.instruction_functions = InstructionFunctions(
             self.gpt,
             mesh,
             self.buckets,
@@ -93,7 +93,7 @@ class Trainable:
             explain=explain,
             ledger=train.ledger,
         )
-        self.functions: Functions = self.stage_functions
+        self.functions: Functions = self.instruction_functions
         self._training = self._executor(self.program, self.device)
         self.evaluation_program = evaluation(shape, specs)
         self._evaluation = self._executor(self.evaluation_program, None)
@@ -132,7 +132,7 @@ class Trainable:
 
         `record` gets the step's events."""
         self.gpt.train()
-        self.stage_functions.update = update
+        self.instruction_functions.update = update
         parts = batch.split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
@@ -160,4 +160,4 @@ class Trainable:
         the last comparison: ZeRO-1's gathers of weights, and evaluations."""
         everywhere = zip(*everybodys(self.mesh, self.log.riders()), strict=True)
         if not agree([sum(column) for column in everywhere], self.mesh.world.size):
-            raise CollectivesDiffer(self.stage_functions.explain())
+            raise CollectivesDiffer(self.instruction_functions.explain())

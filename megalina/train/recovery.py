@@ -28,7 +28,7 @@ class SpikesGoOn(RuntimeError):
 
 def name_non_finite(runner: StepRunner, result: StepResult) -> None:
     """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
-    own = first_bad_stage(runner.trainable, runner.batch), result.non_finite
+    own = first_bad_instruction(runner.trainable, runner.batch), result.non_finite
     instructions, gradients = zip(*everybodys(runner.mesh, own), strict=True)
     if not runner.is_first:
         return
@@ -103,7 +103,7 @@ def _backward_order(runner: StepRunner) -> Callable[[str], int]:
     return lambda name: -order.get(name, 0)
 
 
-def first_bad_stage(trainable: Trainable, batch: Batch) -> tuple[int, str]:
+def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]:
     """Run the forward passes of `batch` again, with the weights as they are; all ranks together.
 
     Returns the place in order of this rank's first instruction whose output is not finite, and its tag; (NOWHERE, "") if all are.

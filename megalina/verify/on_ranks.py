@@ -134,7 +134,7 @@ class _Observer:
         self._tp = trainable.mesh.tp
         self._first = 0  # sample number of the step's first sequence
         self._batches: dict[str, Batch] = {}  # by part
-        self._stage: Instruction | None = None  # the forward instruction that runs
+        self._instruction: Instruction | None = None  # the forward instruction that runs
         self._noted: set[str] = set()
         blocks, shape = trainable.gpt.blocks, trainable.setting.shape
         self._streams = {"x.0": "embedded"}  # the residual stream's values -> their names
@@ -163,11 +163,11 @@ class _Observer:
                         self._batches[instruction.part] = value
                     else:
                         self._note(name, value, instruction)
-                self._stage = instruction
+                self._instruction = instruction
                 try:
                     out = function(*arguments)
                 finally:
-                    self._stage = None
+                    self._instruction = None
                 for name, value in zip(instruction.writes, out if isinstance(out, tuple) else (out,), strict=True):
                     self._note(name, value, instruction)
                 return out
@@ -192,7 +192,7 @@ class _Observer:
 
     def _logits(self, router: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Before a router runs; also called when an instruction is computed again in backward, which does not count."""
-        instruction = self._stage
+        instruction = self._instruction
         if instruction is not None:
             self._fill("activation", f"layers.{instruction.layer}.logits", arguments[0], instruction, instruction.part)
 

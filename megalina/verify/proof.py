@@ -17,7 +17,7 @@ from megalina.config import CheckpointConfig, ClusterConfig, DataConfig, Pretrai
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.model.gpt import GPT
-from megalina.perfmodel.cost.stage_bytes import StageBytes
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.rank_pool import RankPool
 from megalina.train.trainer import Trainer
 from megalina.verify.compare import compare
@@ -117,7 +117,7 @@ def _added(config: PretrainConfig, without: PretrainConfig) -> dict[str, float]:
     def figures(of: PretrainConfig) -> tuple[float, float, float]:
         params = count_parameters(of.model, of.router, vocab_size=words, seq_len=length).total
         flops = training_flops_per_token(of.model, of.router, vocab_size=words, seq_len=length)
-        state = sum(StageBytes(of, 1, vocab_size=words).state.values())
+        state = sum(InstructionBytes(of, 1, vocab_size=words).state.values())
         return params, flops, state
 
     names = ("parameters", "flops_per_token", "state_bytes")

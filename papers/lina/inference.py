@@ -150,13 +150,13 @@ class Inference:
         """And the seconds of a layer's attention.  `tokens`: of the routing's batches, each of which stands for several."""
         config = config_of(self.bed.base, model, experts, top_k=1)
         even = self.bed.batch(model, experts, self.constants)
-        stage_s = {name: even.compute_s(name) / model.layers for name in ("attention", "route", "experts", "mix")}
+        instruction_s = {name: even.compute_s(name) / model.layers for name in ("attention", "route", "experts", "mix")}
         device = GivenTimes(
-            attention_s=stage_s["attention"],
-            experts_full_s=stage_s["experts"],
+            attention_s=instruction_s["attention"],
+            experts_full_s=instruction_s["experts"],
             even_tokens=tokens / experts,
             even_rows=tokens / experts,
-            others_s={"score": stage_s["route"], "mix": stage_s["mix"]},
+            others_s={"score": instruction_s["route"], "mix": instruction_s["mix"]},
         )
         inside = experts <= config.cluster.ranks_per_node
         factor = self.constants.inside_factor if inside else self.constants.between_factor
@@ -174,7 +174,7 @@ class Inference:
             expert_s=2 * model.d_model * 4 * model.d_model * 4 / PCIE_BYTES_PER_S,
             planner=PlannerSeconds() if mode == FREE else PlannerSeconds(plan_s=PLAN_MS / 1e3, check_s=CHECK_MS / 1e3),
         )
-        return setting, stage_s["attention"]
+        return setting, instruction_s["attention"]
 
     def rows(self) -> Iterator[Row]:
         """In the paper's order."""

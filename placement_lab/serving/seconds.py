@@ -10,8 +10,8 @@ from typing import Protocol
 
 from megalina.blocks.work import Work
 from megalina.config import BYTES, PretrainConfig
-from megalina.perfmodel.cost.stage_seconds import SMALLEST_SHARE, device_of
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE, device_of
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.step.program import Instruction, Kind
 
 # Compute instructions of inference, and those of training that do the same.  Planning has seconds of its own (`PlannerSeconds`).
@@ -24,7 +24,7 @@ TWINS = {
 class DeviceSeconds(Protocol):
     """Of one device, which is like the others."""
 
-    def stage_s(self, name: str, tokens: int) -> float:
+    def instruction_s(self, name: str, tokens: int) -> float:
         """A compute instruction that is none of the experts, for so many tokens of this rank; without planning."""
 
     def experts_s(self, rows_S: Sequence[int]) -> float:
@@ -43,7 +43,7 @@ class GivenTimes:
     even_rows: float
     others_s: Mapping[str, float] = field(default_factory=dict)
 
-    def stage_s(self, name: str, tokens: int) -> float:
+    def instruction_s(self, name: str, tokens: int) -> float:
         return (self.attention_s * tokens / self.even_tokens if name == "attention" else 0.0) + self.others_s.get(name, 0.0)
 
     def experts_s(self, rows_S: Sequence[int]) -> float:
@@ -66,10 +66,10 @@ class RooflineSeconds:
         self._cache_bytes = context * 2 * model.num_kv_heads * head_dim * BYTES[config.train.dtype]  # of a token
         train = replace(config.train, micro_batch_size=1, seq_len=1 if context else config.train.seq_len)
         self._config = replace(config, train=train)
-        self._work = StageWork(self._config, world=1, vocab_rows=model.vocab_size, buckets={})
+        self._work = InstructionWork(self._config, world=1, vocab_rows=model.vocab_size, buckets={})
         self._known: dict[tuple[str, int, int], float] = {}
 
-    def stage_s(self, name: str, tokens: int) -> float:
+    def instruction_s(self, name: str, tokens: int) -> float:
         twin = name if self._work.blocks.is_own(0, name) else TWINS.get(name)
         if twin is None or not tokens:
             return 0.0
@@ -96,7 +96,7 @@ class RooflineSeconds:
                 model=replace(config.model, num_experts=2 * active),
                 parallel=replace(config.parallel, ep=2, tp=1),
             )
-            work = StageWork(slots, world=2, vocab_rows=config.model.vocab_size, buckets={})
+            work = InstructionWork(slots, world=2, vocab_rows=config.model.vocab_size, buckets={})
             share = rows / (config.router.top_k * config.train.seq_len)
             self._known[key] = self._device.seconds(work(_stage("experts", share)))
         return self._known[key]

@@ -233,7 +233,7 @@ def _seconds(batch: ServedBatch, decisions: Sequence[Decision], setting: Serving
         if instruction.name == FETCH and decision is not None:
             return (decision.fetched_N * setting.expert_s).tolist()
         if instruction.name not in own_R:
-            own_R[instruction.name] = [device.stage_s(instruction.name, tokens) for tokens in tokens_R]
+            own_R[instruction.name] = [device.instruction_s(instruction.name, tokens) for tokens in tokens_R]
         own = own_R[instruction.name]
         if instruction.name == "foresee" and decision is not None:
             hidden_s = _plan_s(decision, planner) if planner.hides or decision.layer == 0 else 0.0

@@ -67,7 +67,7 @@ def test_attention_takes_its_tokens_time_and_experts_their_rows() -> None:
     assert device.seconds(instruction("experts")) == 0
 
 
-def test_a_floor_counts_once_a_stage_and_rates_follow_the_model() -> None:
+def test_a_floor_counts_once_an_instruction_and_rates_follow_the_model() -> None:
     with_floor = ClusterConfig(attention_ms=10.0, experts_ms=20.0, kernel_floor_ms=3.0)
     full = full_batch(with_floor, MODEL, ROUTER, sequences=2, length=8)
     assert full is not None

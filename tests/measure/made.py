@@ -7,11 +7,11 @@ from megalina.perfmodel.sim.collectives import Collective
 FLOPS_PER_S = {"float32": 4e10, "bfloat16": 8e10}
 HALF_SIZE = 16.0  # a product with so few rows, or columns, reaches half; the rate of the largest there is counts as the whole
 COPY_BYTES_PER_S, PASS_BYTES_PER_S = 2e10, 1e10
-KERNEL_S, HOST_STAGE_S = 2e-6, 1e-4
+KERNEL_S, HOST_INSTRUCTION_S = 2e-6, 1e-4
 ATTENTION_SHARE = 0.25
 HOP_S = {"inside": 5e-5, "over": 2e-4}
 WIRE_BYTES_PER_S = {"inside": 2e9, "over": 1e8}
-TINY_OPS, STAGES, STAGE_KERNELS = 50, 40, 500.0
+TINY_OPS, INSTRUCTIONS, INSTRUCTION_KERNELS = 50, 40, 500.0
 
 
 def share(side: float) -> float:
@@ -23,7 +23,7 @@ def seconds(nodes: int, ranks_per_node: int) -> dict[str, float]:
     out = {
         "copy": 2 * CPU.copied_bytes / COPY_BYTES_PER_S,
         "tiny": TINY_OPS * KERNEL_S,
-        "tiny step": STAGES * HOST_STAGE_S + STAGE_KERNELS * KERNEL_S,
+        "tiny step": INSTRUCTIONS * HOST_INSTRUCTION_S + INSTRUCTION_KERNELS * KERNEL_S,
         "attention": CPU.attention_flops("float32") / (ATTENTION_SHARE * FLOPS_PER_S["float32"]),
     }
     for dtype, rate in FLOPS_PER_S.items():
@@ -59,8 +59,8 @@ def machine(nodes: int = 1, ranks_per_node: int = 2, *, disturbed: float = 1.0) 
         threads=1,
         memory_gib=16.0,
         dtypes=("float32", "bfloat16"),
-        instructions=STAGES,
-        stage_kernels=STAGE_KERNELS,
+        instructions=INSTRUCTIONS,
+        instruction_kernels=INSTRUCTION_KERNELS,
         tiny_ops=TINY_OPS,
         passes=(first, second),
         contention={"all-to-all under all-reduce": contended} if nodes * ranks_per_node > 1 else {},

@@ -31,7 +31,7 @@ def event(kind: str, name: str, start_s: float, end_s: float, *, op: str = "", p
     return Event(kind, f"{phase}:{name}", phase, name, 0, "0", op, "ep" if op else "", 8, start_s, start_s, end_s, exposed_s)
 
 
-def test_parts_are_stages_by_name_and_waits_by_what_is_awaited() -> None:
+def test_parts_are_instructions_by_name_and_waits_by_what_is_awaited() -> None:
     events = [
         event(COMPUTE, "attention", 0, 1),
         event(COMPUTE, "attention", 1, 3),

@@ -10,7 +10,7 @@ from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
 from megalina.measure.cluster_file import cluster_file, cluster_of, plain
 from megalina.measure.figures import figures_of
 from megalina.measure.report import as_json, report
-from megalina.perfmodel.cost.stage_seconds import device_of
+from megalina.perfmodel.cost.instruction_seconds import device_of
 from megalina.perfmodel.forecast.forecast import forecast
 from megalina.validate import check_hardware
 from tests.measure import made
@@ -49,7 +49,7 @@ def test_a_device_of_the_file_has_the_measured_rates() -> None:
     assert device.flops_per_s == pytest.approx(made.FLOPS_PER_S["float32"], rel=1e-3)
     assert device.attention_flops_per_s == pytest.approx(made.ATTENTION_SHARE * made.FLOPS_PER_S["float32"], rel=1e-3)
     assert device.bytes_per_s == pytest.approx(made.PASS_BYTES_PER_S, rel=1e-3)
-    assert (device.kernel_s, device.host_stage_s) == (pytest.approx(made.KERNEL_S), pytest.approx(made.HOST_STAGE_S))
+    assert (device.kernel_s, device.host_instruction_s) == (pytest.approx(made.KERNEL_S), pytest.approx(made.HOST_INSTRUCTION_S))
     assert device.host_is_device and len(device.product_curve) == 11
 
 

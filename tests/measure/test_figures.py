@@ -25,7 +25,7 @@ def test_what_the_machine_was_made_of_is_found_again() -> None:
     assert found.pass_bytes_per_s == pytest.approx(made.PASS_BYTES_PER_S)
     assert found.memory_bytes_per_s == found.copy_bytes_per_s
     assert found.attention_share == pytest.approx(made.ATTENTION_SHARE)
-    assert (found.kernel_s, found.host_stage_s) == (pytest.approx(made.KERNEL_S), pytest.approx(made.HOST_STAGE_S))
+    assert (found.kernel_s, found.host_instruction_s) == (pytest.approx(made.KERNEL_S), pytest.approx(made.HOST_INSTRUCTION_S))
 
 
 @pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 2), (1, 8), (4, 1), (2, 4), (3, 2)])

@@ -116,7 +116,7 @@ def test_sizes_fit_the_cost_model(sizes: object) -> None:
     assert all(work.moved_bytes > 0 and not work.products for work in sizes.passes("float32").values())  # type: ignore[attr-defined]
 
 
-def test_the_step_of_next_to_nothing_is_a_whole_step_and_its_stages_are_counted() -> None:
+def test_the_step_of_next_to_nothing_is_a_whole_step_and_its_instructions_are_counted() -> None:
     step = tiny_step(DEVICE)
     step.run()
     step.run()

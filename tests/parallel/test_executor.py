@@ -124,7 +124,7 @@ def test_a_value_that_is_to_be_kept_outlives_its_readers() -> None:
     assert torch.equal(found["a"], given["x"] ** 2)
 
 
-def test_an_error_in_a_stage_is_raised_with_its_name_and_the_next_run_is_whole() -> None:
+def test_an_error_in_an_instruction_is_raised_with_its_name_and_the_next_run_is_whole() -> None:
     fail = True
 
     def times(a: Tensor, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_an_error_in_a_stage_is_raised_with_its_name_and_the_next_run_is_whole()
     assert torch.equal(executor.run(given)["x'"], executor_of(small_program(), SMALL).run(given)["x'"])
 
 
-def test_a_forward_stage_without_backward_is_noticed() -> None:
+def test_a_forward_instruction_without_backward_is_noticed() -> None:
     program = small_program()
     with pytest.raises(AssertionError, match="without backward"):
         executor_of(program[:-1], SMALL).run({"x": torch.ones(3), "#k": 1.0})

@@ -102,4 +102,4 @@ def test_two_trainables_on_one_mesh_have_logs_of_their_own_unless_they_are_given
     options: dict[str, Any] = {"vocab_size": VOCABULARY, "device": torch.device("cpu"), "wish_to_stop": lambda: False}
     one, other = (Trainable(config, mesh, **options) for _ in range(2))
     given = Trainable(config, mesh, log=log, **options)
-    assert one.log is not other.log and given.log is log and given.stage_functions.log is log
+    assert one.log is not other.log and given.log is log and given.instruction_functions.log is log

@@ -69,14 +69,14 @@ def changed(program: Program, i: int, **values: object) -> Program:
 
 
 @every_list
-def test_each_dropped_stage_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
+def test_each_dropped_instruction_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
     program, setting = list_of(name, seed)
     dropped = ((s.tag, program[:i] + program[i + 1 :]) for i, s in enumerate(program))
     assert accepted(dropped, program, setting, tried) == []
 
 
 @every_list
-def test_each_doubled_stage_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
+def test_each_doubled_instruction_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
     program, setting = list_of(name, seed)
 
     def doubled() -> Mutants:
@@ -144,7 +144,7 @@ def wrong(instruction: Instruction, setting: Setting) -> Iterator[dict[str, obje
 
 
 @every_list
-def test_each_changed_stage_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
+def test_each_changed_instruction_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
     """Axis, class, piece, part, chunk; what may not be held back, or not by that."""
     program, setting = list_of(name, seed)
     mutants = (

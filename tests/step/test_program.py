@@ -74,13 +74,13 @@ def test_every_shape_has_a_complete_program(name: str, micro_batches: int, recom
     evaluation(shape, buckets)
 
 
-def test_each_dropped_stage_is_refused() -> None:
+def test_each_dropped_instruction_is_refused() -> None:
     program, have, buckets = example()
     assert not refused(program, have, buckets)
     assert [s.tag for i, s in enumerate(program) if not refused(program[:i] + program[i + 1 :], have, buckets)] == []
 
 
-def test_each_doubled_stage_is_refused() -> None:
+def test_each_doubled_instruction_is_refused() -> None:
     program, have, buckets = example()
     assert [s.tag for i, s in enumerate(program) if not refused(program[:i] + (s,) + program[i:], have, buckets)] == []
 

@@ -249,7 +249,7 @@ def computes_long(rank: int, mark: Callable[[], None]) -> None:
     StoreBoard.claim = lambda self, number: (mark(), claim(self, number))[1]
 
 
-def test_a_rank_that_sleeps_in_a_stage_is_named_with_its_stack(job: Callable[..., Outcome], folder: Path) -> None:
+def test_a_rank_that_sleeps_in_an_instruction_is_named_with_its_stack(job: Callable[..., Outcome], folder: Path) -> None:
     text = explained(job(sleeps), "no rank has made progress", "rank 1 computes in instruction F:experts.0.0 of step 2")
     assert text.count("time.sleep(60)") == 1
     assert "rank 0 waits in instruction F:combine<.0.0 of step 2" in text

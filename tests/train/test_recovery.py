@@ -157,7 +157,7 @@ def poisoned(folder: Path, what: str, ranks: int) -> list[str]:
     return [line for line in lines if "skipped" in line]
 
 
-def test_a_bad_weight_is_named_by_the_first_stage_that_gives_a_bad_value(folder: Path) -> None:
+def test_a_bad_weight_is_named_by_the_first_instruction_that_gives_a_bad_value(folder: Path) -> None:
     for ranks in (1, 2):
         lines = run_on_ranks(ranks, poisoned, folder, "weight", ranks)
         assert all(own == [] for own in lines[1:])

@@ -15,9 +15,9 @@ from megalina.blocks.sizes import LIMBS
 from megalina.collective_log import NUM_RIDERS
 from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size
 from megalina.layout import ranks_of
-from megalina.perfmodel.cost.stage_bytes import StageBytes
-from megalina.perfmodel.cost.stage_seconds import stage_seconds
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
@@ -87,7 +87,7 @@ class PricedStep:
         `shared`: what other steps have made.  ValueError where the layout does not fit the world."""
         self.config, self.world, self.plan, self.load = config, world, plan, load
         self.vocab_size, self._shared = vocab_size, shared or Shared()
-        self.held = StageBytes(
+        self.held = InstructionBytes(
             config,
             world,
             vocab_size=vocab_size,
@@ -142,16 +142,16 @@ class PricedStep:
         return memory_of(self.held, self.list_for_memory, at=self.peak[1])
 
     @cached_property
-    def work(self) -> StageWork:
+    def work(self) -> InstructionWork:
         """What an instruction asks of a device."""
         rows = padded_vocab_size(self.vocab_size, self.config.parallel.tp)
         buckets, packing = self.held.buckets, self.plan.packing
-        return StageWork(self.config, world=self.world, vocab_rows=rows, buckets=buckets, packing=packing)
+        return InstructionWork(self.config, world=self.world, vocab_rows=rows, buckets=buckets, packing=packing)
 
     @cached_property
     def seconds(self) -> Callable[[Instruction], float]:
         """What an instruction takes.  ValueError where the cluster's file lacks figures."""
-        return stage_seconds(self.config, self.work, load=self.load)
+        return instruction_seconds(self.config, self.work, load=self.load)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -203,12 +203,12 @@ def few_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def sizes_of(config: PretrainConfig, held: StageBytes) -> Sizes:
+def sizes_of(config: PretrainConfig, held: InstructionBytes) -> Sizes:
     """Routing is even.  `held`: of one rank."""
     return Sizes(bytes_of(config, held), scattered=[name for name, spec in held.buckets.items() if spec.sharded])
 
 
-def bytes_of(config: PretrainConfig, held: StageBytes) -> Callable[[Instruction], float]:
+def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instruction], float]:
     """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
     weight_bytes = BYTES[config.train.dtype]
     gradient_bytes = max(weight_bytes, 4)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megalina.config import BYTES, PretrainConfig
-from megalina.perfmodel.cost.stage_bytes import bucket_specs
+from megalina.perfmodel.cost.instruction_bytes import bucket_specs
 from megalina.perfmodel.forecast.forecast import Forecast, fits_in, forecast_of
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
 from megalina.plan_settings import overrides_of, strategy_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_seconds import stage_seconds
+from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.forecast.forecast import WALKED, Forecast, Walked, walked_rounds
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.forecast.priced_step import PricedStep
@@ -89,7 +89,7 @@ def forecast_unevenly(config: PretrainConfig, even: Forecast, world: int, *, voc
 def _timeline(step: PricedStep, program: Program, unevenness: Unevenness) -> Timeline:
     world, ranks = step.world, step.ranks_of
     load_R = [unevenness.load(rank, ranks("ep", rank)) for rank in range(world)]
-    by_load = {load: stage_seconds(step.config, step.work, load=load) for load in set(load_R)}
+    by_load = {load: instruction_seconds(step.config, step.work, load=load) for load in set(load_R)}
 
     def seconds(rank: int, instruction: Instruction) -> float:
         slower = unevenness.slow_factor if rank == unevenness.slow_rank and instruction.kind is Kind.COMPUTE else 1.0

@@ -14,7 +14,7 @@ from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 
 
 class Sizes(Protocol):
-    """What a rank's numbers are, by name; `megalina/perfmodel/cost/stage_bytes.py` has them of a configuration."""
+    """What a rank's numbers are, by name; `megalina/perfmodel/cost/instruction_bytes.py` has them of a configuration."""
 
     @property
     def state(self) -> Mapping[str, int]:
@@ -195,7 +195,7 @@ def memory_of(sizes: Sizes, program: Program, *, at: int | None = None) -> Memor
     return Memory(sizes.state, kept, values, wire, peak - sum(kept.values()) - values - wire, instruction.tag)
 
 
-def by_stage(sizes: Sizes, program: Program) -> list[tuple[Instruction, int]]:
+def by_instruction(sizes: Sizes, program: Program) -> list[tuple[Instruction, int]]:
     """The most bytes during each instruction, what is there throughout included."""
     always = sum(sizes.state.values())
     return [(instruction, always + peak) for peak, instruction in _Walk(program, sizes).peaks()]

@@ -24,7 +24,7 @@ NOT_IN_IT = [
 ]
 
 
-def test_the_forward_pass_of_a_layer_is_its_stages_and_its_exchanges() -> None:
+def test_the_forward_pass_of_a_layer_is_its_instructions_and_its_exchanges() -> None:
     seconds = forward_seconds([*NOT_IN_IT, *LAYER])
     assert seconds == {"route": 1, "counts": 1, "all-to-all dispatch": 3, "experts": 2, "all-to-all combine": 3, "mix": 1}
     assert all_to_all_share(seconds) == pytest.approx(6 / 11)

@@ -7,9 +7,9 @@ import pytest
 from megalina.blocks.model import shape_of
 from megalina.compose import compose
 from megalina.layout import ranks_of
-from megalina.perfmodel.cost.stage_bytes import StageBytes
-from megalina.perfmodel.cost.stage_seconds import stage_seconds
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, sizes_of
 from megalina.perfmodel.sim.memory import memory_of
@@ -29,16 +29,16 @@ CONFIG = compose(
 @pytest.mark.parametrize("load", [1.0, 1.5])
 def test_it_is_what_one_gets_by_hand(plan: Plan, load: float) -> None:
     numbers = {"packing": plan.packing, "piece_bytes": plan.piece_bytes}
-    held = StageBytes(CONFIG, WORLD, vocab_size=VOCAB, skew=load, cuda=True, **numbers)
+    held = InstructionBytes(CONFIG, WORLD, vocab_size=VOCAB, skew=load, cuda=True, **numbers)
     shape = shape_of(CONFIG.model, CONFIG.router, tp=2, sequence=True)
     setting = Setting(shape, held.buckets, micro_batches=4).under(plan)
     program = training_step(plan.strategy, setting)
-    work = StageWork(CONFIG, world=WORLD, vocab_rows=VOCAB, buckets=held.buckets, packing=plan.packing)
+    work = InstructionWork(CONFIG, world=WORLD, vocab_rows=VOCAB, buckets=held.buckets, packing=plan.packing)
     timeline = simulate_alike(
         program,
         ranks=WORLD,
         ranks_of=ranks_of(held.axes),
-        seconds=stage_seconds(CONFIG, work, load=load),
+        seconds=instruction_seconds(CONFIG, work, load=load),
         network=network_of(CONFIG.cluster),
         sizes=sizes_of(CONFIG, held),
         slowest=True,

@@ -14,8 +14,8 @@ from megalina.comm import exchange
 from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
-from megalina.perfmodel.cost.stage_bytes import DIRECT_BYTES, StageBytes
-from megalina.perfmodel.sim.memory import Memory, by_stage, memory_of
+from megalina.perfmodel.cost.instruction_bytes import DIRECT_BYTES, InstructionBytes
+from megalina.perfmodel.sim.memory import Memory, by_instruction, memory_of
 from megalina.plan_settings import plan_of
 from megalina.step.program import Instruction, Kind, Op, Program, backward
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
@@ -64,7 +64,7 @@ def compute(name: str, reads: str, writes: str, **more: Any) -> Instruction:
 
 
 def bytes_of(sizes: Any, program: Program) -> list[int]:
-    return [size for _, size in by_stage(sizes, program)]
+    return [size for _, size in by_instruction(sizes, program)]
 
 
 # the walk
@@ -75,7 +75,7 @@ def test_values_die_at_their_last_reader() -> None:
     assert memory_of(given, program) == Memory({}, {}, 111, 0, 0, "F:c.-.0")
 
 
-def test_what_is_inside_a_stage_and_what_is_there_throughout_count() -> None:
+def test_what_is_inside_an_instruction_and_what_is_there_throughout_count() -> None:
     program = (compute("a", "", "a"), compute("b", "a", "b"))
     given = Given({"a": 100, "b": 10}, inside={"F:b.-.0": 50}, state={"weights": 1000})
     memory = memory_of(given, program)
@@ -148,10 +148,10 @@ def small(model: dict[str, Any], train: dict[str, Any] | None = None, **parallel
 def test_buckets_are_those_of_the_model(world: int, model: dict[str, Any], train: dict[str, Any]) -> None:
     config = small(model, train)
     trainable = Trainable(config, build_mesh(), vocab_size=300, device=torch.device("cpu"), wish_to_stop=lambda: False)
-    assert StageBytes(config, world, vocab_size=300).buckets == {name: b.spec for name, b in trainable.buckets.items()}
+    assert InstructionBytes(config, world, vocab_size=300).buckets == {name: b.spec for name, b in trainable.buckets.items()}
 
 
-def program_of(config: PretrainConfig, sizes: StageBytes) -> Program:
+def program_of(config: PretrainConfig, sizes: InstructionBytes) -> Program:
     shape = shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence)
     train = config.train
     setting = Setting(
@@ -164,7 +164,7 @@ def program_of(config: PretrainConfig, sizes: StageBytes) -> Program:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_stage_and_value_of_every_strategy_is_known(name: str, subtests: pytest.Subtests) -> None:
+def test_every_instruction_and_value_of_every_strategy_is_known(name: str, subtests: pytest.Subtests) -> None:
     """In every shape; and every strategy and every shape with each of three seeds."""
     for number, (kind, shape) in enumerate(SHAPES.items(), start=list(STRATEGIES).index(name)):
         with subtests.test(kind):
@@ -172,7 +172,7 @@ def test_every_stage_and_value_of_every_strategy_is_known(name: str, subtests: p
             config = small(model, tp=2 if shape.tp else 1, ep=2)
             config.parallel.sequence = shape.sequence
             config.router.group = "global" if kind == "three layers, statistics of all ranks" else "sequence"
-            sizes = StageBytes(config, 4, vocab_size=300)
+            sizes = InstructionBytes(config, 4, vocab_size=300)
             setting = setting_of(name, shape, Random(number % 3))
             sizes.buckets = dict(setting.buckets)
             memory = memory_of(sizes, training_step(name, setting))
@@ -182,7 +182,7 @@ def test_every_stage_and_value_of_every_strategy_is_known(name: str, subtests: p
 
 
 def peak(config: PretrainConfig, world: int = 2, **more: Any) -> int:
-    sizes = StageBytes(config, world, vocab_size=300, **more)
+    sizes = InstructionBytes(config, world, vocab_size=300, **more)
     return memory_of(sizes, program_of(config, sizes)).peak
 
 
@@ -200,7 +200,7 @@ def test_memory_moves_as_it_should() -> None:
 
 
 def test_zero_shards_moments_and_gloo_takes_buffers_for_its_gradients() -> None:
-    sizes = [StageBytes(small({}, None, ep=2, zero=zero), 8, vocab_size=300) for zero in (0, 1)]
+    sizes = [InstructionBytes(small({}, None, ep=2, zero=zero), 8, vocab_size=300) for zero in (0, 1)]
     dense, experts = (sum(b.numel for b in sizes[1].buckets.values() if b.axis == axis) for axis in ("dp", "copies"))
     assert sizes[1].state["moments"] == 8 * (dense // 8 + experts // 4)
     whole = sum(b.numel for b in sizes[0].buckets.values())
@@ -212,18 +212,18 @@ def test_zero_shards_moments_and_gloo_takes_buffers_for_its_gradients() -> None:
 @pytest.mark.parametrize("skew", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_skew_that_is_none_is_an_error(skew: float) -> None:
     with pytest.raises(ValueError, match="skew is"):
-        StageBytes(small({}), 1, vocab_size=300, skew=skew)
+        InstructionBytes(small({}), 1, vocab_size=300, skew=skew)
 
 
 def test_skews_of_layers_are_one_for_each() -> None:
     assert peak(small({}, ep=2), skew=[1.0, 1.0, 1.5]) > peak(small({}, ep=2), skew=[1.0, 1.0, 1.0]) == peak(small({}, ep=2))
     with pytest.raises(ValueError, match="skew has 2 numbers: give one, or one for each of 3 layers"):
-        StageBytes(small({}), 1, vocab_size=300, skew=[1.0, 1.0])
+        InstructionBytes(small({}), 1, vocab_size=300, skew=[1.0, 1.0])
 
 
 def test_a_world_that_the_layout_does_not_fit_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"tp \(2\) x ep \(2\) = 4 must divide the world size \(6\)"):
-        StageBytes(small({}, tp=2, ep=2), 6, vocab_size=300)
+        InstructionBytes(small({}, tp=2, ep=2), 6, vocab_size=300)
 
 
 def test_constants_are_those_of_the_code_that_they_describe() -> None:

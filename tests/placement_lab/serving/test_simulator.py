@@ -327,12 +327,12 @@ def test_experts_pay_for_rows_and_for_each_slot_whose_weights_are_read() -> None
 def test_decoding_reads_keys_and_values_and_prefill_does_not() -> None:
     short, long = roofline(context=1024), roofline(context=32768)
     cache_s = 256 * (32768 - 1024) * 2 * 8 * 128 * 2 / (3350e9 * 0.85)
-    assert long.stage_s("attention", 256) - short.stage_s("attention", 256) == pytest.approx(cache_s)
-    assert long.stage_s("score", 256) == short.stage_s("score", 256) > 0
-    assert roofline().stage_s("attention", 2048) > roofline().stage_s("attention", 1024) > 0
+    assert long.instruction_s("attention", 256) - short.instruction_s("attention", 256) == pytest.approx(cache_s)
+    assert long.instruction_s("score", 256) == short.instruction_s("score", 256) > 0
+    assert roofline().instruction_s("attention", 2048) > roofline().instruction_s("attention", 1024) > 0
     own = roofline(layer=["attention", f"{Path(__file__).resolve().parents[3]}/docs/examples/own_layer.py:Gate", "ffn"])
-    assert own.stage_s("gate", 2048) > own.stage_s("gate", 1024) > 0 == roofline().stage_s("gate", 1024)
-    assert roofline().stage_s("foresee", 64) == roofline().stage_s("attention", 0) == 0.0
+    assert own.instruction_s("gate", 2048) > own.instruction_s("gate", 1024) > 0 == roofline().instruction_s("gate", 1024)
+    assert roofline().instruction_s("foresee", 64) == roofline().instruction_s("attention", 0) == 0.0
     with pytest.raises(ValueError, match="a context of -1 tokens"):
         roofline(context=-1)
 

@@ -15,8 +15,8 @@ from megalina.blocks.model import shape_of
 from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
 from megalina.parallel.emulated_device import emulated_device
-from megalina.perfmodel.cost.stage_seconds import Device, device_of, share_at, stage_seconds
-from megalina.perfmodel.cost.stage_work import StageWork
+from megalina.perfmodel.cost.instruction_seconds import Device, device_of, instruction_seconds, share_at
+from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import Setting, training_step
@@ -48,7 +48,7 @@ def seconds_of(
     sizes = {"d_model": 2048, "num_heads": 16, "num_kv_heads": 16, "num_experts": 64, "d_ff": 1024, **model}
     for name, value in sizes.items():
         setattr(config.model, name, value)
-    return stage_seconds(config, StageWork(config, world=8, vocab_rows=50304, buckets={}), load=load)
+    return instruction_seconds(config, InstructionWork(config, world=8, vocab_rows=50304, buckets={}), load=load)
 
 
 def instruction(name: str, phase: str = "F", **more: object) -> Instruction:
@@ -73,8 +73,8 @@ def test_kernels_add_up_and_each_costs_a_launch() -> None:
     work = Work((product, replace(product, num_bytes=2000.0)), moved_bytes=50.0, moving_kernels=3)
     assert PLAIN.seconds(work) == 128 + 200 + 5
     assert replace(PLAIN, kernel_s=2.0).seconds(work) == 333 + 5 * 2
-    assert replace(PLAIN, host_stage_s=400.0).seconds(work) == 400
-    assert replace(PLAIN, host_stage_s=400.0).seconds(Work()) == 0
+    assert replace(PLAIN, host_instruction_s=400.0).seconds(work) == 400
+    assert replace(PLAIN, host_instruction_s=400.0).seconds(Work()) == 0
     assert PLAIN.seconds(Work((replace(product, rows=0.0, num_bytes=0.0),))) == 0
 
 
@@ -125,7 +125,7 @@ def test_on_a_curve_that_passes_the_check_more_rows_never_take_less_time(
 
 
 def test_where_the_host_is_the_device_its_time_comes_on_top_and_what_travels_takes_it_too() -> None:
-    host = replace(PLAIN, host_stage_s=400.0, host_is_device=True)
+    host = replace(PLAIN, host_instruction_s=400.0, host_is_device=True)
     work = Work((Product(4, 12, 50, 1, 100.0),), moved_bytes=50.0, moving_kernels=3)
     assert host.seconds(work) == 128 + 5 + 400
     assert host.seconds(Work()) == 400
@@ -143,7 +143,7 @@ def test_a_device_has_the_figures_of_its_file() -> None:
     assert device.flops_per_s == pytest.approx(0.85 * 312e12) and device.wide_flops_per_s == pytest.approx(0.85 * 19.5e12)
     assert device.attention_flops_per_s == pytest.approx(0.5 * 312e12)
     assert device.bytes_per_s == pytest.approx(0.85 * 2039e9)
-    assert (device.kernel_s, device.host_stage_s, device.half_size) == (4e-6, 20e-6, 64)
+    assert (device.kernel_s, device.host_instruction_s, device.half_size) == (4e-6, 20e-6, 64)
     assert device_of(cluster, "float32").flops_per_s == device.wide_flops_per_s
     with pytest.raises(ValueError, match=r"^conf/cluster/a100_80g_ib.yaml gives peaks for float32 or bfloat16, not for float64"):
         device_of(cluster, "float64")
@@ -153,7 +153,7 @@ def test_a_device_has_the_figures_of_its_file() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SIMULATED if name != "emulated"])
-def test_stages_take_plausible_times(name: str) -> None:
+def test_instructions_take_plausible_times(name: str) -> None:
     """An attention and experts of some GFLOP: no slower than at 10% of the peak, no faster than at the peak."""
     cluster, work_s = cluster_of(name), seconds_of(cluster_of(name))
     config_flops = {"attention": 2 * 2048 * (4 * 2048**2 + 1024 * 2048), "experts": 2 * 2048 * 8 * 3 * 2048 * 1024}
@@ -167,7 +167,7 @@ def test_stages_take_plausible_times(name: str) -> None:
     "field",
     ["bfloat16_tflops", "float32_tflops", "memory_gbyte_s", "product_efficiency", "attention_efficiency", "memory_efficiency"],
 )
-def test_more_of_anything_makes_no_stage_slower(field: str) -> None:
+def test_more_of_anything_makes_no_instruction_slower(field: str) -> None:
     names = ("attention", "route", "experts", "mix", "loss")
     cluster = cluster_of("h100_400g")
     took_s: list[list[float]] = []
@@ -198,7 +198,7 @@ def test_fine_grained_experts_are_slower_for_the_same_flops() -> None:
     assert seconds_of(cluster_of("h100_400g"), load=2.0)(instruction("experts")) > 1.5 * coarse(instruction("experts"))
 
 
-def test_a_small_stage_waits_for_the_host_and_what_travels_costs_the_device_nothing() -> None:
+def test_a_small_instruction_waits_for_the_host_and_what_travels_costs_the_device_nothing() -> None:
     seconds = seconds_of(cluster_of("h100_400g"))
     assert seconds(instruction("verdict", "U")) == 20e-6
     assert seconds(Instruction("F", Kind.START, "dispatch", 0, op=Op.TOKENS, axis="ep")) == 0
@@ -215,7 +215,7 @@ def test_an_emulated_device_costs_here_what_it_costs_there(given: dict[str, floa
     shape = shape_of(config.model, config.router, tp=1, sequence=True)
     buckets = buckets_of(shape)
     setting = Setting(shape, buckets, Plan(chunks=(2, 1), late_layers=1), micro_batches=2, recompute_mode="full")
-    seconds = stage_seconds(config, StageWork(config, world=4, vocab_rows=512, buckets=buckets))
+    seconds = instruction_seconds(config, InstructionWork(config, world=4, vocab_rows=512, buckets=buckets))
     device = emulated_device(config)
     assert device is not None
     program = training_step("lina", setting)

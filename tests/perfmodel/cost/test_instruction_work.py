@@ -10,7 +10,7 @@ from megalina.blocks.counts import model_flops
 from megalina.blocks.model import shape_of
 from megalina.blocks.work import Product, Work, small
 from megalina.config import PretrainConfig
-from megalina.perfmodel.cost.stage_work import StageWork, forward_flops
+from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Program
 from megalina.step.strategy import STRATEGIES, Setting, evaluation, training_step
@@ -29,8 +29,8 @@ def config_of(**model: object) -> PretrainConfig:
     return config
 
 
-def work_of(config: PretrainConfig, *, world: int = 1, **more: object) -> StageWork:
-    return StageWork(config, world=world, vocab_rows=WORDS, **{"buckets": {}, **more})  # type: ignore[arg-type]
+def work_of(config: PretrainConfig, *, world: int = 1, **more: object) -> InstructionWork:
+    return InstructionWork(config, world=world, vocab_rows=WORDS, **{"buckets": {}, **more})  # type: ignore[arg-type]
 
 
 def instruction(name: str, phase: str = "F", **more: object) -> Instruction:
@@ -50,7 +50,7 @@ def programs(name: str) -> Iterator[tuple[str, Program, dict[str, BucketSpec]]]:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_no_stage_of_any_strategy_is_unknown(name: str) -> None:
+def test_no_instruction_of_any_strategy_is_unknown(name: str) -> None:
     for title, program, buckets in programs(name):
         shared_d_ff = 64 if SHAPES[title].shared_experts else 0
         config = config_of(positions="learned", shared_d_ff=shared_d_ff)  # RoPE has nothing to do in the instruction of positions
@@ -70,7 +70,7 @@ def test_parts_of_a_group_and_evaluation_are_known_too() -> None:
 
 
 @pytest.mark.parametrize("phase", ["F", "U"])
-def test_a_stage_that_no_strategy_makes_is_an_error(phase: str) -> None:
+def test_an_instruction_that_no_strategy_makes_is_an_error(phase: str) -> None:
     with pytest.raises(ValueError, match=f"^{phase}:sing.0.0: what this instruction costs isn't known"):
         work_of(config_of())(instruction("sing", phase))
 
@@ -111,7 +111,7 @@ def test_recomputing_costs_the_forward_once_more() -> None:
         assert again.kernels == once.kernels + work(instruction(name)).kernels
 
 
-def test_late_weights_move_half_of_the_products_into_a_stage_of_their_own() -> None:
+def test_late_weights_move_half_of_the_products_into_an_instruction_of_their_own() -> None:
     work = work_of(config_of())
     whole = work(instruction("experts", "B"))
     soon, late = work(instruction("experts", "B", late=True)), work(instruction("experts", "W", late=True))
@@ -119,7 +119,7 @@ def test_late_weights_move_half_of_the_products_into_a_stage_of_their_own() -> N
     assert soon.num_bytes + late.num_bytes == whole.num_bytes
 
 
-def test_the_flops_of_emulated_devices_are_those_of_the_stages() -> None:
+def test_the_flops_of_emulated_devices_are_those_of_the_instructions() -> None:
     config = config_of(vocab_size=WORDS, moe_every=2, shared_d_ff=32)
     work = work_of(config)
     flops = forward_flops(config)

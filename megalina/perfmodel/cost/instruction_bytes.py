@@ -1,7 +1,7 @@
 """How many bytes one rank holds in a step, by arithmetic: its state, each value of a program, what exchanges set aside.
 
-`StageBytes` is the `Sizes` that `megalina.perfmodel.sim.memory` asks.  Rows are those of routing without drops: a rank gets as
-many as it sends on average, and `skew` times as many where its experts are the fullest.
+`InstructionBytes` is the `Sizes` that `megalina.perfmodel.sim.memory` asks.  Rows are those of routing without drops: a rank gets
+as many as it sends on average, and `skew` times as many where its experts are the fullest.
 
 `bucket_specs` are the gradient buckets that `megalina/parallel/buckets.py` builds, without a model: a program needs them, and so
 does the question how large a rank is, also of models that no machine here could hold."""
@@ -61,7 +61,7 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class StageBytes:
+class InstructionBytes:
     """Of one rank; all ranks are taken to be alike."""
 
     def __init__(

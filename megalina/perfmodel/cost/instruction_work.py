@@ -21,7 +21,7 @@ SMALL = {"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 
 BIAS_KERNELS = 7  # a MoE layer: its load comes from the host and is widened; mean, difference, sign, narrowed, added
 
 
-class StageWork:
+class InstructionWork:
     """`work(instruction)`: Work() for instructions that send or wait.
 
     `world`: ranks; `vocab_rows`: of the output matrix, padding included, over all ranks; `buckets`: those of the program;
@@ -86,7 +86,7 @@ class StageWork:
 
 def forward_flops(config: PretrainConfig) -> dict[str, float]:
     """Of a whole micro-batch's forward on one rank, by instruction: of those that an emulated device computes."""
-    work = StageWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
+    work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
     shape = work.blocks.shape(tp=config.parallel.tp, sequence=config.parallel.sequence)
     out: dict[str, float] = {}
     for instruction in plain(shape):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, PretrainConfig
-from megalina.perfmodel.cost.stage_work import StageWork, forward_flops
+from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops
 from megalina.step.program import Instruction, Kind
 from megalina.validate import check_hardware
 
@@ -30,7 +30,7 @@ class Device:
     half_size: float  # rows or columns
     bytes_per_s: float
     kernel_s: float
-    host_stage_s: float
+    host_instruction_s: float
     product_curve: tuple[tuple[float, float], ...] = ()  # measured: smallest sides, rising, and the share that each reaches
     host_is_device: bool = False  # CPU: what the host needs comes on top
 
@@ -57,8 +57,8 @@ class Device:
         products_s = sum(map(self.product_s, work.products))
         kernels_s = products_s + work.moved_bytes / self.bytes_per_s + work.kernels * self.kernel_s
         if self.host_is_device:
-            return kernels_s + self.host_stage_s
-        return max(kernels_s, self.host_stage_s) if work.kernels else 0.0
+            return kernels_s + self.host_instruction_s
+        return max(kernels_s, self.host_instruction_s) if work.kernels else 0.0
 
 
 def share_at(curve: Sequence[tuple[float, float]], size: float) -> float:
@@ -94,13 +94,13 @@ def device_of(cluster: ClusterConfig, dtype: str) -> Device:
         half_size=hardware.product_half_size,
         bytes_per_s=hardware.memory_gbyte_s * 1e9 * hardware.memory_efficiency,
         kernel_s=hardware.kernel_us / 1e6,
-        host_stage_s=hardware.host_stage_us / 1e6,
+        host_instruction_s=hardware.host_stage_us / 1e6,
         product_curve=tuple(zip(hardware.product_sizes, hardware.product_shares, strict=True)),
         host_is_device=hardware.host_is_device,
     )
 
 
-def stage_seconds(config: PretrainConfig, work: StageWork, *, load: float = 1.0) -> Callable[[Instruction], float]:
+def instruction_seconds(config: PretrainConfig, work: InstructionWork, *, load: float = 1.0) -> Callable[[Instruction], float]:
     """How long each instruction takes on a device of `config.cluster`, emulated or not; instructions that send or wait take the
     host's time
     where the host is the device, and else 0.
