@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,13 +36,19 @@ MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 # files
 
 
+@cache
+def with_setting(override: str) -> PretrainConfig:
+    """For tests that only read it."""
+    return compose([override])
+
+
 def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) -> None:
     for path in FILES:
         with subtests.test(str(path)):
             group, name = path.parent.name, path.stem
             extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
             extra += ["parallel.zero=1"] if name == "lina_zero" else []
-            config = compose([f"{group}={name}", *extra])
+            config = compose([f"{group}={name}", *extra]) if extra else with_setting(f"{group}={name}")
             check_config(config, config.launch.ranks)
             if group in ("model", "strategy", "optim", "schedule", "cluster"):
                 part = getattr(config, group)
@@ -94,7 +101,7 @@ PUBLISHED = {  # total and active parameters as the model cards round them
 
 
 def counts_of(name: str) -> tuple[PretrainConfig, ParameterCounts]:
-    config = compose([f"model={name}"])
+    config = with_setting(f"model={name}")
     sizes = {"vocab_size": config.model.vocab_size, "seq_len": config.train.seq_len}
     return config, count_parameters(config.model, config.router, **sizes)
 
@@ -145,7 +152,7 @@ def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tup
 
 
 def test_every_kind_of_router_has_a_file() -> None:
-    assert {compose([f"router={name}"]).router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
+    assert {with_setting(f"router={name}").router.kind for name in ROUTERS} == set(CHOICES["router.kind"])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ VARIANTS = (
 def test_counts_are_those_of_the_model_built_without_memory(subtests: pytest.Subtests) -> None:
     for override in [*(f"model={name}" for name in MODELS), *VARIANTS]:
         with subtests.test(override):
-            config = compose([override])
+            config = with_setting(override)
             shape = replace(config.model, num_layers=min(config.model.num_layers, 4))  # the others are as these
             vocab_size = shape.vocab_size or config.data.vocab_size
             positions = shape.max_positions or config.train.seq_len

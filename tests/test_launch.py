@@ -54,6 +54,7 @@ class Job:
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup, which it heeds
         )
 
     def wait_until_ready(self) -> list[int]:
@@ -64,7 +65,11 @@ class Job:
         return [int(path.read_text()) for path in paths]
 
     def finish(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
+        try:
+            out, err = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its ranks find out and end
+            raise
         return self.process.returncode, out, err
 
 
