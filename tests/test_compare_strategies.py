@@ -99,7 +99,7 @@ def test_slow_motion_slows_links_and_devices_alike(no_ranks: None, monkeypatch: 
     (job,) = jobs(monkeypatch, "--slow-motion", "4", "--link-mbit", "50", "--strategies", "flow", *device)
     (cluster,) = {(c.cluster.device_gflops, c.cluster.kernel_floor_ms) for c in job.configs.values()}
     assert (job.setting.slow_motion, job.link_mbit, cluster) == (4, 12.5, (2.5, 2.0))
-    (plain,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 light", "--slow-motion", "1")
+    (plain,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 light", "--strategies", "flow", "--slow-motion", "1")
     assert (plain.link_mbit, plain.configs["flow"].cluster.attention_ms) == (500, 10)
 
 
