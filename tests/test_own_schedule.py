@@ -34,6 +34,7 @@ def test_it_is_short_and_the_document_ends_with_it() -> None:
     assert "(examples/own_schedule.py)" in how_to
 
 
+@pytest.mark.full
 def test_run_as_a_program_it_saves_time_and_changes_no_loss() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLE]

@@ -424,6 +424,7 @@ def test_without_a_solver_the_optimum_is_refused(
 # real traces
 
 
+@pytest.mark.full
 def test_real_traffic_that_alternates_is_foreseen(capsys: pytest.CaptureFixture[str]) -> None:
     """Both tasks trained on: the window fails, the online map doesn't; a load-aware split takes what is left."""
     paths = [TRACES / f"esft_dsv2lite_{task}.npz" for task in ("summary", "translation")]

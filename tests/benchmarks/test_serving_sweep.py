@@ -117,6 +117,7 @@ def modes() -> Modes:
     return Modes(LOAD, MODES)
 
 
+@pytest.mark.full
 def test_where_deciding_and_fetching_are_free_a_better_foresight_is_faster(modes: Modes) -> None:
     times = mode_times(modes, hardware())
     assert list(times) == [STATIC, "profile", "window", "lina", "best", ORACLE, IDEAL]
@@ -140,6 +141,7 @@ def test_a_slow_plan_and_a_slow_fetch_cost_those_who_swap_and_nobody_else(modes:
     assert verdict(fetched).mode == "profile" and "wait fetch" in fetched["best"].waits_s
 
 
+@pytest.mark.full
 def test_one_task_for_long_is_what_a_window_foresees() -> None:
     times = mode_times(Modes(replace(LOAD, turns=False), MODES), hardware())
     assert times["window"].max_over_mean < 1.3

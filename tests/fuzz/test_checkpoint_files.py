@@ -144,6 +144,7 @@ def test_a_planted_state_changes_no_class(path: Path) -> None:
     assert not hasattr(Metadata, "planted")
 
 
+@pytest.mark.full
 def test_bombs_end_neither_the_interpreter_nor_the_memory(tmp_path: Path, whole: Path) -> None:
     for name, data in BOMBS.items():
         there = Path(shutil.copytree(whole, tmp_path / name))

@@ -41,6 +41,7 @@ def leaks(folder: Path) -> list[tuple[str, str]]:
     return [(str(path), secret) for path in files for secret in SECRETS if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.full
 def test_a_run_with_keys_in_its_environment_writes_none_of_them(tmp_path: Path, environment: dict[str, str]) -> None:
     with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
         for start in range(60):

@@ -131,6 +131,7 @@ def test_plain_text_is_utf8_or_named_with_the_byte(folder: Path, raw: bytes) -> 
     assert comes_or_is_named(path) in (None, [raw.decode(errors="replace")])
 
 
+@pytest.mark.full
 def test_bombs_and_long_lines_are_refused_within_a_bounded_memory(tmp_path: Path) -> None:
     size = 270 << 20
     packer = zstandard.ZstdCompressor().compressobj()

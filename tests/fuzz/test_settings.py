@@ -105,6 +105,7 @@ def test_every_setting_is_accepted_or_refused_in_one_line(subtests: pytest.Subte
                     assert not any(good for value, good in outcomes if not math.isfinite(value) or value < -0.5)
 
 
+@pytest.mark.full
 def test_every_integer_is_accepted_or_refused_without_memory_for_it(subtests: pytest.Subtests) -> None:
     tracemalloc.start()
     try:

@@ -260,10 +260,12 @@ def test_a_rank_that_sleeps_in_an_instruction_is_named_with_its_stack(job: Calla
         assert "all-to-all in instruction F:dispatch>.0.0 of step 2 (torch.float32, uneven of [32])" in report
 
 
+@pytest.mark.full
 def test_a_rank_in_an_endless_loop_is_named_with_its_stack(job: Callable[..., Outcome]) -> None:
     explained(job(loops), "no rank has made progress", "rank 0 computes in instruction F:experts.0.0 of step 2", "while True:")
 
 
+@pytest.mark.full
 def test_a_rank_that_does_not_come_back_to_its_program_is_named_with_its_stack(job: Callable[..., Outcome]) -> None:
     text = explained(job(sleeps_outside), "rank 1 is outside of the instructions, in step 2", "time.sleep(60)")
     assert "rank 0 waits in instruction F:counts<" in text
@@ -276,6 +278,7 @@ def test_a_rank_whose_sequences_never_come_is_named_with_the_stack_of_their_read
     assert "rank 0 waits in instruction F:counts<" in text or "rank 0 waits in instruction U:divisor<" in text
 
 
+@pytest.mark.full
 def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Callable[..., Outcome]) -> None:
     text = explained(
         job(waits_alone), "no rank has made progress", "exchange.start_sum(torch.zeros(4), self.mesh.world, self.log).wait()"

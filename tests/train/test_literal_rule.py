@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
 from megalina.parallel import executor
@@ -117,6 +119,7 @@ def our_rule(rank: int, mark: Callable[[], None]) -> None:
     executor.Links = late(Links, rank, mark)
 
 
+@pytest.mark.full
 def test_the_papers_literal_rule_hangs_and_both_collectives_and_ranks_are_named(job: Callable[..., Outcome]) -> None:
     outcome = job(literal_rule, micro_batch_size=4)
     text = explained(

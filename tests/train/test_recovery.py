@@ -89,6 +89,7 @@ def test_after_a_rewind_the_run_is_the_one_that_never_saw_the_window(folder: Pat
     assert max(line["samples"][0] for line in lines if "event" not in line) == 8 * (STEPS - 1 + 9)
 
 
+@pytest.mark.full
 def test_without_the_guard_the_same_text_does_change_the_run(folder: Path) -> None:
     run = start(config(folder, "unguarded", "none"))
     corrupt(run)
@@ -105,6 +106,7 @@ def test_skip_leaves_the_update_out_and_counts_it(folder: Path) -> None:
     assert [record["skipped_steps"] for record in recorder(run).records[26:30]] == [0, 1, 2, 2]
 
 
+@pytest.mark.full
 def test_spikes_that_go_on_end_the_run_with_the_numbers(folder: Path) -> None:
     for spike, where in (("skip", "in a row"), ("rewind", "since the last checkpoint")):
         settings = config(folder, f"endless {spike}", spike)
@@ -115,6 +117,7 @@ def test_spikes_that_go_on_end_the_run_with_the_numbers(folder: Path) -> None:
             run.loop()
 
 
+@pytest.mark.full
 def test_before_the_first_checkpoint_a_spike_is_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = start(config(folder, "early", "rewind", interval=0))
     corrupt(run)

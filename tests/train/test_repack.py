@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, strateg
     "weights gathered late": ({"zero": 1, "micro_batch_size": 2}, {"name": "lina_zero", "parts": 2, "yields": True}),
     "balance over all ranks": ({"group": "global", "recompute": "full", "shared_d_ff": 16}, {"name": "flow", "packing": "auto"}),
 }
-FULL = ("zero", "weights gathered late", "balance over all ranks", "all")  # scenarios of `make test-full` alone
+FULL = ("zero", "weights gathered late", "balance over all ranks", "auto", "resumed", "all")  # of `make test-full`
 OnRanks = Mapping[str, list[dict[str, Any]]]
 
 
@@ -233,7 +233,7 @@ def on_ranks(folder: Path) -> OnRanks:
         ranks = run_on_ranks(WORLD, scenarios, folder, names)
         return {name: [rank[name] for rank in ranks] for name in names}
 
-    return InGroups([("plain", "bits", "memory", "auto", "resumed"), FULL], made)
+    return InGroups([("plain", "bits", "memory"), FULL], made)
 
 
 every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
@@ -283,6 +283,7 @@ def test_what_was_moved_out_of_is_gone(on_ranks: OnRanks) -> None:
         assert rank["gone"] and rank["lanes"]["lane dp"] <= 1, rank  # one may begin late
 
 
+@pytest.mark.full
 def test_auto_tries_each_keeps_the_fastest_and_changes_no_number(on_ranks: OnRanks) -> None:
     for auto in on_ranks["auto"]:
         assert [k for k, _ in groupby(auto["packings"])] == [1, 2, 4, 1, 2] and auto["packings"][-4:] == [2] * 4
@@ -290,6 +291,7 @@ def test_auto_tries_each_keeps_the_fastest_and_changes_no_number(on_ranks: OnRan
         assert len(auto["val"]) == 3 and auto["val"] == pytest.approx(auto["calm val"], rel=1e-10)
 
 
+@pytest.mark.full
 def test_a_resumed_run_is_packed_as_it_was_and_verifies(on_ranks: OnRanks) -> None:
     for auto, again in zip(on_ranks["auto"], on_ranks["resumed"], strict=True):
         assert (again["packing"], again["searching"], again["fixed packing"]) == (2, False, 2)

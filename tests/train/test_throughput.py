@@ -51,6 +51,7 @@ def test_the_measured_rate_is_a_rate_of_this_machine() -> None:
     assert 1e8 < rate < 1e15
 
 
+@pytest.mark.full
 def test_peak_memory_grows_by_a_tensor_that_is_gone() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     torch.ones(2 * before // 4)  # float32: twice of what there was

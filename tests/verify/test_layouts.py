@@ -115,7 +115,7 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
 def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
     choices = replace(choices_of(RANKS), routers=PASSED)
     models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))

@@ -176,6 +176,7 @@ def test_tables_json_and_picture_have_all_rows(tmp_path: Path) -> None:
     assert (tmp_path / "rows.png").stat().st_size > 20_000
 
 
+@pytest.mark.full
 def test_all_rows_are_told_of_shallow_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The paper's models with two layers: what their numbers are is tested with all layers in `make test-full`."""
     shallow = lambda base, model, *more, **named: config_of(base, replace(model, layers=2), *more, **named)  # noqa: E731

@@ -66,7 +66,7 @@ def spans(timeline: Timeline, rank: int) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("nodes", "per_node"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize(("nodes", "per_node"), [pytest.param(4, 2, marks=pytest.mark.full), (2, 4)])
 def test_one_rank_for_all_sees_what_all_see(name: str, nodes: int, per_node: int) -> None:
     for i, strategy in enumerate(STRATEGIES):
         tp = i % 2 == 0

@@ -23,7 +23,7 @@ from tests.parallel.ranks import run_on_ranks
 from tests.perfmodel.sim.schedules import SHAPES, setting_of
 
 TOLERANCE = 0.05  # of a measured peak
-QUICK = ("one rank, all recomputed", "ep 2, ZeRO-1, lina, chunks", "ep 2, flow, late weights")
+QUICK = ("one rank, all recomputed", "ep 2, flow, late weights")
 C, F = Kind.COMPUTE, "F"
 
 

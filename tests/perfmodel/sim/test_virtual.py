@@ -228,7 +228,7 @@ def test_what_yields_to_sums_that_share_its_lane_is_refused_and_would_deadlock()
     check(tuple(replace(s, yields_to=()) for s in program), (), {})
 
 
-def deadlocks(program: Program, rule: Rule, schedules: int = 100) -> int:
+def deadlocks(program: Program, rule: Rule, schedules: int = 40) -> int:
     """Of so many schedules on 2 x 2 ranks, how many have no end."""
     count = 0
     for seed in range(schedules):
@@ -250,7 +250,7 @@ def test_the_papers_literal_rule_deadlocks_under_some_delays_and_ours_under_none
     )
     program = training_step(name, setting)
     assert deadlocks(program, OURS) == 0
-    assert deadlocks(program, LITERAL) >= 10
+    assert deadlocks(program, LITERAL) >= 4
 
 
 # every strategy: random delays, random legal orders
