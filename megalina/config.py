@@ -148,7 +148,7 @@ class StrategyConfig:
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    name: str = setting("adamw", choices=("adamw", "sgd"))  # which optimizer
+    name: str = setting("adamw", choices=("adamw", "sgd"), own=True)  # which optimizer
     lr: float = setting(1e-3, high=LARGEST_FACTOR)  # peak learning rate
     beta1: float = setting(0.9, high=BELOW_ONE)  # AdamW: decay of the mean of the gradients
     beta2: float = setting(0.95, high=BELOW_ONE)  # AdamW: decay of the mean of their squares

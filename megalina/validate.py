@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from megalina.blocks.model import blocks_of, check_layer, check_own
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import check_router, kind_of
 from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, is_moe_layer, settings
@@ -43,6 +44,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_model(config)
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts)
+    optimizer_of(config.optim)
     if config.router.losses or any(map(is_reference, config.model.layer)):
         check_own(blocks_of(config.model, config.router))
     _check_layout(config, world)
@@ -122,7 +124,7 @@ def check_machine(
         )
     if config.optim.implementation == "apex":
         obstacles = {
-            f"has no {config.optim.name}": config.optim.name != "adamw",
+            f"has no {config.optim.name}": not optimizer_of(config.optim).has_apex,
             "has no float64": config.train.dtype == "float64",
             "needs GPUs": config.launch.device == "cpu" or num_gpus == 0,
             "needs NVIDIA Apex with its CUDA extensions, which isn't installed": not apex,

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from megalina.blocks.counts import ParameterCounts, count_parameters
+from megalina.blocks.optimizers import OPTIMIZERS
 from megalina.checkpoint.checksums import sum_of, write_sums
 from megalina.cli import train
 from megalina.compose import compose
@@ -149,6 +150,18 @@ def test_counts_are_those_of_the_model_with_every_router(router: str, shape: tup
     assert counts.num_moe_layers == len(moe)
     experts = sum(p.numel() for layer in moe for name, p in layer.named_parameters() if name.startswith("experts."))
     assert counts.expert * model.num_experts * len(moe) == experts
+
+
+def test_every_optimizer_is_a_choice_and_has_a_file() -> None:
+    files = [path.stem for path in FILES if path.parent.name == "optim"]
+    assert set(files) == set(OPTIMIZERS) == set(CHOICES["optim.name"])
+    for reference, said in (
+        ("nowhere.py:Lion", "nowhere.py: there is no such file"),
+        ("megalina.batch:Batch", "optim.name=megalina.batch:Batch is no OptimizerKind"),
+    ):
+        config = compose([f"optim.name={reference}"])
+        with pytest.raises(ValueError, match=said):
+            check_config(config, 1)
 
 
 def test_every_kind_of_router_has_a_file() -> None:

@@ -1,4 +1,4 @@
-"""A block, a router and a loss of one's own, each in one file: what running it proves, and that mistakes in it are found."""
+"""A block, a router, a loss, an optimizer of one's own, each in one file: what running it proves; mistakes in it are found."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.reference import load
 from megalina.compose import compose
 from megalina.config import PretrainConfig
+from megalina.train.optim import Group
 from megalina.verify.proof import NotProven, prove
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
-LINES = {"own_layer": 75, "own_router": 50}
+LINES = {"own_layer": 75, "own_router": 50, "own_optimizer": 50}
 
 
 def _checked(printed: str) -> dict[str, Any]:
@@ -59,6 +60,27 @@ def test_a_router_and_a_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert "entropy_loss" in found["checkpoint"]["reported"]
     declared, counted = found["kept_bytes"]["moe F:route"]
     assert declared == pytest.approx(counted, rel=0.1)
+
+
+def test_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps one number of each parameter, AdamW two."""
+    runpy.run_path(str(EXAMPLES / "own_optimizer.py"), run_name="__main__")
+    found = _checked(capsys.readouterr().out)
+    assert -found["added"]["state_bytes"] > 4 * found["parameters"]
+
+
+def test_a_rule_that_mixes_elements_of_a_slice_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = load(f"{EXAMPLES}/own_optimizer.py:LionRule")
+    true = rule.update
+
+    def by_slice(self: Any, group: Group, lr: float, divisor: Tensor | None) -> None:
+        for t in group.tensors:
+            t.grad.sub_(t.grad.mean())  # of the slice that it has
+        true(self, group, lr, divisor)
+
+    monkeypatch.setattr(rule, "update", by_slice)
+    with pytest.raises(NotProven):
+        prove(compose(["model=tiny", f"optim.name={EXAMPLES}/own_optimizer.py:Lion"]))
 
 
 @pytest.fixture

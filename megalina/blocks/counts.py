@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megalina.blocks.model import Blocks, blocks_of
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.config import BYTES, ModelConfig, PretrainConfig, RouterConfig
 from megalina.step.forward import plain
@@ -68,7 +69,7 @@ def expert_bytes_on_rank(config: PretrainConfig, world: int, packing: int = 1) -
     experts, of which there are `packing` times as many too."""
     width = BYTES[config.train.dtype]
     main = max(width, 4)  # gradients, master weights and moments are never below float32
-    copies = (2 if config.optim.name == "adamw" else 0) + (1 if width < main else 0)
+    copies = len(optimizer_of(config.optim).states) + (1 if width < main else 0)
     params = expert_params_on_rank(config, packing)
     shards = world * packing // config.parallel.ep if config.parallel.zero else 1
     return params * (width + main) + copies * main * params // shards

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalina.blocks.optimizers import optimizer_of
 from megalina.verify.recording import INITIAL, Entry, Recording
 
 EXACT, AFTER_ADAM = 1e-12, 1e-10  # relative; Adam divides by roots of squares, which magnifies rounding
@@ -57,9 +58,9 @@ def compare(reference: Recording, layout: Recording) -> Comparison:
 
 def limit_of(reference: Recording, entry: Entry) -> float:
     """The relative error from which on an entry differs."""
-    adam = reference.config.optim.name == "adamw"
+    magnified = optimizer_of(reference.config.optim).magnifies_rounding
     touched = entry.step > 0 or (entry.kind == "weight" and entry.step != INITIAL)
-    return AFTER_ADAM if adam and touched else EXACT
+    return AFTER_ADAM if magnified and touched else EXACT
 
 
 def _largest_of_kinds(recording: Recording) -> dict[tuple[int, str], float]:

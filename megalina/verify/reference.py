@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalina.batch import Batch
-from megalina.config import ParallelConfig, PretrainConfig, StrategyConfig
+from megalina.blocks.reference import is_reference
+from megalina.config import OptimConfig, ParallelConfig, PretrainConfig, StrategyConfig
 from megalina.model.block_functions import Routed, Seen
 from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.routers import Router
+from megalina.train.optim import FlatOptimizer, FlatTensor
 from megalina.verify.recording import (
     AUXILIARY,
     INITIAL,
@@ -174,8 +176,29 @@ def _auxiliary(gpt: GPT, parts: Sequence[Pass]) -> list[dict[str, Tensor]]:
     return [gpt.auxiliary([r.losses for r in p.routed], loads, p.loss.new_zeros(())) for p in parts]
 
 
-def _optimizer(config: PretrainConfig, gpt: GPT) -> torch.optim.Optimizer:
+class _OfOnesOwn:
+    """The rule of an optimizer that torch doesn't have, on whole parameters; as torch's optimizers are used here."""
+
+    def __init__(self, optim: OptimConfig, parameters: Sequence[nn.Parameter]):
+        self._parameters, self._lr = parameters, optim.lr
+        flat = [FlatTensor(p.detach().view(-1), torch.zeros_like(p).view(-1), decay=spec_of(p).decay) for p in parameters]
+        self._grads, self._optimizer = [t.grad for t in flat], FlatOptimizer(optim, flat)
+
+    def step(self) -> None:
+        for grad, p in zip(self._grads, self._parameters, strict=True):
+            assert p.grad is not None
+            grad.copy_(p.grad.reshape(-1))
+        self._optimizer.step(lr=self._lr)
+
+    def zero_grad(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+def _optimizer(config: PretrainConfig, gpt: GPT) -> torch.optim.Optimizer | _OfOnesOwn:
     optim = config.optim
+    if is_reference(optim.name):
+        return _OfOnesOwn(optim, list(gpt.parameters()))
     decayed = [p for p in gpt.parameters() if spec_of(p).decay]
     others = [p for p in gpt.parameters() if not spec_of(p).decay]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]

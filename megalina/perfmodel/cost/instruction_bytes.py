@@ -14,6 +14,7 @@ from math import prod
 from megalina.blocks.attention import head_dim
 from megalina.blocks.memory import Inside
 from megalina.blocks.model import blocks_of
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size
 from megalina.layout import axis_of_group, axis_sizes
@@ -120,7 +121,7 @@ class InstructionBytes:
             "weights": numel * rank.element,
             "gradients": numel * rank.main,
             "master weights": own * rank.main if rank.mixed else 0,
-            "moments": 2 * own * rank.main if self._config.optim.name == "adamw" else 0,
+            "moments": len(optimizer_of(self._config.optim).states) * own * rank.main,
             # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
             "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element) + table,
         }

@@ -9,6 +9,7 @@ and so is each product of all experts in bfloat16.  Biases, dropout and padding 
 from collections.abc import Mapping
 
 from megalina.blocks.model import Blocks, blocks_of
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Work, small
 from megalina.config import PretrainConfig
@@ -72,9 +73,10 @@ class InstructionWork:
         return small(SMALL[instruction.name])
 
     def _update(self, bucket: BucketSpec) -> Work:
-        """AdamW reads gradient, weight and two moments and writes the last three; then the gradients are cleared."""
+        """What the optimizer reads and writes, of AdamW gradient, weight and two moments and the last three; then the gradients
+        are cleared."""
         rank = self.rank
-        passes = 7 if self.config.optim.name == "adamw" else 3
+        passes = optimizer_of(self.config.optim).passes
         copied = (rank.main + rank.element) * (rank.element != rank.main)  # master weights to weights
         moved = self._here(bucket) * (passes * rank.main + copied) + bucket.numel * rank.main
         return Work((), moved, 2 + (rank.element != rank.main))
