@@ -274,27 +274,34 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optm.lr=1", "there is no setting optm.lr (did you mean optim.lr?); see --help"),
+        pytest.param("optm.lr=1", "there is no setting optm.lr (did you mean optim.lr?); see --help", marks=pytest.mark.full),
         ("optim.lrr=1", "there is no setting optim.lrr (did you mean optim.lr?); see --help"),
-        ("lr=1", "there is no setting lr (did you mean optim.lr?); see --help"),
+        pytest.param("lr=1", "there is no setting lr (did you mean optim.lr?); see --help", marks=pytest.mark.full),
         ("+zz=1", "there is no setting zz; see --help"),
         ("+train.stepz=1", "there is no setting train.stepz (did you mean train.steps?); see --help"),
-        ("modle=tiny", "there is no setting modle (did you mean model?); see --help"),
+        pytest.param("modle=tiny", "there is no setting modle (did you mean model?); see --help", marks=pytest.mark.full),
         ("experiment=lapto", "experiment=lapto: there is no such file in conf/experiment (did you mean laptop?); there are "),
         ("router=3", "router=3: router wants the name of a file in conf/router"),
-        ("router.kind=3", "router.kind=3 is not one of topk, "),
+        pytest.param("router.kind=3", "router.kind=3 is not one of topk, ", marks=pytest.mark.full),
         ("optim.lr=abc", "optim.lr=abc must be a number"),
-        ("model.num_layers=2.5", "model.num_layers=2.5 must be a whole number"),
-        ("train.steps=null", "train.steps=null: train.steps needs a value; leave it out for its default"),
-        (
+        pytest.param("model.num_layers=2.5", "model.num_layers=2.5 must be a whole number", marks=pytest.mark.full),
+        pytest.param(
+            "train.steps=null",
+            "train.steps=null: train.steps needs a value; leave it out for its default",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
             "optim.lr=${optim.rate}",
             "optim.lr=${optim.rate}: optim.lr refers to optim.rate, and there is no setting optim.rate; optim has name, lr",
+            marks=pytest.mark.full,
         ),
-        ("optim.lr", "optim.lr: a setting is given as NAME=VALUE, as in train.steps=100; see --help"),
+        pytest.param(
+            "optim.lr", "optim.lr: a setting is given as NAME=VALUE, as in train.steps=100; see --help", marks=pytest.mark.full
+        ),
         ("parallel.ep=3", "parallel.tp (1) x parallel.ep (3) must divide the number of ranks (1)"),
-        ("run.dir=fake_rank.py/run", "run.dir=fake_rank.py/run: "),
+        pytest.param("run.dir=fake_rank.py/run", "run.dir=fake_rank.py/run: ", marks=pytest.mark.full),
         ("run.dir=/proc/nothing", "/proc/nothing: No such file or directory; run.dir must be a folder that can be written"),
-        ("hydra.run.dir=here", "hydra.run.dir=here: the run folder is set by run.dir"),
+        pytest.param("hydra.run.dir=here", "hydra.run.dir=here: the run folder is set by run.dir", marks=pytest.mark.full),
         ("launch.ranks=100000", "launch.ranks (100000) is more than 64 ranks for each of "),
         ("tracker.wandb.mode=onlin", "tracker.wandb.mode=onlin is not one of offline, online, disabled (did you mean online?)"),
     ],
@@ -357,6 +364,7 @@ def test_a_sweep_has_one_run_folder_a_job_and_survives_a_failure(command, tmp_pa
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {"0", "1", "2", "3", "multirun.yaml"}
 
 
+@pytest.mark.full
 def test_bad_input_of_one_job_does_not_stop_a_sweep(command) -> None:
     code, out, err = command("-m", "hydra.sweep.dir=sweep", "parallel.ep=3,1")
     assert code == 2
@@ -364,6 +372,7 @@ def test_bad_input_of_one_job_does_not_stop_a_sweep(command) -> None:
     assert "job 0: parallel.tp (1) x parallel.ep (3) must divide" in err
 
 
+@pytest.mark.full
 def test_the_jobs_of_a_sweep_may_not_share_a_folder(command, tmp_path: Path) -> None:
     code, _, err = command("-m", "run.dir=here", "optim.lr=0.1,0.2")
     assert code == 2

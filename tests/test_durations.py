@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.durations import BUDGET_S, excess, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,7 @@ def test_many_new_modules_that_are_quick_alone_are_too_much_together() -> None:
     ]
 
 
+@pytest.mark.full
 def test_a_run_of_all_modules_is_recorded_and_held_to_the_record(tmp_path: Path) -> None:
     """The hooks themselves, in a project of two modules."""
     (tmp_path / "tests").mkdir()

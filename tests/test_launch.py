@@ -229,6 +229,7 @@ def test_a_lost_rank_starts_all_again_and_what_was_written_is_kept(tmp_path: Pat
     assert len(list(tmp_path.glob("started.*.True"))) == 3
 
 
+@pytest.mark.full
 def test_the_last_start_that_fails_ends_the_job(tmp_path: Path) -> None:
     rc, _, err = Job(tmp_path, "if rank == 2: raise KeyError('again')\ntime.sleep(60)", launcher=RESTARTER).finish()
     assert rc == 1

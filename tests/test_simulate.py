@@ -75,6 +75,7 @@ def test_a_row_has_the_keys_of_a_candidate_of_the_planner(sweep: Any) -> None:
     assert "launch.ranks=8" in rows[0]["overrides"] and not any(word.startswith("simulate.") for word in rows[0]["overrides"])
 
 
+@pytest.mark.full
 def test_a_sweep_does_not_write_into_another_one_and_is_drawn_again_after_a_kill(sweep: Any, tmp_path: Path) -> None:
     folder, _ = sweep
     before = (folder / "results.jsonl").read_text()

@@ -74,6 +74,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_on_ranks(2, work, folder)
 
 
+@pytest.mark.full
 def test_turns_rotate_and_each_strategy_has_one_in_each_round(ranks: list[dict[str, Any]]) -> None:
     names = list(STRATEGIES)
     assert ranks[0]["turns"] == ranks[1]["turns"]

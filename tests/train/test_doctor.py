@@ -286,6 +286,7 @@ def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Calla
     assert "rank 0 waits in instruction F:combine<.0.0" in text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])  # rank 0 has the store: it stops as well
 def test_a_stopped_rank_is_said_to_be_silent(job: Callable[..., Outcome], rank: int) -> None:
     text = explained(job(signals_itself, rank, int(signal.SIGSTOP)), f"rank {rank} does not answer: its process is stopped")

@@ -155,6 +155,7 @@ def test_places_are_all_ways_to_cut_a_world() -> None:
     assert max(p[0] for p in layouts.places(8)) == 8
 
 
+@pytest.mark.full
 def test_all_pairs_of_choices_that_can_run_occur() -> None:
     choices = choices_of(RANKS)
     options = axes(choices, RANKS)

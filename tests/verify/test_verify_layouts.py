@@ -134,6 +134,7 @@ def test_a_failed_row_is_shown_with_its_message_and_is_valid_json() -> None:
     assert [r["failed"] is None for r in rows] == [True, False, True]
 
 
+@pytest.mark.full
 def test_only_some_rows_are_run() -> None:
     every = layouts.only(verify_layouts.choices_of(["model=tiny"], 2), ["router=hash,topk"])
     some = layouts.only(every, ["strategy=flow,lina", "router=hash"])

@@ -70,9 +70,15 @@ def test_zero_saves_memory_and_more_so_on_more_ranks() -> None:
 
 
 def test_a_search_gives_what_the_trainer_accepts_the_fastest_first() -> None:
-    words = ("train.global_batch_size=64", "model.num_layers=2")
+    words = (
+        "train.global_batch_size=64",
+        "model.num_layers=2",
+        "model.num_heads=2",
+        "model.num_kv_heads=2",
+        "model.num_experts=2",
+    )
     found = search(config_of(*words), WORLD, vocab_size=VOCAB)
-    assert len(found) > 50 and all(accepted(c.config, WORLD) for c in found)
+    assert len(found) > 20 and all(accepted(c.config, WORLD) for c in found)
     times = [c.found.step_s for c in found if c.found]
     assert times == sorted(times)
     assert {c.plan.strategy for c in found} > {"eager", "flow", "lina"}
@@ -91,7 +97,7 @@ def test_what_does_not_fit_comes_last_and_is_not_walked() -> None:
 
 def test_plans_are_taken_up_again_as_they_are() -> None:
     config = config_of("parallel.zero=1")
-    for plan in OF_A_LAYOUT:
+    for plan in OF_A_LAYOUT[::3]:
         planned = replace(config, strategy=strategy_of(plan, config.strategy))
         again = compose([*SMALL, "parallel.zero=1", *Candidate(planned, plan, 0, None).overrides()])
         assert again.strategy == planned.strategy, plan
