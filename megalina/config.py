@@ -7,7 +7,8 @@ config into these once, in main; nothing below main sees a Hydra object.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 Value = TypeVar("Value", int, float, str)
@@ -30,15 +31,19 @@ def setting(
     return field(default=default, metadata={"low": low, "high": largest if high is None else high})
 
 
-def settings(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be."""
-    assert is_dataclass(config)
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            yield from settings(value, f"{prefix}{f.name}.")
+    for name, may_be in _fields(type(config)):
+        value = getattr(config, name)
+        if hasattr(value, "__dataclass_fields__"):
+            yield from settings(value, f"{prefix}{name}.")
         else:
-            yield prefix + f.name, value, f.metadata
+            yield prefix + name, value, may_be
+
+
+@cache
+def _fields(schema: type) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    return tuple((f.name, f.metadata) for f in fields(schema))
 
 
 def choices_of(schema: type, name: str) -> tuple[str, ...]:
