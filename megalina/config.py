@@ -33,7 +33,7 @@ def setting(
 
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be."""
-    for name, may_be in _fields(type(config)):
+    for name, may_be in _fields(config.__class__):
         value = getattr(config, name)
         if hasattr(value, "__dataclass_fields__"):
             yield from settings(value, f"{prefix}{name}.")
@@ -42,7 +42,7 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[
 
 
 @cache
-def _fields(schema: type) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+def _fields(schema: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     return tuple((f.name, f.metadata) for f in fields(schema))
 
 
