@@ -5,17 +5,23 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megalina.cli import train
 from megalina.cli.main import COMMANDS, main
-from megalina.compose import CONF, compose
+from megalina.compose import CONF, _composed, compose
+from megalina.config import PretrainConfig, RunConfig
 from megalina.worker import load_config
 from tests.commands import done
 
@@ -85,6 +91,36 @@ def test_hydras_own_flags_are_hydras(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "own.yaml").write_text("defaults: [pretrain, _self_]\ntrain: {steps: 7}\n")
     named = done(train.main, "--config-dir", tmp_path, "--config-name", "own", "--cfg", "job")
     assert "steps: 7" in named.stdout, named.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.steps=7", "model=laptop", "train.steps=8"),
+        ("experiment=laptop", "optim.lr=${optim.eps}", "router=sigmoid"),
+        ("model.layer=[attention,ffn]", "model.name='a b'", "cluster.hardware.memory_gib=40", "cluster=h100_400g"),
+        ("+train.stepz=1", "model=tiny"),
+        ("model.name=null",),
+        ("train.steps=1,2",),
+        ("optim.lrr=1", "model=tiny"),
+    ],
+)
+def test_values_that_are_set_after_composing_are_hydras(overrides: tuple[str, ...]) -> None:
+    def said(make: Callable[[], PretrainConfig]) -> Any:
+        try:
+            return replace(make(), run=RunConfig(dir=""))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            return type(error), str(error)
+
+    assert said(lambda: compose(overrides)) == said(lambda: load_config(_composed(overrides)))
+
+
+def test_a_changed_file_is_composed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("megalina.compose.CONF", tmp_path / "conf")
+    assert compose(["optim=sgd", "train.steps=3"]).optim.lr == 0.1
+    (tmp_path / "conf" / "optim" / "sgd.yaml").write_text("name: sgd\nlr: 0.75\n")
+    assert compose(["optim=sgd", "train.steps=3"]).optim.lr == 0.75
 
 
 def test_compose_is_the_command_line_and_leaves_hydra_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
