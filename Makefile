@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
 # Tests start ranks of their own, so two workers fill two cores (three are hardly quicker); a module stays on one worker, for the ranks it keeps.  They come
 # in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
-PYTEST := pytest -n 2 --dist loadscope --no-loadscope-reorder
+PYTEST := pytest -n 3 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help

@@ -469,6 +469,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(command, tmp_path: Path) -> N
     assert command("train.init_from=nothing")[::2] == (2, "nothing is not a complete checkpoint: it has no values.json\n")
 
 
+@pytest.mark.full
 def test_a_warning_does_not_hide_a_mistake(command, tmp_path: Path) -> None:
     many = ("launch.ranks=16", "train.global_batch_size=32", "model=tiny")
     assert "warning: 16 ranks share" in command(*many, "run.dir=good")[2]

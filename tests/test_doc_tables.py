@@ -3,6 +3,8 @@
 import importlib.util
 import re
 
+import pytest
+
 from megalina.step.strategy import STRATEGIES
 from tests.doc_commands import ROOT, commands_in
 from tools.draw_strategies import _parser, ladder_job, steps_of
@@ -31,6 +33,7 @@ def written(name: str, found: list[dict[str, float]]) -> str:
     return " | ".join(cells)
 
 
+@pytest.mark.full
 def test_the_table_of_strategies_is_what_its_commands_give() -> None:
     found = columns()
     assert len(found) == 3

@@ -277,6 +277,7 @@ def test_the_report_shows_all_modes_and_needs_nothing_else(found: dict[str, Any]
     assert "http" not in html and "<script" not in html and ">nan" not in html and "None" not in html.split("<details>")[0]
 
 
+@pytest.mark.full
 def test_emulated_devices_take_the_time_they_are_told_to(run: Path) -> None:
     checkpoint = next((run / "checkpoints").iterdir())
     modes = {name: read_mode(CONF, name) for name in ("static", "best")}

@@ -49,6 +49,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     return folder, run("-m", *SMALL[:-1], *swept)
 
 
+@pytest.mark.full
 def test_a_sweep_has_a_row_for_every_job_also_for_those_that_cannot_run(sweep: Any) -> None:
     folder, swept = sweep
     assert swept.returncode == 0, swept.stderr

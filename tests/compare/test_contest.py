@@ -85,6 +85,7 @@ def test_turns_rotate_and_each_strategy_has_one_in_each_round(ranks: list[dict[s
         assert list(order[number * len(names) : (number + 1) * len(names)]) == names[at:] + names[:at]
 
 
+@pytest.mark.full
 def test_timed_steps_are_those_after_the_first_of_a_turn(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name in STRATEGIES:
@@ -125,6 +126,7 @@ def test_what_is_slow_in_the_first_round_takes_no_further_turn(tmp_path: Path) -
         assert all(steps == WARM_UP + 2 * turns[name] for name, (_, steps) in rank.items())
 
 
+@pytest.mark.full
 def test_all_have_eagers_losses_on_the_same_data(ranks: list[dict[str, Any]]) -> None:
     base = ranks[0]["losses"]["eager whole"]
     assert len(set(base)) == len(base)  # it learns
@@ -135,6 +137,7 @@ def test_all_have_eagers_losses_on_the_same_data(ranks: list[dict[str, Any]]) ->
             assert rank["found"][name].largest_loss_difference < 1e-10
 
 
+@pytest.mark.full
 def test_numbers_are_of_the_slowest_rank_and_agreed_on(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["found"] == ranks[1]["found"]
     found = ranks[0]["found"]
@@ -153,17 +156,20 @@ def test_numbers_are_of_the_slowest_rank_and_agreed_on(ranks: list[dict[str, Any
     assert as_json("1x2", found)["lower_bound_s"] == min(m.link_s for m in found.values())
 
 
+@pytest.mark.full
 def test_windows_are_measured_before_the_first_round(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["searched"]["windows"] > 0 == rank["searched"]["flow"]
         assert "windows" in rank["found"]["windows"].plan
 
 
+@pytest.mark.full
 def test_exchanges_are_calibrated(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["calibrated"] == ranks[1]["calibrated"]
     assert ranks[0]["calibrated"].keys() >= {"tokens", "grads"} and min(ranks[0]["calibrated"].values()) > 0
 
 
+@pytest.mark.full
 def test_an_emulated_device_is_busy_for_what_its_list_costs(ranks: list[dict[str, Any]]) -> None:
     """Two layers, forward once and backward twice, and small instructions for the rest."""
     for rank in ranks:

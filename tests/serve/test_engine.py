@@ -283,7 +283,8 @@ def jobs() -> dict[str, Any]:
     """All that this file asks of so many ranks: starting them takes longer than what they do."""
     world = dist.get_world_size()
     out: dict[str, Any] = {"oracle": {name: on_one_device(model, "float64") for name, model in (MODELS | OWN_BLOCKS).items()}}
-    out["chunks"] = in_chunks(4)
+    if world < 3:
+        out["chunks"] = in_chunks(4)
     if world == 2:
         out["placements"] = {dtype: many_placements(PLACEMENTS[dtype], dtype) for dtype in DTYPES}
         out["incremental"] = incremental()
@@ -331,7 +332,7 @@ def check_placements(ranks: list[dict[str, Any]], number: int, dtype: str) -> No
     assert any(found["rounding"] > 0 for found in ranks) == any(found["changed by tiles"] > 0 for found in ranks)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
 def test_rows_that_go_back_in_chunks_are_the_same_bits(found: Found, world: int) -> None:
     for rank in found[world]:
         assert rank["chunks"]["different"] == []

@@ -173,6 +173,7 @@ def test_an_offline_wandb_run_gives_the_loss_history_of_the_metrics_file_back(tm
         assert shown["expert_load._type"] == "image-file" and shown["expert_load_table._type"] == "table-file"
 
 
+@pytest.mark.full
 def test_a_run_that_continues_is_one_wandb_run_whose_newest_steps_count(tmp_path):
     config = config_of(tmp_path / "run", steps=30, wandb="offline")
     first, second = records_of(config, seed=1), records_of(config, seed=2)

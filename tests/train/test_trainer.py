@@ -198,11 +198,11 @@ def signalled(folder: Path) -> dict[str, Any]:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config = config_of(folder, "signal", ep=2, steps=9)
+    config = config_of(folder, "signal", ep=2, steps=6)
     first = records_of(config, after={3: ask})
     stopped = steps_kept(config)
     rest = records_of(config, checkpoint(config, stopped[-1]))
-    whole = records_of(config_of(folder, "no signal", ep=2, steps=9))
+    whole = records_of(config_of(folder, "no signal", ep=2, steps=6))
     return {"first": first.of("loss"), "rest": rest.of("loss"), "stopped": stopped, "whole": whole.of("loss")}
 
 

@@ -1,6 +1,7 @@
 """The star test: every layout gives the numbers of one process, in float64; and the rows of which it is made.
 
-Every activation, routing decision, loss, gradient, norm and weight of two steps to 1e-12 (after AdamW updates to 1e-10).
+Every activation, routing decision, loss, gradient, norm and weight of two steps (SGD in `make test`: one) to 1e-12, after AdamW
+updates to 1e-10.
 `make test` covers all pairs of choices, the world one of them; `make test-full` all pairs in each world, and the product of
 layouts, ZeRO, accumulation and routers.
 """
@@ -24,7 +25,7 @@ from megalina.verify.reference import record
 from megalina.verify.shrink import shrink_router
 from megalina.verify.start import random_batches
 from megalina.verify.verification import verify
-from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, strategy, with_router
+from tests.verify.cases import MODELS, OPTIMIZERS, ROUTERS, choices_of, config_with, strategy, with_router
 
 RANKS = 4
 SIZES: dict[str, list[Any]] = {"world": [4, 2, 1], "tp": [1, 2, 4], "ep": [1, 2, 4], "sequence": [True, False]}
@@ -74,7 +75,8 @@ def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     choices = choices_of(RANKS)
     rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
     assert 20 <= len(rows) <= 70
-    assert differences(choices, rows, steps=2) == []
+    for steps, names in ((2, OPTIMIZERS.keys() - {"sgd"}), (1, {"sgd"})):  # which has no state that a second step would see
+        assert differences(choices, [row for row in rows if row.optimizer in names], steps=steps) == []
 
 
 @pytest.mark.full
@@ -115,7 +117,8 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
     choices = replace(choices_of(RANKS), routers=PASSED)
     models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))

@@ -30,6 +30,8 @@ from papers.lina.routing import BATCH_TOKENS, SKEWS, Routed, made, next_concentr
 from papers.lina.walk import START
 from tests.papers.lina.testbed import base, bed
 
+pytestmark = pytest.mark.full  # of `make test-full` alone
+
 CONF = Path(__file__).resolve().parents[3] / "conf" / "infer"
 
 

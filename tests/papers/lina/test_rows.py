@@ -20,6 +20,8 @@ from papers.lina.walk import START, Bed
 from papers.lina.what_if import exposed, packed
 from tests.papers.lina.testbed import PLAIN, base, bed
 
+pytestmark = pytest.mark.full  # of `make test-full` alone
+
 GIVEN = replace(START, between_factor=1.4, inside_factor=100.0)
 
 

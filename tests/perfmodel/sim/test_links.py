@@ -95,6 +95,7 @@ def arrives(monkeypatch: pytest.MonkeyPatch, seed: int, name: str, shape: str, *
 drawn = {"name": st.sampled_from(list(STRATEGIES)), "shape": st.sampled_from([s for s in SHAPES if "tensor" not in s])}
 
 
+@pytest.mark.full
 @given(seed=st.integers(0, 2**32), uneven=st.booleans(), **drawn)
 def test_what_leaves_arrives_and_links_are_never_too_full_nor_idle(seed: int, name: str, shape: str, uneven: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -94,7 +94,9 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (4, 2)], ids=["2 ranks, top-1", "4 ranks, top-2"])
+@pytest.fixture(
+    scope="module", params=[(2, 1), pytest.param((4, 2), marks=pytest.mark.full)], ids=["2 ranks, top-1", "4 ranks, top-2"]
+)
 def run(request: pytest.FixtureRequest) -> tuple[int, int, list[Any]]:
     world, top_k = request.param
     return world, top_k, run_on_ranks(world, in_the_engine, top_k)
