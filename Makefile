@@ -7,8 +7,8 @@ READY := .venv/ready
 # Processes of tests read what the first one compiled, also where the environment forbids that.
 unexport PYTHONDONTWRITEBYTECODE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
-# Tests start ranks of their own, so two workers fill two cores (three are hardly quicker); a module stays on one worker, for the ranks it keeps.  They come
-# in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
+# Three workers fill two cores, as some of their tests wait for time-outs; a module stays on one worker, for the ranks it keeps.
+# They come in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
 PYTEST := pytest -n 3 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
@@ -45,7 +45,7 @@ lint: $(READY)  ## style, import contracts, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: $(READY)  ## lint and the tests, side by side (about 8 minutes on 2 cores)
+test: $(READY)  ## lint and the tests, side by side (5 to 6 minutes on 2 cores)
 	$(call beside,$(ONE_THREAD) $(PYTEST))
 
 test-full: $(READY)  ## lint and all tests, the slow ones and more examples included
