@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megalina.cli import evaluate as evaluate_gpt_moe
+from megalina.cli import generate
 from megalina.cli.evaluate import BAD_INPUT, FAILED, command_of, main
 from megalina.config import ClusterConfig, InferConfig, ModelConfig
 from megalina.data.indexed import IndexedWriter
@@ -293,6 +294,17 @@ def test_emulated_devices_take_the_time_they_are_told_to(run: Path) -> None:
     assert slow["quality_difference"] < 1e-6
 
 
+def test_text_is_generated_the_same_for_a_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(run), "--prompt", "import ", "--max-tokens", "5"]
+    said = []
+    for seed in ("1", "1", "2"):
+        assert generate.main([*words, "--seed", seed]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and all(text.startswith("import ") for text in said)
+    assert generate.main([*words, "--tokenizer", "nowhere.model"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_command_of_a_report_starts_its_ranks_as_it_was_started() -> None:
     words = ["my run", "--batches", "3"]
     own = "python tools/evaluate_gpt_moe.py 'my run' --batches 3"
@@ -304,7 +316,6 @@ def test_the_command_of_a_report_starts_its_ranks_as_it_was_started() -> None:
     assert emulated.endswith(f"emulate_cluster.py --nodes 2 --ranks-per-node 2 --link-mbit 200 -- .venv/bin/{own}")
 
 
-@pytest.mark.full
 def test_from_end_to_end_on_two_ranks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [{"context": "import ", "choices": ["os", "zzz"], "answer": 0}, {"context": "def ", "target": "f"}]
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))

@@ -114,7 +114,6 @@ def test_many_devices_and_layers_are_lines_not_bars() -> None:
     assert "rows of the busiest device / mean" in page(found) and page(found).count("<rect") < 100
 
 
-@pytest.mark.full
 def test_wandb_gets_numbers_tables_plots_and_the_page(tmp_path: Path) -> None:
     found = made(FAST)
     for _ in range(2):  # each evaluation is a run of its own

@@ -260,7 +260,6 @@ def test_a_rank_that_sleeps_in_an_instruction_is_named_with_its_stack(job: Calla
         assert "all-to-all in instruction F:dispatch>.0.0 of step 2 (torch.float32, uneven of [32])" in report
 
 
-@pytest.mark.full
 def test_a_rank_in_an_endless_loop_is_named_with_its_stack(job: Callable[..., Outcome]) -> None:
     explained(job(loops), "no rank has made progress", "rank 0 computes in instruction F:experts.0.0 of step 2", "while True:")
 
@@ -286,7 +285,6 @@ def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Calla
     assert "rank 0 waits in instruction F:combine<.0.0" in text
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])  # rank 0 has the store: it stops as well
 def test_a_stopped_rank_is_said_to_be_silent(job: Callable[..., Outcome], rank: int) -> None:
     text = explained(job(signals_itself, rank, int(signal.SIGSTOP)), f"rank {rank} does not answer: its process is stopped")
