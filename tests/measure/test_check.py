@@ -1,8 +1,10 @@
 """Forecasts against steps: parts of a step, and what the error is made of; contention's summary."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from megalina.compose import compose
 from megalina.config import PretrainConfig
@@ -17,6 +19,7 @@ from megalina.measure.check import (
     overrides_of,
     parts_of,
     table,
+    trial_run,
     whole,
 )
 from megalina.measure.cluster_file import cluster_of
@@ -25,6 +28,7 @@ from megalina.measure.figures import figures_of
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.validate import check_config
 from tests.measure import made
+from tests.train.small_run import config_of, write_tokens
 
 
 def event(kind: str, name: str, start_s: float, end_s: float, *, op: str = "", phase: str = "F", exposed_s: float = 0.0) -> Event:
@@ -97,3 +101,11 @@ def test_contention_counts_what_all_ranks_saw_together_with_the_smallest_slowdow
     second = [[(3.0, True), (3.0, True), (1.0, True)], [(8.0, False)]]
     assert summary([first, second], alone_s=1.0) == {"count": 2, "median": 2.5, "p95": 3.0}
     assert summary([[[(1.0, False)]]], alone_s=1.0) == {"count": 0, "median": None, "p95": None}
+
+
+def test_a_trial_run_is_told_by_its_parts(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    found = trial_run(config_of(tmp_path, "trial"), torch.device("cpu"), steps=2)
+    assert found["step_s"] > 0 and found["computed_s"] > 0 and 0 < found["core_share"] <= 1.1
+    assert sum(found["parts"].values()) == pytest.approx(found["step_s"], rel=0.5)
+    assert found["parts"].keys() >= {"F attention", "B experts", "waits for a2a"}

@@ -1,10 +1,15 @@
 """The optimizer over flat slices, against torch's optimizers on ordinary parameters."""
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megalina.config import OptimConfig
+from megalina.train import optim
 from megalina.train.optim import FlatOptimizer, FlatTensor
 
 SHAPES = [(5, 3), (7,), (2, 4, 2)]
@@ -136,6 +141,46 @@ def test_an_empty_slice_is_a_slice() -> None:
     tensors = [FlatTensor(torch.zeros(0), torch.zeros(0), True), FlatTensor(torch.ones(2), torch.ones(2), True)]
     FlatOptimizer(OptimConfig(weight_decay=0.0), tensors).step(lr=0.5)
     torch.testing.assert_close(tensors[1].param, torch.full((2,), 0.5))
+
+
+class _FusedAdam(torch.optim.AdamW):
+    """What Apex's takes, by torch: the state is there before the first step, the count belongs to the group."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, adam_w_mode: bool, **settings: Any):
+        assert adam_w_mode
+        super().__init__(groups, foreach=False, **settings)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = torch.tensor(float(group.get("step", 0)))
+            group["step"] = group.get("step", 0) + 1
+        super().step(closure)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_apex_gets_gradients_state_rate_and_count(monkeypatch: pytest.MonkeyPatch, steps_before: int) -> None:
+    """By a stand-in, since NVIDIA's package needs a GPU."""
+    monkeypatch.setattr(optim, "_use_apex", lambda config, has_apex, params: has_apex and config.implementation == "apex")
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=_FusedAdam))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, dtype=torch.float64, generator=generator) for s in SHAPES]
+    both = []
+    for implementation in ("torch", "apex"):
+        tensors = flat_tensors(values)
+        optimizer = FlatOptimizer(OptimConfig(implementation=implementation, weight_decay=0.3), tensors)
+        optimizer.step_count = steps_before
+        for i in range(3):
+            for t in tensors:
+                t.grad.copy_(torch.linspace(-1, 1 + i, t.grad.numel(), dtype=torch.float64))
+            optimizer.step(lr=1e-2 / (i + 1), grad_scale=0.5)
+        both.append((tensors, optimizer))
+    (plain, by_torch), (fused, by_apex) = both
+    assert by_apex.description == "AdamW: NVIDIA Apex FusedAdam" and by_apex.step_count == by_torch.step_count == steps_before + 3
+    for i, (a, b) in enumerate(zip(plain, fused, strict=True)):
+        torch.testing.assert_close(a.param, b.param, rtol=1e-12, atol=1e-14)
+        for name, moment in by_torch.state(i).items():
+            torch.testing.assert_close(by_apex.state(i)[name], moment, rtol=1e-12, atol=1e-14)
 
 
 def test_the_description_names_what_runs_and_apex_is_not_pretended() -> None:
