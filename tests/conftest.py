@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: no collection needs to walk through it again and again."""
+    """What is imported by now stays: no collection needs to walk through it again and again.
+
+    And whichever test starts the server that forks ranks: it imports what the ranks of all tests need."""
+    from tests.parallel.ranks import PRELOAD  # torch, of which the process that hands out the tests has no need
+
+    for name in ("megalina.verify.on_ranks", "megalina.verify.proof"):
+        if name in sys.modules:
+            sys.modules[name].PRELOAD = PRELOAD  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
