@@ -14,9 +14,9 @@ from megalina.data.bpe import train_bpe
 from megalina.data.cache import cached_arrays
 from megalina.data.indexed import Manifest, read_manifest
 from megalina.data.tokenizer import open_tokenizer
-from megalina.track.comparison import RunResult
 from megalina.track.metrics import MetricsFile, read_metrics
 from tests.fuzz.bounded import outcomes, spoiled
+from tools.compare_runs import RunResult
 
 EDITS = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 JSON = st.recursive(

@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from megalina.track.comparison import differing, find_runs
 from tests.track.fake_run import write_run
-from tools.compare_runs import main
+from tools.compare_runs import differing, find_runs, main
 
 
 @pytest.fixture(scope="module")
