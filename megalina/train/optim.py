@@ -7,6 +7,7 @@ They know neither parameters nor ranks.  What is sharded (ZeRO-1) is simply not 
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -41,7 +42,7 @@ class Group:
         return [state[name] for state in self.states]
 
 
-class Rule:
+class Rule(ABC):
     """How an optimizer updates a group in place; of one's own: a subclass, named in `OptimizerKind.functions`."""
 
     description: ClassVar[str]
@@ -50,9 +51,9 @@ class Rule:
     def __init__(self, config: OptimConfig):
         self.config = config
 
+    @abstractmethod
     def update(self, group: Group, lr: float, divisor: Tensor | None) -> None:
         """One update, without autograd.  `divisor`: a float32 scalar, None unless it is `takes_divisor`, and then maybe."""
-        raise NotImplementedError
 
 
 class AdamW(Rule):
