@@ -42,11 +42,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmar
 from benchmarks.replay.report import PAPER, measured, table
 from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
-from megalina.blame import RankFailed
 from megalina.config import InferConfig, ModelConfig, RouterConfig
 from megalina.console import StatusLine
+from megalina.failure_report import RankFailed
 from megalina.launch import Stopped, run_ranks
-from megalina.mesh import Mesh, build_mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object, build_mesh
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
 from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice
@@ -247,12 +247,12 @@ def rank(spec: dict[str, Any]) -> int:
         order = list(engines)[number % len(engines) :] + list(engines)[: number % len(engines)]
         for mode in order:
             engine = engines[mode]
-            everybodys(mesh, None)
+            all_gather_object(mesh, None)
             reroute = part.evenly if config_of(mode).even_routing else part.replayed
             recorder = recorders[mode] if number == served - 1 else None
             began_s = time.perf_counter()
             engine.run(batch, reroute=reroute, record=recorder, emulate=True)
-            step_s = max(everybodys(mesh, time.perf_counter() - began_s))
+            step_s = max(all_gather_object(mesh, time.perf_counter() - began_s))
             if number >= 0:
                 took_s[mode].append(step_s / spec["slow_motion"])
         if me == 0:
@@ -350,7 +350,7 @@ def late_share(engine: Engine) -> float:
     """Of the busiest device's time, by which real work ended later than the emulated device would have, on the worst one."""
     device = engine.device
     assert device is not None
-    overrun_R, busy_R = zip(*everybodys(engine.mesh, (device.overrun_s, device.busy_s)), strict=True)
+    overrun_R, busy_R = zip(*all_gather_object(engine.mesh, (device.overrun_s, device.busy_s)), strict=True)
     return max(overrun_R) / max(*busy_R, 1e-9)
 
 

@@ -32,13 +32,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.blame import RankFailed
 from megalina.compare.ladder import LADDER
 from megalina.config import PretrainConfig
 from megalina.console import StatusLine
 from megalina.data.source import TokenData, open_data
+from megalina.failure_report import RankFailed
 from megalina.launch import Stopped, run_ranks
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.step.strategy import STRATEGIES
 from megalina.train.step_runner import StepRunner
 from megalina.validate import check_config
@@ -231,7 +231,7 @@ def curve_of(config: PretrainConfig, data: TokenData, *, switches: Mapping[int, 
     digest = hashlib.sha256()
     for name, parameter in sorted(runner.trainable.gpt.named_parameters()):
         digest.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    digests = everybodys(runner.mesh, digest.hexdigest())
+    digests = all_gather_object(runner.mesh, digest.hexdigest())
     runner.close()
     return {"losses": losses, "weights": digests, "skipped": skipped, "packings": packings}
 

@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every case's contest, one after another, each on a cluster of its own."""
+    """Every case's interleaved runs, one case after another, each on a cluster of its own."""
     from benchmarks.validation.cases import CASES
     from megalina.cli.compare import note, run
     from megalina.namespaces import check_host

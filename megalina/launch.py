@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalina import rank_process
-from megalina.blame import RankFailed, blame
+from megalina.failure_report import RankFailed, blame
 from megalina.rank_files import files_of
 from megalina.rank_process import GRACE_S
 

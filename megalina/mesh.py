@@ -104,7 +104,7 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
     return meshes
 
 
-def everybodys(mesh: Mesh, value: T) -> list[T]:
+def all_gather_object(mesh: Mesh, value: T) -> list[T]:
     """Each rank's `value`, in the order of ranks.  All ranks must call it."""
     if mesh.world.group is None:
         return [value]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megalina.blame import TAIL_LINES
+from megalina.failure_report import TAIL_LINES
 from megalina.launch import Stopped, rank_environment
 from megalina.rank_process import GRACE_S, for_own_reasons, how_it_ended, kill, start
 

@@ -348,7 +348,7 @@ def test_a_killed_rank_ends_all_and_is_named(run: Path, tmp_path: Path) -> None:
         while not serving(ranks) and time.monotonic() < deadline and tool.poll() is None:
             ranks = dict(children(tool.pid))
             time.sleep(0.1)
-        time.sleep(1.0)  # the contest has begun
+        time.sleep(1.0)  # the timed batches have begun
         os.kill(ranks[1], signal.SIGKILL)
         began_s = time.monotonic()
         _, err = tool.communicate(timeout=30)

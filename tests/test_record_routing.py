@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from megalina.checkpoint.loaded_model import load_model
 from megalina.checkpoint.profile import PROFILE, find_profile
-from megalina.checkpoint.restored import restore
 from megalina.data.gpt_dataset import GPTDataset, Span
 from megalina.data.indexed import IndexedDataset, IndexedWriter
 from megalina.data.source import PackedSamples, open_data
@@ -56,7 +56,7 @@ def test_a_run_gets_a_profile_of_its_validation_text(folder: Path, capsys: pytes
     config = config_of(folder, "run")
     valid = open_data(config.data, seq_len=LENGTH, seed=config.train.seed).valid
     assert valid is not None
-    ids, weights, ahead = by_hand(restore(newest(folder)).gpt, valid.batch(0, 7))
+    ids, weights, ahead = by_hand(load_model(newest(folder)).gpt, valid.batch(0, 7))
     assert np.array_equal(trace.expert_ids_TLK, ids[:100].numpy())
     assert trace.ahead_ids_TLK is not None and np.array_equal(trace.ahead_ids_TLK, ahead[:100].numpy())
     assert trace.weights_TLK is not None and np.abs(trace.weights_TLK - weights[:100].numpy()).max() < 1e-3
@@ -68,7 +68,7 @@ def test_text_and_indexed_data_are_recorded_and_no_more_than_there_is(
 ) -> None:
     out, again = tmp_path / "text.npz", tmp_path / "indexed.npz"
     arguments = [str(newest(folder)), "--out", str(out), "--data", str(folder / "text.txt"), "--tokenizer", "bytes"]
-    gpt = restore(newest(folder)).gpt
+    gpt = load_model(newest(folder)).gpt
     assert tool.main(arguments) == 2  # 257 ids for a model of 300 words
     assert "bytes has 257 ids, the model 300" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     text = (WORDS * 5).encode()

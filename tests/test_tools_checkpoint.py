@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalina.checkpoint.restored import restore
+from megalina.checkpoint.loaded_model import load_model
 from megalina.checkpoint.stored import read_tensors
 from megalina.cli import checkpoint as tool
 from megalina.train.resume import check_fit, check_start
@@ -76,14 +76,14 @@ def test_converted_and_averaged_checkpoints_start_a_run_and_can_be_generated_fro
     assert capsys.readouterr().out.splitlines()[:2] == [str(file), str(back)]
     want = {name: tensor for name, tensor in read_tensors(source).items() if name.startswith("model/")}
     stored = load_file(file)
-    restored = restore(source)
-    parameters = dict(restored.gpt.named_parameters())
+    loaded = load_model(source)
+    parameters = dict(loaded.gpt.named_parameters())
     assert parameters.keys() <= stored.keys()  # and router biases
     expected = weights_of(start(config_of(folder, "from the source", init_from=str(source), **RUN)))
     for path in (back, mean):
         found = read_tensors(path)
         assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-        assert all(torch.equal(p, parameters[name]) for name, p in restore(path).gpt.named_parameters())
+        assert all(torch.equal(p, parameters[name]) for name, p in load_model(path).gpt.named_parameters())
         config = config_of(folder, f"from {path.name}", init_from=str(path), **RUN)
         check_start(config, vocab_size=300)
         started = weights_of(start(config))
@@ -153,5 +153,5 @@ def test_a_damaged_source_is_named_and_nothing_is_written(
         err = capsys.readouterr().err
         assert f"{path}/__0_0.distcp is damaged: its checksum" in err and err.count("\n") == 1
     with pytest.raises(ValueError, match="__0_0.distcp is damaged"):
-        restore(path)
+        load_model(path)
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]

@@ -121,7 +121,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     from megalina.console import StatusLine
     from megalina.data.source import open_data
     from megalina.layout import rows
-    from megalina.mesh import everybodys
+    from megalina.mesh import all_gather_object
     from megalina.timeline.recorder import Event, Recorder
     from megalina.timeline.trace import TracedStep, aligned
     from megalina.train.step_runner import StepRunner
@@ -155,7 +155,7 @@ def measure(config: "PretrainConfig", steps: int, *, first: bool) -> Measured:
     after = calibrate(runner.mesh, runner.log, sizes_bytes, sharded=config.parallel.zero == 1)
     alone = fastest(before, after, sizes_bytes)
     times_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
-    by_rank, machines, times = zip(*everybodys(runner.mesh, (own, machine(), times_s)), strict=True)
+    by_rank, machines, times = zip(*all_gather_object(runner.mesh, (own, machine(), times_s)), strict=True)
     by_step = [list(events) for events in zip(*by_rank, strict=True)]
     busy_s, overrun_s = map(sum, zip(*times, strict=True))
     groups = rows(runner.mesh.shape)

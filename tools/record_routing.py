@@ -125,13 +125,13 @@ def run(options: argparse.Namespace) -> str:
     check(options, values, out)
     import torch
 
-    from megalina.checkpoint.restored import restore
+    from megalina.checkpoint.loaded_model import load_model
     from megalina.model.routing_recorder import record_routing
     from megalina.placement.routing_trace import write_trace
 
     with tempfile.TemporaryDirectory(prefix="megalina_record_") as folder:
         text = open_text(options, checkpoint, values, Path(folder))
-        gpt = restore(checkpoint, device=options.device).gpt
+        gpt = load_model(checkpoint, device=options.device).gpt
         seq_len = values["config"]["train"]["seq_len"]
         total = min(options.tokens, text.num_sequences * seq_len)
         with Shown(total) as shown:

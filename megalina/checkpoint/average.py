@@ -9,7 +9,7 @@ import torch
 from megalina.checkpoint.checkpoints import check_same
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.stored import Stored
-from megalina.checkpoint.streamed import write_checkpoint
+from megalina.checkpoint.streaming_writer import write_checkpoint
 from megalina.comm.slice import Box
 
 KEPT = ("config", "vocab_size", "tokenizer_path")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.stored import Stored
-from megalina.checkpoint.streamed import published, write_checkpoint
+from megalina.checkpoint.streaming_writer import published, write_checkpoint
 from megalina.comm.slice import Box
 
 _NAMES = {

@@ -124,7 +124,7 @@ def convert(source: Path, target: Path, *, optimizer: bool, ranks: int | None) -
         raise ValueError(f"from folder to folder there is nothing to convert without --ranks; or name TARGET *{SAFETENSORS}")
     else:
         there = newest_of(source)
-        from megalina.checkpoint.streamed import rewrite
+        from megalina.checkpoint.streaming_writer import rewrite
 
         rewrite(there, target, files=ranks)
     print(target)

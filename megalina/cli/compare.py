@@ -120,7 +120,7 @@ def job_of(
     overrides: Sequence[str] = (),
 ) -> Job:
     """A setting and those who compete in it: by name a strategy's YAML, or one of `variants`, of which each is some overrides;
-    eager with each of its pieces.  `base` comes before a contestant's own overrides, `overrides` after them."""
+    eager with each of its pieces.  `base` comes before a competitor's own overrides, `overrides` after them."""
     from megalina.compare.ladder import EAGER_PIECES
 
     configs = {}
@@ -187,7 +187,7 @@ def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
 def run(
     job: Job, args: argparse.Namespace, folder: Path, *, first: bool, to_the_end: Sequence[str] = TO_THE_END
 ) -> dict[str, Any]:
-    """Runs a setting's contest on its own cluster; returns what rank 0 found.  `to_the_end`: who takes all turns."""
+    """Runs a setting's strategies in turns on its own cluster; returns what rank 0 found.  `to_the_end`: who takes all turns."""
     from omegaconf import OmegaConf
 
     from megalina import launch
@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strategies", default="", metavar="A,B", help="default: all; eager always runs")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:A=B,C=D",
-                        help="one more contestant, with these overrides; may be given several times")  # fmt: skip
+                        help="one more competitor, with these overrides; may be given several times")  # fmt: skip
     parser.add_argument(
         "--rounds", type=whole(1, 1_000_000), default=3, metavar="N", help="turns of each strategy, of slow ones 1 (default: 3)"
     )

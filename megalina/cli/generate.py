@@ -55,19 +55,19 @@ def write_on(options: argparse.Namespace) -> int:
     read_values(path)
     import torch  # seconds, which a mistake need not wait for
 
-    from megalina.checkpoint.restored import restore
+    from megalina.checkpoint.loaded_model import load_model
     from megalina.data.tokenizer import open_tokenizer
     from megalina.generate import Sampling, generate
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
-    restored = restore(path, device=options.device)
-    tokenizer_path = options.tokenizer or restored.tokenizer_path
+    loaded = load_model(path, device=options.device)
+    tokenizer_path = options.tokenizer or loaded.tokenizer_path
     if not tokenizer_path:
         raise ValueError(f"{path} was trained on token ids without a tokenizer; name one with --tokenizer")
     tokenizer = open_tokenizer(tokenizer_path)
-    ids, words = tokenizer.vocab_size, restored.gpt.vocab_size
-    if ids > words or (ids < words and restored.gpt.config.vocab_size == 0):  # only model.vocab_size makes room for more
+    ids, words = tokenizer.vocab_size, loaded.gpt.vocab_size
+    if ids > words or (ids < words and loaded.gpt.config.vocab_size == 0):  # only model.vocab_size makes room for more
         raise ValueError(
             f"{tokenizer_path} has {ids} ids, the model {words}: give the tokenizer it was trained with as --tokenizer"
         )
@@ -75,14 +75,14 @@ def write_on(options: argparse.Namespace) -> int:
     shown = tokenizer.decode(written)
     sampling = Sampling(
         max_tokens=options.max_tokens,
-        max_positions=restored.max_positions,
+        max_positions=loaded.max_positions,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
         stop_token=tokenizer.eod,
         num_ids=tokenizer.vocab_size,
     )
-    tokens = generate(restored.gpt, list(written), sampling)
+    tokens = generate(loaded.gpt, list(written), sampling)
     first = list(islice(tokens, 1))  # before anything is shown: what is wrong comes out here
     sys.stdout.write(options.prompt)
     for token in chain(first, tokens):

@@ -19,7 +19,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.layout import rows
-from megalina.mesh import Axis, Mesh, everybodys
+from megalina.mesh import Axis, Mesh, all_gather_object
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone
 from megalina.timeline.recorder import SEND, Event
 
@@ -41,7 +41,7 @@ def calibrate(
     for op, axis in axes.items():
         if axis.group is not None:
             own[op] = [_timed(_exchange(op, size, axis, log, sharded), mesh, repeats) for size in sizes_bytes[op]]
-    everybody = everybodys(mesh, own)
+    everybody = all_gather_object(mesh, own)
     out = {}
     for op, axis in axes.items():
         groups = [[everybody[rank][op] for rank in row] for row in rows(mesh.shape)[axis.name]] if axis.group is not None else []
@@ -75,7 +75,7 @@ def sizes_of_step(mesh: Mesh, events: Sequence[Event]) -> dict[str, list[int]]:
     }
     out = {}
     for op in CALIBRATED_AXIS:
-        sizes = sorted(size for rank in everybodys(mesh, own[op]) for size in rank)
+        sizes = sorted(size for rank in all_gather_object(mesh, own[op]) for size in rank)
         if sizes:
             smallest, middle, largest = (min(MOST_BYTES, sizes[i]) for i in (0, len(sizes) // 2, -1))
             out[op] = sorted({min(smallest, largest // 2), middle, largest})
@@ -101,7 +101,7 @@ def _timed(start: Callable[[], Pending], mesh: Mesh, repeats: int) -> tuple[int,
     """Bytes that this rank sends in one exchange, and how long each took.  A first one, to warm up, isn't among them."""
     cuda = dist.get_backend(mesh.world.group) == "nccl"
     times_s, pause_s = [], PAUSE_S
-    everybodys(mesh, None)  # all are through with what came before
+    all_gather_object(mesh, None)  # all are through with what came before
     for _ in range(repeats + 1):
         time.sleep(pause_s)
         if cuda:

@@ -1,4 +1,4 @@
-"""What a contest has shown: step times and their ratios to eager, exposed times, slowdowns, bounds, losses."""
+"""What interleaved runs have shown: step times and their ratios to eager, exposed times, slowdowns, bounds, losses."""
 
 import math
 import statistics
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megalina.compare.contest import Contestant
+from megalina.compare.interleaved import Competitor
 from megalina.layout import rows
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.perfmodel.sim.lower_bound import lower_bound
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
@@ -103,24 +103,24 @@ class Measured:
     step_s: list[float]
 
 
-def numbers_of_rank(contestant: Contestant, known: Mapping[str, Alone]) -> dict[str, Any]:
+def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[str, Any]:
     """What a rank tells the others of its timed steps."""
-    found = [summary(events, known) for events in contestant.events]
+    found = [summary(events, known) for events in competitor.events]
     return {
-        "step_s": contestant.step_s,
+        "step_s": competitor.step_s,
         "a2a": [c.traffic["a2a"].exposed_s for c in found],
         "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
         "other": [c.traffic["other"].exposed_s for c in found],
         "compute": [c.compute_s for c in found],
-        "busy": contestant.busy_s,
-        "overrun": contestant.overrun_s,
-        "peak": contestant.peak_bytes,
-        "losses": contestant.losses,
+        "busy": competitor.busy_s,
+        "overrun": competitor.overrun_s,
+        "peak": competitor.peak_bytes,
+        "losses": competitor.losses,
     }
 
 
 def measure(
-    contestants: Sequence[Contestant],
+    competitors: Sequence[Competitor],
     known: Mapping[int, Mapping[str, Alone]],
     *,
     ranks_per_node: int,
@@ -130,15 +130,15 @@ def measure(
     """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`.
 
     `known`: by packing, exchanges alone; where it has nothing of a packing there are no slowdowns."""
-    known_by = {c.name: known.get(c.runner.mesh.packing, {}) for c in contestants}
-    numbers = {c.name: everybodys(c.runner.mesh, numbers_of_rank(c, known_by[c.name])) for c in contestants}
+    known_by = {c.name: known.get(c.runner.mesh.packing, {}) for c in competitors}
+    numbers = {c.name: all_gather_object(c.runner.mesh, numbers_of_rank(c, known_by[c.name])) for c in competitors}
     step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
     base = _fastest(EAGER, step_s, lambda name: statistics.median(step_s[name]))
     out = {}
-    for contestant in contestants:
-        name, by_rank = contestant.name, numbers[contestant.name]
-        runner, trainable = contestant.runner, contestant.runner.trainable
-        exchanges, last = _exchanges(contestant, known_by[name])
+    for competitor in competitors:
+        name, by_rank = competitor.name, numbers[competitor.name]
+        runner, trainable = competitor.runner, competitor.runner.trainable
+        exchanges, last = _exchanges(competitor, known_by[name])
         under = sorted(e.slowdown for e in exchanges if e.phase == "B" and "grads" in e.beside)
         program = trainable.program
         seconds = trainable.device.seconds if trainable.device is not None else None
@@ -169,7 +169,7 @@ def measure(
             link_s=sent / rate if rate else 0.0,
             overrun_fraction=_late([n["overrun"] for n in by_rank], [n["busy"] for n in by_rank]),
             peak_mb=max(n["peak"] for n in by_rank) / 1e6,
-            search_steps=contestant.search_steps,
+            search_steps=competitor.search_steps,
             largest_loss_difference=difference(losses, numbers[base][0]["losses"]),
             step_s=step_s[name],
         )
@@ -185,11 +185,11 @@ def in_own_time(measured: Measured, slow_motion: float) -> Measured:
     return replace(measured, **own)
 
 
-def _exchanges(contestant: Contestant, known: Mapping[str, Alone]) -> tuple[list[AllToAll], list[list[Event]]]:
+def _exchanges(competitor: Competitor, known: Mapping[str, Alone]) -> tuple[list[AllToAll], list[list[Event]]]:
     """All exchanges of tokens, and all ranks' events of the last step."""
-    mesh, out, last = contestant.runner.mesh, [], []
-    for events in contestant.events:
-        last = everybodys(mesh, events)
+    mesh, out, last = competitor.runner.mesh, [], []
+    for events in competitor.events:
+        last = all_gather_object(mesh, events)
         for row in rows(mesh.shape)["ep"]:
             out += all_to_alls([last[rank] for rank in row], known)
     return out, last

@@ -1,4 +1,4 @@
-"""One rank of a contest: python -m megalina.compare.worker SPEC, with torchrun's variables."""
+"""One rank of interleaved runs: python -m megalina.compare.worker SPEC, with torchrun's variables."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.compare.contest import Contestant, alone, contest
+from megalina.compare.interleaved import Competitor, alone, run_interleaved
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.console import StatusLine
 from megalina.data.source import open_data
 from megalina.layout import rows
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
 from megalina.timeline.trace import TracedStep, write_trace
@@ -46,13 +46,13 @@ def main(spec_path: str) -> int:
             status.show(f"{spec['name']}: {done}/{total}{eta}  {name}")
 
     turns = {"rounds": spec["rounds"], "turn": spec["turn"]}
-    contestants = contest(configs, data, **turns, baseline=EAGER, to_the_end=spec["to_the_end"], progress=progress)
-    eager = next(c for c in contestants if c.name.startswith(EAGER))
-    known = alone([eager, *contestants])
+    competitors = run_interleaved(configs, data, **turns, baseline=EAGER, to_the_end=spec["to_the_end"], progress=progress)
+    eager = next(c for c in competitors if c.name.startswith(EAGER))
+    known = alone([eager, *competitors])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}
-    clock = measure(contestants, known, turn=spec["turn"], **link)
+    clock = measure(competitors, known, turn=spec["turn"], **link)
     found = {name: in_own_time(measured, spec["slow_motion"]) for name, measured in clock.items()}
-    by_name = {c.name: c for c in contestants}
+    by_name = {c.name: c for c in competitors}
     by_name[EAGER] = by_name[tuned_eager(found)]
     shown = {name: traced(by_name[name], known) for name in spec["shown"] if name in by_name}
     if rank == 0:
@@ -66,10 +66,10 @@ def main(spec_path: str) -> int:
     return 0
 
 
-def traced(contestant: Contestant, known: Mapping[int, Mapping[str, Alone]]) -> TracedStep:
+def traced(competitor: Competitor, known: Mapping[int, Mapping[str, Alone]]) -> TracedStep:
     """The last step, of all ranks.  `known`: by packing."""
-    mesh = contestant.runner.mesh
-    return TracedStep(everybodys(mesh, contestant.events[-1]), rows(mesh.shape), known[mesh.packing])
+    mesh = competitor.runner.mesh
+    return TracedStep(all_gather_object(mesh, competitor.events[-1]), rows(mesh.shape), known[mesh.packing])
 
 
 def one_after_another(steps: Sequence[TracedStep]) -> dict[int, TracedStep]:

@@ -9,7 +9,7 @@ from typing import Any
 from megalina.data.tokenizer import Tokenizer
 from megalina.evaluate.likelihood import Continuation, check_tokenizer, continuation_of, log_likelihoods
 from megalina.generate import Sampling
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.serve.decoding import write_on
 from megalina.serve.engine import Engine
 
@@ -73,7 +73,7 @@ class HarnessModel(LM):
             for first in range(0, len(members), size * self.batch_size):
                 own = members[first : first + size * self.batch_size][rank::size]
                 written = self._written([requests[i].args[0] for i in own], own, *sampling)
-                for of_rank in everybodys(self.engine.mesh, dict(zip(own, written, strict=True))):
+                for of_rank in all_gather_object(self.engine.mesh, dict(zip(own, written, strict=True))):
                     texts.update(of_rank)
         out = [_cut(texts[i], request.args[1].get("until")) for i, request in enumerate(requests)]
         for request, text in zip(requests, out, strict=True):

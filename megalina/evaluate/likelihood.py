@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalina.data.tokenizer import Tokenizer
 from megalina.generate import refuse_looking_ahead
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.serve.decoding import padded_batch
 from megalina.serve.engine import Engine
 
@@ -85,13 +85,13 @@ def log_likelihoods(
         scored = _scored(engine, [continuations[i] for i in mine], max_positions, num_ids or engine.gpt.vocab_size)
         found.update(zip(mine, scored, strict=True))
         progress(min((step + 1) * world.size, len(batches)), len(batches))
-    of_all = {i: likelihood for of_rank in everybodys(engine.mesh, found) for i, likelihood in of_rank.items()}
+    of_all = {i: likelihood for of_rank in all_gather_object(engine.mesh, found) for i, likelihood in of_rank.items()}
     return [of_all[i] for i in range(len(continuations))]
 
 
 def _refuse(engine: Engine, continuations: Sequence[Continuation], batch_size: int, max_positions: int) -> None:
     given = (len(continuations), sum(len(c.context) + len(c.tokens) for c in continuations), batch_size, max_positions)
-    for rank, others in enumerate(everybodys(engine.mesh, given)):
+    for rank, others in enumerate(all_gather_object(engine.mesh, given)):
         if others != given:
             raise ValueError(
                 f"rank {engine.mesh.world.rank} was given {given[0]} continuations with {given[1]} tokens, batch_size {given[2]} "

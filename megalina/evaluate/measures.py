@@ -1,4 +1,4 @@
-"""The measures of a contest: latencies and their ratios, what they are made of, loads of devices, accuracy of predictions.
+"""The measures of interleaved runs: latencies and their ratios, what they are made of, loads of devices, accuracy of predictions.
 
 Shapes: E experts, N devices.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megalina.evaluate.contest import Contestant, Served, Written
-from megalina.mesh import everybodys
+from megalina.evaluate.interleaved import Competitor, Served, Written
+from megalina.mesh import all_gather_object
 from megalina.placement.controller import Outcome
 from megalina.placement.predictors.predictor import Floats
 from megalina.timeline.contention import quantile
@@ -79,17 +79,17 @@ class Measured:
     layers: list[dict[str, Any]]  # of each MoE layer, see `_layer`
 
 
-def measure(contestants: Sequence[Contestant], moe_layers: Sequence[int], top_k: int) -> dict[str, Measured]:
+def measure(competitors: Sequence[Competitor], moe_layers: Sequence[int], top_k: int) -> dict[str, Measured]:
     """By name, the same on every rank; all call it together.  `moe_layers`: their numbers in the model.
 
     One is `static`, to which ratios are; where none is `ideal` there are no ratios to it."""
-    served = {c.name: everybodys(c.engine.mesh, c.served) for c in contestants}
-    written = {c.name: everybodys(c.engine.mesh, c.written) for c in contestants}
-    late = {c.name: everybodys(c.engine.mesh, c.overrun_share) for c in contestants}
+    served = {c.name: all_gather_object(c.engine.mesh, c.served) for c in competitors}
+    written = {c.name: all_gather_object(c.engine.mesh, c.written) for c in competitors}
+    late = {c.name: all_gather_object(c.engine.mesh, c.overrun_share) for c in competitors}
     latency_s = {name: slowest([[b.latency_s for b in rank] for rank in by_rank]) for name, by_rank in served.items()}
     return {
         c.name: _measured(c, served[c.name], written[c.name], latency_s, _worst(late[c.name]), moe_layers, 2 * top_k)
-        for c in contestants
+        for c in competitors
     }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _measured(
-    contestant: Contestant,
+    competitor: Competitor,
     served: Sequence[Sequence[Served]],
     written: Sequence[Sequence[Written]],
     latency_s: Mapping[str, Sequence[float]],
@@ -107,14 +107,14 @@ def _measured(
     moe_layers: Sequence[int],
     top: int,
 ) -> Measured:
-    own_s, static_s, ideal_s = latency_s[contestant.name], latency_s[STATIC], latency_s.get(IDEAL)
+    own_s, static_s, ideal_s = latency_s[competitor.name], latency_s[STATIC], latency_s.get(IDEAL)
     in_rounds = [a / b for a, b in zip(static_s, own_s, strict=True)]
-    outcomes = [outcome for batch in contestant.outcomes for outcome in batch]
+    outcomes = [outcome for batch in competitor.outcomes for outcome in batch]
     loads = [_over_mean(outcome) for outcome in outcomes if outcome.load_N.any()]
-    first = contestant.engine.controller.policy.first_planned
+    first = competitor.engine.controller.policy.first_planned
     foreseen = [o for o in outcomes if o.expected_E is not None and o.count_E.any() and o.layer >= first]
     found = [accuracy(outcome, top) for outcome in foreseen]
-    decided = contestant.agreed + contestant.replanned
+    decided = competitor.agreed + competitor.replanned
     planner_s = [s for rank in served for batch in rank for s in batch.planner_s]
 
     def of_batches(number: Callable[[Served], float]) -> list[float]:
@@ -146,7 +146,7 @@ def _measured(
         load_max_over_mean_p95=_quantile(loads, 0.95),
         idle_share=statistics.median(1 - s / t for s, t in zip(of_batches(lambda b: b.busy_s), own_s, strict=True)),
         load_idle_share=_idle(outcomes),
-        phase2_rate=contestant.replanned / decided if decided else None,
+        phase2_rate=competitor.replanned / decided if decided else None,
         planner_ms=1e3 * statistics.median(planner_s) if planner_s else None,
         planner_calls=len(planner_s) / sum(map(len, served)),
         swapped_mb=sum(b.fetched_bytes for rank in served for b in rank) / len(own_s) / 1e6,

@@ -20,7 +20,7 @@ from megalina.data.documents import find_sources, read_texts
 from megalina.data.source import Samples, open_data
 from megalina.data.tokenizer import Tokenizer
 from megalina.evaluate.likelihood import Progress, check_tokenizer, no_progress
-from megalina.mesh import Axis, everybodys
+from megalina.mesh import Axis, all_gather_object
 from megalina.model.vocabulary import cross_entropy
 from megalina.serve.engine import Engine
 
@@ -76,7 +76,7 @@ def perplexity(
     own = iter(batches)
     while True:
         batch, problem = _next_of(own)
-        told = everybodys(engine.mesh, (batch is not None, problem))
+        told = all_gather_object(engine.mesh, (batch is not None, problem))
         if wrong := [text for _, text in told if text]:
             raise ValueError(wrong[0])
         if not any(more for more, _ in told):
@@ -90,7 +90,7 @@ def perplexity(
                 num_bytes += int(bytes_V[batch.labels_BS.flatten().cpu()[counts_T]].sum())
         done += 1
         progress(done)
-    sums = everybodys(engine.mesh, (nats, num_tokens, num_bytes))
+    sums = all_gather_object(engine.mesh, (nats, num_tokens, num_bytes))
     whole = Quality(sum(s[0] for s in sums), sum(s[1] for s in sums), sum(s[2] for s in sums))
     if whole.num_tokens == 0:
         raise ValueError("there is no token to predict: give more text")

@@ -7,10 +7,10 @@ import numpy as np
 
 from megalina.checkpoint.profile import PROFILE, find_profile
 from megalina.config import InferConfig
-from megalina.evaluate.served_text import ServedText
-from megalina.mesh import everybodys
+from megalina.evaluate.request_text import ServedText
+from megalina.mesh import all_gather_object
 from megalina.placement.routing_trace import RoutingTrace, traced
-from megalina.serve.opening import Opened
+from megalina.serve.load_engine import Opened
 
 MOST_TOKENS = 16384
 BATCH_TOKENS = 1024  # of a rank
@@ -48,7 +48,7 @@ def recorded(
         for number in range(total := max(1, wanted // (world * at_once))):
             batch = text.profiled(number, at_once)
             ids_TLK = np.stack(engine.run(batch).chosen, axis=1).astype(np.int32)
-            found += everybodys(opened.mesh, (ids_TLK, [n for n in batch.valid_BS.sum(1).tolist() if n]))
+            found += all_gather_object(opened.mesh, (ids_TLK, [n for n in batch.valid_BS.sum(1).tolist() if n]))
             progress(number + 1, total)
     finally:
         engine.close()
@@ -56,6 +56,6 @@ def recorded(
         np.concatenate([ids_TLK for ids_TLK, _ in found]),
         opened.served.num_experts,
         sample_lengths_S=np.array([length for _, lengths in found for length in lengths]),
-        layers=opened.restored.gpt.moe_layers,
+        layers=opened.loaded.gpt.moe_layers,
         name="recorded",
     )

@@ -19,19 +19,19 @@ import torch.distributed as dist
 from megalina.collective_log import CollectiveLog
 from megalina.config import ClusterConfig, InferConfig
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
-from megalina.evaluate.contest import Contestant, contest, timed
 from megalina.evaluate.emulation import device_of, emulated_parts, emulation_note, full_batch
+from megalina.evaluate.interleaved import Competitor, run_interleaved, timed
 from megalina.evaluate.measures import DEFINITIONS, STATIC, measure
 from megalina.evaluate.perplexity import HeldOut, held_out_quality, open_held_out, read_documents, text_quality
 from megalina.evaluate.profile import MOST_TOKENS, find_or_record
-from megalina.evaluate.served_text import ServedText, given_text, text_of_run
+from megalina.evaluate.request_text import ServedText, given_text, text_of_run
 from megalina.evaluate.tasks import read_tasks, score_tasks
 from megalina.mesh import build_mesh
 from megalina.rank_files import REFUSED, collectives_path, position_path, traceback_path
 from megalina.serve.calibration import calibrated
 from megalina.serve.engine import Engine
 from megalina.serve.expert_memory import num_device_bytes
-from megalina.serve.opening import Opened, open_checkpoint
+from megalina.serve.load_engine import Opened, open_checkpoint
 
 DECODE_ROUNDS = 3
 LINE_EVERY_S = 10.0  # where stderr is no terminal
@@ -147,42 +147,42 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     judge, text = _texts(evaluation, opened)
     judged = judged_modes(evaluation.modes)
     work = (evaluation.batches + 1) * evaluation.sequences * text.length * len(evaluation.modes)
-    parts = {"profile": MOST_TOKENS / mesh.world.size, "contest": 1.5 * work}
+    parts = {"profile": MOST_TOKENS / mesh.world.size, "interleaved runs": 1.5 * work}
     parts |= {f"quality of {name}": float(_judged_tokens(judge, mesh.world.size)) for name in judged}
     progress = Progress(parts, on=mesh.world.rank == 0)
     profile, profile_text = find_or_record(checkpoint, opened, text, progress=progress.of("profile"))
-    room = opened.restored.max_positions - evaluation.decode - 1
+    room = opened.loaded.max_positions - evaluation.decode - 1
     decoded = range(DECODE_ROUNDS if evaluation.decode else 0)
     prompts = [text.prompts(number, evaluation.sequences, room=room) for number in decoded]
     first = text.timed(0, evaluation.sequences)
-    gpt = opened.restored.gpt
+    gpt = opened.loaded.gpt
     device = full_batch(evaluation.cluster, gpt.config, gpt.router, sequences=evaluation.sequences, length=text.length)
     modes = evaluation.modes
     if device is not None:  # what a row costs there is known
         modes = {n: replace(c, row_us=c.row_us or device.row_us) if c.trigger == "gain" else c for n, c in modes.items()}
     configs = {name: calibrated(config, opened, profile, first) for name, config in modes.items()}
-    contestants = []
+    competitors = []
     for name, config in configs.items():
         policy, planner = timed(opened.policy(config, profile))
-        contestants.append(Contestant(name, opened.engine(config, policy, device=device_of(device)), planner))
+        competitors.append(Competitor(name, opened.engine(config, policy, device=device_of(device)), planner))
     try:
-        contest(
-            contestants,
+        run_interleaved(
+            competitors,
             lambda number: text.timed(number, evaluation.sequences),
             prompts,
             rounds=evaluation.batches,
             decode=evaluation.decode,
-            max_positions=opened.restored.max_positions,
-            progress=lambda done, total, name: progress.show("contest", done, total, name),
+            max_positions=opened.loaded.max_positions,
+            progress=lambda done, total, name: progress.show("interleaved runs", done, total, name),
         )
-        measured = measure(contestants, opened.restored.gpt.moe_layers, opened.served.top_k)
-        quality = {c.name: judge.quality(c.engine, progress.of(f"quality of {c.name}")) for c in contestants if c.name in judged}
+        measured = measure(competitors, opened.loaded.gpt.moe_layers, opened.served.top_k)
+        quality = {c.name: judge.quality(c.engine, progress.of(f"quality of {c.name}")) for c in competitors if c.name in judged}
     finally:
         progress.end()
-        for contestant in contestants:
-            contestant.engine.close()
+        for competitor in competitors:
+            competitor.engine.close()
     none = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tasks"))
-    model, expert_bytes = opened.restored.gpt.config, opened.host.shape.num_bytes
+    model, expert_bytes = opened.loaded.gpt.config, opened.host.shape.num_bytes
     memory_mb = {name: num_device_bytes(c, opened.served, model, expert_bytes) / 1e6 for name, c in configs.items()}
     losses = [quality[name]["loss"] for name in quality]
     emulated = emulated_parts(device, os.environ)
@@ -194,7 +194,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         "settings": {
             **evaluation.settings,
             "checkpoint": str(checkpoint),
-            "step": opened.restored.step,
+            "step": opened.loaded.step,
             "model": asdict(model),
             "top_k": opened.served.top_k,
             "ranks": mesh.world.size,
@@ -240,16 +240,16 @@ def judged_modes(modes: Mapping[str, InferConfig]) -> list[str]:
 
 
 def _texts(evaluation: Evaluation, opened: Opened) -> tuple[Judge, ServedText]:
-    restored, world = opened.restored, opened.mesh.world
-    tokenizer = open_tokenizer(restored.tokenizer_path) if restored.tokenizer_path else None
+    loaded, world = opened.loaded, opened.mesh.world
+    tokenizer = open_tokenizer(loaded.tokenizer_path) if loaded.tokenizer_path else None
     if not evaluation.text:
         held_out = open_held_out(Path(evaluation.checkpoint))
-        judge = Judge(evaluation, held_out, (), tokenizer, restored.max_positions)
+        judge = Judge(evaluation, held_out, (), tokenizer, loaded.max_positions)
         return judge, text_of_run(held_out, world, length=evaluation.length)
     assert tokenizer is not None
     documents = read_documents(Path(evaluation.text))
-    judge = Judge(evaluation, None, documents, tokenizer, restored.max_positions)
-    return judge, given_text(documents, tokenizer, world, length=evaluation.length or restored.max_positions)
+    judge = Judge(evaluation, None, documents, tokenizer, loaded.max_positions)
+    return judge, given_text(documents, tokenizer, world, length=evaluation.length or loaded.max_positions)
 
 
 def _judged_tokens(judge: Judge, world: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from megalina.config import PretrainConfig
 from megalina.data.source import open_data
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.perfmodel.forecast.forecast import forecast
 from megalina.timeline.contention import class_of
 from megalina.timeline.recorder import COMPUTE, WAIT, Event, Recorder
@@ -37,7 +37,7 @@ def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> di
     cpu_s: list[float] = []
     parts: list[dict[str, float]] = []
     for number in range(1, WARM_UP + steps + 1):
-        everybodys(runner.mesh, None)
+        all_gather_object(runner.mesh, None)
         recorder = Recorder() if number > WARM_UP else None
         started_s, cpu_started_s = time.perf_counter(), time.thread_time()
         runner.compute(number, record=recorder)
@@ -50,7 +50,7 @@ def trial_run(config: PretrainConfig, device: torch.device, *, steps: int) -> di
             parts.append(whole(parts_of(events), took_s[-1]))
     runner.trainable.settle()
     runner.close()
-    everybody = everybodys(runner.mesh, (took_s, statistics.median(cpu_s), median_parts(parts)))
+    everybody = all_gather_object(runner.mesh, (took_s, statistics.median(cpu_s), median_parts(parts)))
     shown = mean_parts([of_rank for _, _, of_rank in everybody])
     on_wall_s = sum(seconds for part, seconds in shown.items() if not part.startswith(WAITS))
     computed_s = statistics.fmean(cpu for _, cpu, _ in everybody)

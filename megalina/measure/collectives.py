@@ -19,7 +19,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
 from megalina.layout import rows
-from megalina.mesh import Axis, Mesh, build_mesh, everybodys
+from megalina.mesh import Axis, Mesh, all_gather_object, build_mesh
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.timeline.contention import quantile
 
@@ -66,13 +66,13 @@ def started(what: Collective, num_bytes: int, axis: Axis, device: torch.device) 
 def collective_s(what: Collective, num_bytes: int, mesh: Mesh, axis_name: str, device: torch.device) -> float:
     """The same on every rank; all call it together."""
     start = started(what, num_bytes, getattr(mesh, axis_name), device)
-    everybodys(mesh, None)  # all are through with what came before
+    all_gather_object(mesh, None)  # all are through with what came before
     times_s, pause_s = [], PAUSE_S
     for _ in range(REPEATS + 1):
         compute_for(pause_s, device)
         times_s.append(timed(start, device))
         pause_s = max(PAUSE_S, times_s[-1])
-    everybody = everybodys(mesh, times_s[1:])
+    everybody = all_gather_object(mesh, times_s[1:])
     groups = [[everybody[rank] for rank in row] for row in rows(mesh.shape)[axis_name]]
     return max(statistics.median(map(min, zip(*group, strict=True))) for group in groups)
 
@@ -118,9 +118,9 @@ def under(
     small = started(what, FOREGROUND_BYTES, getattr(mesh, axis), device)
     large = started(background, large_bytes, getattr(mesh, background_axis), device)
     rounds = [(_round(small, None, device), _round(small, large, device)) for _ in range(ROUNDS)]
-    alone = everybodys(mesh, [took_s for without, _ in rounds for took_s, _ in without])
+    alone = all_gather_object(mesh, [took_s for without, _ in rounds for took_s, _ in without])
     alone_s = statistics.median(map(min, zip(*alone, strict=True)))
-    found = summary(everybodys(mesh, [beside for _, beside in rounds]), alone_s)
+    found = summary(all_gather_object(mesh, [beside for _, beside in rounds]), alone_s)
     return found | {"alone_s": alone_s, "background_bytes": large_bytes}
 
 

@@ -22,7 +22,7 @@ from megalina.measure.figures import Measured
 from megalina.measure.kernels import TINY_OPS, TinyStep, kernel_calls, tiny_step
 from megalina.measure.shapes import Sizes, sent_key, sizes_of
 from megalina.measure.stopwatch import Stopwatch
-from megalina.mesh import Mesh, build_mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object, build_mesh
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.worker import load_config
 
@@ -83,7 +83,7 @@ def measure(mesh: Mesh, device: torch.device, step: TinyStep, *, seconds: float)
         passes.append(found | sent_seconds(groups, sizes, device, progress))
     progress.say("contention")
     contended = contention(together, device) if world > 1 else {}
-    everybody = everybodys(mesh, (watch.core_share, load))
+    everybody = all_gather_object(mesh, (watch.core_share, load))
     progress.end()
     return Measured(
         kind=device.type,
@@ -128,9 +128,9 @@ def kernel_seconds(
     for key, make in makers.items():
         progress.say(key)
         call = make()
-        everybodys(mesh, None)  # all begin together
+        all_gather_object(mesh, None)  # all begin together
         own[key] = watch.median_s(call)
-    everybody = everybodys(mesh, own)
+    everybody = all_gather_object(mesh, own)
     return {key: max(of[key] for of in everybody) for key in own}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import start_all_to_all
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # a box in the whole tensor: offsets, sizes
 Slices = Mapping[str, Sequence[Slice]]
@@ -44,8 +44,8 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: Collecti
     held = {name: _by_place(parts, old_mesh) for name, parts in old.items()}
     wanted = {name: _by_place(parts, new_mesh) for name, parts in new.items()}
     missing = {name: _copy_own(shapes[name], held[name], wanted[name]) for name in new}  # elements
-    lacking = sorted(set().union(*everybodys(new_mesh, [name for name, count in missing.items() if count])))
-    everybody = everybodys(new_mesh, [(list(held[name]), list(wanted[name])) for name in lacking]) if lacking else []
+    lacking = sorted(set().union(*all_gather_object(new_mesh, [name for name, count in missing.items() if count])))
+    everybody = all_gather_object(new_mesh, [(list(held[name]), list(wanted[name])) for name in lacking]) if lacking else []
     by_dtype: dict[torch.dtype, list[int]] = defaultdict(list)
     for i, name in enumerate(lacking):
         by_dtype[old[name][0].local.dtype].append(i)

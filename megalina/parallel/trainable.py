@@ -11,7 +11,7 @@ from megalina.blocks.model import shape_of
 from megalina.collective_log import CollectiveLog, agree
 from megalina.config import PretrainConfig
 from megalina.layout import axis_of_group
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
 from megalina.parallel.emulated_device import EmulatedDevice, emulated_device
@@ -158,6 +158,6 @@ class Trainable:
     def compare_collectives(self) -> None:
         """All ranks together, between two steps.  CollectivesDiffer, on all of them, where they have mixed up what came after
         the last comparison: ZeRO-1's gathers of weights, and evaluations."""
-        everywhere = zip(*everybodys(self.mesh, self.log.riders()), strict=True)
+        everywhere = zip(*all_gather_object(self.mesh, self.log.riders()), strict=True)
         if not agree([sum(column) for column in everywhere], self.mesh.world.size):
             raise CollectivesDiffer(self.instruction_functions.explain())

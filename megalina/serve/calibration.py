@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.config import InferConfig
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.placement.controller import Counts, Planner, Split
 from megalina.placement.placement import Placement, aligned, moved_slots
 from megalina.placement.routing_trace import RoutingTrace, batches
 from megalina.serve.even_routing import EvenRouting
-from megalina.serve.opening import Opened
+from megalina.serve.load_engine import Opened
 from megalina.serve.policies import policy_of, slots_of
 
 REPEATS = 6
@@ -58,7 +58,7 @@ def _row_us(opened: Opened, batch: Batch) -> float:
     try:
         for _ in range(REPEATS + 1):
             for i, routing in enumerate(routings):  # in turn, so that what disturbs one disturbs the other
-                everybodys(mesh, None)
+                all_gather_object(mesh, None)
                 began_s = time.perf_counter()
                 engine.run(batch, reroute=routing)
                 own_s[i].append(time.perf_counter() - began_s)
@@ -66,7 +66,8 @@ def _row_us(opened: Opened, batch: Batch) -> float:
     finally:
         engine.close()
     even_s, crowd_s = (
-        min(max(times) for times in zip(*(of_rank[i][1:] for of_rank in everybodys(mesh, own_s)), strict=True)) for i in (0, 1)
+        min(max(times) for times in zip(*(of_rank[i][1:] for of_rank in all_gather_object(mesh, own_s)), strict=True))
+        for i in (0, 1)
     )
     return 1e6 * max(0.0, crowd_s - even_s) / max(1, rows[1] - rows[0])
 
@@ -78,7 +79,7 @@ def _replan_ms(config: InferConfig, opened: Opened, profile: RoutingTrace, token
     if policy.planner is None:
         return 0.0
     slots = slots_of(config, served)
-    size = min(max(1, everybodys(mesh, tokens)[0] * served.num_devices), -(-profile.num_tokens // 2))
+    size = min(max(1, all_gather_object(mesh, tokens)[0] * served.num_devices), -(-profile.num_tokens // 2))
     ids = list(batches(profile, size))[: PLANS + 1]
     copy_s = _copy_s(opened)
     own_s = []
@@ -89,7 +90,7 @@ def _replan_ms(config: InferConfig, opened: Opened, profile: RoutingTrace, token
             after, plan_s = _planned(policy.planner, policy.split, after_E, served.num_devices, slots)
             moved = len(moved_slots(before, aligned(before, after), mesh.ep.rank))
             own_s.append(plan_s + moved * copy_s)
-    return 1e3 * max(statistics.median(times) for times in everybodys(mesh, own_s or [0.0]))
+    return 1e3 * max(statistics.median(times) for times in all_gather_object(mesh, own_s or [0.0]))
 
 
 def _planned(planner: Planner, split: Split, count_E: Counts, num_devices: int, slots: int) -> tuple[Placement, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.generate import Sampling, choose, refuse_looking_ahead
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.model.attention import KeyValues
 from megalina.serve.engine import Engine
 
@@ -36,7 +36,7 @@ def write_on(
     each decoded token, with the number of tokens that this rank has just fed.  `emulate`: as `Engine.run`.
     """
     problem = _problem(engine, prompts, sampling.max_positions)
-    if wrong := [text for text in everybodys(engine.mesh, problem) if text]:
+    if wrong := [text for text in all_gather_object(engine.mesh, problem) if text]:
         raise ValueError(wrong[0])
     own = list(prompts) or [[0]]
     alive = [bool(prompts)] * len(own)
@@ -62,7 +62,7 @@ def write_on(
             written[b].append(chosen[b])
             full = len(own[b]) + len(written[b]) >= sampling.max_positions or len(written[b]) >= sampling.max_tokens
             alive[b] = not full and chosen[b] != sampling.stop_token
-        if not any(everybodys(engine.mesh, any(alive))):
+        if not any(all_gather_object(engine.mesh, any(alive))):
             return written[: len(prompts)]
         token_BS = torch.tensor(chosen).unsqueeze(1)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -94,7 +94,7 @@ def share_experts(
     the names in `shape`.  `page_locked`: for slots on CUDA.  OSError where the node's shared memory is too small, or can't be
     page-locked, with the numbers, on every rank."""
     size = num_layers * num_experts * shape.numel
-    nodes = everybodys(mesh, _node())
+    nodes = all_gather_object(mesh, _node())
     leader = nodes.index(nodes[mesh.world.rank])
     path, error = "", ""
     if leader == mesh.world.rank:
@@ -108,7 +108,7 @@ def share_experts(
                         own.copy_(tensors[name][expert].view(own.shape))
         except (OSError, ValueError, KeyError) as problem:
             error = f"{type(problem).__name__}: {problem}"
-    told = everybodys(mesh, (path, error))
+    told = all_gather_object(mesh, (path, error))
     try:
         if wrong := [text for _, text in told if text]:
             raise OSError(wrong[0])
@@ -120,7 +120,7 @@ def share_experts(
                 host.page_lock()
             except OSError as problem:
                 error = str(problem)
-        if wrong := [text for text in everybodys(mesh, error) if text]:  # all have mapped it
+        if wrong := [text for text in all_gather_object(mesh, error) if text]:  # all have mapped it
             raise OSError(wrong[0])
     finally:
         if path:

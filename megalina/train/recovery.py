@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.checkpoint.files import newest_first
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.parallel.executor import Executor
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -29,7 +29,7 @@ class SpikesGoOn(RuntimeError):
 def name_non_finite(runner: StepRunner, result: StepResult) -> None:
     """Say where a step's first value that is not finite came from: all ranks run its forward passes again."""
     own = first_bad_instruction(runner.trainable, runner.batch), result.non_finite
-    instructions, gradients = zip(*everybodys(runner.mesh, own), strict=True)
+    instructions, gradients = zip(*all_gather_object(runner.mesh, own), strict=True)
     if not runner.is_first:
         return
     bad = sorted({name for own in gradients for name in own}, key=_backward_order(runner))

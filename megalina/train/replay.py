@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.files import read_values
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.step.plan import Plan
 from megalina.train.ledger import Line, difference
 from megalina.train.step_runner import StepRunner
@@ -97,5 +97,5 @@ def _compare_tensors(runner: StepRunner, newest: Path) -> tuple[float, str]:
             if part.local.numel() and not torch.equal(was, part.local):
                 scale = part.local.abs().max().double().clamp(min=1e-300)
                 worst = max(worst, (((was - part.local).abs().max().double() / scale).item(), name))
-    everybody: Sequence[tuple[float, str]] = everybodys(runner.mesh, worst)
+    everybody: Sequence[tuple[float, str]] = all_gather_object(runner.mesh, worst)
     return max(everybody)

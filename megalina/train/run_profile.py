@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megalina.config import ProfileConfig
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 from megalina.model.gpt import GPT
 from megalina.model.routing_recorder import Decisions, RoutingRecorder, trace_of
 from megalina.parallel.step_result import StepResult
@@ -50,7 +50,7 @@ class RunProfile:
         """Of all ranks, which call it together and get the same; None where nothing was recorded."""
         if not self._decisions:
             return None
-        found = everybodys(mesh, [decisions for _, decisions in self._decisions])
+        found = all_gather_object(mesh, [decisions for _, decisions in self._decisions])
         first, last = self._decisions[0][0], self._decisions[-1][0]
         name = f"{model_name}, training steps {first} to {last}"
         return trace_of([part for own in found for part in own], gpt, max_tokens=self.config.tokens, name=name)

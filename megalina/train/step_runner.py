@@ -18,7 +18,7 @@ from megalina.comm.links import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, build_meshes, everybodys
+from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.plan_file import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -101,7 +101,7 @@ class StepRunner:
             other_threads_are_urgent()
         self.built = Built(mesh, trainable, BucketOptimizer(config.optim, trainable.buckets))
         self.state = RunState(config, self.built, self._guard, tokenizer_path=data.tokenizer_path)
-        self._ranks_per_node = everybodys(mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
+        self._ranks_per_node = all_gather_object(mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
         self.tuner = self._tuner(searches=0)
         self.windows = Windows(mesh, self.adopt) if config.strategy.windows == AUTO else None
         self._recorder: Recorder | None = None  # of the last step

@@ -10,7 +10,7 @@ from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.slowdowns import slowdowns
 from megalina.config import PretrainConfig
 from megalina.layout import rows
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.parallel.trainable import Trainable
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, summary
@@ -71,7 +71,7 @@ class Timing:
 
     def _trace(self, step: int, events: list[Event], alone: Mapping[str, Alone]) -> None:
         """Rank 0 writes all steps that there are so far: a run may end early."""
-        everybody = everybodys(self._mesh, (events, machine()))
+        everybody = all_gather_object(self._mesh, (events, machine()))
         if self._mesh.world.rank > 0:
             return
         by_rank = [of_rank for of_rank, _ in everybody]

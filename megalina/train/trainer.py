@@ -28,7 +28,7 @@ from megalina.rank_files import Unsaved
 from megalina.track.progress import Progress
 from megalina.track.tracker import Tracker, open_trackers
 from megalina.train import flight_recorder
-from megalina.train.closing import close_run
+from megalina.train.finalize import close_run
 from megalina.train.guard import DeadModel
 from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 from megalina.step.plan import Plan
 
 Option = TypeVar("Option", bound=Hashable)
@@ -183,7 +183,7 @@ class Tuner:
         if len(self._times_s) < trials.steps_wanted:
             return
         own = Measured.of_few(self._times_s) if trials.searching else Measured.of(self._times_s)
-        measured = Measured.slowest(everybodys(self._mesh, own))
+        measured = Measured.slowest(all_gather_object(self._mesh, own))
         self._times_s = []
         before, searched = trials.present, trials.searches
         plan = trials.observe(measured)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megalina.mesh import Mesh, everybodys
+from megalina.mesh import Mesh, all_gather_object
 from megalina.step.passes import GAPS
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import SEND, Event
@@ -71,7 +71,7 @@ class Windows:
         if len(self._found) < STEPS:
             return
         medians = {gap: statistics.median(found[gap] for found in self._found) for gap in GAPS.values()}
-        everywhere = everybodys(self._mesh, medians)
+        everywhere = all_gather_object(self._mesh, medians)
         gap_bytes = {gap: int(min(of_rank[gap] for of_rank in everywhere)) for gap in medians}
         self._found, self._to_wait = [], WATCH
         if drifted(dict(plan.gap_bytes), gap_bytes):

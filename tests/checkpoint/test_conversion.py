@@ -17,7 +17,7 @@ from megalina.checkpoint.files import read_values
 from megalina.checkpoint.inspection import faults
 from megalina.checkpoint.safetensors_file import from_safetensors, to_safetensors
 from megalina.checkpoint.stored import Stored, read_tensors
-from megalina.checkpoint.streamed import rewrite, write_checkpoint
+from megalina.checkpoint.streaming_writer import rewrite, write_checkpoint
 from tests.checkpoint.planted import CONFIG, STATE, WEIGHTS, flip, names, saved
 
 

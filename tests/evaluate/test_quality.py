@@ -37,7 +37,7 @@ from megalina.placement.planners.identity import identity
 from megalina.placement.split import even
 from megalina.placement.triggers import never
 from megalina.serve.engine import Engine
-from megalina.serve.opening import open_checkpoint
+from megalina.serve.load_engine import open_checkpoint
 from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, POSITIONS, small_engine
 

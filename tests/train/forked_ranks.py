@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megalina import launch
-from megalina.blame import RankFailed
+from megalina.failure_report import RankFailed
 from megalina.rank_pool import fork
 from tests.parallel.ranks import PRELOAD
 

@@ -13,8 +13,8 @@ import torch
 
 from megalina.checkpoint.files import read_values
 from megalina.checkpoint.inspection import faults
+from megalina.checkpoint.loaded_model import load_model
 from megalina.checkpoint.profile import PROFILE, find_profile
-from megalina.checkpoint.restored import restore
 from megalina.config import PretrainConfig, ProfileConfig, StrategyConfig
 from megalina.data.source import open_data
 from megalina.placement.routing_trace import RoutingTrace
@@ -71,7 +71,7 @@ def jobs(folder: Path) -> None:
 def test_what_is_recorded_is_what_the_routers_choose_for_the_last_steps_tokens(folder: Path, still: PretrainConfig) -> None:
     trace = trace_at(still, LAST)
     data = open_data(still.data, seq_len=LENGTH, seed=still.train.seed)
-    gpt = restore(checkpoint(still, LAST), dtype=torch.float64).gpt
+    gpt = load_model(checkpoint(still, LAST), dtype=torch.float64).gpt
     ids, weights = chosen_by_hand(gpt, data.train.batch(2 * 8, 2 * 8))  # of the third and fourth step
     assert np.array_equal(trace.expert_ids_TLK, ids.numpy())
     assert trace.weights_TLK is not None and np.abs(trace.weights_TLK - weights.numpy()).max() < 1e-3
@@ -148,14 +148,14 @@ def verdict(balance_loss: float = 1.0, updates: bool = True) -> Any:
 
 def watched(profile: RunProfile, step: int, given: Any) -> None:
     """A step in which a recorder, if there is one, saw nothing but its number."""
-    with profile.watching(restored()):
+    with profile.watching(loaded()):
         pass
     if profile._recorder is not None:
         profile._recorder = SimpleNamespace(decisions=lambda: f"step {step}")  # type: ignore[assignment]
     profile.add(step, given)
 
 
-def restored() -> Any:
+def loaded() -> Any:
     layers = [SimpleNamespace(router=torch.nn.Identity())]
     return SimpleNamespace(moe_layers=[0], layers=layers, router=SimpleNamespace(kind="topk"))
 

@@ -1,4 +1,4 @@
-"""A contest of modes: the same model serves the same batches under several placements, which take turns batch by batch.
+"""Modes of serving side by side: one model serves the same batches under several placements, which take turns batch by batch.
 
 So a machine that slows down for a while slows them all, and times can be held against each other.
 
@@ -14,7 +14,7 @@ import torch
 
 from megalina.batch import Batch
 from megalina.generate import Sampling
-from megalina.mesh import everybodys
+from megalina.mesh import all_gather_object
 from megalina.placement.controller import Outcome, Planner, Policy
 from megalina.placement.placement import Placement
 from megalina.placement.predictors.predictor import Floats
@@ -68,7 +68,7 @@ class TimedPlanner:
 
 
 @dataclass(slots=True)
-class Contestant:
+class Competitor:
     """One mode: its engine, and what was measured on this rank."""
 
     name: str
@@ -96,8 +96,8 @@ def timed(policy: Policy) -> tuple[Policy, TimedPlanner | None]:
     return replace(policy, planner=planner), planner
 
 
-def contest(
-    contestants: Sequence[Contestant],
+def run_interleaved(
+    competitors: Sequence[Competitor],
     batch_of: Callable[[int], Batch],
     prompts: Sequence[Sequence[Sequence[int]]],
     *,
@@ -110,8 +110,8 @@ def contest(
     a round in which `decode` tokens are decoded after prefill.  The order of turns rotates.
 
     All ranks call it together, with as many rounds and prompts (a rank's may be empty).  What was measured is added to the
-    contestants.  `progress(done, total, mode)`."""
-    total = (rounds + 1 + len(prompts)) * len(contestants)
+    competitors.  `progress(done, total, mode)`."""
+    total = (rounds + 1 + len(prompts)) * len(competitors)
     done = 0
     gc.collect()
     gc.freeze()  # a collection in a turn would hit whoever's turn it is
@@ -119,16 +119,16 @@ def contest(
     try:
         for number in range(rounds + 1):
             batch = batch_of(max(0, number - 1))
-            for contestant in _rotated(contestants, number):
-                progress(done, total, contestant.name)
-                _serve(contestant, batch, counts=number > 0)
+            for competitor in _rotated(competitors, number):
+                progress(done, total, competitor.name)
+                _serve(competitor, batch, counts=number > 0)
                 done += 1
         for number, texts in enumerate(prompts):
-            for contestant in _rotated(contestants, number):
-                progress(done, total, contestant.name)
+            for competitor in _rotated(competitors, number):
+                progress(done, total, competitor.name)
                 if number == 0:
-                    _write(contestant, texts, min(decode, WARM_UP_TOKENS), max_positions)
-                contestant.written.append(_write(contestant, texts, decode, max_positions))
+                    _write(competitor, texts, min(decode, WARM_UP_TOKENS), max_positions)
+                competitor.written.append(_write(competitor, texts, decode, max_positions))
                 done += 1
         progress(total, total, "")
     finally:
@@ -136,34 +136,34 @@ def contest(
         gc.unfreeze()
 
 
-def _rotated(contestants: Sequence[Contestant], number: int) -> list[Contestant]:
-    at = number % len(contestants)
-    return [*contestants[at:], *contestants[:at]]
+def _rotated(competitors: Sequence[Competitor], number: int) -> list[Competitor]:
+    at = number % len(competitors)
+    return [*competitors[at:], *competitors[:at]]
 
 
-def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
-    engine = contestant.engine
+def _serve(competitor: Competitor, batch: Batch, *, counts: bool) -> None:
+    engine = competitor.engine
     waited_s, num_bytes = engine.slots.done.waited_s, engine.slots.done.num_bytes
     device_before_s = _device_s(engine)
-    if contestant.planner is not None:
-        contestant.planner.taken_s = []
-    everybodys(engine.mesh, None)  # nobody starts before the last one is there
+    if competitor.planner is not None:
+        competitor.planner.taken_s = []
+    all_gather_object(engine.mesh, None)  # nobody starts before the last one is there
     recorder = Recorder()
     began_s = time.perf_counter()
     outcomes = engine.run(batch, record=recorder, emulate=True).outcomes
     latency_s = time.perf_counter() - began_s
     if not counts:
         return
-    contestant.agreed += sum(o.agreed or o.not_worth for o in outcomes)
-    contestant.replanned += sum(o.replanned for o in outcomes)
-    contestant.outcomes.append(outcomes)
+    competitor.agreed += sum(o.agreed or o.not_worth for o in outcomes)
+    competitor.replanned += sum(o.replanned for o in outcomes)
+    competitor.outcomes.append(outcomes)
     emulated_s, overrun_s = _device_s(engine)
-    contestant.emulated_s += emulated_s - device_before_s[0]
-    contestant.overrun_s += overrun_s - device_before_s[1]
+    competitor.emulated_s += emulated_s - device_before_s[0]
+    competitor.overrun_s += overrun_s - device_before_s[1]
     events = recorder.events()
     a2a = summary(events, {}).traffic["a2a"]
     done = engine.slots.done
-    contestant.served.append(
+    competitor.served.append(
         Served(
             latency_s=latency_s,
             tokens=int(batch.valid_BS.sum()),
@@ -172,7 +172,7 @@ def _serve(contestant: Contestant, batch: Batch, *, counts: bool) -> None:
             busy_s=_busy_s(events) - (done.waited_s - waited_s),  # fetches are awaited inside of an instruction
             fetch_wait_s=done.waited_s - waited_s,
             fetched_bytes=done.num_bytes - num_bytes,
-            planner_s=tuple(contestant.planner.taken_s) if contestant.planner is not None else (),
+            planner_s=tuple(competitor.planner.taken_s) if competitor.planner is not None else (),
             instruction_s=instruction_seconds(events),
             moe_layer_s=moe_layer_seconds(events),
         )
@@ -184,8 +184,8 @@ def _device_s(engine: Engine) -> tuple[float, float]:
     return (engine.device.busy_s, engine.device.overrun_s) if engine.device is not None else (0.0, 0.0)
 
 
-def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int, max_positions: int) -> Written:
-    engine = contestant.engine
+def _write(competitor: Competitor, prompts: Sequence[Sequence[int]], decode: int, max_positions: int) -> Written:
+    engine = competitor.engine
     at_s: list[float] = []
     fed: list[int] = []
 
@@ -194,7 +194,7 @@ def _write(contestant: Contestant, prompts: Sequence[Sequence[int]], decode: int
         fed.append(tokens)
 
     sampling = Sampling(max_tokens=decode + 1, max_positions=max_positions, temperature=0.0)  # prefill gives one token
-    everybodys(engine.mesh, None)
+    all_gather_object(engine.mesh, None)
     with torch.inference_mode():
         write_on(engine, prompts, sampling, each_pass=each_pass, emulate=True)
     return Written(at_s[-1] - at_s[0], sum(fed[1:]), len(fed) - 1)

@@ -1,11 +1,11 @@
-"""Opening: an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
+"""Loads an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalina.checkpoint.restored import Restored, read_experts, restore
+from megalina.checkpoint.loaded_model import LoadedModel, load_model, read_experts
 from megalina.collective_log import CollectiveLog
 from megalina.config import InferConfig
 from megalina.mesh import Mesh
@@ -24,7 +24,7 @@ from megalina.serve.policies import Served, policy_of, slots_of
 class Opened:
     """A checkpoint, ready for engines of several modes: they share its weights."""
 
-    restored: Restored
+    loaded: LoadedModel
     host: HostExperts
     mesh: Mesh
     served: Served
@@ -36,7 +36,7 @@ class Opened:
 
     def engine(self, config: InferConfig, policy: Policy, *, device: ServingDevice | None = None) -> Engine:
         """`policy`: the configuration's.  ValueError as `Engine`."""
-        served, gpt = self.served, self.restored.gpt
+        served, gpt = self.served, self.loaded.gpt
         slots = slots_of(config, served)
         resident = identity(torch.ones(served.num_experts).double().numpy(), served.num_devices, slots)
         settings = EngineSettings(
@@ -58,8 +58,8 @@ def open_checkpoint(
     devices_per_node: int = 0,
 ) -> Opened:
     """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
-    restored = restore(path, dtype=dtype, experts=False)
-    gpt = restored.gpt
+    loaded = load_model(path, dtype=dtype, experts=False)
+    gpt = loaded.gpt
     if not gpt.moe_layers:
         raise ValueError(f"{path} is of a model without MoE layers: tools/generate.py and one process are for it")
 
@@ -70,4 +70,4 @@ def open_checkpoint(
     on_cuda = next(gpt.parameters()).is_cuda
     host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
     served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
-    return Opened(restored, host, mesh, served, log or CollectiveLog(mesh.world.rank))
+    return Opened(loaded, host, mesh, served, log or CollectiveLog(mesh.world.rank))

@@ -1,4 +1,4 @@
-"""A restored model: the weights of a checkpoint of any layout, on one device, without a process group."""
+"""A loaded model: the weights of a checkpoint of any layout, on one device, without a process group."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,16 @@ EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class LoadedModel:
     gpt: GPT
     max_positions: int
     tokenizer_path: str  # "" where the data had none
     step: int
 
 
-def restore(
+def load_model(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, experts: bool = True
-) -> Restored:
+) -> LoadedModel:
     """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
     what else is in the batch) and no noise is added.  Without `experts` it has no weights of
     theirs, see `read_experts`.  ValueError if the folder holds no checkpoint, or a damaged file."""
@@ -57,7 +57,7 @@ def restore(
             if name in whole:
                 buffer.copy_(whole[name])
     gpt.eval()
-    return Restored(gpt, max_positions, values["tokenizer_path"], values["step"])
+    return LoadedModel(gpt, max_positions, values["tokenizer_path"], values["step"])
 
 
 def read_experts(path: Path, gpt: GPT, layer: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The blame: which rank a job was lost by, where it was, and what the others say."""
+"""The failure report: which rank a job was lost by, where it was, and what the others say."""
 
 import signal
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
-"""The closing of a run: texts that the trained model writes, and the report."""
+"""The end of a run: texts that the trained model writes, and the report."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
 from megalina.blocks.counts import count_parameters
-from megalina.checkpoint.restored import restore
+from megalina.checkpoint.loaded_model import load_model
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.generate import Sampling, generate
@@ -29,19 +29,19 @@ def write_samples(config: PretrainConfig, data: TokenData, checkpoint: Path) -> 
     samples = []
     length = min(PROMPT_TOKENS, config.train.seq_len // 2)
     try:
-        restored = restore(checkpoint)
+        loaded = load_model(checkpoint)
         for i in range(config.tracker.samples):  # from all over the validation text
             prompt = data.valid.batch(i * data.valid.num_sequences // config.tracker.samples, 1).tokens_BS[0, :length].tolist()
             sampling = Sampling(
                 max_tokens=config.tracker.sample_tokens,
-                max_positions=restored.max_positions,
+                max_positions=loaded.max_positions,
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
                 seed=i,
                 stop_token=data.tokenizer.eod,
                 num_ids=data.tokenizer.vocab_size,
             )
-            tokens = generate(restored.gpt, prompt, sampling)
+            tokens = generate(loaded.gpt, prompt, sampling)
             samples.append(
                 Sample(data.tokenizer.decode(prompt), data.tokenizer.decode([t for t in tokens if t != data.tokenizer.eod]))
             )

@@ -1,6 +1,6 @@
-"""A contest: several strategies train the same model on the same data in one job, taking turns step by step.
+"""Interleaved runs: several strategies train the same model on the same data in one job, taking turns step by step.
 
-Each contestant has its own copy of weights and optimizer and walks through the same batches from the same start, so that
+Each competitor has its own copy of weights and optimizer and walks through the same batches from the same start, so that
 losses can be held against each other while times are taken.
 """
 
@@ -21,7 +21,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, build_meshes, everybodys
+from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
@@ -33,7 +33,7 @@ WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
 
 
 @dataclass(slots=True)
-class Contestant:
+class Competitor:
     """One strategy: its own copy of everything that a step changes, and what was measured on this rank."""
 
     name: str
@@ -47,7 +47,7 @@ class Contestant:
     overrun_s: list[float] = field(default_factory=list)  # by which real math was late
 
 
-def contest(
+def run_interleaved(
     configs: Mapping[str, PretrainConfig],
     data: TokenData,
     *,
@@ -56,8 +56,8 @@ def contest(
     baseline: str | None = None,
     to_the_end: Collection[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
-) -> list[Contestant]:
-    """Rounds in which every contestant takes `turn` timed steps after one that is not timed; the order of turns rotates.
+) -> list[Competitor]:
+    """Rounds in which every competitor takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
     All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
     `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
@@ -68,31 +68,31 @@ def contest(
         shared = meshes[config.parallel.tp, config.parallel.ep]
         return StepRunner(config, data, device=torch.device("cpu"), meshes=shared, log=log)
 
-    contestants = [Contestant(name, runner_of(config)) for name, config in configs.items()]
+    competitors = [Competitor(name, runner_of(config)) for name, config in configs.items()]
     gc.collect()
     gc.freeze()  # collections between turns need not walk through what stays until the end
     gc.disable()  # and one in a turn would hit whoever's turn it is
-    done, going_on = 0, contestants
+    done, going_on = 0, competitors
     try:
         for number in range(rounds + 1):
             at = number % len(going_on)
             total = done + (rounds + 1 - number) * len(going_on)
-            for contestant in going_on[at:] + going_on[:at]:
-                progress(done, total, contestant.name)
-                _take_turn(contestant, turn, weigh=number == 1) if number else _warm_up(contestant)
+            for competitor in going_on[at:] + going_on[:at]:
+                progress(done, total, competitor.name)
+                _take_turn(competitor, turn, weigh=number == 1) if number else _warm_up(competitor)
                 done += 1
             if number == 1 and baseline is not None:
-                going_on = _without_hopeless(contestants, baseline, to_the_end)
+                going_on = _without_hopeless(competitors, baseline, to_the_end)
     finally:
         gc.enable()
         gc.unfreeze()
-    return contestants
+    return competitors
 
 
 def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], Mapping[int, Mesh]]:
     """By tp and ep, with all packings that any of these may take.
 
-    A group of its own for each contestant would be dozens more, with their connections and threads."""
+    A group of its own for each competitor would be dozens more, with their connections and threads."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     packings: dict[tuple[int, int], set[int]] = {}
     for config in configs:
@@ -101,16 +101,16 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], M
     return {(tp, ep): build_meshes(tp=tp, ep=ep, packings=sorted(k), timeout_s=timeout_s) for (tp, ep), k in packings.items()}
 
 
-def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
-    """By packing: how long the exchanges take that have the links to themselves, of the sizes of the first contestant's steps
+def alone(competitors: Sequence[Competitor]) -> dict[int, dict[str, Alone]]:
+    """By packing: how long the exchanges take that have the links to themselves, of the sizes of the first competitor's steps
     that came out with this packing.  All ranks call it together."""
     out: dict[int, dict[str, Alone]] = {}
-    for contestant in contestants:
-        runner = contestant.runner
+    for competitor in competitors:
+        runner = competitor.runner
         mesh, sharded = runner.mesh, runner.config.parallel.zero == 1
         if mesh.packing in out:
             continue
-        sizes_bytes = sizes_of_step(mesh, contestant.events[-1])
+        sizes_bytes = sizes_of_step(mesh, competitor.events[-1])
         known = next(iter(out.values()), {})  # packing changes those of tokens alone
         new = {op: sizes for op, sizes in sizes_bytes.items() if op == "tokens" or op not in known}
         first, second = (calibrate(mesh, runner.log, new, sharded=sharded) for _ in range(2))
@@ -118,26 +118,26 @@ def alone(contestants: Sequence[Contestant]) -> dict[int, dict[str, Alone]]:
     return out
 
 
-def _without_hopeless(contestants: Sequence[Contestant], baseline: str, to_the_end: Collection[str]) -> list[Contestant]:
+def _without_hopeless(competitors: Sequence[Competitor], baseline: str, to_the_end: Collection[str]) -> list[Competitor]:
     """The same on every rank; all call it together."""
-    everybody = everybodys(contestants[0].runner.mesh, {c.name: statistics.median(c.step_s) for c in contestants})
-    slowest_s = {c.name: max(of_rank[c.name] for of_rank in everybody) for c in contestants}
+    everybody = all_gather_object(competitors[0].runner.mesh, {c.name: statistics.median(c.step_s) for c in competitors})
+    slowest_s = {c.name: max(of_rank[c.name] for of_rank in everybody) for c in competitors}
     best_s = min((s for name, s in slowest_s.items() if name.startswith(baseline)), default=math.inf)
 
     def goes_on(name: str) -> bool:
         limit = HOPEFUL if name.startswith(baseline) else WORTHWHILE
         return name in to_the_end or slowest_s[name] <= limit * best_s
 
-    return [c for c in contestants if goes_on(c.name)]
+    return [c for c in competitors if goes_on(c.name)]
 
 
-def _warm_up(contestant: Contestant) -> None:
-    runner = contestant.runner
+def _warm_up(competitor: Competitor) -> None:
+    runner = competitor.runner
     _together(runner)
-    _step(contestant)
-    while _undecided(runner) and contestant.search_steps < MOST_SEARCH_STEPS:
-        runner.adapt(_step(contestant))
-        contestant.search_steps += 1
+    _step(competitor)
+    while _undecided(runner) and competitor.search_steps < MOST_SEARCH_STEPS:
+        runner.adapt(_step(competitor))
+        competitor.search_steps += 1
 
 
 def _undecided(runner: StepRunner) -> bool:
@@ -145,39 +145,39 @@ def _undecided(runner: StepRunner) -> bool:
     return runner.searching or (runner.windows is not None and not runner.trainable.plan.gap_bytes)
 
 
-def _take_turn(contestant: Contestant, turn: int, *, weigh: bool) -> None:
+def _take_turn(competitor: Competitor, turn: int, *, weigh: bool) -> None:
     """`weigh`: find out how much memory it needs, too, which costs a second or two."""
-    runner, device = contestant.runner, contestant.runner.trainable.device
+    runner, device = competitor.runner, competitor.runner.trainable.device
     _together(runner)
     with _PeakMemory() if weigh else nullcontext() as memory:
         for i in range(turn + 1):
             recorder = Recorder() if i > 0 else None
             busy_s, overrun_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
-            step_s = _step(contestant, recorder)
+            step_s = _step(competitor, recorder)
             if recorder is None:
                 continue
-            contestant.step_s.append(step_s)
-            contestant.events.append(recorder.events())
+            competitor.step_s.append(step_s)
+            competitor.events.append(recorder.events())
             if device is not None:
-                contestant.busy_s.append(device.busy_s - busy_s)
-                contestant.overrun_s.append(device.overrun_s - overrun_s)
+                competitor.busy_s.append(device.busy_s - busy_s)
+                competitor.overrun_s.append(device.overrun_s - overrun_s)
     if memory is not None:
-        contestant.peak_bytes = memory.peak_bytes
+        competitor.peak_bytes = memory.peak_bytes
     runner.trainable.settle()
 
 
-def _step(contestant: Contestant, recorder: Recorder | None = None) -> float:
+def _step(competitor: Competitor, recorder: Recorder | None = None) -> float:
     """One step; returns how long it took here."""
-    runner, started_s = contestant.runner, time.perf_counter()
+    runner, started_s = competitor.runner, time.perf_counter()
     result, _ = runner.compute(runner.state.step + 1, record=recorder)
     step_s = time.perf_counter() - started_s
-    contestant.losses.append(result.loss)
+    competitor.losses.append(result.loss)
     return step_s
 
 
 def _together(runner: StepRunner) -> None:
     gc.collect()
-    everybodys(runner.mesh, None)  # nobody starts before the last one is there
+    all_gather_object(runner.mesh, None)  # nobody starts before the last one is there
 
 
 class _PeakMemory:

@@ -1,4 +1,4 @@
-"""A contest on two ranks: turns in turn, every strategy on the same data, numbers that all ranks agree on."""
+"""Interleaved runs on two ranks: turns in turn, every strategy on the same data, numbers that all ranks agree on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megalina.compare.contest import HOPEFUL, WORTHWHILE, Contestant, _without_hopeless, alone, contest
+from megalina.compare.interleaved import HOPEFUL, WORTHWHILE, Competitor, _without_hopeless, alone, run_interleaved
 from megalina.compare.results import VALID_OVERRUN, as_json, by_round, measure
 from megalina.config import ClusterConfig, StrategyConfig
 from megalina.data.source import open_data
@@ -32,26 +32,26 @@ def work(folder: Path) -> dict[str, Any]:
     config = config_of(folder, "run", ep=2, micro_batch_size=4, dtype="float64")
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     turns: list[tuple[int, int, str]] = []
-    contestants = contest(
+    competitors = run_interleaved(
         {name: replace(config, strategy=strategy) for name, strategy in STRATEGIES.items()},
         data,
         rounds=ROUNDS,
         turn=TURN,
         progress=lambda done, total, name: turns.append((done, total, name)),
     )
-    known = alone(contestants)
-    found = measure(contestants, known, turn=TURN, ranks_per_node=1, link_mbit=100.0)
+    known = alone(competitors)
+    found = measure(competitors, known, turn=TURN, ranks_per_node=1, link_mbit=100.0)
     one = {"eager": replace(config, cluster=DEVICE, strategy=StrategyConfig())}
-    (slow,) = paced = contest(one, data, rounds=1, turn=2)
+    (slow,) = paced = run_interleaved(one, data, rounds=1, turn=2)
     (emulated,) = measure(paced, {}, turn=2, ranks_per_node=2, link_mbit=0.0).values()
     return {
         "turns": turns,
         "found": found,
-        "losses": {c.name: c.losses for c in contestants},
-        "own step_s": {c.name: c.step_s for c in contestants},
-        "events": {c.name: [len({e.tag for e in events}) for events in c.events] for c in contestants},
-        "kinds": {e.kind for c in contestants for events in c.events for e in events},
-        "searched": {c.name: c.search_steps for c in contestants},
+        "losses": {c.name: c.losses for c in competitors},
+        "own step_s": {c.name: c.step_s for c in competitors},
+        "events": {c.name: [len({e.tag for e in events}) for events in c.events] for c in competitors},
+        "kinds": {e.kind for c in competitors for events in c.events for e in events},
+        "searched": {c.name: c.search_steps for c in competitors},
         "calibrated": {op: line.seconds(10**6) for op, line in known[1].items()},
         "emulated": emulated,
         "device step_s": sum(slow.busy_s) / len(slow.step_s),
@@ -63,7 +63,7 @@ def run_heats(folder: Path) -> dict[str, tuple[list[float], int]]:
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     slow_device = replace(config, cluster=SLOW_DEVICE)
     runners = {f"eager {n}": config for n in "abc"} | dict.fromkeys(("slow", "ddp"), slow_device)
-    heats = contest(runners, data, rounds=3, turn=1, baseline="eager", to_the_end=["ddp"])
+    heats = run_interleaved(runners, data, rounds=3, turn=1, baseline="eager", to_the_end=["ddp"])
     return {c.name: (c.step_s, len(c.losses)) for c in heats}
 
 
@@ -108,8 +108,8 @@ def test_timed_steps_are_those_after_the_first_of_a_turn(ranks: list[dict[str, A
 )
 def test_who_is_clearly_slower_than_the_best_baseline_is_hopeless(step_s: dict[str, float], going_on: str) -> None:
     alone: Any = SimpleNamespace(mesh=build_mesh())
-    contestants = [Contestant(name, alone, step_s=[9.0, s, s]) for name, s in step_s.items()]
-    assert ", ".join(c.name for c in _without_hopeless(contestants, "eager", ["ddp"])) == going_on
+    competitors = [Competitor(name, alone, step_s=[9.0, s, s]) for name, s in step_s.items()]
+    assert ", ".join(c.name for c in _without_hopeless(competitors, "eager", ["ddp"])) == going_on
 
 
 @pytest.mark.full
