@@ -1,24 +1,16 @@
 """What is said and shown of an evaluation, in the terminal, on the page and in W&B."""
 
-import logging
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megalina.config import WandbConfig
-from megalina.evaluate import tracking
 from megalina.evaluate.findings import headline, parts, quality_line, warnings
 from megalina.evaluate.measures import median_interval
 from megalina.evaluate.report import page
 from megalina.evaluate.report_tables import tables
-from megalina.evaluate.tracking import scalars_of, tables_of, track
-from tests.evaluate.made_evaluation import made
-from tests.track.wandb_history import read_history
+from tests.evaluate.made_evaluation import FAST, made
 
-FAST = {"static": [20.0] * 30, "best": [10.0] * 30, "window": [16.0] * 30, "ideal": [9.0] * 30}
 NOISY = {"static": [20.0] * 30, "best": [19.0, 21.0] * 15}
 DEVICES = {"device_ms": {"attention": 5.0, "experts": 10.0}, "link_mbit": 200.0, "slowdown": 25.0}
 
@@ -112,45 +104,3 @@ def test_many_devices_and_layers_are_lines_not_bars() -> None:
     for mode in found["modes"].values():
         mode["layers"] = [mode["layers"][0] | {"layer": i, "device_load": [1.5] + [0.9] * 15} for i in range(26)]
     assert "rows of the busiest device / mean" in page(found) and page(found).count("<rect") < 100
-
-
-def test_wandb_gets_numbers_tables_plots_and_the_page(tmp_path: Path) -> None:
-    found = made(FAST)
-    for _ in range(2):  # each evaluation is a run of its own
-        track(found, page(found), tmp_path, WandbConfig(mode="offline", name="a run, step 7: evaluation"))
-    assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}) == 2
-    (record,) = read_history(tmp_path / "wandb")
-    assert record["best/ratio_to_static_in_rounds"] == 2 and record["step"] == 7
-    assert {f"{name}._type" for name in ("modes", "layers", "popularity", "latencies")} <= record.keys()
-    pictures = {name for name in record if name.endswith("._type") and record[name] == "image-file"}
-    assert pictures == {f"{n}._type" for n in ("latency", "device_load", "popularity_map", "layer_time", "foresight")}
-    assert record["report._type"] == "html-file"
-
-
-def test_numbers_for_wandb_are_complete_and_flat() -> None:
-    found = made(FAST)
-    found["modes"]["best"]["tasks"] = {
-        "multiple_choice": {"num_tasks": 3, "accuracy": {"value": 0.5, "standard_error": None}},
-        "cloze": None,
-    }
-    flat, shown = scalars_of(found), tables_of(found)
-    assert flat["best/multiple_choice/accuracy"] == 0.5 and flat["window/layer_03/accuracy_recall"] == 0.75
-    assert flat["static/ratio_to_static_interval_low"] == 1 and "static/accuracy_recall" not in flat
-    numbers = {key for key, value in found["modes"]["best"].items() if isinstance(value, int | float)}
-    assert {f"best/{key}" for key in numbers} <= flat.keys() and all(isinstance(value, float) for value in flat.values())
-    assert [len(rows) for _, rows in shown.values()] == [4, 8, 8, 120]
-    for columns, rows in shown.values():
-        assert {len(row) for row in rows} == {len(columns)}
-
-
-def test_a_tracker_that_fails_is_a_line_of_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*arguments: Any, **named: Any) -> None:
-        raise ConnectionError("there is no network")
-
-    monkeypatch.setattr(tracking, "EvaluationRun", fails)
-    found = made(FAST)
-    with caplog.at_level(logging.WARNING):
-        track(found, page(found), tmp_path, WandbConfig(mode="online"))
-    assert "there is no network" in caplog.text and len(caplog.records) == 1

@@ -1,12 +1,13 @@
 """The lines of a distribution."""
 
 import pytest
-from matplotlib.figure import Figure
 
 from megalina.timeline.picture import draw_distribution
 
 
 def test_each_sample_is_a_line_from_nobody_to_everybody() -> None:
+    from matplotlib.figure import Figure
+
     axis = Figure().subplots()
     draw_distribution(axis, {"eager": [3.0, 1.0, 2.0, 2.0], "nothing": []})
     line, median, worst = axis.lines
@@ -16,6 +17,8 @@ def test_each_sample_is_a_line_from_nobody_to_everybody() -> None:
 
 
 def test_one_that_was_held_up_by_chance_presses_no_other_to_the_edge() -> None:
+    from matplotlib.figure import Figure
+
     axis = Figure().subplots()
     draw_distribution(axis, {"eager": [2.0] * 98 + [5.0, 49.0]})
     assert axis.get_xlim() == (0, pytest.approx(1.05 * 4.14))  # the paper's worst

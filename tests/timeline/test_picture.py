@@ -1,14 +1,19 @@
 """The picture: boxes where they belong, on one axis, with words that are the events' numbers."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from matplotlib.figure import Figure
 
 from megalina.timeline import picture
 from megalina.timeline.picture import draw, figure_of
 from megalina.timeline.recorder import Event
 from tests.timeline.made import compute, event, grads, tokens, wait
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def step() -> list[Event]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from megalina.track.metrics import MetricsFile, read_metrics
 from megalina.track.tracker import Background, RunTracker
@@ -156,6 +155,8 @@ def test_expert_load_is_thinned_in_the_file_and_drawn_at_the_interval_and_at_the
 
 
 def test_figures_are_handed_on_as_pixels(tmp_path):
+    from matplotlib.figure import Figure
+
     backend = Fake()
     tracker = tracker_with(tmp_path, backend)
     tracker.images(7, {"a": Figure(figsize=(3, 2), dpi=50), "b": Figure(figsize=(1, 1), dpi=50)})
