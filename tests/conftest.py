@@ -27,10 +27,10 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection needs to walk through it again and again.
 
     And whichever test starts the server that forks ranks: it imports what the ranks of all tests need."""
-    from tests.parallel.ranks import PRELOAD  # torch, of which the process that hands out the tests has no need
-
     for name in ("megalina.verify.on_ranks", "megalina.verify.proof"):
         if name in sys.modules:
+            from tests.parallel.ranks import PRELOAD  # torch, of which the process that hands out the tests has no need
+
             sys.modules[name].PRELOAD = PRELOAD  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()

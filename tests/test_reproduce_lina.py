@@ -52,6 +52,6 @@ def test_the_whole_paper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             assert math.isclose(row["residual"], row["simulated"] / row["paper"] - 1)
     assert (tmp_path / "a.png").stat().st_size > 50_000
     made = (ROOT / "docs" / "reproduction.md").read_text().split("\n## Made routing or real")[0]
-    blocks = re.findall(r"^```\n(.*?)^```$", made, re.DOTALL | re.MULTILINE)
+    blocks = [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", made, re.DOTALL | re.MULTILINE) if not kind]
     printed = {line.rstrip() for line in text.splitlines()}
     assert [line for block in blocks for line in block.splitlines() if line.rstrip() not in printed] == []

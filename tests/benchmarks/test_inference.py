@@ -187,7 +187,7 @@ def test_a_tiny_run_from_end_to_end(inference: Any, tmp_path: Path, capfd: pytes
         "**3 emulated devices, workload ragged_source**",
         "**3 emulated devices, workload zero_load_rank**",
     ]
-    assert "3 devices, zero_load_rank: 2/2" in err and "infinite" in out and "the paper" not in out
+    assert not err and "infinite" in out and "the paper" not in out
     settings = json.loads((tmp_path / "found.json").read_text())["settings"]
     assert [(s["workload"], s["served"], s["traces"]) for s in settings] == [(name, 2, []) for name in names.split(",")]
     assert settings[0]["most_over_least"][0] > 10 and settings[1]["most_over_least"] == [None]

@@ -198,6 +198,7 @@ def test_zero_is_held_against_the_same_place_without() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("every_status_line")
 def test_the_command_writes_points_tables_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("every_status_line")
 def test_a_corner_of_the_map_from_end_to_end(serving_map: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found_path, picture = tmp_path / "map.json", tmp_path / "map.png"
     arguments = f"--models mixtral --clusters h100_400g --devices 8 --json {found_path} --picture {picture}"

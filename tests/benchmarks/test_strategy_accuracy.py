@@ -119,4 +119,4 @@ def test_a_tiny_benchmark_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureF
     for of_case in seed.values():
         assert len(set(of_case["losses"])) == 5  # it learns
         assert len(of_case["weights"]) == 2 and of_case["weights"][0] != of_case["weights"][1]  # experts are cut
-    assert "2 gloo ranks, 5 steps" in out and "seed 1234: 6/6" in err
+    assert "2 gloo ranks, 5 steps" in out and not err

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalina.checkpoint import safetensors_file, streamed, tensor_files
+from megalina.checkpoint import safetensors_file, streaming_writer, tensor_files
 from megalina.checkpoint.average import average
 from megalina.checkpoint.files import read_values
 from megalina.checkpoint.inspection import faults
@@ -153,7 +153,7 @@ def test_shares_are_each_element_once(shapes: list[list[int]], files: int) -> No
     listing = {f"t{i}": (tuple(shape), types[i % 3]) for i, shape in enumerate(shapes)}
     count = {name: torch.zeros(shape) for name, (shape, _) in listing.items()}
     loads = []
-    for share in streamed._shares(listing, files):
+    for share in streaming_writer._shares(listing, files):
         loads.append(0)
         for name, part in share.items():
             for box in part.boxes:

@@ -135,12 +135,12 @@ def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_product_of_layouts_and_routers_equals_one_process(world: int) -> None:
+@pytest.mark.parametrize(("world", "tp", "number"), [(1, 1, 70), (2, 1, 100), (2, 2, 100), (4, 1, 100), (4, 2, 150), (4, 4, 70)])
+def test_the_product_of_layouts_and_routers_equals_one_process(world: int, tp: int, number: int) -> None:
     choices = choices_of(RANKS)
     crossed = ("place", "zero", "micro_batch", "router")
-    rows = [row for row in product(choices, RANKS, crossed) if row.layout.world == world]
-    assert len(rows) >= {1: 70, 2: 250, 4: 450}[world]
+    rows = [row for row in product(choices, RANKS, crossed) if (row.layout.world, row.layout.tp) == (world, tp)]
+    assert len(rows) >= number
     assert differences(choices, rows, steps=2) == []
 
 

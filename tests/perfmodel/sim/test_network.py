@@ -229,8 +229,10 @@ def test_thousands_of_small_lists_take_as_long_as_a_plain_simulator_says(seed: i
 def no_slower(seed: int, share: str, faster: str, *, alike: bool) -> None:
     """Eager on a random layout, with ranks that are alike or not, where `faster` links get faster.
 
-    It is no theorem, for what comes earlier may meet other things on the wire: where ranks are unlike, steps were seen that got
-    longer by 5e-6.  Where they are alike none was."""
+    It is no theorem.  What comes earlier may meet other things on the wire: where ranks are unlike, steps were seen that got
+    longer by 5e-6.  And where some links alone get faster, a collective that they held back takes more of the links that it
+    shares with others: with faster cards an all-reduce slowed the tokens beside it in their node, and the step by 3e-5.  Where
+    ranks are alike and all links get faster, no such step was seen."""
     random = Random(seed)
     shape = SHAPES[random.choice(list(SHAPES))]
     program, drawn_s = training_step("eager", setting_of("eager", shape, random)), delays(random)
@@ -249,7 +251,7 @@ def no_slower(seed: int, share: str, faster: str, *, alike: bool) -> None:
         seconds = (lambda rank, s: drawn_s(0, s)) if alike else drawn_s
         times_s.append(simulate([program] * prod(layout), seconds=seconds, **what).step_s)
     for slower_s, faster_s in pairwise(times_s):
-        assert faster_s <= slower_s * (1 + (1e-9 if alike else 1e-2))
+        assert faster_s <= slower_s * (1 + (1e-9 if alike and faster == "all" else 1e-2))
 
 
 faster = {
