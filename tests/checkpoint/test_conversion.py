@@ -128,8 +128,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 tensors of 8 MB; what is mapped from a file does not count."""
-    listing = {f"model/{i:02d}": ((2048, 1024), torch.float32) for i in range(16)}
+    """Of 32 tensors of 8 MB; what is mapped from a file does not count.  The allocator keeps some that were freed: 40 to 64 MB,
+    however many tensors there are."""
+    listing = {f"model/{i:02d}": ((2048, 1024), torch.float32) for i in range(32)}
     write_checkpoint(tmp_path / "new", {"config": CONFIG}, listing, lambda _, box: torch.ones(box.data.shape))
     seen = []
 
@@ -144,7 +145,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     rewrite(tmp_path / "new", tmp_path / "again", files=1)
     to_safetensors(tmp_path / "again", tmp_path / "w.safetensors")
     from_safetensors(tmp_path / "w.safetensors", tmp_path / "back")
-    assert len(seen) >= 48 and max(seen) - before < 64
+    assert len(seen) >= 96 and max(seen) - before < 96
 
 
 @given(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=5), st.integers(1, 9))

@@ -27,7 +27,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {PASSWORD}\n")
     (home / ".netrc").chmod(0o600)
-    return {**os.environ, "HOME": str(home), "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN, "OMP_NUM_THREADS": "1"}
+    rest = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}  # wandb leaves its own to a process's children
+    return {**rest, "HOME": str(home), "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN, "OMP_NUM_THREADS": "1"}
 
 
 def command(folder: Path, environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
