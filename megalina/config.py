@@ -15,6 +15,7 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
+ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus")
 LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
@@ -102,7 +103,7 @@ class ModelConfig:
 @dataclass(slots=True, kw_only=True)
 class RouterConfig:
     # how tokens and experts choose each other; see the files of conf/router
-    kind: str = setting("topk", choices=("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"), own=True)
+    kind: str = setting("topk", choices=ROUTERS, own=True)
     top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
     renormalize: bool = True  # the selected weights of a token sum to one
     # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
@@ -115,11 +116,17 @@ class RouterConfig:
     drop: str = setting("position", choices=("position", "probability"))
     balance_loss: float = setting(0.01, high=LARGEST_FACTOR)  # weight of the load-balance loss
     z_loss: float = setting(0.0, high=LARGEST_FACTOR)  # weight of the router z-loss
+    # weight of the loss that keeps tokens on the node where their sequence is at home (LocMoE)
+    locality_loss: float = setting(0.0, high=LARGEST_FACTOR)
+    locality_nodes: int = setting(0, high=1 << 16)  # nodes where sequences and experts are at home, whatever the layout; 0: none
+    # weight of DS-MoE's loss: experts get as much as each other, each token is sure of its own; over the tokens of router.group
+    mutual_information_loss: float = setting(0.0, high=LARGEST_FACTOR)
     # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
     bias_update_rate: float = setting(0.0, high=LARGEST_FACTOR)
     num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
     groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
+    temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe, locmoe_plus: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
 
 
@@ -143,6 +150,10 @@ class StrategyConfig:
     yields: bool = False  # gradients are held back while tokens are on the wire
     # so many MoE layers compute the gradients of their experts' weights after all of backward
     late_layers: int = setting(0, high=100_000)
+    # whose weights' gradients are instructions of their own, which a strategy may put under all-to-alls; all: of every product
+    deferred_weights: str = setting("none", choices=("none", "experts", "all"))
+    # deferred weights' gradients that wait keep at most so many MiB of activations and their gradients; 0: no limit
+    deferred_mb: float = setting(0.0, high=1e9)
     # auto: at most as many gradients in each gap of the wire as were measured to fit
     windows: str = setting("none", choices=("none", "auto"))
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto

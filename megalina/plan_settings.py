@@ -26,6 +26,8 @@ def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
         merge_bytes=int(strategy.bucket_mb * 2**20),
         yields=strategy.yields,
         late_layers=strategy.late_layers,
+        deferred_weights=strategy.deferred_weights,
+        deferred_bytes=int(strategy.deferred_mb * 2**20),
         packing=packing,
     )
 
@@ -40,6 +42,8 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "chunks": chunks_text(plan.chunks),
         "yields": plan.yields,
         "late_layers": plan.late_layers,
+        "deferred_weights": plan.deferred_weights,
+        "deferred_mb": plan.deferred_bytes / 2**20,
         "windows": AUTO if plan.gap_bytes else "none",
         "packing": str(plan.packing),
     }
@@ -56,8 +60,10 @@ def overrides_of(plan: Plan) -> tuple[str, ...]:
         "bucket_mb": plan.merge_bytes > 0,
         "parts": plan.parts > 1,
         "chunks": plan.strategy in ("lina", "lina_nopack"),
-        "yields": plan.strategy in ("flow", "lina_zero"),
+        "yields": plan.strategy in ("flow", "lina_zero", "lancet"),
         "late_layers": plan.strategy != "eager",
+        "deferred_weights": plan.strategy == "lancet" or plan.places_weights,
+        "deferred_mb": plan.deferred_bytes > 0,
     }
     values = {key: value for key, value in settings_of(plan).items() if key != "name" and told.get(key, True)}
     return (f"strategy={plan.strategy}", *(f"strategy.{key}={_written(value)}" for key, value in values.items()))

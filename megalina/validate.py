@@ -43,7 +43,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_numbers(config)
     _check_model(config)
     check_layer(config.model.layer)
-    check_router(config.router, config.model.num_experts)
+    check_router(config.router, config.model.num_experts, config.model.d_model)
     optimizer_of(config.optim)
     if config.router.losses or any(map(is_reference, config.model.layer)):
         check_own(blocks_of(config.model, config.router))

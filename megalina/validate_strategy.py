@@ -10,10 +10,10 @@ from megalina.step.plan import Plan, chunks_text
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
     "bucket_mb": ("ddp",),
-    "parts": ("flow", "lina_zero"),
-    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero"),
+    "parts": ("flow", "lina_zero", "lancet"),
+    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "lancet"),
 }
-WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow")  # those that can keep gradients in gaps
+WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lancet")  # those that can keep gradients in gaps
 PACKED = (*candidates.PACKED, AUTO)
 
 
@@ -32,9 +32,14 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
             raise _does_nothing(key, getattr(strategy, key), strategy.name)
-    for key in ("partition_bytes", "chunks", "late_layers"):
+    for key in ("partition_bytes", "chunks", "late_layers", "deferred_weights"):
         if strategy.name == AUTO and getattr(strategy, key) != getattr(plain, key):
             raise ValueError(f"strategy=auto finds strategy.{key} itself: leave it at {getattr(plain, key)}, or name a strategy")
+    if strategy.deferred_mb and strategy.deferred_weights == "none":
+        raise ValueError(
+            f"strategy.deferred_mb={strategy.deferred_mb:g} limits what deferred weights' gradients keep, and "
+            "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"
+        )
     if strategy.windows == AUTO and strategy.name not in WINDOWED:
         raise ValueError(
             f"strategy.windows=auto works with strategy={' or '.join(WINDOWED)}, not with {strategy.name}: "
@@ -119,6 +124,12 @@ def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
         raise ValueError(
             f"router.group=global balances all ranks' tokens at once, so micro-batches can't be cut into strategy.parts={cut}: "
             "set router.group=micro_batch or sequence, or a strategy without parts"
+        )
+    if router.group == "micro_batch" and router.mutual_information_loss:
+        raise ValueError(
+            f"router.mutual_information_loss with router.group=micro_batch is of a whole micro-batch, so it can't be cut into "
+            f"strategy.parts={cut}: set router.group=sequence, or train.micro_batch_size={micro_batch_size // cut} so that "
+            "parts are whole micro-batches"
         )
     by_probability = router.capacity_factor > 0 and router.drop == "probability"
     experts_choose = kind_of(router).experts_choose

@@ -31,6 +31,8 @@ OTHERS = (
     replace(candidates.LINA, chunks=(1, 2), piece_bytes=4096),
     replace(candidates.FLOW, parts=4, yields=True, late_layers=4),
     replace(candidates.DDP, merge_bytes=2**20),
+    replace(candidates.LANCET, deferred_weights="experts", deferred_bytes=2**19),
+    replace(candidates.LINA, packing=2, deferred_weights="all"),
 )
 
 
@@ -56,6 +58,7 @@ PLANS = st.builds(
     merge_bytes=st.sampled_from([0, 0, 25 * 2**20]),
     yields=st.booleans(),
     late_layers=st.integers(0, 3),
+    deferred_weights=st.sampled_from(["none", "experts", "all"]),
     packing=st.sampled_from([1, 1, 2, 3, 4]),
 )
 CONFIGS = st.builds(

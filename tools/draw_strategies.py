@@ -6,7 +6,7 @@ python tools/draw_strategies.py --out FOLDER [OVERRIDES] [--strategies A,B] [--r
 import argparse
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from megalina.config import PretrainConfig
+    from megalina.perfmodel.forecast.priced_step import PricedStep
+    from megalina.perfmodel.sim.network import Network
     from megalina.perfmodel.sim.virtual import Timeline
     from megalina.step.plan import Plan
     from megalina.step.program import Instruction, Program
@@ -53,84 +55,37 @@ class VirtualJob:
         return plan_of(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
 
     @property
-    def setting(self) -> "Setting":
-        """What a strategy builds a step from.  Paddings of buckets are left out."""
-        from megalina.blocks.model import shape_of
-        from megalina.config import padded_vocab_size
-        from megalina.layout import axis_of_group
-        from megalina.model.gpt import GPT
-        from megalina.parallel.shard import parameter_groups
-        from megalina.step.program import BucketSpec
-        from megalina.step.strategy import Setting
+    def priced(self) -> "PricedStep":
+        from megalina.perfmodel.forecast.priced_step import PricedStep
 
-        config, train, plan = self.config, self.config.train, self.plan
-        shape = shape_of(config.model, config.router, tp=1, sequence=config.parallel.sequence)
-        vocab_size = config.model.vocab_size or config.data.vocab_size
-        gpt = GPT(
-            config.model,
-            config.router,
-            vocab_size=vocab_size,
-            max_positions=config.model.max_positions or train.seq_len,
-            seed=train.seed,
-            padded_vocab=padded_vocab_size(vocab_size, 1),
-        )  # on the meta device: no memory
-        sizes = {axis: len(table[0]) for axis, table in self._rows().items()}
-        specs: dict[str, BucketSpec] = {}
-        for group, members in parameter_groups(gpt, shape).items():
-            numel, axis = sum(p.numel() for _, p in members), axis_of_group(group)
-            numel = numel // sizes["ep"] if group.startswith("experts.") else numel
-            sharded = config.parallel.zero == 1 and sizes[axis] > 1
-            specs[group] = BucketSpec(numel, axis, sharded, plan.piece_bytes // self._element_bytes or None)
-        micro_batches = train.global_batch_size // (train.micro_batch_size * sizes["dp"])
-        setting = Setting(
-            shape, specs, micro_batches=micro_batches, recompute_mode=train.recompute, element_bytes=self._element_bytes
+        vocab_size = self.config.model.vocab_size or self.config.data.vocab_size
+        return PricedStep(
+            self.config, self.cluster.ranks, self.plan, vocab_size=vocab_size, network=self.network, seconds=self.seconds
         )
-        return setting.under(plan)
-
-    def step(self, program: "Program") -> "Timeline":
-        from megalina.parallel.emulated_device import emulated_device
-        from megalina.perfmodel.sim.network import one_level
-        from megalina.perfmodel.sim.sizes import Sizes
-        from megalina.perfmodel.sim.virtual import simulate
-        from megalina.step.program import Kind, Op
-
-        device = emulated_device(self.config)
-        assert device is not None
-        groups = {(axis, rank): tuple(row) for axis, table in self._rows().items() for row in table for rank in row}
-        return simulate(
-            [program] * self.cluster.ranks,
-            ranks_of=lambda axis, rank: groups[axis, rank],
-            seconds=lambda rank, instruction: device.seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
-            network=one_level(self.cluster.link_mbit * 1e6 / 8, self.cluster.latency_ms / 1e3),
-            sizes=Sizes(
-                self._bytes_of,
-                [bucket for instruction in program if instruction.op is Op.PARAMS for bucket in instruction.buckets],
-            ),
-        )
-
-    def _bytes_of(self, instruction: "Instruction") -> float:
-        from megalina.config import BYTES
-        from megalina.step.program import Op
-
-        train, model, width = self.config.train, self.config.model, BYTES[self.config.train.dtype]
-        if instruction.op is Op.TOKENS:
-            rows = train.micro_batch_size * train.seq_len * self.config.router.top_k * instruction.share / instruction.chunk[1]
-            return rows * model.d_model * width
-        if instruction.op in (Op.GRADS, Op.PARAMS):
-            return (self._element_bytes if instruction.op is Op.GRADS else width) * (instruction.piece[1] - instruction.piece[0])
-        return 8 * model.num_experts  # sizes and small sums: next to nothing
 
     @property
-    def _element_bytes(self) -> int:
-        """Of a gradient."""
-        from megalina.config import BYTES
+    def seconds(self) -> "Callable[[Instruction], float]":
+        """Of an emulated device; hosts take no time."""
+        from megalina.perfmodel.cost.instruction_seconds import emulated_seconds
+        from megalina.step.program import Kind
 
-        return max(4, BYTES[self.config.train.dtype])
+        computed = emulated_seconds(self.config)
+        assert computed is not None
+        return lambda instruction: computed(instruction) if instruction.kind is Kind.COMPUTE else 0.0
 
-    def _rows(self) -> dict[str, list[list[int]]]:
-        from megalina.layout import axis_sizes, rows
+    @property
+    def network(self) -> "Network":
+        from megalina.perfmodel.sim.network import one_level
 
-        return rows(axis_sizes(self.cluster.ranks, tp=1, ep=self.config.parallel.ep, packing=self.plan.packing))
+        return one_level(self.cluster.link_mbit * 1e6 / 8, self.cluster.latency_ms / 1e3)
+
+    @property
+    def setting(self) -> "Setting":
+        """What a strategy builds a step from."""
+        return self.priced.setting
+
+    def step(self, program: "Program") -> "Timeline":
+        return self.priced.walk(program=program)
 
 
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:

@@ -99,12 +99,12 @@ def stall_data(place: Place) -> None:
 
     read, calls = PackedSamples.batch, []
 
-    def batch(self: PackedSamples, first: int, count: int) -> Any:
+    def batch(self: PackedSamples, first: int, count: int, stride: int = 1) -> Any:
         calls.append(first)
         if place.rank == 1 and len(calls) == STEP:
             place.mark()
             time.sleep(FOREVER_S)
-        return read(self, first, count)
+        return read(self, first, count, stride)
 
     PackedSamples.batch = batch  # type: ignore[method-assign]
 

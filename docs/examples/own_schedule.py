@@ -14,7 +14,7 @@ from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
 from megalina.rank_pool import RankPool
 from megalina.step.forward import plain
-from megalina.step.passes import finish, late_weights, place_gradients, recompute, step
+from megalina.step.passes import defer_weights, finish, place_gradients, recompute, step
 from megalina.step.program import Program, check
 from megalina.step.strategy import Setting, Strategy, eager, given
 from megalina.train.bucket_optimizer import BucketOptimizer
@@ -22,7 +22,7 @@ from tools.draw_strategies import ladder_job
 
 
 def weights_under_tokens(setting: Setting) -> Program:
-    forward = late_weights(plain(setting.shape), range(setting.shape.num_layers))
+    forward = defer_weights(plain(setting.shape), ["experts"])
     forward = recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
     both = step(forward, setting.micro_batches)  # the weights' gradients, phase W, come after all of backward ...
     late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this instruction each

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
@@ -26,6 +26,10 @@ class Attention(Block):
     name = "attention"
     functions = "megalina.model.attention:Attention"
     heavy = ("attention", "attention_heads")
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return self.heavy
 
     def parameters(self) -> Sequence[Parameter]:
         model, width = self.model, self.model.d_model
@@ -113,6 +117,13 @@ class Attention(Block):
         inner = q if weights > t * self._heads_here(at) * rank.main else 0  # its product with what came out
         backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q), tail)
         return Inside(kept + after.kept, forward, backward)
+
+    def deferred(self, at: At) -> Deferred:
+        """The products' inputs, what attention gave among them, and the gradients of queries, keys and values."""
+        rank, t, whole = at.rank, int(at.tokens), at.rank.tp == 1
+        q, g = self._q() // rank.tp, self._kv() // rank.tp
+        kept = t * (rank.width * whole + 2 * q + 2 * g) * rank.element
+        return Deferred(kept, reads=not whole, gradients=True, rise=memory.outer(rank, rank.width, q))
 
     def _heads_here(self, at: At) -> int:
         return self.model.num_heads // at.rank.tp

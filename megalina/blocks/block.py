@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
@@ -68,6 +68,12 @@ class Block:
         return self.heavy
 
     @property
+    def deferrable(self) -> Sequence[str]:
+        """Instructions whose functions take `later`: the products that give their weights' gradients may be instructions of their
+        own; `deferred` says what waits for them."""
+        return ()
+
+    @property
     def losses(self) -> Sequence[Loss]:
         """Those that it writes in one layer."""
         return ()
@@ -96,9 +102,9 @@ class Block:
             f"{at.instruction.tag}: block {self.name} doesn't say what this keeps; define {type(self).__name__}.memory"
         )
 
-    def late_rise(self, at: At) -> int:
-        """The most there is inside where the gradients of weights that its mirror left out are added."""
-        return 0
+    def deferred(self, at: At) -> Deferred:
+        """What waits where the mirror of one of `deferrable` leaves out the products that give weights' gradients."""
+        return Deferred()
 
     def keeps(self, at: At) -> Sequence[str]:
         """Values it writes that the same memory is kept for backward of, too: they are not in `memory(at).kept`."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, Loss, norm_parameters
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, Work, linear, norm, small
@@ -45,6 +45,10 @@ class Head(Block):
     @property
     def emulated(self) -> Sequence[str]:
         return ("logits", "loss")  # the second has next to no FLOPs where there is the first
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return self.emulated
 
     @property
     def losses(self) -> Sequence[Loss]:
@@ -101,6 +105,12 @@ class Head(Block):
         backward = x + memory.outer(rank, words, rank.width)
         tail = x + before.backward - kept if with_norm else 0
         return Inside(kept, max(before.forward, kept + copies), max(backward, tail))
+
+    def deferred(self, at: At) -> Deferred:
+        """The largest: the gradients of all logits."""
+        rank, t, words, whole = at.rank, int(at.tokens), int(at.rank.words), at.rank.tp == 1
+        kept = t * (words + rank.width * whole) * rank.element
+        return Deferred(kept, reads=not whole, rise=memory.outer(rank, words, rank.width))
 
     def value_bytes(self, at: At) -> Mapping[str, int]:
         rank, tokens = at.rank, int(at.tokens)

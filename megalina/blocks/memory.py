@@ -9,6 +9,16 @@ from megalina.blocks.sizes import INT_BYTES, Rank
 
 
 @dataclass(frozen=True, slots=True)
+class Deferred:
+    """What waits for the instruction that adds the gradients of weights, where a function's mirror left them out."""
+
+    kept: int = 0  # bytes, besides values of the list
+    reads: bool = False  # the values that the function read wait, too
+    gradients: bool = False  # so do the gradients of those that it wrote
+    rise: int = 0  # the most there is while the gradients are added, above what there was before
+
+
+@dataclass(frozen=True, slots=True)
 class Inside:
     """Of one function."""
 
@@ -63,3 +73,11 @@ def mlp(rank: Rank, tokens: int, hidden: int, *, whole: bool, bias: bool = False
     forward = max(before.forward + before.kept, kept + x + max(scratch, after.forward, x * bias))
     backward = x + 2 * scratch + read + mlp_products(rank, tokens, inputs * hidden)
     return Inside(kept + after.kept, forward, max(backward, x + before.backward - kept if whole else 0))
+
+
+def deferred_mlp(rank: Rank, tokens: int, hidden: int, *, whole: bool) -> Deferred:
+    """Of `mlp`: what the first matrix gave and its gradient, with a norm inside what that gave, and the output's gradient."""
+    inputs = 2 if rank.config.model.activation == "swiglu" else 1
+    x, read = tokens * rank.width * rank.element, tokens * inputs * hidden * rank.element
+    rise = tokens * hidden * rank.element + outer(rank, rank.width, inputs * hidden)
+    return Deferred(x * whole + 2 * read, reads=not whole, gradients=True, rise=rise)

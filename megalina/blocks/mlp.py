@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, mlp, norm, residual
@@ -31,6 +31,10 @@ class DenseMlp(Block):
     name = "mlp"
     functions = "megalina.model.mlp:DenseMlp"
     heavy = ("mlp", "mlp_hidden")
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return self.heavy
 
     @property
     def d_ff(self) -> int:
@@ -65,6 +69,9 @@ class DenseMlp(Block):
             case "mlp_residual":
                 return memory.residual(at.rank, int(at.held))
         return memory.mlp(at.rank, int(at.tokens), self.d_ff // at.rank.tp, whole=at.rank.tp == 1)
+
+    def deferred(self, at: At) -> Deferred:
+        return memory.deferred_mlp(at.rank, int(at.tokens), self.d_ff // at.rank.tp, whole=at.rank.tp == 1)
 
     def value_bytes(self, at: At) -> Mapping[str, int]:
         number = at.rank.width * at.rank.element

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megalina.blocks import memory, work
 from megalina.blocks.block import Block, Loss, norm_parameters, output_std
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.mlp import mlp_parameters
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.reference import load
@@ -18,6 +18,7 @@ from megalina.step.program import Instruction, Op
 SELECT_KERNELS = 45  # forward; counted in megalina/model/routers.py, balance.py and permute.py
 SELECT_PASSES = (12, 8)  # over the logits, forward and backward
 ORDER = 3  # indices of a routed row: its token, its place, its slot
+OUR_LOSSES = ("balance_loss", "aux_loss", "z_loss", "locality_loss", "mutual_information_loss")
 DIGESTED = 4  # indices of a routed row while it is sorted and hashed
 
 
@@ -34,7 +35,7 @@ class RouterLoss:
     scores_kept: int = 2  # times [T, E] numbers that it keeps for backward
 
     def __post_init__(self) -> None:
-        if not self.name.endswith("_loss") or self.name in ("balance_loss", "aux_loss", "z_loss"):
+        if not self.name.endswith("_loss") or self.name in OUR_LOSSES:
             raise ValueError(f"an auxiliary loss is named {self.name!r}: choose a name of its own that ends in _loss")
 
 
@@ -47,6 +48,10 @@ class MoE(Block):
     @property
     def kind(self) -> type[RouterKind]:
         return kind_of(self.router)
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return ("route", "score", "shared", "experts") if self.kind.defers else ("shared", "experts")
 
     @property
     def inputs(self) -> int:
@@ -72,10 +77,13 @@ class MoE(Block):
     def losses(self) -> Sequence[Loss]:
         router = self.router
         balance = ("global_aux",) if self.is_global else ("aux",)
+        weight = router.mutual_information_loss
         own = [Loss(loss.name, (loss.name,), loss.weight, "valid_tokens") for loss in self.router_losses]
         return [
             Loss("balance_loss", balance, router.balance_loss, "valid_tokens"),
             Loss("z_loss", ("z",), router.z_loss, "valid_tokens"),
+            *([Loss("locality_loss", ("locality",), router.locality_loss, "valid_tokens")] if router.locality_loss else []),
+            *([Loss("mutual_information_loss", ("information",), weight, "valid_tokens")] if weight else []),
             *own,
         ]
 
@@ -100,7 +108,7 @@ class MoE(Block):
         copied = shape.copied(layer)
         slices = shape.tp and not shape.sequence  # activations are copied over tp: cut here, gather at the end
         h = "own" if slices else reads
-        losses = " ".join(["prob" if self.is_global else "aux", "z", *(loss.name for loss in self.router_losses)])
+        losses = " ".join(v for loss in self.losses for v in loss.values).replace("global_aux", "prob")
         routed = f"rows weight {losses} #order #load"
         shared = bool(self.model.shared_d_ff)
         out = [compute("slice", layer, reads, "own")] if slices else []
@@ -173,11 +181,13 @@ class MoE(Block):
     def _score_work(self, at: At) -> Piece:
         """The norm, and the router's logits, which are at least float32."""
         rank, own = at.rank, at.own
-        if not self.kind.has_gate:
+        if not self.kind.has_scores:
             return norm(rank, own)
         cast_bytes = own * rank.width * (rank.element + rank.main) * rank.mixed
         cast = Work((), cast_bytes, int(cast_bytes > 0))
         gate = linear(rank, own, self.model.num_experts, rank.width, wide=rank.mixed)
+        if not self.kind.has_gate:
+            gate = Piece(gate.forward, gate.backward)  # nothing of it is learned
         return norm(rank, own) + (gate + Piece(cast, cast))
 
     def _select_work(self, at: At) -> Piece:
@@ -269,14 +279,19 @@ class MoE(Block):
         backward = x * (1 + reorders) + first + 2 * most * hidden * rank.element + products
         return Inside(kept, forward, backward)
 
-    def late_bytes(self, at: At) -> int:
-        """What the mirror of an instruction whose weights are late makes for them: gradients of what the first matrix gave."""
-        return self.got(at) * self.inputs * self.model.d_ff * at.rank.element
-
-    def late_rise(self, at: At) -> int:
-        """The most there is inside where the gradients of late weights are added."""
-        rank, hidden = at.rank, self.model.d_ff
-        return self._most(at, self.got(at)) * hidden * rank.element + memory.outer(rank, rank.width, self.inputs * hidden)
+    def deferred(self, at: At) -> Deferred:
+        rank, got, own = at.rank, self.got(at), int(at.own)
+        match at.name:
+            case "experts":  # what the first matrix gave, and its gradient; rows in the order of experts
+                x, h = got * rank.width * rank.element, got * self.inputs * self.model.d_ff * rank.element
+                rise = self._most(at, got) * self.model.d_ff * rank.element
+                rise += memory.outer(rank, rank.width, self.inputs * self.model.d_ff)
+                regroups = self._regroups(at)
+                return Deferred(2 * h + x * regroups, reads=not regroups, gradients=True, rise=rise)
+            case "shared":
+                return memory.deferred_mlp(rank, own, self.model.shared_d_ff, whole=False)
+        width = rank.width + self.model.num_experts  # the normed tokens, and the gradients of the logits
+        return Deferred(own * width * rank.main, rise=self.model.num_experts * rank.width * rank.main)
 
     def _route_memory(self, at: At, sent: int, *, score: bool, select: bool) -> Inside:
         """The router's numbers are of at least 32 bits."""
@@ -288,7 +303,9 @@ class MoE(Block):
         copied = score and gate and (rank.mixed or not written)
         kept = before.kept + wide * (copied + self.kind.rows_kept * score)
         if select:
-            kept += (self.kind.scores_kept + sum(loss.scores_kept for loss in self.router_losses)) * scores
+            # how far from home each expert is, token by token; logarithms, their probabilities, and those less the mean's
+            local, information = 1 * (self.router.locality_loss > 0), 3 * (self.router.mutual_information_loss > 0)
+            kept += (self.kind.scores_kept + local + information + sum(loss.scores_kept for loss in self.router_losses)) * scores
             dropped = o * at.top_k if self.router.capacity_factor and not self.kind.experts_choose else 0
             kept += dropped * (INT_BYTES + 1)  # choices before drops, and which of them were
         rows, order = sent * rank.width * rank.element, INT_BYTES * sent
@@ -296,7 +313,7 @@ class MoE(Block):
         results = rows + ORDER * order + normed
         forward = max(before.forward + before.kept, kept + results + DIGESTED * order * select + 2 * scores)
         summed = x * select  # rows back to tokens
-        through = (wide + x * rank.mixed) if score and gate else 0  # the router's part of it
+        through = (wide + x * rank.mixed) if score and self.kind.has_scores else 0  # the router's part of it
         tail = x + before.backward - wide * copied if score else 0
         return Inside(kept, forward, max(summed + through + 4 * scores, tail))
 
@@ -328,5 +345,4 @@ class MoE(Block):
             **{"weight": own * at.top_k * rank.main, "score": own * scores, "#score": own * scores, "#scores": tokens * scores},
             "#order": ORDER * INT_BYTES * sent,
             "#sizes": 2 * INT_BYTES * got if self._regroups(at) else 0,
-            "#late experts": self.late_bytes(at),
         }

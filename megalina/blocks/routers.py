@@ -14,7 +14,10 @@ class RouterKind:
     functions: ClassVar[
         str
     ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
-    has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D]
+    has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D] that is learned
+    has_scores: ClassVar[bool] = True  # its choices follow from scores, through which gradients flow
+    features_per_expert: ClassVar[int] = 0  # of a token, that its scores need at least
+    defers: ClassVar[bool] = False  # its `logits` takes `later`: the gradients of its weights may be an instruction of their own
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
     scores_kept: ClassVar[int] = 3  # times [T, E] numbers that are kept for backward
     rows_kept: ClassVar[int] = 0  # times [T, D] numbers that are, besides what a gate reads
@@ -26,10 +29,12 @@ class RouterKind:
 
 
 class TopK(RouterKind):
+    defers = True
     functions = "megalina.model.routers:TopK"
 
 
 class Sigmoid(RouterKind):
+    defers = True
     functions = "megalina.model.routers:Sigmoid"
     scores_kept = 5
     settings: ClassVar[Sequence[str]] = ("bias_update_rate",)
@@ -54,6 +59,7 @@ class GroupLimited(Sigmoid):
 
 
 class NoisyTopK(RouterKind):
+    defers = True
     functions = "megalina.model.routers:NoisyTopK"
     scores_kept = 4  # with noise and without
     settings = ("noise_std",)
@@ -61,13 +67,28 @@ class NoisyTopK(RouterKind):
 
 class Hash(RouterKind):
     functions = "megalina.model.routers:Hash"
-    has_gate = False
+    has_gate = has_scores = False
     scores_kept = 0
 
 
 class ExpertChoice(RouterKind):
+    defers = True
     functions = "megalina.model.routers:ExpertChoice"
     experts_choose = True
+
+
+class LocMoE(RouterKind):
+    functions = "megalina.model.locmoe:LocMoE"
+    has_gate = False
+    features_per_expert = 1
+    scores_kept = 5  # with the rectified scores and their sign
+    settings: ClassVar[Sequence[str]] = ("temperature",)
+
+
+class LocMoEPlus(LocMoE):
+    functions = "megalina.model.locmoe:LocMoEPlus"
+    scores_kept = 4  # with cosines before they are divided
+    rows_kept = 1  # tokens at length one
 
 
 KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in conf/router/
@@ -77,6 +98,8 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "noisy_topk": NoisyTopK,
     "hash": Hash,
     "expert_choice": ExpertChoice,
+    "locmoe": LocMoE,
+    "locmoe_plus": LocMoEPlus,
 }
 
 
@@ -92,9 +115,14 @@ def kind_of(config: RouterConfig) -> type[RouterKind]:
     return KINDS[config.kind]
 
 
-def check_router(config: RouterConfig, num_experts: int) -> None:
+def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
     """ValueError for settings that contradict each other or would do nothing."""
     kind = kind_of(config)
+    if d_model < (least := kind.features_per_expert * num_experts):
+        raise ValueError(
+            f"router={config.kind} gives each of model.num_experts ({num_experts}) features of its own, {least} in all, and "
+            f"model.d_model is {d_model}: raise it, or take fewer experts"
+        )
     if config.top_k > num_experts:
         raise ValueError(f"router.top_k ({config.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
     for name in sorted({name for known in KINDS.values() for name in known.settings} - {*kind.settings}):
@@ -108,4 +136,31 @@ def check_router(config: RouterConfig, num_experts: int) -> None:
             f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
             "before any token is sent; set router.group=sequence or micro_batch"
         )
+    _check_locality(config, kind, num_experts)
+    if (weight := config.mutual_information_loss) and (not kind.has_scores or kind.experts_choose):
+        raise ValueError(
+            f"router.mutual_information_loss={weight:g} needs probabilities of a token's experts, and router={config.kind} has "
+            "none: set it to 0"
+        )
+    if weight and config.group == "global":
+        raise ValueError(
+            "router.mutual_information_loss is no sum over ranks, and router.group=global is over all of them: set "
+            "router.group=sequence or micro_batch"
+        )
     kind.check(config, num_experts)
+
+
+def _check_locality(config: RouterConfig, kind: type[RouterKind], num_experts: int) -> None:
+    nodes, weight = config.locality_nodes, config.locality_loss
+    if weight and not nodes:
+        raise ValueError(f"router.locality_loss={weight:g} needs to know of how many nodes: give router.locality_nodes")
+    if nodes > num_experts:
+        raise ValueError(
+            f"router.locality_nodes ({nodes}) is more than model.num_experts ({num_experts}): nodes without an expert are "
+            "nobody's home; lower it"
+        )
+    if weight and (not kind.has_scores or kind.experts_choose):
+        raise ValueError(
+            f"router.locality_loss={weight:g} needs probabilities of a token's experts, and router={config.kind} has none: "
+            "set it to 0"
+        )

@@ -135,14 +135,9 @@ def _warm_up(competitor: Competitor) -> None:
     runner = competitor.runner
     _together(runner)
     _step(competitor)
-    while _undecided(runner) and competitor.search_steps < MOST_SEARCH_STEPS:
+    while runner.undecided and competitor.search_steps < MOST_SEARCH_STEPS:
         runner.adapt(_step(competitor))
         competitor.search_steps += 1
-
-
-def _undecided(runner: StepRunner) -> bool:
-    """Whether it searches, or has windows to measure."""
-    return runner.searching or (runner.windows is not None and not runner.trainable.plan.gap_bytes)
 
 
 def _take_turn(competitor: Competitor, turn: int, *, weigh: bool) -> None:

@@ -30,8 +30,8 @@ class Samples(Protocol):
     def num_sequences(self) -> int:
         """How many there are before the first one comes again."""
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Sequences first .. first + count - 1."""
+    def batch(self, first: int, count: int, stride: int = 1) -> Batch:
+        """Sequences first, first + stride, ..., `count` of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +66,14 @@ class PackedSamples:
         self.num_sequences = max(1, min(int(d.num_sequences / share) for d, share in zip(datasets, shares, strict=True)))
         self._lock = threading.Lock()  # datasets and blend keep the index that was asked for last
 
-    def batch(self, first: int, count: int) -> Batch:
+    def batch(self, first: int, count: int, stride: int = 1) -> Batch:
         seq_len = self._seq_len
         tokens = np.empty((count, seq_len + 1), np.int64)
         ends = np.empty((count, seq_len + 1), np.bool_)
         num_labels = np.empty((count, 1), np.int64)
         with self._lock:
             for i in range(count):
-                which, number = self._blend.pick(first + i)
+                which, number = self._blend.pick(first + stride * i)
                 sequence = self._datasets[which].sequence(number)
                 tokens[i], ends[i], num_labels[i] = sequence.tokens, sequence.ends, sequence.num_tokens - 1
         valid = np.arange(seq_len) < num_labels
@@ -93,7 +93,7 @@ class PackedSamples:
             valid_BS=torch.from_numpy(valid),
             position_BS=torch.from_numpy(position.copy()),
             document_BS=document,
-            sample_B=torch.arange(first, first + count),
+            sample_B=torch.arange(first, first + stride * count, stride),
         )
 
 

@@ -32,8 +32,8 @@ class Windows:
         self._windows = whole or [(tokens * (-(-(length + 1) // len(tokens))))[: length + 1]]
         self.num_sequences = len(self._windows)
 
-    def batch(self, first: int, count: int) -> Batch:
-        token_Bs = torch.tensor([self._windows[(first + i) % self.num_sequences] for i in range(count)])
+    def batch(self, first: int, count: int, stride: int = 1) -> Batch:
+        token_Bs = torch.tensor([self._windows[(first + stride * i) % self.num_sequences] for i in range(count)])
         read_BS = token_Bs[:, :-1]
         everything_BS = torch.ones_like(read_BS, dtype=torch.bool)
         position_BS = torch.arange(read_BS.shape[1]).expand_as(read_BS)

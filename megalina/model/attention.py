@@ -13,7 +13,7 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
-from megalina.model.linear import linear, linears
+from megalina.model.linear import Later, linear, linears
 from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
@@ -39,11 +39,11 @@ class Heads(nn.Module):
         self.q_norm = Norm(eps) if qk_norm else None
         self.k_norm = Norm(eps) if qk_norm else None
 
-    def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None) -> Tensor:
+    def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None, *, later: Later | None = None) -> Tensor:
         """What these heads add, [T, D], without the output's bias."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
         biases = (self.q_bias, self.k_bias, self.v_bias)
-        q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases))
+        q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases, later=later))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         if (rotary := self.rotary[0]) is not None:
@@ -52,7 +52,7 @@ class Heads(nn.Module):
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
         mixed_BSD = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS)
-        return linear(mixed_BSD.reshape(n_TD.shape[0], -1), self.proj)
+        return linear(mixed_BSD.reshape(n_TD.shape[0], -1), self.proj, later=later)
 
 
 class KeyValues:
@@ -91,15 +91,15 @@ class Attention(BlockFunctions):
         layer.attention = Heads(head_dim(model), model.norm_eps, layer.rotary[0], qk_norm=model.qk_norm)
         super().__init__(block, layer)
 
-    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None) -> Tensor:
-        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past)
+    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
+        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, later=later)
         return self._residual(x_TD, heads_TD, batch, ALL)
 
     def attention_norm(self, x_TD: Tensor) -> Tensor:
         return self.holder.attention_norm(x_TD)
 
-    def attention_heads(self, n_TD: Tensor, batch: Batch) -> Tensor:
-        return self.holder.attention(n_TD, batch)
+    def attention_heads(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self.holder.attention(n_TD, batch, later=later)
 
     def attention_residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
         return self._residual(x_TD, added_TD, batch, self.share.held(batch))

@@ -5,6 +5,7 @@ A function takes the values that its instruction reads, in order, and returns th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import proxy
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.block import Block
-from megalina.model.experts import Later
 from megalina.model.init import parameter
+from megalina.model.linear import Later
 from megalina.model.permute import RowOrder
 from megalina.model.tokens import TokenShare
 from megalina.step.program import Instruction
@@ -58,9 +59,10 @@ class BlockFunctions:
         return found
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
-        """The function of an instruction.  `later`: where its backward puts what adds the gradients of weights."""
+        """The function of an instruction.  `later`: where its backward puts what adds the gradients of weights, which it leaves
+        out; None: it adds them itself."""
         function: Callable[..., Any] = getattr(self, instruction.name)
-        return function
+        return function if later is None else partial(function, later=later)
 
     def forward(self, x_TD: Tensor, batch: Batch, seen: Seen, past: Any = None) -> Tensor:
         """The whole block on one device.  `past`: the layer's keys and values, in generation."""

@@ -5,7 +5,6 @@ Gradients of parameters with `main_grad` are added there, see linear.py.  Saved 
 matrix gave (H numbers a row); the activation is computed again, which costs less than its memory traffic.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalina.model.activation import activate, activate_backward, input_width
-from megalina.model.linear import add_outer, add_rows, main_grad
-
-Later = list[Callable[[], None]]
+from megalina.model.linear import Later, add_outer, add_rows, main_grad
 
 
 def expert_mlp(
@@ -43,11 +40,18 @@ def expert_mlp(
 
 
 def mlp(
-    x: Tensor, w1_HD: Tensor, w2_DF: Tensor, b1_H: Tensor | None = None, b2_D: Tensor | None = None, *, activation: str
+    x: Tensor,
+    w1_HD: Tensor,
+    w2_DF: Tensor,
+    b1_H: Tensor | None = None,
+    b2_D: Tensor | None = None,
+    *,
+    activation: str,
+    later: Later | None = None,
 ) -> Tensor:
     """The MLP of a dense layer or of the shared experts: one expert that every row visits.  Any leading dims."""
     x_ND = x.reshape(-1, x.shape[-1])
-    return _ExpertMlp.apply(x_ND, w1_HD, w2_DF, b1_H, b2_D, [x_ND.shape[0]], activation, None).view(x.shape)
+    return _ExpertMlp.apply(x_ND, w1_HD, w2_DF, b1_H, b2_D, [x_ND.shape[0]], activation, later).view(x.shape)
 
 
 def use_grouped_gemm(x_ND: Tensor, w1_EHD: Tensor, w2_EDF: Tensor) -> bool:

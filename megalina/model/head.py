@@ -13,7 +13,7 @@ from megalina.batch import Batch
 from megalina.blocks.block import Block
 from megalina.model.balance import global_balance
 from megalina.model.block_functions import BlockFunctions
-from megalina.model.linear import linear
+from megalina.model.linear import Later, linear
 from megalina.model.norm import Norm
 from megalina.model.routers import GroupSoFar
 from megalina.model.tokens import ALL
@@ -53,12 +53,12 @@ class Head(BlockFunctions):
     def head_norm(self, x_TD: Tensor) -> Tensor:
         return self.holder.final_norm(x_TD)
 
-    def logits(self, n_TD: Tensor, batch: Batch) -> Tensor:
-        return self.stat(n_TD, batch, self.share.rank * len(self.weight_VD))
+    def logits(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self.stat(n_TD, batch, self.share.rank * len(self.weight_VD), later)
 
-    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+    def loss(self, x: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
         if self.share.ranks == 1:
-            return self.sum_of(self.stat(self.holder.final_norm(x), batch).unsqueeze(0), batch)
+            return self.sum_of(self.stat(self.holder.final_norm(x), batch, later=later).unsqueeze(0), batch)
         return self.sum_of(x.view(self.share.ranks, -1, 2), batch, self.share.own(batch))
 
     @property
@@ -69,10 +69,10 @@ class Head(BlockFunctions):
         """[T, V] of the words that are here, padding included."""
         return linear(n_TD, self.weight_VD)
 
-    def stat(self, n_TD: Tensor, batch: Batch, first_word: int = 0) -> Tensor:
+    def stat(self, n_TD: Tensor, batch: Batch, first_word: int = 0, later: Later | None = None) -> Tensor:
         """[T, 2], see `head_stat`."""
         words = min(max(self.block.whole.vocab_size - first_word, 0), len(self.weight_VD))
-        return head_stat(n_TD, self.weight_VD, batch.labels_BS.flatten() - first_word, words)
+        return head_stat(n_TD, self.weight_VD, batch.labels_BS.flatten() - first_word, words, later=later)
 
     def sum_of(self, stat_RA2: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
         """Scalar: the sum of the own tokens' cross entropies, from each rank's statistics of all tokens."""

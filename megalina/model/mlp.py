@@ -11,6 +11,7 @@ from megalina.batch import Batch
 from megalina.blocks.block import Block
 from megalina.model.block_functions import BlockFunctions, no_parameters
 from megalina.model.experts import mlp
+from megalina.model.linear import Later
 from megalina.model.norm import Norm
 from megalina.model.tokens import ALL
 
@@ -32,9 +33,9 @@ class TwoMatrices(nn.Module):
 class Mlp(TwoMatrices):
     """Of any hidden width, so that part of it works too."""
 
-    def forward(self, n_TD: Tensor) -> Tensor:
+    def forward(self, n_TD: Tensor, *, later: Later | None = None) -> Tensor:
         """[T, D], without the output's bias."""
-        return mlp(n_TD, self.w1, self.w2, self.b1, activation=self.activation)
+        return mlp(n_TD, self.w1, self.w2, self.b1, activation=self.activation, later=later)
 
 
 class DenseMlp(BlockFunctions):
@@ -43,14 +44,14 @@ class DenseMlp(BlockFunctions):
         layer.mlp = Mlp(block.model.activation)
         super().__init__(block, layer)
 
-    def mlp(self, h_TD: Tensor, batch: Batch) -> Tensor:
-        return self._residual(h_TD, self.holder.mlp(self.holder.mlp_norm(h_TD)), batch, ALL)
+    def mlp(self, h_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self._residual(h_TD, self.holder.mlp(self.holder.mlp_norm(h_TD), later=later), batch, ALL)
 
     def mlp_norm(self, h_TD: Tensor) -> Tensor:
         return self.holder.mlp_norm(h_TD)
 
-    def mlp_hidden(self, n_TD: Tensor, batch: Batch) -> Tensor:
-        return self.holder.mlp(n_TD)
+    def mlp_hidden(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self.holder.mlp(n_TD, later=later)
 
     def mlp_residual(self, h_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
         return self._residual(h_TD, added_TD, batch, self.share.held(batch))

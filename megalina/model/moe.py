@@ -17,7 +17,8 @@ from megalina.blocks.sizes import LIMBS
 from megalina.model.block_functions import BlockFunctions, Routed, Seen
 from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
-from megalina.model.experts import Later, expert_mlp
+from megalina.model.experts import expert_mlp
+from megalina.model.linear import Later
 from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
 from megalina.model.permute import RowOrder, permute, reorder, row_order, unpermute
@@ -55,22 +56,22 @@ class MoE(BlockFunctions):
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
         function = super().bind(instruction, later)
-        if instruction.name == "experts":
-            return partial(function, instruction.chunk, later)
-        return partial(function, instruction.chunk) if instruction.name in ("cut", "join") else function
+        return partial(function, instruction.chunk) if instruction.name in ("experts", "cut", "join") else function
 
     # instructions
     def slice(self, h_TD: Tensor) -> Tensor:
         width = len(h_TD) // self.share.ranks
         return h_TD[self.share.rank * width : (self.share.rank + 1) * width].clone()
 
-    def route(self, h_TD: Tensor, batch: Batch, so_far: GroupSoFar | None = None) -> tuple[Any, ...]:
-        n_TD, logits_TE = self.scores(h_TD)
+    def route(
+        self, h_TD: Tensor, batch: Batch, so_far: GroupSoFar | None = None, *, later: Later | None = None
+    ) -> tuple[Any, ...]:
+        n_TD, logits_TE = self.scores(h_TD, later)
         routed = self.select(n_TD, logits_TE, logits_TE.detach(), batch, so_far)
         return routed if self.holder.shared is None else (n_TD, *routed)
 
-    def score(self, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n_TD, logits_TE = self.scores(h_TD)
+    def score(self, h_TD: Tensor, *, later: Later | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        n_TD, logits_TE = self.scores(h_TD, later)
         return n_TD, logits_TE, logits_TE.detach()
 
     def select(
@@ -83,11 +84,11 @@ class MoE(BlockFunctions):
         selected = (*rest, order, torch.cat([load, digest]))
         return selected if so_far is None else (*selected, passed)
 
-    def shared(self, n_TD: Tensor) -> Tensor:
-        out_TD = self.holder.shared(n_TD)
+    def shared(self, n_TD: Tensor, *, later: Later | None = None) -> Tensor:
+        out_TD = self.holder.shared(n_TD, later=later)
         return out_TD if self.holder.shared.b2 is None else out_TD + self.holder.shared.b2
 
-    def experts(self, chunk: tuple[int, int], later: Later | None, got_ND: Tensor, counts: Counts) -> Tensor:
+    def experts(self, chunk: tuple[int, int], got_ND: Tensor, counts: Counts, *, later: Later | None = None) -> Tensor:
         sizes = counts.sizes(chunk)
         return by_source(self.holder.experts(by_expert(got_ND, sizes), sizes.count_e, later), sizes)
 
@@ -106,10 +107,11 @@ class MoE(BlockFunctions):
         return self.mixed(h_TD, back_ND, weight_TK, shared_TD, order, batch, self.share.own(batch))
 
     # of which they are made
-    def scores(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, h_TD: Tensor, later: Later | None = None) -> tuple[Tensor, Tensor]:
         """The normed tokens and the router's logits."""
         n_TD = self.holder.mlp_norm(h_TD)
-        return n_TD, self.holder.router.logits(n_TD)
+        router = self.holder.router
+        return n_TD, router.logits(n_TD) if later is None else router.logits(n_TD, later)
 
     def selected(
         self,
@@ -131,10 +133,11 @@ class MoE(BlockFunctions):
         group = () if so_far is None else (so_far,)
         routing: Routing = self.holder.router(logits_TE, tokens, logits_AE, own, *group)
         balance = routing.prob_E if self.block.is_global or so_far is not None else routing.balance
+        more = [loss for loss in (routing.locality, routing.information) if loss is not None]
         own_losses = [loss(logits_TE, routing.expert_TK, tokens.valid_A[own]) for loss in self.own_losses]
         order = row_order(routing.expert_TK, self.num_experts)
         load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
-        return permute(n_TD, order), routing.weight_TK, balance, routing.z, *own_losses, order, load, routing.so_far
+        return permute(n_TD, order), routing.weight_TK, balance, routing.z, *more, *own_losses, order, load, routing.so_far
 
     def mixed(
         self,

@@ -9,6 +9,7 @@ gradients flow through the own tokens' logits alone.  So slices give exactly wha
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from megalina.blocks.reference import load
 from megalina.blocks.routers import kind_of
 from megalina.config import RouterConfig
 from megalina.model.balance import balance_loss
+from megalina.model.linear import Later, wide_linear
+from megalina.model.locality import locality_loss
+from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal
 from megalina.model.selection import best_groups, capacity, hashed, highest, taken_by_experts, within_capacity
 from megalina.model.tokens import RouterTokens
@@ -42,6 +46,8 @@ class Routing:
     chosen_E: Tensor  # int64, own tokens' choices before drops
     dropped: Tensor  # int64 scalar, own tokens' assignments lost to capacity
     prob_E: Tensor  # sum over own valid tokens of the probabilities; 0 for expert_choice, hash
+    locality: Tensor | None = None  # scalar: own part of the sum over sequences of tokens x loss; None without the loss
+    information: Tensor | None = None  # scalar: own part of the sum over groups of tokens x loss; None without the loss
     so_far: GroupSoFar | None = None  # with these tokens; None unless they are part of a group
 
 
@@ -54,6 +60,7 @@ class Router(nn.Module):
     """
 
     weight: nn.Parameter | None  # [E, D]; None where a kind has no gate
+    has_scores: ClassVar[bool] = True  # False: fixed choices; nothing is learned, and nothing need be balanced
     bias_E: Tensor | None  # float32, added to the scores for the selection; None where bias_update_rate is 0
 
     def __init__(self, config: RouterConfig, *, num_experts: int, layer: int, seed: int) -> None:
@@ -97,13 +104,12 @@ class Router(nn.Module):
         """True: a token's routing depends on later tokens, so this routing is not what generation would do."""
         return self.config.capacity_factor > 0 and self.config.drop == "probability"
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """[T, E], float32 or wider, whatever the dtype of the hidden state; zeros without a gate."""
+    def logits(self, x_TD: Tensor, later: Later | None = None) -> Tensor:
+        """[T, E], float32 or wider, whatever the dtype of the hidden state; zeros without a gate.  `later`: as in `linear`."""
         if self.weight is None:
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             return x_TD.new_zeros((x_TD.shape[0], self.num_experts), dtype=dtype)
-        dtype = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight.dtype), torch.float32)
-        return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return wide_linear(x_TD, self.weight, later=later)
 
     def forward(
         self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, so_far: GroupSoFar | None = None
@@ -173,10 +179,11 @@ class Router(nn.Module):
         nobody_TK = expert_TK == num_experts if tokens.may_have_padding or config.capacity_factor > 0 else None
         so_far = None if before is None else GroupSoFar(before.tokens, before.chosen_E + chosen_GE[0])
         zero = logits_TE.new_zeros(())
-        if self.weight is None:  # fixed choices: nothing is learned, and nothing need be balanced
+        if not self.has_scores:
             weight_TK = logits_TE.new_full(expert_TK.shape, config.scale / self.top_k)
             weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill_(nobody_TK, 0.0)
-            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, logits_TE.new_zeros(num_experts), so_far)
+            nothing_E = logits_TE.new_zeros(num_experts)
+            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, nothing_E, so_far=so_far)
 
         log_TE = self.log_scores(logits_TE)
         prob_TE = log_TE.softmax(dim=1)
@@ -187,7 +194,16 @@ class Router(nn.Module):
         balance = zero
         if config.group != "global" and so_far is None:
             balance = balance_loss(prob_TE, groups.group_A[own], chosen_GE, groups.tokens_G, self.top_k)
-        return Routing(expert_TK, weight_TK, balance, _z(clean_TE, valid_T), chosen_E, dropped, valid_T @ prob_TE, so_far)
+        locality = None
+        if config.locality_loss:
+            prob_AE = self.log_scores(logits_AE).softmax(dim=1)
+            locality = locality_loss(prob_TE, prob_AE, tokens, own, config.locality_nodes)
+        information = None
+        if config.mutual_information_loss:
+            log_AE = self.log_scores(logits_AE).log_softmax(dim=1)
+            information = mutual_information_loss(log_TE.log_softmax(dim=1), log_AE, groups, own)
+        z = _z(clean_TE, valid_T)
+        return Routing(expert_TK, weight_TK, balance, z, chosen_E, dropped, valid_T @ prob_TE, locality, information, so_far)
 
 
 class TopK(Router):
@@ -235,6 +251,8 @@ class NoisyTopK(Router):
 
 class Hash(Router):
     """Fixed by token id.  An expert is idle if none of its tokens occurs; nothing changes that."""
+
+    has_scores = False
 
     def choose(self, tokens: RouterTokens, score_AE: Tensor) -> Tensor:
         return hashed(tokens.token_A, self.layer, self.top_k, self.num_experts)

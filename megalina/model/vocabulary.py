@@ -3,24 +3,25 @@
 Shapes: T tokens, D width, V words of this rank (of them w real ones, the others padding), R ranks.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.model.linear import add_outer, main_grad
+from megalina.model.linear import Later, add_outer, main_grad
 
 
-def head_stat(n_TD: Tensor, weight_VD: Tensor, label_T: Tensor, words: int) -> Tensor:
+def head_stat(n_TD: Tensor, weight_VD: Tensor, label_T: Tensor, words: int, *, later: Later | None = None) -> Tensor:
     """[T, 2], at least float32: log-sum-exp of a token's logits, and the logit of its label.
 
     `label_T`: index among this rank's words; outside [0, words) the label is another rank's and its logit counts 0.
     Only the first `words` rows of the weight are real.  The loss is log-sum-exp minus logit; over ranks the first combines
     by log-sum-exp, the second by sum.  The largest activation of a step, [T, V], exists once: it holds the logits, then the
-    probabilities, then the logits' gradient.  The weight's gradient goes to its `main_grad`, see linear.py.
+    probabilities, then the logits' gradient.  The weight's gradient goes to its `main_grad`, see linear.py, as does `later`.
     """
-    return _HeadStat.apply(n_TD, weight_VD, label_T, words)
+    return _HeadStat.apply(n_TD, weight_VD, label_T, words, later)
 
 
 def cross_entropy(stat_RT2: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def cross_entropy(stat_RT2: Tensor) -> Tensor:
 
 class _HeadStat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, n_TD: Tensor, weight_VD: Tensor, label_T: Tensor, words: int) -> Tensor:
+    def forward(ctx: Any, n_TD: Tensor, weight_VD: Tensor, label_T: Tensor, words: int, later: Later | None) -> Tensor:
         logits_TV = torch.mm(n_TD, weight_VD.t())
         real_Tw = logits_TV[:, :words]
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -49,14 +50,14 @@ class _HeadStat(torch.autograd.Function):
             lse_T = prob_Tw.new_full((len(prob_Tw),), float("-inf"))
             target_T = torch.zeros_like(lse_T)
         ctx.save_for_backward(n_TD, weight_VD, here_T, index_T1)
-        ctx.words, ctx.weight_grad = words, main_grad(weight_VD)
+        ctx.words, ctx.weight_grad, ctx.later = words, main_grad(weight_VD), later
         if any(ctx.needs_input_grad):
             ctx.logits_TV, ctx.prob_Tw = logits_TV, prob_Tw
         return torch.stack([lse_T, target_T], 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dstat_T2: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dstat_T2: Tensor) -> tuple[Tensor | None, ...]:
         n_TD, weight_VD, here_T, index_T1 = ctx.saved_tensors
         logits_TV, grad_Tw = ctx.logits_TV, ctx.prob_Tw
         ctx.logits_TV = ctx.prob_Tw = None
@@ -76,9 +77,11 @@ class _HeadStat(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if ctx.weight_grad is None:
                 dweight_VD = torch.mm(dlogits_TV.t(), n_TD)
-            else:
+            elif ctx.later is None:
                 add_outer(ctx.weight_grad, dlogits_TV, n_TD)
-        return dn_TD, dweight_VD, None, None
+            else:
+                ctx.later.append(partial(add_outer, ctx.weight_grad, dlogits_TV, n_TD))
+        return dn_TD, dweight_VD, None, None, None
 
 
 def _softmax(real_Tw: Tensor, wide: torch.dtype) -> Tensor:

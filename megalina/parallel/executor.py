@@ -25,6 +25,7 @@ from megalina.model.dispatcher import Counts
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket, side_by_side
 from megalina.parallel.emulated_device import EmulatedDevice
+from megalina.parallel.token_bytes import TokenBytes
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 from megalina.timeline.recorder import COMPUTE, WAIT, Recorder
 
@@ -34,7 +35,7 @@ Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of th
 
 class Executor:
     """One program, ready to run.  `log`: where collectives are noted, and the program's place; None: one of its own.
-    `device`: an emulated one, or None."""
+    `device`: an emulated one, or None; `token_bytes`: counts what is sent."""
 
     def __init__(
         self,
@@ -45,8 +46,10 @@ class Executor:
         *,
         log: CollectiveLog | None = None,
         device: EmulatedDevice | None = None,
+        token_bytes: TokenBytes | None = None,
     ):
         self.program, self.mesh, self.buckets, self.device = program, mesh, buckets, device
+        self._token_bytes = token_bytes
         self._log = log or CollectiveLog(mesh.world.rank)
         self._recorder: Recorder | None = None
         cuda = any(b.grad.is_cuda for b in buckets.values())
@@ -174,6 +177,8 @@ class Executor:
             def start_tokens() -> Pending:
                 known: Counts = counts.get() if isinstance(counts, Later) else counts
                 splits = known.sizes(instruction.chunk).splits(outward=instruction.outward)
+                if self._token_bytes is not None and axis.size > 1:
+                    self._token_bytes.add(axis, splits[0], value.element_size() * value.shape[1])
                 return exchange.start_all_to_all(value, *splits, axis, self._log)
 
             return send(start_tokens, after=counts if isinstance(counts, Later) else None)

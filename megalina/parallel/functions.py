@@ -2,7 +2,7 @@
 
 A function takes the values that its instruction reads, in order, and returns those that it writes, in order.  A step's measure,
 float64, is summed over the world: sums of losses, squares of gradients, wishes to stop, the riders of the log of collectives,
-each MoE layer's load.
+bytes of tokens, each MoE layer's load.
 """
 
 import math
@@ -18,11 +18,12 @@ from megalina.blocks.sizes import LIMBS
 from megalina.collective_log import NUM_RIDERS, CollectiveLog, agree
 from megalina.mesh import Mesh
 from megalina.model.digest import tokens_digest
-from megalina.model.experts import Later
 from megalina.model.gpt import GPT
+from megalina.model.linear import Later
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
+from megalina.parallel.token_bytes import TokenBytes
 from megalina.step.program import Instruction
 
 
@@ -47,9 +48,11 @@ class InstructionFunctions:
         is_spike: Callable[[float], bool],
         explain: Callable[[], str],
         ledger: bool,
+        token_bytes: TokenBytes,
     ):
+        self.token_bytes = token_bytes
         self.log, self.is_spike, self.explain, self.ledger = log, is_spike, explain, ledger
-        self._late: dict[tuple[str, int, str], Later] = {}  # of instructions whose weights are late: what adds their gradients
+        self.late: dict[tuple[str, int, str], Later] = {}  # of instructions whose weights are late: what adds their gradients
         self.gpt, self.mesh, self.buckets, self.clip_norm = gpt, mesh, buckets, clip_norm
         self.wish_to_stop = wish_to_stop
         self.losses = gpt.blocks.losses
@@ -64,12 +67,12 @@ class InstructionFunctions:
             named = getattr(self, f"_{instruction.name}")
             values = [v.split(".")[0] for v in instruction.reads]
             return partial(named, values) if instruction.name in ("seed", "measure") else named
-        later = self._late.setdefault(instruction.key, []) if instruction.late else None
+        later = self.late.setdefault(instruction.key, []) if instruction.late else None
         return self.gpt.functions_of(instruction).bind(instruction, later)
 
     def _add_late(self, key: tuple[str, int, str]) -> None:
         """What backward of this instruction left out."""
-        late = self._late[key]
+        late = self.late[key]
         for add in late:
             add()
         late.clear()
@@ -104,14 +107,14 @@ class InstructionFunctions:
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
         layers = len(self.gpt.moe_layers)
         load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
-        own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders()])
+        own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
     def _verdict(self, measured: Tensor, divisor: Tensor) -> StepResult:
         loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
         count = len(self.losses)
-        head = count + 2 + NUM_RIDERS
-        numbers = measured[:head].tolist()
+        head = count + 2 + NUM_RIDERS + 2
+        *numbers, between, within = measured[:head].tolist()
         sums, squares, wishes, riders = numbers[:count], numbers[count], numbers[count + 1], numbers[count + 2 :]
         if not agree(riders, self.mesh.world.size):
             raise CollectivesDiffer(self.explain())
@@ -135,6 +138,8 @@ class InstructionFunctions:
             loads=loads[:, :-LIMBS],
             tokens_digest=_joined(batch_digest),
             routing_digests=tuple(map(_joined, loads[:, -LIMBS:].tolist())),
+            token_bytes_between_nodes=round(between),
+            token_bytes_within_nodes=round(within),
             non_finite=() if finite else tuple(name for b in self.buckets.values() for name in b.non_finite()),
         )
 

@@ -22,6 +22,8 @@ class StepResult:
     loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
     tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
     routing_digests: tuple[int, ...]  # 64 bits per MoE layer, of the step's routing decisions; 0 without ledger
+    token_bytes_between_nodes: int = 0  # that all ranks' all-to-alls of tokens sent, there and back, forward and backward
+    token_bytes_within_nodes: int = 0  # the same to other ranks of the sender's node
     non_finite: tuple[str, ...] = ()  # of this rank alone: parameters whose gradients are not finite; () if `finite`
 
     @property

@@ -19,6 +19,8 @@ from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
+from megalina.parallel.token_bytes import TokenBytes
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
@@ -33,7 +35,7 @@ RESULT = "#verdict.-.0"
 class Trainable:
     """`step` and `evaluate` run programs; everything else is state that others read.
 
-    `log`: where its collectives are noted; None: one of its own."""
+    `log`: where its collectives are noted; None: one of its own.  `ranks_per_node`: None: all are on one."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Trainable:
         wish_to_stop: Callable[[], bool],
         is_spike: Callable[[float], bool] = lambda loss: False,
         explain: Callable[[], str] = lambda: "the ranks did not submit the same collectives in this step",
+        ranks_per_node: int | None = None,
     ):
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
@@ -75,12 +78,19 @@ class Trainable:
         lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
+        held = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, packing=mesh.packing)
         setting = Setting(
-            shape, specs, micro_batches=self.micro_batches, recompute_mode=train.recompute, element_bytes=main_bytes
+            shape,
+            specs,
+            micro_batches=self.micro_batches,
+            recompute_mode=train.recompute,
+            element_bytes=main_bytes,
+            kept_bytes=held.kept_back,
         )
         self.setting = setting.under(self.plan)
         self.program = training_step(self.plan.strategy, self.setting)
         self.device = emulated_device(config)
+        token_bytes = TokenBytes(ranks_per_node or mesh.world.size)
         self._unsettled = False  # weights that the last step updated have yet to be gathered
         self.instruction_functions = InstructionFunctions(
             self.gpt,
@@ -92,6 +102,7 @@ class Trainable:
             is_spike=is_spike,
             explain=explain,
             ledger=train.ledger,
+            token_bytes=token_bytes,
         )
         self.functions: Functions = self.instruction_functions
         self._training = self._executor(self.program, self.device)
@@ -125,7 +136,9 @@ class Trainable:
         self._training.close()
 
     def _executor(self, program: Program, device: EmulatedDevice | None) -> Executor:
-        return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device)
+        training = any(s.phase == "B" for s in program)  # evaluations' tokens are not a step's
+        token_bytes = self.instruction_functions.token_bytes if training else None
+        return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device, token_bytes=token_bytes)
 
     def step(self, batch: Batch, update: Update, *, record: Recorder | None = None) -> StepResult:
         """One training step on this rank's sequences; `update(bucket, result)` is called for each bucket.

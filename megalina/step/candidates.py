@@ -10,8 +10,9 @@ PIECES_BYTES = (0, 2**19, 2**20)  # 0: whole buckets
 CHUNKS = ((1,), (2,), (4,))
 PARTS = (2, 4)
 LATE_LAYERS = (0, 2, 4)
+DEFERRED = ("none", "experts", "all")
 PACKINGS = (2, 4, 8, 16)  # tried in turn while they pay
-PACKED = ("lina", "flow", "lina_zero")  # strategies that packing is a part of; the others are what they are held against
+PACKED = ("lina", "flow", "lina_zero", "lancet")  # strategies that packing is a part of; others are what they are held against
 
 # With the numbers of conf/strategy, but for lina's packing, which is measured there.
 EAGER = Plan("eager")
@@ -21,19 +22,20 @@ PRIORITY_PARTITION = replace(PRIORITY, strategy="priority_partition", piece_byte
 LINA_NOPACK = replace(PRIORITY_PARTITION, strategy="lina_nopack", chunks=(2,))
 LINA = replace(LINA_NOPACK, strategy="lina")
 FLOW = Plan("flow", parts=2)
+LANCET = Plan("lancet", deferred_weights="all")
 LINA_ZERO = Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES)
 
 OF_A_LAYOUT = (  # one list for every layout of a large search
     *(EAGER, DDP, PRIORITY_PARTITION, LINA_NOPACK),
     *(replace(LINA, packing=k) for k in (2, 4)),
     *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
-    LINA_ZERO,
+    *(LANCET, replace(FLOW, deferred_weights="all"), LINA_ZERO),
 )
 
 
 def winners(*, zero: bool) -> list[Plan]:
     """Those that have won somewhere.  With ZeRO-1 shards belong to pieces, so pieces stay as they are."""
-    return [replace(FLOW, late_layers=2), LINA, *([replace(LINA_ZERO, piece_bytes=0)] if zero else [])]
+    return [replace(FLOW, late_layers=2), LINA, LANCET, *([replace(LINA_ZERO, piece_bytes=0)] if zero else [])]
 
 
 def packed(best: Plan, packings: Sequence[int]) -> list[Plan]:
@@ -53,6 +55,11 @@ def in_parts(best: Plan) -> list[Plan]:
 
 def with_late_layers(best: Plan) -> list[Plan]:
     return [replace(best, late_layers=layers) for layers in LATE_LAYERS] if best.strategy != "eager" else []
+
+
+def with_deferred_weights(best: Plan) -> list[Plan]:
+    """Whose weights' gradients are placed under all-to-alls."""
+    return [replace(best, deferred_weights=mode) for mode in DEFERRED] if best.strategy != "eager" else []
 
 
 def in_chunks(best: Plan) -> list[Plan]:

@@ -3,7 +3,7 @@
 Blocks write its lines, instructions of part "0", by short names of their values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -56,6 +56,11 @@ class Lines(Protocol):
         """Compute instructions that no `train.recompute` computes again: they keep next to nothing."""
         ...
 
+    @property
+    def deferrable(self) -> Sequence[str]:
+        """Compute instructions whose backward can leave out the products that give weights' gradients."""
+        ...
+
     def lines(self, shape: "Shape", layer: int, reads: str, writes: str) -> list[Instruction]:
         """Its forward instructions in this layer (-1: outside of the layers), from the stream's value to its next."""
         ...
@@ -106,6 +111,14 @@ class Shape:
                 yield layer, block, reads, writes
         for block in self.last:
             yield -1, block, f"x.{self.num_layers}.0", ""
+
+    def deferred(self, mode: str) -> frozenset[str]:
+        """The compute instructions whose weights' gradients are instructions of their own under
+        `strategy.deferred_weights=mode`."""
+        if mode == "none":
+            return frozenset()
+        names = {name for _, block, _, _ in self.placed() for name in block.deferrable}
+        return frozenset(names if mode == "all" else names & {"experts"})
 
     def recomputed(self, mode: str, forward: Program) -> frozenset[str]:
         """The compute instructions of `forward` whose activations `train.recompute=mode` computes again in backward; exchanges

@@ -3,7 +3,7 @@
 `recompute` and `chunk` see the forward pass of one part; what follows `step` sees the whole step.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -33,11 +33,92 @@ def recompute(forward: Program, names: Collection[str]) -> Program:
     return tuple(replace(s, recompute=True) if s.kind is Kind.COMPUTE and s.name in names else s for s in forward)
 
 
-def late_weights(forward: Program, layers: Collection[int]) -> Program:
-    """Weight gradients last (the schedule of Lancet, section 4): in these layers backward through the experts gives only what
-    the wire waits for.  The gradients of their weights, which with one copy of each expert nobody waits for, come after all
-    of backward, while the last gradients of dense weights are on the wire."""
-    return tuple(replace(s, late=True) if s.name == "experts" and s.layer in layers else s for s in forward)
+def defer_weights(forward: Program, names: Collection[str], layers: Collection[int] | None = None) -> Program:
+    """Weight gradients later (Lancet, section 4): backward of these instructions, in these layers or in all, gives only what is
+    waited for.  The products that give their weights' gradients are instructions of their own, which come after all of backward
+    until a pass moves them."""
+    return tuple(
+        replace(s, late=True) if s.name in names and s.uses and (layers is None or s.layer in layers) else s for s in forward
+    )
+
+
+Seconds = Callable[[Instruction], float]
+
+
+def place_weights(
+    program: Program,
+    seconds: Seconds,
+    *,
+    kept_bytes: Callable[[Instruction], int] = lambda instruction: 0,
+    most_bytes: float = float("inf"),
+) -> Program:
+    """Put deferred weight gradients under all-to-alls that nothing they need or give joins (Lancet, section 4.1 and algorithm 1).
+
+    All-to-alls come in the order of the list.  Each is covered by the weight gradients that fit what it leaves of its time best,
+    among those whose mirrors have run: until it is covered, or the best takes more than twice of what is left.  Those that no
+    all-to-all comes after are placed under the last one.  Contributions to one weight keep their order, so sums keep their bits.
+
+    `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
+    gradients; beyond `most_bytes` the oldest are placed first, whatever they take.
+    """
+    waiting: list[Instruction] = []  # whose mirrors have run, the oldest first
+    left_by = {v: s for s in program if s.phase == "B" and s.late for v in s.writes if not has_gradient(v)}
+    weights = {w.reads: w for w in program if w.phase == "W"}
+    base = [s for s in program if s.phase != "W"]
+    exposed_s = _exposed(base, seconds)
+    last = max((i for i, s in enumerate(base) if _carries_tokens(s)), default=-1)
+    out: list[Instruction] = []
+
+    def kept() -> int:
+        return sum(kept_bytes(left_by[w.reads[0]]) for w in waiting)
+
+    def put(weight: Instruction) -> None:
+        waiting.remove(weight)
+        out.append(weight)
+
+    for i, instruction in enumerate(base):
+        out.append(instruction)
+        if instruction.phase == "B" and instruction.late:
+            waiting.append(weights[tuple(v for v in instruction.writes if not has_gradient(v))])
+            while kept() > most_bytes:
+                put(waiting[0])
+        if _carries_tokens(instruction):
+            left_s, placed = exposed_s[i], False
+            while left_s > 0 and (ready := _oldest_of_each(waiting)):
+                best = min(ready, key=lambda w: abs(left_s - seconds(w)))
+                if placed and seconds(best) > 2 * left_s:
+                    break
+                put(best)
+                left_s, placed = left_s - seconds(best), True
+        if i == last:
+            while waiting:
+                put(waiting[0])
+    return (*out, *waiting)
+
+
+def _carries_tokens(instruction: Instruction) -> bool:
+    return instruction.kind is Kind.START and instruction.op is Op.TOKENS
+
+
+def _exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, float]:
+    """Of each START of tokens: what it takes longer than that which is computed until it is waited for."""
+    out, sent = {}, {s.writes[0]: i for i, s in enumerate(program) if _carries_tokens(s)}
+    computed_s = [0.0]
+    for instruction in program:
+        computed_s.append(computed_s[-1] + (seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0))
+    for i, instruction in enumerate(program):
+        if instruction.kind is Kind.WAIT and instruction.op is Op.TOKENS:
+            start = sent[instruction.reads[0]]
+            out[start] = max(0.0, seconds(program[start]) - (computed_s[i] - computed_s[start]))
+    return out
+
+
+def _oldest_of_each(weights: Sequence[Instruction]) -> list[Instruction]:
+    """Of those that add to the same weights, the first."""
+    first: dict[tuple[str, int], Instruction] = {}
+    for weight in weights:
+        first.setdefault((weight.name, weight.layer), weight)
+    return list(first.values())
 
 
 def losses_of(part: Program, forward: Program) -> tuple[str, ...]:

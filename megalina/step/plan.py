@@ -16,7 +16,10 @@ class Plan:
     merge_bytes: int = 0  # ddp: neighbouring buckets go as one collective once they have so many
     yields: bool = False  # gradients wait while tokens are on the wire
     late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
+    deferred_weights: str = "none"  # whose weights' gradients are instructions of their own: none | experts | all
+    deferred_bytes: int = 0  # that may be kept back for them; 0: no limit
     gap_bytes: tuple[tuple[str, int], ...] = ()  # windows: at most so many bytes in each gap of the wire; (): no limit
+    times_us: tuple[tuple[str, float], ...] = ()  # of kinds of instructions, a whole micro-batch; weights are placed by them
     measured_at: int = 0  # the step in which the windows were measured
     packing: int = 1  # times as many experts on a rank as parallel.ep says
 
@@ -29,10 +32,18 @@ class Plan:
             f"buckets of {self.merge_bytes / 2**20:g} MiB" if self.merge_bytes else "",
             "tokens first" if self.yields else "",
             f"weights of {self.late_layers} layers last" if self.late_layers else "",
+            f"deferred weights of {self.deferred_weights}" if self.deferred_weights != "none" else "",
+            f"{self.deferred_bytes / 2**20:g} MiB kept back" if self.deferred_bytes else "",
             "windows " + "/".join(f"{gap} {size / 2**20:.2f} MiB" for gap, size in self.gap_bytes) if self.gap_bytes else "",
+            f"times of step {self.measured_at}" if self.times_us else "",
             f"packing {self.packing}" if self.packing > 1 else "",
         ]
         return ": ".join(filter(None, (self.strategy, ", ".join(filter(None, words)))))
+
+    @property
+    def places_weights(self) -> bool:
+        """Whether weights' gradients are placed, by times as far as there are any."""
+        return self.deferred_weights != "none"
 
     def chunks_of(self, moe: tuple[bool, ...]) -> dict[int, int]:
         """Layer -> chunks of its rows.  ValueError where there are not as many numbers as MoE layers, or one is not above 0."""
@@ -54,7 +65,8 @@ class Plan:
         """The plan of `as_json`, of this version or an older one.  TypeError, ValueError, KeyError or AttributeError for what is
         none."""
         gaps = tuple((str(gap), int(size)) for gap, size in values.get("gap_bytes", ()))
-        plan = cls(**{**values, "gap_bytes": gaps, "chunks": chunks_from(values.get("chunks", "1"))})
+        times = tuple((str(kind), float(us)) for kind, us in values.get("times_us", ()))
+        plan = cls(**{**values, "gap_bytes": gaps, "times_us": times, "chunks": chunks_from(values.get("chunks", "1"))})
         for field in fields(cls):
             if type(getattr(plan, field.name)) is not (kind := type(field.default)):
                 raise TypeError(f"{field.name} is no {kind.__name__}")

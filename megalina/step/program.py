@@ -63,7 +63,7 @@ class Instruction:
     share: float = 1.0  # how much of a micro-batch the part is
     chunk: tuple[int, int] = (0, 1)  # chunk c of n of the part's rows; of COUNTS: all n
     yields_to: tuple[Op, ...] = ()  # START: held back here while one of these is under way on this rank
-    late: bool = False  # backward leaves out the gradients of its weights, which are an instruction of their own
+    late: bool = False  # backward leaves out the products that give weights' gradients: they are an instruction of their own
     credit: int = 0  # START: held back here while so many of its axis are under way on this rank; 0: never
 
     @property
@@ -78,6 +78,11 @@ class Instruction:
         layer = "-" if self.layer < 0 else str(self.layer)
         cut = f"[{self.piece[0]}:{self.piece[1]}]" if self.piece[1] else ""
         return f"{self.phase}:{self.name}{arrow}.{layer}.{self.part}{cut}"
+
+    @property
+    def timed_as(self) -> str:
+        """The same for instructions that take as long, shares and chunks aside: `W:experts`, `B:combine>`."""
+        return f"{self.phase}:{self.name}{'>' if self.kind is Kind.START else '<' if self.kind is Kind.WAIT else ''}"
 
     @property
     def outward(self) -> bool:
@@ -128,7 +133,6 @@ def mirror(instruction: Instruction) -> Instruction:
         reads=tuple(gradient(v) for v in instruction.writes if has_gradient(v))
         + tuple(v for v in instruction.reads if not has_gradient(v)),
         writes=tuple(gradient(v) for v in instruction.reads if has_gradient(v)) + late,
-        uses=() if late else instruction.uses,
     )
 
 
@@ -152,6 +156,12 @@ def writes_of(instruction: Instruction) -> tuple[str, ...]:
     """All that an instruction leaves behind: values, what it keeps for backward, gradients of parameters."""
     kept = (f"kept {instruction.key}",) if instruction.phase == "F" and instruction.kind is Kind.COMPUTE else ()
     return instruction.writes + kept + (tuple(map(gradient, instruction.uses)) if instruction.phase in "BW" else ())
+
+
+def shares_of(program: Program) -> dict[str, float]:
+    """By tag: of which share of a micro-batch an instruction is, of those that compute or send tokens."""
+    timed = (s for s in program if s.kind is Kind.COMPUTE or (s.kind is Kind.START and s.op is Op.TOKENS))
+    return {s.tag: s.share / s.chunk[1] for s in timed}
 
 
 def check(program: Program, given: Collection[str], buckets: Mapping[str, BucketSpec]) -> None:

@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import ROUTER_BIAS, chunk, finish, late_weights, place_gradients, recompute, shard_of, step
+from megalina.step.passes import (
+    ROUTER_BIAS,
+    chunk,
+    defer_weights,
+    finish,
+    place_gradients,
+    place_weights,
+    recompute,
+    shard_of,
+    step,
+)
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 
@@ -25,6 +35,7 @@ class Setting:
     micro_batches: int = 1
     recompute_mode: str = "none"
     element_bytes: int = 4  # of a gradient
+    kept_bytes: Callable[[Instruction], int] = lambda instruction: 0  # by an instruction of backward, for its weights' gradients
 
     @property
     def cut(self) -> int:
@@ -39,6 +50,14 @@ class Setting:
     def gaps(self) -> dict[str, int] | None:
         """Elements of gradients for each gap of the wire; None: no limit."""
         return {gap: size // self.element_bytes for gap, size in self.plan.gap_bytes} or None
+
+    def seconds(self, instruction: Instruction) -> float:
+        """What an instruction takes, as far as the plan knows, else 0.  Without any times all-to-alls never end, so that all that
+        can be computed meanwhile is."""
+        if not self.plan.times_us:
+            return float("inf") if instruction.op is Op.TOKENS else 0.0
+        part = instruction.share / instruction.chunk[1]
+        return part * dict(self.plan.times_us).get(instruction.timed_as, 0.0) / 1e6
 
     def under(self, plan: Plan) -> "Setting":
         """The same under another plan.  The pieces of sharded buckets stay: shards belong to them."""
@@ -104,6 +123,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "lina": priority,
     "flow": flow,
     "lina_zero": lina_zero,
+    "lancet": flow,  # whose weights' gradients are placed by `_step`
 }
 
 
@@ -162,8 +182,13 @@ def _plain_step(setting: Setting) -> Program:
 
 def _step(setting: Setting, *, together: int) -> Program:
     late = setting.shape.moe_layers[: setting.plan.late_layers]
-    forward = late_weights(chunk(plain(setting.shape), setting.plan.chunks_of(setting.shape.moe)), late)
+    forward = chunk(plain(setting.shape), setting.plan.chunks_of(setting.shape.moe))
+    forward = defer_weights(defer_weights(forward, ("experts",), late), setting.shape.deferred(setting.plan.deferred_weights))
     forward = recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
     cut = setting.cut if together > 1 else 1
     one_group = cut > 1 and setting.shape.micro_batch_groups
-    return step(forward, setting.micro_batches * cut, together=together, share=1 / cut, one_group=one_group)
+    program = step(forward, setting.micro_batches * cut, together=together, share=1 / cut, one_group=one_group)
+    if not setting.plan.places_weights:
+        return program
+    most_bytes = setting.plan.deferred_bytes or float("inf")
+    return place_weights(program, setting.seconds, kept_bytes=setting.kept_bytes, most_bytes=most_bytes)

@@ -317,6 +317,16 @@ def _charts(run: RunData) -> str:
             cards.append(_per_layer(run, key, title, hint=hint, from_zero=True, smooth=False))
     if waits := waits_chart(run.steps, run.records):
         cards.append(_card("Waits", waits, hint="Seconds of a step in which rank 0's device stood still for them."))
+    for key, title, hint in (
+        (
+            "token_bytes_between_nodes",
+            "Token bytes between nodes",
+            "Of a step, all ranks: what all-to-alls of tokens send there and back.",
+        ),
+        ("token_bytes_within_nodes", "Token bytes within nodes", "The same to other ranks of the sender's node."),
+    ):
+        if any(run.column(key)):
+            cards.append(_single(run, key, title, GOOD, hint=hint, from_zero=True, smooth=True))
     cards += [
         _single(run, "tokens_per_s", "Throughput", GOOD, hint="Tokens a second, all ranks.", smooth=True, from_zero=True),
         _single(run, "lr", "Learning rate", SECOND, from_zero=True),

@@ -29,10 +29,12 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.guard import SpikeGuard
 from megalina.train.ledger import Line, RandomState, line_of
+from megalina.train.own_samples import own_samples
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.train.run_state import Built, RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
+from megalina.train.times import Times
 from megalina.train.trials import Rules, Trials, Tuner
 from megalina.train.windows import Windows
 
@@ -96,18 +98,18 @@ class StepRunner:
             timeout_s=config.hang.timeout_s,
             folder=Path(config.run.dir) / "logs",
         )
+        self._ranks_per_node = all_gather_object(mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
         trainable = self._trainable_on(mesh)
         if trainable.device is not None:
             other_threads_are_urgent()
         self.built = Built(mesh, trainable, BucketOptimizer(config.optim, trainable.buckets))
         self.state = RunState(config, self.built, self._guard, tokenizer_path=data.tokenizer_path)
-        self._ranks_per_node = all_gather_object(mesh, int(os.environ.get("LOCAL_WORLD_SIZE", world)))[0]
         self.tuner = self._tuner(searches=0)
-        self.windows = Windows(mesh, self.adopt) if config.strategy.windows == AUTO else None
+        self.measurements = self._measurements()
         self._recorder: Recorder | None = None  # of the last step
-        own = config.train.global_batch_size // mesh.dp.size  # this rank's sequences of a step
-        self.first_sample, self.own_samples = mesh.dp.rank * own, own
-        self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count), device)
+        self.own_samples = own_samples(config, world=world, rank=mesh.world.rank, ranks_per_node=self._ranks_per_node)
+        stride = {"stride": self.own_samples.stride} if self.own_samples.stride > 1 else {}
+        self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count, **stride), device)
 
     @property
     def mesh(self) -> Mesh:
@@ -125,16 +127,21 @@ class StepRunner:
     @property
     def adapts(self) -> bool:
         """Whether measurements decide what plan this run follows."""
-        return bool(self.tuner.trials.questions) or self.windows is not None
+        return bool(self.tuner.trials.questions or self.measurements)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it searches, or has yet to measure what its plan goes by."""
+        return self.searching or not all(m.decided(self.trainable.plan) for m in self.measurements)
 
     def adapt(self, step_s: float) -> None:
         """Between two steps, of which the last took this rank so long: where `strategy` says auto, another plan may be adopted.
         All ranks call it alike; nobody else repacks meanwhile."""
         self.tuner.after(self.state.step, step_s)
         self.state.searches = self.tuner.trials.searches
-        if self.windows is not None and not self.searching:
-            recorder = self._recorder
-            self.windows.after(self.state.step, recorder.events if recorder is not None else list, self.trainable.plan)
+        recorder = self._recorder
+        for measurement in self.measurements if not self.searching else ():
+            measurement.after(self.state.step, recorder.events if recorder is not None else list, self.trainable.plan)
 
     def adopt(self, plan: Plan) -> None:
         """From the next step on follow this plan.  All ranks call it between the same two steps."""
@@ -175,6 +182,14 @@ class StepRunner:
             self.adopt(plan)
             self.tuner = self._tuner(searches=min(there["searches"], 1))
 
+    def _measurements(self) -> list[Windows | Times]:
+        strategy, found = self.config.strategy, list[Windows | Times]()
+        if strategy.windows == AUTO:
+            found.append(Windows(self.mesh, self.adopt))
+        if (strategy.name == AUTO or strategy.deferred_weights != "none") and not self.config.train.deterministic:
+            found.append(Times(self.mesh, self.adopt, lambda: self.trainable.program))
+        return found
+
     def _tuner(self, *, searches: int) -> Tuner:
         config, world, packings = self.config, self.mesh.world.size, tuple(self.meshes)
         worth = worth_trying(config, world, packings, ranks_per_node=self._ranks_per_node)
@@ -200,6 +215,7 @@ class StepRunner:
             wish_to_stop=self._wish,
             is_spike=self._guard.is_spike,
             explain=self.doctor.explain,
+            ranks_per_node=self._ranks_per_node,
         )
 
     def compute(self, step: int, *, record: Recorder | None = None) -> tuple[StepResult, Line]:
@@ -216,7 +232,8 @@ class StepRunner:
         first = after(state.consumed_samples, train.global_batch_size, state.windows)
         self.batch = self._batch(first, is_last=step >= train.steps).to(self.device)
         random = RandomState()
-        if record is None and self.windows is not None and self.windows.measuring and not self.searching:
+        wanted = not self.searching and any(m.measuring(trainable.plan) for m in self.measurements)
+        if record is None and wanted:
             record = Recorder()
         self._recorder = record
         with state.profile.watching(trainable.gpt):
@@ -244,6 +261,6 @@ class StepRunner:
 
     def _batch(self, first: int, *, is_last: bool) -> Batch:
         """This rank's part of the global batch from sequence `first` on.  The next one is made meanwhile, as far as is known."""
-        count = self.config.train.global_batch_size
-        following = None if is_last else after(first + count, count, self.state.windows) + self.first_sample
-        return self._batches.take(first + self.first_sample, self.own_samples, following=following)
+        count, own = self.config.train.global_batch_size, self.own_samples
+        following = None if is_last else own.first(after(first + count, count, self.state.windows))
+        return self._batches.take(own.first(first), own.count, following=following)

@@ -278,6 +278,8 @@ class Trainer:
             "skipped_steps": state.skipped_steps,
             "rewinds": state.rewinds,
             "failed_saves": state.failed_saves,
+            "token_bytes_between_nodes": result.token_bytes_between_nodes,
+            "token_bytes_within_nodes": result.token_bytes_within_nodes,
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             **asdict(load),
             **self._changed.get(state.step, {}),

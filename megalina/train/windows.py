@@ -55,9 +55,12 @@ class Windows:
         self._found: list[dict[str, float]] = []  # bytes by gap, a step each
         self._to_wait = 2  # steps until it measures
 
-    @property
-    def measuring(self) -> bool:
-        """Whether the next step must be recorded."""
+    def decided(self, plan: Plan) -> bool:
+        """Whether the plan has windows."""
+        return bool(plan.gap_bytes)
+
+    def measuring(self, plan: Plan) -> bool:
+        """Whether the next step, one of this plan, must be recorded."""
         return self._to_wait == 0
 
     def after(self, step: int, events: Callable[[], Sequence[Event]], plan: Plan) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megalina.verify.evidence import Cause, Evidence, Hypothesis
 from megalina.verify.hypotheses import (
+    deferred,
     losses,
     norms,
     reductions,
@@ -35,6 +36,7 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
     "routing": (routing.capacity_of_pieces,),
     "loss": (losses.padding, losses.balance_of_pieces, losses.first_words_in_head),
     "gradient": (
+        deferred.not_once,
         units.terms,
         units.micro_batches,
         units.router_without_main_loss,

@@ -200,6 +200,18 @@ _ALL = (
         ("optim.weight_decay=0.1",),
     ),
     Plant(
+        "deferred_weights_lost",
+        "weights' gradients that backward leaves for later are never added",
+        lambda layout, config: config.strategy.deferred_weights == "all",
+        gradients.deferred_weights_lost,
+    ),
+    Plant(
+        "deferred_weights_twice",
+        "weights' gradients that backward leaves for later are added twice",
+        lambda layout, config: config.strategy.deferred_weights == "all",
+        gradients.deferred_weights_twice,
+    ),
+    Plant(
         "expert_gradient_not_reduced",
         "the experts' gradients are not summed over the ranks that hold copies",
         lambda layout, config: _has_moe(config) and layout.copies > 1 and (layout.zero == 0 or layout.tp == 1),

@@ -17,7 +17,7 @@ from megalina.verify.proof import COUNTED_LENGTH, differs
 from megalina.verify.shrink import shrink
 
 OVERRIDES: dict[str, Sequence[str]] = {
-    **{kind: (f"router={kind}", "router.top_k=1") for kind in KINDS},
+    **{kind: (f"router={kind}", "router.top_k=1", "router.capacity_factor=0") for kind in KINDS},  # nobody is dropped
     "two of each": (),
     "shared": ("model.shared_d_ff=32",),
     "bias": ("model.bias=true",),
@@ -27,6 +27,8 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "capacity": ("router.capacity_factor=1.25",),
     "balanced over ranks": ("router.group=global",),
     "z-loss": ("router.z_loss=0.1",),
+    "kept at home": ("router.locality_loss=0.1", "router.locality_nodes=2"),
+    "mutual information": ("router.mutual_information_loss=0.1",),
     "dense layers": ("model.moe_every=2",),
 }
 

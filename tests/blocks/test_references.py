@@ -47,9 +47,9 @@ def test_a_class_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is no block: derive it from megalina\.blocks\.block\.Block"):
         blocks_of(ModelConfig(layer=["attention", "megalina.config:ModelConfig", "ffn"]), RouterConfig(), vocab_size=10)
     with pytest.raises(ValueError, match=r"is no RouterKind: derive it from megalina\.blocks\.routers\.RouterKind"):
-        check_router(RouterConfig(kind="megalina.config:ModelConfig"), 4)
+        check_router(RouterConfig(kind="megalina.config:ModelConfig"), 4, 64)
     with pytest.raises(ValueError, match="router.kind is 'top': choose one of topk, sigmoid"):
-        check_router(RouterConfig(kind="top"), 4)
+        check_router(RouterConfig(kind="top"), 4, 64)
 
 
 LOSS = """

@@ -485,7 +485,7 @@ def test_token_choice_never_waits_for_a_device(name: str) -> None:
 )
 def test_contradicting_settings_are_refused_in_one_line(config: RouterConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        check_router(config, E)
+        check_router(config, E, 64)
     assert "\n" not in str(error.value)
 
 

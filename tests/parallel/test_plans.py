@@ -62,11 +62,11 @@ def test_auto_tries_what_has_won_somewhere_and_all_of_it_can_run(zero: int, best
     assert {"eager", "flow", "lina"} <= {p.strategy for p in plans}
     assert ("lina_zero" in {p.strategy for p in plans}) == bool(zero)
     assert {1, 2, 4} == {p.packing for p in plans if p.strategy == (best or "lina")}
-    assert len(plans) == len(set(plans)) <= 13
+    assert len(plans) == len(set(plans)) <= 17
     for plan in plans:
         strategy = StrategyConfig(
             name=plan.strategy, partition_bytes=str(plan.piece_bytes), parts=plan.parts, chunks=chunks_text(plan.chunks),
-            yields=plan.yields, late_layers=plan.late_layers, packing=str(plan.packing),
+            yields=plan.yields, late_layers=plan.late_layers, deferred_weights=plan.deferred_weights, packing=str(plan.packing),
         )  # fmt: skip
         check_config(replace(config, strategy=strategy), WORLD)
 
@@ -88,6 +88,8 @@ def test_auto_does_not_try_what_can_not_run() -> None:
         yields=st.booleans(),
         gap_bytes=st.lists(st.tuples(st.sampled_from(["experts", "attention"]), st.integers(0, 2**30)), max_size=2).map(tuple),
         packing=st.integers(1, 8),
+        deferred_weights=st.sampled_from(["none", "experts", "all"]),
+        times_us=st.lists(st.tuples(st.sampled_from(["W:experts", "B:combine>"]), st.floats(0, 1e9)), max_size=2).map(tuple),
     )
 )
 def test_a_plan_survives_its_json(plan: Plan) -> None:
@@ -97,7 +99,10 @@ def test_a_plan_survives_its_json(plan: Plan) -> None:
 
 def test_numbers_that_would_do_nothing_are_refused() -> None:
     for strategy, says in (
-        ({"name": "eager", "parts": 2}, "strategy.parts=2 does nothing with strategy=eager, only with flow or lina_zero"),
+        (
+            {"name": "eager", "parts": 2},
+            "strategy.parts=2 does nothing with strategy=eager, only with flow or lina_zero or lancet",
+        ),
         ({"name": "eager", "yields": True}, "strategy.yields=True does nothing with strategy=eager"),
         ({"name": "flow", "bucket_mb": 25.0}, "strategy.bucket_mb=25.0 does nothing with strategy=flow, only with ddp"),
         ({"name": "auto", "chunks": "2"}, "strategy=auto finds strategy.chunks itself: leave it at 1"),

@@ -64,7 +64,7 @@ def test_windows_are_measured_over_some_steps_and_again_when_they_drift() -> Non
     for step in range(1, 3 * (WATCH + STEPS)):
         before = len(plans)
         gap_s = 0.03 if step < WATCH else 0.01
-        assert windows.measuring or step < 3 or len(plans) > 1
+        assert windows.measuring(plans[-1]) or step < 3 or len(plans) > 1
         windows.after(step, lambda gap_s=gap_s: backward(gap_s, 0.02), plans[-1])  # type: ignore[misc]
         if len(plans) > before:
             assert plans[-1].measured_at == step

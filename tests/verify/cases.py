@@ -38,6 +38,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert choice": {"kind": "expert_choice"},
     "noisy": {"kind": "noisy_topk", "noise_std": 0.5},
     "hash": {"kind": "hash"},
+    "locmoe": {
+        "kind": "locmoe", "top_k": 1, "renormalize": False, "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2,
+    },
+    "locmoe plus": {
+        "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 1.0, "drop": "probability", "mutual_information_loss": 0.1,
+    },
     "switch": {"top_k": 1, "renormalize": False, "capacity_factor": 1.0, "group": "micro_batch"},
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}

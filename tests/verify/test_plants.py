@@ -12,6 +12,7 @@ from megalina.verify.plants import PLANTS
 from megalina.verify.recording import SEQUENCES, Layout, Recording
 from megalina.verify.reference import detail, record, reference_config
 from megalina.verify.start import random_batches
+from tests.verify.cases import strategy
 
 WORLD = 4
 MODELS = {
@@ -32,6 +33,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
     ("GPT-2", "capacity", "sgd", Layout(WORLD, tp=1, ep=2, micro_batch=1, recompute="selective")),
     ("dropout", "global", "adamw", Layout(WORLD, tp=4, ep=1, micro_batch=8)),
+    ("GPT-2", "topk", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, strategy="lancet")),
+    ("modern", "sigmoid", "sgd", Layout(WORLD, tp=1, ep=4, micro_batch=2, recompute="full", strategy="lancet")),
 ]
 
 
@@ -41,6 +44,7 @@ def config_of(model: str, router: str, optimizer: str, layout: Layout) -> Pretra
         model=ModelConfig(**(sizes | {"vocab_size": 200} | MODELS[model])),  # type: ignore[arg-type]
         router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
         optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3),
+        strategy=strategy(layout.strategy),
         train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
     )
     return layout_config(config, layout)

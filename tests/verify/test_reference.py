@@ -18,12 +18,14 @@ def test_losses_and_gradients_are_those_of_the_models_own_forward(model: str, ro
     recording = record(config, [batch])
     gpt, tokens, valid = model_of(config), int(batch.loss_mask_BS.sum()), int(batch.valid_BS.sum())
     loss = balance = 0.0
+    more = {"locality_loss": config.router.locality_loss, "mutual_information_loss": config.router.mutual_information_loss}
     for part in batch.split(config.train.micro_batch_size):
         found = gpt(part)
         whole = (
             found.loss / tokens
             + config.router.balance_loss * found.auxiliary["balance_loss"] / valid
             + config.router.z_loss * found.auxiliary["z_loss"] / valid
+            + sum(weight * found.auxiliary[name] / valid for name, weight in more.items() if weight)
         )
         whole.backward()
         loss, balance = (

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from megalina.blocks.attention import head_dim
-from megalina.blocks.memory import Inside
+from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
@@ -137,12 +137,23 @@ class InstructionBytes:
         """Those of its results that a forward instruction keeps, too."""
         return tuple(self.blocks.block_of(instruction).keeps(self.rank.shapes(instruction)))
 
+    def deferred(self, instruction: Instruction) -> Deferred:
+        """What waits for the gradients of the weights of an instruction of backward, or of what adds them."""
+        return self.blocks.block_of(instruction).deferred(self.rank.shapes(instruction))
+
+    def kept_back(self, instruction: Instruction) -> int:
+        """By an instruction of backward for its weights' gradients: its own, and the values that wait with them."""
+        of = self.deferred(instruction)
+        reads = [v.rstrip("'") for v in instruction.writes if has_gradient(v)] if of.reads else []
+        gradients = [v for v in instruction.reads if has_gradient(v)] if of.gradients else []
+        return of.kept + sum(self.value(v, instruction) for v in (*reads, *gradients))
+
     def rise(self, instruction: Instruction) -> int:
         """The most there is inside a compute instruction above what there was before, its results among it."""
         if instruction.phase == "U":
             return 0
         if instruction.phase == "W":
-            return self.blocks.block_of(instruction).late_rise(self.rank.shapes(instruction))
+            return self.deferred(instruction).rise
         of = self._memory(instruction)
         if instruction.phase == "F":
             return of.forward
@@ -174,7 +185,9 @@ class InstructionBytes:
         """Of a value that `instruction` reads or writes.  KeyError for one that is not known here."""
         rank = self.rank
         head = name.partition(".")[0].rstrip("'")
-        if " " in name and not name.startswith("#late "):
+        if name.startswith("#late "):
+            return self.deferred(instruction).kept
+        if " " in name:
             return 0  # buckets are state
         if head in self._few:
             return 0

@@ -8,12 +8,12 @@ All other kernels take their bytes, and every kernel a launch.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, PretrainConfig
-from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops
+from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops, weight_shares
 from megalina.step.program import Instruction, Kind
 from megalina.validate import check_hardware
 
@@ -140,23 +140,28 @@ def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] |
         times = {name: flops / (cluster.device_gflops * 1e9) for name, flops in forward_flops(config).items()}
     else:
         return None
-    return from_full_times(lambda name: times.get(name, 0.0), floor_s=cluster.kernel_floor_ms / 1e3)
+    return from_full_times(
+        lambda name: times.get(name, 0.0), floor_s=cluster.kernel_floor_ms / 1e3, weight_shares=weight_shares(config)
+    )
 
 
-def from_full_times(full_s: Callable[[str], float], *, floor_s: float) -> Callable[[Instruction], float]:
+def from_full_times(
+    full_s: Callable[[str], float], *, floor_s: float, weight_shares: Mapping[str, float]
+) -> Callable[[Instruction], float]:
     """Costs of instructions from the forward times of whole micro-batches.
 
     `full_s(name)`: the time of an instruction for a whole micro-batch; 0: it isn't emulated and takes as long as here, which
     holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time.
-    Backward is twice forward (once where weights' gradients are an instruction of their own, which is once too), and once more
-    where activations are computed again.
+    Backward is twice forward, and once more where activations are computed again.  Weights' gradients that are an instruction of
+    their own take `weight_shares` of forward, and backward so much less.
     """
 
     def seconds(instruction: Instruction) -> float:
         full = full_s(instruction.name)
         if instruction.phase == "U" or not full:
             return 0.0
-        times = 1 if instruction.phase in "FW" else 2 + instruction.recompute - instruction.late
+        weights = weight_shares[instruction.name] if instruction.late or instruction.phase == "W" else 0.0
+        times = {"F": 1.0, "W": weights}.get(instruction.phase, 2 + instruction.recompute - weights)
         share = instruction.share / instruction.chunk[1]
         return times * ((floor_s or SMALLEST_SHARE * full) + share * full)
 

@@ -44,7 +44,7 @@ class InstructionWork:
             return Work()
         if instruction.phase == "U":
             return self._without_autograd(instruction)
-        piece = self._piece(instruction, load)
+        piece = self.piece(instruction, load)
         if instruction.phase == "F":
             return piece.forward
         if instruction.phase == "W":
@@ -52,7 +52,8 @@ class InstructionWork:
         again = piece.forward if instruction.recompute else Work()
         return again + piece.backward + (Work() if instruction.late else piece.weights)
 
-    def _piece(self, instruction: Instruction, load: float) -> Piece:
+    def piece(self, instruction: Instruction, load: float = 1.0) -> Piece:
+        """What a forward instruction and all that follows from it ask.  ValueError for one that no block has."""
         try:
             block = self.blocks.block_of(instruction)
         except KeyError:
@@ -88,10 +89,22 @@ class InstructionWork:
 
 def forward_flops(config: PretrainConfig) -> dict[str, float]:
     """Of a whole micro-batch's forward on one rank, by instruction: of those that an emulated device computes."""
+    return {name: piece.forward.flops for name, piece in _emulated_pieces(config).items()}
+
+
+def weight_shares(config: PretrainConfig) -> dict[str, float]:
+    """Of the same instructions: FLOPs of the products that give weights' gradients over those of forward.  1 where all of it are
+    products with weights; what attention does beside them has no weights."""
+    return {
+        name: piece.weights.flops / piece.forward.flops for name, piece in _emulated_pieces(config).items() if piece.forward.flops
+    }
+
+
+def _emulated_pieces(config: PretrainConfig) -> dict[str, Piece]:
     work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
     shape = work.blocks.shape(tp=config.parallel.tp, sequence=config.parallel.sequence)
-    out: dict[str, float] = {}
+    out: dict[str, Piece] = {}
     for instruction in plain(shape):
         if instruction.kind is Kind.COMPUTE and instruction.name in work.blocks.block_of(instruction).emulated:
-            out.setdefault(instruction.name, work(instruction).flops)
+            out.setdefault(instruction.name, work.piece(instruction))
     return out

@@ -53,6 +53,7 @@ class Forecast:
     memory: Memory
     memory_limit_bytes: float  # inf: the cluster's file doesn't say
     tokens: int  # of a step, all ranks
+    token_bytes: tuple[float, float]  # of a step, all ranks: what all-to-alls send between nodes, and within them
     flops: ModelFlops
     peak_flops_per_s: float  # of a device
 
@@ -113,6 +114,7 @@ def forecast_of(step: PricedStep) -> Forecast:
         step.memory,
         memory_limit_bytes(config.cluster),
         train.global_batch_size * train.seq_len,
+        step.token_bytes,
         model_flops(config.model, config.router, vocab_size=step.vocab_size, seq_len=train.seq_len),
         peak_of(config),
     )

@@ -7,6 +7,7 @@ This is the one recipe of all forecasts.  What a line takes (`seconds`), what a 
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -25,8 +26,9 @@ from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.perfmodel.sim.virtual import Timeline, simulate_alike, uses_of
 from megalina.step.plan import Plan
-from megalina.step.program import Instruction, Op, Program
+from megalina.step.program import Instruction, Kind, Op, Program, shares_of
 from megalina.step.strategy import Setting, training_step
+from megalina.timeline.instruction_times import times_of
 
 KEPT_LISTS = 12
 NEW_OBJECTS = 100_000  # between two garbage collections
@@ -82,11 +84,14 @@ class PricedStep:
         vocab_size: int,
         load: float = 1.0,
         shared: Shared | None = None,
+        network: Network | None = None,
+        seconds: Callable[[Instruction], float] | None = None,
     ):
         """`vocab_size`: before padding; `load`: rows of the busiest rank's experts over the mean, which all ranks then compute;
-        `shared`: what other steps have made.  ValueError where the layout does not fit the world."""
+        `shared`: what other steps have made; `network`, `seconds`: None: those of the configuration's cluster.  ValueError where
+        the layout does not fit the world."""
         self.config, self.world, self.plan, self.load = config, world, plan, load
-        self.vocab_size, self._shared = vocab_size, shared or Shared()
+        self.vocab_size, self._shared, self._network, self._seconds = vocab_size, shared or Shared(), network, seconds
         self.held = InstructionBytes(
             config,
             world,
@@ -110,8 +115,32 @@ class PricedStep:
         """The whole step."""
         return self.listed(self.rounds)
 
+    @cached_property
+    def timed_plan(self) -> Plan:
+        """The plan, with what instructions take where its strategy places by times: those of a walk without, as a run measures
+        its own.  As it is where the cluster's file lacks figures."""
+        if not self.plan.places_weights or self.plan.times_us:
+            return self.plan
+        untimed = self._listed(self.plan, 1)
+        try:
+            events = self.walk(program=untimed).events(0)
+        except ValueError:
+            return self.plan
+        return replace(self.plan, times_us=tuple(sorted(times_of(events, shares_of(untimed)).items())))
+
     def listed(self, rounds: int) -> Program:
         """A step of so many rounds."""
+        return self._listed(self.timed_plan, rounds)
+
+    def _listed(self, plan: Plan, rounds: int) -> Program:
+        return self._shared.program(self._setting(plan, rounds))
+
+    @property
+    def setting(self) -> Setting:
+        """What a strategy builds the whole step from."""
+        return self._setting(self.timed_plan, self.rounds)
+
+    def _setting(self, plan: Plan, rounds: int) -> Setting:
         config = self.config
         setting = Setting(
             shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
@@ -119,8 +148,18 @@ class PricedStep:
             micro_batches=rounds * self._together,
             recompute_mode=config.train.recompute,
             element_bytes=max(BYTES[config.train.dtype], 4),
+            kept_bytes=self.held.kept_back,
         )
-        return self._shared.program(setting.under(self.plan))
+        return setting.under(plan)
+
+    @cached_property
+    def token_bytes(self) -> tuple[float, float]:
+        """What all ranks' all-to-alls of tokens send in a step, between nodes and to other ranks within one.  Routing is even."""
+        sent = self.rounds * sum(self.sizes.bytes_of(s) for s in self.listed(1) if s.op is Op.TOKENS and s.kind is Kind.START)
+        row, per_node = self.ranks_of("ep", 0), self.config.cluster.ranks_per_node or self.world
+        pairs = [(a // per_node == b // per_node) for a in row for b in row if a != b]
+        each = self.world * sent / len(row) ** 2
+        return each * pairs.count(False), each * pairs.count(True)
 
     @property
     def list_for_memory(self) -> Program:
@@ -151,7 +190,7 @@ class PricedStep:
     @cached_property
     def seconds(self) -> Callable[[Instruction], float]:
         """What an instruction takes.  ValueError where the cluster's file lacks figures."""
-        return instruction_seconds(self.config, self.work, load=self.load)
+        return self._seconds or instruction_seconds(self.config, self.work, load=self.load)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -169,7 +208,8 @@ class PricedStep:
     ) -> Timeline:
         """The step in virtual time; rank 0 walks for all.  In place of its own: the cluster's network, the whole step's list,
         its seconds and sizes; `host`: as of `simulate_alike`."""
-        network, program, sizes = network or network_of(self.config.cluster), program or self.program, sizes or self.sizes
+        network = network or self._network or network_of(self.config.cluster)
+        program, sizes = program or self.program, sizes or self.sizes
         return simulate_alike(
             program,
             ranks=self.world,
@@ -214,7 +254,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     gradient_bytes = max(weight_bytes, 4)
     experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     loads = moe_layers * (experts + 1 + LIMBS)  # of each layer: rows of each expert, lost choices, a digest
-    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + loads}
+    numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]

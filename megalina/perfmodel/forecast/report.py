@@ -95,6 +95,8 @@ def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
             "tokens_per_s": found.tokens_per_s,
             "compute_s": found.walked.compute_s,
             "exposed_s": dict(found.exposed_s),
+            "token_bytes_between_nodes": found.token_bytes[0],
+            "token_bytes_within_nodes": found.token_bytes[1],
             "memory": found.memory.rows(),
         }
     limit = memory_limit_bytes(c.config.cluster)

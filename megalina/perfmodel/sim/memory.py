@@ -13,6 +13,20 @@ from typing import Protocol
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 
 
+class Deferred(Protocol):
+    """Which values stay for the gradients of weights."""
+
+    @property
+    def reads(self) -> bool:
+        """Those that the forward instruction read."""
+        ...
+
+    @property
+    def gradients(self) -> bool:
+        """The gradients of those that it wrote."""
+        ...
+
+
 class Sizes(Protocol):
     """What a rank's numbers are, by name; `megalina/perfmodel/cost/instruction_bytes.py` has them of a configuration."""
 
@@ -37,6 +51,10 @@ class Sizes(Protocol):
 
     def keeps(self, instruction: Instruction) -> tuple[str, ...]:
         """Those of its results that a forward instruction keeps, too."""
+        ...
+
+    def deferred(self, instruction: Instruction) -> Deferred:
+        """What stays for weights' gradients that an instruction of backward leaves out; the bytes are those of its value."""
         ...
 
     def rise(self, instruction: Instruction) -> int:
@@ -88,6 +106,7 @@ class _Walk:
         self.values: dict[str, list[_Block]] = {}
         self.wire: dict[str, list[_Block]] = {}
         self.kept: dict[tuple[str, int, str], list[_Block]] = {}
+        self._read: dict[tuple[str, int, str], list[_Block]] = {}  # by forward instructions whose weights are late
         self.bytes = 0
 
     def peaks(self) -> Iterator[tuple[int, Instruction]]:
@@ -110,16 +129,25 @@ class _Walk:
         blocks = [_Block(sum(sizes))] * len(sizes) if parts else [_Block(size) for size in sizes]
         replaced = 0
         for name, block in zip(instruction.writes, blocks, strict=True):
-            late = name.startswith("#late")  # what the instruction kept, and the gradients it got, stay for its weights
-            used = [*self.kept[instruction.key], *(b for v in instruction.reads for b in self.values[v])] if late else []
-            replaced += self._write(name, [block, *used])
+            replaced += self._write(name, [block, *(self._deferred(instruction) if name.startswith("#late") else ())])
         if self._graph and instruction.phase == "F" and any(map(has_gradient, instruction.writes)):
             same = () if instruction.recompute else self._sizes.keeps(instruction)
-            held = [block for value in (*instruction.reads, *same) for block in self.values.get(value, ())]
+            read = [block for value in instruction.reads for block in self.values.get(value, ())]
+            if instruction.late:
+                self._read[instruction.key] = read
+            held = [*read, *(block for value in same for block in self.values.get(value, ()))]
             self.kept[instruction.key] = self._hold(
                 [*held, _Block(0 if instruction.recompute else self._sizes.kept(instruction))]
             )
         return replaced
+
+    def _deferred(self, instruction: Instruction) -> Iterator[_Block]:
+        """Of a mirror that leaves out its weights' gradients: which values stay for them."""
+        stays = self._sizes.deferred(instruction)
+        if stays.reads:
+            yield from self._read.pop(instruction.key)
+        if stays.gradients:
+            yield from (block for value in instruction.reads if has_gradient(value) for block in self.values[value])
 
     def _start(self, instruction: Instruction) -> int:
         sizes, wire = self._sizes, instruction.writes[0]

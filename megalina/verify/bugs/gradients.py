@@ -1,6 +1,8 @@
 """Bugs in gradients, in how they are summed over ranks, in their norm and in the update of the weights."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +78,38 @@ def z_loss_without_gradient(trainable: Trainable, config: PretrainConfig) -> Non
 
 def balance_loss_without_gradient(trainable: Trainable, config: PretrainConfig) -> None:
     seeds(trainable, lambda loss, part: float(loss not in ("aux", "global_aux")))
+
+
+def deferred_weights_lost(trainable: Trainable, config: PretrainConfig) -> None:
+    """What backward of attention leaves for later is never added."""
+    _with_deferred(trainable, lambda add: None)
+
+
+def deferred_weights_twice(trainable: Trainable, config: PretrainConfig) -> None:
+    """What backward of attention leaves for later is added a second time."""
+
+    def twice(add: Callable[[], None]) -> None:
+        add()
+        add()
+
+    _with_deferred(trainable, twice)
+
+
+def _with_deferred(trainable: Trainable, run: Callable[[Callable[[], None]], None]) -> None:
+    """`run(add)` in place of each call that adds a gradient of attention's weights."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.phase != "W" or not instruction.name.startswith("attention"):
+            return function
+        late = trainable.instruction_functions.late[instruction.key]
+
+        def changed() -> None:
+            late[:] = [partial(run, add) for add in late]
+            function()
+
+        return changed
+
+    around(trainable, of)
 
 
 def sequence_norm_not_summed(trainable: Trainable, config: PretrainConfig) -> None:

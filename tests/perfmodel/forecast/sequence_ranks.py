@@ -78,7 +78,7 @@ def _step_of(config: PretrainConfig, number: int) -> Seen:
     program = trainable.program
     trainable.run_with(program, counting(trainable.functions, rows))
     runner.log.position.step = number
-    batch = padded(random_batch(runner.own_samples, first=runner.first_sample))
+    batch = padded(random_batch(runner.own_samples.count, first=runner.own_samples.first(0)))
     trainable.step(batch, runner.built.optimizer.update, record=recorder)
     entries = [e for e in runner.log.entries() if e.step == number]
     until_s = time.monotonic() + 10  # gloo's thread may note the end after the program has gone on

@@ -64,3 +64,14 @@ def test_steps_that_share_have_one_list() -> None:
     shared = Shared()
     one, other, alone = (PricedStep(CONFIG, WORLD, PLANS[1], vocab_size=VOCAB, shared=s) for s in (shared, shared, None))
     assert one.program is other.program and one.program is not alone.program
+
+
+def test_bytes_of_tokens_are_those_of_even_routing() -> None:
+    """By hand: top-k rows of each token, to each of ep ranks alike, there and back, forward and backward."""
+    config = compose(["model=tiny", "cluster=h100_400g", "parallel.ep=4", "cluster.nodes=2", "cluster.ranks_per_node=2"])
+    step = PricedStep(config, 4, Plan("flow", parts=2), vocab_size=512)
+    between, within = step.token_bytes
+    train, moe_layers = config.train, config.model.num_layers
+    rows = train.global_batch_size * train.seq_len * config.router.top_k
+    sent = rows * config.model.d_model * 4 * 4 * moe_layers
+    assert between == pytest.approx(sent / 2) and within == pytest.approx(sent / 4)
