@@ -108,8 +108,7 @@ class StepRunner:
         self.measurements = self._measurements()
         self._recorder: Recorder | None = None  # of the last step
         self.own_samples = own_samples(config, world=world, rank=mesh.world.rank, ranks_per_node=self._ranks_per_node)
-        stride = {"stride": self.own_samples.stride} if self.own_samples.stride > 1 else {}
-        self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count, **stride), device)
+        self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count, self.own_samples.stride), device)
 
     @property
     def mesh(self) -> Mesh:

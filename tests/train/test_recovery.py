@@ -55,8 +55,8 @@ def corrupt(run: Trainer, bad: range = BAD) -> None:
     """The text of these sequences is noise."""
     batch_of = run.data.train.batch
 
-    def spoiled(first: int, count: int) -> Batch:
-        batch = batch_of(first, count)
+    def spoiled(first: int, count: int, stride: int = 1) -> Batch:
+        batch = batch_of(first, count, stride)
         hit = torch.tensor([int(s) in bad for s in batch.sample_B])
         noise = (batch.sample_B.unsqueeze(1) * 31 + torch.arange(batch.tokens_BS.shape[1]) ** 2 * 7) % VOCABULARY
         return replace(batch, labels_BS=torch.where(hit.unsqueeze(1), noise, batch.labels_BS))

@@ -112,7 +112,7 @@ def test_changed_data_is_named(trunk: Path, what: str) -> None:
     run, newest, before = one(trunk, f"changed {what}")
     change, message = CHANGES[what]
     batch_of = run.data.train.batch
-    run.data.train.batch = lambda first, count: change(batch_of(first, count))  # type: ignore[method-assign]
+    run.data.train.batch = lambda first, count, stride=1: change(batch_of(first, count, stride))  # type: ignore[method-assign]
     with pytest.raises(ReplayDiffers, match=message):
         replay(run.runner, newest, before)
 

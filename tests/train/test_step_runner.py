@@ -40,10 +40,10 @@ def asked_of(runner: StepRunner, act: Callable[[int], None] = lambda first: None
     """What is asked of the source from now on."""
     batch_of, asked = runner.data.train.batch, list[int]()
 
-    def noted(first: int, count: int) -> Batch:
+    def noted(first: int, count: int, stride: int = 1) -> Batch:
         asked.append(first)
         act(first)
-        return batch_of(first, count)
+        return batch_of(first, count, stride)
 
     runner.data.train.batch = noted  # type: ignore[method-assign]
     return asked
