@@ -55,8 +55,9 @@ def place_weights(
     """Put deferred weight gradients under all-to-alls that nothing they need or give joins (Lancet, section 4.1 and algorithm 1).
 
     All-to-alls come in the order of the list.  Each is covered by the weight gradients that fit what it leaves of its time best,
-    among those whose mirrors have run: until it is covered, or the best takes more than twice of what is left.  Those that no
-    all-to-all comes after are placed under the last one.  Contributions to one weight keep their order, so sums keep their bits.
+    among those whose mirrors have run: until it is covered, or the best takes more than twice of what is left.  The last one
+    gets all that still wait; those whose mirrors run after it stay at the end.  Contributions to one weight keep their order, so
+    sums keep their bits.
 
     `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
     gradients; beyond `most_bytes` the oldest are placed first, whatever they take.
