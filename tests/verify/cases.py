@@ -1,6 +1,6 @@
 """What the tests of `megalina.verify` run: the models and routers of the star test, shrunk."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "topk raw": {"renormalize": False, "group": "micro_batch"},
     "global": {"group": "global"},
     "capacity": {"capacity_factor": 0.8},
-    "capacity by probability": {"capacity_factor": 0.8, "drop": "probability", "group": "micro_batch"},
     "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01},
     "group limited": {
         "kind": "group_limited", "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.01, "capacity_factor": 1.0,
@@ -38,13 +37,15 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert choice": {"kind": "expert_choice"},
     "noisy": {"kind": "noisy_topk", "noise_std": 0.5},
     "hash": {"kind": "hash"},
+    # a Switch gate, but for its scores: one expert per token, whose probability is the weight
     "locmoe": {
-        "kind": "locmoe", "top_k": 1, "renormalize": False, "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2,
+        "kind": "locmoe", "top_k": 1, "renormalize": False, "capacity_factor": 1.0, "group": "micro_batch",
+        "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2,
     },
     "locmoe plus": {
-        "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 1.0, "drop": "probability", "mutual_information_loss": 0.1,
+        "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
+        "mutual_information_loss": 0.1,
     },
-    "switch": {"top_k": 1, "renormalize": False, "capacity_factor": 1.0, "group": "micro_batch"},
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}
 
@@ -61,15 +62,25 @@ def config_with(*, ranks: int = 4, model: str = "plain", router: str = "topk", o
 
 
 def choices_of(ranks: int) -> Choices:
-    """Every model with every router, both optimizers, every strategy."""
+    """Every model with every router, both optimizers, every strategy whose lists are its own."""
     base = config_with(ranks=ranks)
     return Choices(
         base,
         routers={name: shrink_router(config_with(router=name).router, 4, base.model.num_experts) for name in ROUTERS},
-        strategies={name: strategy(name) for name in STRATEGIES},
+        strategies={name: strategy(name) for name in distinct()},
         models={name: config_with(ranks=ranks, model=name).model for name in MODELS},
         optimizers={name: config_with(optimizer=name).optim for name in OPTIMIZERS},
     )
+
+
+def distinct() -> list[str]:
+    """Of strategies that are the same function with the same settings, the first: a row says how large pieces are, and packing is
+    another layout."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name, function in STRATEGIES.items():
+        settings = replace(strategy(name), name="", partition_bytes="0", packing="1")
+        found.setdefault((function, *astuple(settings)), name)
+    return list(found.values())
 
 
 def strategy(name: str) -> StrategyConfig:

@@ -64,7 +64,7 @@ def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
 # routers whose groups are micro-batches and whose tokens wait for none behind them
 PASSED = {
     name: shrink_router(replace(config_with(router=name).router, capacity_factor=capacity, group="micro_batch"), 4, 4)
-    for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("switch", 1.0), ("group limited", 1.0), ("hash", 0.8))
+    for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("locmoe", 1.0), ("group limited", 1.0), ("hash", 0.8))
 }
 
 # the star test
@@ -74,7 +74,7 @@ PASSED = {
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     choices = choices_of(RANKS)
     rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
-    assert 20 <= len(rows) <= 90
+    assert 15 <= len(rows) <= 60
     for steps, names in ((2, OPTIMIZERS.keys() - {"sgd"}), (1, {"sgd"})):  # which has no state that a second step would see
         assert differences(choices, [row for row in rows if row.optimizer in names], steps=steps) == []
 
@@ -192,7 +192,7 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
     never |= {(("tp", 1), ("sequence", False)), (("world", 1), ("sequence", False)), (("ep", 4), ("sequence", False))}
     assert pairs_lacking(found, options) == never
-    assert len(found) < 150
+    assert len(found) < 110
 
 
 def pairs_lacking(found: Iterable[Values], options: dict[str, Sequence[Any]]) -> set[Pair]:
