@@ -32,6 +32,10 @@ class Batch:
         """Cut into batches of `size` sequences each."""
         return [self._map(lambda v, i=i: v[i : i + size]) for i in range(0, len(self.tokens_BS), size)]  # type: ignore[misc]
 
+    def part(self, i: int, parts: int, slices: int = 1) -> "Batch":
+        """Part i of so many: of each of `slices` slices of the sequences the same share."""
+        return self._map(lambda v: v.view(slices, parts, -1, *v.shape[1:])[:, i].flatten(0, 1))
+
     @cached_property
     def may_have_padding(self) -> bool:
         """False: every position is valid.  Known of batches that were on the CPU once; asking a GPU would make the host wait."""

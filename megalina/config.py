@@ -154,6 +154,11 @@ class StrategyConfig:
     deferred_weights: str = setting("none", choices=("none", "experts", "all"))
     # deferred weights' gradients that wait keep at most so many MiB of activations and their gradients; 0: no limit
     deferred_mb: float = setting(0.0, high=1e9)
+    # lancet: layers of the forward pass walk in parts, so that one computes while another's tokens travel: none | a number of
+    # parts | ranges such as attention.0..mix.3:2 | auto: the ranges and numbers that are fastest in virtual time on `cluster`
+    partition: str = "none"
+    # backward of what went forward in parts; whole: the parts side by side, mirrored: in turn
+    partition_backward: str = setting("whole", choices=("whole", "mirrored"))
     # auto: at most as many gradients in each gap of the wire as were measured to fit
     windows: str = setting("none", choices=("none", "auto"))
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto

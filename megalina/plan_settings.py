@@ -5,13 +5,14 @@ from typing import Any
 
 from megalina.config import StrategyConfig
 from megalina.step.candidates import EAGER, PIECE_BYTES
+from megalina.step.partition import NONE
 from megalina.step.plan import Plan, chunks_from, chunks_text
 
 AUTO = "auto"
 
 
 def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
-    """The plan that a run begins with: numbers as given; eager, whole layers and pieces of 0.5 MiB where they say auto.
+    """The plan that a run begins with: numbers as given; eager, whole layers, no parts and pieces of 0.5 MiB where they say auto.
 
     `packing`: None takes the one that is given, 1 for auto."""
     if packing is None:
@@ -28,6 +29,8 @@ def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
         late_layers=strategy.late_layers,
         deferred_weights=strategy.deferred_weights,
         deferred_bytes=int(strategy.deferred_mb * 2**20),
+        partition=NONE if strategy.partition == AUTO else strategy.partition,
+        partition_backward=strategy.partition_backward,
         packing=packing,
     )
 
@@ -44,6 +47,8 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "late_layers": plan.late_layers,
         "deferred_weights": plan.deferred_weights,
         "deferred_mb": plan.deferred_bytes / 2**20,
+        "partition": plan.partition,
+        "partition_backward": plan.partition_backward,
         "windows": AUTO if plan.gap_bytes else "none",
         "packing": str(plan.packing),
     }
@@ -64,6 +69,8 @@ def overrides_of(plan: Plan) -> tuple[str, ...]:
         "late_layers": plan.strategy != "eager",
         "deferred_weights": plan.strategy == "lancet" or plan.places_weights,
         "deferred_mb": plan.deferred_bytes > 0,
+        "partition": plan.partition != NONE,
+        "partition_backward": plan.partition != NONE,
     }
     values = {key: value for key, value in settings_of(plan).items() if key != "name" and told.get(key, True)}
     return (f"strategy={plan.strategy}", *(f"strategy.{key}={_written(value)}" for key, value in values.items()))

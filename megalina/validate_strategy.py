@@ -1,16 +1,21 @@
 """The check of `strategy`: what its mechanisms need of the model, the layout and the batch, and numbers that would do nothing."""
 
 from megalina.blocks.counts import expert_bytes_on_rank
+from megalina.blocks.model import shape_of
 from megalina.blocks.routers import kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer
 from megalina.plan_settings import AUTO, plan_of, settings_of
 from megalina.step import candidates
+from megalina.step.forward import plain
+from megalina.step.partition import MOST_PARTS, NONE, most_parts, partition, ranges_from, ranges_of, with_own_counts
 from megalina.step.plan import Plan, chunks_text
 
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
     "bucket_mb": ("ddp",),
     "parts": ("flow", "lina_zero", "lancet"),
+    "partition": ("lancet",),
+    "partition_backward": ("lancet",),
     "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "lancet"),
 }
 WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lancet")  # those that can keep gradients in gaps
@@ -39,6 +44,11 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
         raise ValueError(
             f"strategy.deferred_mb={strategy.deferred_mb:g} limits what deferred weights' gradients keep, and "
             "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"
+        )
+    if strategy.partition_backward != plain.partition_backward and strategy.partition == NONE:
+        raise ValueError(
+            f"strategy.partition_backward={strategy.partition_backward} is about what goes forward in parts, and "
+            "strategy.partition=none cuts nothing: give strategy.partition=2, say"
         )
     if strategy.windows == AUTO and strategy.name not in WINDOWED:
         raise ValueError(
@@ -76,6 +86,8 @@ def runs(config: PretrainConfig, plan: Plan, world: int) -> bool:
 def _check_words(strategy: StrategyConfig) -> None:
     """Numbers that are words, since they may be auto, too."""
     size, chunks, packing = strategy.partition_bytes, strategy.chunks, strategy.packing
+    if strategy.partition != AUTO:
+        ranges_from(strategy.partition)
     if not (size in ("0", AUTO) or (size.isdecimal() and len(size) <= 12 and int(size) >= SMALLEST_PIECE_BYTES)):
         shown = size if len(size) <= 20 else f"{size[:20]}..."
         raise ValueError(
@@ -108,6 +120,8 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
         )
     if cut > 1:
         _check_parts_of_groups(config, cut)
+    if plan.partition != NONE:
+        _check_partition(config, plan)
     tokens = train.micro_batch_size // cut * train.seq_len // tp
     moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     if (most := max(plan.chunks_of(moe).values(), default=1)) > tokens:
@@ -115,6 +129,28 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
         raise ValueError(f"strategy.chunks={text}: {most} chunks of {tokens} tokens a part are too many: lower it")
     if plan.late_layers > sum(moe):
         raise ValueError(f"strategy.late_layers={plan.late_layers} is more than the model's {sum(moe)} MoE layers: lower it")
+
+
+def _check_partition(config: PretrainConfig, plan: Plan) -> None:
+    """Parts of a range are whole sequences, as many on every rank of a tensor-parallel group."""
+    parts, tp, micro_batch_size = most_parts(plan.partition), config.parallel.tp, config.train.micro_batch_size
+    if not 1 <= parts <= MOST_PARTS:
+        raise ValueError(f"strategy.partition={plan.partition}: {parts} parts; give 1 to {MOST_PARTS}")
+    if plan.parts > 1:
+        raise ValueError(
+            f"strategy.partition={plan.partition} and strategy.parts={plan.parts} both cut micro-batches: set strategy.parts=1"
+        )
+    shape = shape_of(config.model, config.router, tp=tp, sequence=config.parallel.sequence)
+    forward = with_own_counts(plain(shape))
+    ranges = ranges_of(plan.partition, forward, whole_routers=shape.whole_routers)
+    for r in ranges:
+        if micro_batch_size % (r.parts * tp):
+            each = f" for each of parallel.tp={tp} ranks" if tp > 1 else ""
+            raise ValueError(
+                f"strategy.partition={plan.partition}: {r.parts} parts{each} must divide train.micro_batch_size "
+                f"({micro_batch_size}), as parts are whole sequences: raise it, or take fewer parts"
+            )
+    partition(forward, ranges, whole_routers=shape.whole_routers)
 
 
 def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:

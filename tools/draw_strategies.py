@@ -8,6 +8,7 @@ import io
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class Cluster:
     latency_ms: float = LATENCY_MS  # of each exchange, whatever its size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VirtualJob:
     """A configuration on a cluster in virtual time: all ranks are alike, and all experts get equally many rows."""
 
@@ -49,19 +50,22 @@ class VirtualJob:
 
     @property
     def plan(self) -> "Plan":
-        from megalina.plan_settings import plan_of
+        return self.priced.plan
+
+    @cached_property
+    def priced(self) -> "PricedStep":
+        from megalina.perfmodel.forecast.partition import best_partition
+        from megalina.perfmodel.forecast.priced_step import PricedStep
+        from megalina.plan_settings import AUTO, plan_of
         from megalina.train.packing import allowed_packings
 
-        return plan_of(self.config.strategy, packing=allowed_packings(self.config, self.cluster.ranks)[0])
-
-    @property
-    def priced(self) -> "PricedStep":
-        from megalina.perfmodel.forecast.priced_step import PricedStep
-
-        vocab_size = self.config.model.vocab_size or self.config.data.vocab_size
-        return PricedStep(
-            self.config, self.cluster.ranks, self.plan, vocab_size=vocab_size, network=self.network, seconds=self.seconds
-        )
+        config, ranks = self.config, self.cluster.ranks
+        vocab_size = config.model.vocab_size or config.data.vocab_size
+        plan = plan_of(config.strategy, packing=allowed_packings(config, ranks)[0])
+        step = PricedStep(config, ranks, plan, vocab_size=vocab_size, network=self.network, seconds=self.seconds)
+        if config.strategy.partition != AUTO:
+            return step
+        return step.under(best_partition(config, ranks, plan, vocab_size=vocab_size, step=step))
 
     @property
     def seconds(self) -> "Callable[[Instruction], float]":

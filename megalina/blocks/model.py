@@ -11,7 +11,9 @@ from megalina.blocks.head import Balance, Head
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
+from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
+from megalina.blocks.routers import takes_whole_micro_batch
 from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
@@ -26,7 +28,7 @@ class Blocks:
     whole: Whole
     embedding: Embedding
     layers: tuple[tuple[Block, ...], ...]
-    last: tuple[Block, ...]  # the balance of all layers, the head
+    last: tuple[Block, ...]  # the balance of all layers, what cuts a range into parts, the head
 
     @property
     def moe(self) -> tuple[bool, ...]:
@@ -104,6 +106,7 @@ class Blocks:
             sequence=sequence,
             shared_experts=self.whole.model.shared_d_ff > 0,
             micro_batch_groups=self.whole.router.group == "micro_batch",
+            whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
             selection_bias=self.whole.router.bias_update_rate > 0 and any(self.moe),
         )
 
@@ -139,7 +142,7 @@ def blocks_of(
                 made[key] = kind(whole)
             blocks.append(made[key])
         layers.append(tuple(blocks))
-    return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Head(whole)))
+    return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Parts(whole), Head(whole)))
 
 
 def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
@@ -185,7 +188,7 @@ def check_layer(names: Sequence[str]) -> None:
 def check_own(blocks: Blocks) -> None:
     """ValueError where code of one's own declares losses outside of a router, or what two blocks must not have in common."""
     for _, block in blocks.all():
-        own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Balance | Head)
+        own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Balance | Parts | Head)
         if own and block.losses:
             raise ValueError(
                 f"block {block.name} declares losses ({', '.join(loss.name for loss in block.losses)}): auxiliary losses are of "

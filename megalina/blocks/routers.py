@@ -115,6 +115,18 @@ def kind_of(config: RouterConfig) -> type[RouterKind]:
     return KINDS[config.kind]
 
 
+def takes_whole_micro_batch(config: RouterConfig, *, tp: int) -> bool:
+    """Whether a router must see a whole micro-batch at once: what becomes of a token, or a loss, follows from tokens behind it,
+    or of other ranks.  Else a part's routing follows from it and the parts before it.
+
+    Of a micro-batch in parts, each of `tp` ranks has a slice of every part: so parts are not in the order of tokens, in which the
+    places in experts' queues are given away."""
+    if config.group != "micro_batch":
+        return config.group == "global"
+    in_order = config.capacity_factor > 0 and (config.drop == "probability" or tp > 1)
+    return in_order or bool(config.mutual_information_loss) or kind_of(config).experts_choose
+
+
 def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
     """ValueError for settings that contradict each other or would do nothing."""
     kind = kind_of(config)

@@ -154,6 +154,7 @@ def _config(
     from megalina.compare.ladder import OVERRIDES
     from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
+    from megalina.perfmodel.forecast.partition import with_partition
     from megalina.validate import check_config
 
     own: Sequence[str] = variants.get(name) or OVERRIDES.get(name) or (f"strategy={name}",)
@@ -166,7 +167,7 @@ def _config(
         "guard.spike=none",
     ]
     config = with_plan(compose(words), setting.world)
-    config = replace(config, cluster=slowed(config.cluster, setting.slow_motion))
+    config = with_partition(replace(config, cluster=slowed(config.cluster, setting.slow_motion)), setting.world)
     check_config(config, setting.world)
     return config
 

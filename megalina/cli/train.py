@@ -30,6 +30,7 @@ from megalina.dry_run import describe
 from megalina.explain import explain
 from megalina.launch import later_starts
 from megalina.parallel.plan_file import with_plan
+from megalina.plan_settings import AUTO
 from megalina.rank_files import Unsaved, tell_agent
 
 BAD_INPUT = 2  # exit code
@@ -54,6 +55,10 @@ def job(cfg: DictConfig) -> float:
         refuse_credentials(text_values(config), find_credentials(os.environ, Path.home()))
         member = launch.joined(os.environ)
         config = with_plan(config, member.world if member else config.launch.ranks)
+        if config.strategy.partition == AUTO:
+            from megalina.perfmodel.forecast.partition import with_partition  # simulates
+
+            config = with_partition(config, member.world if member else config.launch.ranks)
         if config.train.init_from and (Path(config.train.init_from) / "checkpoints").is_dir():
             from megalina.train.resume import with_weights  # seconds
 

@@ -125,10 +125,10 @@ class GPT(nn.Module):
         self.rotary = table
         layers = (Layer(of, index=i, seed=seed, rotary=table, share=share, digests=digests) for i, of in enumerate(blocks.layers))
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        balancer, output = (functions_of(block, self) for block in blocks.last)
+        balancer, parts, output = (functions_of(block, self) for block in blocks.last)
         assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)
         self.embedder, self.balancer, self.output = embedder, balancer, output
-        self.functions: dict[str, BlockFunctions] = {f.block.name: f for f in (embedder, balancer, output)}
+        self.functions: dict[str, BlockFunctions] = {f.block.name: f for f in (embedder, balancer, parts, output)}
 
     @property
     def moe_layers(self) -> list[int]:
@@ -137,7 +137,7 @@ class GPT(nn.Module):
     def functions_of(self, instruction: Instruction) -> BlockFunctions:
         """Of the block that has this instruction.  KeyError where none has."""
         name = self.blocks.block_of(instruction).name
-        return (self if instruction.layer < 0 else self.layers[instruction.layer]).functions[name]
+        return self.functions[name] if name in self.functions else self.layers[instruction.layer].functions[name]
 
     def logits(self, n_TD: Tensor) -> Tensor:
         """[T, V] of the words that are here, padding included."""

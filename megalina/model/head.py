@@ -30,9 +30,8 @@ class Balance(BlockFunctions):
 
     def balance_of_group(self, *probs_and_groups: Any) -> Tensor:
         """Of a micro-batch's parts: each layer's sums of probabilities, part by part, then each layer's counts of all parts."""
-        layers = len(self.holder.moe_layers)
-        probs, groups = probs_and_groups[:-layers], probs_and_groups[-layers:]
-        assert all(isinstance(g, GroupSoFar) for g in groups)
+        groups = [g for g in probs_and_groups if isinstance(g, GroupSoFar)]
+        layers, probs = len(groups), probs_and_groups[: -len(groups)]
         prob_LE = torch.stack(probs).view(-1, layers, *probs[0].shape).sum(0)
         return self.of_all(list(prob_LE), torch.stack([g.chosen_E for g in groups]))
 

@@ -6,7 +6,7 @@ bytes of tokens, each MoE layer's load.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,7 @@ class InstructionFunctions:
             return partial(self._add_late, instruction.key)
         if instruction.phase == "U":
             named = getattr(self, f"_{instruction.name}")
-            values = [v.split(".")[0] for v in instruction.reads]
-            return partial(named, values) if instruction.name in ("seed", "measure") else named
+            return partial(named, instruction.reads) if instruction.name in ("seed", "measure") else named
         later = self.late.setdefault(instruction.key, []) if instruction.late else None
         return self.gpt.functions_of(instruction).bind(instruction, later)
 
@@ -89,24 +88,26 @@ class InstructionFunctions:
         tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
         return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
 
-    def _seed(self, names: list[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
+    def _seed(self, names: Sequence[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
         """The gradient of what is minimized with respect to each loss."""
         per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
         per = {"loss_tokens": per_loss, "valid_tokens": per_valid}
         weights = {loss.name: loss.weight * per[loss.divisor] for loss in self.losses}
-        return tuple(weights[self._loss_of[n]].to(v.dtype) for n, v in zip(names[1:], losses, strict=True))
+        return tuple(weights[self._loss_of[_head(n)]].to(v.dtype) for n, v in zip(names[1:], losses, strict=True))
 
-    def _measure(self, names: list[str], *values: Any) -> Tensor:
+    def _measure(self, names: Sequence[str], *values: Any) -> Tensor:
         """float64: sums of losses and squares over this rank, and its loads."""
         zero = torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device)
         sums = {loss.name: zero for loss in self.losses}
-        loads = [value for name, value in zip(names, values, strict=True) if name == "#load"]
+        loads: dict[int, list[Tensor]] = {layer: [] for layer in self.gpt.moe_layers}
         for name, value in zip(names, values, strict=True):
-            if (loss := self._loss_of.get(name)) is not None:
+            if _head(name) == "#load":
+                loads[int(name.split(".")[1])].append(value)
+            if (loss := self._loss_of.get(_head(name))) is not None:
                 sums[loss] = sums[loss] + value.double()
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
-        layers = len(self.gpt.moe_layers)
-        load = torch.stack(loads).view(-1, layers, loads[0].numel()).sum(0).double().flatten() if layers else squares.new_zeros(0)
+        of_layers = [torch.stack(of_parts).sum(0) for of_parts in loads.values()]
+        load = torch.cat(of_layers).double() if of_layers else squares.new_zeros(0)
         own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
@@ -154,6 +155,10 @@ class InstructionFunctions:
     def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
         """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
         return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
+
+
+def _head(value: str) -> str:
+    return value.partition(".")[0]
 
 
 def _joined(limbs: list[int]) -> int:

@@ -78,6 +78,7 @@ class Shape:
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
     shared_experts: bool = False
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
+    whole_routers: bool = False  # a router must see the whole micro-batch at once
     selection_bias: bool = False  # routers have a bias that a step's loads move
 
     @property

@@ -197,8 +197,9 @@ def interleave(parts: Sequence[Program]) -> Program:
     return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in instructions)
 
 
-def share_group(parts: Sequence[Program]) -> list[Program]:
-    """Parts of one micro-batch, in the order of its tokens, whose routers' group is the whole of it.
+def share_group(parts: Sequence[Program], layer: int = -1) -> list[Program]:
+    """Parts of one micro-batch, in the order of its tokens, whose routers' group is the whole of it.  `layer`: the first one of
+    several, where they are not of the whole pass.
 
     A part's routing in a layer reads what the part before it left (`#group`: the places taken in the experts' queues) and
     leaves the same for the next, so tokens are kept and dropped as in the whole (capacity passing; Lancet, section 2.3).  The
@@ -206,7 +207,8 @@ def share_group(parts: Sequence[Program]) -> list[Program]:
     the loss of all.
     """
     first, last = parts[0][0].part, parts[-1][0].part
-    whole = f"#group.-.{first}"
+    of_layer = "-" if layer < 0 else str(layer)
+    whole = f"#group.{of_layer}.{first.partition('p')[0]}"
     latest = {instruction.layer: whole for instruction in parts[0] if decides(instruction)}
     if not latest:
         return list(parts)
@@ -222,18 +224,26 @@ def share_group(parts: Sequence[Program]) -> list[Program]:
     out = [tuple(map(linked, part)) for part in parts]
     batches = tuple(f"#batch.-.{part[0].part}" for part in parts)
     probs = tuple(v for part in out for s in part for v in s.writes if v.startswith("prob."))
-    sizes = Instruction("U", Kind.COMPUTE, "sizes_of_group", part=first, reads=batches, writes=(whole,))
-    balance = Instruction(
-        "F", Kind.COMPUTE, "balance_of_group", part=last, reads=(*probs, *latest.values()), writes=(f"aux.-.{last}",)
-    )
+    sizes = Instruction("U", Kind.COMPUTE, "sizes_of_group", layer, first, batches, (whole,))
+    reads, writes = (*probs, *latest.values()), (f"aux.{of_layer}.{last}",)
+    balance = Instruction("F", Kind.COMPUTE, "balance_of_group", layer, last, reads, writes)
     out[0], out[-1] = (sizes, *out[0]), (*out[-1], balance)
     return out
 
 
-def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0, one_group: bool = False) -> Program:
+def step(
+    forward: Program,
+    parts: int,
+    *,
+    together: int = 1,
+    share: float = 1.0,
+    one_group: bool = False,
+    arranged: Callable[[Program], Program] = lambda backward: backward,
+) -> Program:
     """Forward and backward of all parts, `together` of them at a time.
 
-    A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  Gradients
+    A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  `arranged`: puts
+    the mirrors of a forward pass into another order.  Gradients
     are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which is known before the
     first backward.  Nothing else is ever divided.
     """
@@ -257,7 +267,7 @@ def step(forward: Program, parts: int, *, together: int = 1, share: float = 1.0,
             losses = losses_of(part, both)
             seeds = tuple(map(gradient, losses))
             out.append(Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
-        out += backward(both)
+        out += arranged(backward(both))
         out += (weights_of(s) for s in reversed(both) if s.late)
     return tuple(out)
 
@@ -343,7 +353,7 @@ def finish(
     first thing in the step instead, each awaited by the first instruction that uses it."""
     seeded = {v for s in program if s.phase == "U" and s.name == "seed" for v in s.reads}
     values = (v for s in program if s.phase == "F" for v in s.writes if v in seeded or v.startswith("#load."))
-    losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2])))  # part by part
+    losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2].partition("p")[0])))  # part by part
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     out = [

@@ -18,6 +18,8 @@ class Plan:
     late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
     deferred_weights: str = "none"  # whose weights' gradients are instructions of their own: none | experts | all
     deferred_bytes: int = 0  # that may be kept back for them; 0: no limit
+    partition: str = "none"  # ranges of the forward pass that walk in parts: as `megalina.step.partition.ranges_from` reads them
+    partition_backward: str = "whole"  # their mirrors: whole, side by side | mirrored, in turn as they went forward
     gap_bytes: tuple[tuple[str, int], ...] = ()  # windows: at most so many bytes in each gap of the wire; (): no limit
     times_us: tuple[tuple[str, float], ...] = ()  # of kinds of instructions, a whole micro-batch; weights are placed by them
     measured_at: int = 0  # the step in which the windows were measured
@@ -34,6 +36,7 @@ class Plan:
             f"weights of {self.late_layers} layers last" if self.late_layers else "",
             f"deferred weights of {self.deferred_weights}" if self.deferred_weights != "none" else "",
             f"{self.deferred_bytes / 2**20:g} MiB kept back" if self.deferred_bytes else "",
+            _partition_words(self.partition, self.partition_backward) if self.partition != "none" else "",
             "windows " + "/".join(f"{gap} {size / 2**20:.2f} MiB" for gap, size in self.gap_bytes) if self.gap_bytes else "",
             f"times of step {self.measured_at}" if self.times_us else "",
             f"packing {self.packing}" if self.packing > 1 else "",
@@ -71,6 +74,11 @@ class Plan:
             if type(getattr(plan, field.name)) is not (kind := type(field.default)):
                 raise TypeError(f"{field.name} is no {kind.__name__}")
         return plan
+
+
+def _partition_words(partition: str, backward: str) -> str:
+    parts = f"forward in {partition} parts" if partition.isdecimal() else f"forward in parts {partition.replace(',', ' ')}"
+    return f"{parts} and {backward} backward"
 
 
 def chunks_from(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
+from megalina.step.partition import NONE, partition, ranges_of, side_by_side, with_own_counts
 from megalina.step.passes import (
     ROUTER_BIAS,
     chunk,
@@ -123,7 +124,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "lina": priority,
     "flow": flow,
     "lina_zero": lina_zero,
-    "lancet": flow,  # whose weights' gradients are placed by `_step`
+    "lancet": flow,  # whose weights' gradients are placed, and whose forward pass is partitioned, by `_step`
 }
 
 
@@ -180,15 +181,35 @@ def _plain_step(setting: Setting) -> Program:
     return _step(setting, together=1)
 
 
-def _step(setting: Setting, *, together: int) -> Program:
+def forward_pass(setting: Setting) -> Program:
+    """Of one micro-batch, before it is cut: its rows in chunks, with what is left out of backward and what is computed again."""
     late = setting.shape.moe_layers[: setting.plan.late_layers]
     forward = chunk(plain(setting.shape), setting.plan.chunks_of(setting.shape.moe))
     forward = defer_weights(defer_weights(forward, ("experts",), late), setting.shape.deferred(setting.plan.deferred_weights))
-    forward = recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
+    return recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
+
+
+def _step(setting: Setting, *, together: int) -> Program:
+    forward = _partitioned(forward_pass(setting), setting)
     cut = setting.cut if together > 1 else 1
     one_group = cut > 1 and setting.shape.micro_batch_groups
-    program = step(forward, setting.micro_batches * cut, together=together, share=1 / cut, one_group=one_group)
+    program = step(
+        forward,
+        setting.micro_batches * cut,
+        together=together,
+        share=1 / cut,
+        one_group=one_group,
+        arranged=side_by_side if setting.plan.partition_backward == "whole" else lambda backward: backward,
+    )
     if not setting.plan.places_weights:
         return program
     most_bytes = setting.plan.deferred_bytes or float("inf")
     return place_weights(program, setting.seconds, kept_bytes=setting.kept_bytes, most_bytes=most_bytes)
+
+
+def _partitioned(forward: Program, setting: Setting) -> Program:
+    if setting.plan.partition == NONE:
+        return forward
+    shape, forward = setting.shape, with_own_counts(forward)
+    ranges = ranges_of(setting.plan.partition, forward, whole_routers=shape.whole_routers)
+    return partition(forward, ranges, one_group=shape.micro_batch_groups, whole_routers=shape.whole_routers)

@@ -169,7 +169,10 @@ class _Observer:
                 finally:
                     self._instruction = None
                 for name, value in zip(instruction.writes, out if isinstance(out, tuple) else (out,), strict=True):
-                    self._note(name, value, instruction)
+                    if isinstance(value, Batch):
+                        self._batches[name.split(".")[2]] = value
+                    else:
+                        self._note(name, value, instruction)
                 return out
 
             return watched

@@ -18,6 +18,7 @@ from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size
 from megalina.layout import axis_of_group, axis_sizes
+from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_BIAS
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
 
@@ -28,6 +29,7 @@ FEW = (  # a number a part, an expert or a sequence: not counted
     *("prob", "#load", "#loads", "#all_loads", "#group"),
 )
 STREAM = re.compile(r"x|h\d*")  # values of the residual stream
+PART = re.compile(r"\.\d+p\d+/(\d+)")  # of a value's name: one of so many parts of a range
 
 
 def bucket_specs(
@@ -192,14 +194,16 @@ class InstructionBytes:
         if head in self._few:
             return 0
         at = rank.shapes(instruction)
+        of_part = PART.search(name) if not is_part(instruction) else None
+        parts = int(of_part[1]) if of_part else 1  # of what is cut, or made of parts
         if STREAM.fullmatch(head):
-            return int(at.held) * rank.width * rank.element
+            return int(at.held) * rank.width * rank.element // parts
         whole = "c" not in name.rpartition(".")[2] and "c" not in instruction.part  # of all chunks together
         chunks = 1 if whole or "c" in instruction.part else instruction.chunk[1]
         known = self.blocks.block_of(instruction).value_bytes(at)
         if head not in known:
             raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
-        return known[head] // chunks
+        return known[head] // chunks // parts
 
     def _memory(self, instruction: Instruction) -> Inside:
         return self.blocks.block_of(instruction).memory(self.rank.shapes(instruction))

@@ -105,6 +105,19 @@ class PricedStep:
         self._together = plan.parts if micro_batches % plan.parts == 0 else 1
         self.rounds = micro_batches // self._together  # of micro-batches that walk together
 
+    def under(self, plan: Plan) -> "PricedStep":
+        """The same step under another plan of the same packing."""
+        return PricedStep(
+            self.config,
+            self.world,
+            plan,
+            vocab_size=self.vocab_size,
+            load=self.load,
+            shared=self._shared,
+            network=self._network,
+            seconds=self._seconds,
+        )
+
     @cached_property
     def ranks_of(self) -> Callable[[str, int], tuple[int, ...]]:
         """(axis, rank) -> the ranks of its row."""

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 
+VIEWS = (("F", "cut_tokens"), ("B", "join_tokens"))
+
 
 class Deferred(Protocol):
     """Which values stay for the gradients of weights."""
@@ -127,6 +129,9 @@ class _Walk:
         sizes = [self._sizes.value(name, instruction) for name in instruction.writes]
         parts = (instruction.phase, instruction.name) in (("F", "cut"), ("B", "join"))  # its results are parts of one tensor
         blocks = [_Block(sum(sizes))] * len(sizes) if parts else [_Block(size) for size in sizes]
+        if (instruction.phase, instruction.name) in VIEWS:  # parts of what is there already
+            number = len(sizes) // len(instruction.reads)
+            blocks = [self.values[v][0] for v in instruction.reads for _ in range(number)]
         replaced = 0
         for name, block in zip(instruction.writes, blocks, strict=True):
             replaced += self._write(name, [block, *(self._deferred(instruction) if name.startswith("#late") else ())])
