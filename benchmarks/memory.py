@@ -52,6 +52,14 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
     "ep 2": (2, FEW, {"balance_loss": 0.05}, {"ep": 2}, {}),
     "ep 2, ZeRO-1, lina, chunks": (2, {}, {}, {"ep": 2, "zero": 1}, {"name": "lina", "chunks": "2", **PIECES}),
     "ep 2, lancet": (2, FEW, {"micro_batch_size": 4}, {"ep": 2}, {"name": "lancet", "deferred_weights": "all"}),
+    "ep 2, lancet in parts": (
+        *(2, FEW, {"micro_batch_size": 4}, {"ep": 2}),
+        {"name": "lancet", "deferred_weights": "all", "partition": "2"},
+    ),
+    "ep 2, router that needs the whole, in parts": (
+        *(2, FEW, {"micro_batch_size": 4, "group": "micro_batch", "kind": "expert_choice"}, {"ep": 2}),
+        {"name": "lancet", "partition": "2", "partition_backward": "mirrored"},
+    ),
     "tp 2, lancet, all recomputed": (
         2,
         FEW,

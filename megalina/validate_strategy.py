@@ -45,10 +45,9 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
             f"strategy.deferred_mb={strategy.deferred_mb:g} limits what deferred weights' gradients keep, and "
             "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"
         )
-    if strategy.partition_backward != plain.partition_backward and strategy.partition == NONE:
+    if strategy.partition == AUTO and strategy.partition_backward != plain.partition_backward:
         raise ValueError(
-            f"strategy.partition_backward={strategy.partition_backward} is about what goes forward in parts, and "
-            "strategy.partition=none cuts nothing: give strategy.partition=2, say"
+            "strategy.partition=auto finds strategy.partition_backward itself: leave it out, or give numbers of parts"
         )
     if strategy.windows == AUTO and strategy.name not in WINDOWED:
         raise ValueError(
@@ -122,6 +121,11 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
         _check_parts_of_groups(config, cut)
     if plan.partition != NONE:
         _check_partition(config, plan)
+    elif plan.partition_backward != StrategyConfig().partition_backward:
+        raise ValueError(
+            f"strategy.partition_backward={plan.partition_backward} is about what goes forward in parts, and "
+            "strategy.partition=none cuts nothing: give strategy.partition=2, say"
+        )
     tokens = train.micro_batch_size // cut * train.seq_len // tp
     moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
     if (most := max(plan.chunks_of(moe).values(), default=1)) > tokens:

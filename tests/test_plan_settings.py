@@ -32,6 +32,7 @@ OTHERS = (
     replace(candidates.FLOW, parts=4, yields=True, late_layers=4),
     replace(candidates.DDP, merge_bytes=2**20),
     replace(candidates.LANCET, deferred_weights="experts", deferred_bytes=2**19),
+    replace(candidates.LANCET, partition="attention.0..mix.0:2,attention.1..mix.1:4"),
     replace(candidates.LINA, packing=2, deferred_weights="all"),
 )
 
@@ -59,6 +60,8 @@ PLANS = st.builds(
     yields=st.booleans(),
     late_layers=st.integers(0, 3),
     deferred_weights=st.sampled_from(["none", "experts", "all"]),
+    partition=st.sampled_from(["none", "none", "2", "3", "9", "attention.0..mix.0:2", "counts.0..mix.1:2"]),
+    partition_backward=st.sampled_from(["whole", "mirrored"]),
     packing=st.sampled_from([1, 1, 2, 3, 4]),
 )
 CONFIGS = st.builds(

@@ -173,7 +173,7 @@ def _config(
 
 
 def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
-    """The same devices in slow motion; ValueError where none are emulated."""
+    """The same devices and links in slow motion; ValueError where no devices are emulated."""
     if factor != 1.0 and not (cluster.attention_ms or cluster.experts_ms or cluster.device_gflops):
         raise ValueError(f"--slow-motion {factor:g} slows emulated devices: give cluster.attention_ms and cluster.experts_ms")
     return replace(
@@ -182,6 +182,8 @@ def slowed(cluster: "ClusterConfig", factor: float) -> "ClusterConfig":
         experts_ms=cluster.experts_ms * factor,
         kernel_floor_ms=cluster.kernel_floor_ms * factor,
         device_gflops=cluster.device_gflops / factor,
+        link_gbit=cluster.link_gbit / factor,
+        latency_us=cluster.latency_us * factor,
     )
 
 

@@ -13,8 +13,8 @@ from megalina.perfmodel.sim.lower_bound import lower_bound
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Program
-from megalina.timeline.contention import AllToAll, Alone, all_to_alls, quantile, summary
-from megalina.timeline.recorder import SEND, Event
+from megalina.timeline.contention import AllToAll, Alone, all_to_alls, class_of, quantile, summary
+from megalina.timeline.recorder import SEND, WAIT, Event
 
 EAGER = "eager"
 VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
@@ -87,6 +87,8 @@ class Measured:
     ratio_spread: tuple[float, float]  # quartiles of the ratio over rounds
     ratio_to_ddp: float | None
     a2a_exposed_s: float
+    a2a_exposed_forward_s: float
+    a2a_exposed_backward_s: float
     grads_exposed_s: float
     other_exposed_s: float  # split sizes, sums
     compute_s: float  # the device computed
@@ -109,6 +111,7 @@ def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[
     return {
         "step_s": competitor.step_s,
         "a2a": [c.traffic["a2a"].exposed_s for c in found],
+        **{f"a2a {phase}": [_waited_for_tokens(events, phase) for events in competitor.events] for phase in "FB"},
         "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
         "other": [c.traffic["other"].exposed_s for c in found],
         "compute": [c.compute_s for c in found],
@@ -117,6 +120,11 @@ def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[
         "peak": competitor.peak_bytes,
         "losses": competitor.losses,
     }
+
+
+def _waited_for_tokens(events: Sequence[Event], phase: str) -> float:
+    """Seconds that the device stood still for tokens in forward or in backward."""
+    return sum(e.exposed_s for e in events if e.kind == WAIT and class_of(e) == "a2a" and e.phase == phase)
 
 
 def measure(
@@ -158,6 +166,8 @@ def measure(
             ratio_spread=(quantile(ratios, 0.25) or 0.0, quantile(ratios, 0.75) or 0.0),
             ratio_to_ddp=statistics.median(step_s["ddp"]) / statistics.median(step_s[name]) if "ddp" in step_s else None,
             a2a_exposed_s=statistics.median(slowest([n["a2a"] for n in by_rank])),
+            a2a_exposed_forward_s=statistics.median(slowest([n["a2a F"] for n in by_rank])),
+            a2a_exposed_backward_s=statistics.median(slowest([n["a2a B"] for n in by_rank])),
             grads_exposed_s=statistics.median(slowest([n["grads"] for n in by_rank])),
             other_exposed_s=statistics.median(slowest([n["other"] for n in by_rank])),
             compute_s=statistics.median(slowest([n["compute"] for n in by_rank])),

@@ -23,13 +23,14 @@ LINA_NOPACK = replace(PRIORITY_PARTITION, strategy="lina_nopack", chunks=(2,))
 LINA = replace(LINA_NOPACK, strategy="lina")
 FLOW = Plan("flow", parts=2)
 LANCET = Plan("lancet", deferred_weights="all")
+LANCET_IN_PARTS = replace(LANCET, partition="2", partition_backward="mirrored")
 LINA_ZERO = Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES)
 
 OF_A_LAYOUT = (  # one list for every layout of a large search
     *(EAGER, DDP, PRIORITY_PARTITION, LINA_NOPACK),
     *(replace(LINA, packing=k) for k in (2, 4)),
     *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
-    *(LANCET, replace(FLOW, deferred_weights="all"), LINA_ZERO),
+    *(LANCET, LANCET_IN_PARTS, replace(FLOW, deferred_weights="all"), LINA_ZERO),
 )
 
 
@@ -60,6 +61,14 @@ def with_late_layers(best: Plan) -> list[Plan]:
 def with_deferred_weights(best: Plan) -> list[Plan]:
     """Whose weights' gradients are placed under all-to-alls."""
     return [replace(best, deferred_weights=mode) for mode in DEFERRED] if best.strategy != "eager" else []
+
+
+def with_partition(best: Plan) -> list[Plan]:
+    """Of lancet alone: others walk in parts by themselves, or stay whole."""
+    if best.strategy != "lancet":
+        return []
+    whole = [replace(best, partition=parts, partition_backward="whole") for parts in ("none", "2")]
+    return [*whole, *(replace(best, partition=parts, partition_backward="mirrored") for parts in ("2", "4"))]
 
 
 def in_chunks(best: Plan) -> list[Plan]:

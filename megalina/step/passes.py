@@ -56,8 +56,8 @@ def place_weights(
 
     All-to-alls come in the order of the list.  Each is covered by the weight gradients that fit what it leaves of its time best,
     among those whose mirrors have run: until it is covered, or the best takes more than twice of what is left.  The last one
-    gets all that still wait; those whose mirrors run after it stay at the end.  Contributions to one weight keep their order, so
-    sums keep their bits.
+    gets all that still wait, and so does the last one of a forward pass, so that no more than one micro-batch's ever wait; those
+    whose mirrors run after the last one stay at the end.  Contributions to one weight keep their order, so sums keep their bits.
 
     `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
     gradients; beyond `most_bytes` the oldest are placed first, whatever they take.
@@ -67,7 +67,7 @@ def place_weights(
     weights = {w.reads: w for w in program if w.phase == "W"}
     base = [s for s in program if s.phase != "W"]
     exposed_s = _exposed(base, seconds)
-    last = max((i for i, s in enumerate(base) if _carries_tokens(s)), default=-1)
+    last = _last_of_each_pass(base)
     out: list[Instruction] = []
 
     def kept() -> int:
@@ -81,7 +81,7 @@ def place_weights(
         out.append(instruction)
         if instruction.phase == "B" and instruction.late:
             waiting.append(weights[tuple(v for v in instruction.writes if not has_gradient(v))])
-            while kept() > most_bytes:
+            while waiting and (not last or kept() > most_bytes):
                 put(waiting[0])
         if _carries_tokens(instruction):
             left_s, placed = exposed_s[i], False
@@ -91,7 +91,7 @@ def place_weights(
                     break
                 put(best)
                 left_s, placed = left_s - seconds(best), True
-        if i == last:
+        if i in last:
             while waiting:
                 put(waiting[0])
     return (*out, *waiting)
@@ -99,6 +99,18 @@ def place_weights(
 
 def _carries_tokens(instruction: Instruction) -> bool:
     return instruction.kind is Kind.START and instruction.op is Op.TOKENS
+
+
+def _last_of_each_pass(program: Sequence[Instruction]) -> set[int]:
+    """Places of the last START of tokens in each forward pass, and in the list."""
+    out: set[int] = set()
+    sent = -1
+    for i, (instruction, following) in enumerate(zip(program, [*program[1:], None], strict=True)):
+        sent = i if _carries_tokens(instruction) else sent
+        ends = following is None or (instruction.phase != "B" and following.phase == "B")
+        if ends and sent >= 0:
+            out.add(sent)
+    return out
 
 
 def _exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, float]:

@@ -33,7 +33,7 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         regrouping.rows_in_arrival_order,
         residuals.noise_of_each_rank,
     ),
-    "routing": (routing.capacity_of_pieces,),
+    "routing": (routing.capacity_of_pieces, routing.capacity_of_parts),
     "loss": (losses.padding, losses.balance_of_pieces, losses.first_words_in_head),
     "gradient": (
         deferred.not_once,

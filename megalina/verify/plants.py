@@ -7,9 +7,10 @@ else holds on to its functions, its program or its buckets.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megalina.blocks.routers import kind_of
+from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
+from megalina.step.partition import most_parts
 from megalina.verify.bugs import forward, gradients, losses
 from megalina.verify.recording import Layout
 
@@ -45,10 +46,22 @@ def _has_scores(config: PretrainConfig) -> bool:
 def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
     """Whether a tp rank has a part of a group of tokens that shares capacity and balance.  Not where parts of a micro-batch hand
     their choices on to each other: these bugs don't."""
-    if config.strategy.parts > 1 and config.router.group == "micro_batch":
+    if _parts(config) > 1 and config.router.group == "micro_batch":
         return False
     part_of_sequence = layout.tp > layout.micro_batch and layout.tp % layout.micro_batch == 0
     return layout.tp > 1 and (config.router.group == "micro_batch" or part_of_sequence)
+
+
+def _parts(config: PretrainConfig) -> int:
+    """In which a micro-batch is routed."""
+    return max(config.strategy.parts, most_parts(config.strategy.partition))
+
+
+def _passes_capacity(layout: Layout, config: PretrainConfig) -> bool:
+    """Whether a part's routing follows from the parts before it, and some of their tokens are dropped."""
+    router = config.router
+    limited = 0 < router.capacity_factor < 1 and not takes_whole_micro_batch(router, tp=layout.tp)
+    return _has_moe(config) and limited and router.group == "micro_batch" and _parts(config) > 1 and layout.tp == 1
 
 
 def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
@@ -152,6 +165,13 @@ _ALL = (
         "with sequence parallelism the norms' gradients are not summed over tp",
         lambda layout, config: layout.tp > 1 and layout.sequence and layout.zero == 0,
         gradients.sequence_norm_not_summed,
+    ),
+    Plant(
+        "capacity_not_passed",
+        "parts of a micro-batch route as if no tokens of it were before theirs",
+        _passes_capacity,
+        forward.capacity_not_passed,
+        ("router.group=micro_batch", "router.capacity_factor=0.8"),
     ),
     Plant(
         "rows_not_regrouped",

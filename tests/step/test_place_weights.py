@@ -82,9 +82,21 @@ def test_without_times_each_goes_under_the_next_exchange() -> None:
     assert set(found["B:combine>.1.0"]) == {"W:route.2.0", "W:attention.2.0"}
 
 
-def test_a_model_without_exchanges_computes_them_at_the_end() -> None:
+def test_a_model_without_exchanges_computes_them_at_once() -> None:
     program = place_weights(deferred(SHAPES["dense"]), taking({}, 1.0))
-    assert [s.phase for s in program[-5:]] == ["W"] * 5
+    late = [i for i, s in enumerate(program) if s.phase == "B" and s.late]
+    assert len(late) == 5 and all(program[i + 1].phase == "W" for i in late)
+
+
+def test_no_more_than_one_micro_batchs_wait() -> None:
+    """Those of one are placed by the end of the next one's forward pass, however many there are."""
+    for number in (2, 3, 8):
+        program = place_weights(deferred(SHAPES["moe"], number), taking({}))  # exchanges take no time: nothing is covered
+        most, waiting = 0, 0
+        for instruction in program:
+            waiting += (instruction.phase == "B" and instruction.late) - (instruction.phase == "W")
+            most = max(most, waiting)
+        assert most == 10, number  # attention, router and experts of three layers, the head
 
 
 def test_a_cap_on_bytes_places_the_oldest() -> None:

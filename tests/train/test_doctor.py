@@ -171,12 +171,12 @@ def never_reads(rank: int, mark: Callable[[], None]) -> None:
     """The sequences of step FAULT_STEP, which are read ahead, never come on rank 1."""
     read, calls = PackedSamples.batch, []
 
-    def batch(self: PackedSamples, first: int, count: int) -> Any:
+    def batch(self: PackedSamples, first: int, count: int, stride: int = 1) -> Any:
         calls.append(first)
         if rank == 1 and len(calls) == FAULT_STEP:
             mark()
             time.sleep(60)
-        return read(self, first, count)
+        return read(self, first, count, stride)
 
     PackedSamples.batch = batch
 

@@ -134,6 +134,48 @@ def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
         assert differences(replace(choices, strategies=walking), rows, steps=2) == []
 
 
+# ranges of layers in parts: layouts in which every router runs
+PARTITIONED = [
+    Layout(1, micro_batch=8, strategy="lancet"),
+    Layout(1, micro_batch=4, recompute="full", strategy="lancet"),  # two micro-batches a step
+    Layout(2, ep=2, micro_batch=4, strategy="lancet"),
+    Layout(2, tp=2, micro_batch=8, strategy="lancet"),
+    Layout(2, tp=2, sequence=False, micro_batch=8, strategy="lancet"),
+    Layout(4, ep=4, micro_batch=2, strategy="lancet"),
+    Layout(4, ep=2, micro_batch=2, zero=1, recompute="selective", strategy="lancet"),
+    Layout(4, tp=2, ep=2, micro_batch=4, strategy="lancet"),
+]
+
+
+def partitioned(settings: dict[str, Any], layouts_of: Sequence[Layout]) -> tuple[Choices, list[Row]]:
+    """Every router in these layouts, with one model after another, as far as a partition can be."""
+    choices = replace(choices_of(RANKS), strategies={"lancet": replace(strategy("lancet"), **settings)})
+    models = itertools.cycle(choices.models)
+    rows = [
+        Row(layout, router, config.capacity_factor, next(models), "adamw")
+        for layout in layouts_of
+        for router, config in choices.routers.items()
+    ]
+    return choices, [row for row in rows if runs(choices, row)]
+
+
+def test_ranges_in_parts_equal_one_process() -> None:
+    choices, rows = partitioned({"partition": "2"}, PARTITIONED[3:6:2])
+    half = len(choices.routers)  # each router in one of two layouts; some of them must see the whole micro-batch
+    assert len(rows) == 2 * half
+    assert differences(choices, rows[:half:2] + rows[half + 1 :: 2], steps=1) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backward", ["whole", "mirrored"])
+@pytest.mark.parametrize("parts", ["2", "4"])
+@pytest.mark.parametrize("more", [{}, {"chunks": "2"}, {"deferred_weights": "none", "yields": True}], ids=str)
+def test_every_router_in_parts_equals_one_process(parts: str, backward: str, more: dict[str, Any]) -> None:
+    choices, rows = partitioned({"partition": parts, "partition_backward": backward} | more, PARTITIONED)
+    assert len(rows) >= {"2": 80, "4": 50}[parts]
+    assert differences(choices, rows, steps=1) == []
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("world", "tp", "number"), [(1, 1, 70), (2, 1, 100), (2, 2, 100), (4, 1, 100), (4, 2, 150), (4, 4, 70)])
 def test_the_product_of_layouts_and_routers_equals_one_process(world: int, tp: int, number: int) -> None:

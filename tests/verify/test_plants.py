@@ -1,6 +1,7 @@
 """Every plant, on real ranks: it is found and named by the numbers alone, on rows of several kinds; without one nothing is."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -35,16 +36,18 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("dropout", "global", "adamw", Layout(WORLD, tp=4, ep=1, micro_batch=8)),
     ("GPT-2", "topk", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, strategy="lancet")),
     ("modern", "sigmoid", "sgd", Layout(WORLD, tp=1, ep=4, micro_batch=2, recompute="full", strategy="lancet")),
+    ("modern", "capacity", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=2, strategy="lancet")),
 ]
 
 
 def config_of(model: str, router: str, optimizer: str, layout: Layout) -> PretrainConfig:
+    lancet = layout.strategy == "lancet"
     sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 4, "num_experts": 4, "d_ff": 16, "dense_d_ff": 24}
     config = PretrainConfig(
         model=ModelConfig(**(sizes | {"vocab_size": 200} | MODELS[model])),  # type: ignore[arg-type]
         router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
         optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3),
-        strategy=strategy(layout.strategy),
+        strategy=replace(strategy(layout.strategy), partition="2" if lancet and router == "capacity" else "none"),
         train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
     )
     return layout_config(config, layout)

@@ -1,11 +1,15 @@
 """Bugs in the forward pass."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megalina.config import PretrainConfig
-from megalina.model.routers import Router, Routing
+from megalina.model.routers import GroupSoFar, Router, Routing
 from megalina.model.tokens import ALL, RouterTokens
 from megalina.parallel.trainable import Trainable
+from megalina.step.passes import decides
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, around
 
@@ -38,6 +42,22 @@ def _own_capacity(router: Router) -> Function:
         return Router.forward(router, logits_TE, here, logits_AE[own], ALL)
 
     return forward
+
+
+def capacity_not_passed(trainable: Trainable, config: PretrainConfig) -> None:
+    def of(instruction: Instruction, function: Function) -> Function:
+        if not decides(instruction):
+            return function
+
+        def forgetful(*arguments: Any) -> Any:
+            forgotten = (
+                GroupSoFar(a.tokens, torch.zeros_like(a.chosen_E)) if isinstance(a, GroupSoFar) else a for a in arguments
+            )
+            return function(*forgotten)
+
+        return forgetful
+
+    around(trainable, of)
 
 
 def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:

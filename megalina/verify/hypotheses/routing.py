@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megalina.model.routers import Routing
+from megalina.model.routers import GroupSoFar, Routing
 from megalina.model.tokens import ALL, RouterTokens, router_tokens
+from megalina.step.partition import most_parts
 from megalina.verify.evidence import Cause, Evidence
 from megalina.verify.recording import widened
 
@@ -38,8 +39,8 @@ def groups(evidence: Evidence) -> list[Group]:
     return out
 
 
-def routed(evidence: Evidence, layer: int, piece: Tensor) -> Routing:
-    """What a router decides about tokens if it sees no others."""
+def routed(evidence: Evidence, layer: int, piece: Tensor, group_tokens: int = 0) -> Routing:
+    """What a router decides about tokens if it sees no others.  `group_tokens`: but knows of how many their group is."""
     router = evidence.model.layers[layer].router
     logits = evidence.pair("activation", f"layers.{layer}.logits").want.value.flatten(0, 1)[piece]
     known = router_tokens(evidence.batch)
@@ -47,7 +48,9 @@ def routed(evidence: Evidence, layer: int, piece: Tensor) -> Routing:
     config, router.config = router.config, replace(router.config, group="micro_batch")  # these tokens are all there are
     try:
         with torch.no_grad():
-            routing: Routing = router(logits, tokens, logits, ALL)
+            nobody_E = torch.zeros(router.num_experts, dtype=torch.int64)
+            before = GroupSoFar(torch.tensor(group_tokens), nobody_E) if group_tokens else None
+            routing: Routing = router(logits, tokens, logits, ALL, before)
     finally:
         router.config = config
     return routing
@@ -77,4 +80,31 @@ def capacity_of_pieces(evidence: Evidence) -> Iterator[Cause]:
             "capacity_per_chunk",
             f"{first.name}: {lost} choices go to nobody instead of {right}: capacity is that of each tp rank's "
             f"1/{evidence.layout.tp} of a micro-batch, not of the group of tokens that shares it",
+        )
+
+
+def capacity_of_parts(evidence: Evidence) -> Iterator[Cause]:
+    """Capacity is the micro-batch's, but each of the parts that it walks in has the experts' queues to itself."""
+    first, config = evidence.first, evidence.config
+    parts = max(config.strategy.parts, most_parts(config.strategy.partition))
+    in_order = config.router.group == "micro_batch" and config.router.drop == "position" and evidence.layout.tp == 1
+    if first is None or not first.name.endswith(".expert") or parts == 1 or not in_order:
+        return
+    layer, nobody = int(first.name.split(".")[1]), config.model.num_experts
+    want, got = first.want.value.flatten(0, 1), first.got.value.flatten(0, 1)
+    valid_A = evidence.batch.valid_BS.flatten()
+    predicted = torch.full_like(got, nobody)
+    for group in groups(evidence):
+        (token_A,) = group
+        if len(token_A) % parts:
+            return
+        tokens = int(valid_A[token_A].sum())
+        for piece in token_A.chunk(parts):
+            predicted[piece] = widened(routed(evidence, layer, piece, tokens).expert_TK, got.shape[1], nobody)
+    if bool((predicted == got).all()):
+        lost, right = int((got == nobody).sum()), int((want == nobody).sum())
+        yield Cause(
+            "capacity_not_passed",
+            f"{first.name}: {lost} choices go to nobody instead of {right}: each of {parts} parts of a micro-batch is routed as "
+            "if no tokens were before its own, so queues begin anew",
         )
