@@ -15,7 +15,7 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
-ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus")
+ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus", "dense")
 LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
@@ -104,7 +104,9 @@ class ModelConfig:
 class RouterConfig:
     # how tokens and experts choose each other; see the files of conf/router
     kind: str = setting("topk", choices=ROUTERS, own=True)
-    top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
+    top_k: int = setting(
+        2, low=1
+    )  # experts a token (expert_choice: on average; dense: where it is served with infer.select=top_k)
     renormalize: bool = True  # the selected weights of a token sum to one
     # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
     scale: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)

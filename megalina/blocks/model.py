@@ -6,12 +6,14 @@ from functools import cached_property
 
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import Block, Loss, Whole
+from megalina.blocks.dense_moe import DenseMoE
 from megalina.blocks.embedding import Embedding
 from megalina.blocks.head import Balance, Head
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.reference import is_reference, load
+from megalina.blocks.routers import kind_of
 from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
@@ -80,7 +82,7 @@ class Blocks:
         """By the name of an instruction alone."""
         out = {name: block for (_, name), block in self._owner.items()}
         for moe in (True, False):  # also of layers that this model happens not to have
-            other = Blocks(self.whole, self.embedding, ((MoE(self.whole) if moe else DenseMlp(self.whole),),), ())
+            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe)(self.whole),),), ())
             out = {name: block for (_, name), block in other._owner.items()} | out
         return out
 
@@ -108,6 +110,13 @@ class Blocks:
         )
 
 
+def ffn_of(router: RouterConfig, is_moe: bool) -> type[Block]:
+    """The block that `ffn` is in a layer."""
+    if not is_moe:
+        return DenseMlp
+    return DenseMoE if kind_of(router).is_dense else MoE
+
+
 def blocks_of(
     model: ModelConfig,
     router: RouterConfig,
@@ -133,7 +142,7 @@ def blocks_of(
         for name in model.layer:
             key = name, is_moe and name == FFN
             if key not in made:
-                kind = kinds[name] or (Attention if name == ATTENTION else MoE if is_moe else DenseMlp)
+                kind = kinds[name] or (Attention if name == ATTENTION else ffn_of(router, is_moe))
                 if not (isinstance(kind, type) and issubclass(kind, Block)):
                     raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
                 made[key] = kind(whole)

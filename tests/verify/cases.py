@@ -46,6 +46,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
         "mutual_information_loss": 0.1,
     },
+    "dense": {"kind": "dense", "renormalize": False, "balance_loss": 0.0, "mutual_information_loss": 0.1},
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}
 
