@@ -27,7 +27,7 @@ from megalina.model.tokens import ALL, OwnTokens, RouterTokens, places, router_t
 
 
 class Dense(Router):
-    """Every expert of every token, with its probability; in evaluation those of `selection`.  So no expert is idle in training."""
+    """Every expert of every token, with its probability; in evaluation those of `selection`.  No expert is idle in training."""
 
     selection: Selection | None = None  # of inference; None: all experts
 

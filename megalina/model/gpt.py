@@ -121,7 +121,7 @@ class GPT(nn.Module):
         first_expert: int = 0,
         digests: bool = False,
     ):
-        """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: routing is digested, for the ledger."""
+        """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger."""
         super().__init__()
         blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole

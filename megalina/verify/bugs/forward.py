@@ -1,5 +1,6 @@
 """Bugs in the forward pass."""
 
+import torch
 from torch import Tensor
 
 from megalina.config import PretrainConfig
@@ -38,6 +39,22 @@ def _own_capacity(router: Router) -> Function:
         return Router.forward(router, logits_TE, here, logits_AE[own], ALL)
 
     return forward
+
+
+def expert_left_out(trainable: Trainable, config: PretrainConfig) -> None:
+    """Nobody computes the last expert of each layer."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "experts":
+            return function
+
+        def without(got_ND: Tensor, weight_NE: Tensor) -> Tensor:
+            there_E = torch.arange(weight_NE.shape[1], device=weight_NE.device) < weight_NE.shape[1] - 1
+            return function(got_ND, weight_NE * there_E)
+
+        return without
+
+    around(trainable, of)
 
 
 def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
