@@ -66,6 +66,9 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
         *(4, {"num_experts": 16}, {"micro_batch_size": 4}, {"ep": 4, "zero": 1}),
         {"name": "lina_zero", "parts": 2, "chunks": "2", **PIECES},
     ),
+    "ep 2, dense": (
+        *(2, FEW, {"micro_batch_size": 4, "kind": "dense", "balance_loss": 0.0, "renormalize": False}, {"ep": 2}, {}),
+    ),
     "ep 2, tp 2": (4, FEW, {"micro_batch_size": 4}, {"ep": 2, "tp": 2}, {}),
     "edp 2, ep 2, ddp, bfloat16": (
         4,

@@ -345,6 +345,11 @@ class InferConfig:
     swap_mib: float = 0.0  # memory of a device for experts on their way, over all layers, in MiB; 0: two layers' slots
     combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed; 1: all at once
     batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
+    # which experts a token uses of a model of router=dense: none, dense (all) | top_k | threshold (those above it) |
+    # threshold_top_k (as many of the most probable as are above it on average, rounded half up); weights stay as they are
+    select: str = "none"
+    select_k: int = 0  # select top_k: so many; 0: router.top_k
+    select_threshold: float = 0.5  # an expert is above it where its probability is more than so many even shares
     even_routing: bool = False  # tokens go to experts in turn, whatever the router says: a bound, its text means nothing
 
 

@@ -354,6 +354,8 @@ def _check_profile(config: PretrainConfig) -> None:
         return
     if kind_of(router).experts_choose:
         raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
+    if kind_of(router).is_dense:
+        raise ValueError("profile.record with router=dense: a token has no choices in training: set profile.record=false")
     if router.capacity_factor > 0:
         raise ValueError(
             f"profile.record with router.capacity_factor={router.capacity_factor:g}: capacity takes choices away in training and "

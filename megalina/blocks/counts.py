@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.optimizers import optimizer_of
-from megalina.blocks.routers import kind_of
+from megalina.blocks.routers import visited
 from megalina.blocks.sizes import Rank
 from megalina.config import BYTES, ModelConfig, PretrainConfig, RouterConfig
 from megalina.step.forward import plain
@@ -46,7 +46,7 @@ def count_parameters(model: ModelConfig, router: RouterConfig, *, vocab_size: in
         expert=_of_one_expert(blocks),
         num_moe_layers=moe_layers,
         num_experts=model.num_experts,
-        top_k=model.num_experts if kind_of(router).is_dense else router.top_k,
+        top_k=visited(router, model.num_experts),
     )
 
 

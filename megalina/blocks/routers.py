@@ -144,6 +144,11 @@ def kind_of(config: RouterConfig) -> type[RouterKind]:
     return KINDS[config.kind]
 
 
+def visited(config: RouterConfig, num_experts: int) -> int:
+    """Experts that a token visits in training."""
+    return num_experts if kind_of(config).is_dense else config.top_k
+
+
 def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
     """ValueError for settings that contradict each other or would do nothing."""
     kind = kind_of(config)

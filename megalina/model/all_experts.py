@@ -70,9 +70,9 @@ class _AllExperts(torch.autograd.Function):
                     buffer = returned[i] = w1_EHD.new_zeros(shape)
                 grads[i] = buffer
         dy_ND = dy_ND.contiguous()
-        du_NEF = torch.mm(dy_ND, _by_rows(w2_EDF).t()).view(len(dy_ND), *weight_NE.shape[1:], -1)
+        du_NEF = torch.mm(dy_ND, _by_rows(w2_EDF).t()).view(*weight_NE.shape, w2_EDF.shape[2])
         da_NEF, dh_NX, a_NEF = _scaled(du_NEF.clone(), weight_NE), torch.empty_like(h_NX), torch.empty_like(du_NEF)
-        h_nH = h_NX.view(-1, w1_EHD.shape[1])  # a row for each expert of each row
+        h_nH = h_NX.view(weight_NE.numel(), w1_EHD.shape[1])  # a row for each expert of each row
         activate_backward(da_NEF.flatten(0, 1), h_nH, ctx.activation, dh_NX.view(h_nH.shape), a_NEF.flatten(0, 1))
         del da_NEF
         dweight_NE = None
@@ -94,7 +94,8 @@ class _AllExperts(torch.autograd.Function):
 def _activated(h_NX: Tensor, weight_NE: Tensor, width: int, activation: str) -> Tensor:
     """[N, E, F] of what the first matrices gave."""
     a_NEF = h_NX.new_empty(*weight_NE.shape, width)
-    activate(h_NX.view(a_NEF.shape[0] * a_NEF.shape[1], -1), activation, a_NEF.flatten(0, 1))
+    h_nH = h_NX.view(weight_NE.numel(), h_NX.shape[1] // weight_NE.shape[1])
+    activate(h_nH, activation, a_NEF.flatten(0, 1))
     return a_NEF
 
 
@@ -118,8 +119,8 @@ def _add(
     if w1_grad is not None:
         add_outer(w1_grad.view(-1, w1_grad.shape[2]), dh_NX, x_ND)
     if w2_grad is not None:
-        for e, grad_DF in enumerate(w2_grad):
-            add_outer(grad_DF, dy_ND, u_NEF[:, e])
+        for e in range(len(w2_grad)):
+            add_outer(w2_grad[e], dy_ND, u_NEF[:, e])
     if b1_grad is not None:
         add_rows(b1_grad.view(-1), dh_NX)
     if b2_grad is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.selection import Selection
 from megalina.blocks.sizes import LIMBS
 from megalina.model.all_experts import all_experts_mlp
 from megalina.model.block_functions import Routed, Seen
@@ -22,7 +23,7 @@ from megalina.model.linear import Later
 from megalina.model.moe import MoE
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.routers import GroupSoFar, Router, Routing, z_loss
-from megalina.model.sparse_selection import Selection, selected
+from megalina.model.sparse_selection import selected
 from megalina.model.tokens import ALL, OwnTokens, RouterTokens, places, router_tokens
 
 

@@ -18,9 +18,11 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import load
+from megalina.blocks.selection import Selection
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.attention import Heads, KeyValues
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.dense_moe import Dense
 from megalina.model.embedding import Embedding
 from megalina.model.head import Balance, Head
 from megalina.model.mlp import Mlp
@@ -150,6 +152,15 @@ class GPT(nn.Module):
         """Of the block that has this instruction.  KeyError where none has."""
         name = self.blocks.block_of(instruction).name
         return (self if instruction.layer < 0 else self.layers[instruction.layer]).functions[name]
+
+    def select(self, selection: Selection | None) -> None:
+        """From now on, in evaluation, tokens use these experts of a model of router=dense; None: all, as in training."""
+        for layer in self.moe_layers:
+            router = self.layers[layer].router
+            if isinstance(router, Dense):
+                router.selection = selection
+            elif selection is not None:
+                raise ValueError(f"router={self.router.kind} selects by itself: only a model of router=dense may be told")
 
     def logits(self, n_TD: Tensor) -> Tensor:
         """[T, V] of the words that are here, padding included."""

@@ -4,24 +4,12 @@ T tokens, E experts, K columns.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megalina.blocks.selection import Selection
 from megalina.model.selection import highest
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """`top_k`: the `k` most probable experts; `threshold`: those whose probability is above `threshold` / E, at least one;
-    `threshold_top_k`: as many of the most probable ones as are above it on average over the tokens at hand, rounded half up, at
-    least one."""
-
-    rule: Literal["top_k", "threshold", "threshold_top_k"]
-    k: int = 0
-    threshold: float = 0.0
 
 
 def selected(selection: Selection, prob_TE: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor]:
