@@ -72,8 +72,8 @@ def check_rows(served: Served, model: ModelConfig, *, tokens: int, local_ranks: 
     wanted = local_ranks * tokens * served.top_k * row_bytes
     if free_bytes is not None and wanted > SHARE * free_bytes:
         raise ValueError(
-            f"{tokens} tokens at a time of each of {local_ranks} ranks go to {served.top_k} of {served.num_experts} experts: their "
-            f"rows take {wanted / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; lower --sequences or --length, or let "
+            f"{tokens} tokens at a time of each of {local_ranks} ranks go to {served.top_k} of {served.num_experts} experts: "
+            f"their rows take {wanted / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; lower --sequences or --length, or let "
             "tokens use fewer experts (infer.select=top_k with a model of router=dense)"
         )
 
