@@ -104,9 +104,8 @@ class ModelConfig:
 class RouterConfig:
     # how tokens and experts choose each other; see the files of conf/router
     kind: str = setting("topk", choices=ROUTERS, own=True)
-    top_k: int = setting(
-        2, low=1
-    )  # experts a token (expert_choice: on average; dense: where it is served with infer.select=top_k)
+    # experts a token (expert_choice: on average; dense: where it is served with infer.select=top_k)
+    top_k: int = setting(2, low=1)
     renormalize: bool = True  # the selected weights of a token sum to one
     # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
     scale: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)

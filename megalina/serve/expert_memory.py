@@ -73,8 +73,8 @@ def check_rows(served: Served, model: ModelConfig, *, tokens: int, local_ranks: 
     if free_bytes is not None and wanted > SHARE * free_bytes:
         raise ValueError(
             f"{tokens} tokens at a time of each of {local_ranks} ranks go to {served.top_k} of {served.num_experts} experts: "
-            f"their rows take {wanted / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; lower --sequences or --length, or let "
-            "tokens use fewer experts (infer.select=top_k with a model of router=dense)"
+            f"their rows take {wanted / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; lower --sequences or --length, or "
+            "let tokens use fewer experts (infer.select=top_k with a model of router=dense)"
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from megalina.blocks.memory import Inside
 from megalina.blocks.mlp import DenseMlp
+from megalina.blocks.model import blocks_of
 from megalina.blocks.routers import KINDS
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
@@ -29,6 +30,8 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "z-loss": ("router.z_loss=0.1",),
     "kept at home": ("router.locality_loss=0.1", "router.locality_nodes=2"),
     "mutual information": ("router.mutual_information_loss=0.1",),
+    "dense, shared, bias": ("router=dense", "model.shared_d_ff=32", "model.bias=true", "router.z_loss=0.1"),
+    "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
     "dense layers": ("model.moe_every=2",),
 }
 
@@ -49,6 +52,13 @@ def _wrong(overrides: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_flops_and_kept_bytes_are_those_of_the_functions(name: str) -> None:
     assert _wrong(OVERRIDES[name]) == []
+
+
+def test_checkpoints_of_dense_and_sparse_training_are_interchangeable() -> None:
+    """The same parameters at the same names, of the same shapes, in the same buckets."""
+    dense, sparse = (compose(["model=tiny", f"router={name}", "model.bias=true"]) for name in ("dense", "topk"))
+    found = [list(blocks_of(config.model, config.router).parameters()) for config in (dense, sparse)]
+    assert found[0] == found[1]
 
 
 def test_a_product_that_is_not_declared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
