@@ -76,6 +76,8 @@ class ModelConfig:
     num_heads: int = setting(4, low=1)  # query heads
     num_kv_heads: int = setting(4, low=1)  # fewer than num_heads: grouped-query attention
     head_dim: int = setting(0)  # 0: d_model / num_heads
+    # mixture of attention heads (DS-MoE): query heads are in so many groups, each scaled by its probability; 0: none
+    attention_experts: int = setting(0)
     num_experts: int = setting(4, low=1, high=1 << 20)  # routed experts a MoE layer
     d_ff: int = setting(128, low=1)  # hidden width of one routed expert
     dense_layers_first: int = setting(0)  # this many layers at the bottom have a dense MLP

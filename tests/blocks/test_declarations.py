@@ -32,6 +32,7 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "mutual information": ("router.mutual_information_loss=0.1",),
     "dense, shared, bias": ("router=dense", "model.shared_d_ff=32", "model.bias=true", "router.z_loss=0.1"),
     "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
+    "attention experts": ("model.attention_experts=2", "model.qk_norm=true"),
     "dense layers": ("model.moe_every=2",),
 }
 

@@ -20,7 +20,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu",
         "dense_d_ff": 24, "moe_every": 2,
     },
-    "modern": {"qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False},
+    "modern": {
+        "attention_experts": 4, "qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False,
+    },
     "dropout": {
         "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
     },
