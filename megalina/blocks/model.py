@@ -167,11 +167,12 @@ def plain_shape(
     micro_batch_groups: bool = False,
     experts_choose: bool = False,
     selection_bias: bool = False,
+    all_experts: bool = False,
 ) -> Shape:
     """The shape of a model of which only this matters: for lists alone."""
     group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
     model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
-    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "topk"
+    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "dense" if all_experts else "topk"
     router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if selection_bias else 0.0)
     return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
 

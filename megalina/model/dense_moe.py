@@ -48,13 +48,13 @@ class Dense(Router):
         nobody_T1 = ~valid_T.unsqueeze(1) if tokens.may_have_padding else None
         if self.selection is not None and not self.training:
             expert_TK, weight_TK = selected(self.selection, prob_TE, valid_T)
+            chosen_E = torch.bincount(expert_TK.flatten(), minlength=num_experts + 1)[:num_experts]
         else:
             expert_TK = torch.arange(num_experts, device=prob_TE.device).expand(len(prob_TE), -1)
-            weight_TK = prob_TE
+            weight_TK, chosen_E = prob_TE, valid_T.sum().expand(num_experts)
             if nobody_T1 is not None:
                 expert_TK = expert_TK.masked_fill(nobody_T1, num_experts)
                 weight_TK = weight_TK.masked_fill(nobody_T1, 0.0)
-        chosen_E = torch.bincount(expert_TK.flatten(), minlength=num_experts + 1)[:num_experts]
         weight_TK = weight_TK if config.scale == 1.0 else weight_TK * config.scale
         zero, counts_T = logits_TE.new_zeros(()), valid_T.to(prob_TE.dtype)
         information = None

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.blocks.counts import training_flops_per_token
 from megalina.blocks.memory import Inside
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.model import blocks_of
@@ -13,6 +14,7 @@ from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
 from megalina.compose import compose
 from megalina.config import PretrainConfig
+from megalina.perfmodel.cost.instruction_work import forward_flops
 from megalina.verify.declared import declared_and_counted
 from megalina.verify.proof import COUNTED_LENGTH, differs
 from megalina.verify.shrink import shrink
@@ -60,6 +62,18 @@ def test_checkpoints_of_dense_and_sparse_training_are_interchangeable() -> None:
     dense, sparse = (compose(["model=tiny", f"router={name}", "model.bias=true"]) for name in ("dense", "topk"))
     found = [list(blocks_of(config.model, config.router).parameters()) for config in (dense, sparse)]
     assert found[0] == found[1]
+
+
+def test_dense_training_costs_as_much_as_routing_to_all_experts() -> None:
+    """But for what sorting and weighing rows takes, which are no products."""
+    sizes = {"vocab_size": 512, "seq_len": 64}
+    dense, every, sparse = (
+        compose(["model=tiny", f"router={name}", f"router.top_k={k}"]) for name, k in (("dense", 1), ("topk", 4), ("topk", 1))
+    )
+    flops = [training_flops_per_token(config.model, config.router, **sizes) for config in (dense, every, sparse)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9) and flops[0] > 1.5 * flops[2]
+    experts = [forward_flops(config)["experts"] for config in (dense, every, sparse)]
+    assert experts[0] == pytest.approx(experts[1], rel=1e-9) == pytest.approx(4 * experts[2], rel=1e-9)
 
 
 def test_a_product_that_is_not_declared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
