@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalina.blocks.selection import Selection, selection_of
-from megalina.config import InferConfig, RouterConfig
+from megalina.config import InferConfig, ModelConfig, RouterConfig
 from megalina.evaluate.worker import Evaluation, evaluate
 from megalina.generate import Sampling, generate
 from megalina.mesh import build_mesh
@@ -20,6 +20,8 @@ from megalina.placement.planners.identity import identity
 from megalina.placement.split import load_aware
 from megalina.placement.triggers import never
 from megalina.serve.engine import Engine
+from megalina.serve.expert_memory import check_rows
+from megalina.serve.policies import Served
 from tests.model.test_all_experts import plain_sum
 from tests.model.test_experts import HIDDEN
 from tests.parallel.ranks import run_on_ranks
@@ -140,6 +142,16 @@ def test_what_can_not_be_selected_is_refused(infer: dict[str, Any], said: str) -
 def test_a_model_that_was_trained_sparse_is_refused() -> None:
     with pytest.raises(ValueError, match="trained with router=dense, and this one has router=topk"):
         selection_of(InferConfig(select="top_k"), RouterConfig(), EXPERTS)
+
+
+def test_rows_that_do_not_fit_are_refused_with_what_to_change() -> None:
+    model, dense, few = ModelConfig(d_model=64), Served(8, 8, 4), Served(8, 2, 4)
+    needed = 4 * 1000 * 8 * 4 * 64 * 4  # ranks, tokens, experts, copies of a row, numbers, bytes
+    check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=None)
+    check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=2 * needed)
+    check_rows(few, model, tokens=1000, local_ranks=4, free_bytes=needed // 2)
+    with pytest.raises(ValueError, match="go to 8 of 8 experts: their rows take 0.03 GB, .* infer.select=top_k"):
+        check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=needed // 2)
 
 
 def test_one_checkpoint_is_judged_dense_and_by_every_rule(tmp_path: Path) -> None:
