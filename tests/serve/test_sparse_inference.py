@@ -150,7 +150,7 @@ def test_rows_that_do_not_fit_are_refused_with_what_to_change() -> None:
     check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=None)
     check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=2 * needed)
     check_rows(few, model, tokens=1000, local_ranks=4, free_bytes=needed // 2)
-    with pytest.raises(ValueError, match="go to 8 of 8 experts: their rows take 0.03 GB, .* infer.select=top_k"):
+    with pytest.raises(ValueError, match="go to 8 of 8 experts: their rows take 0.03 GB, .*infer.select=top_k"):
         check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=needed // 2)
 
 
