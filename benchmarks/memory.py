@@ -74,6 +74,15 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
         *(4, {"num_experts": 16}, {"micro_batch_size": 4}, {"ep": 4, "zero": 1}),
         {"name": "lina_zero", "parts": 2, "chunks": "2", **PIECES},
     ),
+    "ep 2, dense": (
+        *(2, FEW, {"micro_batch_size": 4, "kind": "dense", "balance_loss": 0.0, "renormalize": False}, {"ep": 2}, {}),
+    ),
+    "one rank, dense, bfloat16": (
+        *(1, {**GPT2, "shared_d_ff": 256, **FEW}),
+        {"dtype": "bfloat16", "kind": "dense", "balance_loss": 0.0, "renormalize": False, "mutual_information_loss": 0.1},
+        *({}, {}),
+    ),
+    "one rank, attention experts": (1, {"attention_experts": 2, "num_experts": 2, "d_ff": 64, **FEW}, {}, {}, {}),
     "ep 2, tp 2": (4, FEW, {"micro_batch_size": 4}, {"ep": 2, "tp": 2}, {}),
     "edp 2, ep 2, ddp, bfloat16": (
         4,

@@ -15,7 +15,7 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
-ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus")
+ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus", "dense")
 LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
@@ -76,6 +76,8 @@ class ModelConfig:
     num_heads: int = setting(4, low=1)  # query heads
     num_kv_heads: int = setting(4, low=1)  # fewer than num_heads: grouped-query attention
     head_dim: int = setting(0)  # 0: d_model / num_heads
+    # mixture of attention heads (DS-MoE): query heads are in so many groups, each scaled by its probability; 0: none
+    attention_experts: int = setting(0)
     num_experts: int = setting(4, low=1, high=1 << 20)  # routed experts a MoE layer
     d_ff: int = setting(128, low=1)  # hidden width of one routed expert
     dense_layers_first: int = setting(0)  # this many layers at the bottom have a dense MLP
@@ -104,7 +106,8 @@ class ModelConfig:
 class RouterConfig:
     # how tokens and experts choose each other; see the files of conf/router
     kind: str = setting("topk", choices=ROUTERS, own=True)
-    top_k: int = setting(2, low=1)  # experts a token (expert_choice: on average)
+    # experts a token (expert_choice: on average; dense: where it is served with infer.select=top_k)
+    top_k: int = setting(2, low=1)
     renormalize: bool = True  # the selected weights of a token sum to one
     # routed weights are multiplied by this (DeepSeek's routed_scaling_factor)
     scale: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)
@@ -348,6 +351,11 @@ class InferConfig:
     swap_mib: float = 0.0  # memory of a device for experts on their way, over all layers, in MiB; 0: two layers' slots
     combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed; 1: all at once
     batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
+    # which experts a token uses of a model of router=dense: none, dense (all) | top_k | threshold (those above it) |
+    # threshold_top_k (as many of the most probable as are above it on average, rounded half up); weights stay as they are
+    select: str = "none"
+    select_k: int = 0  # select top_k: so many; 0: router.top_k
+    select_threshold: float = 0.5  # an expert is above it where its probability is more than so many even shares
     even_routing: bool = False  # tokens go to experts in turn, whatever the router says: a bound, its text means nothing
 
 

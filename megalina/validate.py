@@ -235,6 +235,11 @@ def _check_model(config: PretrainConfig) -> None:
         )
     if model.num_heads % model.num_kv_heads:
         raise ValueError(f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads})")
+    if model.attention_experts == 1 or (model.attention_experts and model.num_heads % model.attention_experts):
+        raise ValueError(
+            f"model.attention_experts ({model.attention_experts}) must be 2 or more and divide model.num_heads "
+            f"({model.num_heads}), or 0 for none: change one"
+        )
     head_dim = model.head_dim or model.d_model // model.num_heads
     if model.positions == "rope" and head_dim % 2:
         raise ValueError(
@@ -354,6 +359,8 @@ def _check_profile(config: PretrainConfig) -> None:
         return
     if kind_of(router).experts_choose:
         raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
+    if kind_of(router).is_dense:
+        raise ValueError("profile.record with router=dense: a token has no choices in training: set profile.record=false")
     if router.capacity_factor > 0:
         raise ValueError(
             f"profile.record with router.capacity_factor={router.capacity_factor:g}: capacity takes choices away in training and "

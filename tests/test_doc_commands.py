@@ -16,6 +16,7 @@ from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.explain import CONF
 from megalina.plan_settings import strategy_of
+from megalina.serve.modes import read_overrides
 from megalina.step.plan import Plan
 from megalina.validate import check_config, check_hardware
 from tests.doc_commands import DOCUMENTS, ROOT, Command, commands_of
@@ -95,7 +96,9 @@ OTHERS = ("tools/verify_layouts.py", "tools/analyze_alltoall.py", "tools/compare
 
 @pytest.mark.parametrize("command", of(*OTHERS), ids=str)
 def test_what_others_are_given_composes(command: Command) -> None:
-    compose(command.overrides)
+    of_modes = [text for text in command.overrides if text.startswith("infer.")]
+    read_overrides(of_modes)
+    compose([text for text in command.overrides if text not in of_modes])
 
 
 @pytest.mark.parametrize("text", ["train.stepz=3", "model=tinny", "parallel.ep=3"])

@@ -42,7 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf" / "infer"
 KEYS = {
     "perplexity", "bits_per_byte", "p50_ms", "p95_ms", "p99_ms", "p50_ratio_to_static", "p95_ratio_to_static",
-    "p95_ratio_to_ideal", "load_max_over_mean", "idle_share", "phase2_rate", "planner_ms", "swapped_mb", "a2a_ms",
+    "p95_ratio_to_ideal", "active_fraction",
+    "load_max_over_mean", "idle_share", "phase2_rate", "planner_ms", "swapped_mb", "a2a_ms",
     "prefill_tokens_per_s", "decode_tokens_per_s", "accuracy_ordered", "accuracy_recall", "misordered_experts",
 }  # fmt: skip
 

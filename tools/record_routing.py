@@ -164,6 +164,11 @@ def check(options: argparse.Namespace, values: dict[str, Any], out: Path) -> Non
         raise ValueError(
             f"{options.checkpoint} routes with expert_choice: experts choose tokens there, so a token has no choices to record"
         )
+    if kind == "dense":
+        raise ValueError(
+            f"{options.checkpoint} was trained with router=dense: all experts get all tokens, so there is nothing to record; an "
+            "evaluation with infer.select=top_k records what it serves with"
+        )
 
 
 def checkpoint_of(path: Path) -> Path:

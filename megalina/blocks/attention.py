@@ -1,4 +1,7 @@
-"""Grouped-query attention behind a norm and beside a residual."""
+"""Grouped-query attention behind a norm and beside a residual.
+
+With `model.attention_experts` its query heads are cut into experts that share keys and values, and what each gives is scaled by
+its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too."""
 
 from collections.abc import Mapping, Sequence
 
@@ -40,6 +43,8 @@ class Attention(Block):
         if model.bias:
             out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
             out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
+        if model.attention_experts:
+            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std))
         if model.qk_norm:
             out += [Parameter(f"attention.{n}_norm.weight", (head_dim(model),), None) for n in ("q", "k")]
         return out
@@ -80,6 +85,10 @@ class Attention(Block):
             out += Piece(Work((), turned_bytes, 8), Work((), turned_bytes, 8))
         if model.qk_norm:
             out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
+        if experts := model.attention_experts:
+            router = linear(rank, tokens, experts, d, wide=rank.mixed)
+            scaled_bytes = tokens * q * rank.element
+            out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
         sequences = tokens / length
         # Two products, queries with keys and weights with values, of which the mask leaves a half: together one whole.
         one = Product(length, size, length, sequences * heads, tokens * 2 * (q + kv) * rank.element, attention=True)
@@ -107,6 +116,9 @@ class Attention(Block):
         kept = normed + cores
         if model.qk_norm:
             kept += q + g
+        if model.attention_experts:  # what came of the heads is kept before it is scaled, too
+            scores = t * (model.attention_experts * rank.main + self._heads_here(at) * rank.element)
+            kept += q + scores + (t * rank.width * rank.main if rank.mixed else 0)
         forward = max(
             before.forward + before.kept,
             normed + (q + 2 * g) + (q + g) * turned,
@@ -115,6 +127,8 @@ class Attention(Block):
         )
         tail = x + before.backward - kept if whole else q + 2 * g + x - cores
         inner = q if weights > t * self._heads_here(at) * rank.main else 0  # its product with what came out
+        if self.model.attention_experts:
+            inner = max(inner, 2 * q)  # gradients of what the heads gave, before and after scaling
         backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q), tail)
         return Inside(kept + after.kept, forward, backward)
 
@@ -123,6 +137,7 @@ class Attention(Block):
         rank, t, whole = at.rank, int(at.tokens), at.rank.tp == 1
         q, g = self._q() // rank.tp, self._kv() // rank.tp
         kept = t * (rank.width * whole + 2 * q + 2 * g) * rank.element
+        kept += t * self.model.attention_experts * rank.main  # the gradients of their scores
         return Deferred(kept, reads=not whole, gradients=True, rise=memory.outer(rank, rank.width, q))
 
     def _heads_here(self, at: At) -> int:

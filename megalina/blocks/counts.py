@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.optimizers import optimizer_of
+from megalina.blocks.routers import visited
 from megalina.blocks.sizes import Rank
 from megalina.config import BYTES, ModelConfig, PretrainConfig, RouterConfig
 from megalina.step.forward import plain
@@ -17,7 +18,7 @@ class ParameterCounts:
     expert: int  # one routed expert
     num_moe_layers: int
     num_experts: int
-    top_k: int
+    top_k: int  # experts that a token visits in training
 
     @property
     def total(self) -> int:
@@ -45,7 +46,7 @@ def count_parameters(model: ModelConfig, router: RouterConfig, *, vocab_size: in
         expert=_of_one_expert(blocks),
         num_moe_layers=moe_layers,
         num_experts=model.num_experts,
-        top_k=router.top_k,
+        top_k=visited(router, model.num_experts),
     )
 
 
@@ -79,9 +80,9 @@ def training_flops_per_token(model: ModelConfig, router: RouterConfig, *, vocab_
     """Model FLOPs of one token's forward and backward pass: three times those of forward's matrix products; what is computed
     again doesn't count.
 
-    Of the routed experts a token uses its top_k; the lookup in the embedding costs nothing, the head does; of attention's two
-    products, queries with keys and weights with values, the causal mask leaves a half on average (PaLM, Chowdhery et al. 2022,
-    appendix B).  Attention cut at document ends is counted as if it were not."""
+    Of the routed experts a token uses its top_k, with router=dense all; the lookup in the embedding costs nothing, the head does;
+    of attention's two products, queries with keys and weights with values, the causal mask leaves a half on average (PaLM,
+    Chowdhery et al. 2022, appendix B).  Attention cut at document ends is counted as if it were not."""
     config = PretrainConfig(model=model, router=router)
     config.train.micro_batch_size, config.train.seq_len = 1, seq_len
     rank = Rank(config=config, ep=1, vocab_rows=vocab_size)

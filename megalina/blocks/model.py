@@ -6,6 +6,7 @@ from functools import cached_property
 
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import Block, Loss, Whole
+from megalina.blocks.dense_moe import DenseMoE
 from megalina.blocks.embedding import Embedding
 from megalina.blocks.head import Balance, Head
 from megalina.blocks.mlp import DenseMlp
@@ -13,7 +14,7 @@ from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
-from megalina.blocks.routers import takes_whole_micro_batch
+from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
@@ -82,7 +83,7 @@ class Blocks:
         """By the name of an instruction alone."""
         out = {name: block for (_, name), block in self._owner.items()}
         for moe in (True, False):  # also of layers that this model happens not to have
-            other = Blocks(self.whole, self.embedding, ((MoE(self.whole) if moe else DenseMlp(self.whole),),), ())
+            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe)(self.whole),),), ())
             out = {name: block for (_, name), block in other._owner.items()} | out
         return out
 
@@ -111,6 +112,13 @@ class Blocks:
         )
 
 
+def ffn_of(router: RouterConfig, is_moe: bool) -> type[Block]:
+    """The block that `ffn` is in a layer."""
+    if not is_moe:
+        return DenseMlp
+    return DenseMoE if kind_of(router).is_dense else MoE
+
+
 def blocks_of(
     model: ModelConfig,
     router: RouterConfig,
@@ -136,7 +144,7 @@ def blocks_of(
         for name in model.layer:
             key = name, is_moe and name == FFN
             if key not in made:
-                kind = kinds[name] or (Attention if name == ATTENTION else MoE if is_moe else DenseMlp)
+                kind = kinds[name] or (Attention if name == ATTENTION else ffn_of(router, is_moe))
                 if not (isinstance(kind, type) and issubclass(kind, Block)):
                     raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
                 made[key] = kind(whole)
@@ -161,11 +169,12 @@ def plain_shape(
     micro_batch_groups: bool = False,
     experts_choose: bool = False,
     selection_bias: bool = False,
+    all_experts: bool = False,
 ) -> Shape:
     """The shape of a model of which only this matters: for lists alone."""
     group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
     model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
-    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "topk"
+    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "dense" if all_experts else "topk"
     router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if selection_bias else 0.0)
     return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
 

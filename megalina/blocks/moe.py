@@ -10,7 +10,7 @@ from megalina.blocks.mlp import mlp_parameters
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.reference import load
 from megalina.blocks.routers import RouterKind, kind_of
-from megalina.blocks.sizes import INT_BYTES, At
+from megalina.blocks.sizes import INT_BYTES, At, Rank
 from megalina.blocks.work import Piece, Work, linear, moved, norm, residual
 from megalina.step.forward import Shape, compute, exchange, names
 from megalina.step.program import Instruction, Op
@@ -108,18 +108,9 @@ class MoE(Block):
         copied = shape.copied(layer)
         slices = shape.tp and not shape.sequence  # activations are copied over tp: cut here, gather at the end
         h = "own" if slices else reads
-        losses = " ".join(v for loss in self.losses for v in loss.values).replace("global_aux", "prob")
-        routed = f"rows weight {losses} #order #load"
         shared = bool(self.model.shared_d_ff)
         out = [compute("slice", layer, reads, "own")] if slices else []
-        if shape.tp:  # decisions about a group of tokens need the scores of all of them
-            out += [
-                compute("score", layer, h, "moe_n score #score", copied),
-                *exchange("scores", layer, Op.GATHER, "tp", "#score", "#scores"),
-                compute("select", layer, "moe_n score #scores #batch", routed),
-            ]
-        else:
-            out.append(compute("route", layer, f"{h} #batch", ("moe_n " if shared else "") + routed, copied))
+        out += self._routing(shape, layer, h, "rows weight", "#order #load")
         # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp, not as many.
         counted = shape.moe_layers[0] if self.kind.experts_choose and not shape.tp else layer
         counts = exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes") if counted == layer else []
@@ -137,6 +128,20 @@ class MoE(Block):
         if slices:
             out += exchange("mix_gather", layer, Op.GATHER, "tp", "mixed", writes)
         return out
+
+    def _routing(self, shape: Shape, layer: int, h: str, first: str, last: str) -> list[Instruction]:
+        """What a router decides is `first`, the losses' values, `last`."""
+        copied = shape.copied(layer)
+        losses = " ".join(v for loss in self.losses for v in loss.values).replace("global_aux", "prob")
+        routed = f"{first} {losses} {last}"
+        if shape.tp:  # decisions about a group of tokens need the scores of all of them
+            return [
+                compute("score", layer, h, "moe_n score #score", copied),
+                *exchange("scores", layer, Op.GATHER, "tp", "#score", "#scores"),
+                compute("select", layer, "moe_n score #scores #batch", routed),
+            ]
+        written = "moe_n " if self.model.shared_d_ff else ""
+        return [compute("route", layer, f"{h} #batch", written + routed, copied)]
 
     # work
     def work(self, at: At) -> Piece:
@@ -299,7 +304,7 @@ class MoE(Block):
         x, wide, scores = (o * n for n in (rank.width * rank.element, rank.width * rank.main, self.model.num_experts * rank.main))
         gate = self.kind.has_gate
         before = memory.norm(rank, o) if score else Inside()
-        written = self.model.shared_d_ff > 0 or rank.tp > 1  # the normed tokens are a value themselves
+        written = self._is_value(rank)
         copied = score and gate and (rank.mixed or not written)
         kept = before.kept + wide * (copied + self.kind.rows_kept * score)
         if select:
@@ -316,6 +321,10 @@ class MoE(Block):
         through = (wide + x * rank.mixed) if score and self.kind.has_scores else 0  # the router's part of it
         tail = x + before.backward - wide * copied if score else 0
         return Inside(kept, forward, max(summed + through + 4 * scores, tail))
+
+    def _is_value(self, rank: Rank) -> bool:
+        """The normed tokens are a value themselves."""
+        return self.model.shared_d_ff > 0 or rank.tp > 1
 
     def _mix_memory(self, at: At, sent: int) -> Inside:
         rank, o = at.rank, int(at.own)

@@ -5,8 +5,10 @@ It has no lines of its own: `megalina/step/partition.py` puts them where a strat
 from collections.abc import Mapping
 
 from megalina.blocks.block import Block
+from megalina.blocks.dense_moe import DenseMoE
 from megalina.blocks.memory import Inside
 from megalina.blocks.moe import DIGESTED, ORDER, MoE
+from megalina.blocks.routers import kind_of
 from megalina.blocks.sizes import INT_BYTES, At
 from megalina.blocks.work import Piece, moved, small
 from megalina.step.forward import Shape
@@ -55,7 +57,7 @@ class Parts(Block):
 
     @property
     def _moe(self) -> MoE:
-        return MoE(self.whole)
+        return DenseMoE(self.whole) if kind_of(self.router).is_dense else MoE(self.whole)
 
     def _wholes(self, at: At) -> tuple[str, ...]:
         """The values that are cut, or made of parts."""

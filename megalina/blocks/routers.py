@@ -18,6 +18,7 @@ class RouterKind:
     has_scores: ClassVar[bool] = True  # its choices follow from scores, through which gradients flow
     features_per_expert: ClassVar[int] = 0  # of a token, that its scores need at least
     defers: ClassVar[bool] = False  # its `logits` takes `later`: the gradients of its weights may be an instruction of their own
+    is_dense: ClassVar[bool] = False  # all experts compute every token in training; where it is served, few may be chosen
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
     scores_kept: ClassVar[int] = 3  # times [T, E] numbers that are kept for backward
     rows_kept: ClassVar[int] = 0  # times [T, D] numbers that are, besides what a gate reads
@@ -91,6 +92,33 @@ class LocMoEPlus(LocMoE):
     rows_kept = 1  # tokens at length one
 
 
+class Dense(RouterKind):
+    """Dense training, sparse inference (DS-MoE, Pan et al. 2024)."""
+
+    defers = True
+    functions = "megalina.model.dense_moe:Dense"
+    is_dense = True
+    scores_kept = 1  # their softmax
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> None:
+        refused = {  # setting -> (its value, what it must be, why)
+            "balance_loss": (config.balance_loss, 0, "all experts get all tokens, so there is no load to balance"),
+            "capacity_factor": (config.capacity_factor, 0, "all experts get all tokens, so none can be too full"),
+            "locality_loss": (config.locality_loss, 0, "all experts get all tokens, wherever they are"),
+            "renormalize": (config.renormalize, False, "a token's weights are the softmax over all experts as it is"),
+        }
+        for name, (value, needed, why) in refused.items():
+            if value != needed:
+                shown = str(needed).lower()
+                raise ValueError(f"router=dense with router.{name}={str(value).lower()}: {why}; set router.{name}={shown}")
+        if config.group == "global":
+            raise ValueError(
+                "router=dense with router.group=global: that is the balance loss' group, and there is none; set "
+                "router.group=sequence or micro_batch, over which router.mutual_information_loss is taken"
+            )
+
+
 KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in conf/router/
     "topk": TopK,
     "sigmoid": Sigmoid,
@@ -100,6 +128,7 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "expert_choice": ExpertChoice,
     "locmoe": LocMoE,
     "locmoe_plus": LocMoEPlus,
+    "dense": Dense,
 }
 
 
@@ -125,6 +154,11 @@ def takes_whole_micro_batch(config: RouterConfig, *, tp: int) -> bool:
         return config.group == "global"
     in_order = config.capacity_factor > 0 and (config.drop == "probability" or tp > 1)
     return in_order or bool(config.mutual_information_loss) or kind_of(config).experts_choose
+
+
+def visited(config: RouterConfig, num_experts: int) -> int:
+    """Experts that a token visits in training."""
+    return num_experts if kind_of(config).is_dense else config.top_k
 
 
 def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:

@@ -3,6 +3,7 @@
 python tools/evaluate_gpt_moe.py RUN --ranks 2                  # the newest checkpoint of a run, all modes
 python tools/evaluate_gpt_moe.py RUN/checkpoints/step_00000480 --ranks 2 --modes best,ideal --tasks tasks.jsonl
 python tools/evaluate_gpt_moe.py RUN --ranks 2 --modes best infer.trigger=never infer.slots_per_device=6
+python tools/evaluate_gpt_moe.py RUN --ranks 2 infer.select=top_k infer.select_k=2         # a model of router=dense, sparse
 python tools/evaluate_gpt_moe.py RUN --ranks 2 cluster.attention_ms=20 cluster.experts_ms=40      # on emulated devices
 torchrun --nproc-per-node 4 tools/evaluate_gpt_moe.py RUN
 """
@@ -65,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def checked(args: argparse.Namespace, member: "Member | None", *, command: str) -> tuple["Evaluation", Path]:
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
     OSError.  `command`: for the report."""
+    from megalina.blocks.selection import selection_of, served_top_k
     from megalina.checkpoint.files import read_values
     from megalina.compose import CONF
-    from megalina.config import ModelConfig
+    from megalina.config import ModelConfig, RouterConfig
     from megalina.serve.modes import read_mode
     from megalina.validate import has_wandb_key
 
@@ -84,7 +86,8 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     folder = CONF / "infer"
     overrides = [text for text in args.overrides if not text.startswith("cluster.")]
     modes = {name: read_mode(folder, name) for name in names}
-    modes = {n: mode if mode.even_routing else read_mode(folder, n, overrides) for n, mode in modes.items()}
+    selects = [text for text in overrides if text.startswith("infer.select")]  # what is served, in every mode
+    modes = {n: read_mode(folder, n, selects if mode.even_routing else overrides) for n, mode in modes.items()}
     if not modes:
         raise ValueError("--modes names none: choose some of static, lina, window, lookahead, best, ideal")
     if modes["static"].even_routing:
@@ -97,13 +100,18 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     from megalina.evaluate.perplexity import open_held_out, read_documents
     from megalina.evaluate.tasks import check_tasks, read_tasks
     from megalina.evaluate.worker import Evaluation, devices_per_node
-    from megalina.serve.expert_memory import check_memory, free_memory_bytes
+    from megalina.serve.expert_memory import check_memory, check_rows, free_memory_bytes
     from megalina.serve.policies import Served, check_infer
 
     cluster = read_cluster([text for text in args.overrides if text.startswith("cluster.")])
     config = values["config"]
-    model, router = ModelConfig(**config["model"]), config["router"]
-    served = Served(model.num_experts, router["top_k"], world, devices_per_node(os.environ, world) if member else 0)
+    model, router = ModelConfig(**config["model"]), RouterConfig(**config["router"])
+    if len({(mode.select, mode.select_k, mode.select_threshold) for mode in modes.values()}) > 1:
+        raise ValueError("modes select experts in ways of their own: all serve one model, so give infer.select for all of them")
+    for mode in modes.values():
+        selection = selection_of(mode, router, model.num_experts)
+    top_k = served_top_k(selection, router, model.num_experts)
+    served = Served(model.num_experts, top_k, world, devices_per_node(os.environ, world) if member else 0)
     left_out = {}
     for name, mode in list(modes.items()):
         try:
@@ -114,18 +122,21 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
             left_out[name] = str(error)  # nobody has asked for it
             del modes[name]
     local_ranks = member.local_ranks if member is not None else world
-    check_memory(modes, served, model, local_ranks=local_ranks, free_bytes=free_memory_bytes())
+    free_bytes = free_memory_bytes()
+    check_memory(modes, served, model, local_ranks=local_ranks, free_bytes=free_bytes)
     max_positions = model.max_positions or config["train"]["seq_len"]
     most = max_positions if args.text else config["train"]["seq_len"]
     if args.length > most:
         what = "the model reads" if args.text else "the run's held-out sequences have"
         raise ValueError(f"--length {args.length}: {what} {most} tokens; shorten it")
+    tokens = args.sequences * (args.length or most)
+    check_rows(served, model, tokens=tokens, local_ranks=local_ranks, free_bytes=free_bytes)
     if args.decode + 2 > max_positions:
         raise ValueError(
             f"--decode {args.decode}: with a prompt of one token and the one that prefill gives that is {args.decode + 2}, "
             f"and the model reads {max_positions} tokens; choose {max_positions - 2} or less"
         )
-    if args.decode and router["kind"] == "expert_choice":
+    if args.decode and router.kind == "expert_choice":
         raise ValueError("expert choice looks at later tokens when it routes one, so nothing can be decoded: give --decode 0")
     tasks = read_tasks(args.tasks) if args.tasks else []
     if args.text:
@@ -277,7 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
     option = parser.add_argument
-    option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes but those with even routing (ideal); "
+    option("overrides", nargs="*", metavar="infer.KEY=VALUE", help="for all modes; with even routing (ideal) only "
+           "infer.select... counts; "
            "cluster.KEY=VALUE emulates devices: attention_ms and experts_ms (of a layer, for a whole batch of a device; experts "
            "in proportion to their rows) or device_gflops, and kernel_floor_ms")  # fmt: skip
     option(

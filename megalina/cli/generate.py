@@ -2,6 +2,7 @@
 
 python tools/generate.py RUN/checkpoints/step_00000200 --prompt "def main():"
 python tools/generate.py RUN --prompt "class " --temperature 0        # the newest checkpoint of a run
+python tools/generate.py RUN infer.select=top_k infer.select_k=2      # of a model of router=dense: so many experts a token
 """
 
 import argparse
@@ -11,13 +12,18 @@ from itertools import chain, islice
 from pathlib import Path
 
 from megalina.arguments import Parser, number, whole
+from megalina.blocks.selection import selection_of
 from megalina.checkpoint.files import newest_checkpoint, read_values
+from megalina.config import InferConfig, RouterConfig
 from megalina.console import check_text, command
+from megalina.serve.modes import read_overrides
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder: its newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="infer.select...=VALUE", help="which experts tokens use of a model "
+                        "of router=dense: infer.select, infer.select_k, infer.select_threshold")  # fmt: skip
     parser.add_argument("--prompt", default="", help="the beginning of the text; empty: a new document")
     parser.add_argument("--max-tokens", type=whole(1, 2**31 - 1), default=200, help="tokens to write (default 200)")
     parser.add_argument("--temperature", type=number(0, 1e6), default=0.8, help="0: always the likeliest token (default 0.8)")
@@ -32,7 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default cpu)")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +58,11 @@ def write_on(options: argparse.Namespace) -> int:
         if newest is None:
             raise ValueError(f"{path} has no checkpoint yet")
         path = newest
-    read_values(path)
+    config = read_values(path)["config"]
+    if others := [text for text in options.overrides if not text.startswith("infer.select")]:
+        raise ValueError(f"{others[0]}: here only infer.select, infer.select_k and infer.select_threshold can be given")
+    infer = InferConfig(**read_overrides(options.overrides))
+    selection = selection_of(infer, RouterConfig(**config["router"]), config["model"]["num_experts"])
     import torch  # seconds, which a mistake need not wait for
 
     from megalina.checkpoint.loaded_model import load_model
@@ -62,6 +72,7 @@ def write_on(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}, but torch sees no GPU: leave it out")
     loaded = load_model(path, device=options.device)
+    loaded.gpt.select(selection)
     tokenizer_path = options.tokenizer or loaded.tokenizer_path
     if not tokenizer_path:
         raise ValueError(f"{path} was trained on token ids without a tokenizer; name one with --tokenizer")

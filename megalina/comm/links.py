@@ -193,12 +193,12 @@ class Links:
             return True
         now_s = time.perf_counter()
         heads = (other.queue[0] for other in self._lanes.values() if other is not lane and other.queue)
-        return any(head.instruction.op in instruction.yields_to and head.at_s <= now_s for head in heads)
+        return any(head.instruction.traffic in instruction.yields_to and head.at_s <= now_s for head in heads)
 
     def _count(self, sent: Sent, lane: _Lane) -> None:
         if self.watched or sent.recorder is not None:
-            assert sent.instruction.op is not None
-            self._under_way[sent.instruction.op] += 1
+            assert sent.instruction.traffic is not None
+            self._under_way[sent.instruction.traffic] += 1
             lane.under_way += 1
 
     def _begin(self, sent: Sent, lane: _Lane) -> None:
@@ -226,8 +226,8 @@ class Links:
     def _ended(self, sent: Sent, lane: _Lane, *, on_wire: bool) -> None:
         instruction, now_s = sent.instruction, time.perf_counter()
         with self._changed:
-            assert instruction.op is not None
-            self._under_way[instruction.op] -= 1
+            assert instruction.traffic is not None
+            self._under_way[instruction.traffic] -= 1
             lane.under_way -= 1
             self._changed.notify_all()
         if on_wire and sent.recorder is not None and sent.pending is not None:
@@ -248,7 +248,7 @@ class Links:
                 self._launch_on_stream(sent)
         else:
             self._launch_on_stream(sent)
-            if sent.instruction.op is Op.TOKENS:
+            if sent.instruction.carries_tokens:
                 self._tokens.append(sent)
         sent.launch = sent.after = None
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megalina.blocks.routers import visited
 from megalina.config import ClusterConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice, emulated_device
 from megalina.step.program import Instruction, Kind
@@ -91,7 +92,9 @@ def full_batch(
         return None
     instructions = {name: Instruction("F", Kind.COMPUTE, name, 0, "0", (), ()) for name in EMULATED_INSTRUCTIONS}
     times = {name: device.seconds(instruction) / (1 + SMALLEST_SHARE) for name, instruction in instructions.items()}
-    return FullBatch(times, cluster.kernel_floor_ms / 1e3, sequences * length, sequences * length * router.top_k)
+    return FullBatch(
+        times, cluster.kernel_floor_ms / 1e3, sequences * length, sequences * length * visited(router, model.num_experts)
+    )
 
 
 def device_of(full: FullBatch | None) -> ServingDevice | None:

@@ -24,6 +24,7 @@ DEFINITIONS = {
     "*_ratio_to_ideal": "this latency over ideal's: above 1 is slower, as in the paper",
     "*_quartiles": "of the ratio over rounds, in which all modes serve the same batch",
     "ratio_to_static_in_rounds, _interval": "median of that ratio, and its 95% confidence interval from order statistics",
+    "active_fraction": "experts that computed a token over all experts, mean over tokens and MoE layers",
     "load_max_over_mean": "rows of the busiest device over the mean, median over batches and MoE layers (and its p95)",
     "idle_share": "of a batch's time in which a device computed nothing, mean over ranks, median over batches",
     "load_idle_share": "rows that fit in beside the busiest device's, over all that fit: what imbalance alone leaves idle",
@@ -56,6 +57,7 @@ class Measured:
     ratio_to_ideal_quartiles: tuple[float, float] | None
     ratio_to_static_in_rounds: float
     ratio_to_static_interval: tuple[float, float]
+    active_fraction: float
     load_max_over_mean: float
     load_max_over_mean_p95: float
     idle_share: float
@@ -142,6 +144,7 @@ def _measured(
         ratio_to_ideal_quartiles=_quartiles(own_s, ideal_s) if ideal_s else None,
         ratio_to_static_in_rounds=statistics.median(in_rounds),
         ratio_to_static_interval=median_interval(in_rounds),
+        active_fraction=_active_fraction(outcomes, sum(tokens), len(moe_layers)),
         load_max_over_mean=_quantile(loads, 0.5),
         load_max_over_mean_p95=_quantile(loads, 0.95),
         idle_share=statistics.median(1 - s / t for s, t in zip(of_batches(lambda b: b.busy_s), own_s, strict=True)),
@@ -211,6 +214,12 @@ def _by_popularity(popularity_E: "Floats | np.ndarray[Any, np.dtype[np.int64]]")
 
 def _over_mean(outcome: Outcome) -> float:
     return float(outcome.load_N.max() / outcome.load_N.mean())
+
+
+def _active_fraction(outcomes: Sequence[Outcome], tokens: int, layers: int) -> float:
+    """`outcomes`: of all batches and MoE layers, which had so many `tokens` together."""
+    made = sum(int(outcome.count_E.sum()) for outcome in outcomes)
+    return made / (tokens * layers * len(outcomes[0].count_E)) if tokens else 0.0
 
 
 def _idle(outcomes: Sequence[Outcome]) -> float:

@@ -40,7 +40,7 @@ def recorded(
 ) -> RoutingTrace:
     """What tokens of the first half of a text choose, the same on every rank; all call it together."""
     config, world = InferConfig(), opened.mesh.world.size
-    engine = opened.engine(config, opened.policy(config, None))
+    engine = opened.to_profile.engine(config, opened.policy(config, None))
     wanted = max(1, min(text.num_profiled, most_tokens // text.length))  # sequences
     at_once = max(1, min(wanted // world, BATCH_TOKENS // text.length))
     found: list[tuple[np.ndarray, list[int]]] = []

@@ -32,6 +32,7 @@ SPEED: Sequence[Column] = (
     ("decode tokens/s", number("decode_tokens_per_s", ",.0f")),
 )
 PLACEMENT: Sequence[Column] = (
+    ("experts used", number("active_fraction", ".0%")),
     ("load max/mean", number("load_max_over_mean")),
     ("its p95", number("load_max_over_mean_p95")),
     ("idle", number("idle_share", ".0%")),

@@ -143,7 +143,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         log.mirror(collectives_path(Path(evaluation.logs), mesh.world.rank))
     checkpoint = Path(evaluation.checkpoint)
     per_node = devices_per_node(os.environ, mesh.world.size)
-    opened = open_checkpoint(checkpoint, mesh, log=log, devices_per_node=per_node)
+    opened = open_checkpoint(checkpoint, mesh, log=log, devices_per_node=per_node, infer=evaluation.modes[STATIC])
     judge, text = _texts(evaluation, opened)
     judged = judged_modes(evaluation.modes)
     work = (evaluation.batches + 1) * evaluation.sequences * text.length * len(evaluation.modes)

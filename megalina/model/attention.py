@@ -1,11 +1,12 @@
 """Attention in torch: its weights, its functions, and the keys and values that generation keeps.
 
 Shapes: B sequences, S tokens a sequence, T = B x S tokens (or this rank's share of them), D model width, H query heads,
-G key-value heads, d numbers a head.
+G key-value heads, d numbers a head, N experts of a mixture of attention heads.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
@@ -13,7 +14,7 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
-from megalina.model.linear import Later, linear, linears
+from megalina.model.linear import Later, linear, linears, wide_linear
 from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
@@ -26,16 +27,18 @@ class Heads(nn.Module):
     k: Tensor
     v: Tensor
     proj: Tensor
+    router: Tensor | None  # [N, D] of a mixture of attention heads; all tensor-parallel ranks hold it whole
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
     proj_bias: Tensor | None
 
-    def __init__(self, head_dim: int, eps: float, rotary: Rotary | None, *, qk_norm: bool):
+    def __init__(self, head_dim: int, eps: float, rotary: Rotary | None, *, qk_norm: bool, num_heads: int, rank: int):
+        """`num_heads`: of all tensor-parallel ranks; `rank`: which of them this is."""
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.num_heads, self.rank = head_dim, num_heads, rank
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
-        no_parameters(self, "q", "k", "v", "proj", "q_bias", "k_bias", "v_bias", "proj_bias")
+        no_parameters(self, "q", "k", "v", "proj", "router", "q_bias", "k_bias", "v_bias", "proj_bias")
         self.q_norm = Norm(eps) if qk_norm else None
         self.k_norm = Norm(eps) if qk_norm else None
 
@@ -52,7 +55,20 @@ class Heads(nn.Module):
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
         mixed_BSD = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS)
-        return linear(mixed_BSD.reshape(n_TD.shape[0], -1), self.proj, later=later)
+        mixed_TX = mixed_BSD.reshape(n_TD.shape[0], -1)  # X = H x d
+        if self.router is not None:
+            mixed_TX = self._scaled(mixed_TX, n_TD, later)
+        return linear(mixed_TX, self.proj, later=later)
+
+    def _scaled(self, mixed_TX: Tensor, n_TD: Tensor, later: Later | None) -> Tensor:
+        """What each head gives, times the probability of its expert; the probabilities are at least float32, and are then of the
+        heads' type.  Scaled here, each expert's output is scaled: the projection is linear."""
+        assert self.router is not None
+        prob_TN = wide_linear(n_TD, self.router, later=later).softmax(dim=1).to(mixed_TX.dtype)
+        heads = mixed_TX.shape[1] // self.head_dim
+        head_H = torch.arange(self.rank * heads, (self.rank + 1) * heads, device=mixed_TX.device)
+        prob_TH = prob_TN.index_select(1, head_H * len(self.router) // self.num_heads)
+        return (mixed_TX.view(-1, heads, self.head_dim) * prob_TH.unsqueeze(2)).flatten(1)
 
 
 class KeyValues:
@@ -88,7 +104,14 @@ class Attention(BlockFunctions):
     def __init__(self, block: Block, layer: Any):
         model = block.model
         layer.attention_norm = Norm(model.norm_eps)
-        layer.attention = Heads(head_dim(model), model.norm_eps, layer.rotary[0], qk_norm=model.qk_norm)
+        layer.attention = Heads(
+            head_dim(model),
+            model.norm_eps,
+            layer.rotary[0],
+            qk_norm=model.qk_norm,
+            num_heads=model.num_heads,
+            rank=layer.share.rank,
+        )
         super().__init__(block, layer)
 
     def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:

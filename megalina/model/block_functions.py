@@ -34,7 +34,7 @@ class Routed:
     logits_TE: Tensor
     weight_TK: Tensor
     losses: tuple[Tensor, ...]  # in the order of the block's `losses`
-    order: RowOrder
+    order: RowOrder | None  # None: all experts computed all tokens where they lay
     load: Tensor  # int64 [E + 1]: tokens that chose each expert, choices lost to capacity
 
 

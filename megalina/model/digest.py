@@ -27,7 +27,11 @@ def routing_digest(order: RowOrder, sample_T: Tensor, position_T: Tensor) -> Ten
     count_E = order.count_E
     experts_E = torch.arange(len(count_E) + 1, device=count_E.device)
     expert_N = experts_E.repeat_interleave(F.pad(count_E, (0, 1), value=1))  # the last row stands for nobody
-    expert_TK = expert_N[order.row_TK]
+    return choices_digest(expert_N[order.row_TK], sample_T, position_T)
+
+
+def choices_digest(expert_TK: Tensor, sample_T: Tensor, position_T: Tensor) -> Tensor:
+    """int64 [2]: of each token's experts, in the order of its choices."""
     column_K = torch.arange(expert_TK.shape[1], device=expert_TK.device)
     place_T = sample_T * 0x9E3779B1 + position_T
     return _limbs(_mix(place_T.unsqueeze(1) * 0x85EBCA6B + column_K, expert_TK))

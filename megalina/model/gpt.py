@@ -18,9 +18,11 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import load
+from megalina.blocks.selection import Selection
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.attention import Heads, KeyValues
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.dense_moe import Dense
 from megalina.model.embedding import Embedding
 from megalina.model.head import Balance, Head
 from megalina.model.mlp import Mlp
@@ -54,10 +56,18 @@ class Layer(nn.Module):
     shared: Mlp | None
 
     def __init__(
-        self, blocks: Sequence[Block], *, index: int, seed: int, rotary: Rotary | None, share: TokenShare, digests: bool
+        self,
+        blocks: Sequence[Block],
+        *,
+        index: int,
+        seed: int,
+        rotary: Rotary | None,
+        share: TokenShare,
+        first_expert: int,
+        digests: bool,
     ):
         super().__init__()
-        self.index, self.seed, self.share, self.digests = index, seed, share, digests
+        self.index, self.seed, self.share, self.first_expert, self.digests = index, seed, share, first_expert, digests
         self.rate = blocks[0].model.dropout
         self.num_experts = blocks[0].model.num_experts
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
@@ -110,9 +120,10 @@ class GPT(nn.Module):
         seed: int,
         padded_vocab: int = 0,
         share: TokenShare = WHOLE,
+        first_expert: int = 0,
         digests: bool = False,
     ):
-        """`share`: this rank's part of the tokens; `digests`: routing is digested, for the ledger."""
+        """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger."""
         super().__init__()
         blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
@@ -123,7 +134,10 @@ class GPT(nn.Module):
         if whole.model.positions == "rope":
             table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
         self.rotary = table
-        layers = (Layer(of, index=i, seed=seed, rotary=table, share=share, digests=digests) for i, of in enumerate(blocks.layers))
+        layers = (
+            Layer(of, index=i, seed=seed, rotary=table, share=share, first_expert=first_expert, digests=digests)
+            for i, of in enumerate(blocks.layers)
+        )
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         balancer, parts, output = (functions_of(block, self) for block in blocks.last)
         assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)
@@ -138,6 +152,15 @@ class GPT(nn.Module):
         """Of the block that has this instruction.  KeyError where none has."""
         name = self.blocks.block_of(instruction).name
         return self.functions[name] if name in self.functions else self.layers[instruction.layer].functions[name]
+
+    def select(self, selection: Selection | None) -> None:
+        """From now on, in evaluation, tokens use these experts of a model of router=dense; None: all, as in training."""
+        for layer in self.moe_layers:
+            router = self.layers[layer].router
+            if isinstance(router, Dense):
+                router.selection = selection
+            elif selection is not None:
+                raise ValueError(f"router={self.router.kind} selects by itself: only a model of router=dense may be told")
 
     def logits(self, n_TD: Tensor) -> Tensor:
         """[T, V] of the words that are here, padding included."""

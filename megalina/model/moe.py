@@ -3,7 +3,7 @@
 Shapes: T own tokens, A all tokens of the micro-batch, D model width, N routed rows, E experts, K experts a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ class Experts(TwoMatrices):
 
 class MoE(BlockFunctions):
     block: MoEBlock
+    chunked: Sequence[str] = ("experts", "cut", "join")  # functions that are told which chunk they have
 
     def __init__(self, block: MoEBlock, layer: Any):
         model = block.model
@@ -56,7 +57,7 @@ class MoE(BlockFunctions):
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
         function = super().bind(instruction, later)
-        return partial(function, instruction.chunk) if instruction.name in ("experts", "cut", "join") else function
+        return partial(function, instruction.chunk) if instruction.name in self.chunked else function
 
     # instructions
     def slice(self, h_TD: Tensor) -> Tensor:

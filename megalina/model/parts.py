@@ -17,7 +17,7 @@ from megalina.model.linear import Later
 from megalina.model.permute import RowOrder, reorder, row_order
 from megalina.step.program import Instruction
 
-SLICED = ("own", "moe_n", "weight")  # values of the tokens that a rank routes
+SLICED = ("own", "moe_n", "weight", "rows")  # values of the tokens that a rank routes
 
 
 class Parts(BlockFunctions):

@@ -202,7 +202,7 @@ class Router(nn.Module):
         if config.mutual_information_loss:
             log_AE = self.log_scores(logits_AE).log_softmax(dim=1)
             information = mutual_information_loss(log_TE.log_softmax(dim=1), log_AE, groups, own)
-        z = _z(clean_TE, valid_T)
+        z = z_loss(clean_TE, valid_T)
         return Routing(expert_TK, weight_TK, balance, z, chosen_E, dropped, valid_T @ prob_TE, locality, information, so_far)
 
 
@@ -295,7 +295,7 @@ class ExpertChoice(Router):
             weight_TK = logits_TE.softmax(dim=1).gather(1, index_TK)
         weight_TK = (weight_TK * config.scale).masked_fill(nobody_TK, 0.0)
         zero = logits_TE.new_zeros(())
-        z = _z(logits_TE, tokens.valid_A[own].to(logits_TE.dtype))
+        z = z_loss(logits_TE, tokens.valid_A[own].to(logits_TE.dtype))
         chosen_E = taken_AE[own].sum(dim=0)
         return Routing(expert_TK, weight_TK, zero, z, chosen_E, torch.zeros_like(chosen_E[0]), logits_TE.new_zeros(num_experts))
 
@@ -317,6 +317,6 @@ def _count(index: Tensor, num_bins: int) -> Tensor:
     return torch.zeros(num_bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
-def _z(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
     """Sum over valid tokens of logsumexp(logits)^2: the router z-loss of ST-MoE (Zoph et al. 2022), not yet averaged."""
     return torch.dot(logits_TE.logsumexp(dim=1).square(), valid_T)

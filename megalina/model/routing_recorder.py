@@ -65,10 +65,16 @@ class RoutingRecorder:
 
     @contextmanager
     def watching(self, gpt: GPT) -> Iterator[None]:
-        """What `gpt` decides inside is recorded.  ValueError for experts that choose tokens: their number isn't a token's."""
+        """What `gpt` decides inside is recorded.  ValueError for experts that choose tokens (their number isn't a
+        token's), and where all get all tokens."""
         if kind_of(gpt.router).experts_choose:
             raise ValueError(
                 f"router.kind={gpt.router.kind}: experts choose tokens there, so a token has no choices to be recorded"
+            )
+        if kind_of(gpt.router).is_dense:
+            raise ValueError(
+                f"router.kind={gpt.router.kind}: all experts get all tokens, so there is nothing to be recorded; an "
+                "evaluation with infer.select=top_k records what it serves with"
             )
         if not gpt.moe_layers:
             raise ValueError("the model has no MoE layer, so there is no routing to be recorded")

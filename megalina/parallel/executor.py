@@ -182,6 +182,9 @@ class Executor:
                 return exchange.start_all_to_all(value, *splits, axis, self._log)
 
             return send(start_tokens, after=counts if isinstance(counts, Later) else None)
+        if self._token_bytes is not None and instruction.carries_tokens and axis.size > 1:
+            rows = len(value) if instruction.op is Op.GATHER else len(value) // axis.size
+            self._token_bytes.add(axis, [rows] * axis.size, value.element_size() * value.shape[1])
         start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[instruction.op]
         return send(lambda: start(value, axis, self._log))
 

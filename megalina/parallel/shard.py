@@ -39,6 +39,7 @@ def build_shard(
         seed=seed,
         padded_vocab=padded_vocab_size(vocab_size, mesh.tp.size),
         share=TokenShare(mesh.tp.size, mesh.tp.rank, cut=sequence),
+        first_expert=model.num_experts // mesh.ep.size * mesh.ep.rank,
         digests=digests,
     )
     initialize(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))

@@ -1,4 +1,4 @@
-"""The bytes of a step's tokens: what this rank's all-to-alls send to other ranks, in its node and beyond it."""
+"""The bytes of a step's tokens: what this rank sends of them to other ranks, in its node and beyond it."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from megalina.mesh import Axis
 
 class TokenBytes:
     """Counts what is sent, exactly: rows as they are routed, there and back, forward and backward.  What stays on a rank is in
-    neither number.
+    neither number.  Tokens that all experts get, with their weights, count as sent from each rank of the row to each other one,
+    and so do their results on the way back, whichever way a collective takes.
 
     One lane sends all tokens, and whoever reads does so after they have arrived; so nothing is locked."""
 

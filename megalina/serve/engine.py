@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.model import shape_of
+from megalina.blocks.selection import Selection
 from megalina.collective_log import CollectiveLog
 from megalina.mesh import Mesh
 from megalina.model.attention import KeyValues
@@ -52,7 +53,8 @@ class Engine:
     """`gpt`: this rank's copy without experts.  `residents`: where each MoE layer's experts sit at first, the same on all ranks.
 
     `log`: where collectives are noted; None: one of its own.  `reroute`: what is done instead of what routers choose, in every
-    batch.  `device`: an emulated one.  ValueError for placements of other layers or devices, for more chunks than slots, and for
+    batch.  `selection`: which experts tokens use of a model trained with router=dense; engines of other selections may share
+    `gpt`.  `device`: an emulated one.  ValueError for placements of other layers or devices, for more chunks than slots, and for
     bytes on their way that are less than a layer's slots."""
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         settings: EngineSettings = EngineSettings(),
         *,
         log: CollectiveLog | None = None,
+        selection: Selection | None = None,
         reroute: Reroute | None = None,
         device: ServingDevice | None = None,
     ):
@@ -93,7 +96,7 @@ class Engine:
         functions = InferenceFunctions(gpt=gpt, mesh=mesh, slots=self.slots, controller=self.controller, tile=tile, device=device)
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
         self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
-        self._reroute = reroute
+        self._reroute, self._selection = reroute, selection
         self._executor = Executor(self.program, functions, mesh, {}, log=log, device=device)
 
     def run(
@@ -111,6 +114,7 @@ class Engine:
         time."""
         if self.device is not None:
             self.device.begin(int(batch.valid_BS.sum()) if emulate else None)
+        self.gpt.select(self._selection)
         with torch.inference_mode():
             given = {BATCH: batch, PAST: past, REROUTE: reroute or self._reroute}
             out = self._executor.run(given, record=record)

@@ -28,4 +28,4 @@ class EvenRouting:
         top_k = chosen_TK.shape[1]
         offset = self.rank * self.num_experts // self.num_ranks
         even_TK = (place_T[:, None] * top_k + torch.arange(top_k, device=chosen_TK.device) + offset) % self.num_experts
-        return torch.where(nobody_T[:, None], chosen_TK, even_TK.to(chosen_TK.dtype))
+        return torch.where(chosen_TK == self.num_experts, chosen_TK, even_TK.to(chosen_TK.dtype))

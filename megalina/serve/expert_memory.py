@@ -65,6 +65,19 @@ def check_memory(
         )
 
 
+def check_rows(served: Served, model: ModelConfig, *, tokens: int, local_ranks: int, free_bytes: int | None) -> None:
+    """ValueError where the rows of a layer, `top_k` for each of a rank's `tokens`, need more than this node has free (None:
+    unknown): sent, received, computed and brought back."""
+    row_bytes = 4 * model.d_model * 4
+    wanted = local_ranks * tokens * served.top_k * row_bytes
+    if free_bytes is not None and wanted > SHARE * free_bytes:
+        raise ValueError(
+            f"{tokens} tokens at a time of each of {local_ranks} ranks go to {served.top_k} of {served.num_experts} experts: "
+            f"their rows take {wanted / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; lower --sequences or --length, or "
+            "let tokens use fewer experts (infer.select=top_k with a model of router=dense)"
+        )
+
+
 def free_memory_bytes() -> int | None:
     """What this node can still give; None where the kernel doesn't tell."""
     path = Path("/proc/meminfo")

@@ -1,10 +1,11 @@
 """Loads an engine for the checkpoint of any layout.  Each rank reads what is dense; each node reads the experts once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megalina.blocks.selection import Selection, selection_of, served_top_k
 from megalina.checkpoint.loaded_model import LoadedModel, load_model, read_experts
 from megalina.collective_log import CollectiveLog
 from megalina.config import InferConfig
@@ -29,10 +30,17 @@ class Opened:
     mesh: Mesh
     served: Served
     log: CollectiveLog  # of the collectives of all engines
+    selection: Selection | None = None  # of a model trained with router=dense: which experts tokens use in all engines
 
     def policy(self, config: InferConfig, profile: RoutingTrace | None) -> Policy:
         """ValueError as `policy_of`."""
         return policy_of(config, self.served, profile)
+
+    @property
+    def to_profile(self) -> "Opened":
+        """The same with as many experts of each token, which a profile needs: what is above a threshold is not counted on."""
+        fixed = self.selection is None or self.selection.rule == "top_k"
+        return self if fixed else replace(self, selection=Selection("top_k", self.served.top_k))
 
     def engine(self, config: InferConfig, policy: Policy, *, device: ServingDevice | None = None) -> Engine:
         """`policy`: the configuration's.  ValueError as `Engine`."""
@@ -46,7 +54,18 @@ class Opened:
         )
         even = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank) if config.even_routing else None
         residents = [resident] * len(gpt.moe_layers)
-        return Engine(gpt, self.host, self.mesh, policy, residents, settings, log=self.log, reroute=even, device=device)
+        return Engine(
+            gpt,
+            self.host,
+            self.mesh,
+            policy,
+            residents,
+            settings,
+            log=self.log,
+            selection=self.selection,
+            reroute=even,
+            device=device,
+        )
 
 
 def open_checkpoint(
@@ -56,8 +75,11 @@ def open_checkpoint(
     log: CollectiveLog | None = None,
     dtype: torch.dtype = torch.float32,
     devices_per_node: int = 0,
+    infer: InferConfig | None = None,
 ) -> Opened:
-    """All ranks call it together.  ValueError for a folder without a checkpoint, a damaged file, or a model without experts."""
+    """All ranks call it together.  `infer`: which experts tokens use, its `select` settings; all else is each engine's own.
+
+    ValueError for a folder without a checkpoint, a damaged file, a model without experts, or of which none can be selected."""
     loaded = load_model(path, dtype=dtype, experts=False)
     gpt = loaded.gpt
     if not gpt.moe_layers:
@@ -69,5 +91,6 @@ def open_checkpoint(
     shape, num_experts = experts_of([read_layer(0)])
     on_cuda = next(gpt.parameters()).is_cuda
     host = share_experts(shape, len(gpt.moe_layers), num_experts, read_layer, mesh, page_locked=on_cuda)
-    served = Served(num_experts, gpt.router.top_k, mesh.world.size, devices_per_node)
-    return Opened(loaded, host, mesh, served, log or CollectiveLog(mesh.world.rank))
+    selection = selection_of(infer or InferConfig(), gpt.router, num_experts)
+    served = Served(num_experts, served_top_k(selection, gpt.router, num_experts), mesh.world.size, devices_per_node)
+    return Opened(loaded, host, mesh, served, log or CollectiveLog(mesh.world.rank), selection)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from megalina.step.passes import decides, interleave, rename_part, share_group
+from megalina.step.passes import interleave, rename_part, share_group
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 
 NONE, AUTO = "none", "auto"
@@ -60,7 +60,7 @@ def ranges_of(text: str, forward: Program, *, whole_routers: bool) -> tuple[Rang
 def widest(forward: Program, parts: int, *, whole_routers: bool) -> tuple[Range, ...]:
     """The widest ranges: all layers; with `whole_routers` from behind each router to the next layer that has one."""
     layers = [i for i, s in enumerate(forward) if s.layer >= 0]
-    routers = [i for i in layers if decides(forward[i])]
+    routers = [i for i in layers if routes(forward[i])]
     if parts == 1 or not routers:
         return ()
     if not whole_routers:
@@ -80,6 +80,11 @@ def _first_of_router(forward: Program, at: int) -> int:
     return at
 
 
+def routes(instruction: Instruction) -> bool:
+    """Whether it is where a router says which experts get a token, or how much of it."""
+    return any(v.startswith("#load.") for v in instruction.writes)
+
+
 def _name(instruction: Instruction) -> str:
     return f"{instruction.name}.{instruction.layer}"
 
@@ -97,7 +102,7 @@ def partition(forward: Program, ranges: Sequence[Range], *, one_group: bool = Fa
         start, stop = _bounds(forward, r)
         if start < done:
             raise ValueError(f"strategy.partition: {r} begins before the range before it ends")
-        if whole_routers and any(map(decides, forward[start:stop])):
+        if whole_routers and any(map(routes, forward[start:stop])):
             raise ValueError(
                 f"strategy.partition: in {r} a router would route part by part, and this one must see the whole micro-batch: "
                 "begin ranges behind the routers, or set router.group=sequence"
@@ -116,7 +121,7 @@ def _bounds(forward: Program, r: Range) -> tuple[int, int]:
         if not found:
             raise ValueError(f"strategy.partition: {r}: this model and layout have no instruction {name}")
     start, stop = places[r.first][0], places[r.last][-1] + 1
-    if not any(s.op is Op.TOKENS for s in forward[start:stop]):
+    if not any(s.carries_tokens for s in forward[start:stop]):
         raise ValueError(f"strategy.partition: {r} has no all-to-all in it: give a range that holds one")
     sent = {v for s in forward[start:stop] if s.kind is Kind.START for v in s.writes}
     awaited = {v for s in forward[start:stop] if s.kind is Kind.WAIT for v in s.reads if ">" in v}
@@ -130,10 +135,10 @@ def with_own_counts(forward: Program) -> Program:
     counted = {s.layer for s in forward if s.op is Op.COUNTS}
     out: list[Instruction] = []
     for s in forward:
-        if s.op is not Op.TOKENS and s.name != "experts" or s.layer in counted:
+        sizes = next((v for v in s.reads if v.startswith("#sizes")), None)
+        if sizes is None or s.op is Op.COUNTS or s.layer in counted:
             out.append(s)
             continue
-        sizes = next(v for v in s.reads if v.startswith("#sizes"))
         own = f"#sizes.{s.layer}.0"
         if s.name == "dispatch" and s.kind is Kind.START and s.chunk[0] == 0:
             wire = f"#order>.{s.layer}.0"
@@ -164,11 +169,12 @@ def in_parts(
     def cut_up(values: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"{v.rpartition('.')[0]}.{name}" for v in values for name in names)
 
+    ordered = any(v.startswith(ORDER) for v in enter)  # else all experts get all tokens
     batch, tokens, rows = list[str](), list[str](), list[str]()
     for v in enter:
         if not any(part in known for part in cut_up([v])):
             head = v.partition(".")[0]
-            kind = batch if head == "#batch" else rows if head in (ROWS, ORDER) else tokens
+            kind = batch if head == "#batch" else rows if ordered and head in (ROWS, ORDER) else tokens
             kind.append(v)
     if wrong := [v for v in tokens if not has_gradient(v)]:
         raise ValueError(f"strategy.partition: {wrong[0]} can't be cut into parts: begin the range elsewhere")
@@ -196,7 +202,7 @@ def side_by_side(backward: Program) -> Program:
             out.append(s)
         elif "p0/" in s.part:
             together = siblings[_without_part(s)]
-            out += (replace(t, credit=0) if t.op is Op.TOKENS else t for t in together)
+            out += (replace(t, credit=0) if t.carries_tokens else t for t in together)
         elif not any("p0/" in t.part for t in siblings[_without_part(s)]):
             out.append(s)  # of the last part alone: the balance of a group
     return tuple(out)

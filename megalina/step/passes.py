@@ -15,6 +15,9 @@ GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire af
 }
 
 
+MOVED = ("dispatch", "weights", "experts", "combine")  # instructions of a MoE layer that chunks have each for itself
+
+
 def rename_part(forward: Program, part: str, share: float = 1.0) -> Program:
     """The same forward pass for another part of the step, which is `share` of a micro-batch."""
 
@@ -98,7 +101,7 @@ def place_weights(
 
 
 def _carries_tokens(instruction: Instruction) -> bool:
-    return instruction.kind is Kind.START and instruction.op is Op.TOKENS
+    return instruction.kind is Kind.START and instruction.carries_tokens
 
 
 def _last_of_each_pass(program: Sequence[Instruction]) -> set[int]:
@@ -120,7 +123,7 @@ def _exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, floa
     for instruction in program:
         computed_s.append(computed_s[-1] + (seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0))
     for i, instruction in enumerate(program):
-        if instruction.kind is Kind.WAIT and instruction.op is Op.TOKENS:
+        if instruction.kind is Kind.WAIT and instruction.carries_tokens:
             start = sent[instruction.reads[0]]
             out[start] = max(0.0, seconds(program[start]) - (computed_s[i] - computed_s[start]))
     return out
@@ -151,32 +154,42 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
     on the wire.  `chunks_of`: layer -> number of chunks; layers that are not in it stay whole.
 
     Rows are cut after routing, each expert's in equal shares, so every router decides as before, and one exchange of counts
-    tells all chunks' sizes.
+    tells all chunks' sizes.  Where all experts get all tokens, tokens are cut.
     """
     out: list[Instruction] = []
-    moved = ("dispatch", "experts", "combine")
     for instruction in forward:
         n = chunks_of.get(instruction.layer, 1)
-        rows, order, back = (f"{v}.{instruction.layer}.0" for v in ("rows", "#order", "back"))
-        cut = tuple(f"{rows}c{c}" for c in range(n))
-        cuts = Instruction("F", Kind.COMPUTE, "cut", instruction.layer, reads=(rows, order), writes=cut, chunk=(0, n))
-        if n == 1 or instruction.name not in (*moved, "counts", "shared"):
+        if n == 1 or instruction.name not in (*MOVED, "counts", "shared"):
             out.append(instruction)
         elif instruction.name == "counts":
-            out += [instruction, cuts] if instruction.kind is Kind.START else [instruction]  # while the counts are on the wire
+            # while the counts are on the wire
+            out += [instruction, _cut(forward, instruction.layer, n)] if instruction.kind is Kind.START else [instruction]
         elif instruction.name == "dispatch" and instruction.kind is Kind.START:
             layer = [s for s in forward if s.layer == instruction.layer]
             if not any(s.name == "counts" for s in layer):
-                out.append(cuts)
-            turns = zip_longest(*(segments(_chunk_of(s, c, n) for s in layer if s.name in moved) for c in range(n)), fillvalue=[])
+                out.append(_cut(forward, instruction.layer, n))
+            turns = zip_longest(*(segments(_chunk_of(s, c, n) for s in layer if s.name in MOVED) for c in range(n)), fillvalue=[])
             for i, turn in enumerate(turns):
                 out += [s for segment in turn for s in segment]
                 out += [s for s in layer if s.name == "shared" and i == 0]  # under the first dispatch
-            arrived = tuple(f"{back}c{c}" for c in range(n))
-            out.append(
-                Instruction("F", Kind.COMPUTE, "join", instruction.layer, reads=(*arrived, order), writes=(back,), chunk=(0, n))
-            )
+            back = f"back.{instruction.layer}.0"
+            reads = (*(f"{back}c{c}" for c in range(n)), *_orders(layer))
+            out.append(Instruction("F", Kind.COMPUTE, "join", instruction.layer, reads=reads, writes=(back,), chunk=(0, n)))
     return tuple(out)
+
+
+def _cut(forward: Program, layer: int, n: int) -> Instruction:
+    """What travels in a layer, into n chunks: rows; where all experts get all tokens their weights, too."""
+    of_layer = [s for s in forward if s.layer == layer]
+    moved = [s for s in of_layer if s.name in MOVED]
+    arrived = {v for s in moved for v in s.writes}
+    whole = dict.fromkeys(v for s in moved for v in s.reads if has_gradient(v) and v not in arrived)
+    writes = tuple(f"{v}c{c}" for v in whole for c in range(n))
+    return Instruction("F", Kind.COMPUTE, "cut", layer, reads=(*whole, *_orders(of_layer)), writes=writes, chunk=(0, n))
+
+
+def _orders(of_layer: Sequence[Instruction]) -> tuple[str, ...]:
+    return tuple(v for s in of_layer if decides(s) for v in s.writes if v.startswith("#order."))
 
 
 def _chunk_of(instruction: Instruction, c: int, n: int) -> Instruction:
@@ -184,7 +197,7 @@ def _chunk_of(instruction: Instruction, c: int, n: int) -> Instruction:
         return value if value[0] == "#" else f"{value}c{c}"
 
     reads, writes = tuple(map(to, instruction.reads)), tuple(map(to, instruction.writes))
-    credit = 1 if instruction.op is Op.TOKENS else 0
+    credit = 1 if instruction.carries_tokens else 0
     return replace(instruction, part=f"{instruction.part}c{c}", chunk=(c, n), credit=credit, reads=reads, writes=writes)
 
 
@@ -206,7 +219,7 @@ def interleave(parts: Sequence[Program]) -> Program:
         return parts[0]
     turns = zip_longest(*map(segments, parts), fillvalue=[])
     instructions = (s for turn in turns for segment in turn for s in segment)
-    return tuple(replace(s, credit=1) if s.op is Op.TOKENS else s for s in instructions)
+    return tuple(replace(s, credit=1) if s.carries_tokens else s for s in instructions)
 
 
 def share_group(parts: Sequence[Program], layer: int = -1) -> list[Program]:
@@ -349,8 +362,8 @@ def place_gradients(
 
 def gap_after(instruction: Instruction) -> str:
     """The gap in which the wire is free once this has arrived, one of `GAPS`; "": none."""
-    arrives = instruction.phase == "B" and instruction.kind is Kind.WAIT and instruction.op is Op.TOKENS
-    return GAPS[instruction.name] if arrives else ""
+    arrives = instruction.phase == "B" and instruction.kind is Kind.WAIT and instruction.carries_tokens
+    return GAPS.get(instruction.name, "") if arrives else ""
 
 
 ROUTER_BIAS = "router_bias"  # the routers' selection bias: state, as a bucket's parameters are

@@ -85,6 +85,16 @@ class Instruction:
         return f"{self.phase}:{self.name}{'>' if self.kind is Kind.START else '<' if self.kind is Kind.WAIT else ''}"
 
     @property
+    def carries_tokens(self) -> bool:
+        """Whether tokens go to experts, or come back: routed ones by all-to-all; or all of them, gathered and summed along ep."""
+        return self.op is Op.TOKENS or (self.axis == "ep" and self.op in MIRRORED_OP)
+
+    @property
+    def traffic(self) -> Op | None:
+        """What it counts as for those that yield: tokens are tokens, whichever collective sends them."""
+        return Op.TOKENS if self.carries_tokens else self.op
+
+    @property
     def outward(self) -> bool:
         """Of an exchange of tokens: whether it goes to the experts, else it brings back.  In backward, combine's gradients go."""
         return (self.name == "dispatch") == (self.phase == "F")
@@ -160,7 +170,7 @@ def writes_of(instruction: Instruction) -> tuple[str, ...]:
 
 def shares_of(program: Program) -> dict[str, float]:
     """By tag: of which share of a micro-batch an instruction is, of those that compute or send tokens."""
-    timed = (s for s in program if s.kind is Kind.COMPUTE or (s.kind is Kind.START and s.op is Op.TOKENS))
+    timed = (s for s in program if s.kind is Kind.COMPUTE or (s.kind is Kind.START and s.carries_tokens))
     return {s.tag: s.share / s.chunk[1] for s in timed}
 
 
@@ -234,7 +244,7 @@ def _check_yields(program: Program) -> None:
     ranks could wait for one another."""
     yielding = [s for s in program if s.yields_to]
     lanes = {s.axis for s in yielding}
-    shared = {Op.GRADS, Op.PARAMS} | {s.op for s in program if s.kind is Kind.START and s.axis in lanes}
+    shared = {Op.GRADS, Op.PARAMS} | {s.traffic for s in program if s.kind is Kind.START and s.axis in lanes}
     if Op.COUNTS in shared:  # tokens wait for their sizes
         shared.add(Op.TOKENS)
     bad = [s for s in yielding if s.kind is not Kind.START or s.op not in MOVABLE or shared & set(s.yields_to)]

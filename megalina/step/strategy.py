@@ -56,7 +56,7 @@ class Setting:
         """What an instruction takes, as far as the plan knows, else 0.  Without any times all-to-alls never end, so that all that
         can be computed meanwhile is."""
         if not self.plan.times_us:
-            return float("inf") if instruction.op is Op.TOKENS else 0.0
+            return float("inf") if instruction.carries_tokens else 0.0
         part = instruction.share / instruction.chunk[1]
         return part * dict(self.plan.times_us).get(instruction.timed_as, 0.0) / 1e6
 

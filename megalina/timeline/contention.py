@@ -14,6 +14,7 @@ from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 from megalina.timeline.spans import Span, length_s, overlaps, shared_s, union
 
 CLASSES = {"tokens": "a2a", "grads": "grads", "params": "params"}  # by what is sent; all else is OTHER
+GATHERED = ("gather", "scatter")  # along ep: of tokens that go to all experts
 OTHER = "other"  # split sizes, sums, gathers and scatters of tensor parallelism
 CALIBRATED_AXIS = {"tokens": "ep", "grads": "dp", "params": "dp"}  # the axis of the mesh that an `Alone` is of
 
@@ -87,7 +88,7 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 
 def class_of(event: Event) -> str:
     """a2a, grads, params or other, of what is sent or awaited."""
-    return CLASSES.get(event.op, OTHER)
+    return CLASSES["tokens"] if event.op in GATHERED and event.axis == "ep" else CLASSES.get(event.op, OTHER)
 
 
 def own_slowdowns(events: Iterable[Event], alone: Mapping[str, Alone]) -> dict[str, float]:

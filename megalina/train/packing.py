@@ -9,6 +9,7 @@ two times of the forward pass and never goes back.  Here each packing that is `w
 from collections.abc import Sequence
 
 from megalina.blocks.counts import expert_bytes_on_rank, expert_params_on_rank
+from megalina.blocks.routers import kind_of
 from megalina.config import BYTES, PretrainConfig, is_moe_layer
 from megalina.layout import axis_sizes, rows
 
@@ -38,7 +39,8 @@ def wire_bytes(config: PretrainConfig, world: int, packing: int, *, ranks_per_no
     node = range(world) if ranks_per_node >= world else [rank // ranks_per_node for rank in range(world)]
     layers = sum(is_moe_layer(model, i) for i in range(model.num_layers))
     tokens = train.global_batch_size * train.seq_len / world
-    rows_bytes = 4 * layers * tokens * config.router.top_k * model.d_model * BYTES[train.dtype]
+    ways = len(groups["ep"][0]) if kind_of(config.router).is_dense else config.router.top_k  # copies of a token
+    rows_bytes = 4 * layers * tokens * ways * model.d_model * BYTES[train.dtype]
     gradient_bytes = expert_params_on_rank(config, packing) * max(4, BYTES[train.dtype])
     outside = sum(node[a] != node[b] for row in groups["ep"] for a in row for b in row) / (world * len(groups["ep"][0]))
     copies = len(groups["copies"][0])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from megalina.mesh import Mesh, all_gather_object
 from megalina.step.passes import GAPS
 from megalina.step.plan import Plan
+from megalina.timeline.contention import class_of
 from megalina.timeline.recorder import SEND, Event
 
 logger = logging.getLogger("megalina")
@@ -23,17 +24,18 @@ DRIFT = 0.25  # windows that are off by this share are measured anew
 
 def gap_seconds(events: Sequence[Event]) -> dict[str, float]:
     """The median length of each gap of one step, on one rank: from the end of an exchange of tokens to the start of the next."""
-    sends = sorted((e for e in events if e.kind == SEND and e.op == "tokens" and e.phase == "B"), key=lambda e: e.start_s)
+    sends = sorted((e for e in events if e.kind == SEND and class_of(e) == "a2a" and e.phase == "B"), key=lambda e: e.start_s)
     lengths: dict[str, list[float]] = {gap: [] for gap in GAPS.values()}
     for before, after in zip(sends, sends[1:], strict=False):
-        lengths[GAPS[before.name]].append(max(0.0, after.start_s - before.end_s))
+        if before.name in GAPS:
+            lengths[GAPS[before.name]].append(max(0.0, after.start_s - before.end_s))
     return {gap: statistics.median(found) if found else 0.0 for gap, found in lengths.items()}
 
 
 def bytes_per_s(events: Sequence[Event]) -> float:
     """How fast gradients go that have the wire to themselves: the upper quartile over those that met no tokens; 0 where none
     did."""
-    tokens = [e for e in events if e.kind == SEND and e.op == "tokens"]
+    tokens = [e for e in events if e.kind == SEND and class_of(e) == "a2a"]
     rates = sorted(
         e.num_bytes / (e.end_s - e.start_s)
         for e in events

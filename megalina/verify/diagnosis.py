@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megalina.verify.evidence import Cause, Evidence, Hypothesis
 from megalina.verify.hypotheses import (
     deferred,
+    dense_experts,
     losses,
     norms,
     reductions,
@@ -31,10 +32,11 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         vocabulary.embedding_of_first_words,
         residuals.bias_on_each_rank,
         regrouping.rows_in_arrival_order,
+        dense_experts.left_out,
         residuals.noise_of_each_rank,
     ),
     "routing": (routing.capacity_of_pieces, routing.capacity_of_parts),
-    "loss": (losses.padding, losses.balance_of_pieces, losses.first_words_in_head),
+    "loss": (losses.padding, losses.balance_of_pieces, losses.information_of_pieces, losses.first_words_in_head),
     "gradient": (
         deferred.not_once,
         units.terms,

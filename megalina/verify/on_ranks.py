@@ -182,8 +182,8 @@ class _Observer:
     def _note(self, value_name: str, value: Any, instruction: Instruction) -> None:
         base, layer, part = value_name.split(".")
         stream = self._streams.get(f"{base}.{layer}")
-        if not (stream or base in ("weight", "#order")) or value_name in self._noted:
-            return
+        if not (stream or base in ("weight", "#order")) or value_name in self._noted or "c" in part:
+            return  # a chunk is a part of what is noted
         self._noted.add(value_name)
         if stream:
             self._fill("activation", stream, value, instruction, part)

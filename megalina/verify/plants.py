@@ -39,6 +39,10 @@ def _is_balanced(config: PretrainConfig) -> bool:
     return _has_scores(config) and config.router.balance_loss > 0 and not kind_of(config.router).experts_choose
 
 
+def _is_dense(config: PretrainConfig) -> bool:
+    return _has_moe(config) and kind_of(config.router).is_dense
+
+
 def _has_scores(config: PretrainConfig) -> bool:
     return _has_moe(config) and kind_of(config.router).has_gate
 
@@ -67,7 +71,7 @@ def _passes_capacity(layout: Layout, config: PretrainConfig) -> bool:
 def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
     router = config.router
     kind = kind_of(router)
-    if not _has_moe(config) or not kind.has_gate or kind.experts_choose:
+    if not _has_moe(config) or not kind.has_gate or kind.experts_choose or kind.is_dense:
         return False
     if router.group == "global":
         return layout.world > 1
@@ -110,7 +114,11 @@ _ALL = (
     Plant(
         "router_detached",
         "no gradient flows through the combine weights",
-        lambda layout, config: _has_scores(config) and not (config.router.renormalize and config.router.top_k == 1),
+        lambda layout, config: (
+            _has_scores(config)
+            and not (config.router.renormalize and config.router.top_k == 1)
+            and not kind_of(config.router).is_dense
+        ),
         gradients.router_detached,
     ),
     Plant(
@@ -176,8 +184,23 @@ _ALL = (
     Plant(
         "rows_not_regrouped",
         "rows that arrive from several ranks are not brought into the order of experts",
-        lambda layout, config: _has_moe(config) and 1 < layout.ep < config.model.num_experts,
+        lambda layout, config: _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config),
         forward.rows_not_regrouped,
+    ),
+    Plant(
+        "expert_left_out",
+        "with router=dense one expert is computed by nobody",
+        lambda layout, config: _is_dense(config),
+        forward.expert_left_out,
+    ),
+    Plant(
+        "mutual_information_per_rank",
+        "each rank's mutual information loss knows its own tokens alone",
+        lambda layout, config: (
+            _has_scores(config) and config.router.mutual_information_loss > 0 and _groups_are_cut(layout, config)
+        ),
+        losses.mutual_information_per_rank,
+        ("router.group=micro_batch", "router.mutual_information_loss=0.1"),
     ),
     Plant(
         "z_loss_without_gradient",

@@ -108,11 +108,8 @@ def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:
     for i, of_layer in enumerate(blocks.layers):
         for block in of_layer:
             if isinstance(block, MoE):
-                out += [
-                    ("activation", f"layers.{i}.logits"),
-                    ("routing", f"layers.{i}.expert"),
-                    ("activation", f"layers.{i}.weight"),
-                ]
+                chosen = [] if block.kind.is_dense else [("routing", f"layers.{i}.expert")]
+                out += [("activation", f"layers.{i}.logits"), *chosen, ("activation", f"layers.{i}.weight")]
             out.append(("activation", stream_name(blocks, i, block.name)))
     out += [("loss", name) for name in (*(loss.name for loss in blocks.losses), "loss_tokens", "valid_tokens")]
     out += [("routing", f"layers.{i}.load") for i, is_moe in enumerate(blocks.moe) if is_moe]
@@ -145,4 +142,5 @@ def widened(value_TK: Tensor, columns: int, fill: float) -> Tensor:
 
 def columns_of(model: ModelConfig, router: RouterConfig) -> int:
     """K of recorded routings."""
-    return model.num_experts if kind_of(router).experts_choose else router.top_k
+    kind = kind_of(router)
+    return model.num_experts if kind.experts_choose or kind.is_dense else router.top_k

@@ -154,7 +154,8 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
             x_TD = functions.forward(x_TD, batch, routed)
             for of in routed.routed[known:]:
                 note("activation", f"layers.{i}.logits", of.logits_TE)
-                note("routing", f"layers.{i}.expert", choices_of(of.order, columns))
+                if of.order is not None:
+                    note("routing", f"layers.{i}.expert", choices_of(of.order, columns))
                 note("activation", f"layers.{i}.weight", widened(of.weight_TK, columns, 0.0))
             note("activation", stream_name(gpt.blocks, i, name), x_TD)
     loss = gpt.output.sum_of(gpt.output.stat(gpt.final_norm(x_TD), batch).unsqueeze(0), batch)

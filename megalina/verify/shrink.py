@@ -69,6 +69,9 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
     kv_heads = _multiple(min(model.num_kv_heads, 4), most)
     heads = kv_heads * min(model.num_heads // model.num_kv_heads, 2)
     own_size = model.head_dim not in (0, model.d_model // model.num_heads)
+    attention_experts = min(model.attention_experts, heads)
+    while attention_experts and heads % attention_experts:
+        attention_experts -= 1
     positions = 0
     if model.max_positions:
         positions = length + (unit if model.max_positions > old_length else 0)
@@ -81,6 +84,7 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=8 if own_size else 0,
+        attention_experts=attention_experts,
         num_experts=_multiple(min(model.num_experts, MOST_EXPERTS), most),
         d_ff=16,
         dense_d_ff=6 * unit if model.dense_d_ff else 0,

@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 
+from megalina.blocks.counts import training_flops_per_token
 from megalina.blocks.memory import Inside
 from megalina.blocks.mlp import DenseMlp
+from megalina.blocks.model import blocks_of
 from megalina.blocks.routers import KINDS
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece
 from megalina.compose import compose
 from megalina.config import PretrainConfig
+from megalina.perfmodel.cost.instruction_work import forward_flops
 from megalina.verify.declared import declared_and_counted
 from megalina.verify.proof import COUNTED_LENGTH, differs
 from megalina.verify.shrink import shrink
@@ -29,6 +32,9 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "z-loss": ("router.z_loss=0.1",),
     "kept at home": ("router.locality_loss=0.1", "router.locality_nodes=2"),
     "mutual information": ("router.mutual_information_loss=0.1",),
+    "dense, shared, bias": ("router=dense", "model.shared_d_ff=32", "model.bias=true", "router.z_loss=0.1"),
+    "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
+    "attention experts": ("model.attention_experts=2", "model.qk_norm=true"),
     "dense layers": ("model.moe_every=2",),
 }
 
@@ -49,6 +55,25 @@ def _wrong(overrides: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_flops_and_kept_bytes_are_those_of_the_functions(name: str) -> None:
     assert _wrong(OVERRIDES[name]) == []
+
+
+def test_checkpoints_of_dense_and_sparse_training_are_interchangeable() -> None:
+    """The same parameters at the same names, of the same shapes, in the same buckets."""
+    dense, sparse = (compose(["model=tiny", f"router={name}", "model.bias=true"]) for name in ("dense", "topk"))
+    found = [list(blocks_of(config.model, config.router).parameters()) for config in (dense, sparse)]
+    assert found[0] == found[1]
+
+
+def test_dense_training_costs_as_much_as_routing_to_all_experts() -> None:
+    """But for what sorting and weighing rows takes, which are no products."""
+    sizes = {"vocab_size": 512, "seq_len": 64}
+    dense, every, sparse = (
+        compose(["model=tiny", f"router={name}", f"router.top_k={k}"]) for name, k in (("dense", 1), ("topk", 4), ("topk", 1))
+    )
+    flops = [training_flops_per_token(config.model, config.router, **sizes) for config in (dense, every, sparse)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9) and flops[0] > 1.5 * flops[2]
+    experts = [forward_flops(config)["experts"] for config in (dense, every, sparse)]
+    assert experts[0] == pytest.approx(experts[1], rel=1e-9) == pytest.approx(4 * experts[2], rel=1e-9)
 
 
 def test_a_product_that_is_not_declared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,20 @@ def test_gradients_that_yield_wait_for_tokens_whose_sizes_are_on_their_way() -> 
     assert seen == ["tokens", "gradients"]
 
 
+def test_gradients_that_yield_wait_for_tokens_that_are_gathered_or_summed_along_ep_alone() -> None:
+    for op, axis, held in ((Op.GATHER, "ep", True), (Op.SCATTER, "ep", True), (Op.GATHER, "tp", False)):
+        links, seen, sizes = Links(CollectiveLog(0), cuda=False), list[str](), threading.Event()
+        links.watched = True
+        tokens = links.send(instruction(op, "tokens", axis), launching(seen, "tokens"), after=Later(lambda: sizes.wait(5.0)))  # noqa: B023
+        gradients = links.send(instruction(Op.GRADS, "gradients", "dp", yields_to=(Op.TOKENS,)), launching(seen, "gradients"))
+        time.sleep(SOON_S)
+        assert seen == ([] if held else ["gradients"])
+        sizes.set()
+        tokens.wait()
+        gradients.wait()
+        links.close()
+
+
 def test_an_error_of_a_lane_is_raised_where_the_program_waits() -> None:
     links = Links(CollectiveLog(0), cuda=False)
 

@@ -50,6 +50,7 @@ def of_mode(name: str, own_ms: Sequence[float], static_ms: Sequence[float], load
         p50_ms=own_ms[0], p95_ms=own_ms[0], p99_ms=own_ms[0], p50_ratio_to_static=middle, p95_ratio_to_static=middle,
         p50_ratio_to_ideal=None, p95_ratio_to_ideal=None, ratio_to_static_quartiles=(ratios[0], ratios[-1]),
         ratio_to_ideal_quartiles=None, ratio_to_static_in_rounds=middle, ratio_to_static_interval=(ratios[0], ratios[-1]),
+        active_fraction=0.5,
         load_max_over_mean=load, load_max_over_mean_p95=load, idle_share=0.1, load_idle_share=0.1, phase2_rate=None,
         planner_ms=None, planner_calls=0.0, swapped_mb=0.0, fetch_wait_ms=0.0, a2a_ms=1.0, a2a_share=0.1, a2a_exposed_ms=1.0,
         prefill_tokens_per_s=100.0, decode_tokens_per_s=None, decode_pass_ms=None, accuracy_ordered=foresees,

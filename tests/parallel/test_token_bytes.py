@@ -25,7 +25,11 @@ def test_neighbours_and_others_are_told_apart() -> None:
     assert counted.take() == (0, 0)
 
 
-def trained(strategy: StrategyConfig, ranks_per_node: int) -> list[tuple[int, int, int, int]]:
+CAPACITY = RouterConfig(capacity_factor=1.0)
+DENSE = RouterConfig(kind="dense", balance_loss=0.0, renormalize=False)
+
+
+def trained(strategy: StrategyConfig, ranks_per_node: int, router: RouterConfig = CAPACITY) -> list[tuple[int, int, int, int]]:
     """Of each of two steps: what the result says, and what this rank gave to all-to-alls of rows."""
     given: list[tuple[int, int]] = []
     send = dist.all_to_all_single
@@ -41,7 +45,7 @@ def trained(strategy: StrategyConfig, ranks_per_node: int) -> list[tuple[int, in
     dist.all_to_all_single = watched
     mesh = build_mesh(ep=4)
     config = PretrainConfig(
-        model=MODEL, router=RouterConfig(capacity_factor=1.0), parallel=ParallelConfig(ep=4), strategy=strategy,
+        model=MODEL, router=router, parallel=ParallelConfig(ep=4), strategy=strategy,
         train=TrainConfig(global_batch_size=8, micro_batch_size=2, seq_len=16),
     )  # fmt: skip
     trainable = Trainable(
@@ -70,3 +74,11 @@ def test_they_are_what_the_collectives_were_given(strategy: StrategyConfig) -> N
         between, within, *_ = steps[0]
         assert (between, within) == (sum(step[2] for step in steps), sum(step[3] for step in steps))
         assert between > within > 0  # two of three others sit elsewhere
+
+
+def test_tokens_that_all_experts_get_count_as_sent_to_each_rank() -> None:
+    """By hand: a token and its weights to each of three others, and a part of its sum back from each; forward and backward."""
+    found = run_on_ranks(4, trained, StrategyConfig(name="flow", parts=2, chunks="2"), 2, DENSE)[0]
+    tokens, numbers = 8 * 16, MODEL.d_model + MODEL.d_model + MODEL.num_experts
+    sent = MODEL.num_layers * 2 * tokens * numbers * 4
+    assert [(between, within) for between, within, *_ in found] == [(2 * sent, sent)] * 2

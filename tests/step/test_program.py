@@ -21,6 +21,8 @@ SHAPES = {
     "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "global balance": plain_shape(moe=(True, True), global_balance=True),
     "equal counts": plain_shape(moe=(True, False, True), experts_choose=True),
+    "all experts": plain_shape(moe=(False, True, True), all_experts=True, shared_experts=True),
+    "all experts, tensor parallel": plain_shape(moe=(True, True), all_experts=True, tp=True, sequence=False),
     "selection biases": plain_shape(moe=(True, True), selection_bias=True),
 }
 
@@ -146,7 +148,8 @@ def routed_in_parts(name: str, *, micro_batches: int, parts: int) -> tuple[Progr
     return program, given(program, setting), setting.buckets
 
 
-WITHOUT_STATISTICS_OF_ALL = [name for name in SHAPES if name != "global balance"]
+# whose routers decide where tokens go, from no more than a micro-batch
+WITHOUT_STATISTICS_OF_ALL = [name for name in SHAPES if name != "global balance" and not name.startswith("all experts")]
 
 
 @pytest.mark.parametrize("name", WITHOUT_STATISTICS_OF_ALL)
@@ -255,3 +258,25 @@ def test_selection_biases_follow_the_result_of_a_step(name: str) -> None:
     with pytest.raises(ValueError, match="U:router_bias.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
         check((*program[: at - 1], program[at], program[at - 1], *program[at + 1 :]), have, setting.buckets)
     assert not any(s.name == "router_bias" for s in evaluation(shape, setting.buckets))
+
+
+def test_where_all_experts_get_all_tokens_gathers_and_sums_along_ep_are_tokens() -> None:
+    """Chunks cut tokens with their weights, parts take turns, and gradients yield to what is gathered and summed."""
+    shape = SHAPES["all experts"]
+    setting = Setting(shape, buckets_of(shape), Plan("lina", chunks=(2,), yields=True))
+    program = training_step("lina", setting)
+    tokens = [s for s in program if s.carries_tokens and s.kind is Kind.START]
+    assert {s.op for s in tokens} == {Op.GATHER, Op.SCATTER} and {s.axis for s in tokens} == {"ep"}
+    assert len(tokens) == 2 * 2 * 2 * 3  # layers, chunks, forward and backward; tokens, weights, sums
+    assert all(s.traffic is Op.TOKENS and s.credit == 1 for s in tokens)
+    assert any(s.yields_to == (Op.TOKENS,) for s in program)
+    cut = next(s for s in program if s.name == "cut" and s.phase == "F")
+    assert cut.reads == ("rows.1.0", "weight.1.0")
+    assert cut.writes == ("rows.1.0c0", "rows.1.0c1", "weight.1.0c0", "weight.1.0c1")
+    others = [s for s in plain(SHAPES["tensor parallel"]) if s.op is Op.GATHER]
+    assert others and not any(s.carries_tokens for s in others)
+    wrong = tuple(
+        replace(s, axis="ep") if s.op is Op.GRADS else replace(s, axis="ep") if s.op is Op.PARAMS else s for s in program
+    )
+    with pytest.raises(ValueError, match="may not be held back"):  # tokens would stand behind what yields to them
+        check(wrong, given(wrong, setting), {n: replace(b, axis="ep") for n, b in setting.buckets.items()})

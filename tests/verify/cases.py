@@ -20,7 +20,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu",
         "dense_d_ff": 24, "moe_every": 2,
     },
-    "modern": {"qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False},
+    "modern": {
+        "attention_experts": 4, "qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False,
+    },
     "dropout": {
         "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
     },
@@ -46,6 +48,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
         "mutual_information_loss": 0.1,
     },
+    "dense": {"kind": "dense", "renormalize": False, "balance_loss": 0.0, "mutual_information_loss": 0.1},
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}
 

@@ -20,6 +20,13 @@ CONFIGS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "bias and dropout": ({"bias": True, "dropout": 0.25}, {}),
     "capacity": ({}, {"capacity_factor": 0.6, "group": "micro_batch"}),
     "global": ({}, {"group": "global"}),
+    "dense": (
+        {},
+        {
+            **{"kind": "dense", "renormalize": False, "balance_loss": 0.0},
+            **{"group": "micro_batch", "mutual_information_loss": 0.1},
+        },
+    ),
 }
 
 

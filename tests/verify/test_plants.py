@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,15 @@ MODELS = {
     "dropout": {"dropout": 0.2, "bias": True, "dense_layers_first": 1, "shared_d_ff": 12},
     "modern": {"qk_norm": True, "num_heads": 8, "head_dim": 8},
 }
-ROUTERS = {
+ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
     "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
     "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01, "group": "micro_batch"},
     "global": {"group": "global"},
-}
+    "dense": {
+        "kind": "dense", "renormalize": False, "balance_loss": 0.0, "group": "micro_batch", "mutual_information_loss": 0.1,
+    },
+}  # fmt: skip
 ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
     ("GPT-2", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=1)),
     ("dropout", "capacity", "adamw", Layout(WORLD, tp=2, ep=1, zero=1, micro_batch=2, sequence=False, piece_mb=0.002)),
@@ -37,6 +41,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("GPT-2", "topk", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, strategy="lancet")),
     ("modern", "sigmoid", "sgd", Layout(WORLD, tp=1, ep=4, micro_batch=2, recompute="full", strategy="lancet")),
     ("modern", "capacity", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=2, strategy="lancet")),
+    ("dropout", "dense", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
+    ("GPT-2", "dense", "adamw", Layout(WORLD, tp=2, ep=1, micro_batch=4, zero=1, recompute="full")),
 ]
 
 

@@ -11,10 +11,9 @@ from dataclasses import replace
 from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.plan_settings import AUTO, plan_of
-from megalina.step.partition import MOST_PARTS, NONE, Range, in_parts, with_own_counts
-from megalina.step.passes import decides
+from megalina.step.partition import MOST_PARTS, NONE, Range, in_parts, routes, with_own_counts
 from megalina.step.plan import Plan
-from megalina.step.program import Op, Program
+from megalina.step.program import Program
 from megalina.step.strategy import forward_pass
 
 LONGEST = 3  # layers of a range, but for the widest one
@@ -97,7 +96,7 @@ def _name(forward: Program, at: int) -> str:
 def _points(forward: Program) -> list[int]:
     """Where ranges may begin: at a block, or behind a router; the end of the last layer is the last one."""
     layers = [i for i, s in enumerate(forward) if s.layer >= 0]
-    routers = [i for i in layers if decides(forward[i])]
+    routers = [i for i in layers if routes(forward[i])]
     if not routers:
         return []
     blocks = [i for i in layers if i == layers[0] or _reads_stream(forward, i)]
@@ -117,7 +116,7 @@ def _starts(forward: Program, points: list[int], stop: int, *, whole_routers: bo
     for start in points:
         body = forward[start:stop]
         layers = {s.layer for s in body}
-        if not any(s.op is Op.TOKENS for s in body) or (whole_routers and any(map(decides, body))):
+        if not any(s.carries_tokens for s in body) or (whole_routers and any(map(routes, body))):
             continue
         if len(layers) <= LONGEST:
             yield start

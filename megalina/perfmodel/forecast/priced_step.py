@@ -167,8 +167,8 @@ class PricedStep:
 
     @cached_property
     def token_bytes(self) -> tuple[float, float]:
-        """What all ranks' all-to-alls of tokens send in a step, between nodes and to other ranks within one.  Routing is even."""
-        sent = self.rounds * sum(self.sizes.bytes_of(s) for s in self.listed(1) if s.op is Op.TOKENS and s.kind is Kind.START)
+        """What all ranks' exchanges of tokens send in a step, between nodes and to other ranks within one.  Routing is even."""
+        sent = self.rounds * sum(self.sizes.bytes_of(s) for s in self.listed(1) if s.carries_tokens and s.kind is Kind.START)
         row, per_node = self.ranks_of("ep", 0), self.config.cluster.ranks_per_node or self.world
         pairs = [(a // per_node == b // per_node) for a in row for b in row if a != b]
         each = self.world * sent / len(row) ** 2

@@ -16,7 +16,7 @@ from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
 from megalina.plan_settings import overrides_of, strategy_of
 from megalina.step.candidates import EAGER, OF_A_LAYOUT, piece_of
 from megalina.step.plan import Plan
-from megalina.step.program import Instruction, Kind, Op, Program
+from megalina.step.program import Instruction, Kind, Program
 from megalina.validate import check_config
 from megalina.validate_strategy import runs
 
@@ -215,4 +215,4 @@ def _changes(config: PretrainConfig, world: int) -> Iterator[tuple[tuple[str, ..
 
 
 def _token_starts(program: Program) -> Iterator[Instruction]:
-    return (s for s in program if s.op is Op.TOKENS and s.kind is Kind.START)
+    return (s for s in program if s.carries_tokens and s.kind is Kind.START)

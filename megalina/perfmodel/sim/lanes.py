@@ -35,11 +35,13 @@ class Here:
 
     def sent(self, ops: Collection[Op]) -> Sent | None:
         """Something of these on the wire, or started and waiting for other ranks."""
-        return next((s for lane in self.under_way.values() for s in lane if s.instruction.op in ops), None)
+        return next((s for lane in self.under_way.values() for s in lane if s.instruction.traffic in ops), None)
 
     def asked(self, ops: Collection[Op]) -> Sent | None:
         """Something of these that the device has, at the head of its lane."""
-        return next((lane[0] for lane in self.queued.values() if lane and lane[0].instruction.op in ops and lane[0].ready), None)
+        return next(
+            (lane[0] for lane in self.queued.values() if lane and lane[0].instruction.traffic in ops and lane[0].ready), None
+        )
 
 
 @dataclass(frozen=True, slots=True)

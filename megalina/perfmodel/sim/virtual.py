@@ -273,9 +273,9 @@ class _Cluster:
         instruction = (
             instructions[0] if len(instructions) == 1 else max(instructions, key=sizes.bytes_of)
         )  # ranks may have mixed them up
-        assert instruction.op is not None
+        assert instruction.traffic is not None
         collective.what, collective.num_bytes, collective.bytes_NN = sizes.sent(instruction, group.ranks)
-        collective.urgency = self._loads.network.urgency(instruction.op)
+        collective.urgency = self._loads.network.urgency(instruction.traffic)
         collective.phases.extend(self._loads.of(group.axis, collective.what, group.ranks, collective.bytes_NN))
         self._move(collective)
 

@@ -60,6 +60,22 @@ def capacity_not_passed(trainable: Trainable, config: PretrainConfig) -> None:
     around(trainable, of)
 
 
+def expert_left_out(trainable: Trainable, config: PretrainConfig) -> None:
+    """Nobody computes the last expert of each layer."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "experts":
+            return function
+
+        def without(got_ND: Tensor, weight_NE: Tensor) -> Tensor:
+            there_E = torch.arange(weight_NE.shape[1], device=weight_NE.device) < weight_NE.shape[1] - 1
+            return function(got_ND, weight_NE * there_E)
+
+        return without
+
+    around(trainable, of)
+
+
 def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
     def of(instruction: Instruction, function: Function) -> Function:
         if instruction.name != "experts":

@@ -135,7 +135,9 @@ def sequence_norm_not_summed(trainable: Trainable, config: PretrainConfig) -> No
 
 def norm_without_experts(trainable: Trainable, config: PretrainConfig) -> None:
     def without(out: Tensor, *_: Any) -> Tensor:
-        out[3] -= torch.stack([trainable.buckets[name].square_sum() for name in expert_buckets(trainable)]).sum()
+        out[len(trainable.gpt.blocks.losses)] -= torch.stack(
+            [trainable.buckets[name].square_sum() for name in expert_buckets(trainable)]
+        ).sum()
         return out
 
     after(trainable, "measure", without)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from megalina.config import PretrainConfig
 from megalina.model.balance import balance_loss
+from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.routers import Router, Routing
-from megalina.model.tokens import RouterTokens
+from megalina.model.tokens import ALL, Groups, RouterTokens
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, after, around
@@ -59,5 +60,25 @@ def _own_balance(router: Router) -> Function:
         tokens_G = torch.bincount(group_T, minlength=groups + 1)[:groups]
         balance = balance_loss(router.log_scores(logits_TE).softmax(1), group_T, counts_GE[:groups, :-1], tokens_G, router.top_k)
         return replace(routing, balance=balance)
+
+    return forward
+
+
+def mutual_information_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.moe_layers:
+        router = trainable.gpt.layers[layer].router
+        router.forward = _own_information(router)  # type: ignore[method-assign]
+
+
+def _own_information(router: Router) -> Function:
+    """A router whose mutual information loss knows the own tokens alone."""
+
+    def forward(logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice) -> Routing:
+        routing: Routing = Router.forward(router, logits_TE, tokens, logits_AE, own)
+        groups = tokens.by_sequence if router.config.group == "sequence" else tokens.together
+        group_T = groups.group_A[own]
+        here = Groups(groups.number, torch.bincount(group_T, minlength=groups.number + 1)[: groups.number], group_T)
+        log_TE = router.log_scores(logits_TE.masked_fill(~tokens.valid_A[own, None], 0.0)).log_softmax(1)
+        return replace(routing, information=mutual_information_loss(log_TE, log_TE.detach(), here, ALL))
 
     return forward

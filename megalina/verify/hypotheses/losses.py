@@ -69,6 +69,26 @@ def balance_of_pieces(evidence: Evidence) -> Iterator[Cause]:
             return
 
 
+def information_of_pieces(evidence: Evidence) -> Iterator[Cause]:
+    """The mutual information loss is a mean of what ranks compute of their own tokens."""
+    weight, layers = evidence.config.router.mutual_information_loss, evidence.model.moe_layers
+    if not weight or not layers or evidence.layout.tp == 1:
+        return
+    pair, found = evidence.pair("loss", "mutual_information_loss"), torch.zeros((), dtype=torch.float64)
+    if pair.equal:
+        return
+    for layer in layers:
+        for group in routings(evidence, layer):
+            parts = [routing.information for _, routing in group]
+            found = found + sum(part for part in parts if part is not None)
+    if close(found / (int(evidence.batch.valid_BS.sum()) * len(layers)), pair.got.value):
+        yield Cause(
+            "mutual_information_per_rank",
+            f"mutual_information_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: each of {evidence.layout.tp} tp "
+            "ranks takes it of its own tokens; the mean over a group's tokens must be that of all ranks' tokens",
+        )
+
+
 def first_words_in_head(evidence: Evidence) -> Iterator[Cause]:
     """The loss is that of a head in which each tp rank takes its words for the first ones."""
     pair = evidence.pair("loss", "loss")

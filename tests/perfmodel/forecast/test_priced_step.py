@@ -75,3 +75,22 @@ def test_bytes_of_tokens_are_those_of_even_routing() -> None:
     rows = train.global_batch_size * train.seq_len * config.router.top_k
     sent = rows * config.model.d_model * 4 * 4 * moe_layers
     assert between == pytest.approx(sent / 2) and within == pytest.approx(sent / 4)
+
+
+def test_bytes_of_tokens_that_all_experts_get() -> None:
+    """By hand: a token and its weights to each of three others, and its sum's parts back; forward and backward."""
+    overrides = [
+        "model=tiny",
+        "router=dense",
+        "cluster=h100_400g",
+        "parallel.ep=4",
+        "cluster.nodes=2",
+        "cluster.ranks_per_node=2",
+    ]
+    config = compose(overrides)
+    step = PricedStep(config, 4, Plan("lina_nopack", chunks=(2,), yields=True), vocab_size=512)
+    between, within = step.token_bytes
+    train, model = config.train, config.model
+    sent = train.global_batch_size * train.seq_len * (2 * model.d_model + model.num_experts) * 4 * 2 * model.num_layers
+    assert between == pytest.approx(2 * sent) and within == pytest.approx(sent)
+    assert step.peak[0] > step.state_bytes

@@ -121,3 +121,27 @@ def test_rows_that_are_not_regrouped_by_expert_are_named() -> None:
 
 def test_rows_with_their_own_experts_are_right() -> None:
     assert diagnosed("plain", TWO, unsorted_rows(True)).named == "", "else the test above tests nothing"
+
+
+def without_expert(expert: int, part: float) -> Change:
+    """The first layer's output without a part of what one expert adds, by the formula."""
+    reference = reference_of("dense", TP)
+    weight = {e.name: e.value for e in reference.entries if (e.step, e.kind) == (INITIAL, "weight")}
+    h, s = (reference.entry(0, "activation", f"layers.0.{name}").value for name in ("attention", "weight"))
+    n = F.rms_norm(h, h.shape[-1:], weight["layers.0.mlp_norm.weight"], 1e-5)
+    gate, up = F.linear(n, weight["layers.0.experts.w1"][expert]).chunk(2, dim=-1)
+    added = F.linear(F.silu(gate) * up, weight["layers.0.experts.w2"][expert])
+    whole = reference.entry(0, "activation", "layers.0").value
+    return only(0, "activation", "layers.0", whole - part * s[..., expert, None] * added)
+
+
+@pytest.mark.parametrize("expert", [0, 3])
+def test_an_expert_in_no_tokens_sum_is_named(expert: int) -> None:
+    told = diagnosed("dense", TP, without_expert(expert, 1.0))
+    assert told.named == "expert_left_out"
+    assert f"layers.0: expert {expert} of 4 is in no token's sum" in told.sentence
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0001, -1.0])
+def test_an_expert_of_another_weight_is_not(part: float) -> None:
+    assert diagnosed("dense", TP, without_expert(3, part)).named == "unknown"

@@ -72,6 +72,30 @@ def test_nearly_that_balance_loss_is_not() -> None:
     assert diagnosed("global", GLOBAL, balance_of_ranks("global", GLOBAL, 1.00001)).named == "unknown"
 
 
+def information_of_ranks(scale: float) -> Change:
+    """Each tp rank's mutual information loss by the definition, over its own tokens of a micro-batch alone."""
+    reference = reference_of("dense", TP)
+    valid_T = reference.batches[0].valid_BS.flatten()
+    total = 0.0
+    for layer in range(2):
+        prob_TE = reference.entry(0, "activation", f"layers.{layer}.logits").value.flatten(0, 1).softmax(1)
+        for own in torch.arange(len(valid_T)).chunk(16):  # 8 micro-batches of a sequence, each on two ranks
+            prob_tE = prob_TE[own][valid_T[own]]
+            mean_E = prob_tE.mean(0)
+            entropy = -(prob_tE * prob_tE.log()).sum(1).mean()
+            total += len(prob_tE) * float(entropy + (mean_E * mean_E.log()).sum()) if len(prob_tE) else 0.0
+    value = torch.tensor(scale * total / (2 * int(valid_T.sum())), dtype=torch.float64)
+    return only(0, "loss", "mutual_information_loss", value)
+
+
+def test_mutual_information_of_each_ranks_own_tokens_is_named() -> None:
+    assert diagnosed("dense", TP, information_of_ranks(1.0)).named == "mutual_information_per_rank"
+
+
+def test_nearly_that_mutual_information_is_not() -> None:
+    assert diagnosed("dense", TP, information_of_ranks(1.00001)).named == "unknown"
+
+
 def norm_of(keep: Callable[[str], bool], reference: Recording) -> Tensor:
     return torch.stack(
         [e.value.square().sum() for e in reference.entries if (e.step, e.kind) == (0, "gradient") and keep(e.name)]
