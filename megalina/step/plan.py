@@ -22,6 +22,7 @@ class Plan:
     times_us: tuple[tuple[str, float], ...] = ()  # of kinds of instructions, a whole micro-batch; weights are placed by them
     measured_at: int = 0  # the step in which the windows were measured
     packing: int = 1  # times as many experts on a rank as parallel.ep says
+    order: tuple[str, ...] = ()  # of all instructions, as `megalina/step/order.py` writes it; (): the strategy's own
 
     def __str__(self) -> str:
         """For people: "flow: 2 parts, pieces of 0.5 MiB"."""
