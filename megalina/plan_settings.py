@@ -8,6 +8,7 @@ from megalina.step.candidates import EAGER, PIECE_BYTES
 from megalina.step.plan import Plan, chunks_from, chunks_text
 
 AUTO = "auto"
+SEARCH = "search"
 
 
 def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
@@ -29,6 +30,7 @@ def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
         deferred_weights=strategy.deferred_weights,
         deferred_bytes=int(strategy.deferred_mb * 2**20),
         packing=packing,
+        order=tuple(strategy.order.splitlines()),
     )
 
 
@@ -46,6 +48,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "deferred_mb": plan.deferred_bytes / 2**20,
         "windows": AUTO if plan.gap_bytes else "none",
         "packing": str(plan.packing),
+        "order": "\n".join(plan.order),
     }
 
 
@@ -55,15 +58,19 @@ def strategy_of(plan: Plan, rest: StrategyConfig) -> StrategyConfig:
 
 
 def overrides_of(plan: Plan) -> tuple[str, ...]:
-    """The plan on a command line; of what its strategy's YAML says, only what may differ."""
+    """The plan on a command line; of what its strategy's YAML says, only what may differ.  ValueError for a plan with an order of
+    its own, which is too long for one."""
+    if plan.order:
+        raise ValueError(f"{plan} has an order of its own: give it to a run as a file, with strategy.plan")
     told = {
         "bucket_mb": plan.merge_bytes > 0,
         "parts": plan.parts > 1,
         "chunks": plan.strategy in ("lina", "lina_nopack"),
-        "yields": plan.strategy in ("flow", "lina_zero", "lancet"),
+        "yields": plan.strategy in ("flow", "lina_zero", "lancet", SEARCH),
         "late_layers": plan.strategy != "eager",
         "deferred_weights": plan.strategy == "lancet" or plan.places_weights,
         "deferred_mb": plan.deferred_bytes > 0,
+        "order": False,
     }
     values = {key: value for key, value in settings_of(plan).items() if key != "name" and told.get(key, True)}
     return (f"strategy={plan.strategy}", *(f"strategy.{key}={_written(value)}" for key, value in values.items()))

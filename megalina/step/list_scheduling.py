@@ -12,6 +12,9 @@ from megalina.step.precedence import Precedence
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program
 
 
+HORIZON = 120  # acts
+
+
 def tails(precedence: Precedence, seconds: Sequence[float]) -> list[float]:
     """Of each act: its own time and the longest chain of those that need it."""
     out = [0.0] * len(seconds)
@@ -21,11 +24,17 @@ def tails(precedence: Precedence, seconds: Sequence[float]) -> list[float]:
 
 
 def schedule(
-    precedence: Precedence, seconds: Sequence[float], priority: Sequence[float], *, backlog_s: float = float("inf")
+    precedence: Precedence,
+    seconds: Sequence[float],
+    priority: Sequence[float],
+    *,
+    backlog_s: float = float("inf"),
+    horizon: int = HORIZON,
 ) -> list[int]:
     """Acts in order.  `seconds`: of compute, and of a START alone on the wire.
 
-    Gradients and parameters are asked for only while what is on the wire already takes no longer than `backlog_s`, unless there
+    What is further than `horizon` acts behind the first that is left, in the list's own order, has to wait: else the forward
+    passes of all micro-batches would come first, and their activations would be held.  Gradients and parameters are asked for only while what is on the wire already takes no longer than `backlog_s`, unless there
     is nothing to compute."""
     program = precedence.program
     sends = [program[i].kind is Kind.START for i in range(len(program))]
@@ -39,9 +48,15 @@ def schedule(
     starts = [i for i in precedence.acts if not missing[i] and sends[i]]
     now_s = wire_s = 0.0
     out: list[int] = []
+    place = {act: i for i, act in enumerate(precedence.acts)}
+    is_done, first = bytearray(len(place)), 0
 
     def done(act: int) -> None:
+        nonlocal first
         out.append(act)
+        is_done[place[act]] = 1
+        while first < len(is_done) and is_done[first]:
+            first += 1
         for later in precedence.after[act]:
             missing[later] -= 1
             if not missing[later]:
@@ -64,9 +79,10 @@ def schedule(
                 asked = True
         if not computes:
             continue
-        ready = [i for i in computes if ready_s(i) <= now_s]
+        near = [i for i in computes if place[i] < first + horizon] or computes
+        ready = [i for i in near if ready_s(i) <= now_s]
         if not ready:
-            now_s = min(map(ready_s, computes))
+            now_s = min(map(ready_s, near))
             continue
         act = min(ready, key=lambda i: (-priority[i], i))
         computes.remove(act)
