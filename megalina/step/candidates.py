@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from megalina.step.plan import Plan
 
@@ -31,6 +32,19 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
     *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
     *(LANCET, replace(FLOW, deferred_weights="all"), LINA_ZERO),
 )
+
+
+def to_search_from(*, zero: bool, piece_bytes: int) -> list[Plan]:
+    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks and deferred weights.
+    With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
+    plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, LINA_NOPACK, FLOW, LANCET]
+    plans += [LINA_ZERO] if zero else []
+    for walking in (FLOW, *([LINA_ZERO] if zero else ())):
+        for parts, deferred, chunks, pieces in product(PARTS, DEFERRED, CHUNKS[:2], PIECES_BYTES[:2]):
+            more = replace(walking, parts=parts, deferred_weights=deferred, chunks=chunks, piece_bytes=pieces)
+            plans += [more] if parts == PARTS[0] or not (pieces or chunks != (1,)) else []
+    plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
+    return list(dict.fromkeys(replace(plan, piece_bytes=piece_bytes) if zero else plan for plan in plans))
 
 
 def winners(*, zero: bool) -> list[Plan]:

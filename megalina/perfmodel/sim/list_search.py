@@ -1,9 +1,9 @@
 """A search of lists: in which order should the instructions of a step stand so that it ends earliest in virtual time?
 
 It begins with lists that are known, and with list schedules of their instructions; the best of them are improved by moves
-(`megalina/step/moves.py`), of which worse ones are taken at first, too (simulated annealing: Kirkpatrick, Gelatt and Vecchi,
-Science 220, 1983).  So many walks in virtual time and no more, drawn from a seed, without a clock: the same input gives the same
-list.
+(`megalina/step/moves.py`).  A move is taken unless the step gets longer: most change nothing by themselves, and open the way for
+others.  (Taking longer ones too, as simulated annealing does, found worse lists with as many walks.)  So many walks in virtual
+time and no more, drawn from a seed, without a clock: the same input gives the same list.
 """
 
 import itertools
@@ -24,7 +24,6 @@ BACKLOGS = (0.0, 1.0, math.inf)  # of list schedules, in times of the longest ex
 NOISES = (0.0, 0.05, 0.15)  # by which priorities of list schedules are off
 FOR_SCHEDULES = 0.3  # of what starts leave of the walks
 ROUNDS = ((6, 0.3), (3, 0.3), (1, 0.4))  # so many starts, the best ones, are improved with such a share of what is left then
-HEAT = 0.004  # a list that is worse by this share is taken with probability 1/e at first; at the end none is
 TRIES = 20  # draws that may come to nothing for each walk
 CREDITS = (0, 1, 2)
 AT_IDLE, BLOCKS, MARKS = 0.4, 0.2, 0.1  # shares of moves: where the device stands still, of blocks, of credits and yields
@@ -154,19 +153,16 @@ class _Family:
     def improve(self, walks: int) -> None:
         """By so many walks."""
         now, until, tries = self.best, self.walks + walks, walks * TRIES
-        begun = self.walks
         while self.walks < until and tries:
             tries -= 1
             moved = self._moved(now)
             if moved is None:
                 continue
             acts, credit, yields = moved
-            heat_s = HEAT * now.step_s * (until - self.walks) / (until - begun)
-            most_s = now.step_s - heat_s * math.log(1.0 - self._random.random())
-            found = self._walked(acts, self.precedence.listed(acts), credit, yields, before=now, most_s=most_s)
-            if found is not None and found.step_s <= most_s and self._holds(found):
+            found = self._walked(acts, self.precedence.listed(acts), credit, yields, before=now, most_s=now.step_s)
+            if found is not None and found.step_s <= now.step_s and self._holds(found):
                 now = found
-                self._take(found)
+        self.best = now
 
     def _take(self, found: _List | None) -> None:
         if found is not None and found.step_s < self.best.step_s and self._holds(found):
