@@ -39,8 +39,8 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
     for key in ("search_evaluations", "search_mb"):
         if getattr(strategy, key) != getattr(plain, key) and strategy.name != SEARCH:
             raise ValueError(
-                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with search: leave it at "
-                f"{getattr(plain, key)}"
+                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with search: "
+                f"leave it at {getattr(plain, key)}"
             )
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:

@@ -76,7 +76,9 @@ def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
     try:
         training_step(plan.strategy, setting.under(plan))
     except ValueError as error:
-        raise ValueError(f"strategy.plan={config.strategy.plan} can't be followed: {error}; search anew with strategy=search") from None
+        raise ValueError(
+            f"strategy.plan={config.strategy.plan} can't be followed: {error}; search anew with strategy=search"
+        ) from None
 
 
 def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:

@@ -35,8 +35,8 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
 
 
 def to_search_from(*, zero: bool, piece_bytes: int) -> list[Plan]:
-    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks and deferred weights.
-    With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
+    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks and deferred
+    weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
     plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, LINA_NOPACK, FLOW, LANCET]
     plans += [LINA_ZERO] if zero else []
     for walking in (FLOW, *([LINA_ZERO] if zero else ())):

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from megalina.step.precedence import Precedence
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program
 
-
 HORIZON = 120  # acts
 
 
@@ -34,8 +33,8 @@ def schedule(
     """Acts in order.  `seconds`: of compute, and of a START alone on the wire.
 
     What is further than `horizon` acts behind the first that is left, in the list's own order, has to wait: else the forward
-    passes of all micro-batches would come first, and their activations would be held.  Gradients and parameters are asked for only while what is on the wire already takes no longer than `backlog_s`, unless there
-    is nothing to compute."""
+    passes of all micro-batches would come first, and their activations would be held.  Gradients and parameters are asked for
+    only while what is on the wire already takes no longer than `backlog_s`, unless there is nothing to compute."""
     program = precedence.program
     sends = [program[i].kind is Kind.START for i in range(len(program))]
     movable = [sends[i] and program[i].op in MOVABLE for i in range(len(program))]

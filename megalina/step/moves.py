@@ -54,7 +54,7 @@ def blocks_swapped(order: Order, precedence: Precedence, random: Random) -> Orde
 
 
 def pulled(order: Order, place: int, precedence: Precedence, random: Random) -> Order | None:
-    """Something that comes later is done at `place`, where the device stands still, with all that it needs and is not done yet."""
+    """Something that comes later is done at `place`, where the device stands still, with all that it needs from there on."""
     i = random.randrange(place + 1, min(len(order), place + 1 + FAR)) if place + 1 < len(order) else place
     if i == place:
         return None

@@ -37,7 +37,7 @@ def order_of(program: Program) -> tuple[str, ...]:
 
 def _line(name: str, instruction: Instruction) -> str:
     words = [name]
-    if instruction.credit:
+    if instruction.kind is Kind.START and instruction.credit:
         words.append(f"credit={instruction.credit}")
     if instruction.yields_to:
         words.append(f"yields={'+'.join(op.name for op in instruction.yields_to)}")
@@ -95,8 +95,8 @@ def checksum(order: Sequence[str]) -> str:
 
 
 def distance(a: Sequence[str], b: Sequence[str]) -> float:
-    """Kendall's tau as a distance: the share of pairs of common instructions that stand the other way round; 0: the same order, 1:
-    the reverse."""
+    """Kendall's tau as a distance: the share of pairs of common instructions that stand the other way round; 0: the same order,
+    1: the reverse."""
     place = {_parsed(line)[0]: i for i, line in enumerate(b)}
     places = [place[name] for line in a if (name := _parsed(line)[0]) in place]
     pairs = len(places) * (len(places) - 1) // 2

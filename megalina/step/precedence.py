@@ -24,7 +24,7 @@ class Precedence:
         self.acts = [i for i, wait in enumerate(self.is_wait) if not wait]
         through: list[frozenset[int]] = []  # acts that are needed, through WAITs
         self.waits: list[tuple[int, ...]] = []  # WAITs that must have been there
-        for i, needs in enumerate(self.needs):  # the list is legal, so what is needed has a smaller number
+        for needs in self.needs:  # the list is legal, so what is needed has a smaller number
             acts, waits = set[int](), dict[int, None]()
             for j in needs:
                 if self.is_wait[j]:

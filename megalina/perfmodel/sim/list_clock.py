@@ -1,7 +1,7 @@
 """A clock for lists: how long a step takes that all ranks walk alike, for thousands of orders of the same instructions.
 
-It says what `simulate_alike` says, to rounding, in milliseconds: instructions are numbers in flat arrays, nothing is recorded, and
-the walk of another order begins where it first differs from one that was walked before.
+It says what `simulate_alike` says, to rounding, in a millisecond: instructions are numbers in flat arrays, nothing is recorded,
+and the walk of another order begins where it first differs from one that was walked before.
 """
 
 import heapq
@@ -98,7 +98,7 @@ class ListClock:
 
     def _shared(self, live: tuple[int, ...]) -> tuple[list[float], list[float]]:
         """The rate of one of each class where so many of each are under way, and its inverse."""
-        bundles, links, weights, urgencies, which = [], [], [], [], []
+        bundles, links, weights, urgencies, which = [], [], [], [], list[int]()
         for number, count in enumerate(live):
             if count:
                 load, bundle, urgency = self._class_load[number]
@@ -131,8 +131,8 @@ class ListClock:
     ) -> Walked:
         """A step in the order `ids`, with these credits and what each instruction yields to (places in `OPS`).
 
-        `after`: a stop of another walk with the same instructions before it; `most_s`: once it is sure to take longer, it ends with
-        inf.  Deadlock where it has no end."""
+        `after`: a stop of another walk with the same instructions before it; `most_s`: once it is sure to take longer, it ends
+        with inf.  Deadlock where it has no end."""
         kind, asks, seconds, lane_of, op_of, phases = (
             self._kind, self._asks, self.seconds, self._lane, self._op, self._phases,
         )  # fmt: skip
