@@ -31,6 +31,8 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
             "train.deterministic=true and strategy=search exclude each other, since measured times would decide in which order "
             "sums are made: give the plan.json of a run that has searched with strategy.plan=FILE, or another strategy"
         )
+    if strategy.name == SEARCH and AUTO in (strategy.chunks, strategy.partition_bytes, strategy.packing):
+        raise ValueError("strategy=search and auto in strategy.* exclude each other: give numbers, which the search begins with")
     if strategy.plan and (strategy.name == AUTO or (strategy.name == SEARCH and not strategy.order)):
         raise ValueError(f"strategy.plan={strategy.plan} is not read here: give the strategy and the numbers that it says")
     if strategy.order and not strategy.plan:

@@ -134,8 +134,8 @@ def found_list(config: PretrainConfig, trainable: Trainable, begun: Plan, costs:
     assert costs is not None
     mesh, setting = trainable.mesh, trainable.setting
     world, packing = mesh.world.size, begun.packing
-    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=begun.piece_bytes)
-    settings = [setting.under(replace(p, packing=packing)) for p in plans if runs(config, p, world)]
+    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=begun.piece_bytes, packing=packing)
+    settings = [setting.under(plan) for plan in plans if runs(config, plan, world)]
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
     began = training_step(begun.strategy, setting.under(begun))
     most_bytes = peak_of(held, began)[0] + config.strategy.search_mb * 2**20

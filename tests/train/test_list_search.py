@@ -1,4 +1,4 @@
-"""`strategy=search` in a run: measured, searched, walked; losses are eager's; resumed and replayed, and its file taken by others."""
+"""`strategy=search` in a run: measured, searched, walked; losses are eager's; it is resumed, replayed, its file taken by others."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def searching(folder: Path, name: str, **settings: Any):
 
 
 def runs(folder: Path) -> dict[str, Any]:
-    """Losses under eager and with a search; and of a run that is resumed, one that is replayed, one that takes the plan's file."""
+    """Losses under eager, with a search, and of a run that is resumed; one that is replayed raises nothing."""
     steps = CHOSEN + 4
     plain = config_of(folder, "eager", ep=2, dtype="float64", micro_batch_size=4, steps=steps)
     out: dict[str, Any] = {"eager": records_of(plain).of("loss")}

@@ -1,7 +1,7 @@
 """The list that `strategy=search` would find for a configuration, in virtual time, without starting anything."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.network import network_of
@@ -38,11 +38,13 @@ class Job:
         )
 
 
-def starts_of(job: Job, shared: Shared) -> list[Start]:
-    """The lists to begin with, of plans that the configuration can run, with their times where they place by them."""
+def starts_of(job: Job, shared: Shared, *, deferred: bool = True) -> list[Start]:
+    """The lists to begin with, of plans that the configuration can run, with their times where they place by them.  Without
+    `deferred` only those in which no weights' gradients are deferred."""
     config, piece_bytes = job.config, plan_of(job.config.strategy, packing=1).piece_bytes
-    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=piece_bytes)
-    settings = (job.priced(replace(plan, packing=job.packing), shared).setting for plan in plans if runs(config, plan, job.world))
+    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=piece_bytes, packing=job.packing)
+    plans = [plan for plan in plans if deferred or not plan.places_weights]
+    settings = (job.priced(plan, shared).setting for plan in plans if runs(config, plan, job.world))
     return [Start(setting.plan, training_step(setting.plan.strategy, setting)) for setting in settings]
 
 
@@ -58,10 +60,10 @@ def clock_of(job: Job, shared: Shared) -> Callable[[Program], ListClock]:
     return of
 
 
-def searched_list(job: Job, *, evaluations: int, most_mb: float = 0.0, seed: int = 0) -> Found:
+def searched_list(job: Job, *, evaluations: int, most_mb: float = 0.0, seed: int = 0, deferred: bool = True) -> Found:
     """`most_mb`: MiB that a list may hold beyond eager's; 0: no limit.  ValueError where the cluster's file lacks figures."""
     shared = Shared()
     eager = job.priced(Plan("eager", packing=job.packing), shared)
     most_bytes = peak_of(eager.held, eager.program)[0] + most_mb * 2**20
     fits = (lambda program: peak_of(eager.held, program)[0] <= most_bytes) if most_mb else None
-    return search(starts_of(job, shared), clock_of(job, shared), evaluations=evaluations, seed=seed, fits=fits)
+    return search(starts_of(job, shared, deferred=deferred), clock_of(job, shared), evaluations=evaluations, seed=seed, fits=fits)
