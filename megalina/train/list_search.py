@@ -2,7 +2,7 @@
 
 Two plans are measured: the one that the run begins with, and one in parts with deferred weights, so that costs are known of both.
 Rank 0 searches and tells the others what it has found, so that all have the same list whatever their machines make of the last
-digits.  The list is left again if its steps take longer than those of a plan that was measured before it.
+digits.  Its steps are measured, too, and the plan whose steps were shortest is kept, with its order.
 """
 
 import logging
@@ -21,6 +21,7 @@ from megalina.perfmodel.sim.memory import peak_of
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.virtual import uses_of
 from megalina.step.candidates import FLOW, LANCET, to_search_from
+from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.program import Program
 from megalina.step.strategy import Setting, training_step
@@ -118,6 +119,9 @@ class ListSearch:
 
     def _choose(self, step: int) -> None:
         best, _ = min(self._measured, key=lambda m: m[1])
+        if not best.order:  # written down, so that whoever takes it need not search
+            program = training_step(best.strategy, self._trainable().setting.under(best))
+            best = replace(best, order=order_of(program))
         tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
         self.done = True
         self.evidence = (

@@ -192,10 +192,10 @@ class StepRunner:
             self.adopt(plan)
             self.state.searches = min(there["searches"], 1)
             self.tuner = self._tuner(searches=self.state.searches)
-            self.measurements = self._measurements(done=there["searches"] > 0)
+            self.measurements = self._measurements(done=bool(plan.order))
 
     def _measurements(self, *, done: bool) -> list[Windows | Times | ListSearch]:
-        """`done`: a list was searched before."""
+        """`done`: a list was found before."""
         strategy, found = self.config.strategy, list[Windows | Times | ListSearch]()
         if strategy.name == SEARCH and not strategy.order:
             vocab_size = self.config.model.vocab_size or self.data.vocab_size

@@ -62,7 +62,7 @@ def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -
     assert plans == ranks[1]["plans"]
     assert "order" not in plans[SEARCHED - 1] and "deferred weights of all" in plans[SEARCHED - 1]
     assert all("order" in plan for plan in plans[SEARCHED : SEARCHED + SETTLE + STEPS])
-    assert len(set(plans[CHOSEN:])) == 1
+    assert len(set(plans[CHOSEN:])) == 1 and "order" in plans[-1]
 
 
 def test_a_resumed_run_goes_on_with_the_list_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
