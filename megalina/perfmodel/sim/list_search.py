@@ -2,7 +2,8 @@
 
 It begins with lists that are known, and with list schedules of their instructions; the best of them are improved by moves
 (`megalina/step/moves.py`).  A move is taken unless the step gets longer: most change nothing by themselves, and open the way for
-others.  (Taking longer ones too, as simulated annealing does, found worse lists with as many walks.)  So many walks in virtual
+others.  Where nothing is gained for a while, some moves are taken whatever they cost (iterated local search).  Simulated annealing
+found worse lists with as many walks.  So many walks in virtual
 time and no more, drawn from a seed, without a clock: the same input gives the same list.
 """
 
@@ -26,6 +27,7 @@ FOR_SCHEDULES = 0.3  # of what starts leave of the walks
 ROUNDS = ((6, 0.3), (3, 0.3), (1, 0.4))  # so many starts, the best ones, are improved with such a share of what is left then
 TRIES = 20  # draws that may come to nothing for each walk
 CREDITS = (0, 1, 2)
+PATIENCE, KICK = 250, 8  # walks without a gain, after which so many moves are taken whatever they cost
 AT_IDLE, BLOCKS, MARKS = 0.4, 0.2, 0.1  # shares of moves: where the device stands still, of blocks, of credits and yields
 
 
@@ -152,17 +154,31 @@ class _Family:
 
     def improve(self, walks: int) -> None:
         """By so many walks."""
-        now, until, tries = self.best, self.walks + walks, walks * TRIES
+        now, until, tries, gained = self.best, self.walks + walks, walks * TRIES, self.walks
         while self.walks < until and tries:
             tries -= 1
+            if self.walks - gained > PATIENCE:
+                now, gained = self._kicked(), self.walks
             moved = self._moved(now)
             if moved is None:
                 continue
             acts, credit, yields = moved
             found = self._walked(acts, self.precedence.listed(acts), credit, yields, before=now, most_s=now.step_s)
             if found is not None and found.step_s <= now.step_s and self._holds(found):
+                gained = self.walks if found.step_s < now.step_s else gained
                 now = found
-        self.best = now
+                if now.step_s <= self.best.step_s:
+                    self.best = now
+
+    def _kicked(self) -> _List:
+        """Somewhere near the best list, whatever it takes: a way out where no single move helps."""
+        now, walked = self.best, self.best
+        for _ in range(KICK):
+            if (moved := self._moved(now)) is not None:
+                acts, credit, yields = moved
+                now = replace(now, acts=acts, credit=credit, yields=yields, idle=[])
+        found = self._walked(now.acts, self.precedence.listed(now.acts), now.credit, now.yields)
+        return found if found is not None and self._holds(found) else walked
 
     def _take(self, found: _List | None) -> None:
         if found is not None and found.step_s < self.best.step_s and self._holds(found):
