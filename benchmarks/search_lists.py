@@ -1,4 +1,4 @@
-"""What `strategy=search` finds in virtual time, against every named strategy: at the settings of docs/strategies.md and at random ones.
+"""What `strategy=search` finds in virtual time, against every named strategy: settings of docs/strategies.md, and random ones.
 
     python benchmarks/search_lists.py --json found.json
     python benchmarks/search_lists.py --random 0          # the table's settings alone
@@ -8,9 +8,10 @@ deferred.  Strategies run as in tools/draw_strategies.py: `lina` with packing 2,
 where one of the two is faster, it is made once more with packing 2, or with ZeRO-1, and the best counts (a row says so).
 
 A row: milliseconds of the list found, of the best strategy, and how much less; how far the list is above what no order of its
-instructions can beat; walks in virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's tau as a
-distance (0: the same order, 1: the reverse), where an instruction of several parts stands at their mean place; and how far the list
-is from the one that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster than what was found.
+instructions can beat; walks in virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's
+tau as a distance (0: the same order, 1: the reverse), where an instruction of several parts stands at their mean place; and how
+far the list is from the one that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster
+than what was found.
 """
 
 import argparse

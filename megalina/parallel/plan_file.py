@@ -63,9 +63,17 @@ def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
     gives.  `vocab_size`: before padding."""
     if not config.strategy.order:
         return
-    plan = plan_of(config.strategy)
+    try:
+        training_step(config.strategy.name, setting_of(config, world, vocab_size))
+    except ValueError as error:
+        told = f"strategy.plan={config.strategy.plan} can't be followed: {error}"
+        raise ValueError(f"{told}; search anew with strategy=search") from None
+
+
+def setting_of(config: PretrainConfig, world: int, vocab_size: int) -> Setting:
+    """What a step is built from, without a model; buckets may have other padding than the model's."""
+    plan, train, parallel = plan_of(config.strategy), config.train, config.parallel
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
-    train, parallel = config.train, config.parallel
     setting = Setting(
         shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence),
         held.buckets,
@@ -73,12 +81,7 @@ def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
         recompute_mode=train.recompute,
         element_bytes=max(BYTES[train.dtype], 4),
     )
-    try:
-        training_step(plan.strategy, setting.under(plan))
-    except ValueError as error:
-        raise ValueError(
-            f"strategy.plan={config.strategy.plan} can't be followed: {error}; search anew with strategy=search"
-        ) from None
+    return setting.under(plan)
 
 
 def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from megalina.step.list_scheduling import by_tails, guessed
 from megalina.step.moves import blocks_swapped, pulled, pushed, shifted
-from megalina.step.order import checksum, distance, names_of, order_of, ordered
+from megalina.step.order import checksum, distance, names_of, order_of
 from megalina.step.plan import Plan, WrongChecksum
 from megalina.step.precedence import Precedence
 from megalina.step.program import Kind, Op, Program, check

@@ -1,4 +1,4 @@
-"""`strategy=search` in a run: measured, searched, walked; losses are eager's; it is resumed, replayed, its file taken by others."""
+"""`strategy=search` in a run: measured, searched, walked; losses are eager's; resumed, replayed, its file taken by others."""
 
 import json
 from pathlib import Path

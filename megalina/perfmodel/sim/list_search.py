@@ -2,9 +2,9 @@
 
 It begins with lists that are known, and with list schedules of their instructions; the best of them are improved by moves
 (`megalina/step/moves.py`).  A move is taken unless the step gets longer: most change nothing by themselves, and open the way for
-others.  Where nothing is gained for a while, some moves are taken whatever they cost (iterated local search).  Simulated annealing
-found worse lists with as many walks.  So many walks in virtual
-time and no more, drawn from a seed, without a clock: the same input gives the same list.
+others.  Where nothing is gained for a while, some moves are taken whatever they cost (iterated local search).  Simulated
+annealing found worse lists with as many walks.  So many walks in virtual time and no more, drawn from a seed, without a clock:
+the same input gives the same list.
 """
 
 import itertools

@@ -38,7 +38,7 @@ def test_steps_of_the_document_take_as_long(setting: str) -> None:
 
 
 def drawn(seed: int) -> tuple[ListClock, Program, float, Random]:
-    """A clock and what virtual time says of the same step: any strategy in any order on any network, whose hosts take time too."""
+    """A clock and what virtual time says of the same step: any strategy in any order on any network."""
     random = Random(seed)
     layout = random.choice(LAYOUTS)
     shapes = [shape for kind, shape in SHAPES.items() if ("tensor" in kind) == (layout[2] > 1)]

@@ -1,4 +1,4 @@
-"""The search of lists: of small ones it finds the best of all orders; it is bounded, repeatable, and never worse than its starts."""
+"""The search of lists: of small ones it finds the best of all orders; it is bounded, repeatable, and no worse than its starts."""
 
 import itertools
 import math
