@@ -12,7 +12,7 @@ from megalina.step.plan import Plan, WrongChecksum
 from megalina.step.precedence import Precedence
 from megalina.step.program import Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
-from tests.perfmodel.sim.schedules import SHAPES, buckets_of, setting_of
+from tests.perfmodel.sim.schedules import SHAPES, buckets_of, compute, setting_of, start, wait
 from tests.perfmodel.sim.schedules import order_of as another_order
 
 SHAPE = SHAPES["experts in every layer"]
@@ -123,3 +123,12 @@ def test_a_list_schedule_keeps_micro_batches_together() -> None:
     many = Setting(shape, buckets_of(shape), micro_batches=6)
     tags = [s.tag for s in training_step("search", many)]
     assert tags.index("B:attention.0.0") < tags.index("F:attention.0.3")
+
+
+def test_a_wait_for_which_another_is_needed_comes_after_it() -> None:
+    first, second = start("a"), start("b")
+    both = replace(wait("b"), reads=("b>", "a."))
+    program = (first, second, wait("a"), both, compute("c", reads="b."))
+    precedence = Precedence(program)
+    assert precedence.listed([1, 0, 4]) == [1, 0, 2, 3, 4]
+    assert not precedence.legal([1, 4, 0])

@@ -113,20 +113,21 @@ def test_no_order_with_an_earlier_wait_is_better(seed: int) -> None:
     assert best_of(program, late(precedence), list(itertools.product(CREDITS, repeat=3))) == pytest.approx(best_s, rel=1e-9)
 
 
+def clock_of_step(program: Program) -> ListClock:
+    seconds = {"attention": 0.01, "experts": 0.014}
+    sizes = Sizes(lambda s: 1000.0 * (s.piece[1] - s.piece[0]) if s.op is Op.GRADS else 6e5 * s.share / s.chunk[1])
+
+    def took(s: Instruction) -> float:
+        part = s.share / s.chunk[1] * (2 if s.phase == "B" else 1)
+        return seconds.get(s.name, 0.0) * part if s.kind is Kind.COMPUTE else 0.0
+
+    return ListClock(program, seconds=took, sizes=sizes, loads=Loads(one_level(6e7, 1e-3), RANKS), ranks_of=groups)
+
+
 def of_a_step(evaluations: int, *, seed: int = 0, fits=None) -> tuple[Found, Setting]:
     setting = Setting(SHAPE, buckets_of(SHAPE, piece=40), micro_batches=2)
     plans = [plan for plan in to_search_from(zero=False, piece_bytes=0, packing=1) if plan.parts <= 2]
     settings = [setting.under(plan) for plan in plans]
-    seconds = {"attention": 0.01, "experts": 0.014}
-    sizes = Sizes(lambda s: 1000.0 * (s.piece[1] - s.piece[0]) if s.op is Op.GRADS else 6e5 * s.share / s.chunk[1])
-
-    def clock_of_step(program: Program) -> ListClock:
-        def took(s: Instruction) -> float:
-            part = s.share / s.chunk[1] * (2 if s.phase == "B" else 1)
-            return seconds.get(s.name, 0.0) * part if s.kind is Kind.COMPUTE else 0.0
-
-        return ListClock(program, seconds=took, sizes=sizes, loads=Loads(one_level(6e7, 1e-3), RANKS), ranks_of=groups)
-
     starts = [Start(s.plan, training_step(s.plan.strategy, s)) for s in settings]
     return search(starts, clock_of_step, evaluations=evaluations, seed=seed, fits=fits), setting
 
@@ -144,8 +145,11 @@ def test_a_search_is_bounded_repeatable_and_no_worse_than_its_starts() -> None:
     assert other.plan.order != found.plan.order
 
 
-def test_its_plan_gives_its_list() -> None:
-    found, setting = of_a_step(300)
+def test_its_plan_gives_its_list_and_a_walk_from_the_beginning_takes_as_long() -> None:
+    found, setting = of_a_step(1500)
+    program = found.program
+    credit, yields = [s.credit for s in program], [tuple(OPS[op] for op in s.yields_to) for s in program]
+    assert clock_of_step(program).walk(range(len(program)), credit, yields).step_s == found.step_s
     under = setting.under(Plan.from_json(found.plan.as_json()))
     assert training_step(found.plan.strategy, under) == found.program
     check(found.program, given(found.program, under), under.buckets)
