@@ -30,7 +30,7 @@ from megalina.console import StatusLine  # noqa: E402
 from megalina.perfmodel.sim.list_search import Found  # noqa: E402
 from megalina.perfmodel.sim.lower_bound import lower_bound  # noqa: E402
 from megalina.step.order import distance, order_of  # noqa: E402
-from megalina.step.program import Program  # noqa: E402
+from megalina.step.program import MOVABLE, Program  # noqa: E402
 from megalina.step.strategy import STRATEGIES, training_step  # noqa: E402
 from tools.draw_strategies import EXTRA, Cluster, VirtualJob, ladder_job  # noqa: E402
 
@@ -150,10 +150,11 @@ def nearest_of(program: Program, programs: dict[str, Program]) -> tuple[str, flo
 
 
 def by_layer(program: Program) -> list[str]:
-    """What is done in each layer, by the mean place of all its parts and pieces."""
+    """What is done in each layer, by the mean place of all its parts and pieces; buckets that are sent together count each."""
     found: dict[str, list[int]] = {}
     for i, s in enumerate(program):
-        found.setdefault(f"{s.timed_as}.{s.layer}", []).append(i)
+        for name in s.buckets if s.op in MOVABLE else (s.name,):
+            found.setdefault(f"{replace(s, name=name).timed_as}.{s.layer}", []).append(i)
     return sorted(found, key=lambda name: sum(found[name]) / len(found[name]))
 
 
