@@ -7,7 +7,8 @@ Random settings draw layers, link, experts a token, how heavy the dense gradient
 deferred.  Strategies run as in tools/draw_strategies.py: `lina` with packing 2, `lina_zero` with ZeRO-1.  The search has neither;
 where one of the two is faster, it is made once more with packing 2, or with ZeRO-1, and the best counts (a row says so).
 
-A row: milliseconds of the list found, of the best strategy, and how much less; how far the list is above what no order of its
+A row: milliseconds of the list found, of the best strategy, and how much less; of the best list that the search began with, which
+has the numbers (parts, chunks, deferred weights) but not the order, and how much less than that; how far the list is above what no order of its
 instructions can beat; walks in virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's
 tau as a distance (0: the same order, 1: the reverse), where an instruction of several parts stands at their mean place; and how
 far the list is from the one that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster
@@ -63,6 +64,7 @@ class Row:
     plan: str
     best_ms: float
     best: str
+    begun_ms: float  # of the best list that the search began with
     named_ms: dict[str, float]
     above_bound: float  # of the list's own instructions
     above_least_bound: float  # of all lists that the search began with
@@ -129,6 +131,7 @@ def compared(place: Place, evaluations: int) -> Row:
         str(replace(found.plan, times_us=(), order=())),
         named_ms[best],
         best,
+        1e3 * min(step_s for _, step_s in found.begun_s),
         named_ms,
         found.step_s / bound_s(job, found.program) - 1,
         found.step_s / least_bound_s(job, found) - 1,
@@ -181,7 +184,8 @@ def least_bound_s(job: VirtualJob, found: Found) -> float:
 def text_of(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
     head = (
-        *("setting", "search", "best strategy", "saved", "above its bound", "above the least", "walks", "CPU s"),
+        *("setting", "search", "best strategy", "saved", "best start", "by its order", "above its bound", "above the least"),
+        *("walks", "CPU s"),
         *("plan", "nearest order (tau)", "moved (tau)"),
     )
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -192,6 +196,8 @@ def text_of(rows: Sequence[Row]) -> str:
             f"{row.found_ms:.1f}",
             f"{row.best_ms:.1f} `{row.best}`",
             f"{row.saved:.1%}",
+            f"{row.begun_ms:.1f}",
+            f"{1 - row.found_ms / row.begun_ms:.1%}",
             f"{row.above_bound:.1%}",
             f"{row.above_least_bound:.1%}",
             row.evaluations,
