@@ -7,12 +7,12 @@ Random settings draw layers, link, experts a token, how heavy the dense gradient
 deferred.  Strategies run as in tools/draw_strategies.py: `lina` with packing 2, `lina_zero` with ZeRO-1.  The search has neither;
 where one of the two is faster, it is made once more with packing 2, or with ZeRO-1, and the best counts (a row says so).
 
-A row: milliseconds of the list found, of the best strategy, and how much less; of the best list that the search began with, which
-has the numbers (parts, chunks, deferred weights) but not the order, and how much less than that; how far the list is above what no order of its
-instructions can beat; walks in virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's
-tau as a distance (0: the same order, 1: the reverse), where an instruction of several parts stands at their mean place; and how
-far the list is from the one that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster
-than what was found.
+A row: milliseconds of the list found, of the best strategy, and how much less; of the best list that the search began with,
+which may have the numbers (parts, chunks, deferred weights) but not the order, and how much less than that; how far the list is
+above what no order of its instructions can beat, and above the least such bound of all lists that the search began with; walks in
+virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's tau as a distance (0: the same
+order, 1: the reverse), where an instruction of several parts stands at their mean place; and how far the list is from the one that
+its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster than what was found.
 """
 
 import argparse
