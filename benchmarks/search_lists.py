@@ -11,8 +11,8 @@ A row: milliseconds of the list found, of the best strategy, and how much less; 
 which may have the numbers (parts, chunks, deferred weights) but not the order, and how much less than that; how far the list is
 above what no order of its instructions can beat, and above the least such bound of all lists that the search began with; walks in
 virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's tau as a distance (0: the same
-order, 1: the reverse), where an instruction of several parts stands at their mean place; and how far the list is from the one that
-its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster than what was found.
+order, 1: the reverse), where an instruction of several parts stands at their mean place; and how far the list is from the one
+that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster than what was found.
 """
 
 import argparse
