@@ -11,6 +11,7 @@ from typing import Any
 from megalina.config import PretrainConfig
 
 SHOWN = 3  # of the settings that differ, in an error
+LONGEST = 200  # characters of a value that are shown
 
 
 class Kind(Enum):
@@ -158,4 +159,5 @@ def _text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
-    return str(value) or "''"
+    text = str(value) or "''"
+    return text if len(text) <= LONGEST and "\n" not in text else f"{text.splitlines()[0][:LONGEST]}..."

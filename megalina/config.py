@@ -165,7 +165,11 @@ class StrategyConfig:
     # auto: at most as many gradients in each gap of the wire as were measured to fit
     windows: str = setting("none", choices=("none", "auto"))
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
-    plan: str = ""  # with strategy=auto: FILE, the plan.json that a run of the same job has found; nothing is searched
+    plan: str = ""  # with strategy=auto or search: FILE, the plan.json that a run of the same job has found; nothing is searched
+    order: str = ""  # of all instructions, a line each: what strategy.plan=FILE gives; not to be written by hand
+    search_evaluations: int = setting(8000, low=1, high=10_000_000)  # search: steps in virtual time, of which the best is taken
+    # search: activations that a list may hold beyond those of the list that the run begins with, in MiB; 0: no limit
+    search_mb: float = setting(0.0, high=1e9)
     # packed experts of a rank, with gradients and optimizer state, stay below this; 0: no limit
     packing_memory_gb: float = setting(0.0, high=1e9)
 

@@ -9,6 +9,7 @@ from megalina.step.partition import NONE
 from megalina.step.plan import Plan, chunks_from, chunks_text
 
 AUTO = "auto"
+SEARCH = "search"
 
 
 def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
@@ -32,6 +33,7 @@ def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
         partition=NONE if strategy.partition == AUTO else strategy.partition,
         partition_backward=strategy.partition_backward,
         packing=packing,
+        order=tuple(strategy.order.splitlines()),
     )
 
 
@@ -51,6 +53,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "partition_backward": plan.partition_backward,
         "windows": AUTO if plan.gap_bytes else "none",
         "packing": str(plan.packing),
+        "order": "\n".join(plan.order),
     }
 
 
@@ -60,17 +63,21 @@ def strategy_of(plan: Plan, rest: StrategyConfig) -> StrategyConfig:
 
 
 def overrides_of(plan: Plan) -> tuple[str, ...]:
-    """The plan on a command line; of what its strategy's YAML says, only what may differ."""
+    """The plan on a command line; of what its strategy's YAML says, only what may differ.  ValueError for a plan with an order of
+    its own, which is too long for one."""
+    if plan.order:
+        raise ValueError(f"{plan} has an order of its own: give it to a run as a file, with strategy.plan")
     told = {
         "bucket_mb": plan.merge_bytes > 0,
         "parts": plan.parts > 1,
         "chunks": plan.strategy in ("lina", "lina_nopack"),
-        "yields": plan.strategy in ("flow", "lina_zero", "lancet"),
+        "yields": plan.strategy in ("flow", "lina_zero", "lancet", SEARCH),
         "late_layers": plan.strategy != "eager",
         "deferred_weights": plan.strategy == "lancet" or plan.places_weights,
         "deferred_mb": plan.deferred_bytes > 0,
         "partition": plan.partition != NONE,
         "partition_backward": plan.partition != NONE,
+        "order": False,
     }
     values = {key: value for key, value in settings_of(plan).items() if key != "name" and told.get(key, True)}
     return (f"strategy={plan.strategy}", *(f"strategy.{key}={_written(value)}" for key, value in values.items()))

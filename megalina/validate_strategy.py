@@ -4,7 +4,7 @@ from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.model import shape_of
 from megalina.blocks.routers import kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer
-from megalina.plan_settings import AUTO, plan_of, settings_of
+from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
 from megalina.step import candidates
 from megalina.step.forward import plain
 from megalina.step.partition import MOST_PARTS, NONE, most_parts, partition, ranges_from, ranges_of, with_own_counts
@@ -13,10 +13,10 @@ from megalina.step.plan import Plan, chunks_text
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
     "bucket_mb": ("ddp",),
-    "parts": ("flow", "lina_zero", "lancet"),
+    "parts": ("flow", "lina_zero", "lancet", SEARCH),
     "partition": ("lancet",),
     "partition_backward": ("lancet",),
-    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "lancet"),
+    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "lancet", SEARCH),
 }
 WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lancet")  # those that can keep gradients in gaps
 PACKED = (*candidates.PACKED, AUTO)
@@ -31,9 +31,24 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
             "train.deterministic=true and auto in strategy.* exclude each other, since measured times would decide in which "
             "order sums are made: give a strategy and its numbers"
         )
-    if strategy.plan and strategy.name == AUTO:
+    if strategy.name == SEARCH and not strategy.order and config.train.deterministic:
+        raise ValueError(
+            "train.deterministic=true and strategy=search exclude each other, since measured times would decide in which order "
+            "sums are made: give the plan.json of a run that has searched with strategy.plan=FILE, or another strategy"
+        )
+    if strategy.name == SEARCH and AUTO in (strategy.chunks, strategy.partition_bytes, strategy.packing):
+        raise ValueError("strategy=search and auto in strategy.* exclude each other: give numbers, which the search begins with")
+    if strategy.plan and (strategy.name == AUTO or (strategy.name == SEARCH and not strategy.order)):
         raise ValueError(f"strategy.plan={strategy.plan} is not read here: give the strategy and the numbers that it says")
+    if strategy.order and not strategy.plan:
+        raise ValueError("strategy.order is what strategy.plan=FILE gives: leave it out, and give the file")
     plain = StrategyConfig()
+    for key in ("search_evaluations", "search_mb"):
+        if getattr(strategy, key) != getattr(plain, key) and strategy.name != SEARCH:
+            raise ValueError(
+                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with search: "
+                f"leave it at {getattr(plain, key)}"
+            )
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
             raise _does_nothing(key, getattr(strategy, key), strategy.name)

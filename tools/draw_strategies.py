@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from megalina.config import PretrainConfig
     from megalina.perfmodel.forecast.priced_step import PricedStep
+    from megalina.perfmodel.sim.list_search import Found
     from megalina.perfmodel.sim.network import Network
     from megalina.perfmodel.sim.virtual import Timeline
     from megalina.step.plan import Plan
@@ -91,6 +92,28 @@ class VirtualJob:
     def step(self, program: "Program") -> "Timeline":
         return self.priced.walk(program=program)
 
+    def found(self, *, deferred: bool = True) -> "Found":
+        """What strategy=search finds.  Without `deferred` only lists in which no weights' gradients are deferred."""
+        from megalina.perfmodel.forecast.searched_list import Job, searched_list
+
+        config, strategy = self.config, self.config.strategy
+        vocab_size = config.model.vocab_size or config.data.vocab_size
+        job = Job(config, self.cluster.ranks, vocab_size, self.network, self.seconds, self.plan.packing)
+        return searched_list(
+            job, evaluations=strategy.search_evaluations, most_mb=strategy.search_mb, seed=config.train.seed, deferred=deferred
+        )
+
+    def drawn(self) -> "Drawn":
+        """The step of the configuration's strategy."""
+        from megalina.plan_settings import SEARCH
+        from megalina.step.strategy import training_step
+
+        strategy = self.config.strategy
+        if strategy.name == SEARCH and not strategy.order:
+            found = self.found()
+            return Drawn(found.plan, self.step(found.program))
+        return Drawn(self.plan, self.step(training_step(strategy.name, self.setting)))
+
 
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
@@ -154,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 def steps_of(args: argparse.Namespace) -> dict[str, Drawn]:
     """By the name of the strategy; ValueError, or an error of Hydra, for bad input."""
     from megalina.namespaces import check_figures
-    from megalina.step.strategy import STRATEGIES, training_step
+    from megalina.step.strategy import STRATEGIES
 
     names = args.strategies.split(",") if args.strategies else list(STRATEGIES)
     if unknown := [name for name in names if name not in STRATEGIES]:
@@ -164,7 +187,7 @@ def steps_of(args: argparse.Namespace) -> dict[str, Drawn]:
     check_figures(ranks=args.ranks, link_mbit=args.link_mbit)
     cluster = Cluster(args.ranks, args.link_mbit, args.latency_ms)
     jobs = {name: ladder_job(f"strategy={name}", *EXTRA.get(name, ()), *args.overrides, cluster=cluster) for name in names}
-    return {name: Drawn(job.plan, job.step(training_step(name, job.setting))) for name, job in jobs.items()}
+    return {name: job.drawn() for name, job in jobs.items()}
 
 
 def figures_of(drawn: Mapping[str, Drawn], *, note: str) -> "dict[str, Figure]":

@@ -29,7 +29,7 @@ from megalina.credentials import find_credentials, masked, refuse_credentials, t
 from megalina.dry_run import describe
 from megalina.explain import explain
 from megalina.launch import later_starts
-from megalina.parallel.plan_file import with_plan
+from megalina.parallel.plan_file import check_order, with_plan
 from megalina.plan_settings import AUTO
 from megalina.rank_files import Unsaved, tell_agent
 
@@ -58,7 +58,9 @@ def job(cfg: DictConfig) -> float:
         if config.strategy.partition == AUTO:
             from megalina.perfmodel.forecast.partition import with_partition  # simulates
 
-            config = with_partition(config, member.world if member else config.launch.ranks)
+            world = member.world if member else config.launch.ranks
+            validate.check_config(config, world)
+            config = with_partition(config, world)
         if config.train.init_from and (Path(config.train.init_from) / "checkpoints").is_dir():
             from megalina.train.resume import with_weights  # seconds
 
@@ -144,6 +146,7 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
     validate.check_paths(config)
     # Only data that needs no preparation is opened: nothing is written.
     vocab_size = check_data(config) if config.data.prefix else config.model.vocab_size or config.data.vocab_size
+    check_order(config, world, vocab_size=vocab_size)
     if member is None or member.rank == 0:
         print(describe(config, world, vocab_size=vocab_size), flush=True)
     return float("nan")
@@ -152,7 +155,7 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
 def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> float:
     ranks, run_dir = config.launch.ranks, Path(config.run.dir)
     warnings = check(config, world=ranks, local_ranks=ranks)
-    with _run_folder(config, overrides, sweeping=sweeping):
+    with _run_folder(config, ranks, overrides, sweeping=sweeping):
         _warn(warnings)
         summary_path = run_dir / "summary.json"
         summary_path.unlink(missing_ok=True)
@@ -189,7 +192,7 @@ def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -
     with ExitStack() as stack:
         try:
             warnings = check(config, world=member.world, local_ranks=member.local_ranks)
-            stack.enter_context(_run_folder(config, overrides, sweeping=False))
+            stack.enter_context(_run_folder(config, member.world, overrides, sweeping=False))
             _warn(warnings)
         except (ValueError, OSError) as error:
             tell_agent(_masked(_verdict(error)[0]), os.environ)  # before the others end, for which torchrun ends this rank too
@@ -210,7 +213,7 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _run_folder(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> Iterator[None]:
+def _run_folder(config: PretrainConfig, world: int, overrides: list[str], *, sweeping: bool) -> Iterator[None]:
     """The run folder, locked, with config.yaml and Hydra's overrides in it, once the data is known to be good."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -224,7 +227,9 @@ def _run_folder(config: PretrainConfig, overrides: list[str], *, sweeping: bool)
                     "or give hydra.sweep.dir=FOLDER"
                 )
             check_changed(config)  # before text is prepared, which takes its time
-            check_checkpoint(config, vocab_size=check_data(config))
+            vocab_size = check_data(config)
+            check_order(config, world, vocab_size=vocab_size)
+            check_checkpoint(config, vocab_size=vocab_size)
             (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))

@@ -8,7 +8,7 @@ LINK_MBIT = 500.0
 EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
 STRATEGIES = (
     "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
-    "lina_zero", "lancet", "auto",
+    "lina_zero", "lancet", "search", "auto",
 )  # fmt: skip
 OVERRIDES: dict[str, tuple[str, ...]] = {  # of a strategy's YAML
     "flow_packed": ("strategy=flow", "strategy.packing=2"),

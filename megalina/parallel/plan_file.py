@@ -13,10 +13,13 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalina.config import PretrainConfig
-from megalina.plan_settings import AUTO, strategy_of
+from megalina.blocks.model import shape_of
+from megalina.config import BYTES, PretrainConfig
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.plan_settings import AUTO, SEARCH, plan_of, strategy_of
 from megalina.step import candidates
-from megalina.step.plan import Plan
+from megalina.step.plan import Plan, WrongChecksum
+from megalina.step.strategy import Setting, training_step
 from megalina.validate_strategy import runs
 from megalina.whole_file import write_whole
 
@@ -44,14 +47,41 @@ def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
     if differ := [key for key in here if of.get(key) != here[key]]:
         told = ", ".join(f"{key} is {of.get(key)} there and {here[key]} here" for key in differ[:3])
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        again = SEARCH if strategy.name == SEARCH else AUTO
         raise ValueError(
-            f"strategy.plan={strategy.plan} is of another job: {told}{more}; leave it out and search with strategy=auto"
+            f"strategy.plan={strategy.plan} is of another job: {told}{more}; leave it out and search with strategy={again}"
         )
-    if strategy.name not in (AUTO, plan.strategy):
+    if strategy.name not in (AUTO, SEARCH, plan.strategy):
         raise ValueError(
             f"strategy.plan={strategy.plan} is a plan of {plan.strategy}: give strategy=auto with it, not {strategy.name}"
         )
     return replace(config, strategy=strategy_of(plan, strategy))
+
+
+def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
+    """ValueError unless the order of instructions in `strategy.order`, if there is one, is of the list that this configuration
+    gives.  `vocab_size`: before padding."""
+    if not config.strategy.order:
+        return
+    try:
+        training_step(config.strategy.name, setting_of(config, world, vocab_size))
+    except ValueError as error:
+        told = f"strategy.plan={config.strategy.plan} can't be followed: {error}"
+        raise ValueError(f"{told}; search anew with strategy=search") from None
+
+
+def setting_of(config: PretrainConfig, world: int, vocab_size: int) -> Setting:
+    """What a step is built from, without a model; buckets may have other padding than the model's."""
+    plan, train, parallel = plan_of(config.strategy), config.train, config.parallel
+    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
+    setting = Setting(
+        shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence),
+        held.buckets,
+        micro_batches=train.global_batch_size // (train.micro_batch_size * held.axes["dp"]),
+        recompute_mode=train.recompute,
+        element_bytes=max(BYTES[train.dtype], 4),
+    )
+    return setting.under(plan)
 
 
 def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
@@ -65,6 +95,8 @@ def read_plan(path: Path) -> tuple[Plan, Mapping[str, Any]]:
         wrong = "it is no text in JSON"
     except json.JSONDecodeError as error:
         wrong = f"it is no JSON from line {error.lineno}, column {error.colno} on"
+    except WrongChecksum:
+        wrong = "the order of instructions in its 'plan' is not the one that its checksum is of"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         entry = found.get("plan") if isinstance(found, dict) else None
         names = {f.name for f in fields(Plan)}

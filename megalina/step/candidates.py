@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from megalina.step.plan import Plan
 
@@ -12,7 +13,13 @@ PARTS = (2, 4)
 LATE_LAYERS = (0, 2, 4)
 DEFERRED = ("none", "experts", "all")
 PACKINGS = (2, 4, 8, 16)  # tried in turn while they pay
-PACKED = ("lina", "flow", "lina_zero", "lancet")  # strategies that packing is a part of; others are what they are held against
+PACKED = (
+    "lina",
+    "flow",
+    "lina_zero",
+    "lancet",
+    "search",
+)  # strategies that packing is a part of; others are what they are held against
 
 # With the numbers of conf/strategy, but for lina's packing, which is measured there.
 EAGER = Plan("eager")
@@ -32,6 +39,21 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
     *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
     *(LANCET, LANCET_IN_PARTS, replace(FLOW, deferred_weights="all"), LINA_ZERO),
 )
+
+
+def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
+    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks and deferred
+    weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
+    plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, FLOW, LANCET]
+    plans += [LINA if packing > 1 else LINA_NOPACK]
+    plans += [LINA_ZERO] if zero else []
+    for walking in (FLOW, *([LINA_ZERO] if zero else ())):
+        for parts, deferred, chunks, pieces in product(PARTS, DEFERRED, CHUNKS[:2], PIECES_BYTES[:2]):
+            more = replace(walking, parts=parts, deferred_weights=deferred, chunks=chunks, piece_bytes=pieces)
+            plans += [more] if parts == PARTS[0] or not (pieces or chunks != (1,)) else []
+    plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
+    plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
+    return list(dict.fromkeys(plans))
 
 
 def winners(*, zero: bool) -> list[Plan]:

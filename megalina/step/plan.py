@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from megalina.step.order import checksum
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -24,6 +26,7 @@ class Plan:
     times_us: tuple[tuple[str, float], ...] = ()  # of kinds of instructions, a whole micro-batch; weights are placed by them
     measured_at: int = 0  # the step in which the windows were measured
     packing: int = 1  # times as many experts on a rank as parallel.ep says
+    order: tuple[str, ...] = ()  # of all instructions, as `megalina/step/order.py` writes it; (): the strategy's own
 
     def __str__(self) -> str:
         """For people: "flow: 2 parts, pieces of 0.5 MiB"."""
@@ -40,6 +43,7 @@ class Plan:
             "windows " + "/".join(f"{gap} {size / 2**20:.2f} MiB" for gap, size in self.gap_bytes) if self.gap_bytes else "",
             f"times of step {self.measured_at}" if self.times_us else "",
             f"packing {self.packing}" if self.packing > 1 else "",
+            f"order {checksum(self.order)}" if self.order else "",
         ]
         return ": ".join(filter(None, (self.strategy, ", ".join(filter(None, words)))))
 
@@ -61,15 +65,18 @@ class Plan:
         """What differs from a plan without numbers, and the strategy; see `from_json`."""
         plain = asdict(Plan(self.strategy))
         found = {"strategy": self.strategy} | {k: v for k, v in asdict(self).items() if v != plain[k]}
-        return found | ({"chunks": chunks_text(self.chunks)} if "chunks" in found else {})
+        order = {"order": {"checksum": checksum(self.order), "lines": list(self.order)}} if self.order else {}
+        return found | ({"chunks": chunks_text(self.chunks)} if "chunks" in found else {}) | order
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
         """The plan of `as_json`, of this version or an older one.  TypeError, ValueError, KeyError or AttributeError for what is
-        none."""
+        none, or has an order that isn't of its checksum."""
         gaps = tuple((str(gap), int(size)) for gap, size in values.get("gap_bytes", ()))
         times = tuple((str(kind), float(us)) for kind, us in values.get("times_us", ()))
-        plan = cls(**{**values, "gap_bytes": gaps, "times_us": times, "chunks": chunks_from(values.get("chunks", "1"))})
+        order = _order_from(values["order"]) if "order" in values else ()
+        chunks = chunks_from(values.get("chunks", "1"))
+        plan = cls(**{**values, "gap_bytes": gaps, "times_us": times, "chunks": chunks, "order": order})
         for field in fields(cls):
             if type(getattr(plan, field.name)) is not (kind := type(field.default)):
                 raise TypeError(f"{field.name} is no {kind.__name__}")
@@ -79,6 +86,17 @@ class Plan:
 def _partition_words(partition: str, backward: str) -> str:
     parts = f"forward in {partition} parts" if partition.isdecimal() else f"forward in parts {partition.replace(',', ' ')}"
     return f"{parts} and {backward} backward"
+
+
+class WrongChecksum(ValueError):
+    """The order of a plan isn't the one that was written."""
+
+
+def _order_from(values: Mapping[str, Any]) -> tuple[str, ...]:
+    order = tuple(str(line) for line in values["lines"])
+    if checksum(order) != values["checksum"]:
+        raise WrongChecksum("order")
+    return order
 
 
 def chunks_from(text: str) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
+from megalina.step.list_scheduling import by_tails, guessed
+from megalina.step.order import ordered
 from megalina.step.partition import NONE, partition, ranges_of, side_by_side, with_own_counts
 from megalina.step.passes import (
     ROUTER_BIAS,
@@ -112,6 +114,15 @@ def lina_zero(setting: Setting) -> Program:
     return _finish(place_gradients(program, setting.buckets, yields=setting.plan.yields), setting, params_ahead=True)
 
 
+def search(setting: Setting) -> Program:
+    """What a run walks before its search (`megalina/train/list_search.py`) has found a list: flow's, by longest tails."""
+    program = flow(setting)
+    if setting.plan.order:
+        return program
+    times = setting.seconds if setting.plan.times_us else guessed
+    return by_tails(program, [times(instruction) for instruction in program])
+
+
 # `strategy.name`; each has a file in conf/strategy/
 STRATEGIES: Mapping[str, Strategy] = {
     "eager": eager,
@@ -125,14 +136,18 @@ STRATEGIES: Mapping[str, Strategy] = {
     "flow": flow,
     "lina_zero": lina_zero,
     "lancet": flow,  # whose weights' gradients are placed, and whose forward pass is partitioned, by `_step`
+    "search": search,
 }
 
 
 def training_step(name: str, setting: Setting) -> Program:
-    """The checked program of one training step.  ValueError for a strategy that isn't there."""
+    """The checked program of one training step, in the order of the plan if it has one.  ValueError for a strategy that isn't
+    there, and for an order of another step."""
     if name not in STRATEGIES:
         raise ValueError(f"strategy.name is {name!r}: choose one of {', '.join(STRATEGIES)}")
     program = STRATEGIES[name](setting)
+    if setting.plan.order:
+        program = ordered(program, setting.plan.order)
     check(program, given(program, setting), setting.buckets)
     return program
 

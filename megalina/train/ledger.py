@@ -1,8 +1,9 @@
 """The ledger: per step what was computed, short enough to keep and exact enough to compare.
 
 A line holds digests of the batch's tokens, of the random state and of each MoE layer's routing, and loss and gradient norm
-as hexadecimal floats.  Digests are sums over tokens, so they are the same number in every layout.  `ledger.jsonl` has all
-steps of a run; a checkpoint has those since the one before it, so that `train.resume=verify` can run them again.
+as hexadecimal floats.  Digests are sums over tokens, so they are the same number in every layout.  A plan's order of instructions
+is long: the first line of a plan has it, later ones have its checksum.  `ledger.jsonl` has all steps of a run; a checkpoint has
+those since the one before it, so that `train.resume=verify` can run them again.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ class Ledger:
     def __init__(self) -> None:
         self._lines: list[Line] = []  # since the checkpoint before the last
         self._saved = 0  # of them, how many were there at the last one
+        self._orders: dict[str, list[str]] = {}  # of instructions, by checksum
         self._file: MetricsFile | None = None
 
     def open(self, folder: Path, resumed_step: int) -> None:
@@ -37,10 +39,12 @@ class Ledger:
 
     def add(self, line: Line) -> None:
         """A full disk ends the file, not the run."""
-        self._lines.append(line)
+        is_known = _checksum(line) in self._orders
+        short = self._short(line)
+        self._lines.append(short)
         if len(self._lines) > MAX_LINES:
             self._lines, self._saved = self._lines[1:], max(0, self._saved - 1)
-        self._write(line)
+        self._write(short if is_known else line)
 
     def event(self, line: Line) -> None:
         """Something that is no step: a rewind."""
@@ -48,7 +52,13 @@ class Ledger:
 
     def lines(self) -> list[Line]:
         """For a checkpoint: the last steps, back to the checkpoint before the last."""
-        return self._lines
+        known: set[str] = set()
+        out = []
+        for line in self._lines:
+            key = _checksum(line)
+            out.append(line if key in known else _with_order(line, self._orders))
+            known.add(key)
+        return out
 
     @property
     def saved_lines(self) -> int:
@@ -62,7 +72,7 @@ class Ledger:
 
     def load(self, lines: Sequence[Line], saved_lines: int) -> None:
         """Go on from a checkpoint, as if it had just been saved."""
-        self._lines, self._saved = list(lines), saved_lines
+        self._lines, self._saved = [self._short(line) for line in lines], saved_lines
         self.saved()
 
     def rewind(self, step: int) -> None:
@@ -74,6 +84,15 @@ class Ledger:
         if self._file is not None:
             self._file.close()
 
+    def _short(self, line: Line) -> Line:
+        """Without its order, which is kept here."""
+        if not (key := _checksum(line)):
+            return line
+        order = line["plan"]["order"]
+        if "lines" in order:
+            self._orders[key] = order["lines"]
+        return {**line, "plan": {**line["plan"], "order": {"checksum": key}}}
+
     def _write(self, line: Line) -> None:
         if self._file is None:
             return
@@ -82,6 +101,28 @@ class Ledger:
         except OSError as error:
             logger.warning("%s is not written any more (%s)", self._file.path, error)
             self._file = None
+
+
+def with_orders(lines: Sequence[Line]) -> list[Line]:
+    """Lines of a checkpoint, each with the order of its plan."""
+    orders = {_checksum(line): line["plan"]["order"]["lines"] for line in lines if "lines" in _order(line)}
+    return [_with_order(line, orders) for line in lines]
+
+
+def _order(line: Line) -> Mapping[str, Any]:
+    """{}: its plan has none."""
+    found: Mapping[str, Any] = (line.get("plan") or {}).get("order", {})
+    return found
+
+
+def _checksum(line: Line) -> str:
+    return str(_order(line).get("checksum", ""))
+
+
+def _with_order(line: Line, orders: Mapping[str, list[str]]) -> Line:
+    if (key := _checksum(line)) not in orders:
+        return line
+    return {**line, "plan": {**line["plan"], "order": {"checksum": key, "lines": orders[key]}}}
 
 
 class RandomState:

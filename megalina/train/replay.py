@@ -14,7 +14,7 @@ import torch
 from megalina.checkpoint.files import read_values
 from megalina.mesh import all_gather_object
 from megalina.step.plan import Plan
-from megalina.train.ledger import Line, difference
+from megalina.train.ledger import Line, difference, with_orders
 from megalina.train.step_runner import StepRunner
 
 logger = logging.getLogger("megalina")
@@ -33,7 +33,7 @@ def replay(runner: StepRunner, newest: Path, before: Path | None) -> None:
     not reach back far enough."""
     values, state = read_values(newest), runner.state
     start = read_values(before)["step"] if before is not None else 0
-    lines: Mapping[int, Line] = {line["step"]: line for line in values["ledger"]}
+    lines: Mapping[int, Line] = {line["step"]: line for line in with_orders(values["ledger"])}
     origin = str(before) if before is not None else "the beginning"
     if missing := [step for step in range(start + 1, values["step"] + 1) if step not in lines]:
         raise ValueError(

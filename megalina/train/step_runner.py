@@ -22,20 +22,21 @@ from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.plan_file import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.plan_settings import AUTO
+from megalina.plan_settings import AUTO, SEARCH
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.guard import SpikeGuard
 from megalina.train.ledger import Line, RandomState, line_of
+from megalina.train.list_search import ListSearch
 from megalina.train.own_samples import own_samples
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.train.run_state import Built, RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate
 from megalina.train.times import Times
-from megalina.train.trials import Rules, Trials, Tuner
+from megalina.train.trials import Rules, Trials, Tuner, evidence
 from megalina.train.windows import Windows
 
 RULES_OF_ALL = Rules(window=3, finalists=2)  # among all strategies
@@ -105,7 +106,7 @@ class StepRunner:
         self.built = Built(mesh, trainable, BucketOptimizer(config.optim, trainable.buckets))
         self.state = RunState(config, self.built, self._guard, tokenizer_path=data.tokenizer_path)
         self.tuner = self._tuner(searches=0)
-        self.measurements = self._measurements()
+        self.measurements = self._measurements(done=False)
         self._recorder: Recorder | None = None  # of the last step
         self.own_samples = own_samples(config, world=world, rank=mesh.world.rank, ranks_per_node=self._ranks_per_node)
         self._batches = Prefetch(lambda first, count: self.data.train.batch(first, count, self.own_samples.stride), device)
@@ -137,10 +138,20 @@ class StepRunner:
         """Between two steps, of which the last took this rank so long: where `strategy` says auto, another plan may be adopted.
         All ranks call it alike; nobody else repacks meanwhile."""
         self.tuner.after(self.state.step, step_s)
-        self.state.searches = self.tuner.trials.searches
         recorder = self._recorder
         for measurement in self.measurements if not self.searching else ():
             measurement.after(self.state.step, recorder.events if recorder is not None else list, self.trainable.plan)
+        self.state.searches = self.tuner.trials.searches + sum(search.done for search in self._list_searches)
+
+    @property
+    def evidence(self) -> str:
+        """What the last search has found, in one line."""
+        found = [search.evidence for search in self._list_searches]
+        return found[0] if found else evidence(self.tuner.trials, self.state.step)
+
+    @property
+    def _list_searches(self) -> list[ListSearch]:
+        return [m for m in self.measurements if isinstance(m, ListSearch)]
 
     def adopt(self, plan: Plan) -> None:
         """From the next step on follow this plan.  All ranks call it between the same two steps."""
@@ -179,13 +190,21 @@ class StepRunner:
         plan, now = Plan.from_json(there["now"]), self.state.arithmetic()
         if plan.packing in self.meshes and all(saved["arithmetic"][key] == now[key] for key in ("mesh", "parallel", "strategy")):
             self.adopt(plan)
-            self.tuner = self._tuner(searches=min(there["searches"], 1))
+            self.state.searches = min(there["searches"], 1)
+            self.tuner = self._tuner(searches=self.state.searches)
+            self.measurements = self._measurements(done=bool(plan.order))
 
-    def _measurements(self) -> list[Windows | Times]:
-        strategy, found = self.config.strategy, list[Windows | Times]()
+    def _measurements(self, *, done: bool) -> list[Windows | Times | ListSearch]:
+        """`done`: a list was found before."""
+        strategy, found = self.config.strategy, list[Windows | Times | ListSearch]()
+        if strategy.name == SEARCH and not strategy.order:
+            vocab_size = self.config.model.vocab_size or self.data.vocab_size
+            search = ListSearch(self.config, self.mesh, self.adopt, lambda: self.trainable, vocab_size=vocab_size, done=done)
+            return [search]
         if strategy.windows == AUTO:
             found.append(Windows(self.mesh, self.adopt))
-        if (strategy.name == AUTO or strategy.deferred_weights != "none") and not self.config.train.deterministic:
+        placed = strategy.deferred_weights != "none" and not strategy.order
+        if (strategy.name == AUTO or placed) and not self.config.train.deterministic:
             found.append(Times(self.mesh, self.adopt, lambda: self.trainable.program))
         return found
 

@@ -36,7 +36,6 @@ from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.step_runner import StepRunner
 from megalina.train.throughput import mfu, peak_flops, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
-from megalina.train.trials import evidence
 
 logger = logging.getLogger("megalina")
 WARM_UP_STEPS = 3  # the first steps of a process are left out of the median speed
@@ -188,18 +187,17 @@ class Trainer:
                     if self.runner.is_first:
                         logger.info("stopped after step %d as asked; the same command goes on from there", step)
                     break
-                searches = runner.tuner.trials.searches
+                searches = state.searches
                 runner.adapt(step_s)
-                if runner.is_first and runner.tuner.trials.searches > searches:
+                if runner.is_first and state.searches > searches:
                     self._write_plan()
         if state.saved_step >= 0 or state.failed_saves:
             state.close()
 
     def _write_plan(self) -> None:
         """What a search has found, for other runs."""
-        folder, found = Path(self.config.run.dir), evidence(self.runner.tuner.trials, self.state.step)
-        world = self.built.mesh.world.size
-        write_plan(folder / PLAN_FILE, self.config, world, self.runner.tuner.trials.present, evidence=found)
+        folder, world = Path(self.config.run.dir), self.built.mesh.world.size
+        write_plan(folder / PLAN_FILE, self.config, world, self.built.trainable.plan, evidence=self.runner.evidence)
 
     def validate(self) -> float | None:
         """Mean loss in nats over the first `train.eval_sequences` of the validation text; None without such text."""

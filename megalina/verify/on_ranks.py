@@ -23,6 +23,7 @@ from megalina.parallel.buckets import Bucket
 from megalina.parallel.shard import cut_of
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
+from megalina.plan_settings import SEARCH
 from megalina.rank_pool import TIME_LIMIT_S, RankPool
 from megalina.step.forward import names
 from megalina.step.program import Instruction
@@ -40,6 +41,7 @@ from megalina.verify.recording import (
     stream_name,
     widened,
 )
+from megalina.verify.searched import walk_searched_list
 from megalina.verify.start import shake
 
 Key = tuple[int, str, str]  # step, kind, name
@@ -71,6 +73,8 @@ def record_rank(
     """One step for each global batch, on this rank of the mesh.  `plant`: a bug of `megalina.verify.plants` to build in."""
     config = layout_config(config, layout)
     trainable = Trainable(config, mesh, vocab_size=config.model.vocab_size, device=device, wish_to_stop=lambda: False)
+    if config.strategy.name == SEARCH and not config.strategy.order:
+        walk_searched_list(trainable, seed=config.train.seed)
     shake(trainable.gpt, config.train.seed, cut_of(mesh))
     if plant:
         from megalina.verify.plants import PLANTS  # nobody but a rank that is to have a bug knows of them

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.config import PretrainConfig, StrategyConfig
-from megalina.parallel.plan_file import read_plan, with_plan, write_plan
-from megalina.plan_settings import plan_of, strategy_of
+from megalina.parallel.plan_file import check_order, read_plan, setting_of, with_plan, write_plan
+from megalina.plan_settings import overrides_of, plan_of, strategy_of
+from megalina.step.order import order_of
 from megalina.step.plan import Plan
+from megalina.step.strategy import training_step
 from megalina.validate import check_config
 
-WORLD = 4
+WORLD, VOCABULARY = 4, 300
 FOUND = Plan("flow", parts=2, yields=True, late_layers=2, piece_bytes=2**19, packing=2)
 
 
@@ -114,3 +116,69 @@ def test_the_file_holds_what_people_ask_for(path: Path) -> None:
     assert found["evidence"] == "tried" and found["of"]["world"] == WORLD
     assert read_plan(path)[0] == FOUND
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# an order of instructions
+
+
+def searched(folder: Path, change: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda order: order) -> PretrainConfig:
+    """A job with a file whose plan has an order, that of lancet's list; `change`: of it."""
+    config = job(name="search", packing="1")
+    plan = Plan("lancet", deferred_weights="all")
+    order = order_of(training_step("lancet", setting_of(config, WORLD, VOCABULARY).under(plan)))
+    write_plan(folder / "plan.json", config, WORLD, replace(plan, order=change(order)), evidence="searched")
+    return job(name="search", packing="1", plan=str(folder / "plan.json"))
+
+
+def test_an_order_is_taken_from_a_file_and_nothing_is_searched(tmp_path: Path) -> None:
+    config = with_plan(searched(tmp_path), WORLD)
+    config.train.deterministic = True
+    check_config(config, WORLD)
+    check_order(config, WORLD, vocab_size=VOCABULARY)
+    plan = plan_of(config.strategy)
+    assert plan == read_plan(tmp_path / "plan.json")[0] and plan.strategy == "lancet"
+    assert order_of(training_step("lancet", setting_of(config, WORLD, VOCABULARY))) == plan.order
+    with pytest.raises(ValueError, match="has an order of its own: give it to a run as a file"):
+        overrides_of(plan)
+
+
+def test_an_order_that_does_not_fit_is_refused_with_what_differs(tmp_path: Path) -> None:
+    lacks = with_plan(searched(tmp_path, lambda order: order[:-1]), WORLD)
+    with pytest.raises(ValueError, match=r"can't be followed: the plan's order of instructions lacks U:.*; search anew"):
+        check_order(lacks, WORLD, vocab_size=VOCABULARY)
+    illegal = with_plan(searched(tmp_path, lambda order: order[::-1]), WORLD)
+    with pytest.raises(ValueError, match="can't be followed: .* before it is written"):
+        check_order(illegal, WORLD, vocab_size=VOCABULARY)
+
+
+def test_an_order_that_was_edited_is_refused(tmp_path: Path) -> None:
+    config = searched(tmp_path)
+    path = tmp_path / "plan.json"
+    text = path.read_text()
+    path.write_text(text.replace('"F:embed.-.0",', "", 1))
+    assert path.read_text() != text
+    assert "the order of instructions in its 'plan' is not the one that its checksum is of" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        ({"name": "search", "order": "F:embed.-.0"}, r"strategy\.order is what strategy\.plan=FILE gives"),
+        ({"name": "flow", "search_evaluations": 5}, r"strategy\.search_evaluations=5 does nothing with strategy=flow, only with"),
+        ({"name": "search", "chunks": "auto"}, r"strategy=search and auto in strategy\.\* exclude each other"),
+        ({"name": "search", "plan": "x.json"}, r"strategy\.plan=x\.json is not read here"),
+    ],
+)
+def test_settings_of_a_search_that_make_no_sense_are_refused(strategy: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        check_config(job(**{"packing": "1", **strategy}), WORLD)
+
+
+def test_a_deterministic_run_does_not_search() -> None:
+    config = job(name="search", packing="1")
+    check_config(config, WORLD)
+    config.train.deterministic = True
+    with pytest.raises(
+        ValueError, match=r"train\.deterministic=true and strategy=search exclude each other.*strategy\.plan=FILE"
+    ):
+        check_config(config, WORLD)

@@ -1,0 +1,169 @@
+"""`strategy=search`: measure a few steps, search a list in virtual time, walk it from then on (all ranks alike).
+
+Two plans are measured: the one that the run begins with, and one in parts with deferred weights, so that costs are known of both.
+Rank 0 searches and tells the others what it has found, so that all have the same list whatever their machines make of the last
+digits.  Its steps are measured, too, and the plan whose steps were shortest is kept, with its order.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megalina.config import PretrainConfig
+from megalina.layout import ranks_of
+from megalina.mesh import Mesh, all_gather_object
+from megalina.parallel.trainable import Trainable
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.perfmodel.sim.folding import FoldedLoads, Use
+from megalina.perfmodel.sim.list_clock import ListClock
+from megalina.perfmodel.sim.list_search import Found, Start, search
+from megalina.perfmodel.sim.memory import peak_of
+from megalina.perfmodel.sim.network import one_level
+from megalina.perfmodel.sim.virtual import uses_of
+from megalina.step.candidates import FLOW, LANCET, to_search_from
+from megalina.step.order import order_of
+from megalina.step.plan import Plan
+from megalina.step.program import Program
+from megalina.step.strategy import Setting, training_step
+from megalina.timeline.recorder import Event
+from megalina.train.measured_costs import MeasuredCosts, Sample, sample_of
+from megalina.validate_strategy import runs
+
+logger = logging.getLogger("megalina")
+WARM_UP = 2  # steps of a process that are not measured
+SETTLE = 1  # step after another plan that is not measured
+STEPS = 3  # that a plan is measured over
+NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
+
+
+class ListSearch:
+    """All ranks call it alike.  `adopt(plan)`: from the next step on; `trainable()`: that of now."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        mesh: Mesh,
+        adopt: Callable[[Plan], object],
+        trainable: Callable[[], Trainable],
+        *,
+        vocab_size: int,
+        done: bool = False,
+    ):
+        self.done = done  # a plan was chosen
+        self.evidence = ""
+        self._config, self._mesh, self._adopt, self._trainable, self._vocab_size = config, mesh, adopt, trainable, vocab_size
+        self._to_wait = WARM_UP
+        self._steps: list[Sequence[Event]] = []
+        self._measured: list[tuple[Plan, float]] = []  # plan, seconds a step of the slowest rank
+        self._costs: MeasuredCosts | None = None
+        self._found: Found | None = None
+
+    def decided(self, plan: Plan) -> bool:
+        return self.done
+
+    def measuring(self, plan: Plan) -> bool:
+        """Whether the next step must be recorded."""
+        return not self.done and self._to_wait == 0
+
+    def after(self, step: int, events: Callable[[], Sequence[Event]], plan: Plan) -> None:
+        """Between two steps; `events` of `step`, which was a step of `plan`."""
+        if self.done:
+            return
+        if self._to_wait:
+            self._to_wait -= 1
+            return
+        self._steps.append(events())
+        if len(self._steps) < STEPS:
+            return
+        own = sample_of(self._steps, self._trainable().program, lambda axis: getattr(self._mesh, axis).size)
+        everywhere = all_gather_object(self._mesh, own)
+        self._steps, self._to_wait = [], SETTLE
+        self._measured.append((plan, max(sample.step_s for sample in everywhere)))
+        if self._searched:
+            self._choose(step)
+        elif len(self._measured) == 1 and (second := self._second(plan)) != plan:
+            self._learn(everywhere)
+            self._adopt(second)
+        else:
+            self._learn(everywhere)
+            self._search(step)
+
+    @property
+    def _searched(self) -> bool:
+        return any(plan.order for plan, _ in self._measured)
+
+    def _learn(self, everywhere: Sequence[Sample]) -> None:
+        if self._costs is None:
+            trainable = self._trainable()
+            weight_bytes = next(iter(trainable.buckets.values())).param.element_size()
+            self._costs = MeasuredCosts(trainable.setting.element_bytes, weight_bytes)
+        self._costs.add(everywhere)
+
+    def _second(self, plan: Plan) -> Plan:
+        """What else is measured: parts, and weights' gradients by themselves."""
+        wanted = [replace(FLOW, deferred_weights="all"), LANCET]
+        wanted = [replace(p, packing=plan.packing, piece_bytes=plan.piece_bytes) for p in wanted]
+        return next((p for p in wanted if runs(self._config, p, self._mesh.world.size)), plan)
+
+    def _search(self, step: int) -> None:
+        first = self._mesh.world.rank == 0
+        own = found_list(self._config, self._trainable(), self._measured[0][0], self._costs, self._vocab_size) if first else None
+        told = all_gather_object(self._mesh, None if own is None else (own.plan.as_json(), own.step_s, own.evaluations))
+        assert told[0] is not None
+        values, step_s, evaluations = told[0]
+        plan = Plan.from_json(values)
+        self.evidence = f"{evaluations} steps in virtual time, the best {step_s * 1e3:.1f} ms"
+        if first:
+            logger.info("list from step %d on: %s (%s)", step + 1, plan, self.evidence)
+        self._adopt(plan)
+
+    def _choose(self, step: int) -> None:
+        best, _ = min(self._measured, key=lambda m: m[1])
+        if not best.order:  # written down, so that whoever takes it need not search
+            program = training_step(best.strategy, self._trainable().setting.under(best))
+            best = replace(best, order=order_of(program))
+        tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
+        self.done = True
+        self.evidence = (
+            f"plan from step {step + 1} on: {best} ({self.evidence}; measured over {STEPS} steps, slowest rank: {tried})"
+        )
+        if self._mesh.world.rank == 0:
+            logger.info("%s", self.evidence)
+        if best != self._measured[-1][0]:
+            self._adopt(best)
+
+
+def found_list(config: PretrainConfig, trainable: Trainable, begun: Plan, costs: MeasuredCosts | None, vocab_size: int) -> Found:
+    """What the search finds by these costs.  No rank is asked anything."""
+    assert costs is not None
+    mesh, setting = trainable.mesh, trainable.setting
+    world, packing = mesh.world.size, begun.packing
+    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=begun.piece_bytes, packing=packing)
+    settings = [setting.under(plan) for plan in plans if runs(config, plan, world)]
+    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
+    began = training_step(begun.strategy, setting.under(begun))
+    most_bytes = peak_of(held, began)[0] + config.strategy.search_mb * 2**20
+    return search(
+        [Start(setting.under(begun).plan, began), *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
+        clock_of(mesh, setting, costs),
+        evaluations=config.strategy.search_evaluations,
+        seed=config.train.seed,
+        fits=(lambda program: peak_of(held, program)[0] <= most_bytes) if config.strategy.search_mb else None,
+    )
+
+
+def clock_of(mesh: Mesh, setting: Setting, costs: MeasuredCosts) -> Callable[[Program], ListClock]:
+    """A program -> its clock, by these costs; each rank has a link of its own."""
+    rate = 1.0 / costs.s_per_byte if costs.s_per_byte else NO_WIRE_BYTES_PER_S
+    network = one_level(rate, costs.latency_s)
+    sizes = costs.sizes_of([name for name, spec in setting.buckets.items() if spec.sharded])
+    groups = ranks_of(mesh.shape)
+    known: dict[tuple[Use, ...], FoldedLoads] = {}
+
+    def of(program: Program) -> ListClock:
+        uses = uses_of(program, sizes)
+        if uses not in known:
+            known[uses] = FoldedLoads(network, mesh.world.size, groups, uses, slowest=True)
+        return ListClock(program, seconds=costs.seconds, sizes=sizes, loads=known[uses], ranks_of=groups)
+
+    return of

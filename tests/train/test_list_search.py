@@ -1,0 +1,88 @@
+"""`strategy=search` in a run: measured, searched, walked; losses are eager's; resumed, replayed, its file taken by others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalina.config import StrategyConfig
+from megalina.parallel.plan_file import PLAN_FILE, with_plan
+from megalina.step.plan import Plan
+from megalina.train.list_search import SETTLE, STEPS, WARM_UP
+from megalina.validate import check_config
+from tests.parallel.ranks import run_on_ranks
+from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, write_tokens
+
+RANKS, WALKS = 2, 150
+SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
+CHOSEN = SEARCHED + SETTLE + STEPS
+
+
+def searching(folder: Path, name: str, **settings: Any):
+    config = config_of(folder, name, ep=2, dtype="float64", micro_batch_size=4, **settings)
+    config.strategy = StrategyConfig(name="search", search_evaluations=WALKS)
+    return config
+
+
+def runs(folder: Path) -> dict[str, Any]:
+    """Losses under eager, with a search, and of a run that is resumed; one that is replayed raises nothing."""
+    steps = CHOSEN + 4
+    plain = config_of(folder, "eager", ep=2, dtype="float64", micro_batch_size=4, steps=steps)
+    out: dict[str, Any] = {"eager": records_of(plain).of("loss")}
+    whole = records_of(searching(folder, "whole", steps=steps, interval=CHOSEN + 1))
+    out["search"], out["plans"] = whole.of("loss"), whole.of("plan")
+    saved = checkpoint(searching(folder, "whole"), CHOSEN + 1)
+    resumed = searching(folder, "resumed", steps=steps)
+    again = records_of(resumed, saved)
+    out["resumed"], out["plans of resumed"] = again.of("loss"), again.of("plan")
+    replayed = searching(folder, "whole", steps=steps)
+    replayed.train.resume = "verify"
+    records_of(replayed, saved)
+    out["differ"] = same_checkpoints(*(checkpoint(c, steps) for c in (resumed, searching(folder, "whole"))))
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("searching")
+    write_tokens(folder / "tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_on_ranks(RANKS, runs, folder)
+
+
+def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["search"] == pytest.approx(rank["eager"], rel=1e-12)
+    plans = ranks[0]["plans"]
+    assert plans == ranks[1]["plans"]
+    assert "order" not in plans[SEARCHED - 1] and "deferred weights of all" in plans[SEARCHED - 1]
+    assert all("order" in plan for plan in plans[SEARCHED : SEARCHED + SETTLE + STEPS])
+    assert len(set(plans[CHOSEN:])) == 1 and "order" in plans[-1]
+
+
+def test_a_resumed_run_goes_on_with_the_list_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["resumed"] == rank["search"][CHOSEN + 1 :]
+        assert rank["plans of resumed"] == rank["plans"][CHOSEN + 1 :] and rank["differ"] == []
+
+
+def test_the_ledger_has_an_order_once(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    lines = [json.loads(line) for line in (folder / "whole" / "ledger.jsonl").read_text().splitlines()]
+    orders = [line["plan"]["order"] for line in lines if "order" in line["plan"]]
+    assert len(orders) > STEPS and len({order["checksum"] for order in orders}) == sum("lines" in order for order in orders)
+
+
+def test_another_run_takes_the_file_and_searches_nothing(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    config = searching(folder, "third")
+    config.strategy.plan = str(folder / "whole" / PLAN_FILE)
+    config.strategy.search_evaluations = StrategyConfig().search_evaluations
+    config.train.deterministic = True
+    given = with_plan(config, RANKS)
+    check_config(given, RANKS)
+    found = Plan.from_json(json.loads((folder / "whole" / PLAN_FILE).read_text())["plan"])
+    assert (given.strategy.name, tuple(given.strategy.order.splitlines())) == (found.strategy, found.order)
