@@ -112,6 +112,14 @@ class RouterConfig:
     group: str = setting("sequence", choices=("sequence", "micro_batch", "global"))
     # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
     capacity_factor: float = setting(0.0, high=1e6)
+    # locmoe: capacity is LocMoE's lower bound, from how near tokens are to their experts' rows, clamped; see docs/locality.md
+    capacity_bound: str = setting("none", choices=("none", "locmoe"))
+    # of the cosines between the tokens of a step and the rows of their experts, which one the bound is of
+    capacity_delta: str = setting("min", choices=("min", "quantile", "mean"))
+    capacity_quantile: float = setting(0.05, low=POSITIVE, high=BELOW_ONE)  # capacity_delta=quantile: so many are below it
+    # a step's delta moves the one in use: ema x old + (1 - ema) x new; 0: the first step's stays
+    capacity_ema: float = setting(0.0, high=BELOW_ONE)
+    capacity_min: int = setting(1, low=1)  # tokens of a group that an expert takes at least, whatever the bound says
     # who is dropped beyond capacity: the last, or the least probable
     drop: str = setting("position", choices=("position", "probability"))
     balance_loss: float = setting(0.01, high=LARGEST_FACTOR)  # weight of the load-balance loss
@@ -128,6 +136,11 @@ class RouterConfig:
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe, locmoe_plus: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether an expert may refuse tokens that chose it."""
+        return self.capacity_factor > 0 or self.capacity_bound != "none"
 
 
 @dataclass(slots=True, kw_only=True)

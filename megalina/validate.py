@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 from megalina.blocks.model import blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
-from megalina.blocks.routers import check_router, kind_of
+from megalina.blocks.routers import capacity_text, check_router, kind_of
 from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, is_moe_layer, settings
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
@@ -354,9 +354,9 @@ def _check_profile(config: PretrainConfig) -> None:
         return
     if kind_of(router).experts_choose:
         raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
-    if router.capacity_factor > 0:
+    if router.has_capacity:
         raise ValueError(
-            f"profile.record with router.capacity_factor={router.capacity_factor:g}: capacity takes choices away in training and "
+            f"profile.record with {capacity_text(router)}: capacity takes choices away in training and "
             "not in serving: set profile.record=false, and record afterwards with tools/record_routing.py"
         )
     if not any(is_moe_layer(model, layer) for layer in range(model.num_layers)):

@@ -306,7 +306,7 @@ class MoE(Block):
             # how far from home each expert is, token by token; logarithms, their probabilities, and those less the mean's
             local, information = 1 * (self.router.locality_loss > 0), 3 * (self.router.mutual_information_loss > 0)
             kept += (self.kind.scores_kept + local + information + sum(loss.scores_kept for loss in self.router_losses)) * scores
-            dropped = o * at.top_k if self.router.capacity_factor and not self.kind.experts_choose else 0
+            dropped = o * at.top_k if self.router.has_capacity and not self.kind.experts_choose else 0
             kept += dropped * (INT_BYTES + 1)  # choices before drops, and which of them were
         rows, order = sent * rank.width * rank.element, INT_BYTES * sent
         normed = x if score and (rank.mixed or written or not gate) else 0

@@ -16,6 +16,9 @@ class RouterKind:
     ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
     has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D] that is learned
     has_scores: ClassVar[bool] = True  # its choices follow from scores, through which gradients flow
+    has_rows: ClassVar[bool] = (
+        False  # tokens go where the products with an expert's row are largest: their cosines mean something
+    )
     features_per_expert: ClassVar[int] = 0  # of a token, that its scores need at least
     defers: ClassVar[bool] = False  # its `logits` takes `later`: the gradients of its weights may be an instruction of their own
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
@@ -29,7 +32,7 @@ class RouterKind:
 
 
 class TopK(RouterKind):
-    defers = True
+    defers = has_rows = True
     functions = "megalina.model.routers:TopK"
 
 
@@ -80,6 +83,7 @@ class ExpertChoice(RouterKind):
 class LocMoE(RouterKind):
     functions = "megalina.model.locmoe:LocMoE"
     has_gate = False
+    has_rows = True
     features_per_expert = 1
     scores_kept = 5  # with the rectified scores and their sign
     settings: ClassVar[Sequence[str]] = ("temperature",)
@@ -115,6 +119,18 @@ def kind_of(config: RouterConfig) -> type[RouterKind]:
     return KINDS[config.kind]
 
 
+def has_state(config: RouterConfig) -> bool:
+    """Whether a step moves something of a router that is no weight: `Router.bias_E`, `Router.delta`."""
+    return config.bias_update_rate > 0 or config.capacity_bound != "none"
+
+
+def capacity_text(config: RouterConfig) -> str:
+    """Which setting gives experts a capacity, for errors."""
+    if config.capacity_factor:
+        return f"router.capacity_factor={config.capacity_factor:g}"
+    return f"router.capacity_bound={config.capacity_bound}"
+
+
 def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
     """ValueError for settings that contradict each other or would do nothing."""
     kind = kind_of(config)
@@ -136,6 +152,7 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
             f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
             "before any token is sent; set router.group=sequence or micro_batch"
         )
+    _check_bound(config, kind)
     _check_locality(config, kind, num_experts)
     if (weight := config.mutual_information_loss) and (not kind.has_scores or kind.experts_choose):
         raise ValueError(
@@ -148,6 +165,32 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
             "router.group=sequence or micro_batch"
         )
     kind.check(config, num_experts)
+
+
+def _check_bound(config: RouterConfig, kind: type[RouterKind]) -> None:
+    default = RouterConfig()
+    if config.capacity_bound == "none":
+        for name in ("capacity_delta", "capacity_ema", "capacity_min"):
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise ValueError(f"router.{name}={value} does nothing with router.capacity_bound=none: set that to locmoe")
+    if config.capacity_quantile != default.capacity_quantile and config.capacity_delta != "quantile":
+        raise ValueError(
+            f"router.capacity_quantile={config.capacity_quantile:g} does nothing with router.capacity_delta="
+            f"{config.capacity_delta}: set that to quantile"
+        )
+    if config.capacity_bound == "none":
+        return
+    if not kind.has_rows:
+        kinds = ", ".join(name for name, known in KINDS.items() if known.has_rows)
+        raise ValueError(
+            f"router.capacity_bound={config.capacity_bound} is of the cosines between tokens and their experts' rows, by which "
+            f"router={config.kind} does not choose: set it to none, or take one of {kinds}"
+        )
+    if config.group == "global":
+        raise ValueError(
+            f"router.capacity_bound={config.capacity_bound} needs a group whose tokens are known before any is sent, and "
+            "router.group=global is of all ranks: set router.group=sequence or micro_batch"
+        )
 
 
 def _check_locality(config: RouterConfig, kind: type[RouterKind], num_experts: int) -> None:

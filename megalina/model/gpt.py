@@ -134,6 +134,11 @@ class GPT(nn.Module):
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.is_moe]
 
+    def router_state(self) -> dict[str, Tensor]:
+        """What routers keep besides weights, by name: state that steps move, alike on all ranks."""
+        layers = ((i, self.layers[i].router) for i in self.moe_layers)
+        return {f"layers.{i}.router.{name}": value for i, router in layers for name, value in router.named_buffers()}
+
     def functions_of(self, instruction: Instruction) -> BlockFunctions:
         """Of the block that has this instruction.  KeyError where none has."""
         name = self.blocks.block_of(instruction).name

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalina.model.linear import Later
-from megalina.model.routers import Router
+from megalina.model.routers import Router, lengths
 
 
 class LocMoE(Router):
@@ -30,6 +30,10 @@ class LocMoE(Router):
     def probabilities(self, logits_AE: Tensor) -> Tensor:
         return self.log_scores(logits_AE).softmax(dim=1)
 
+    def cosines(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        rows_ED = grap(self.num_experts, x_TD.to(logits_TE.dtype))
+        return logits_TE / lengths(x_TD, logits_TE.dtype)[:, None] / lengths(rows_ED, logits_TE.dtype)
+
 
 class LocMoEPlus(LocMoE):
     """The same gate; the score is the cosine between token and row.  Tokens choose their best experts, and of an expert's tokens
@@ -41,6 +45,9 @@ class LocMoEPlus(LocMoE):
 
     def log_scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE / self.config.temperature
+
+    def cosines(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        return logits_TE
 
 
 def grap(num_experts: int, x_TD: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class MoE(BlockFunctions):
         model = block.model
         layer.mlp_norm = Norm(model.norm_eps)
         make: type[Router] = router_class(block.router)
-        layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed)
+        layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed, width=model.d_model)
         layer.experts = Experts(model.activation)
         layer.shared = Mlp(model.activation) if model.shared_d_ff else None
         self.num_experts = model.num_experts
@@ -77,7 +77,7 @@ class MoE(BlockFunctions):
     def select(
         self, n_TD: Tensor, logits_TE: Tensor, logits_AE: Tensor, batch: Batch, so_far: GroupSoFar | None = None
     ) -> tuple[Any, ...]:
-        """As `selected`; the load gets two more numbers, [E + 1 + LIMBS], a digest of the choices or zeros."""
+        """As `selected`; the load ends with two numbers more, LIMBS, a digest of the choices or zeros."""
         own = self.share.own(batch)
         *rest, order, load, passed = self.selected(n_TD, logits_TE, logits_AE, batch, own, so_far)
         digest = routing_digest(order, *places(batch, own)) if self.holder.digests else load.new_zeros(LIMBS)
@@ -127,7 +127,8 @@ class MoE(BlockFunctions):
 
         `logits_AE`: of all tokens of the micro-batch, without gradient; `own`: which of them are `n_TD`.
         The first loss is the balance loss; with `router.group=global`, and of a part of a micro-batch, the sums of probabilities
-        [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity.
+        [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity; with a capacity
+        bound NEARNESS_BINS more, how near tokens are to their experts' rows.
         """
         tokens = router_tokens(batch)
         group = () if so_far is None else (so_far,)
@@ -136,7 +137,8 @@ class MoE(BlockFunctions):
         more = [loss for loss in (routing.locality, routing.information) if loss is not None]
         own_losses = [loss(logits_TE, routing.expert_TK, tokens.valid_A[own]) for loss in self.own_losses]
         order = row_order(routing.expert_TK, self.num_experts)
-        load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
+        near = self.holder.router.nearness(n_TD, logits_TE, routing)
+        load = torch.cat([routing.chosen_E, routing.dropped.reshape(1), near])
         return permute(n_TD, order), routing.weight_TK, balance, routing.z, *more, *own_losses, order, load, routing.so_far
 
     def mixed(

@@ -21,7 +21,7 @@ SHAPES = {
     "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "global balance": plain_shape(moe=(True, True), global_balance=True),
     "equal counts": plain_shape(moe=(True, False, True), experts_choose=True),
-    "selection biases": plain_shape(moe=(True, True), selection_bias=True),
+    "selection biases": plain_shape(moe=(True, True), router_state=True),
 }
 
 
@@ -242,16 +242,14 @@ def test_selection_biases_follow_the_result_of_a_step(name: str) -> None:
     """One instruction more, right behind the verdict; without it, or before the loads are known, the list is refused."""
     shape = SHAPES["selection biases"]
     setting = Setting(shape, buckets_of(shape))
-    program, plain_program = (
-        training_step(name, replace(setting, shape=s)) for s in (shape, replace(shape, selection_bias=False))
-    )
-    at = next(i for i, s in enumerate(program) if s.name == "router_bias")
-    assert program[at].tag == "U:router_bias.-.0" and program[at - 1].name == "verdict"
+    program, plain_program = (training_step(name, replace(setting, shape=s)) for s in (shape, replace(shape, router_state=False)))
+    at = next(i for i, s in enumerate(program) if s.name == "router_state")
+    assert program[at].tag == "U:router_state.-.0" and program[at - 1].name == "verdict"
     without = program[:at] + program[at + 1 :]
     assert without == plain_program
     have = given(program, setting)
-    with pytest.raises(ValueError, match="nobody reads router_bias: part of the step's data, or of its parameters"):
+    with pytest.raises(ValueError, match="nobody reads router_state: part of the step's data, or of its parameters"):
         check(without, have, setting.buckets)
-    with pytest.raises(ValueError, match="U:router_bias.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
+    with pytest.raises(ValueError, match="U:router_state.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
         check((*program[: at - 1], program[at], program[at - 1], *program[at + 1 :]), have, setting.buckets)
-    assert not any(s.name == "router_bias" for s in evaluation(shape, setting.buckets))
+    assert not any(s.name == "router_state" for s in evaluation(shape, setting.buckets))

@@ -44,7 +44,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "locmoe plus": {
         "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
-        "mutual_information_loss": 0.1,
+        "mutual_information_loss": 0.1, "capacity_bound": "locmoe",
+        "capacity_delta": "quantile", "capacity_quantile": 0.9, "capacity_ema": 0.5,
     },
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}
