@@ -15,7 +15,17 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
-ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus")
+ROUTERS = (
+    "topk",
+    "sigmoid",
+    "group_limited",
+    "noisy_topk",
+    "hash",
+    "expert_choice",
+    "locmoe",
+    "locmoe_plus",
+    "locmoe_plus_learned",
+)
 LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
@@ -134,7 +144,7 @@ class RouterConfig:
     num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
     groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
-    temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe, locmoe_plus: scores are divided by it
+    temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
 
     @property

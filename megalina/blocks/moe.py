@@ -91,7 +91,8 @@ class MoE(Block):
         model, experts, ep = self.model, self.model.num_experts, {"ep": 0}
         out = norm_parameters("mlp_norm", model)
         if self.kind.has_gate:
-            out.append(Parameter("router.weight", (experts, model.d_model), model.init_std))
+            std = None if self.kind.gate_std is None else self.kind.gate_std or model.init_std
+            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std))
         hidden = self.inputs * model.d_ff
         out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep))
         out.append(Parameter("experts.w2", (experts, model.d_model, model.d_ff), output_std(model), ep))

@@ -14,17 +14,24 @@ class RouterKind:
     functions: ClassVar[
         str
     ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
-    has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D] that is learned
+    has_gate: ClassVar[bool] = True  # its scores are products with a weight that is learned, [E, D] or `gate_shape`
+    gate_std: ClassVar[float | None] = 0.0  # of its initial values; 0: as of other matrices, None: all are one
     has_scores: ClassVar[bool] = True  # its choices follow from scores, through which gradients flow
     has_rows: ClassVar[bool] = (
         False  # tokens go where the products with an expert's row are largest: their cosines mean something
     )
     features_per_expert: ClassVar[int] = 0  # of a token, that its scores need at least
+    even_features: ClassVar[bool] = False  # and of which each expert must have as many as the others
     defers: ClassVar[bool] = False  # its `logits` takes `later`: the gradients of its weights may be an instruction of their own
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
     scores_kept: ClassVar[int] = 3  # times [T, E] numbers that are kept for backward
     rows_kept: ClassVar[int] = 0  # times [T, D] numbers that are, besides what a gate reads
     settings: ClassVar[Sequence[str]] = ()  # settings of `router` that mean something to this kind alone
+
+    @classmethod
+    def gate_shape(cls, num_experts: int, d_model: int) -> tuple[int, int]:
+        """Of the weight, a row an expert."""
+        return num_experts, d_model
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
@@ -95,6 +102,16 @@ class LocMoEPlus(LocMoE):
     rows_kept = 1  # tokens at length one
 
 
+class LocMoEPlusLearned(LocMoEPlus):
+    functions = "megalina.model.locmoe:LocMoEPlusLearned"
+    has_gate = defers = even_features = True
+    gate_std = None
+
+    @classmethod
+    def gate_shape(cls, num_experts: int, d_model: int) -> tuple[int, int]:
+        return num_experts, d_model // num_experts
+
+
 KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in conf/router/
     "topk": TopK,
     "sigmoid": Sigmoid,
@@ -104,6 +121,7 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "expert_choice": ExpertChoice,
     "locmoe": LocMoE,
     "locmoe_plus": LocMoEPlus,
+    "locmoe_plus_learned": LocMoEPlusLearned,
 }
 
 
@@ -138,6 +156,11 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
         raise ValueError(
             f"router={config.kind} gives each of model.num_experts ({num_experts}) features of its own, {least} in all, and "
             f"model.d_model is {d_model}: raise it, or take fewer experts"
+        )
+    if kind.even_features and d_model % num_experts:
+        raise ValueError(
+            f"router={config.kind} gives each of model.num_experts ({num_experts}) equally many features, and model.d_model is "
+            f"{d_model}: make it a multiple"
         )
     if config.top_k > num_experts:
         raise ValueError(f"router.top_k ({config.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")

@@ -61,7 +61,7 @@ class Router(nn.Module):
     legal: the routing simply never names it.
     """
 
-    weight: nn.Parameter | None  # [E, D]; None where a kind has no gate
+    weight: nn.Parameter | None  # [E, D], or as the kind's `gate_shape` says; None where a kind has no gate
     has_scores: ClassVar[bool] = True  # False: fixed choices; nothing is learned, and nothing need be balanced
     bias_E: Tensor | None  # float32, added to the scores for the selection; None where bias_update_rate is 0
     delta: Tensor | None  # float64 [1], a cosine, which capacity follows; negative: not known yet; None without capacity_bound
@@ -157,9 +157,10 @@ class Router(nn.Module):
     @torch.no_grad()
     def nearness(self, x_TD: Tensor, logits_TE: Tensor, routing: Routing) -> Tensor:
         """int64 [NEARNESS_BINS]: how near the own tokens are to the rows of the experts they want; [0] without a bound."""
+        if self.delta is None:
+            return routing.chosen_E.new_zeros(0)
         wanted_TK = routing.wanted_TK
-        if self.delta is None or wanted_TK is None:
-            return wanted_TK.new_zeros(0) if wanted_TK is not None else routing.chosen_E.new_zeros(0)
+        assert wanted_TK is not None
         there_TK = wanted_TK < self.num_experts
         return nearness(self.cosines(x_TD, logits_TE).gather(1, wanted_TK.masked_fill(~there_TK, 0)), there_TK)
 

@@ -126,6 +126,8 @@ def wanted_cosines(layer: Layer, x_TD: Tensor, batch: Batch) -> list[float]:
     """Of the MoE layer `layer` and its input: between each valid token and the rows that it has the largest products with."""
     router, n_TD = layer.router, layer.mlp_norm(x_TD)
     rows_ED = grap(router.num_experts, n_TD) if router.weight is None else router.weight
+    if rows_ED.shape[1] < n_TD.shape[1]:  # each row's own features
+        rows_ED = torch.block_diag(*rows_ED.unsqueeze(1))
     best_TK = router.logits(n_TD).sort(dim=1, descending=True, stable=True).indices[:, : router.top_k]
     cosine_TK = torch.nn.functional.cosine_similarity(n_TD[:, None], rows_ED[best_TK], dim=2)
     found: list[float] = cosine_TK[batch.valid_BS.flatten()].flatten().tolist()

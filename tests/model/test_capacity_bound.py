@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.routers import check_router
+from megalina.blocks.routers import check_router, kind_of
 from megalina.blocks.sizes import NEARNESS_BINS
 from megalina.config import RouterConfig
 from megalina.model.capacity_bound import LARGEST, bounded, delta_of, least_tokens, log_belonging, nearness
@@ -82,7 +82,7 @@ def router(kind: str, **settings: Any) -> Router:
     config = RouterConfig(**({"kind": kind, "top_k": 1, "group": "micro_batch", "capacity_bound": "locmoe"} | settings))
     made = router_class(config)(config, num_experts=E, layer=0, seed=0, width=D)
     if kind in ("topk", "locmoe_plus_learned"):
-        shape = (E, D) if kind == "topk" else (E, D // E)
+        shape = kind_of(config).gate_shape(E, D)
         made.weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     return made
 
@@ -107,12 +107,14 @@ def routed(of: Router) -> tuple[Routing, Tensor]:
     return found, of.nearness(x_TD, logits_TE, found)
 
 
-@pytest.mark.parametrize("kind", ["locmoe", "locmoe_plus", "topk"])
+@pytest.mark.parametrize("kind", ["locmoe", "locmoe_plus", "locmoe_plus_learned", "topk"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_cosines_are_those_between_tokens_and_rows(kind: str, top_k: int) -> None:
     of = router(kind, top_k=top_k, capacity_bound="locmoe")
     found, count_B = routed(of)
     rows_ED = grap(E, hidden()) if of.weight is None else of.weight
+    if kind == "locmoe_plus_learned":
+        rows_ED = torch.block_diag(*rows_ED[:, None])
     assert found.wanted_TK is not None
     expected = [0] * NEARNESS_BINS
     for x_D, experts in zip(hidden()[:-30], found.wanted_TK[:-30].tolist(), strict=True):
