@@ -157,6 +157,7 @@ class RouterConfig:
 class ParallelConfig:
     tp: int = setting(1, low=1)  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
     ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x tp
+    placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
 

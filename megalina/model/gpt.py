@@ -6,7 +6,7 @@ instructions are made.  It is used for generation and is the oracle against whic
 Shapes: B sequences, S tokens a sequence, T = B x S tokens, D width, V words, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,19 @@ class Layer(nn.Module):
     shared: Mlp | None
 
     def __init__(
-        self, blocks: Sequence[Block], *, index: int, seed: int, rotary: Rotary | None, share: TokenShare, digests: bool
+        self,
+        blocks: Sequence[Block],
+        *,
+        index: int,
+        seed: int,
+        rotary: Rotary | None,
+        share: TokenShare,
+        digests: bool,
+        expert_order: tuple[int, ...] = (),
     ):
+        """`expert_order`: which expert is in each place; (): expert i in place i."""
         super().__init__()
+        self.expert_order = expert_order
         self.index, self.seed, self.share, self.digests = index, seed, share, digests
         self.rate = blocks[0].model.dropout
         self.num_experts = blocks[0].model.num_experts
@@ -111,8 +121,10 @@ class GPT(nn.Module):
         padded_vocab: int = 0,
         share: TokenShare = WHOLE,
         digests: bool = False,
+        expert_orders: Mapping[int, tuple[int, ...]] | None = None,
     ):
-        """`share`: this rank's part of the tokens; `digests`: routing is digested, for the ledger."""
+        """`share`: this rank's part of the tokens; `digests`: routing is digested, for the ledger; `expert_orders`: layer -> the
+        expert in each place, where it isn't expert i in place i."""
         super().__init__()
         blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
@@ -123,7 +135,11 @@ class GPT(nn.Module):
         if whole.model.positions == "rope":
             table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
         self.rotary = table
-        layers = (Layer(of, index=i, seed=seed, rotary=table, share=share, digests=digests) for i, of in enumerate(blocks.layers))
+        orders = expert_orders or {}
+        layers = (
+            Layer(of, index=i, seed=seed, rotary=table, share=share, digests=digests, expert_order=orders.get(i, ()))
+            for i, of in enumerate(blocks.layers)
+        )
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         balancer, output = (functions_of(block, self) for block in blocks.last)
         assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)

@@ -4,6 +4,7 @@ Shapes: T own tokens, A all tokens of the micro-batch, D model width, N routed r
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,11 @@ from megalina.model.block_functions import BlockFunctions, Routed, Seen
 from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import expert_mlp
+from megalina.model.init import spec_of
 from megalina.model.linear import Later
 from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
-from megalina.model.permute import RowOrder, permute, reorder, row_order, unpermute
+from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute
 from megalina.model.routers import GroupSoFar, Router, Routing, router_class
 from megalina.model.tokens import ALL, OwnTokens, places, router_tokens
 from megalina.step.program import Instruction
@@ -53,6 +55,17 @@ class MoE(BlockFunctions):
         self.num_experts = model.num_experts
         self.own_losses = [load(loss.functions) for loss in block.router_losses]
         super().__init__(block, layer)
+        self._order: tuple[int, ...] = layer.expert_order
+        self._places: Places | None = None
+        if self._order:
+            for p in layer.experts.parameters():
+                p.spec = replace(spec_of(p), order=self._order)
+
+    def places(self, device: torch.device) -> Places | None:
+        """Where the experts of this layer lie; None: expert i in place i."""
+        if self._order and self._places is None:
+            self._places = places_of(self._order, device)
+        return self._places
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
         function = super().bind(instruction, later)
@@ -136,7 +149,7 @@ class MoE(BlockFunctions):
         balance = routing.prob_E if self.block.is_global or so_far is not None else routing.balance
         more = [loss for loss in (routing.locality, routing.information) if loss is not None]
         own_losses = [loss(logits_TE, routing.expert_TK, tokens.valid_A[own]) for loss in self.own_losses]
-        order = row_order(routing.expert_TK, self.num_experts)
+        order = row_order(routing.expert_TK, self.num_experts, self.places(n_TD.device))
         near = self.holder.router.nearness(n_TD, logits_TE, routing)
         load = torch.cat([routing.chosen_E, routing.dropped.reshape(1), near])
         return permute(n_TD, order), routing.weight_TK, balance, routing.z, *more, *own_losses, order, load, routing.so_far

@@ -192,5 +192,5 @@ class RunState:
         for name, p in gpt.named_parameters():
             spec = spec_of(p)
             length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
-            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, length=length)]
+            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
         return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}
