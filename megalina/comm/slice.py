@@ -22,16 +22,16 @@ class Slice:
     With `shape`, `local` is flat: elements `start`, `start` + 1, ... of the row-major order of this rank's part, which
     has that shape.  The ranks of an axis may then hold different pieces of what they would else hold copies of, as
     ZeRO-1 does; together they must hold every element, and a piece is the same on two ranks or apart.
-    `order` says of the dim that ep cuts which index of the whole tensor is in each place of what is cut; (): all in their place.
     `length` maps dims to the length of the whole tensor where rows beyond it are padding, neither saved nor loaded.
+    `order` says of the dim that ep cuts which index of the whole tensor is in each place; (): index i in place i.
     """
 
     local: Tensor
     sharded: Mapping[str, int]
     shape: tuple[int, ...] | None = None
     start: int = 0
-    order: tuple[int, ...] = ()
     length: Mapping[int, int] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
