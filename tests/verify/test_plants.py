@@ -25,6 +25,8 @@ ROUTERS = {
     "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
     "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01, "group": "micro_batch"},
     "global": {"group": "global"},
+    "local": {"kind": "locmoe", "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2},
+    "local topk": {"group": "micro_batch", "locality_loss": 0.1, "locality_nodes": 2},
 }
 ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
     ("GPT-2", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=1)),
@@ -35,6 +37,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("dropout", "global", "adamw", Layout(WORLD, tp=4, ep=1, micro_batch=8)),
     ("GPT-2", "topk", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, strategy="lancet")),
     ("modern", "sigmoid", "sgd", Layout(WORLD, tp=1, ep=4, micro_batch=2, recompute="full", strategy="lancet")),
+    ("modern", "local", "adamw", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
+    ("dropout", "local topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
 ]
 
 
