@@ -32,16 +32,14 @@ def test_every_layout_has_one_delta_bit_by_bit(tmp_path: Path, ema: float) -> No
     """Of a step's micro-batches and ranks together, however they are cut; and a run that was resumed is one that was not."""
     write_tokens(tmp_path / "tokens")
     (one,) = run_on_ranks(1, run, tmp_path, "one", {"micro_batch_size": 8, "capacity_ema": ema})
-    (parts,) = run_on_ranks(1, run, tmp_path, "parts", {"micro_batch_size": 1, "capacity_ema": ema})
-    (cut, *_) = run_on_ranks(4, run, tmp_path, "cut", {"tp": 2, "ep": 2, "capacity_ema": ema})
+    (cut, *_) = run_on_ranks(4, run, tmp_path, "cut", {"tp": 2, "ep": 2, "micro_batch_size": 1, "capacity_ema": ema})
     (resumed,) = run_on_ranks(1, run, tmp_path, "resumed", {"micro_batch_size": 8, "capacity_ema": ema}, "one")
-    for found in (parts, cut):
-        assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in one], rel=1e-11)
-        assert [r["dropped_fraction"] for r in found] == [r["dropped_fraction"] for r in one]
+    assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in one], rel=1e-11)
+    assert [r["dropped_fraction"] for r in cut] == [r["dropped_fraction"] for r in one]
     assert [r["loss"] for r in resumed] == [r["loss"] for r in one[2:]]
     assert same_checkpoints(*(checkpoint(config_of(tmp_path, name, **BOUND), 4) for name in ("one", "resumed"))) == []
     first = deltas(tmp_path, "one")
     assert len(first) == 2 and all(0 < value.item() < 1 for value in first)
-    for name in ("parts", "cut", "resumed"):
+    for name in ("cut", "resumed"):
         assert all(map(torch.equal, first, deltas(tmp_path, name)))
     assert all(map(torch.equal, first, deltas(tmp_path, "one", 2))) == (ema == 0)  # frozen after the first step
