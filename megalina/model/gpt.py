@@ -39,7 +39,7 @@ class Losses:
 
     loss: Tensor  # cross entropy in nats, over positions whose label counts
     auxiliary: dict[str, Tensor]  # by the name of the loss, summed over layers
-    loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity
+    loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity; then cosines
 
 
 class Layer(nn.Module):

@@ -65,8 +65,11 @@ def test_every_layout_equals_one_process(tmp_path: Path, router: str, layouts: l
 # runs
 
 
-def run(folder: Path, name: str, settings: dict[str, Any], start: str = "", step: int = 0) -> list[dict[str, Any]]:
+def run(
+    folder: Path, name: str, settings: dict[str, Any], start: str = "", step: int = 0, packing: str = "1"
+) -> list[dict[str, Any]]:
     config = config_of(folder, name, **({"dtype": "float64", "steps": 4, "interval": 2} | settings))
+    config = replace(config, strategy=replace(config.strategy, packing=packing))
     return records_of(config, checkpoint(config_of(folder, start), step) if start else None).records
 
 
@@ -89,6 +92,17 @@ def test_a_checkpoint_is_in_the_models_order(tmp_path: Path) -> None:
         assert _differing(points[name], points["plain"]) == []
     routings = [[line["routing"] for line in read_values(points[name])["ledger"]] for name in ("plain", "ordered")]
     assert routings[0] == routings[1] and len(routings[0]) == 4  # decisions are by experts, not by places
+
+
+@pytest.mark.full
+def test_packed_experts_keep_the_order(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    write_orders(tmp_path / "experts.json", ExpertOrders(4, 2, ORDERS))
+    (plain, *_) = run_on_ranks(4, run, tmp_path, "plain", {"ep": 4})
+    (packed, *_) = run_on_ranks(4, run, tmp_path, "packed", {"ep": 4, "placement": str(tmp_path / "experts.json")}, "", 0, "2")
+    assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in plain], rel=1e-12)
+    points = [checkpoint(config_of(tmp_path, name), 4) for name in ("plain", "packed")]
+    assert _differing(*points) == []
 
 
 def _differing(a: Path, b: Path) -> list[str]:
