@@ -152,8 +152,12 @@ def check_paths(config: PretrainConfig) -> None:
         raise ValueError(f"run.dir={config.run.dir}: {folder} is a file, not a folder: choose another run.dir")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
-    if config.parallel.placement:
-        check_orders(config, read_orders(Path(config.parallel.placement)))
+    if placement := config.parallel.placement:
+        try:
+            orders = read_orders(Path(placement))
+        except ValueError as error:
+            raise ValueError(f"parallel.placement={placement}: {error}") from error
+        check_orders(config, orders)
     resume, init_from = config.train.resume, config.train.init_from
     for name, path in (("train.resume", "" if resume in ("auto", "verify", "none") else resume), ("train.init_from", init_from)):
         if path and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("checkpoints/step_*")):

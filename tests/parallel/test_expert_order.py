@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from megalina.model.init import initialize
 from megalina.model.routing_recorder import record_routing
 from megalina.parallel.trainable import Trainable
 from megalina.placement.expert_order import ExpertOrders, counts_of, local_share, read_orders, write_orders
-from megalina.placement.routing_trace import read_trace, write_trace
+from megalina.placement.routing_trace import read_trace, traced, write_trace
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.validate import check_orders, check_paths
 from megalina.verify.compare import compare
@@ -187,3 +188,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_orders(changed, read_orders(Path(path)))
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path, "run", ep=2, placement="nowhere.json")
+    with pytest.raises(
+        ValueError, match="parallel.placement=nowhere.json: nowhere.json can't be read: No such file"
+    ):
+        check_paths(config)
+    arguments = [str(tmp_path / "none.npz"), "--nodes", "2", "--out", str(tmp_path / "experts.json")]
+    assert place_experts.main(arguments) == 2
+    write_trace(tmp_path / "none.npz", traced(np.zeros((4, 2, 1), dtype=np.int64), 4))
+    assert place_experts.main(arguments) == 2
+    missing, unnumbered = capsys.readouterr().err.splitlines()
+    assert missing.startswith("error: ") and "No such file" in missing
+    assert "has no numbers of its sequences" in unnumbered and not (tmp_path / "experts.json").exists()
