@@ -39,6 +39,7 @@ KINDS: Mapping[str, Kind] = {
     "model.dropout": Kind.MEANING,
     "router": Kind.MEANING,
     "router.kind": Kind.STATE,
+    "router.capacity_bound": Kind.STATE,  # the delta that capacity follows
     "parallel": Kind.FREE,
     "strategy": Kind.FREE,
     "optim": Kind.FREE,

@@ -15,7 +15,18 @@ Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
 BELOW_ONE = 1 - 2**-53
 LARGEST_FLOAT = 3e38  # float32 holds no more
-ROUTERS = ("topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus", "dense")
+ROUTERS = (
+    "topk",
+    "sigmoid",
+    "group_limited",
+    "noisy_topk",
+    "hash",
+    "expert_choice",
+    "locmoe",
+    "locmoe_plus",
+    "locmoe_plus_learned",
+    "dense",
+)
 LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
 LARGEST_SIZE = 2**31 - 1  # of a dimension
 LARGEST_COUNT = 2**53  # metrics are floats, which count no further
@@ -115,6 +126,14 @@ class RouterConfig:
     group: str = setting("sequence", choices=("sequence", "micro_batch", "global"))
     # 0: dropless; c: an expert takes at most ceil(c x top_k x tokens / experts) of a group
     capacity_factor: float = setting(0.0, high=1e6)
+    # locmoe: capacity is LocMoE's lower bound, from how near tokens are to their experts' rows, clamped; see docs/locality.md
+    capacity_bound: str = setting("none", choices=("none", "locmoe"))
+    # of the cosines between the tokens of a step and the rows of their experts, which one the bound is of
+    capacity_delta: str = setting("min", choices=("min", "quantile", "mean"))
+    capacity_quantile: float = setting(0.05, low=POSITIVE, high=BELOW_ONE)  # capacity_delta=quantile: so many are below it
+    # a step's delta moves the one in use: ema x old + (1 - ema) x new; 0: the first step's stays
+    capacity_ema: float = setting(0.0, high=BELOW_ONE)
+    capacity_min: int = setting(1, low=1)  # tokens of a group that an expert takes at least, whatever the bound says
     # who is dropped beyond capacity: the last, or the least probable
     drop: str = setting("position", choices=("position", "probability"))
     balance_loss: float = setting(0.01, high=LARGEST_FACTOR)  # weight of the load-balance loss
@@ -129,14 +148,20 @@ class RouterConfig:
     num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
     groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
-    temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe, locmoe_plus: scores are divided by it
+    temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether an expert may refuse tokens that chose it."""
+        return self.capacity_factor > 0 or self.capacity_bound != "none"
 
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     tp: int = setting(1, low=1)  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
     ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x tp
+    placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
 

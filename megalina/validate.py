@@ -15,8 +15,9 @@ from urllib.parse import urlparse
 from megalina.blocks.model import blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
-from megalina.blocks.routers import check_router, kind_of
+from megalina.blocks.routers import capacity_text, check_router, kind_of
 from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, is_moe_layer, settings
+from megalina.placement.expert_order import ExpertOrders, read_orders
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
 
@@ -139,7 +140,7 @@ def check_machine(
 
 
 def check_paths(config: PretrainConfig) -> None:
-    """Raises ValueError if run.dir can't be written, or a checkpoint that is named isn't there."""
+    """Raises ValueError if run.dir can't be written, or a checkpoint that is named isn't there, or a placement doesn't fit."""
     if not config.run.dir.strip():
         raise ValueError("run.dir is empty: give a folder for this run, or leave run.dir out")
     if not config.data.cache_dir.strip():
@@ -151,12 +152,36 @@ def check_paths(config: PretrainConfig) -> None:
         raise ValueError(f"run.dir={config.run.dir}: {folder} is a file, not a folder: choose another run.dir")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"run.dir={config.run.dir}: {folder} can't be written: choose another run.dir")
+    if placement := config.parallel.placement:
+        try:
+            orders = read_orders(Path(placement))
+        except ValueError as error:
+            raise ValueError(f"parallel.placement={placement}: {error}") from error
+        check_orders(config, orders)
     resume, init_from = config.train.resume, config.train.init_from
     for name, path in (("train.resume", "" if resume in ("auto", "verify", "none") else resume), ("train.init_from", init_from)):
         if path and (Path(path) / "checkpoints").is_dir() and not any(Path(path).glob("checkpoints/step_*")):
             raise ValueError(f"{name}={path} has no checkpoint yet: name another run's folder, or one of its checkpoints")
         if path and not Path(path).is_dir():
             raise ValueError(f"{name}={path}: there is no such folder; give a run's folder, or RUN/checkpoints/step_00000100")
+
+
+def check_orders(config: PretrainConfig, orders: ExpertOrders) -> None:
+    """Raises ValueError if the experts of `config` can't lie as the file of parallel.placement says."""
+    where, model, router = f"parallel.placement={config.parallel.placement}", config.model, config.router
+    if config.parallel.ep == 1:
+        raise ValueError(f"{where} does nothing with parallel.ep=1, where each rank has all experts: raise parallel.ep")
+    moe = [layer for layer in range(model.num_layers) if is_moe_layer(model, layer)]
+    if orders.num_experts != model.num_experts or sorted(orders.layers) != moe:
+        raise ValueError(
+            f"{where} is of {orders.num_experts} experts in layers {sorted(orders.layers)}, and the model has "
+            f"{model.num_experts} in layers {moe}: make one from a profile of this model"
+        )
+    if router.locality_loss and not orders.stays(router.locality_nodes):
+        raise ValueError(
+            f"{where} moves experts to other nodes, and router.locality_loss={router.locality_loss:g} keeps tokens with those "
+            "whose numbers say that they are at home: set one of the two to nothing"
+        )
 
 
 def advice(config: PretrainConfig, *, local_ranks: int, num_cores: int, num_gpus: int) -> list[str]:
@@ -361,9 +386,9 @@ def _check_profile(config: PretrainConfig) -> None:
         raise ValueError("profile.record with router=expert_choice: a token has no choices there: set profile.record=false")
     if kind_of(router).is_dense:
         raise ValueError("profile.record with router=dense: a token has no choices in training: set profile.record=false")
-    if router.capacity_factor > 0:
+    if router.has_capacity:
         raise ValueError(
-            f"profile.record with router.capacity_factor={router.capacity_factor:g}: capacity takes choices away in training and "
+            f"profile.record with {capacity_text(router)}: capacity takes choices away in training and "
             "not in serving: set profile.record=false, and record afterwards with tools/record_routing.py"
         )
     if not any(is_moe_layer(model, layer) for layer in range(model.num_layers)):

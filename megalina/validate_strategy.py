@@ -2,7 +2,7 @@
 
 from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.model import shape_of
-from megalina.blocks.routers import kind_of
+from megalina.blocks.routers import capacity_text, kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer
 from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
 from megalina.step import candidates
@@ -186,12 +186,12 @@ def _check_parts_of_groups(config: PretrainConfig, cut: int) -> None:
             f"strategy.parts={cut}: set router.group=sequence, or train.micro_batch_size={micro_batch_size // cut} so that "
             "parts are whole micro-batches"
         )
-    by_probability = router.capacity_factor > 0 and router.drop == "probability"
+    by_probability = router.has_capacity and router.drop == "probability"
     experts_choose = kind_of(router).experts_choose
     if router.group == "micro_batch" and (experts_choose or by_probability):
         what, instead = f"router={router.kind}", ""
         if not experts_choose:
-            what = f"router.drop=probability with router.capacity_factor={router.capacity_factor:g}"
+            what = f"router.drop=probability with {capacity_text(router)}"
             instead = "router.drop=position, "
         raise ValueError(
             f"router.group=micro_batch and {what} route a whole micro-batch at once, so it can't be cut into strategy.parts="

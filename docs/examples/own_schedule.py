@@ -27,7 +27,7 @@ def weights_under_tokens(setting: Setting) -> Program:
     both = step(forward, setting.micro_batches)  # the weights' gradients, phase W, come after all of backward ...
     late = {f"B:dispatch>.{w.layer}.{w.part}": [w] for w in both if w.phase == "W"}  # ... but here after this instruction each
     moved = [s for instruction in both if instruction.phase != "W" for s in (instruction, *late.get(instruction.tag, []))]
-    program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets, selection_bias=setting.shape.selection_bias)
+    program = finish(place_gradients(tuple(moved), setting.buckets), setting.buckets, router_state=setting.shape.router_state)
     check(program, given(program, setting), setting.buckets)  # ValueError unless complete, in order, and free of deadlock
     return program
 

@@ -14,7 +14,7 @@ from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
-from megalina.blocks.routers import kind_of, takes_whole_micro_batch
+from megalina.blocks.routers import has_state, kind_of, takes_whole_micro_batch
 from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
@@ -108,7 +108,7 @@ class Blocks:
             shared_experts=self.whole.model.shared_d_ff > 0,
             micro_batch_groups=self.whole.router.group == "micro_batch",
             whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
-            selection_bias=self.whole.router.bias_update_rate > 0 and any(self.moe),
+            router_state=has_state(self.whole.router) and any(self.moe),
         )
 
 
@@ -168,14 +168,14 @@ def plain_shape(
     global_balance: bool = False,
     micro_batch_groups: bool = False,
     experts_choose: bool = False,
-    selection_bias: bool = False,
+    router_state: bool = False,
     all_experts: bool = False,
 ) -> Shape:
     """The shape of a model of which only this matters: for lists alone."""
     group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
     model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
-    kind = "expert_choice" if experts_choose else "sigmoid" if selection_bias else "dense" if all_experts else "topk"
-    router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if selection_bias else 0.0)
+    kind = "expert_choice" if experts_choose else "sigmoid" if router_state else "dense" if all_experts else "topk"
+    router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if router_state else 0.0)
     return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
 
 

@@ -91,7 +91,8 @@ class MoE(Block):
         model, experts, ep = self.model, self.model.num_experts, {"ep": 0}
         out = norm_parameters("mlp_norm", model)
         if self.kind.has_gate:
-            out.append(Parameter("router.weight", (experts, model.d_model), model.init_std))
+            std = None if self.kind.gate_std is None else self.kind.gate_std or model.init_std
+            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std))
         hidden = self.inputs * model.d_ff
         out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep))
         out.append(Parameter("experts.w2", (experts, model.d_model, model.d_ff), output_std(model), ep))
@@ -311,7 +312,7 @@ class MoE(Block):
             # how far from home each expert is, token by token; logarithms, their probabilities, and those less the mean's
             local, information = 1 * (self.router.locality_loss > 0), 3 * (self.router.mutual_information_loss > 0)
             kept += (self.kind.scores_kept + local + information + sum(loss.scores_kept for loss in self.router_losses)) * scores
-            dropped = o * at.top_k if self.router.capacity_factor and not self.kind.experts_choose else 0
+            dropped = o * at.top_k if self.router.has_capacity and not self.kind.experts_choose else 0
             kept += dropped * (INT_BYTES + 1)  # choices before drops, and which of them were
         rows, order = sent * rank.width * rank.element, INT_BYTES * sent
         normed = x if score and (rank.mixed or written or not gate) else 0

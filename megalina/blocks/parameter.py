@@ -15,6 +15,7 @@ class Parameter:
     sharded: Mapping[str, int] = field(default_factory=dict)  # axis of the mesh -> the dimension of `shape` that it cuts evenly
     decay: bool = True  # weight decay applies; never to vectors
     dims: int = 0  # > 0: held with so many dimensions, the leading ones merged, as its matrix product wants it
+    order: tuple[int, ...] = ()  # which expert is in each place along the dimension that ep cuts; (): expert i in place i
     rows: int = 0  # > 0: only this many rows along dimension 0 are real, the rest is padding (zeros)
 
     def __post_init__(self) -> None:

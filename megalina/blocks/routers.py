@@ -14,9 +14,14 @@ class RouterKind:
     functions: ClassVar[
         str
     ]  # its torch class, a `megalina.model.routers.Router`: "package.module:Class" or "folder/file.py:Class"
-    has_gate: ClassVar[bool] = True  # its scores are products with a weight [E, D] that is learned
+    has_gate: ClassVar[bool] = True  # its scores are products with a weight that is learned, [E, D] or `gate_shape`
+    gate_std: ClassVar[float | None] = 0.0  # of its initial values; 0: as of other matrices, None: all are one
     has_scores: ClassVar[bool] = True  # its choices follow from scores, through which gradients flow
+    has_rows: ClassVar[bool] = (
+        False  # tokens go where the products with an expert's row are largest: their cosines mean something
+    )
     features_per_expert: ClassVar[int] = 0  # of a token, that its scores need at least
+    even_features: ClassVar[bool] = False  # and of which each expert must have as many as the others
     defers: ClassVar[bool] = False  # its `logits` takes `later`: the gradients of its weights may be an instruction of their own
     is_dense: ClassVar[bool] = False  # all experts compute every token in training; where it is served, few may be chosen
     experts_choose: ClassVar[bool] = False  # experts choose tokens: a token gets any number of them
@@ -25,12 +30,17 @@ class RouterKind:
     settings: ClassVar[Sequence[str]] = ()  # settings of `router` that mean something to this kind alone
 
     @classmethod
+    def gate_shape(cls, num_experts: int, d_model: int) -> tuple[int, int]:
+        """Of the weight, a row an expert."""
+        return num_experts, d_model
+
+    @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         """ValueError for settings that contradict each other."""
 
 
 class TopK(RouterKind):
-    defers = True
+    defers = has_rows = True
     functions = "megalina.model.routers:TopK"
 
 
@@ -81,6 +91,7 @@ class ExpertChoice(RouterKind):
 class LocMoE(RouterKind):
     functions = "megalina.model.locmoe:LocMoE"
     has_gate = False
+    has_rows = True
     features_per_expert = 1
     scores_kept = 5  # with the rectified scores and their sign
     settings: ClassVar[Sequence[str]] = ("temperature",)
@@ -119,6 +130,16 @@ class Dense(RouterKind):
             )
 
 
+class LocMoEPlusLearned(LocMoEPlus):
+    functions = "megalina.model.locmoe:LocMoEPlusLearned"
+    has_gate = defers = even_features = True
+    gate_std = None
+
+    @classmethod
+    def gate_shape(cls, num_experts: int, d_model: int) -> tuple[int, int]:
+        return num_experts, d_model // num_experts
+
+
 KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in conf/router/
     "topk": TopK,
     "sigmoid": Sigmoid,
@@ -129,6 +150,7 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "locmoe": LocMoE,
     "locmoe_plus": LocMoEPlus,
     "dense": Dense,
+    "locmoe_plus_learned": LocMoEPlusLearned,
 }
 
 
@@ -152,13 +174,25 @@ def takes_whole_micro_batch(config: RouterConfig, *, tp: int) -> bool:
     places in experts' queues are given away."""
     if config.group != "micro_batch":
         return config.group == "global"
-    in_order = config.capacity_factor > 0 and (config.drop == "probability" or tp > 1)
+    in_order = config.has_capacity and (config.drop == "probability" or tp > 1)
     return in_order or bool(config.mutual_information_loss) or kind_of(config).experts_choose
 
 
 def visited(config: RouterConfig, num_experts: int) -> int:
     """Experts that a token visits in training."""
     return num_experts if kind_of(config).is_dense else config.top_k
+
+
+def has_state(config: RouterConfig) -> bool:
+    """Whether a step moves something of a router that is no weight: `Router.bias_E`, `Router.delta`."""
+    return config.bias_update_rate > 0 or config.capacity_bound != "none"
+
+
+def capacity_text(config: RouterConfig) -> str:
+    """Which setting gives experts a capacity, for errors."""
+    if config.capacity_factor:
+        return f"router.capacity_factor={config.capacity_factor:g}"
+    return f"router.capacity_bound={config.capacity_bound}"
 
 
 def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
@@ -168,6 +202,11 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
         raise ValueError(
             f"router={config.kind} gives each of model.num_experts ({num_experts}) features of its own, {least} in all, and "
             f"model.d_model is {d_model}: raise it, or take fewer experts"
+        )
+    if kind.even_features and d_model % num_experts:
+        raise ValueError(
+            f"router={config.kind} gives each of model.num_experts ({num_experts}) equally many features, and model.d_model is "
+            f"{d_model}: make it a multiple"
         )
     if config.top_k > num_experts:
         raise ValueError(f"router.top_k ({config.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
@@ -182,6 +221,7 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
             f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
             "before any token is sent; set router.group=sequence or micro_batch"
         )
+    _check_bound(config, kind)
     _check_locality(config, kind, num_experts)
     if (weight := config.mutual_information_loss) and (not kind.has_scores or kind.experts_choose):
         raise ValueError(
@@ -194,6 +234,32 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
             "router.group=sequence or micro_batch"
         )
     kind.check(config, num_experts)
+
+
+def _check_bound(config: RouterConfig, kind: type[RouterKind]) -> None:
+    default = RouterConfig()
+    if config.capacity_bound == "none":
+        for name in ("capacity_delta", "capacity_ema", "capacity_min"):
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise ValueError(f"router.{name}={value} does nothing with router.capacity_bound=none: set that to locmoe")
+    if config.capacity_quantile != default.capacity_quantile and config.capacity_delta != "quantile":
+        raise ValueError(
+            f"router.capacity_quantile={config.capacity_quantile:g} does nothing with router.capacity_delta="
+            f"{config.capacity_delta}: set that to quantile"
+        )
+    if config.capacity_bound == "none":
+        return
+    if not kind.has_rows:
+        kinds = ", ".join(name for name, known in KINDS.items() if known.has_rows)
+        raise ValueError(
+            f"router.capacity_bound={config.capacity_bound} is of the cosines between tokens and their experts' rows, by which "
+            f"router={config.kind} does not choose: set it to none, or take one of {kinds}"
+        )
+    if config.group == "global":
+        raise ValueError(
+            f"router.capacity_bound={config.capacity_bound} needs a group whose tokens are known before any is sent, and "
+            "router.group=global is of all ranks: set router.group=sequence or micro_batch"
+        )
 
 
 def _check_locality(config: RouterConfig, kind: type[RouterKind], num_experts: int) -> None:

@@ -12,6 +12,7 @@ from megalina.step.program import Instruction
 
 INT_BYTES = 8  # of an index
 LIMBS = 2  # numbers that make up one digest
+NEARNESS_BINS = 512  # of [0, 1], in which cosines between tokens and their experts' rows are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ def load_model(
     max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]
     router = RouterConfig(**config["router"])
     if not kind_of(router).experts_choose:
-        router = replace(router, capacity_factor=0.0)
+        router = replace(router, capacity_factor=0.0, capacity_bound="none")
     gpt = GPT(
         ModelConfig(**config["model"]),
         router,
@@ -47,15 +47,14 @@ def load_model(
             gpt.layers[layer].experts.release()
     from megalina.checkpoint.stored import read_tensors
 
-    names = [name for name, _ in gpt.named_parameters()] + [n for n, _ in gpt.named_buffers() if n.endswith("bias_E")]
+    names = [*(name for name, _ in gpt.named_parameters()), *gpt.router_state()]
     whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
     initialize(gpt, seed=0, dtype=dtype, device=device)
     with torch.no_grad():
         for name, p in gpt.named_parameters():
             p.copy_(whole[name].reshape(spec_of(p).shape).view(p.shape))
-        for name, buffer in gpt.named_buffers():
-            if name in whole:
-                buffer.copy_(whole[name])
+        for name, value in gpt.router_state().items():
+            value.copy_(whole[name])
     gpt.eval()
     return LoadedModel(gpt, max_positions, values["tokenizer_path"], values["step"])
 

@@ -23,6 +23,7 @@ class Slice:
     has that shape.  The ranks of an axis may then hold different pieces of what they would else hold copies of, as
     ZeRO-1 does; together they must hold every element, and a piece is the same on two ranks or apart.
     `length` maps dims to the length of the whole tensor where rows beyond it are padding, neither saved nor loaded.
+    `order` says of the dim that ep cuts which index of the whole tensor is in each place; (): index i in place i.
     """
 
     local: Tensor
@@ -30,6 +31,7 @@ class Slice:
     shape: tuple[int, ...] | None = None
     start: int = 0
     length: Mapping[int, int] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,23 @@ def boxes(part: Slice, mesh: Mesh) -> list[Box]:
             count = math.prod(sizes)
             pieces.append((offsets, part.local[position : position + count].view(sizes)))
             position += count
-    result = []
+    result: list[Box] = []
     for inner, data in pieces:
         offsets = tuple(c + o for c, o in zip(corner, inner, strict=True))
         for dim, length in part.length.items():
             data = data.narrow(dim, 0, max(0, min(data.shape[dim], length - offsets[dim])))
         if data.numel():
-            result.append(Box(offsets, data))
+            result += _in_order(Box(offsets, data), part) if part.order else [Box(offsets, data)]
     return result
+
+
+def _in_order(box: Box, part: Slice) -> Iterator[Box]:
+    """The box cut along the dim that ep cuts, each piece where the whole tensor has it."""
+    dim = part.sharded["ep"]
+    for i in range(box.data.shape[dim]):
+        offsets = list(box.offsets)
+        offsets[dim] = part.order[offsets[dim] + i]
+        yield Box(tuple(offsets), box.data.narrow(dim, i, 1))
 
 
 def span(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

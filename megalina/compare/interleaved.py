@@ -22,6 +22,7 @@ from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, all_gather_object, build_meshes
+from megalina.parallel.step_result import StepResult
 from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
@@ -39,12 +40,16 @@ class Competitor:
     name: str
     runner: StepRunner
     step_s: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # of all steps, timed or not
+    results: list[StepResult] = field(default_factory=list)  # of all steps, timed or not
     events: list[list[Event]] = field(default_factory=list)  # of the timed steps
     peak_bytes: int = 0  # resident memory, above what was there before its turn
     search_steps: int = 0  # before it was measured
     busy_s: list[float] = field(default_factory=list)  # of the emulated device, in each timed step
     overrun_s: list[float] = field(default_factory=list)  # by which real math was late
+
+    @property
+    def losses(self) -> list[float]:
+        return [result.loss for result in self.results]
 
 
 def run_interleaved(
@@ -55,13 +60,14 @@ def run_interleaved(
     turn: int,
     baseline: str | None = None,
     to_the_end: Collection[str] = (),
+    prepare: Callable[[str, StepRunner], None] = lambda name, runner: None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[Competitor]:
     """Rounds in which every competitor takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
     All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
     `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
-    best of them, but for those that run `to_the_end`."""
+    best of them, but for those that run `to_the_end`.  `prepare` may give a competitor weights to start from."""
     meshes, log = _shared_meshes(list(configs.values())), CollectiveLog(dist.get_rank() if dist.is_initialized() else 0)
 
     def runner_of(config: PretrainConfig) -> StepRunner:
@@ -69,6 +75,8 @@ def run_interleaved(
         return StepRunner(config, data, device=torch.device("cpu"), meshes=shared, log=log)
 
     competitors = [Competitor(name, runner_of(config)) for name, config in configs.items()]
+    for competitor in competitors:
+        prepare(competitor.name, competitor.runner)
     gc.collect()
     gc.freeze()  # collections between turns need not walk through what stays until the end
     gc.disable()  # and one in a turn would hit whoever's turn it is
@@ -166,7 +174,7 @@ def _step(competitor: Competitor, recorder: Recorder | None = None) -> float:
     runner, started_s = competitor.runner, time.perf_counter()
     result, _ = runner.compute(runner.state.step + 1, record=recorder)
     step_s = time.perf_counter() - started_s
-    competitor.losses.append(result.loss)
+    competitor.results.append(result)
     return step_s
 
 

@@ -25,7 +25,7 @@ def tokens_digest(batch: Batch) -> Tensor:
 def routing_digest(order: RowOrder, sample_T: Tensor, position_T: Tensor) -> Tensor:
     """int64 [2]: of which experts each token goes to, in the order of its choices; a dropped choice counts as such."""
     count_E = order.count_E
-    experts_E = torch.arange(len(count_E) + 1, device=count_E.device)
+    experts_E = F.pad(order.experts, (0, 1), value=len(count_E))
     expert_N = experts_E.repeat_interleave(F.pad(count_E, (0, 1), value=1))  # the last row stands for nobody
     return choices_digest(expert_N[order.row_TK], sample_T, position_T)
 

@@ -6,7 +6,7 @@ instructions are made.  It is used for generation and is the oracle against whic
 Shapes: B sequences, S tokens a sequence, T = B x S tokens, D width, V words, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Losses:
 
     loss: Tensor  # cross entropy in nats, over positions whose label counts
     auxiliary: dict[str, Tensor]  # by the name of the loss, summed over layers
-    loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity
+    loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity; then cosines
 
 
 class Layer(nn.Module):
@@ -65,9 +65,12 @@ class Layer(nn.Module):
         share: TokenShare,
         first_expert: int,
         digests: bool,
+        expert_order: tuple[int, ...] = (),
     ):
+        """`expert_order`: which expert is in each place; (): expert i in place i."""
         super().__init__()
-        self.index, self.seed, self.share, self.first_expert, self.digests = index, seed, share, first_expert, digests
+        self.expert_order, self.first_expert = expert_order, first_expert
+        self.index, self.seed, self.share, self.digests = index, seed, share, digests
         self.rate = blocks[0].model.dropout
         self.num_experts = blocks[0].model.num_experts
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
@@ -122,8 +125,10 @@ class GPT(nn.Module):
         share: TokenShare = WHOLE,
         first_expert: int = 0,
         digests: bool = False,
+        expert_orders: Mapping[int, tuple[int, ...]] | None = None,
     ):
-        """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger."""
+        """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger;
+        `expert_orders`: layer -> the expert in each place, where it isn't expert i in place i."""
         super().__init__()
         blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
@@ -134,8 +139,9 @@ class GPT(nn.Module):
         if whole.model.positions == "rope":
             table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
         self.rotary = table
+        orders, more = expert_orders or {}, {"seed": seed, "share": share, "first_expert": first_expert, "digests": digests}
         layers = (
-            Layer(of, index=i, seed=seed, rotary=table, share=share, first_expert=first_expert, digests=digests)
+            Layer(of, index=i, rotary=table, expert_order=orders.get(i, ()), **more)
             for i, of in enumerate(blocks.layers)
         )
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
@@ -147,6 +153,11 @@ class GPT(nn.Module):
     @property
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.is_moe]
+
+    def router_state(self) -> dict[str, Tensor]:
+        """What routers keep besides weights, by name: state that steps move, alike on all ranks."""
+        layers = ((i, self.layers[i].router) for i in self.moe_layers)
+        return {f"layers.{i}.router.{name}": value for i, router in layers for name, value in router.named_buffers()}
 
     def functions_of(self, instruction: Instruction) -> BlockFunctions:
         """Of the block that has this instruction.  KeyError where none has."""

@@ -32,8 +32,10 @@ class Cut:
         return out
 
     def local(self, whole: Tensor, spec: Parameter) -> Tensor:
-        """This rank's part of a whole tensor (a view)."""
+        """This rank's part of a whole tensor (a view, but where experts have an order of their own)."""
         indices = self.of(spec)
+        if spec.order:
+            whole = whole.index_select(spec.sharded["ep"], torch.tensor(spec.order, device=whole.device))
         return whole[tuple(indices.get(d, slice(None)) for d in range(whole.dim()))]
 
 
@@ -89,7 +91,8 @@ def _initial(name: str, spec: Parameter, seed: int, cut: Cut) -> Tensor:
     if "ep" in spec.sharded:  # one generator an expert
         experts = cut.of(spec)[spec.sharded["ep"]]
         rest = Parameter(name, spec.shape[1:], spec.std, {a: d - 1 for a, d in spec.sharded.items() if a != "ep"})
-        return torch.stack([cut.local(_normal(f"{name}.{e}", rest, seed), rest) for e in range(experts.start, experts.stop)])
+        here = (spec.order or range(spec.shape[spec.sharded["ep"]]))[experts]
+        return torch.stack([cut.local(_normal(f"{name}.{e}", rest, seed), rest) for e in here])
     return cut.local(_normal(name, spec, seed), spec).clone()
 
 

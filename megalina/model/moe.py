@@ -4,6 +4,7 @@ Shapes: T own tokens, A all tokens of the micro-batch, D model width, N routed r
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,11 @@ from megalina.model.block_functions import BlockFunctions, Routed, Seen
 from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import expert_mlp
+from megalina.model.init import spec_of
 from megalina.model.linear import Later
 from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
-from megalina.model.permute import RowOrder, permute, reorder, row_order, unpermute
+from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute
 from megalina.model.routers import GroupSoFar, Router, Routing, router_class
 from megalina.model.tokens import ALL, OwnTokens, places, router_tokens
 from megalina.step.program import Instruction
@@ -48,12 +50,23 @@ class MoE(BlockFunctions):
         model = block.model
         layer.mlp_norm = Norm(model.norm_eps)
         make: type[Router] = router_class(block.router)
-        layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed)
+        layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed, width=model.d_model)
         layer.experts = Experts(model.activation)
         layer.shared = Mlp(model.activation) if model.shared_d_ff else None
         self.num_experts = model.num_experts
         self.own_losses = [load(loss.functions) for loss in block.router_losses]
         super().__init__(block, layer)
+        self._order: tuple[int, ...] = layer.expert_order
+        self._places: Places | None = None
+        if self._order:
+            for p in layer.experts.parameters():
+                p.spec = replace(spec_of(p), order=self._order)
+
+    def places(self, device: torch.device) -> Places | None:
+        """Where the experts of this layer lie; None: expert i in place i."""
+        if self._order and self._places is None:
+            self._places = places_of(self._order, device)
+        return self._places
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
         function = super().bind(instruction, later)
@@ -78,7 +91,7 @@ class MoE(BlockFunctions):
     def select(
         self, n_TD: Tensor, logits_TE: Tensor, logits_AE: Tensor, batch: Batch, so_far: GroupSoFar | None = None
     ) -> tuple[Any, ...]:
-        """As `selected`; the load gets two more numbers, [E + 1 + LIMBS], a digest of the choices or zeros."""
+        """As `selected`; the load ends with two numbers more, LIMBS, a digest of the choices or zeros."""
         own = self.share.own(batch)
         *rest, order, load, passed = self.selected(n_TD, logits_TE, logits_AE, batch, own, so_far)
         digest = routing_digest(order, *places(batch, own)) if self.holder.digests else load.new_zeros(LIMBS)
@@ -128,7 +141,8 @@ class MoE(BlockFunctions):
 
         `logits_AE`: of all tokens of the micro-batch, without gradient; `own`: which of them are `n_TD`.
         The first loss is the balance loss; with `router.group=global`, and of a part of a micro-batch, the sums of probabilities
-        [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity.
+        [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity; with a capacity
+        bound NEARNESS_BINS more, how near tokens are to their experts' rows.
         """
         tokens = router_tokens(batch)
         group = () if so_far is None else (so_far,)
@@ -136,8 +150,9 @@ class MoE(BlockFunctions):
         balance = routing.prob_E if self.block.is_global or so_far is not None else routing.balance
         more = [loss for loss in (routing.locality, routing.information) if loss is not None]
         own_losses = [loss(logits_TE, routing.expert_TK, tokens.valid_A[own]) for loss in self.own_losses]
-        order = row_order(routing.expert_TK, self.num_experts)
-        load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
+        order = row_order(routing.expert_TK, self.num_experts, self.places(n_TD.device))
+        near = self.holder.router.nearness(n_TD, logits_TE, routing)
+        load = torch.cat([routing.chosen_E, routing.dropped.reshape(1), near])
         return permute(n_TD, order), routing.weight_TK, balance, routing.z, *more, *own_losses, order, load, routing.so_far
 
     def mixed(

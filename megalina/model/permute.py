@@ -4,6 +4,7 @@ Backward passes are gathers in the opposite direction: no atomic adds, so the re
 Shapes: T tokens, K assignments a token, N rows (assignments to somebody), D width, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,34 @@ class RowOrder:
     row_TK: Tensor  # int64, the row of each assignment; N where the assignment is to nobody
     slot_N: Tensor  # int64, the assignment of each row: an index into the flat [T, K]
     count_E: Tensor  # int64, rows of each expert
+    expert_E: Tensor | None = (
+        None  # int64, where experts lie in another order: the expert in each place; rows are sorted by place
+    )
+
+    @property
+    def experts(self) -> Tensor:
+        """int64 [E]: the expert in each place."""
+        return torch.arange(len(self.count_E), device=self.count_E.device) if self.expert_E is None else self.expert_E
 
 
-def row_order(expert_TK: Tensor, num_experts: int) -> RowOrder:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where experts lie, if not expert i in place i."""
+
+    expert_E: Tensor  # int64, the expert in each place
+    place_E: Tensor  # int64 [E + 1], the place of each expert; nobody, E, stays nobody
+
+
+def places_of(order: Sequence[int], device: torch.device | None = None) -> Places:
+    expert_E = torch.tensor(order, device=device)
+    nobody = expert_E.new_tensor([len(order)])
+    return Places(expert_E, torch.cat([expert_E.argsort(), nobody]))
+
+
+def row_order(expert_TK: Tensor, num_experts: int, places: Places | None = None) -> RowOrder:
     """Order for assignments `expert_TK`, int64, where `num_experts` means nobody: dropped, or padding."""
+    if places is not None:
+        expert_TK = places.place_E[expert_TK]
     flat = expert_TK.reshape(-1)
     count = torch.bincount(flat, minlength=num_experts + 1)
     sorted_slot = torch.sort(flat, stable=True).indices
@@ -36,6 +61,7 @@ def row_order(expert_TK: Tensor, num_experts: int) -> RowOrder:
         row_TK=row.clamp_(max=num_rows).view(expert_TK.shape),
         slot_N=slot_N,
         count_E=count[:num_experts],
+        expert_E=None if places is None else places.expert_E,
     )
 
 

@@ -19,6 +19,7 @@ from megalina.blocks.reference import load
 from megalina.blocks.routers import kind_of
 from megalina.config import RouterConfig
 from megalina.model.balance import balance_loss
+from megalina.model.capacity_bound import bounded, delta_of, nearness
 from megalina.model.linear import Later, wide_linear
 from megalina.model.locality import locality_loss
 from megalina.model.mutual_information import mutual_information_loss
@@ -46,6 +47,7 @@ class Routing:
     chosen_E: Tensor  # int64, own tokens' choices before drops
     dropped: Tensor  # int64 scalar, own tokens' assignments lost to capacity
     prob_E: Tensor  # sum over own valid tokens of the probabilities; 0 for expert_choice, hash
+    wanted_TK: Tensor | None = None  # int64, before drops; num_experts: padding; None for expert_choice
     locality: Tensor | None = None  # scalar: own part of the sum over sequences of tokens x loss; None without the loss
     information: Tensor | None = None  # scalar: own part of the sum over groups of tokens x loss; None without the loss
     so_far: GroupSoFar | None = None  # with these tokens; None unless they are part of a group
@@ -59,17 +61,21 @@ class Router(nn.Module):
     legal: the routing simply never names it.
     """
 
-    weight: nn.Parameter | None  # [E, D]; None where a kind has no gate
+    weight: nn.Parameter | None  # [E, D], or as the kind's `gate_shape` says; None where a kind has no gate
     has_scores: ClassVar[bool] = True  # False: fixed choices; nothing is learned, and nothing need be balanced
     bias_E: Tensor | None  # float32, added to the scores for the selection; None where bias_update_rate is 0
+    delta: Tensor | None  # float64 [1], a cosine, which capacity follows; negative: not known yet; None without capacity_bound
 
-    def __init__(self, config: RouterConfig, *, num_experts: int, layer: int, seed: int) -> None:
+    def __init__(self, config: RouterConfig, *, num_experts: int, layer: int, seed: int, width: int = 0) -> None:
+        """`width`: of the tokens; a capacity bound needs it."""
         super().__init__()
-        self.config, self.num_experts, self.layer, self.seed = config, num_experts, layer, seed
+        self.config, self.num_experts, self.layer, self.seed, self.width = config, num_experts, layer, seed, width
         self.top_k = config.top_k
         self.register_parameter("weight", None)
         bias_E = torch.zeros(num_experts, dtype=torch.float32) if config.bias_update_rate > 0 else None
         self.register_buffer("bias_E", bias_E)
+        bound = config.capacity_bound != "none"
+        self.register_buffer("delta", torch.full((1,), -1.0, dtype=torch.float64) if bound else None)
 
     # what a kind may say otherwise
     def noisy(self, logits_AE: Tensor, tokens: RouterTokens) -> Tensor | None:
@@ -98,11 +104,16 @@ class Router(nn.Module):
             return log_TE.gather(1, best_TK).softmax(dim=1)
         return prob_TE.gather(1, best_TK)
 
+    def cosines(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
+        """[T, E]: between each token and each expert's row; of kinds that have rows (`has_rows`)."""
+        assert self.weight is not None
+        return logits_TE / lengths(x_TD, logits_TE.dtype)[:, None] / lengths(self.weight, logits_TE.dtype)
+
     # for all kinds
     @property
     def looks_ahead(self) -> bool:
         """True: a token's routing depends on later tokens, so this routing is not what generation would do."""
-        return self.config.capacity_factor > 0 and self.config.drop == "probability"
+        return self.config.has_capacity and self.config.drop == "probability"
 
     def logits(self, x_TD: Tensor, later: Later | None = None) -> Tensor:
         """[T, E], float32 or wider, whatever the dtype of the hidden state; zeros without a gate.  `later`: as in `linear`."""
@@ -143,6 +154,34 @@ class Router(nn.Module):
         chosen_E = chosen_E.to(torch.float64)
         self.bias_E.add_((chosen_E.mean() - chosen_E).sign().to(self.bias_E.dtype), alpha=self.config.bias_update_rate)
 
+    @torch.no_grad()
+    def nearness(self, x_TD: Tensor, logits_TE: Tensor, routing: Routing) -> Tensor:
+        """int64 [NEARNESS_BINS]: how near the own tokens are to the rows of the experts they want; [0] without a bound."""
+        if self.delta is None:
+            return routing.chosen_E.new_zeros(0)
+        wanted_TK = routing.wanted_TK
+        assert wanted_TK is not None
+        there_TK = wanted_TK < self.num_experts
+        return nearness(self.cosines(x_TD, logits_TE).gather(1, wanted_TK.masked_fill(~there_TK, 0)), there_TK)
+
+    @torch.no_grad()
+    def update_delta(self, count_B: Tensor) -> None:
+        """After a step, from how near its tokens were over all micro-batches and ranks: the first step's delta is taken, later
+        ones move it."""
+        assert self.delta is not None, "no delta: router.capacity_bound is none"
+        found = delta_of(count_B, self.config)
+        if found is not None:
+            kept = self.config.capacity_ema or 1.0
+            self.delta.copy_(torch.where(self.delta < 0, found, kept * self.delta + (1 - kept) * found))
+
+    def capacities(self, tokens_G: Tensor) -> Tensor:
+        """int64 [G]: of an expert, in tokens of each group."""
+        config = self.config
+        most_G = capacity(tokens_G, config.capacity_factor, self.top_k, self.num_experts) if config.capacity_factor else tokens_G
+        if self.delta is None:
+            return most_G
+        return bounded(most_G, self.delta, width=self.width, num_experts=self.num_experts, least=config.capacity_min)
+
     def routed(
         self,
         logits_TE: Tensor,
@@ -163,9 +202,8 @@ class Router(nn.Module):
         if tokens.may_have_padding:
             expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts)
         before_TK = expert_AK[own]
-        if config.capacity_factor > 0:
-            tokens_G = groups.tokens_G if before is None else before.tokens.view(1)
-            capacity_G = capacity(tokens_G, config.capacity_factor, self.top_k, num_experts)
+        if config.has_capacity:
+            capacity_G = self.capacities(groups.tokens_G if before is None else before.tokens.view(1))
             capacity_Q = F.pad(capacity_G, (0, 1)).repeat_interleave(num_experts, output_size=(groups.number + 1) * num_experts)
             if before is not None:
                 capacity_Q[:num_experts] -= before.chosen_E  # below zero where the queue is longer than the capacity already
@@ -176,14 +214,14 @@ class Router(nn.Module):
         all_tokens = len(logits_TE) == len(logits_AE)
         chosen_E = chosen_GE.sum(dim=0) if all_tokens else _count(before_TK, num_experts + 1)[:num_experts]
         dropped = (before_TK != expert_TK).sum()
-        nobody_TK = expert_TK == num_experts if tokens.may_have_padding or config.capacity_factor > 0 else None
+        nobody_TK = expert_TK == num_experts if tokens.may_have_padding or config.has_capacity else None
         so_far = None if before is None else GroupSoFar(before.tokens, before.chosen_E + chosen_GE[0])
         zero = logits_TE.new_zeros(())
         if not self.has_scores:
             weight_TK = logits_TE.new_full(expert_TK.shape, config.scale / self.top_k)
             weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill_(nobody_TK, 0.0)
             nothing_E = logits_TE.new_zeros(num_experts)
-            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, nothing_E, so_far=so_far)
+            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, nothing_E, before_TK, so_far=so_far)
 
         log_TE = self.log_scores(logits_TE)
         prob_TE = log_TE.softmax(dim=1)
@@ -202,8 +240,8 @@ class Router(nn.Module):
         if config.mutual_information_loss:
             log_AE = self.log_scores(logits_AE).log_softmax(dim=1)
             information = mutual_information_loss(log_TE.log_softmax(dim=1), log_AE, groups, own)
-        z = z_loss(clean_TE, valid_T)
-        return Routing(expert_TK, weight_TK, balance, z, chosen_E, dropped, valid_T @ prob_TE, locality, information, so_far)
+        z, prob_E = z_loss(clean_TE, valid_T), valid_T @ prob_TE
+        return Routing(expert_TK, weight_TK, balance, z, chosen_E, dropped, prob_E, before_TK, locality, information, so_far)
 
 
 class TopK(Router):
@@ -307,6 +345,11 @@ def router_class(config: RouterConfig) -> type[Router]:
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise ValueError(f"{kind.functions} is no Router: derive it from megalina.model.routers.Router")
     return found
+
+
+def lengths(rows_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N], never zero: of row vectors."""
+    return torch.linalg.vector_norm(rows_ND, dim=1, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _count(index: Tensor, num_bins: int) -> Tensor:

@@ -167,14 +167,16 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
         raise ValueError(f"capacity has taken away {missing} of {ids_TLK.size} choices: record with router.capacity_factor=0")
     ahead = [part.ahead_ids_TLK for part in decisions if part.ahead_ids_TLK is not None]
     ahead_TLK = np.concatenate(ahead)[last_T].astype(np.min_scalar_type(num_experts)) if len(ahead) == len(decisions) else None
+    samples_S, lengths_S = np.unique(place_T2[last_T, 0], return_counts=True)
     return traced(
         ids_TLK.astype(np.min_scalar_type(num_experts - 1)),
         num_experts,
         weights_TLK=np.concatenate([part.weights_TLK for part in decisions])[last_T],
-        sample_lengths_S=np.unique(place_T2[last_T, 0], return_counts=True)[1],
+        sample_lengths_S=lengths_S,
         layers=gpt.moe_layers,
         name=name,
         ahead_ids_TLK=ahead_TLK,
+        samples_S=samples_S,
     )
 
 

@@ -124,7 +124,9 @@ class InstructionFunctions:
         per = {"loss_tokens": max(loss_tokens, 1), "valid_tokens": max(valid_tokens, 1)}
         means = {of.name: total / per[of.divisor] / of.layers for of, total in zip(self.losses, sums, strict=True)}
         mean_loss = means.pop("loss")
-        loads = measured[head:].long().view(len(self.gpt.moe_layers), self.gpt.config.num_experts + 1 + LIMBS).cpu()
+        layers, experts = len(self.gpt.moe_layers), self.gpt.config.num_experts
+        width = (len(measured) - head) // layers if layers else experts + 1 + LIMBS
+        loads = measured[head:].long().view(layers, width).cpu()
         finite = all(map(math.isfinite, (*sums, norm)))
         return StepResult(
             loss=mean_loss,
@@ -136,7 +138,8 @@ class InstructionFunctions:
             loss_tokens=loss_tokens,
             valid_tokens=valid_tokens,
             stop=wishes > 0,
-            loads=loads[:, :-LIMBS],
+            loads=loads[:, : experts + 1],
+            nearness=loads[:, experts + 1 : -LIMBS],
             tokens_digest=_joined(batch_digest),
             routing_digests=tuple(map(_joined, loads[:, -LIMBS:].tolist())),
             token_bytes_between_nodes=round(between),
@@ -144,10 +147,14 @@ class InstructionFunctions:
             non_finite=() if finite else tuple(name for b in self.buckets.values() for name in b.non_finite()),
         )
 
-    def _router_bias(self, result: StepResult, _: None) -> None:
+    def _router_state(self, result: StepResult, _: None) -> None:
         if result.updates:
-            for layer, load in zip(self.gpt.moe_layers, result.loads, strict=True):
-                self.gpt.layers[layer].router.update_bias(load[:-1].to(self.gpt.embedding.device))
+            for layer, load, near in zip(self.gpt.moe_layers, result.loads, result.nearness, strict=True):
+                router = self.gpt.layers[layer].router
+                if router.bias_E is not None:
+                    router.update_bias(load[:-1].to(self.gpt.embedding.device))
+                if router.delta is not None:
+                    router.update_delta(near)
 
     def _update(self, name: str, gradient: Tensor, result: StepResult) -> None:
         self.update(name, result)

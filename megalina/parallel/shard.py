@@ -1,5 +1,7 @@
 """Shards: which part of the model each rank holds, and in which bucket each parameter's gradient travels."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -27,10 +29,12 @@ def build_shard(
     device: torch.device | str = "cpu",
     sequence: bool = True,
     digests: bool = False,
+    expert_orders: Mapping[int, tuple[int, ...]] | None = None,
 ) -> GPT:
     """This rank's part of the model, with initial values that don't depend on the layout.
 
-    `sequence`: with tp activations between attention and MLP are cut along the tokens; `digests`: routing is digested."""
+    `sequence`: with tp activations between attention and MLP are cut along the tokens; `digests`: routing is digested;
+    `expert_orders`: layer -> which expert lies in each place, of which each rank of ep holds a block."""
     gpt = GPT(
         model,
         router,
@@ -41,6 +45,7 @@ def build_shard(
         share=TokenShare(mesh.tp.size, mesh.tp.rank, cut=sequence),
         first_expert=model.num_experts // mesh.ep.size * mesh.ep.rank,
         digests=digests,
+        expert_orders=expert_orders,
     )
     initialize(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))
     return gpt

@@ -20,6 +20,9 @@ class StepResult:
     valid_tokens: int
     stop: bool  # some rank was asked to stop after this step
     loads: Tensor  # int64 [MoE layers, E + 1]: tokens that chose each expert, choices lost to capacity
+    nearness: (
+        Tensor  # int64 [MoE layers, NEARNESS_BINS]: choices by how near the token is to the expert's row; x 0 without a bound
+    )
     tokens_digest: int  # 64 bits, of the step's global batch; 0 without ledger
     routing_digests: tuple[int, ...]  # 64 bits per MoE layer, of the step's routing decisions; 0 without ledger
     token_bytes_between_nodes: int = 0  # that all ranks' all-to-alls of tokens sent, there and back, forward and backward

@@ -1,7 +1,8 @@
 """A model that is ready to train on this rank: its shard, its buckets, and the executors of its programs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.placement.expert_order import read_orders
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
@@ -65,6 +67,7 @@ class Trainable:
             device=device,
             sequence=parallel.sequence,
             digests=train.ledger,
+            expert_orders=_orders(parallel.placement, mesh),
         )
         shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
         main_bytes = 8 if dtype == torch.float64 else 4
@@ -174,3 +177,14 @@ class Trainable:
         everywhere = zip(*all_gather_object(self.mesh, self.log.riders()), strict=True)
         if not agree([sum(column) for column in everywhere], self.mesh.world.size):
             raise CollectivesDiffer(self.instruction_functions.explain())
+
+
+def _orders(path: str, mesh: Mesh) -> Mapping[int, tuple[int, ...]]:
+    """Of the file of `parallel.placement`, which is the same for all ranks.  ValueError on all of them where it isn't."""
+    if not path:
+        return {}
+    layers = read_orders(Path(path)).layers
+    everywhere = all_gather_object(mesh, layers)
+    if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
+        raise ValueError(f"parallel.placement={path} is another file on rank {different[0]} than on rank 0: copy one of them")
+    return layers

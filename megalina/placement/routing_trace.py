@@ -8,6 +8,7 @@ The file is an npz without pickles:
     num_experts     []         integer, optional: without it the highest id + 1, rounded up to a multiple of 4
     layers          [L]        integers, optional: the model layer of each, rising; without it 0 to L - 1
     name            []         text, optional; without it the file's name
+    samples         [S]        integers, optional: the number of each sample since the start of training
     ahead_ids       [T, L, K]  integers, optional: what each router says one layer ahead (`megalina.placement.ahead_ids`)
 
 What else is in the file is left alone.  Names of experts that never occur are what `num_experts` is for: models have a multiple
@@ -54,6 +55,7 @@ class RoutingTrace:
     weights_TLK: Weights | None = None
     name: str = ""
     ahead_ids_TLK: Ids | None = None
+    samples_S: Ids | None = None  # dropped where traces are cut or joined
 
     def __post_init__(self) -> None:
         where = f"trace {self.name}" if self.name else "trace"
@@ -88,6 +90,11 @@ class RoutingTrace:
             raise ValueError(f"{where}: sample_lengths must be integers [S], not {lengths.dtype} {list(lengths.shape)}")
         if (total := sum(lengths.tolist())) != tokens or int(lengths.min()) < 1:  # Python's integers don't wrap around
             raise ValueError(f"{where}: sample_lengths must be at least 1 and sum to {tokens} tokens, but sum to {total}")
+        samples = self.samples_S
+        if samples is not None and (samples.shape != lengths.shape or not np.issubdtype(samples.dtype, np.integer)):
+            raise ValueError(
+                f"{where}: samples must be integers {list(lengths.shape)}, not {samples.dtype} {list(samples.shape)}"
+            )
         if len(self.layers) != num_layers or self.layers[0] < 0 or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"{where}: layers must be {num_layers} rising numbers from 0 on, not {list(self.layers)}")
         if self.ahead_ids_TLK is not None:
@@ -115,6 +122,7 @@ def traced(
     layers: Sequence[int] | None = None,
     name: str = "",
     ahead_ids_TLK: Ids | None = None,
+    samples_S: Ids | None = None,
 ) -> RoutingTrace:
     """A trace; what isn't given is filled in as where a file lacks it.  ValueError where the parts don't fit."""
     tokens, num_layers = (expert_ids_TLK.shape + (0, 0))[:2]
@@ -129,6 +137,7 @@ def traced(
         weights_TLK,
         name,
         ahead_ids_TLK,
+        samples_S,
     )
 
 
@@ -161,6 +170,7 @@ def read_trace(path: Path, *, num_experts: int | None = None) -> RoutingTrace:
             layers=found["layers"].tolist() if "layers" in found else None,
             name=str(found["name"]) if "name" in found else path.stem,
             ahead_ids_TLK=found.get("ahead_ids"),
+            samples_S=found.get("samples"),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -179,6 +189,8 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         arrays["weights"] = trace.weights_TLK
     if trace.ahead_ids_TLK is not None:
         arrays["ahead_ids"] = trace.ahead_ids_TLK
+    if trace.samples_S is not None:
+        arrays["samples"] = trace.samples_S
     with whole(path, durable=True) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -187,7 +199,7 @@ def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
     """Those of the format; ValueError and much else where the bytes are damaged."""
     found: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(file) as archive:
-        for key in ("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "ahead_ids"):
+        for key in ("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "samples", "ahead_ids"):
             if f"{key}.npy" not in archive.namelist():
                 continue
             # A damaged header may claim any shape: see that the bytes are there before memory is taken for them.
@@ -254,6 +266,7 @@ def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
             sample_lengths_S=trace.sample_lengths_S[of_samples],
             weights_TLK=None if weights is None else weights[tokens],
             ahead_ids_TLK=None if ahead is None else ahead[tokens],
+            samples_S=None,
         )
         for tokens, of_samples in ((slice(cut), slice(samples)), (slice(cut, None), slice(samples, None)))
     )
@@ -271,6 +284,7 @@ def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         weights_TLK=np.concatenate(weights) if len(weights) == len(traces) else None,
         name="+".join(trace.name for trace in traces),
         ahead_ids_TLK=np.concatenate(ahead) if len(ahead) == len(traces) else None,
+        samples_S=None,
     )
 
 

@@ -79,7 +79,7 @@ class Shape:
     shared_experts: bool = False
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
     whole_routers: bool = False  # a router must see the whole micro-batch at once
-    selection_bias: bool = False  # routers have a bias that a step's loads move
+    router_state: bool = False  # routers have state that a step's loads move: a selection bias, a capacity
 
     @property
     def num_layers(self) -> int:

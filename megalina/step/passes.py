@@ -366,15 +366,15 @@ def gap_after(instruction: Instruction) -> str:
     return GAPS.get(instruction.name, "") if arrives else ""
 
 
-ROUTER_BIAS = "router_bias"  # the routers' selection bias: state, as a bucket's parameters are
+ROUTER_STATE = "router_state"  # selection biases, and what capacity follows: state, as a bucket's parameters are
 
 
 def finish(
-    program: Program, buckets: Mapping[str, BucketSpec], *, selection_bias: bool = False, params_ahead: bool = False
+    program: Program, buckets: Mapping[str, BucketSpec], *, router_state: bool = False, params_ahead: bool = False
 ) -> Program:
     """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
 
-    `selection_bias`: of the `Shape`; the bias follows the loads that the reduction brought.  `params_ahead`: the all-gathers come
+    `router_state`: of the `Shape`; it follows the loads that the reduction brought.  `params_ahead`: the all-gathers come
     first thing in the step instead, each awaited by the first instruction that uses it."""
     seeded = {v for s in program if s.phase == "U" and s.name == "seed" for v in s.reads}
     values = (v for s in program if s.phase == "F" for v in s.writes if v in seeded or v.startswith("#load."))
@@ -388,8 +388,8 @@ def finish(
         Instruction("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
         Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0"), writes=("#verdict.-.0",)),
     ]
-    if selection_bias:
-        out.append(Instruction("U", compute, ROUTER_BIAS, reads=("#verdict.-.0", ROUTER_BIAS), writes=(f"new {ROUTER_BIAS}",)))
+    if router_state:
+        out.append(Instruction("U", compute, ROUTER_STATE, reads=("#verdict.-.0", ROUTER_STATE), writes=(f"new {ROUTER_STATE}",)))
     waits: list[Instruction] = []
     for name, bucket in buckets.items():
         out.append(

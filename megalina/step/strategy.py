@@ -12,7 +12,7 @@ from megalina.step.list_scheduling import by_tails, guessed
 from megalina.step.order import ordered
 from megalina.step.partition import NONE, partition, ranges_of, side_by_side, with_own_counts
 from megalina.step.passes import (
-    ROUTER_BIAS,
+    ROUTER_STATE,
     chunk,
     defer_weights,
     finish,
@@ -172,16 +172,16 @@ def settling(program: Program) -> Program:
 
 
 def given(program: Program, setting: Setting) -> set[str]:
-    """What exists before a program: the batches, the parameters or this rank's part of them, and of a step the bias that it
-    must move."""
+    """What exists before a program: the batches, the parameters or this rank's part of them, and of a step the routers' state
+    that it must move."""
     gathered = {s.name for s in settling(program)}
     batches = {f"#batch.-.{i}" for i in range(setting.num_parts)}
-    bias = {ROUTER_BIAS} if setting.shape.selection_bias and any(s.phase == "B" for s in program) else set()
-    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets} | bias
+    state = {ROUTER_STATE} if setting.shape.router_state and any(s.phase == "B" for s in program) else set()
+    return batches | {shard_of(b) if b in gathered else b for b in setting.buckets} | state
 
 
 def _finish(program: Program, setting: Setting, *, params_ahead: bool = False) -> Program:
-    return finish(program, setting.buckets, selection_bias=setting.shape.selection_bias, params_ahead=params_ahead)
+    return finish(program, setting.buckets, router_state=setting.shape.router_state, params_ahead=params_ahead)
 
 
 def _placed(program: Program, setting: Setting) -> Program:

@@ -31,7 +31,7 @@ LEGEND = {
 }
 REST_NAMES = (
     *("embed", "positions", "head", "logits", "loss", "balance"),
-    *("sizes", "seed", "measure", "verdict", "router_bias", "update"),
+    *("sizes", "seed", "measure", "verdict", "router_state", "update"),
 )
 PHASES = {"F": ("forward", "#e8eef7"), "B": ("backward", "#f7eee3"), "U": ("update", "#eeeeee")}
 PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later are still backward

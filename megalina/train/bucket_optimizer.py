@@ -93,4 +93,5 @@ def _pieces(bucket: Bucket, index: int, flat: Tensor) -> Iterator[tuple[str, Sli
         else:
             values = flat[start - place.start : stop - place.start]
         length = {0: spec.rows} if spec.rows else {}
-        yield m.name, Slice(values, spec.sharded, shape=local_shape(m.parameter), start=start - m.start, length=length)
+        shape = local_shape(m.parameter)
+        yield m.name, Slice(values, spec.sharded, shape=shape, start=start - m.start, order=spec.order, length=length)

@@ -106,7 +106,7 @@ def check_fit(path: Path, config: PretrainConfig, *, vocab_size: int) -> None:
         seed=config.train.seed,
     )  # on the meta device: no memory
     wanted = {MODEL + name: spec_of(p).shape for name, p in gpt.named_parameters()}
-    wanted |= {MODEL + name: tuple(b.shape) for name, b in gpt.named_buffers() if name.endswith("bias_E")}
+    wanted |= {MODEL + name: tuple(b.shape) for name, b in gpt.router_state().items()}
     saved = {name: tuple(tensor["shape"]) for name, tensor in description["tensors"].items() if name.startswith(MODEL)}
     try:
         check_same(path, saved, wanted)

@@ -1,6 +1,6 @@
 """The state of a run: all that a checkpoint holds, and the way back from one.
 
-Tensors are saved whole, whatever the layout: weights, optimizer moments, master weights, router biases.  Everything
+Tensors are saved whole, whatever the layout: weights, optimizer moments, master weights, routers' state.  Everything
 random is a function of the seed and of how many sequences were consumed, so these two numbers are the state of the data
 and of all random numbers.
 """
@@ -192,9 +192,5 @@ class RunState:
         for name, p in gpt.named_parameters():
             spec = spec_of(p)
             length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
-            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, length=length)]
-        for i in gpt.moe_layers:
-            bias_E = gpt.layers[i].router.bias_E
-            if bias_E is not None:
-                out[f"{MODEL}layers.{i}.router.bias_E"] = [Slice(bias_E, {})]
-        return out
+            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
+        return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}

@@ -36,7 +36,13 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         residuals.noise_of_each_rank,
     ),
     "routing": (routing.capacity_of_pieces, routing.capacity_of_parts),
-    "loss": (losses.padding, losses.balance_of_pieces, losses.information_of_pieces, losses.first_words_in_head),
+    "loss": (
+        losses.padding,
+        losses.balance_of_pieces,
+        losses.information_of_pieces,
+        losses.homes_of_ranks,
+        losses.first_words_in_head,
+    ),
     "gradient": (
         deferred.not_once,
         units.terms,

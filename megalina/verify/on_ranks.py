@@ -240,6 +240,8 @@ def _whole(flat: Tensor, spec: Parameter, mesh: Mesh) -> Tensor:
     index = tuple(places.get(d, slice(None)) for d in range(len(spec.shape)))
     whole = _nothing(spec.shape, flat)
     whole[index] = flat.view(whole[index].shape)
+    if spec.order:
+        whole = whole.index_select(spec.sharded["ep"], torch.tensor(spec.order, device=whole.device).argsort())
     return whole[: spec.rows] if spec.rows else whole
 
 

@@ -12,7 +12,7 @@ from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.step.partition import most_parts
 from megalina.verify.bugs import forward, gradients, losses
-from megalina.verify.recording import Layout
+from megalina.verify.recording import SEQUENCES, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,13 @@ def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
     if router.group == "global":
         return layout.world > 1
     return _groups_are_cut(layout, config) and router.kind != "noisy_topk" and not router.capacity_factor
+
+
+def _locality_is_of_numbers(layout: Layout, config: PretrainConfig) -> bool:
+    """Whether ranks have sequences that are at home elsewhere.  Noise is of their numbers, too."""
+    router = config.router
+    local = _has_moe(config) and router.locality_loss > 0 and router.locality_nodes > 1 and router.kind != "noisy_topk"
+    return local and layout.dp < SEQUENCES
 
 
 _ALL = (
@@ -215,6 +222,13 @@ _ALL = (
         lambda layout, config: _is_balanced(config),
         gradients.balance_loss_without_gradient,
         ("router.balance_loss=0.1",),
+    ),
+    Plant(
+        "home_of_rank",
+        "the locality loss takes sequences to be at home where the rank is that computes them",
+        _locality_is_of_numbers,
+        losses.home_of_rank,
+        ("router.locality_loss=0.1", "router.locality_nodes=2"),
     ),
     Plant(
         "norm_per_rank",

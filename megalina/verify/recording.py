@@ -130,7 +130,7 @@ def choices_of(order: RowOrder, columns: int) -> Tensor:
     """
     num_experts = len(order.count_E)
     flat = torch.full((order.row_TK.numel(),), num_experts, dtype=torch.int64, device=order.row_TK.device)
-    flat[order.slot_N] = torch.arange(num_experts, device=flat.device).repeat_interleave(order.count_E)
+    flat[order.slot_N] = order.experts.repeat_interleave(order.count_E)
     return widened(flat.view(order.row_TK.shape), columns, num_experts)
 
 

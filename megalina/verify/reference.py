@@ -3,6 +3,7 @@
 It knows no program, mesh or bucket.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.reference import is_reference
+from megalina.blocks.sizes import NEARNESS_BINS
 from megalina.config import OptimConfig, ParallelConfig, PretrainConfig, StrategyConfig
 from megalina.model.block_functions import Routed, Seen
-from megalina.model.gpt import GPT
+from megalina.model.gpt import GPT, Layer
 from megalina.model.init import Cut, initialize, spec_of
+from megalina.model.locmoe import grap
 from megalina.model.routers import Router
 from megalina.train.optim import FlatOptimizer, FlatTensor
 from megalina.verify.recording import (
@@ -40,6 +43,7 @@ class Pass:
     loss: Tensor  # sum over tokens
     routed: list[Routed]  # of each MoE layer
     seen: dict[tuple[str, str], Tensor]
+    near: list[list[float]]  # of each MoE layer: cosines between valid tokens and the rows of the experts they want
 
 
 def reference_config(config: PretrainConfig) -> PretrainConfig:
@@ -84,6 +88,8 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
         optimizer.step()
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             follow_load(gpt.layers[layer].router, load)
+        for i, layer in enumerate(gpt.moe_layers):
+            follow_nearness(gpt.layers[layer].router, [cosine for part in parts for cosine in part.near[i]])
         found |= {("weight", name): value for name, value in _weights(gpt).items()}
         entries += [Entry(step, kind, name, found[kind, name]) for kind, name in order_of(gpt.blocks, list(parameters))]
     return Recording(None, config, list(batches), entries)
@@ -98,6 +104,34 @@ def follow_load(router: Router, load: Tensor) -> None:
     mean = sum(chosen) / len(chosen)
     for expert, count in enumerate(chosen):
         router.bias_E[expert] += router.config.bias_update_rate * ((count < mean) - (count > mean))
+
+
+def follow_nearness(router: Router, cosines: Sequence[float]) -> None:
+    """What a step's cosines do to the delta of the capacity bound, if there is one: by hand, as it is an oracle."""
+    if router.delta is None or not cosines:
+        return
+    config, found = router.config, sorted(max(0, min(NEARNESS_BINS - 1, int(c * NEARNESS_BINS))) for c in cosines)
+    place = 0 if config.capacity_delta == "min" else max(0, math.ceil(config.capacity_quantile * len(found)) - 1)
+    delta = found[place] / NEARNESS_BINS
+    if config.capacity_delta == "mean":
+        delta = (sum(found) / len(found) + 0.5) / NEARNESS_BINS
+    old = router.delta.item()
+    if old < 0:
+        router.delta.fill_(delta)
+    elif config.capacity_ema:
+        router.delta.fill_(config.capacity_ema * old + (1 - config.capacity_ema) * delta)
+
+
+def wanted_cosines(layer: Layer, x_TD: Tensor, batch: Batch) -> list[float]:
+    """Of the MoE layer `layer` and its input: between each valid token and the rows that it has the largest products with."""
+    router, n_TD = layer.router, layer.mlp_norm(x_TD)
+    rows_ED = grap(router.num_experts, n_TD) if router.weight is None else router.weight
+    if rows_ED.shape[1] < n_TD.shape[1]:  # each row's own features
+        rows_ED = torch.block_diag(*rows_ED.unsqueeze(1))
+    best_TK = router.logits(n_TD).sort(dim=1, descending=True, stable=True).indices[:, : router.top_k]
+    cosine_TK = torch.nn.functional.cosine_similarity(n_TD[:, None], rows_ED[best_TK], dim=2)
+    found: list[float] = cosine_TK[batch.valid_BS.flatten()].flatten().tolist()
+    return found
 
 
 def detail(recording: Recording, layout: Layout) -> None:
@@ -148,9 +182,13 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
     x_TD = gpt.embedder.embed(batch)
     note("activation", "embedded", x_TD)
     routed = Seen()
+    near: list[list[float]] = []
     for i, layer in enumerate(gpt.layers):
         for name, functions in layer.functions.items():
             known = len(routed.routed)
+            if name == "moe" and gpt.router.capacity_bound != "none":
+                with torch.no_grad():
+                    near.append(wanted_cosines(layer, x_TD, batch))
             x_TD = functions.forward(x_TD, batch, routed)
             for of in routed.routed[known:]:
                 note("activation", f"layers.{i}.logits", of.logits_TE)
@@ -159,7 +197,7 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
                 note("activation", f"layers.{i}.weight", widened(of.weight_TK, columns, 0.0))
             note("activation", stream_name(gpt.blocks, i, name), x_TD)
     loss = gpt.output.sum_of(gpt.output.stat(gpt.final_norm(x_TD), batch).unsqueeze(0), batch)
-    return Pass(loss, routed.routed, seen)
+    return Pass(loss, routed.routed, seen, near or [[] for _ in routed.routed])
 
 
 def _counted(batch: Batch) -> dict[str, int]:
@@ -168,7 +206,8 @@ def _counted(batch: Batch) -> dict[str, int]:
 
 def _loads(parts: Sequence[Pass]) -> list[Tensor]:
     """Of each MoE layer, over all passes."""
-    return [torch.stack([routed.load for routed in of_layer]).sum(0) for of_layer in zip(*(p.routed for p in parts), strict=True)]
+    of_layers = zip(*(p.routed for p in parts), strict=True)
+    return [torch.stack([routed.load[: len(routed.order.count_E) + 1] for routed in layer]).sum(0) for layer in of_layers]
 
 
 def _auxiliary(gpt: GPT, parts: Sequence[Pass]) -> list[dict[str, Tensor]]:

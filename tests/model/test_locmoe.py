@@ -89,9 +89,55 @@ def test_experts_keep_their_nearest_tokens() -> None:
         assert kept == set(near_first[:room].tolist())
 
 
+def learned(seed: int = 2, **settings: object) -> Router:
+    of = router("locmoe_plus_learned", **settings)
+    rows_EF = torch.randn(E, D // E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    of.weight = torch.nn.Parameter(rows_EF)
+    return of
+
+
+def test_learned_rows_begin_as_the_fixed_gate_and_see_features_of_their_own() -> None:
+    x_TD, of = hidden(), learned()
+    assert of.weight is not None
+    cosine_TE = torch.nn.functional.cosine_similarity(x_TD[:, None], torch.block_diag(*of.weight.detach()[:, None]), dim=2)
+    assert torch.allclose(of.logits(x_TD), cosine_TE, rtol=1e-13, atol=1e-14)
+    with torch.no_grad():
+        of.weight.fill_(1.0)
+    assert torch.allclose(of.logits(x_TD), router("locmoe_plus").logits(x_TD), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("way", ["autograd", "main gradient", "later"])
+def test_learned_rows_get_the_gradients_of_autograd_whichever_way(way: str) -> None:
+    x_TD, of, wanted = hidden().requires_grad_(), learned(), learned()
+    assert of.weight is not None and wanted.weight is not None
+    whole = torch.nn.functional.normalize(torch.block_diag(*wanted.weight[:, None]), dim=1)
+    factor_TE = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (torch.nn.functional.normalize(x_TD, dim=1) @ whole.t() * factor_TE).sum().backward()
+    dx_TD, x_TD.grad = x_TD.grad, None
+    if way != "autograd":
+        of.weight.main_grad = torch.ones_like(of.weight)  # type: ignore[attr-defined]
+    later: list = []
+    (of.logits(x_TD, later if way == "later" else None) * factor_TE).sum().backward()
+    assert len(later) == (way == "later")
+    for add in later:
+        assert torch.equal(of.weight.main_grad, torch.ones_like(of.weight))  # type: ignore[attr-defined]
+        add()
+    found = of.weight.grad if way == "autograd" else of.weight.main_grad - 1  # type: ignore[attr-defined]
+    assert torch.allclose(found, wanted.weight.grad, rtol=1e-11, atol=1e-13)
+    assert torch.allclose(x_TD.grad, dx_TD, rtol=1e-12, atol=1e-14)
+
+
+def test_unequal_features_are_refused_where_rows_are_learned() -> None:
+    check_router(RouterConfig(kind="locmoe_plus", top_k=1), E, D + 2)
+    with pytest.raises(ValueError, match=r"gives each of model.num_experts \(8\) equally many features, and model.d_model is 50"):
+        check_router(RouterConfig(kind="locmoe_plus_learned", top_k=1), E, D + 2)
+
+
 def test_more_experts_than_features_are_refused() -> None:
     with pytest.raises(ValueError, match=r"router=locmoe gives each of model.num_experts \(8\) features of its own, 8 in all"):
         check_router(RouterConfig(kind="locmoe", top_k=1), E, 4)
-    with pytest.raises(ValueError, match="router.temperature .* works with router=locmoe or locmoe_plus alone, not with topk"):
+    with pytest.raises(
+        ValueError, match="router.temperature .* works with router=locmoe or locmoe_plus or locmoe_plus_learned alone"
+    ):
         check_router(RouterConfig(temperature=2.0), E, D)
     assert router_class(RouterConfig(kind="locmoe")) is LocMoE and router_class(RouterConfig(kind="locmoe_plus")) is LocMoEPlus

@@ -23,7 +23,7 @@ SHAPES = {
     "equal counts": plain_shape(moe=(True, False, True), experts_choose=True),
     "all experts": plain_shape(moe=(False, True, True), all_experts=True, shared_experts=True),
     "all experts, tensor parallel": plain_shape(moe=(True, True), all_experts=True, tp=True, sequence=False),
-    "selection biases": plain_shape(moe=(True, True), selection_bias=True),
+    "selection biases": plain_shape(moe=(True, True), router_state=True),
 }
 
 
@@ -245,19 +245,17 @@ def test_selection_biases_follow_the_result_of_a_step(name: str) -> None:
     """One instruction more, right behind the verdict; without it, or before the loads are known, the list is refused."""
     shape = SHAPES["selection biases"]
     setting = Setting(shape, buckets_of(shape))
-    program, plain_program = (
-        training_step(name, replace(setting, shape=s)) for s in (shape, replace(shape, selection_bias=False))
-    )
-    at = next(i for i, s in enumerate(program) if s.name == "router_bias")
-    assert program[at].tag == "U:router_bias.-.0" and program[at - 1].name == "verdict"
+    program, plain_program = (training_step(name, replace(setting, shape=s)) for s in (shape, replace(shape, router_state=False)))
+    at = next(i for i, s in enumerate(program) if s.name == "router_state")
+    assert program[at].tag == "U:router_state.-.0" and program[at - 1].name == "verdict"
     without = program[:at] + program[at + 1 :]
     assert without == plain_program
     have = given(program, setting)
-    with pytest.raises(ValueError, match="nobody reads router_bias: part of the step's data, or of its parameters"):
+    with pytest.raises(ValueError, match="nobody reads router_state: part of the step's data, or of its parameters"):
         check(without, have, setting.buckets)
-    with pytest.raises(ValueError, match="U:router_bias.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
+    with pytest.raises(ValueError, match="U:router_state.-.0 reads #verdict.-.0 before it is written by U:verdict.-.0"):
         check((*program[: at - 1], program[at], program[at - 1], *program[at + 1 :]), have, setting.buckets)
-    assert not any(s.name == "router_bias" for s in evaluation(shape, setting.buckets))
+    assert not any(s.name == "router_state" for s in evaluation(shape, setting.buckets))
 
 
 def test_where_all_experts_get_all_tokens_gathers_and_sums_along_ep_are_tokens() -> None:

@@ -44,9 +44,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "kind": "locmoe", "top_k": 1, "renormalize": False, "capacity_factor": 1.0, "group": "micro_batch",
         "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2,
     },
-    "locmoe plus": {
-        "kind": "locmoe_plus", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
-        "mutual_information_loss": 0.1,
+    "locmoe plus": {  # with learned rows: those that are fixed have the same cosines, and no gradients
+        "kind": "locmoe_plus_learned", "temperature": 0.1, "capacity_factor": 0.8, "drop": "probability", "group": "micro_batch",
+        "mutual_information_loss": 0.1, "capacity_bound": "locmoe",
+        "capacity_delta": "quantile", "capacity_quantile": 0.9, "capacity_ema": 0.5,
     },
     "dense": {"kind": "dense", "renormalize": False, "balance_loss": 0.0, "mutual_information_loss": 0.1},
 }  # fmt: skip

@@ -66,6 +66,9 @@ PASSED = {
     name: shrink_router(replace(config_with(router=name).router, capacity_factor=capacity, group="micro_batch"), 4, 4)
     for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("locmoe", 1.0), ("group limited", 1.0), ("hash", 0.8))
 }
+PASSED["locmoe bound"] = replace(
+    PASSED["locmoe"], capacity_bound="locmoe", capacity_delta="quantile", capacity_quantile=0.9, capacity_ema=0.5
+)
 
 # the star test
 

@@ -30,6 +30,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "dense": {
         "kind": "dense", "renormalize": False, "balance_loss": 0.0, "group": "micro_batch", "mutual_information_loss": 0.1,
     },
+    "local": {"kind": "locmoe", "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2},
+    "local topk": {"group": "micro_batch", "locality_loss": 0.1, "locality_nodes": 2},
 }  # fmt: skip
 ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
     ("GPT-2", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=1)),
@@ -43,6 +45,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "capacity", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=2, strategy="lancet")),
     ("dropout", "dense", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
     ("GPT-2", "dense", "adamw", Layout(WORLD, tp=2, ep=1, micro_batch=4, zero=1, recompute="full")),
+    ("modern", "local", "adamw", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
+    ("dropout", "local topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
 ]
 
 

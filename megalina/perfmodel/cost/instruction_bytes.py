@@ -19,13 +19,13 @@ from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size
 from megalina.layout import axis_of_group, axis_sizes
 from megalina.step.partition import is_part
-from megalina.step.passes import ROUTER_BIAS
+from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
 
 ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
-    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_BIAS),
+    *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_STATE),
     *("prob", "#load", "#loads", "#all_loads", "#group"),
 )
 STREAM = re.compile(r"x|h\d*")  # values of the residual stream

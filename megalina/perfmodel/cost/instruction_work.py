@@ -14,12 +14,13 @@ from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Work, small
 from megalina.config import PretrainConfig
 from megalina.step.forward import plain
-from megalina.step.passes import ROUTER_BIAS
+from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import BucketSpec, Instruction, Kind
 
 # Kernels of an instruction whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
 SMALL = {"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 4}
 BIAS_KERNELS = 7  # a MoE layer: its load comes from the host and is widened; mean, difference, sign, narrowed, added
+DELTA_KERNELS = 6  # a MoE layer: what is known or not, old and new, their sum, copied
 
 
 class InstructionWork:
@@ -67,8 +68,9 @@ class InstructionWork:
         if instruction.name == "measure":  # squares of gradients
             names = [v.removesuffix("'sum") for v in instruction.reads if v.endswith("'sum")]
             return Work((), sum(self._here(self.buckets[n]) for n in names) * self.rank.main, 8 + 2 * len(names))
-        if instruction.name == ROUTER_BIAS:
-            return small(BIAS_KERNELS * sum(self.blocks.moe))
+        if instruction.name == ROUTER_STATE:
+            kernels = BIAS_KERNELS if self.config.router.capacity_bound == "none" else DELTA_KERNELS  # never both
+            return small(kernels * sum(self.blocks.moe))
         if instruction.name not in SMALL:
             raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to `SMALL` here")
         return small(SMALL[instruction.name])

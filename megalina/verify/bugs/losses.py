@@ -82,3 +82,19 @@ def _own_information(router: Router) -> Function:
         return replace(routing, information=mutual_information_loss(log_TE, log_TE.detach(), here, ALL))
 
     return forward
+
+
+def home_of_rank(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.moe_layers:
+        router = trainable.gpt.layers[layer].router
+        router.forward = _at_home_on(router, trainable.mesh.dp.rank)  # type: ignore[method-assign]
+
+
+def _at_home_on(router: Router, node: int) -> Function:
+    """A router to which all sequences are at home on one node."""
+
+    def forward(logits_TE: Tensor, tokens: RouterTokens, *rest: Any) -> Routing:
+        here = replace(tokens, sample_A=torch.full_like(tokens.sample_A, node))
+        return Router.forward(router, logits_TE, here, *rest)
+
+    return forward

@@ -1,12 +1,16 @@
 """Hypotheses about reported losses and numbers of tokens, all activations being right."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from megalina.model.locality import locality_loss
+from megalina.model.tokens import ALL, router_tokens
 from megalina.verify.evidence import Cause, Evidence, close
 from megalina.verify.hypotheses.routing import routings
 from megalina.verify.hypotheses.vocabulary import head_of_first_words
+from megalina.verify.recording import SEQUENCES
 
 
 def padding(evidence: Evidence) -> Iterator[Cause]:
@@ -86,6 +90,29 @@ def information_of_pieces(evidence: Evidence) -> Iterator[Cause]:
             "mutual_information_per_rank",
             f"mutual_information_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: each of {evidence.layout.tp} tp "
             "ranks takes it of its own tokens; the mean over a group's tokens must be that of all ranks' tokens",
+        )
+
+
+def homes_of_ranks(evidence: Evidence) -> Iterator[Cause]:
+    """The locality loss is that of sequences which are at home where the rank is that computes them."""
+    router, layout = evidence.config.router, evidence.layout
+    if not router.locality_loss or evidence.pair("loss", "locality_loss").equal:
+        return
+    pair, known = evidence.pair("loss", "locality_loss"), router_tokens(evidence.batch)
+    length = evidence.batch.tokens_BS.shape[1]
+    rank_A = torch.arange(len(known.token_A)) // (length * (SEQUENCES // layout.dp))  # along dp
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in evidence.model.moe_layers:
+        logits = evidence.pair("activation", f"layers.{layer}.logits").want.value.flatten(0, 1)
+        prob = evidence.model.layers[layer].router.log_scores(logits).softmax(1).detach()
+        prob = prob.masked_fill(~known.valid_A[:, None], 0.0)
+        total = total + locality_loss(prob, prob, replace(known, sample_A=rank_A), ALL, router.locality_nodes)
+    value = total / int(known.valid_A.sum()) / len(evidence.model.moe_layers)
+    if close(value, pair.got.value):
+        yield Cause(
+            "home_of_rank",
+            f"locality_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: a sequence is taken to be at home on the "
+            "node of the rank that computes it, so each layout has a loss of its own; a home follows from the sequence's number",
         )
 
 

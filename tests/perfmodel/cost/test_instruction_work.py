@@ -235,4 +235,4 @@ def test_work_adds_up() -> None:
 def test_selection_biases_cost_a_few_kernels_a_moe_layer() -> None:
     config = config_of()
     config.model.num_layers, config.model.moe_every = 4, 2
-    assert work_of(config)(instruction("router_bias", "U")) == small(2 * 7)
+    assert work_of(config)(instruction("router_state", "U")) == small(2 * 7)
