@@ -192,9 +192,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(tmp_path, "run", ep=2, placement="nowhere.json")
-    with pytest.raises(
-        ValueError, match="parallel.placement=nowhere.json: nowhere.json can't be read: No such file"
-    ):
+    with pytest.raises(ValueError, match="parallel.placement=nowhere.json: nowhere.json can't be read: No such file"):
         check_paths(config)
     arguments = [str(tmp_path / "none.npz"), "--nodes", "2", "--out", str(tmp_path / "experts.json")]
     assert place_experts.main(arguments) == 2
