@@ -139,9 +139,18 @@ class GPT(nn.Module):
         if whole.model.positions == "rope":
             table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
         self.rotary = table
-        orders, more = expert_orders or {}, {"seed": seed, "share": share, "first_expert": first_expert, "digests": digests}
+        orders = expert_orders or {}
         layers = (
-            Layer(of, index=i, rotary=table, expert_order=orders.get(i, ()), **more)
+            Layer(
+                of,
+                index=i,
+                seed=seed,
+                rotary=table,
+                share=share,
+                first_expert=first_expert,
+                digests=digests,
+                expert_order=orders.get(i, ()),
+            )
             for i, of in enumerate(blocks.layers)
         )
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
