@@ -5,6 +5,7 @@ nothing need be sent to cut or to join.  T tokens here, N rows, D width, K exper
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,8 @@ class Parts(BlockFunctions):
         index_N = torch.sort(part_N, stable=True).indices
         inverse_N = torch.empty_like(index_N).scatter_(0, index_N, torch.arange(len(index_N), device=index_N.device))
         counts = torch.bincount(part_N, minlength=parts).tolist()
-        expert_N = torch.arange(num_experts, device=part_N.device).repeat_interleave(order.count_E, output_size=len(part_N))
-        expert_TK = torch.cat([expert_N, expert_N.new_full((1,), num_experts)])[order.row_TK]
-        orders = [row_order(expert_tK, num_experts) for expert_tK in expert_TK.split(max(tokens, 1))]
+        place_N = torch.arange(num_experts, device=part_N.device).repeat_interleave(order.count_E, output_size=len(part_N))
+        place_TK = torch.cat([place_N, place_N.new_full((1,), num_experts)])[order.row_TK]
+        orders = [row_order(place_tK, num_experts) for place_tK in place_TK.split(max(tokens, 1))]
+        orders = [replace(of_part, expert_E=order.expert_E) for of_part in orders]
         return (*reorder(rows_ND, index_N, inverse_N).split(counts), *orders)

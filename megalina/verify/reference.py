@@ -207,7 +207,7 @@ def _counted(batch: Batch) -> dict[str, int]:
 def _loads(parts: Sequence[Pass]) -> list[Tensor]:
     """Of each MoE layer, over all passes."""
     of_layers = zip(*(p.routed for p in parts), strict=True)
-    return [torch.stack([routed.load[: len(routed.order.count_E) + 1] for routed in layer]).sum(0) for layer in of_layers]
+    return [torch.stack([routed.load[: routed.logits_TE.shape[1] + 1] for routed in layer]).sum(0) for layer in of_layers]
 
 
 def _auxiliary(gpt: GPT, parts: Sequence[Pass]) -> list[dict[str, Tensor]]:
