@@ -31,7 +31,9 @@ def shake(model: nn.Module, seed: int, cut: Cut) -> None:
 
 
 def random_batches(config: PretrainConfig, steps: int) -> list[Batch]:
-    """The global batch of each step: random words, documents, labels that don't count, padding at two ends."""
+    """The global batch of each step: random words, documents, labels that don't count, padding at two ends.
+
+    No two tokens of a batch are alike in all that a model knows of them: else routers would choose between them by rounding."""
     length, words = config.train.seq_len, config.model.vocab_size
     out = []
     for step in range(steps):
@@ -42,13 +44,25 @@ def random_batches(config: PretrainConfig, steps: int) -> list[Batch]:
         valid = torch.ones(SEQUENCES, length, dtype=torch.bool)
         valid[1, length * 5 // 8 :] = valid[6, length // 4 :] = False
         position = torch.arange(length).repeat(SEQUENCES, 1)
+        starts = torch.cat([torch.ones(SEQUENCES, 1, dtype=torch.bool), document[:, 1:] != document[:, :-1]], 1)
+        _without_twins(tokens, starts, words, config.train.seed + 100 + step)
         if config.data.reset_positions:
-            starts = torch.cat([torch.ones(SEQUENCES, 1, dtype=torch.bool), document[:, 1:] != document[:, :-1]], 1)
             position = position - position.where(starts, 0).cummax(1).values
         sample = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
         documents = document if config.data.reset_attention else None
         out.append(Batch(tokens[:, :-1], tokens[:, 1:], mask & valid, valid, position, documents, sample))
     return out
+
+
+def _without_twins(tokens: torch.Tensor, starts: torch.Tensor, words: int, seed: int) -> None:
+    """Every document begins with a word of its own, as far as there are words, and with no word twice: the first tokens of two
+    documents know nothing but their word, and a run of one word, with rotary positions, nothing more."""
+    distinct = torch.randperm(words, generator=torch.Generator().manual_seed(seed))
+    number = int(starts.sum())
+    tokens[:, :-1][starts] = distinct.repeat(-(-number // words))[:number]
+    for column in range(1, starts.shape[1]):
+        twice = ~starts[:, column] & (tokens[:, column] == tokens[:, column - 1])
+        tokens[twice, column] = (tokens[twice, column] + 1) % words
 
 
 def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:

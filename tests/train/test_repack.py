@@ -191,7 +191,7 @@ def chosen_of_all(folder: Path) -> dict[str, Any]:
 
     def made_up(_: float) -> None:
         plan = run.built.trainable.plan
-        adapt({"eager": 1.0, "lina": 0.8, "flow": 0.7}[plan.strategy] * (0.9 if plan.packing == 2 else 1.0))
+        adapt({"eager": 1.0, "lina": 0.8, "lancet": 0.75, "flow": 0.7}[plan.strategy] * (0.9 if plan.packing == 2 else 1.0))
 
     run.runner.adapt = made_up  # type: ignore[method-assign]
     run.loop()
