@@ -432,6 +432,7 @@ def slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
     return [(rank.returncode, *text) for rank, text in zip(ranks, texts, strict=True)]
 
 
+@pytest.mark.full
 def test_ranks_under_slurm_share_one_run_folder(tmp_path: Path) -> None:
     first, second = slurm(tmp_path)
     assert (first[0], second[0]) == (0, 0)

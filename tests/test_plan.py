@@ -36,6 +36,7 @@ def test_one_layout_under_every_strategy(tmp_path: Path, capsys: pytest.CaptureF
     assert command.split()[2:] == found["candidates"][0]["overrides"]
 
 
+@pytest.mark.full
 def test_a_search_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     node = ["cluster.ranks_per_node=4", "cluster.hardware.domain_ranks=4", "cluster.hardware.nics_per_node=4"]

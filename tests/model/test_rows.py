@@ -27,7 +27,7 @@ def weights_of(width: int, hidden: int, activation: str, bias: bool, dtype: torc
 
 
 def test_a_row_is_the_same_wherever_it_is(subtests: pytest.Subtests) -> None:
-    for sizes, activation, dtype in product(WIDTHS, ("swiglu", "gelu", "relu"), DTYPES):
+    for sizes, activation, dtype in product(WIDTHS, ("swiglu", "gelu"), DTYPES):
         with subtests.test(sizes=sizes, activation=activation, dtype=dtype):
             is_the_same(*sizes, activation, dtype)
 

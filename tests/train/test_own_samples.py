@@ -47,6 +47,7 @@ def run(folder: Path, name: str, ranks_per_node: int, settings: dict[str, Any]) 
     return records_of(config_of(folder, name, **local, **settings)).records
 
 
+@pytest.mark.full
 def test_no_layout_changes_a_loss_and_bytes_are_of_nodes(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     (one,) = run_on_ranks(1, run, tmp_path, "one", 1, {})
