@@ -130,8 +130,8 @@ def draw(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
         rest = [max(0.0, setting["strategies"][n]["median_step_s"] * 1e3 - done) for n, done in zip(names, left, strict=True)]
         axis.barh(names, rest, left=left, color="#cbd5e0", label="sizes, sums, host")
         axis.set_title(setting["name"], loc="left", weight="bold")
-        axis.set_xlabel("milliseconds a step")
-    axes[0].legend(ncols=3, fontsize=8, loc="lower right")
+        axis.set_xlabel("milliseconds per step")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
 
 

@@ -62,6 +62,7 @@ def test_a_router_and_a_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert declared == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.full
 def test_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     """It keeps one number of each parameter, AdamW two."""
     runpy.run_path(str(EXAMPLES / "own_optimizer.py"), run_name="__main__")

@@ -238,7 +238,8 @@ def check_cases(world: int, names: Sequence[str]) -> None:
             assert abs(error_of(case)) < TOLERANCE, (name, rank, case)
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
 def test_measured_peaks_are_those_predicted(world: int) -> None:
     check_cases(world, [name for name in QUICK if CASES[name][0] == world])
 
