@@ -1,1 +1,1 @@
-"""LocMoE on an emulated cluster: who competes, what ranks measure, how it is told."""
+"""LocMoE on an emulated cluster: the competitors, what ranks measure, and the report."""
