@@ -44,11 +44,15 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
         raise ValueError("strategy.order is what strategy.plan=FILE gives: leave it out, and give the file")
     plain = StrategyConfig()
     for key in ("search_evaluations", "search_mb"):
-        if getattr(strategy, key) != getattr(plain, key) and strategy.name != SEARCH:
+        if getattr(strategy, key) != getattr(plain, key) and strategy.name not in (SEARCH, AUTO):
             raise ValueError(
-                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with search: "
+                f"strategy.{key}={getattr(strategy, key)} does nothing with strategy={strategy.name}, only with search or auto: "
                 f"leave it at {getattr(plain, key)}"
             )
+    if strategy.name == SEARCH and strategy.search_evaluations == 0:
+        raise ValueError(
+            "strategy.search_evaluations=0 searches nothing with strategy=search: give 1000, say, or another strategy"
+        )
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
             raise _does_nothing(key, getattr(strategy, key), strategy.name)

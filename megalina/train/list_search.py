@@ -1,6 +1,6 @@
-"""`strategy=search`: measure a few steps, search a list in virtual time, walk it from then on (all ranks alike).
+"""`strategy=search`, and the end of `strategy=auto`: measure a few steps, search a list in virtual time, walk it from then on.
 
-Two plans are measured: the one that the run begins with, and one in parts with deferred weights, so that costs are known of both.
+Two plans are measured: the one that the run follows, and one in parts with deferred weights, so that costs are known of both.
 Rank 0 searches and tells the others what it has found, so that all have the same list whatever their machines make of the last
 digits.  Its steps are measured, too, and the plan whose steps were shortest is kept, with its order.
 """
@@ -20,6 +20,7 @@ from megalina.perfmodel.sim.list_search import Found, Start, search
 from megalina.perfmodel.sim.memory import peak_of
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.virtual import uses_of
+from megalina.plan_settings import AUTO
 from megalina.step.candidates import FLOW, LANCET, to_search_from
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
@@ -34,6 +35,8 @@ WARM_UP = 2  # steps of a process that are not measured
 SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
+AUTO_INSTRUCTIONS = 8_000_000  # auto: that its search walks over, some ten seconds; the lists of large models are long
+FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
 
 
 class ListSearch:
@@ -49,14 +52,19 @@ class ListSearch:
         vocab_size: int,
         done: bool = False,
     ):
-        self.done = done  # a plan was chosen
-        self.evidence = ""
         self._config, self._mesh, self._adopt, self._trainable, self._vocab_size = config, mesh, adopt, trainable, vocab_size
+        self.searches = 0  # that have come to an end
+        self.evidence = ""
+        self.begin()
+        self.done = done  # a plan was chosen
+
+    def begin(self) -> None:
+        """Search, or search again."""
+        self.done = False
         self._to_wait = WARM_UP
         self._steps: list[Sequence[Event]] = []
         self._measured: list[tuple[Plan, float]] = []  # plan, seconds a step of the slowest rank
         self._costs: MeasuredCosts | None = None
-        self._found: Found | None = None
 
     def decided(self, plan: Plan) -> bool:
         return self.done
@@ -68,6 +76,9 @@ class ListSearch:
     def after(self, step: int, events: Callable[[], Sequence[Event]], plan: Plan) -> None:
         """Between two steps; `events` of `step`, which was a step of `plan`."""
         if self.done:
+            return
+        if not self._measured and evaluations_of(self._config, self._trainable().program) == 0:  # the same on all ranks
+            self.done = True
             return
         if self._to_wait:
             self._to_wait -= 1
@@ -107,7 +118,8 @@ class ListSearch:
 
     def _search(self, step: int) -> None:
         first = self._mesh.world.rank == 0
-        own = found_list(self._config, self._trainable(), self._measured[0][0], self._costs, self._vocab_size) if first else None
+        walked = [plan for plan, _ in self._measured]
+        own = found_list(self._config, self._trainable(), walked, self._costs, self._vocab_size) if first else None
         told = all_gather_object(self._mesh, None if own is None else (own.plan.as_json(), own.step_s, own.evaluations))
         assert told[0] is not None
         values, step_s, evaluations = told[0]
@@ -123,7 +135,7 @@ class ListSearch:
             program = training_step(best.strategy, self._trainable().setting.under(best))
             best = replace(best, order=order_of(program))
         tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
-        self.done = True
+        self.done, self.searches = True, self.searches + 1
         self.evidence = (
             f"plan from step {step + 1} on: {best} ({self.evidence}; measured over {STEPS} steps, slowest rank: {tried})"
         )
@@ -133,23 +145,45 @@ class ListSearch:
             self._adopt(best)
 
 
-def found_list(config: PretrainConfig, trainable: Trainable, begun: Plan, costs: MeasuredCosts | None, vocab_size: int) -> Found:
-    """What the search finds by these costs.  No rank is asked anything."""
+def evaluations_of(config: PretrainConfig, program: Program) -> int:
+    """Walks that the search may take; under auto, which nobody waits for, as many as take some ten seconds, or none."""
+    most = config.strategy.search_evaluations
+    if config.strategy.name != AUTO:
+        return most
+    most = min(most, AUTO_INSTRUCTIONS // len(program))
+    return most if most >= FEWEST_EVALUATIONS else 0
+
+
+def found_list(
+    config: PretrainConfig, trainable: Trainable, walked: Sequence[Plan], costs: MeasuredCosts | None, vocab_size: int
+) -> Found:
+    """What the search finds by these costs.  No rank is asked anything.  `walked`: plans that were measured, the run's own first;
+    under auto a list holds no more than one of them did, if `search_mb` says nothing else."""
     assert costs is not None
-    mesh, setting = trainable.mesh, trainable.setting
+    mesh, setting, begun, more_mb = trainable.mesh, trainable.setting, walked[0], config.strategy.search_mb
     world, packing = mesh.world.size, begun.packing
     plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=begun.piece_bytes, packing=packing)
     settings = [setting.under(plan) for plan in plans if runs(config, plan, world)]
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
-    began = training_step(begun.strategy, setting.under(begun))
-    most_bytes = peak_of(held, began)[0] + config.strategy.search_mb * 2**20
-    return search(
-        [Start(setting.under(begun).plan, began), *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
-        clock_of(mesh, setting, costs),
-        evaluations=config.strategy.search_evaluations,
-        seed=config.train.seed,
-        fits=(lambda program: peak_of(held, program)[0] <= most_bytes) if config.strategy.search_mb else None,
-    )
+    before = [training_step(plan.strategy, setting.under(plan)) for plan in walked]
+    held_bytes = [peak_of(held, program)[0] for program in before]
+    most_bytes = held_bytes[0] + more_mb * 2**20 if more_mb else max(held_bytes)
+
+    def fits(program: Program) -> bool:
+        return peak_of(held, program)[0] <= most_bytes
+
+    def searched(allowed: Callable[[Program], bool] | None) -> Found:
+        return search(
+            [Start(setting.under(begun).plan, before[0]), *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
+            clock_of(mesh, setting, costs),
+            evaluations=evaluations_of(config, before[0]),
+            seed=config.train.seed,
+            fits=allowed,
+        )
+
+    best = searched(None)
+    limited = more_mb > 0 or config.strategy.name == AUTO
+    return best if not limited or fits(best.program) else searched(fits)  # to weigh every list takes longer than the search
 
 
 def clock_of(mesh: Mesh, setting: Setting, costs: MeasuredCosts) -> Callable[[Program], ListClock]:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -137,21 +138,34 @@ class StepRunner:
     def adapt(self, step_s: float) -> None:
         """Between two steps, of which the last took this rank so long: where `strategy` says auto, another plan may be adopted.
         All ranks call it alike; nobody else repacks meanwhile."""
+        searched = self.searching
         self.tuner.after(self.state.step, step_s)
+        if self.searching and not searched:  # again: the list was found for another plan
+            for search in self._list_searches:
+                search.begin()
         recorder = self._recorder
         for measurement in self.measurements if not self.searching else ():
             measurement.after(self.state.step, recorder.events if recorder is not None else list, self.trainable.plan)
-        self.state.searches = self.tuner.trials.searches + sum(search.done for search in self._list_searches)
+            if not measurement.decided(self.trainable.plan):
+                break  # a list is searched with all else decided
+        self.state.searches = self._ended_searches
 
     @property
     def evidence(self) -> str:
-        """What the last search has found, in one line."""
-        found = [search.evidence for search in self._list_searches]
-        return found[0] if found else evidence(self.tuner.trials, self.state.step)
+        """What the last searches have found, in one line."""
+        found = [evidence(self.tuner.trials, self.state.step)] if self.tuner.trials.tried else []
+        return "; ".join([*found, *(search.evidence for search in self._list_searches if search.evidence)])
 
     @property
     def _list_searches(self) -> list[ListSearch]:
         return [m for m in self.measurements if isinstance(m, ListSearch)]
+
+    @property
+    def _ended_searches(self) -> int:
+        """0 while a list is searched: a run that is resumed then begins anew."""
+        if not all(search.done for search in self._list_searches):
+            return 0
+        return self.tuner.trials.searches + sum(search.searches for search in self._list_searches)
 
     def adopt(self, plan: Plan) -> None:
         """From the next step on follow this plan.  All ranks call it between the same two steps."""
@@ -188,24 +202,29 @@ class StepRunner:
         if not there or not self.adapts:
             return
         plan, now = Plan.from_json(there["now"]), self.state.arithmetic()
+        searched = there["searches"] > 0
+        if not searched and not self.config.strategy.order:  # a list that was still being measured
+            plan = replace(plan, order=())
         if plan.packing in self.meshes and all(saved["arithmetic"][key] == now[key] for key in ("mesh", "parallel", "strategy")):
             self.adopt(plan)
-            self.state.searches = min(there["searches"], 1)
-            self.tuner = self._tuner(searches=self.state.searches)
-            self.measurements = self._measurements(done=bool(plan.order))
+            self.tuner = self._tuner(searches=int(searched))
+            self.measurements = self._measurements(done=searched)
+            self.state.searches = self._ended_searches
 
     def _measurements(self, *, done: bool) -> list[Windows | Times | ListSearch]:
         """`done`: a list was found before."""
         strategy, found = self.config.strategy, list[Windows | Times | ListSearch]()
-        if strategy.name == SEARCH and not strategy.order:
-            vocab_size = self.config.model.vocab_size or self.data.vocab_size
-            search = ListSearch(self.config, self.mesh, self.adopt, lambda: self.trainable, vocab_size=vocab_size, done=done)
-            return [search]
         if strategy.windows == AUTO:
             found.append(Windows(self.mesh, self.adopt))
-        placed = strategy.deferred_weights != "none" and not strategy.order
+        placed = strategy.deferred_weights != "none" and not strategy.order and strategy.name != SEARCH
         if (strategy.name == AUTO or placed) and not self.config.train.deterministic:
             found.append(Times(self.mesh, self.adopt, lambda: self.trainable.program))
+        by_list = strategy.name == SEARCH and not strategy.order
+        by_list |= strategy.name == AUTO and strategy.search_evaluations > 0 and self.mesh.world.size > 1
+        if by_list:
+            vocab_size = self.config.model.vocab_size or self.data.vocab_size
+            search = ListSearch(self.config, self.mesh, self.adopt, lambda: self.trainable, vocab_size=vocab_size, done=done)
+            found.append(search)
         return found
 
     def _tuner(self, *, searches: int) -> Tuner:
@@ -214,7 +233,7 @@ class StepRunner:
         left_out = ", ".join(str(k) for k in packings if k not in worth)
         trials = Trials(
             questions(config, world, packings=worth),
-            present=self.trainable.plan,
+            present=replace(self.trainable.plan, order=()),  # of alternatives each would need an order of its own
             rules=RULES_OF_ALL if config.strategy.name == AUTO else Rules(),
             searches=searches,
             cost_of=lambda plan: plan.packing,

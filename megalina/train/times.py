@@ -32,15 +32,15 @@ class Times:
 
     def decided(self, plan: Plan) -> bool:
         """Whether the plan has times, or needs none."""
-        return not plan.places_weights or bool(plan.times_us)
+        return not _wanted(plan) or bool(plan.times_us)
 
     def measuring(self, plan: Plan) -> bool:
         """Whether the next step, one of this plan, must be recorded."""
-        return plan.places_weights and self._to_wait == 0
+        return _wanted(plan) and self._to_wait == 0
 
     def after(self, step: int, events: Callable[[], Sequence[Event]], plan: Plan) -> None:
         """Between two steps; `events` of `step`, which was a step of `plan`."""
-        if not plan.places_weights:
+        if not _wanted(plan):
             return
         if self._to_wait:
             self._to_wait -= 1
@@ -57,6 +57,11 @@ class Times:
             self._adopt(replace(plan, times_us=times_us, measured_at=step))
             if self._mesh.world.rank == 0:
                 logger.info("times from step %d on, of the slowest rank: %s", step + 1, described(slowest))
+
+
+def _wanted(plan: Plan) -> bool:
+    """A list that was searched has its order already."""
+    return plan.places_weights and not plan.order
 
 
 def drifted(before: Mapping[str, float], now: Mapping[str, float]) -> bool:

@@ -185,9 +185,9 @@ class Tuner:
         own = Measured.of_few(self._times_s) if trials.searching else Measured.of(self._times_s)
         measured = Measured.slowest(all_gather_object(self._mesh, own))
         self._times_s = []
-        before, searched = trials.present, trials.searches
+        before, searched, searching = trials.present, trials.searches, trials.searching
         plan = trials.observe(measured)
-        if plan != before:
+        if plan != before or (trials.searching and not searching):  # the run may walk a list that was found since
             self._to_skip = trials.rules.settle_steps
             self._adopt(plan)
         if trials.searches > searched and self._mesh.world.rank == 0:

@@ -1,6 +1,7 @@
 """`strategy=search` in a run: measured, searched, walked; losses are eager's; resumed, replayed, its file taken by others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import pytest
 
 from megalina.config import StrategyConfig
 from megalina.parallel.plan_file import PLAN_FILE, with_plan
+from megalina.step.candidates import FLOW
+from megalina.step.order import order_of
 from megalina.step.plan import Plan
+from megalina.step.strategy import training_step
 from megalina.train.list_search import SETTLE, STEPS, WARM_UP
+from megalina.train.step_runner import StepRunner
+from megalina.train.trials import Trials
 from megalina.validate import check_config
 from tests.parallel.ranks import run_on_ranks
-from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, write_tokens
+from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
 RANKS, WALKS = 2, 150
 SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
@@ -86,3 +92,39 @@ def test_another_run_takes_the_file_and_searches_nothing(folder: Path, ranks: li
     check_config(given, RANKS)
     found = Plan.from_json(json.loads((folder / "whole" / PLAN_FILE).read_text())["plan"])
     assert (given.strategy.name, tuple(given.strategy.order.splitlines())) == (found.strategy, found.order)
+
+
+# auto, alone: no list is searched, and what a checkpoint brings is no other than on many ranks
+
+
+@pytest.fixture
+def auto(folder: Path) -> StepRunner:
+    config = config_of(folder, "auto", micro_batch_size=4)
+    config.strategy = StrategyConfig(name="auto")
+    return start(config).runner
+
+
+@pytest.mark.parametrize("searches", [0, 1])
+def test_a_list_that_was_still_being_measured_is_left_and_one_that_was_chosen_is_kept(auto: StepRunner, searches: int) -> None:
+    setting = auto.trainable.setting.under(FLOW)
+    ordered = replace(FLOW, order=order_of(training_step(FLOW.strategy, setting)))
+    auto.keep_plan({"plan": {"now": ordered.as_json(), "searches": searches}, "arithmetic": auto.state.arithmetic()})
+    assert auto.trainable.plan == (ordered if searches else FLOW)
+    assert auto.searching == (not searches) and auto.tuner.trials.present == FLOW  # alternatives have no order of another
+
+
+def test_where_steps_have_drifted_the_list_is_left_before_all_is_tried_again(auto: StepRunner) -> None:
+    tuner, rules = auto.tuner, auto.tuner.trials.rules
+    tuner.trials = Trials([lambda best: [FLOW]], present=auto.trainable.plan, rules=rules)
+    for _ in range(50):
+        if auto.searching:
+            tuner.after(1, 1.0 if auto.trainable.plan != FLOW else 0.5)
+    assert not auto.searching and auto.trainable.plan == FLOW
+    order = order_of(auto.trainable.program)
+    auto.adopt(replace(FLOW, order=order))  # as a search of lists does
+    steps = 0
+    while not auto.searching:
+        assert auto.trainable.plan.order == order
+        tuner.after(2, 0.5 if steps < 2 * rules.watch else 2.0)
+        steps += 1
+    assert auto.trainable.plan == FLOW and steps > rules.cool_down * rules.watch
