@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,8 @@ def validate(args: argparse.Namespace) -> int:
     measured = read(args.measured) if args.measured else measure(args)
     if args.json and not args.measured:
         args.json.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")  # before anything can go wrong with it
-    rows, configs = with_configs(rows_of(measured))
+    rows = rows_of(measured)
+    configs = configs_of(rows)
     fitted, held_out = ([r for r in rows if r.held_out == side] for side in (False, True))
     if not fitted or not held_out:
         raise ValueError(f"{len(fitted)} configurations to fit and {len(held_out)} held out: that is nothing to judge by")
@@ -100,26 +101,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"settings": found, "note": note(jobs[0])}
 
 
-def job_of_case(case: "Case") -> "Job":
+def job_of_case(case: "Case", variants: "Mapping[str, Sequence[str]] | None" = None) -> "Job":
+    """`variants`: None: all of the suite."""
     from megalina.cli.compare import job_of
 
-    return job_of(
-        case.setting,
-        ("eager", *case.variants),
-        variants=case.variants,
-        base=case.setting.all_overrides(),
-        link_mbit=case.link_mbit,
-    )
+    variants = case.variants if variants is None else variants
+    base = case.setting.all_overrides()
+    return job_of(case.setting, ("eager", *variants), variants=variants, base=base, link_mbit=case.link_mbit)
 
 
-def with_configs(rows: "Sequence[Row]") -> "tuple[list[Row], dict[str, PretrainConfig]]":
-    """Rows that ran under the plan that their names stand for (a ladder's lina packs as it likes), and by name what they ran."""
-    from megalina.plan_settings import plan_of
-
-    jobs = {case.setting.name: job_of_case(case) for case in dict.fromkeys(row.case for row in rows)}
-    configs = {row.name: jobs[row.case.setting.name].configs[row.strategy] for row in rows}
-    plans = {name: str(plan_of(c.strategy, packing=int(c.strategy.packing))) for name, c in configs.items()}
-    return [row for row in rows if plans[row.name] == row.measured["plan"]], configs
+def configs_of(rows: "Sequence[Row]") -> "dict[str, PretrainConfig]":
+    """What each ran, by the row's name, but for its plan."""
+    found = {}
+    for case in dict.fromkeys(row.case for row in rows):
+        own = [row for row in rows if row.case == case]
+        variants = {row.strategy: case.overrides(row.strategy) for row in own if not row.strategy.startswith("eager")}
+        job = job_of_case(case, variants)
+        found |= {row.name: job.configs[row.strategy] for row in own}
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalina.compare.ladder import HALF, HEAVY, LADDER, LINK_MBIT, Setting
+from megalina.compare.ladder import HALF, HEAVY, LADDER, LINK_MBIT, OVERRIDES, Setting
+from megalina.step.plan import Plan
 
 EIGHT_RANKS = 2.0  # slow motion, as in the ladder: their real math needs it
 
@@ -21,6 +22,10 @@ class Case:
     def variants(self) -> Mapping[str, Sequence[str]]:
         """Who competes besides eager.  A device has room for half of all experts, so two devices can't pack."""
         return {name: words for name, words in VARIANTS.items() if self.setting.world > 2 or PACKED not in words}
+
+    def overrides(self, name: str) -> Sequence[str]:
+        """Of a competitor, also of those of the ladder."""
+        return VARIANTS.get(name) or OVERRIDES.get(name) or (f"strategy={name}",)
 
 
 SHORT = ("train.micro_batch_size=2",)  # half the tokens: latencies count for more
@@ -47,6 +52,9 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "flow": ("strategy=flow",),
     "flow_packed": ("strategy=flow", PACKED),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
+    "lancet": ("strategy=lancet",),
+    "lancet_parts": ("strategy=lancet", "strategy.partition=2", "strategy.partition_backward=mirrored"),
+    "search": ("strategy=search",),
 }  # eager runs with each of its pieces besides
 
 
@@ -57,6 +65,7 @@ class Row:
     case: Case
     strategy: str
     measured: Mapping[str, Any]
+    plan: Plan  # that ran, with measured times and searched orders
 
     @property
     def name(self) -> str:
@@ -74,7 +83,7 @@ def is_held_out(name: str) -> bool:
 
 def rows_of(result: Mapping[str, Any]) -> list[Row]:
     """Of what tools/compare_strategies.py or benchmarks/validate_simulator.py has measured.  ValueError for a setting that
-    isn't known here; what searches or packs as it likes is left out, and so are settings with overruns."""
+    isn't known here, and for a result without plans; settings with overruns are left out."""
     known = {case.setting.name: case for case in (*CASES, *OF_LADDER)}
     rows = []
     for setting in result["settings"]:
@@ -83,6 +92,9 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
         if not setting["valid"]:
             continue
         for name, measured in setting["strategies"].items():
-            if name in VARIANTS or name.startswith("eager "):
-                rows.append(Row(known[setting["name"]], name, measured))
+            if name == "eager":  # the fastest of its variants, which are there
+                continue
+            if "plan_values" not in measured:
+                raise ValueError(f"{setting['name']} {name} has no plan_values: an older version measured it, measure it again")
+            rows.append(Row(known[setting["name"]], name, measured, Plan.from_json(measured["plan_values"])))
     return rows

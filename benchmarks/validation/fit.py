@@ -12,7 +12,6 @@ import numpy as np
 from benchmarks.validation.cases import Row
 from benchmarks.validation.emulated import HostConstants, simulate_emulated
 from megalina.config import PretrainConfig
-from megalina.plan_settings import plan_of
 from megalina.timeline.contention import quantile, summary
 
 BEGIN = HostConstants(
@@ -58,7 +57,7 @@ def simulated(row: Row, config: PretrainConfig, host: HostConstants, *, tokens_f
     setting = row.case.setting
     timeline = simulate_emulated(
         config,
-        plan_of(config.strategy, packing=int(config.strategy.packing)),
+        row.plan,
         nodes=setting.nodes,
         ranks_per_node=setting.ranks_per_node,
         link_mbit=row.case.link_mbit / setting.slow_motion,

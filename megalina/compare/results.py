@@ -82,6 +82,7 @@ class Measured:
     """One strategy in one setting.  Times are medians over timed steps, of the rank that took longest or waited longest."""
 
     plan: str  # with which numbers it ran
+    plan_values: Mapping[str, Any]  # the same for programs (`Plan.from_json`), its order of instructions included
     median_step_s: float
     ratio_to_eager: float  # above 1: faster than eager
     ratio_spread: tuple[float, float]  # quartiles of the ratio over rounds
@@ -161,6 +162,7 @@ def measure(
         losses = by_rank[0]["losses"]
         out[name] = Measured(
             plan=str(trainable.plan),
+            plan_values=trainable.plan.as_json(),
             median_step_s=statistics.median(step_s[name]),
             ratio_to_eager=statistics.median(step_s[base]) / statistics.median(step_s[name]),
             ratio_spread=(quantile(ratios, 0.25) or 0.0, quantile(ratios, 0.75) or 0.0),

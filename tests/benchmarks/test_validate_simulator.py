@@ -9,6 +9,13 @@ from typing import Any
 
 import pytest
 
+from megalina.parallel.plan_file import setting_of
+from megalina.step.candidates import EAGER, FLOW, LANCET, LINA, PIECE_BYTES
+from megalina.step.order import order_of
+from megalina.step.plan import Plan
+from megalina.step.program import Op
+from megalina.step.strategy import training_step
+
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("cases", "explained", "fit", "report")
 
@@ -19,8 +26,18 @@ def bench() -> Any:
     return SimpleNamespace(main=importlib.import_module("benchmarks.validate_simulator"), **found)
 
 
-def measured(step_s: float, plan: str = "", a2a_s: float = 0.0, grads_s: float = 0.0) -> dict[str, Any]:
-    return {"median_step_s": step_s, "a2a_exposed_s": a2a_s, "grads_exposed_s": grads_s, "plan": plan}
+def measured(step_s: float, plan: Plan = EAGER, a2a_s: float = 0.0, grads_s: float = 0.0) -> dict[str, Any]:
+    return {"median_step_s": step_s, "a2a_exposed_s": a2a_s, "grads_exposed_s": grads_s, "plan_values": plan.as_json()}
+
+
+def ordered(bench: Any, plan: Plan) -> Plan:
+    """The plan with the order of another one of its numbers: all gradients at the end."""
+    config = bench.main.job_of_case(bench.cases.CASES[2], {"flow": ("strategy=flow",)}).configs["flow"]
+    setting = setting_of(config, 4, 320).under(plan)
+    program = training_step("flow", setting)
+    last = max(i for i, s in enumerate(program) if s.phase == "B")
+    late = [s for s in program[: last + 1] if s.op is Op.GRADS]
+    return replace(plan, order=order_of((*(s for s in program[: last + 1] if s not in late), *late, *program[last + 1 :])))
 
 
 def test_who_is_held_out_is_fixed_and_enough(bench: Any) -> None:
@@ -34,7 +51,7 @@ def test_who_is_held_out_is_fixed_and_enough(bench: Any) -> None:
 def test_errors_are_those_of_a_table_by_hand(bench: Any) -> None:
     case = bench.cases.CASES[0]
     steps_s = {"a": (1.0, 1.1), "b": (2.0, 2.0), "c": (2.02, 1.9), "d": (4.0, 1.0)}  # measured, simulated
-    rows = [bench.cases.Row(case, name, measured(m, grads_s=0.5)) for name, (m, _) in steps_s.items()]
+    rows = [bench.cases.Row(case, name, measured(m, grads_s=0.5), EAGER) for name, (m, _) in steps_s.items()]
     found = {r.name: bench.fit.Simulated(steps_s[r.strategy][1], {"a2a": 1.0, "grads": 0.4}) for r in rows}
     e = bench.fit.errors(rows, found)
     assert e["median_error"] == pytest.approx((0.1 + 0.12 / 2.02) / 2) and e["p90_error"] == pytest.approx(0.75)
@@ -47,8 +64,9 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
     """Steps that the simulator itself made, with other constants than those that the fit begins with."""
     case = bench.cases.CASES[0]
     truth = replace(bench.fit.BEGIN, link_efficiency=0.8, all_to_all_s=4e-3, sum_weight=3.0, stage_s=3e-4)
-    rows = [bench.cases.Row(case, name, measured(1.0)) for name in ("eager whole", "serial", "flow")]
-    _, configs = bench.main.with_configs(rows)
+    plans = {"eager whole": EAGER, "serial": Plan("serial"), "flow": FLOW}
+    rows = [bench.cases.Row(case, name, measured(1.0), plan) for name, plan in plans.items()]
+    configs = bench.main.configs_of(rows)
     made = []
     for row in rows:
         own = bench.fit.simulated(row, configs[row.name], truth)
@@ -63,7 +81,9 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
 
 @pytest.mark.full
 def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plans = {"eager 512 KiB": "eager: pieces of 0.5 MiB", "serial": "serial", "flow": "flow: 2 parts", "ddp": "another plan"}
+    eager, placed = replace(EAGER, piece_bytes=PIECE_BYTES), replace(LANCET, times_us=(("B:experts", 9000.0),), measured_at=5)
+    plans = {"eager 512 KiB": eager, "eager": eager, "serial": Plan("serial"), "flow": FLOW, "lancet": placed}
+    plans |= {"auto": replace(LINA, packing=2), "search": ordered(bench, FLOW)}
     strategies = {name: measured(0.9 + 0.01 * i, plan, 0.3, 0.05) for i, (name, plan) in enumerate(plans.items())}
     late = {"name": "4x1 short 500", "valid": False, "strategies": strategies}
     result = {"settings": [{"name": "4x1 light 250", "valid": True, "strategies": strategies}, late]}
@@ -71,7 +91,9 @@ def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, 
     picture, out = tmp_path / "out.png", tmp_path / "out.json"
     assert bench.main.main(["--measured", str(tmp_path / "in.json"), "--json", str(out), "--plot", str(picture)]) == 0
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert set(found["simulated"]) == {"4x1 light 250 eager 512 KiB", "4x1 light 250 serial", "4x1 light 250 flow"}
+    assert set(found["simulated"]) == {f"4x1 light 250 {name}" for name in plans if name != "eager"}
+    step_s = {name.removeprefix("4x1 light 250 "): own["step_s"] for name, own in found["simulated"].items()}
+    assert step_s["search"] > step_s["flow"]  # of the very list, whose order is a bad one
     assert {"median_error", "p90_error", "pair_order", "ratio_error"} <= set(found["heldout"])
     assert found["host"].keys() == asdict(bench.fit.BEGIN).keys()
     assert picture.stat().st_size > 10_000 and "| 4x1 light 250 flow |" in printed and "held" in printed
@@ -84,6 +106,7 @@ def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, 
         ("{", "is no JSON"),
         ("[]", "has no settings"),
         ('{"settings": []}', "0 configurations to fit"),
+        ('{"settings": [{"name": "4x1 light", "valid": true, "strategies": {"flow": {}}}]}', "4x1 light flow has no plan_values"),
         ('{"settings": [{"name": "9x9", "valid": true, "strategies": {}}]}', "setting 9x9 isn't one of"),
     ],
 )

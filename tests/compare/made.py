@@ -6,6 +6,7 @@ from megalina.compare.results import Measured
 
 PLAIN = Measured(
     plan="eager",
+    plan_values={"strategy": "eager"},
     median_step_s=1.0,
     ratio_to_eager=1.0,
     ratio_spread=(0.9, 1.1),
