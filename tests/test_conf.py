@@ -31,6 +31,10 @@ from tools import write_config_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "infer")
+ALONE: dict[str, list[str]] = {}  # by group: files that change nothing else; the default model sets the vocabulary, too
+for file in FILES:
+    if file.parent.name not in ("model", "experiment"):
+        ALONE.setdefault(file.parent.name, []).append(file.stem)
 MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 
 
@@ -40,7 +44,26 @@ MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 @cache
 def with_setting(override: str) -> PretrainConfig:
     """For tests that only read it."""
-    return compose([override])
+    group, _, name = override.partition("=")
+    names = ALONE.get(group, [])
+    return of_several(group, names.index(name)) if name in names else compose([override])
+
+
+def of_several(group: str, number: int) -> PretrainConfig:
+    """What choosing a file of a group gives, without choosing it alone: most of the time of a test would go into that."""
+    return replace(composed(-1), **{group: getattr(composed(number), group)})
+
+
+@cache
+def composed(number: int) -> PretrainConfig:
+    """With the file of this number in every group, -1: the defaults."""
+    return compose([f"{group}={names[number % len(names)]}" for group, names in ALONE.items()] if number >= 0 else [])
+
+
+def test_a_file_chosen_with_others_gives_what_it_gives_alone() -> None:
+    for group, names in ALONE.items():
+        found, alone = of_several(group, len(names) - 1), compose([f"{group}={names[-1]}"])
+        assert found == replace(alone, run=found.run)  # whose folder is named by the clock
 
 
 def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) -> None:
@@ -58,7 +81,7 @@ def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) ->
 
 def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:
     for router in [path.stem for path in FILES if path.parent.name == "router"]:
-        config = compose(["model=tiny", f"router={router}"])
+        config = replace(compose(["model=tiny"]), router=with_setting(f"router={router}").router)
         assert (config.data.vocab_size, config.model.vocab_size) == (512, 0)
         check_config(config, 1)
         for tp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
