@@ -7,7 +7,7 @@ from fractions import Fraction
 from megalina.perfmodel.sim.collectives import Phase
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
-from megalina.step.program import Instruction, Kind, Program
+from megalina.step.program import Instruction, Kind, Op, Program
 
 Link = Hashable
 
@@ -99,7 +99,9 @@ def step_s(
     streams: list[Stream] = []
 
     def go(owner: tuple) -> None:
-        flows = streams_of(network, phases[owner][0], size[owner], network.urgency(owner[0].op), owner)
+        tokens = owner[0].axis == "ep" and owner[0].op in (Op.GATHER, Op.SCATTER)  # all of them, to all experts
+        urgency = network.urgency(Op.TOKENS if tokens else owner[0].op)
+        flows = streams_of(network, phases[owner][0], size[owner], urgency, owner)
         streams.extend(flows)
         if not flows:
             end(owner)
