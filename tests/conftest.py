@@ -11,6 +11,8 @@ import pytest
 import tests.profiles  # noqa: F401  (registers them)
 from tests.durations import FILE, Durations, recorded
 
+LONG_IN_FULL = ("tests/perfmodel/sim/test_virtual.py", "tests/parallel/test_random_delays.py")  # half an hour each
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # this one, from whatever folder, also where another clone is installed
 
@@ -37,7 +39,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long modules first, and those that aren't recorded: workers take one after another, and the last ones should be short."""
-    known_s = recorded()
+    known_s = recorded() | (dict.fromkeys(LONG_IN_FULL, math.inf) if not config.option.markexpr else {})
     items.sort(key=lambda item: -known_s.get(item.nodeid.split("::")[0], math.inf))

@@ -2,14 +2,12 @@
 
 Every activation, routing decision, loss, gradient, norm and weight of two steps (SGD in `make test`: one) to 1e-12, after AdamW
 updates to 1e-10.
-`make test` covers all pairs of choices, the world one of them; `make test-full` all pairs in each world, and the product of
-layouts, ZeRO, accumulation and routers.
+`make test` covers all pairs of choices, the world one of them; `make test-full` more (test_all_layouts.py, test_parts.py).
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,57 +16,13 @@ import torch
 from megalina.layout import rows as mesh_rows
 from megalina.verify import layouts
 from megalina.verify.compare import compare
-from megalina.verify.layouts import Choices, Pair, Row, Values, axes, config_of, pairs, pairwise, product, row_of, runs
+from megalina.verify.layouts import Pair, Values, axes, config_of, pairs, product, row_of, runs
 from megalina.verify.on_ranks import Pool
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.reference import record
-from megalina.verify.shrink import shrink_router
 from megalina.verify.start import random_batches
-from megalina.verify.verification import verify
-from tests.verify.cases import MODELS, OPTIMIZERS, ROUTERS, choices_of, config_with, strategy, with_router
-
-RANKS = 4
-SIZES: dict[str, list[Any]] = {"world": [4, 2, 1], "tp": [1, 2, 4], "ep": [1, 2, 4], "sequence": [True, False]}
-# of a row: its ranks, which share two cores, and its micro-batches
-COSTS = {("world", 4): 8.0, ("world", 2): 3.0, ("micro_batch", 1): 3.0, ("micro_batch", 2): 1.5}
-
-
-def options_by_size() -> dict[str, Sequence[Any]]:
-    """The axes of rows, but the sizes of a layout each an axis of its own: far fewer pairs than with layouts as choices."""
-    options = axes(choices_of(RANKS), RANKS)
-    return SIZES | {axis: options[axis] for axis in options if axis != "place"}
-
-
-def with_place(values: Values) -> Values:
-    return {**values, "place": tuple(values[axis] for axis in SIZES)}
-
-
-@cache
-def pairs_by_size() -> list[Values]:
-    choices, places = choices_of(RANKS), set(layouts.places(RANKS))
-
-    def is_a_place(values: Values) -> bool:
-        return not values.keys() >= SIZES.keys() or with_place(values)["place"] in places
-
-    def allowed(values: Values) -> bool:
-        return is_a_place(values) and runs(choices, row_of(choices, with_place(values)))
-
-    return list(pairs(options_by_size(), allowed, COSTS, is_a_place))
-
-
-def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
-    """A line for every row that differs from one process or could not be run."""
-    return [f"{r.row}: {r.first_difference} {r.failed}" for r in verify(choices, rows, steps=steps) if not r.equal]
-
-
-# routers whose groups are micro-batches and whose tokens wait for none behind them
-PASSED = {
-    name: shrink_router(replace(config_with(router=name).router, capacity_factor=capacity, group="micro_batch"), 4, 4)
-    for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("locmoe", 1.0), ("group limited", 1.0), ("hash", 0.8))
-}
-PASSED["locmoe bound"] = replace(
-    PASSED["locmoe"], capacity_bound="locmoe", capacity_delta="quantile", capacity_quantile=0.9, capacity_ema=0.5
-)
+from tests.verify.cases import MODELS, OPTIMIZERS, ROUTERS, choices_of, config_with, with_router
+from tests.verify.star import RANKS, differences, options_by_size, pairs_by_size, with_place
 
 # the star test
 
@@ -80,16 +34,6 @@ def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     assert 15 <= len(rows) <= 70
     for steps, names in ((2, OPTIMIZERS.keys() - {"sgd"}), (1, {"sgd"})):  # which has no state that a second step would see
         assert differences(choices, [row for row in rows if row.optimizer in names], steps=steps) == []
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_pair_of_choices_in_each_world_equals_one_process(world: int) -> None:
-    choices = choices_of(world)
-    rows = pairwise(choices, world, only=True)
-    assert {row.layout.world for row in rows} == {world}
-    assert len(rows) >= {1: 50, 2: 50, 4: 90}[world]
-    assert differences(choices, rows, steps=2) == []
 
 
 def test_ranks_without_a_single_token_take_part() -> None:
@@ -107,86 +51,6 @@ def test_ranks_without_a_single_token_take_part() -> None:
                 found[layout] = compare(reference, pool.record(config, layout, batches)).first
     assert len(found) == 4
     assert set(found.values()) == {None}
-
-
-# where a micro-batch is cut into parts that are one group of the routers: layouts, and into how many parts
-CUT = [
-    (Layout(1, micro_batch=8, strategy="flow"), 2),
-    (Layout(1, micro_batch=4, strategy="flow", recompute="full"), 4),  # two micro-batches a step
-    (Layout(2, tp=2, micro_batch=8, strategy="flow", recompute="selective"), 2),
-    (Layout(2, tp=2, sequence=False, micro_batch=8, strategy="lina_zero", zero=1), 4),
-    (Layout(4, tp=1, ep=4, micro_batch=2, strategy="lina_zero", zero=1, piece_mb=layouts.PIECE_MB), 2),
-    (Layout(4, tp=2, ep=2, micro_batch=4, strategy="flow", recompute="full"), 2),
-]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
-    choices = replace(choices_of(RANKS), routers=PASSED)
-    models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))
-    for parts in (2, 4):
-        walking = {name: replace(strategy(name), parts=parts, chunks="2") for name in ("flow", "lina_zero")}
-        rows = [
-            Row(layout, router, config.capacity_factor, model, "adamw")
-            for layout, of_parts in CUT
-            if (layout.world, of_parts) == (world, parts)
-            for (router, config), model in zip(PASSED.items(), models)
-        ]
-        assert all(row.layout.micro_batches % parts for row in rows), "parts would be whole micro-batches"
-        assert differences(replace(choices, strategies=walking), rows, steps=2) == []
-
-
-# ranges of layers in parts: layouts in which every router runs
-PARTITIONED = [
-    Layout(1, micro_batch=8, strategy="lancet"),
-    Layout(1, micro_batch=4, recompute="full", strategy="lancet"),  # two micro-batches a step
-    Layout(2, ep=2, micro_batch=4, strategy="lancet"),
-    Layout(2, tp=2, micro_batch=8, strategy="lancet"),
-    Layout(2, tp=2, sequence=False, micro_batch=8, strategy="lancet"),
-    Layout(4, ep=4, micro_batch=2, strategy="lancet"),
-    Layout(4, ep=2, micro_batch=2, zero=1, recompute="selective", strategy="lancet"),
-    Layout(4, tp=2, ep=2, micro_batch=4, strategy="lancet"),
-]
-
-
-def partitioned(settings: dict[str, Any], layouts_of: Sequence[Layout]) -> tuple[Choices, list[Row]]:
-    """Every router in these layouts, with one model after another, as far as a partition can be."""
-    choices = replace(choices_of(RANKS), strategies={"lancet": replace(strategy("lancet"), **settings)})
-    models = itertools.cycle(choices.models)
-    rows = [
-        Row(layout, router, config.capacity_factor, next(models), "adamw")
-        for layout in layouts_of
-        for router, config in choices.routers.items()
-    ]
-    return choices, [row for row in rows if runs(choices, row)]
-
-
-def test_ranges_in_parts_equal_one_process() -> None:
-    choices, rows = partitioned({"partition": "2"}, PARTITIONED[3:6:2])
-    half = len(choices.routers)  # each router in one of two layouts; some of them must see the whole micro-batch
-    assert len(rows) == 2 * half
-    assert differences(choices, rows[:half:2] + rows[half + 1 :: 2], steps=1) == []
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("backward", ["whole", "mirrored"])
-@pytest.mark.parametrize("parts", ["2", "4"])
-@pytest.mark.parametrize("more", [{}, {"chunks": "2"}, {"deferred_weights": "none", "yields": True}], ids=str)
-def test_every_router_in_parts_equals_one_process(parts: str, backward: str, more: dict[str, Any]) -> None:
-    choices, rows = partitioned({"partition": parts, "partition_backward": backward} | more, PARTITIONED)
-    assert len(rows) >= {"2": 80, "4": 50}[parts]
-    assert differences(choices, rows, steps=1) == []
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("world", "tp", "number"), [(1, 1, 70), (2, 1, 100), (2, 2, 100), (4, 1, 100), (4, 2, 150), (4, 4, 70)])
-def test_the_product_of_layouts_and_routers_equals_one_process(world: int, tp: int, number: int) -> None:
-    choices = choices_of(RANKS)
-    crossed = ("place", "zero", "micro_batch", "router")
-    rows = [row for row in product(choices, RANKS, crossed) if (row.layout.world, row.layout.tp) == (world, tp)]
-    assert len(rows) >= number
-    assert differences(choices, rows, steps=2) == []
 
 
 # rows
