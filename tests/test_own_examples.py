@@ -47,6 +47,7 @@ def test_each_runs_as_a_program(name: str) -> None:
     _checked(ran.stdout)
 
 
+@pytest.mark.full
 def test_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "own_layer.py"), run_name="__main__")
     found = _checked(capsys.readouterr().out)

@@ -29,6 +29,7 @@ def work() -> tuple[figures.Measured, figures.Figures]:
         return measured, figures.figures_of(measured)
 
 
+@pytest.mark.full
 def test_two_ranks_measure_all_that_figures_need_and_find_the_same() -> None:
     (measured, found), other = run_on_ranks(2, work)
     assert (measured, found) == other
