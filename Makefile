@@ -7,9 +7,9 @@ READY := .venv/ready
 # Processes of tests read what the first one compiled, also where the environment forbids that.
 unexport PYTHONDONTWRITEBYTECODE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
-# Four workers fill two cores, as many of their tests wait for ranks; a module stays on one worker, for the ranks it keeps.
+# Six workers fill two cores, as many of their tests wait for ranks; a module stays on one worker, for the ranks it keeps.
 # They come in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
-PYTEST := pytest -n 4 --dist loadscope --no-loadscope-reorder
+PYTEST := pytest -n 6 --dist loadscope --no-loadscope-reorder
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
