@@ -10,9 +10,9 @@ where one of the two is faster, it is made once more with packing 2, or with ZeR
 A row: milliseconds of the list found, of the best strategy, and how much less; of the best list that the search began with,
 which may have the numbers (parts, chunks, deferred weights) but not the order, and how much less than that; how far the list is
 above what no order of its instructions can beat, and above the least such bound of all lists that the search began with; walks in
-virtual time and CPU seconds of the search; the strategy whose order is nearest, with Kendall's tau as a distance (0: the same
-order, 1: the reverse), where an instruction of several parts stands at their mean place; and how far the list is from the one
-that its plan's numbers give, instruction by instruction.  Exit code 1 where a strategy is faster than what was found.
+virtual time and CPU seconds of the search; which strategy it resembles, by what lies under what (megalina/timeline/hidden.py),
+with the mean difference of these shares; and how far the list is from the one that its plan's numbers give, instruction by
+instruction (Kendall's tau as a distance).  Exit code 1 where a strategy is faster than what was found.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from megalina.console import StatusLine  # noqa: E402
 from megalina.perfmodel.sim.list_search import Found  # noqa: E402
 from megalina.perfmodel.sim.lower_bound import lower_bound  # noqa: E402
 from megalina.step.order import distance, order_of  # noqa: E402
-from megalina.step.program import MOVABLE, Program  # noqa: E402
+from megalina.step.program import Program  # noqa: E402
 from megalina.step.strategy import STRATEGIES, training_step  # noqa: E402
+from megalina.timeline.hidden import Hidden, hidden  # noqa: E402
 from tools.draw_strategies import EXTRA, Cluster, VirtualJob, ladder_job  # noqa: E402
 
 EXACT = 1 + 1e-9  # of a time: rounding
@@ -73,6 +74,7 @@ class Row:
     instructions: int
     nearest: str
     distance: float
+    hidden: Hidden
     moved: float  # distance from the list of the plan's numbers
     with_other: str  # what the job had that strategies of the same name have: "", "packing 2", "ZeRO-1"
 
@@ -124,7 +126,9 @@ def compared(place: Place, evaluations: int) -> Row:
                 job, found, other = again, second, title
     search_s = time.process_time() - began_s
     best = min(named_ms, key=named_ms.__getitem__)
-    nearest, apart = nearest_of(found.program, programs)
+    shares = {name: hidden(jobs[name].step(program).events(0)) for name, program in programs.items()}
+    own = hidden(job.step(found.program).events(0))
+    nearest = min(shares, key=lambda name: own.distance(shares[name]))
     return Row(
         place.name,
         1e3 * job.step(found.program).step_s,
@@ -139,26 +143,11 @@ def compared(place: Place, evaluations: int) -> Row:
         search_s,
         len(found.program),
         nearest,
-        apart,
+        own.distance(shares[nearest]),
+        own,
         moved(job, found),
         other,
     )
-
-
-def nearest_of(program: Program, programs: dict[str, Program]) -> tuple[str, float]:
-    """The strategy whose order is most like a list's, and how far it is."""
-    apart = {name: distance(by_layer(program), by_layer(other)) for name, other in programs.items()}
-    nearest = min(apart, key=apart.__getitem__)
-    return nearest, apart[nearest]
-
-
-def by_layer(program: Program) -> list[str]:
-    """What is done in each layer, by the mean place of all its parts and pieces; buckets that are sent together count each."""
-    found: dict[str, list[int]] = {}
-    for i, s in enumerate(program):
-        for name in s.buckets if s.op in MOVABLE else (s.name,):
-            found.setdefault(f"{replace(s, name=name).timed_as}.{s.layer}", []).append(i)
-    return sorted(found, key=lambda name: sum(found[name]) / len(found[name]))
 
 
 def moved(job: VirtualJob, found: Found) -> float:
@@ -186,7 +175,7 @@ def text_of(rows: Sequence[Row]) -> str:
     head = (
         *("setting", "search", "best strategy", "saved", "best start", "by its order", "above its bound", "above the least"),
         *("walks", "CPU s"),
-        *("plan", "nearest order (tau)", "moved (tau)"),
+        *("plan", "resembles (difference)", "what it hides", "moved (tau)"),
     )
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
@@ -203,7 +192,8 @@ def text_of(rows: Sequence[Row]) -> str:
             row.evaluations,
             f"{row.search_s:.1f}",
             plan,
-            f"`{row.nearest}` {row.distance:.3f}",
+            f"`{row.nearest}` {row.distance:.2f}",
+            row.hidden,
             f"{row.moved:.3f}",
         )
         out.append(f"| {' | '.join(map(str, cells))} |")
