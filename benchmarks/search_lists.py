@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=20, metavar="N", help="random settings besides the table's (default: 20)")
     parser.add_argument(
-        "--evaluations", type=int, default=8000, metavar="N", help="walks in virtual time of a search (default: 8000)"
+        "--evaluations", type=int, default=32_000, metavar="N", help="walks in virtual time of a search (default: 32000)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)

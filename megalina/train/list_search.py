@@ -35,7 +35,7 @@ WARM_UP = 2  # steps of a process that are not measured
 SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
-AUTO_INSTRUCTIONS = 8_000_000  # auto: that its search walks over, some ten seconds; the lists of large models are long
+AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, some half a minute; the lists of large models are long
 FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
 
 
@@ -146,7 +146,7 @@ class ListSearch:
 
 
 def evaluations_of(config: PretrainConfig, program: Program) -> int:
-    """Walks that the search may take; under auto, which nobody waits for, as many as take some ten seconds, or none."""
+    """Walks that the search may take; under auto as many as take some half a minute, or none."""
     most = config.strategy.search_evaluations
     if config.strategy.name != AUTO:
         return most
