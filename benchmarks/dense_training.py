@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from megalina.arguments import whole
+from megalina.arguments import Parser, new_file, whole
 from megalina.batch import Batch
 from megalina.blocks.selection import Selection
 from megalina.compose import compose
@@ -240,15 +240,15 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py, for all models")
     parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="so many of each model (default 3)")
     parser.add_argument("--steps", type=whole(2, 1_000_000), default=200, help="of training (default 200)")
     parser.add_argument("--alphas", type=_numbers, default=[0.0, 2e-4, 1e-3], metavar="A,B",
                         help="weights of the mutual information loss (default 0,0.0002,0.001)")  # fmt: skip
     parser.add_argument("--threads", type=whole(1, 1024), default=min(2, os.cpu_count() or 1), help="of this process (default 2)")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    parser.add_argument("--picture", type=Path, help="write a picture here, .png or .svg")
+    parser.add_argument("--json", type=new_file, help="write the results here too")
+    parser.add_argument("--picture", type=new_file, help="write a picture here, .png or .svg")
     return parser
 
 

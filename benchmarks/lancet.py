@@ -10,13 +10,11 @@ there, so every layer's parts exchange sizes of their own, which the whole need 
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FAILED, BAD_INPUT = 1, 2  # exit codes
 NONE = "none"
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     NONE: ("strategy.deferred_weights=none",),
@@ -34,27 +32,18 @@ PAPER = "Lancet (section 7, 16 to 64 GPUs): steps 1.17 to 1.30x as fast, exposed
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from megalina.cli.compare import RanksFailed
-    from megalina.launch import Stopped
-    from megalina.namespaces import CannotEmulate
+    from megalina.cli.compare import exit_code
 
-    try:
-        found = measure(args)
-    except Stopped as error:
-        print(error, file=sys.stderr)
-        return 128 + error.signum
-    except RanksFailed as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except (CannotEmulate, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+    return exit_code(lambda: ablation(args))
+
+
+def ablation(args: argparse.Namespace) -> None:
+    found = measure(args)
     print("\n\n".join([*map(table, found), PAPER]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     if args.plot:
         draw(args.plot, found)
-    return 0
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -65,9 +54,6 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megalina.compare.ladder import LADDER, LINK_MBIT
     from megalina.namespaces import check_host
 
-    for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     only = args.only.split(",") if args.only else [s.name for s in LADDER]
     if unknown := [name for name in only if name not in {s.name for s in LADDER}]:
         raise ValueError(f"--only {','.join(unknown)}: the ladder has {', '.join(s.name for s in LADDER)}")
@@ -136,15 +122,15 @@ def draw(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megalina.arguments import Parser, number, whole
+    from megalina.arguments import Parser, new_file, number, whole
 
     parser = Parser(description="Lancet's two passes, each by itself and together, measured on the emulated ladder.")
     parser.add_argument("--only", default="", metavar="A,B", help='settings of the ladder, such as "4x1 light,4x2 light"')
     parser.add_argument("--slow-motion", type=number(0, 1e6, above=True), metavar="F", help="default: 3 for 4 ranks, 6 for 8")
     parser.add_argument("--rounds", type=whole(1, 1_000_000), default=3, metavar="N", help="turns of each variant (default: 3)")
     parser.add_argument("--steps", type=whole(1, 1_000_000), default=2, metavar="N", help="timed steps a turn (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where a step's time goes; .svg too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="all numbers")
+    parser.add_argument("--plot", type=new_file, metavar="PNG", help="where a step's time goes; .svg too")
     return parser
 
 

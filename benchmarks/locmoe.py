@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FAILED, BAD_INPUT = 1, 2  # exit codes
 NODES, RANKS_PER_NODE, EXPERTS = 2, 2, 8
 FEW_NODES, FEW_EXPERTS = 4, 2
 WIRED = ("hash", "locmoe mu=0.1")  # whose exchanges are repeated alone
@@ -31,28 +30,18 @@ if TYPE_CHECKING:
     from megalina.config import PretrainConfig
 
 
-class RanksFailed(RuntimeError):
-    """A rank ended badly; the message has its last lines."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from benchmarks.locality.report import report
-    from megalina.launch import RankFailed, Stopped
-    from megalina.namespaces import CannotEmulate
+    from megalina.cli.compare import exit_code
 
-    try:
-        with tempfile.TemporaryDirectory(prefix="megalina_locmoe_") as folder:
-            found = measured(args, Path(folder))
-    except Stopped as error:
-        print(error, file=sys.stderr)
-        return 128 + error.signum
-    except (ValueError, OSError, CannotEmulate) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    except (RanksFailed, RankFailed) as error:
-        print(error, file=sys.stderr)
-        return FAILED
+    return exit_code(lambda: compare_routers(args))
+
+
+def compare_routers(args: argparse.Namespace) -> None:
+    from benchmarks.locality.report import report
+
+    with tempfile.TemporaryDirectory(prefix="megalina_locmoe_") as folder:
+        found = measured(args, Path(folder))
     for of in found.get("trained", {}).values():
         del of["checkpoint"]  # which is gone
     print(report(found))
@@ -60,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.write_text(line + "\n")
     print(line)
-    return 0
 
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -115,6 +103,7 @@ def _run(
     from omegaconf import OmegaConf
 
     from megalina import launch
+    from megalina.cli.compare import RanksFailed
     from megalina.namespaces import emulated_cluster
 
     out, path = folder / f"{spec['title']}.json", folder / f"{spec['title']}.spec.json"
@@ -139,7 +128,7 @@ def _run(
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megalina.arguments import Parser, number, whole
+    from megalina.arguments import Parser, new_file, number, whole
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = whole(1, 10**6)
@@ -156,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="of a step's exchanges alone (default: 5)")
     parser.add_argument("--train-steps", type=count, default=150, metavar="N", help="equal steps (default: 150)")
     parser.add_argument("--eval-sequences", type=count, default=128, metavar="N", help="multiple of 16 (default: 128)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the last line, as a file")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="the last line, as a file")
     return parser
 
 

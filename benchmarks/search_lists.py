@@ -27,6 +27,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools
 
+from megalina.arguments import Parser, new_file, whole  # noqa: E402
 from megalina.console import StatusLine  # noqa: E402
 from megalina.perfmodel.sim.list_search import Found  # noqa: E402
 from megalina.perfmodel.sim.lower_bound import lower_bound  # noqa: E402
@@ -201,12 +202,14 @@ def text_of(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", type=int, default=20, metavar="N", help="random settings besides the table's (default: 20)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--evaluations", type=int, default=32_000, metavar="N", help="walks in virtual time of a search (default: 32000)"
+        "--random", type=whole(), default=20, metavar="N", help="random settings besides the table's (default: 20)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--evaluations", type=whole(1), default=32_000, metavar="N", help="walks in virtual time of a search (default: 32000)"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     args = parser.parse_args(argv)
     rows = []
     status = StatusLine()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FAILED, BAD_INPUT = 1, 2  # exit codes
 
 if TYPE_CHECKING:
     from benchmarks.validation.cases import Case, Row
@@ -29,32 +28,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from megalina.cli.compare import RanksFailed
-    from megalina.launch import Stopped
-    from megalina.namespaces import CannotEmulate
+    from megalina.cli.compare import exit_code
 
-    try:
-        return validate(args)
-    except Stopped as error:
-        print(error, file=sys.stderr)
-        return 128 + error.signum
-    except RanksFailed as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except (CannotEmulate, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+    return exit_code(lambda: validate(args))
 
 
-def validate(args: argparse.Namespace) -> int:
+def validate(args: argparse.Namespace) -> None:
     from benchmarks.validation.cases import rows_of
     from benchmarks.validation.explained import explained
     from benchmarks.validation.fit import errors, fit, simulated
     from benchmarks.validation.report import draw, table
 
-    for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     measured = read(args.measured) if args.measured else measure(args)
     if args.json and not args.measured:
         args.json.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")  # before anything can go wrong with it
@@ -73,7 +57,6 @@ def validate(args: argparse.Namespace) -> int:
     if args.json:
         own = {name: asdict(s) for name, s in found.items()}
         args.json.write_text(json.dumps(measured | result | {"simulated": own}, indent=1, allow_nan=False) + "\n")
-    return 0
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -122,12 +105,16 @@ def configs_of(rows: "Sequence[Row]") -> "dict[str, PretrainConfig]":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from megalina.arguments import Parser, new_file, whole
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, metavar="FILE", help="don't measure: take what was written with --json")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each strategy (default: 3)")
-    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured, the constants, the errors")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="simulated against measured")
+    parser.add_argument("--rounds", type=whole(1), default=3, metavar="N", help="turns of each strategy (default: 3)")
+    parser.add_argument(
+        "--steps", type=whole(1), default=2, metavar="N", help="timed steps a turn, after one that isn't (default: 2)"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="all that was measured, the constants, the errors")
+    parser.add_argument("--plot", type=new_file, metavar="PNG", help="simulated against measured")
     return parser
 
 

@@ -1,8 +1,9 @@
-"""The numbers of command lines: each with its range, and a mistake is one line."""
+"""What command lines give: numbers with their ranges, files that can be written; a mistake is one line."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 MOST = 2**63 - 1  # of a whole number without a limit of its own
@@ -46,3 +47,11 @@ def number(low: float = 0.0, high: float = LARGEST, *, above: bool = False) -> C
         return value
 
     return read
+
+
+def new_file(text: str) -> Path:
+    """A type for add_argument: a file whose folder is there.  Told before anything runs, as it is written at the end."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.absolute().parent}")
+    return path

@@ -1,4 +1,4 @@
-"""Every number of a command line has a range, and one out of it is one line that names value and range."""
+"""Every number of a command line has a range, every file a folder; a mistake is one line that names it and the reason."""
 
 import argparse
 import ast
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalina.arguments import Parser, number, whole
+from megalina.arguments import Parser, new_file, number, whole
 
 TOOLS = sorted((Path(__file__).resolve().parent.parent / "tools").glob("*.py"))
 
@@ -22,9 +22,10 @@ TOOLS = sorted((Path(__file__).resolve().parent.parent / "tools").glob("*.py"))
         (number(0, 5), "inf", "inf must be a number from 0 to 5"),
         (number(0, 5, above=True), "0", "0 must be a number above 0 and at most 5"),
         (number(), "-5", "-5 must be a number from 0 to 1e+18"),
+        (new_file, "/no/such/x.json", "/no/such/x.json: there is no folder /no/such"),
     ],
 )
-def test_a_number_out_of_its_range_is_named_with_the_range(read, text, said, capsys) -> None:
+def test_what_can_not_be_is_named_with_the_reason(read, text, said, capsys) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as raised:
         read(text)
     assert str(raised.value) == said

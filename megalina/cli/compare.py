@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_bars(args.plot, result)
     if args.slowdowns:
         draw_slowdowns(args.slowdowns, result)
+    return 0
+
+
+def exit_code(benchmark: "Callable[[], object]") -> int:
+    """Of a benchmark that runs jobs: 0, or what went wrong in a line."""
+    from megalina.launch import RankFailed, Stopped
+    from megalina.namespaces import CannotEmulate
+
+    try:
+        benchmark()
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    except (RanksFailed, RankFailed, CannotEmulate, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return FAILED if isinstance(error, (RanksFailed, RankFailed)) else BAD_INPUT
     return 0
 
 
