@@ -42,7 +42,7 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
 
 
 def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
-    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks and deferred
+    """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks, deferred and late
     weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
     plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, FLOW, LANCET]
     plans += [LINA if packing > 1 else LINA_NOPACK]
@@ -51,6 +51,8 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
         for parts, deferred, chunks, pieces in product(PARTS, DEFERRED, CHUNKS[:2], PIECES_BYTES[:2]):
             more = replace(walking, parts=parts, deferred_weights=deferred, chunks=chunks, piece_bytes=pieces)
             plans += [more] if parts == PARTS[0] or not (pieces or chunks != (1,)) else []
+        late = product(PARTS, LATE_LAYERS[1:], DEFERRED[::2])
+        plans += [replace(walking, parts=p, late_layers=layers, deferred_weights=d) for p, layers, d in late]
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
     plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
     return list(dict.fromkeys(plans))

@@ -1,24 +1,29 @@
 """`strategy=search`, and the end of `strategy=auto`: measure a few steps, search a list in virtual time, walk it from then on.
 
 Two plans are measured: the one that the run follows, and one in parts with deferred weights, so that costs are known of both.
-Rank 0 searches and tells the others what it has found, so that all have the same list whatever their machines make of the last
-digits.  Its steps are measured, too, and the plan whose steps were shortest is kept, with its order.
+Two networks are fitted to these steps (`fitted_network`), and a search is made in each.  Rank 0 does that and tells the others
+what it has found, so that all have the same lists whatever their machines make of the last digits.  Virtual time is a percent or
+two off, which is as much as the best lists of several plans differ by; so their steps are measured, too.  With these, networks
+are fitted anew and searched once more.  The plan whose steps were shortest is kept, with its order.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+
+import torch.distributed as dist
 
 from megalina.config import PretrainConfig
 from megalina.layout import ranks_of
 from megalina.mesh import Mesh, all_gather_object
 from megalina.parallel.trainable import Trainable
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.perfmodel.sim.fitted_network import fitted
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.list_clock import ListClock
 from megalina.perfmodel.sim.list_search import Found, Start, search
 from megalina.perfmodel.sim.memory import peak_of
-from megalina.perfmodel.sim.network import one_level
+from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.virtual import uses_of
 from megalina.plan_settings import AUTO
 from megalina.step.candidates import FLOW, LANCET, to_search_from
@@ -34,9 +39,17 @@ logger = logging.getLogger("megalina")
 WARM_UP = 2  # steps of a process that are not measured
 SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
+SEARCHES = 2
+FINALISTS = 2  # lists of a search in one network that are measured
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
 AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, some half a minute; the lists of large models are long
 FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
+FITTED_INSTRUCTIONS = 2_000_000  # that are walked to fit a network's constants: a few seconds
+FITTED_RANKS = 25_600  # in all walks together: folding many ranks takes its time, too
+OF_LIBRARY = {  # how many of an axis it carries at a time, and what shares a link evenly
+    "gloo": {"at_once": 2, "share": "flow"},  # two threads a group; TCP
+    "nccl": {"at_once": 1, "share": "collective"},  # one stream a communicator; channels that keep pace
+}
 
 
 class ListSearch:
@@ -50,9 +63,11 @@ class ListSearch:
         trainable: Callable[[], Trainable],
         *,
         vocab_size: int,
+        ranks_per_node: int,
         done: bool = False,
     ):
         self._config, self._mesh, self._adopt, self._trainable, self._vocab_size = config, mesh, adopt, trainable, vocab_size
+        self._ranks_per_node = ranks_per_node
         self.searches = 0  # that have come to an end
         self.evidence = ""
         self.begin()
@@ -65,6 +80,8 @@ class ListSearch:
         self._steps: list[Sequence[Event]] = []
         self._measured: list[tuple[Plan, float]] = []  # plan, seconds a step of the slowest rank
         self._costs: MeasuredCosts | None = None
+        self._to_measure: list[Plan] = []
+        self._searches: list[str] = []  # in words
 
     def decided(self, plan: Plan) -> bool:
         return self.done
@@ -90,25 +107,22 @@ class ListSearch:
         everywhere = all_gather_object(self._mesh, own)
         self._steps, self._to_wait = [], SETTLE
         self._measured.append((plan, max(sample.step_s for sample in everywhere)))
-        if self._searched:
-            self._choose(step)
-        elif len(self._measured) == 1 and (second := self._second(plan)) != plan:
-            self._learn(everywhere)
-            self._adopt(second)
+        self._learn(everywhere)
+        if len(self._measured) == 1 and (second := self._second(plan)) != plan:
+            self._to_measure = [second]
+        elif not self._to_measure and len(self._searches) < SEARCHES:
+            self._to_measure = self._search()
+        if self._to_measure:
+            self._adopt(self._to_measure.pop(0))
         else:
-            self._learn(everywhere)
-            self._search(step)
-
-    @property
-    def _searched(self) -> bool:
-        return any(plan.order for plan, _ in self._measured)
+            self._choose(step)
 
     def _learn(self, everywhere: Sequence[Sample]) -> None:
         if self._costs is None:
             trainable = self._trainable()
             weight_bytes = next(iter(trainable.buckets.values())).param.element_size()
             self._costs = MeasuredCosts(trainable.setting.element_bytes, weight_bytes)
-        self._costs.add(everywhere)
+        self._costs.add(everywhere, self._trainable().program)
 
     def _second(self, plan: Plan) -> Plan:
         """What else is measured: parts, and weights' gradients by themselves."""
@@ -116,18 +130,21 @@ class ListSearch:
         wanted = [replace(p, packing=plan.packing, piece_bytes=plan.piece_bytes) for p in wanted]
         return next((p for p in wanted if runs(self._config, p, self._mesh.world.size)), plan)
 
-    def _search(self, step: int) -> None:
-        first = self._mesh.world.rank == 0
+    def _search(self) -> list[Plan]:
+        """What is to be measured; nothing where only what was measured is found again."""
+        first, own = self._mesh.world.rank == 0, None
         walked = [plan for plan, _ in self._measured]
-        own = found_list(self._config, self._trainable(), walked, self._costs, self._vocab_size) if first else None
-        told = all_gather_object(self._mesh, None if own is None else (own.plan.as_json(), own.step_s, own.evaluations))
-        assert told[0] is not None
-        values, step_s, evaluations = told[0]
-        plan = Plan.from_json(values)
-        self.evidence = f"{evaluations} steps in virtual time, the best {step_s * 1e3:.1f} ms"
         if first:
-            logger.info("list from step %d on: %s (%s)", step + 1, plan, self.evidence)
-        self._adopt(plan)
+            found = found_lists(self._config, self._trainable(), walked, self._costs, self._vocab_size, self._ranks_per_node)
+            own = [(f.plan.as_json(), f.step_s) for one in found for f in one.finalists], sum(f.evaluations for f in found)
+        told = all_gather_object(self._mesh, own)
+        assert told[0] is not None
+        lists, evaluations = told[0]
+        self._searches.append(f"{evaluations} steps in virtual time, the best {min(s for _, s in lists) * 1e3:.1f} ms")
+        if first:
+            logger.info("search of lists: %s", self._searches[-1])
+        plans = dict.fromkeys(Plan.from_json(values) for values, _ in lists)
+        return [plan for plan in plans if plan not in walked]
 
     def _choose(self, step: int) -> None:
         best, _ = min(self._measured, key=lambda m: m[1])
@@ -136,9 +153,8 @@ class ListSearch:
             best = replace(best, order=order_of(program))
         tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
         self.done, self.searches = True, self.searches + 1
-        self.evidence = (
-            f"plan from step {step + 1} on: {best} ({self.evidence}; measured over {STEPS} steps, slowest rank: {tried})"
-        )
+        words = f"{'; '.join(self._searches)}; measured over {STEPS} steps, slowest rank: {tried}"
+        self.evidence = f"plan from step {step + 1} on: {best} ({words})"
         if self._mesh.world.rank == 0:
             logger.info("%s", self.evidence)
         if best != self._measured[-1][0]:
@@ -154,11 +170,16 @@ def evaluations_of(config: PretrainConfig, program: Program) -> int:
     return most if most >= FEWEST_EVALUATIONS else 0
 
 
-def found_list(
-    config: PretrainConfig, trainable: Trainable, walked: Sequence[Plan], costs: MeasuredCosts | None, vocab_size: int
-) -> Found:
-    """What the search finds by these costs.  No rank is asked anything.  `walked`: plans that were measured, the run's own first;
-    under auto a list holds no more than one of them did, if `search_mb` says nothing else."""
+def found_lists(
+    config: PretrainConfig,
+    trainable: Trainable,
+    walked: Sequence[Plan],
+    costs: MeasuredCosts | None,
+    vocab_size: int,
+    ranks_per_node: int,
+) -> list[Found]:
+    """What a search finds by these costs, in each network that fits them.  No rank is asked anything.  `walked`: plans that were
+    measured, the run's own first; under auto a list holds no more than one of them did, if `search_mb` says nothing else."""
     assert costs is not None
     mesh, setting, begun, more_mb = trainable.mesh, trainable.setting, walked[0], config.strategy.search_mb
     world, packing = mesh.world.size, begun.packing
@@ -172,32 +193,61 @@ def found_list(
     def fits(program: Program) -> bool:
         return peak_of(held, program)[0] <= most_bytes
 
-    def searched(allowed: Callable[[Program], bool] | None) -> Found:
+    clock_of = clocks(mesh.shape, world, setting, costs)
+    fitting = fitted(
+        costs.seen,
+        networks(costs, dist.get_backend(mesh.world.group) if world > 1 else "gloo", world, ranks_per_node),
+        lambda network, program: clock_of(network)(program),
+        walks=min(FITTED_INSTRUCTIONS // len(before[0]), FITTED_RANKS // world),
+    )
+    starts = [Start(replace(plan, order=()), program) for plan, program in zip(walked, before, strict=True)]
+
+    def searched(network: Network, allowed: Callable[[Program], bool] | None) -> Found:
         return search(
-            [Start(setting.under(begun).plan, before[0]), *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
-            clock_of(mesh, setting, costs),
-            evaluations=evaluations_of(config, before[0]),
+            [*starts, *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
+            clock_of(network),
+            evaluations=evaluations_of(config, before[0]) // len(fitting),
             seed=config.train.seed,
             fits=allowed,
+            finalists=FINALISTS,
         )
 
-    best = searched(None)
-    limited = more_mb > 0 or config.strategy.name == AUTO
-    return best if not limited or fits(best.program) else searched(fits)  # to weigh every list takes longer than the search
+    out = []
+    for network in fitting:
+        found = searched(network, None)
+        if more_mb or config.strategy.name == AUTO:
+            held_well = tuple(f for f in found.finalists if fits(f.program))  # to weigh every list takes longer than the search
+            found = replace(found, finalists=held_well) if held_well else searched(network, fits)
+        out.append(found)
+    return out
 
 
-def clock_of(mesh: Mesh, setting: Setting, costs: MeasuredCosts) -> Callable[[Program], ListClock]:
-    """A program -> its clock, by these costs; each rank has a link of its own."""
+def networks(costs: MeasuredCosts, backend: str, world: int, ranks_per_node: int) -> list[Network]:
+    """What the ranks may be joined by: a card for each node, or one for each rank; what is inside a node takes no time."""
     rate = 1.0 / costs.s_per_byte if costs.s_per_byte else NO_WIRE_BYTES_PER_S
-    network = one_level(rate, costs.latency_s)
+    nodes = -(-world // ranks_per_node)
+    per_node = ranks_per_node if nodes > 1 else 1  # all on one node: each rank has what it reaches others by
+    library = OF_LIBRARY["nccl" if backend == "nccl" else "gloo"]
+    one = Network(nic_bytes_per_s=rate, ranks_per_node=per_node, latency_s=costs.latency_s, reduce_scatter="direct", **library)  # type: ignore[arg-type]
+    return [one] if per_node == 1 else [one, replace(one, nics_per_node=per_node)]
+
+
+def clocks(
+    shape: Mapping[str, int], world: int, setting: Setting, costs: MeasuredCosts
+) -> Callable[[Network], Callable[[Program], ListClock]]:
+    """A network -> a program -> its clock, by these costs."""
     sizes = costs.sizes_of([name for name, spec in setting.buckets.items() if spec.sharded])
-    groups = ranks_of(mesh.shape)
-    known: dict[tuple[Use, ...], FoldedLoads] = {}
+    groups = ranks_of(shape)
 
-    def of(program: Program) -> ListClock:
-        uses = uses_of(program, sizes)
-        if uses not in known:
-            known[uses] = FoldedLoads(network, mesh.world.size, groups, uses, slowest=True)
-        return ListClock(program, seconds=costs.seconds, sizes=sizes, loads=known[uses], ranks_of=groups)
+    def under(network: Network) -> Callable[[Program], ListClock]:
+        known: dict[tuple[Use, ...], FoldedLoads] = {}
 
-    return of
+        def of(program: Program) -> ListClock:
+            uses = uses_of(program, sizes)
+            if uses not in known:
+                known[uses] = FoldedLoads(network, world, groups, uses, slowest=True)
+            return ListClock(program, seconds=costs.seconds, sizes=sizes, loads=known[uses], ranks_of=groups)
+
+        return of
+
+    return under

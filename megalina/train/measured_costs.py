@@ -1,22 +1,25 @@
 """Measured costs: what instructions of a run take and send, from the events of its own steps, for lists that it has not walked.
 
-Plans whose parts differ in size tell what a part costs whatever its size; between two sizes costs are a straight line.  The wire
-is one figure of all ranks, latency and rate, taken from what had it to itself.
+Plans whose parts differ in size tell what a part costs whatever its size; between two sizes costs are a straight line.  Latency
+and rate of the wire are taken from what had it to itself: where `fitted_network` begins.
 """
 
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from megalina.perfmodel.sim.fitted_network import Seen
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program
-from megalina.timeline.recorder import COMPUTE, SEND, Event
+from megalina.timeline.contention import class_of
+from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 
 Kept = tuple[str, bool]  # `Instruction.timed_as`, and whether it leaves weights' gradients out
 Points = tuple[tuple[float, float], ...]  # share of a micro-batch, value
 WEIGHTS_SHARE = 0.5  # of backward, where the weights' gradients of an instruction were never measured apart
-FEWEST_ALONE = 3  # sends with the wire to themselves; with fewer all are taken
+FEWEST_ALONE = 3  # sends of a size with the wire to themselves; of fewer nothing is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Sample:
     latency_s: float
     s_per_byte: float  # of a rank's link
     step_s: float
+    tokens_s: float = 0.0  # of the step, that the device stood still for them
+    gradients_s: float = 0.0
 
 
 def sample_of(steps: Sequence[Sequence[Event]], program: Program, size_of: Callable[[str], int]) -> Sample:
@@ -51,9 +56,14 @@ def sample_of(steps: Sequence[Sequence[Event]], program: Program, size_of: Calla
             if e.kind == COMPUTE and (s := by_tag.get(e.tag)) is not None:
                 seconds[_kind(s), _share(s)].append(e.end_s - e.start_s)
     step_s = statistics.median(max(e.end_s for e in events) - min(e.start_s for e in events) for events in steps)
-    few = sum(map(len, alone.values())) < FEWEST_ALONE
-    latency_s, s_per_byte = _line({size: _low(times) for size, times in (others if few else alone).items()})
-    return Sample(_medians(seconds), _medians(sent), latency_s, s_per_byte, step_s)
+    latency_s, s_per_byte = _wire(alone, others)
+    waits_s = {name: statistics.median(map(partial(_waited_s, name), steps)) for name in ("a2a", "grads", "params")}
+    gradients_s = waits_s["grads"] + waits_s["params"]
+    return Sample(_medians(seconds), _medians(sent), latency_s, s_per_byte, step_s, waits_s["a2a"], gradients_s)
+
+
+def _waited_s(name: str, events: Sequence[Event]) -> float:
+    return sum(e.exposed_s for e in events if e.kind == WAIT and class_of(e) == name)
 
 
 def _kind(instruction: Instruction) -> Kept:
@@ -86,35 +96,40 @@ def _low(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 4]
 
 
-def _line(found: Mapping[float, float]) -> tuple[float, float]:
-    """Latency and seconds a byte of a straight line through (bytes, seconds); 0 of what can't be told."""
-    if not found:
+def _wire(alone: Mapping[float, Sequence[float]], others: Mapping[float, Sequence[float]]) -> tuple[float, float]:
+    """Latency, that of the smallest sends, and seconds a byte, those of the largest; 0 of what can't be told.  Each: seconds by
+    bytes, of what had the wire to itself, and of what shared it."""
+    if not alone and not others:
         return 0.0, 0.0
-    sizes, times = list(found), list(found.values())
-    mean, mean_s = statistics.fmean(sizes), statistics.fmean(times)
-    spread = sum((x - mean) ** 2 for x in sizes)
-    slope = sum((x - mean) * (t - mean_s) for x, t in found.items()) / spread if spread else 0.0
-    if slope <= 0:
-        largest = max(sizes)
-        return (0.0, found[largest] / largest) if largest else (mean_s, 0.0)
-    return max(0.0, mean_s - slope * mean), slope
+    small = min([*alone, *others])
+    of_small = _low([*alone.get(small, ()), *others.get(small, ())])
+    told = {size: times for size, times in alone.items() if len(times) >= FEWEST_ALONE and size > small}
+    told = told or {size: times for size, times in others.items() if size > small}
+    large = max(told, default=0.0)
+    return of_small, max(0.0, _low(told[large]) - of_small) / (large - small) if large else 0.0
 
 
 @dataclass(slots=True)
 class MeasuredCosts:
-    """Of the slowest rank.  `gradient_bytes`, `weight_bytes`: of an element."""
+    """Of the slowest rank; the wire's, of the median.  `gradient_bytes`, `weight_bytes`: of an element."""
 
     gradient_bytes: int
     weight_bytes: int
     latency_s: float = 0.0
     s_per_byte: float = 0.0
+    seen: list[Seen] = field(default_factory=list)  # what was measured
+    _wires: list[tuple[float, float]] = field(default_factory=list)  # latency, seconds a byte: of each rank and plan
     _seconds: dict[Kept, Points] = field(default_factory=dict)
     _bytes: dict[Kept, Points] = field(default_factory=dict)
 
-    def add(self, of_ranks: Sequence[Sample]) -> None:
-        """What all ranks saw of one more plan."""
-        self.latency_s = max(self.latency_s, *(s.latency_s for s in of_ranks))
-        self.s_per_byte = max(self.s_per_byte, *(s.s_per_byte for s in of_ranks))
+    def add(self, of_ranks: Sequence[Sample], program: Program) -> None:
+        """What all ranks saw of one more plan, of the list `program`: the slowest rank's step; waits are a mean over ranks."""
+        waits_s = [statistics.fmean(getattr(s, name) for s in of_ranks) for name in ("tokens_s", "gradients_s")]
+        self.seen.append(Seen(program, max(s.step_s for s in of_ranks), *waits_s))
+        self._wires += [(s.latency_s, s.s_per_byte) for s in of_ranks]
+        self.latency_s, self.s_per_byte = (
+            statistics.median_high([value for value in values if value] or [0.0]) for values in zip(*self._wires, strict=True)
+        )
         for known, name in ((self._seconds, "seconds"), (self._bytes, "num_bytes")):
             found = [getattr(sample, name) for sample in of_ranks]
             for kind, share in {key: None for of_rank in found for key in of_rank}:

@@ -223,7 +223,15 @@ class StepRunner:
         by_list |= strategy.name == AUTO and strategy.search_evaluations > 0 and self.mesh.world.size > 1
         if by_list:
             vocab_size = self.config.model.vocab_size or self.data.vocab_size
-            search = ListSearch(self.config, self.mesh, self.adopt, lambda: self.trainable, vocab_size=vocab_size, done=done)
+            search = ListSearch(
+                self.config,
+                self.mesh,
+                self.adopt,
+                lambda: self.trainable,
+                vocab_size=vocab_size,
+                ranks_per_node=self._ranks_per_node,
+                done=done,
+            )
             found.append(search)
         return found
 

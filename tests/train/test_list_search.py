@@ -13,7 +13,7 @@ from megalina.step.candidates import FLOW
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
-from megalina.train.list_search import SETTLE, STEPS, WARM_UP
+from megalina.train.list_search import FINALISTS, SEARCHES, SETTLE, STEPS, WARM_UP
 from megalina.train.step_runner import StepRunner
 from megalina.train.trials import Trials
 from megalina.validate import check_config
@@ -22,7 +22,7 @@ from tests.train.small_run import checkpoint, config_of, records_of, same_checkp
 
 RANKS, WALKS = 2, 150
 SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
-CHOSEN = SEARCHED + SETTLE + STEPS
+MOST = SEARCHED + SEARCHES * 2 * FINALISTS * (SETTLE + STEPS)  # steps until a list is chosen, at most
 
 
 def searching(folder: Path, name: str, **settings: Any):
@@ -33,12 +33,12 @@ def searching(folder: Path, name: str, **settings: Any):
 
 def runs(folder: Path) -> dict[str, Any]:
     """Losses under eager, with a search, and of a run that is resumed; one that is replayed raises nothing."""
-    steps = CHOSEN + 4
+    steps = MOST + 4
     plain = config_of(folder, "eager", ep=2, dtype="float64", micro_batch_size=4, steps=steps)
     out: dict[str, Any] = {"eager": records_of(plain).of("loss")}
-    whole = records_of(searching(folder, "whole", steps=steps, interval=CHOSEN + 1))
+    whole = records_of(searching(folder, "whole", steps=steps, interval=MOST + 1))
     out["search"], out["plans"] = whole.of("loss"), whole.of("plan")
-    saved = checkpoint(searching(folder, "whole"), CHOSEN + 1)
+    saved = checkpoint(searching(folder, "whole"), MOST + 1)
     resumed = searching(folder, "resumed", steps=steps)
     again = records_of(resumed, saved)
     out["resumed"], out["plans of resumed"] = again.of("loss"), again.of("plan")
@@ -67,14 +67,14 @@ def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -
     plans = ranks[0]["plans"]
     assert plans == ranks[1]["plans"]
     assert "order" not in plans[SEARCHED - 1] and "deferred weights of all" in plans[SEARCHED - 1]
-    assert all("order" in plan for plan in plans[SEARCHED : SEARCHED + SETTLE + STEPS])
-    assert len(set(plans[CHOSEN:])) == 1 and "order" in plans[-1]
+    assert all("order" in plan for plan in plans[SEARCHED:MOST])
+    assert len(set(plans[MOST:])) == 1 and "order" in plans[-1]
 
 
 def test_a_resumed_run_goes_on_with_the_list_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["resumed"] == rank["search"][CHOSEN + 1 :]
-        assert rank["plans of resumed"] == rank["plans"][CHOSEN + 1 :] and rank["differ"] == []
+        assert rank["resumed"] == rank["search"][MOST + 1 :]
+        assert rank["plans of resumed"] == rank["plans"][MOST + 1 :] and rank["differ"] == []
 
 
 def test_the_ledger_has_an_order_once(folder: Path, ranks: list[dict[str, Any]]) -> None:

@@ -56,8 +56,9 @@ def sample(plan: Plan) -> Sample:
 @pytest.fixture(scope="module")
 def costs() -> MeasuredCosts:
     costs = MeasuredCosts(gradient_bytes=4, weight_bytes=4)
-    costs.add([sample(Plan()), sample(Plan())])
-    costs.add([sample(Plan("flow", parts=4, deferred_weights="all"))])
+    costs.add([sample(Plan()), sample(Plan())], list_of(Plan()))
+    other = Plan("flow", parts=4, deferred_weights="all")
+    costs.add([sample(other)], list_of(other))
     return costs
 
 
@@ -76,7 +77,7 @@ def test_lists_that_were_not_walked_cost_what_they_would(costs: MeasuredCosts, p
 
 
 def test_the_wire_is_found(costs: MeasuredCosts) -> None:
-    assert costs.latency_s == pytest.approx(LATENCY_S, rel=0.02)
+    assert costs.latency_s == pytest.approx(LATENCY_S, rel=0.03)  # and the smallest send
     assert 1 / costs.s_per_byte == pytest.approx(BYTES_PER_S, rel=0.02)
 
 
@@ -84,7 +85,7 @@ def test_the_slowest_rank_counts_and_what_was_never_seen_costs_nothing() -> None
     costs = MeasuredCosts(4, 2)
     fast = Sample({(("F:attention", False), 1.0): 1.0}, {}, 1e-3, 1e-6, 1.0)
     slow = Sample({(("F:attention", False), 1.0): 3.0}, {}, 2e-3, 5e-7, 1.0)
-    costs.add([fast, slow])
+    costs.add([fast, slow], list_of(Plan()))
     attention = next(s for s in list_of(Plan()) if s.name == "attention")
     assert costs.seconds(attention) == 3.0 and (costs.latency_s, costs.s_per_byte) == (2e-3, 1e-6)
     others = [s for s in list_of(Plan("lancet", deferred_weights="all")) if s.name != "attention"]

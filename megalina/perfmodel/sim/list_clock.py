@@ -53,7 +53,7 @@ class ListClock:
     ):
         if sizes.matrix_of is not None:
             raise ValueError("matrix_of says that ranks send different sizes: simulate every rank, or leave it out")
-        self.program, self._loads = program, loads
+        self.program, self._loads, self._at_once = program, loads, loads.network.at_once
         self.seconds = [seconds(s) for s in program]
         self.compute_s = sum(s for s, i in zip(self.seconds, program, strict=True) if i.kind is not Kind.START)
         kinds = {Kind.COMPUTE: COMPUTE, Kind.START: START, Kind.WAIT: WAIT}
@@ -135,8 +135,8 @@ class ListClock:
 
         `after`: a stop of another walk with the same instructions before it; `most_s`: once it is sure to take longer, it ends
         with inf.  Deadlock where it has no end."""
-        kind, asks, seconds, lane_of, op_of, phases = (
-            self._kind, self._asks, self.seconds, self._lane, self._op, self._phases,
+        kind, asks, seconds, lane_of, op_of, phases, at_once = (
+            self._kind, self._asks, self.seconds, self._lane, self._op, self._phases, self._at_once,
         )  # fmt: skip
         heappush, heappop, n = heapq.heappush, heapq.heappop, len(ids)
         if after is None:
@@ -195,6 +195,8 @@ class ListClock:
                         if not ready[first] or not all(done[a] for a in asks[first]):
                             break
                         if (most := credit[first]) and under_lane[lane] >= most:
+                            break
+                        if at_once and under_lane[lane] >= at_once:
                             break
                         if (to := yields[first]) and self._held(to, queues, heads, under_op, ready):
                             break

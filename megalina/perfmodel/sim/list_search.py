@@ -24,7 +24,8 @@ from megalina.step.program import MOVABLE, Kind, Op, Program
 BACKLOGS = (0.0, 1.0, math.inf)  # of list schedules, in times of the longest exchange
 NOISES = (0.0, 0.05, 0.15)  # by which priorities of list schedules are off
 FOR_SCHEDULES = 0.3  # of what starts leave of the walks
-ROUNDS = ((6, 0.3), (3, 0.3), (1, 0.4))  # so many starts, the best ones, are improved with such a share of what is left then
+ROUNDS = ((6, 0.3), (3, 0.3))  # so many starts, the best ones, are improved with such a share of what is left then; the rest
+# is the finalists'
 TRIES = 20  # draws that may come to nothing for each walk
 CREDITS = (0, 1, 2)
 PATIENCE, KICK = 250, 8  # walks without a gain, after which so many moves are taken whatever they cost
@@ -40,14 +41,33 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """`plan` has the order; `begun_s`: of each start, its list as it is."""
+class Finalist:
+    """The best list of the instructions of one start; `plan` has its order."""
 
     plan: Plan
     program: Program
     step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`finalists`: the best first; `begun_s`: of each start, its list as it is."""
+
+    finalists: tuple[Finalist, ...]
     evaluations: int
     begun_s: tuple[tuple[Plan, float], ...]
+
+    @property
+    def plan(self) -> Plan:
+        return self.finalists[0].plan
+
+    @property
+    def program(self) -> Program:
+        return self.finalists[0].program
+
+    @property
+    def step_s(self) -> float:
+        return self.finalists[0].step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +90,10 @@ def search(
     evaluations: int,
     seed: int = 0,
     fits: Callable[[Program], bool] | None = None,
+    finalists: int = 1,
 ) -> Found:
-    """The best list, after at most so many walks in virtual time, but two of each start at least.
+    """The best list of each of so many starts, the best ones, after at most so many walks in virtual time, but two of each start
+    at least.
 
     `fits`: whether a rank has the memory; None: whatever a list needs; starts that don't fit are left out.  ValueError where none
     fits."""
@@ -92,13 +114,10 @@ def search(
     for family in best(len(families)):
         family.schedule(int(by_schedules))
     walks = left()
-    for number, share in ROUNDS:
+    for number, share in (*ROUNDS, (finalists, 1 - sum(share for _, share in ROUNDS))):
         for family in best(number):
             family.improve(min(left(), int(walks * share / min(number, len(families)))))
-    winner = best(1)[0]
-    program = winner.program_of(winner.best)
-    used = sum(family.walks for family in families)
-    return Found(replace(winner.start.plan, order=order_of(program)), program, winner.best.step_s, used, begun_s)
+    return Found(tuple(f.finalist for f in best(finalists)), sum(family.walks for family in families), begun_s)
 
 
 class _Family:
@@ -130,6 +149,11 @@ class _Family:
             else program[i]
             for i in found.ids
         )
+
+    @property
+    def finalist(self) -> Finalist:
+        program = self.program_of(self.best)
+        return Finalist(replace(self.start.plan, order=order_of(program)), program, self.best.step_s)
 
     def schedule(self, walks: int) -> None:
         """List schedules by tails, with priorities that are off here and there, at most so many."""

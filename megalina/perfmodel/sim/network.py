@@ -41,6 +41,7 @@ class Network:
     all_to_all: str = "direct"
     rings: int = 1
     share: str = "flow"
+    at_once: int = 0  # collectives of an axis that are under way together; what comes next waits for one to end; 0: no limit
     weight: float = 1.0  # in sharing a link: what a flow of a ring or tree gets where one from everybody to everybody gets 1
     first: tuple[tuple[Op, ...], ...] = ()  # classes that come first, strictly, in this order; all else comes last
 
@@ -55,6 +56,8 @@ class Network:
             raise ValueError(f"nics_per_node ({self.nics_per_node}) must be 1 to ranks_per_node ({self.ranks_per_node})")
         if not (1 <= self.rings <= self.ranks_per_node):
             raise ValueError(f"rings ({self.rings}) must be 1 to ranks_per_node ({self.ranks_per_node})")
+        if self.at_once < 0:
+            raise ValueError(f"at_once is {self.at_once}: give a number of collectives, or 0 for no limit")
         if self.nodes_per_group < 0 or not 1 <= self.oversubscription < math.inf:
             numbers = f"nodes_per_group is {self.nodes_per_group}, oversubscription {self.oversubscription:g}"
             raise ValueError(f"{numbers}: give 0 or more nodes, and 1 or more")

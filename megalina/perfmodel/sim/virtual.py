@@ -250,10 +250,15 @@ class _Cluster:
         """Start what heads its lane and isn't held back."""
         here = self._ranks[number].here
         for name, lane in here.queued.items():
-            while lane and lane[0].can_leave and self._rule.held(lane[0].instruction, here) is None:
+            while lane and lane[0].can_leave and self._held(lane[0], name, here) is None:
                 sent = lane.popleft()
                 here.under_way.setdefault(name, []).append(sent)
                 self._start(number, sent)
+
+    def _held(self, head: Sent, lane: str, here: Here) -> Sent | None:
+        """What holds back the head of a lane, by the rule or because the library has its hands full."""
+        under_way, most = here.under_way.get(lane, []), self._loads.network.at_once
+        return under_way[0] if 0 < most <= len(under_way) else self._rule.held(head.instruction, here)
 
     def _start(self, number: int, sent: Sent) -> None:
         sent.started_s, group = self._now_s, self._group(sent.instruction.axis, number)
@@ -343,7 +348,7 @@ class _Cluster:
             return [((number, head), f"rank {number} starts {tag} after {head.instruction.tag}")]
         if needs := [n for n in sent.needs if not n.done]:
             return [((number, n), f"rank {number} starts {tag} after {n.instruction.tag}") for n in needs]
-        by = self._rule.held(sent.instruction, rank.here)
+        by = self._held(sent, self._rule.lane(sent.instruction), rank.here)
         assert by is not None
         return [((number, by), f"rank {number} holds {tag} back for {by.instruction.tag}")]
 
@@ -363,6 +368,6 @@ class _Cluster:
                 absent = ", ".join(str(r) for r in collective.group.walking if r not in collective.sent)
                 out.append(f"lane {name}: {sent.instruction.tag} has left, rank {absent} has not started it")
             if lane:
-                by = self._rule.held(lane[0].instruction, rank.here) or lane[0].needs[0]
+                by = self._held(lane[0], name, rank.here) or lane[0].needs[0]
                 out.append(f"lane {name}: {lane[0].instruction.tag} is held back by {by.instruction.tag}")
         return "; ".join(out)

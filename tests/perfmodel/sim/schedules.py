@@ -138,6 +138,7 @@ def random_network(random: Random, groups: Collection[tuple[int, ...]]) -> Netwo
         rings=random.randint(1, per_node),
         share=random.choice(["flow", "collective"]),
         first=random.choice([(), ((Op.TOKENS,),), ((Op.SUM,), (Op.GRADS,))]),
+        at_once=random.choice([0, 0, 1, 2]),
     )
 
 

@@ -49,7 +49,12 @@ SMALL = [layout for layout in LAYOUTS if layout != (2, 2, 2)]
 
 
 def play(
-    *programs: Program, ranks: int = 2, lag: dict[str, float] | None = None, latency_s: float = 0.0, rule: Rule = OURS
+    *programs: Program,
+    ranks: int = 2,
+    lag: dict[str, float] | None = None,
+    latency_s: float = 0.0,
+    rule: Rule = OURS,
+    at_once: int = 0,
 ) -> Timeline:
     """Instruction "a 3" computes for 3 s, "b 200" sends 200 bytes; `lag`: by instruction name, until it can leave."""
 
@@ -63,7 +68,7 @@ def play(
         lists,
         ranks_of=lambda axis, rank: tuple(range(ranks)) if axis != "tp" else (rank,),
         seconds=seconds,
-        network=one_level(100.0, latency_s),
+        network=replace(one_level(100.0, latency_s), at_once=at_once),
         sizes=NAMED,
         rule=rule,
     )
@@ -139,6 +144,14 @@ def test_a_credit_of_one_sends_one_after_another() -> None:
     assert sent_s(play(chunks + tuple(wait(f"{c} 200") for c in "abc"))) == {"a 200": (0, 1), "b 200": (1, 2), "c 200": (2, 3)}
     free = tuple(start(f"{c} 200") for c in "abc")
     assert set(sent_s(play(free + tuple(wait(f"{c} 200") for c in "abc"))).values()) == {(0, 3)}
+
+
+def test_a_library_carries_so_many_of_an_axis_at_once() -> None:
+    three, waits = tuple(start(f"{c} 200") for c in "abc"), tuple(wait(f"{c} 200") for c in "abc")
+    assert sent_s(play(three + waits, at_once=2)) == {"a 200": (0, 2), "b 200": (0, 2), "c 200": (2, 3)}
+    assert sent_s(play(three + waits, at_once=1)) == {"a 200": (0, 1), "b 200": (1, 2), "c 200": (2, 3)}
+    other = start("d 200", Op.SUM, axis="dp")  # a lane of its own
+    assert sent_s(play((*three[:1], other, *waits[:1], wait("d 200", Op.SUM, axis="dp")), at_once=1))["d 200"] == (0, 3)
 
 
 def test_a_lane_keeps_its_order_where_the_first_is_not_ready() -> None:
