@@ -59,6 +59,7 @@ def simulate_emulated(
         hop_s=host.hop_s,
         fast_hop_s=host.hop_s,
         weight=host.sum_weight,
+        at_once=2,  # gloo's threads of a group
         first=((Op.TOKENS,),) if tokens_first else (),
     )
     timeline = step.walk(

@@ -28,7 +28,7 @@ from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
 from megalina.train.step_runner import StepRunner
 
-MOST_SEARCH_STEPS = 200  # a strategy that still searches then is not what is to be measured
+MOST_SEARCH_STEPS = 300  # a strategy that still searches then is not what is to be measured
 HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
 WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
 

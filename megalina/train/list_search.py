@@ -40,7 +40,7 @@ WARM_UP = 2  # steps of a process that are not measured
 SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
 SEARCHES = 2
-FINALISTS = 2  # lists of a search in one network that are measured
+FINALISTS = (1, 2)  # lists that are measured of those that a search has found: in the first network, in the second
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
 AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, some half a minute; the lists of large models are long
 FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
@@ -53,7 +53,8 @@ OF_LIBRARY = {  # how many of an axis it carries at a time, and what shares a li
 
 
 class ListSearch:
-    """All ranks call it alike.  `adopt(plan)`: from the next step on; `trainable()`: that of now."""
+    """All ranks call it alike.  `adopt(plan)`: from the next step on; `trainable()`: that of now; `others()`: plans, of another
+    packing say, with which all is done once more, as what their lists have to give is not known before."""
 
     def __init__(
         self,
@@ -64,10 +65,11 @@ class ListSearch:
         *,
         vocab_size: int,
         ranks_per_node: int,
+        others: Callable[[], Sequence[Plan]] = tuple,
         done: bool = False,
     ):
         self._config, self._mesh, self._adopt, self._trainable, self._vocab_size = config, mesh, adopt, trainable, vocab_size
-        self._ranks_per_node = ranks_per_node
+        self._ranks_per_node, self._others = ranks_per_node, others
         self.searches = 0  # that have come to an end
         self.evidence = ""
         self.begin()
@@ -79,9 +81,15 @@ class ListSearch:
         self._to_wait = WARM_UP
         self._steps: list[Sequence[Event]] = []
         self._measured: list[tuple[Plan, float]] = []  # plan, seconds a step of the slowest rank
+        self._to_begin_with: list[Plan] | None = None  # other plans; None: not asked yet
+        self._searches: list[str] = []  # in words
+        self._begin_with()
+
+    def _begin_with(self) -> None:
+        self._walked: list[Plan] = []  # that were measured of those that this search is of
         self._costs: MeasuredCosts | None = None
         self._to_measure: list[Plan] = []
-        self._searches: list[str] = []  # in words
+        self._searched = 0
 
     def decided(self, plan: Plan) -> bool:
         return self.done
@@ -103,17 +111,24 @@ class ListSearch:
         self._steps.append(events())
         if len(self._steps) < STEPS:
             return
-        own = sample_of(self._steps, self._trainable().program, lambda axis: getattr(self._mesh, axis).size)
+        trainable = self._trainable()
+        own = sample_of(self._steps, trainable.program, lambda axis: getattr(trainable.mesh, axis).size)
         everywhere = all_gather_object(self._mesh, own)
         self._steps, self._to_wait = [], SETTLE
         self._measured.append((plan, max(sample.step_s for sample in everywhere)))
+        self._walked.append(plan)
         self._learn(everywhere)
-        if len(self._measured) == 1 and (second := self._second(plan)) != plan:
+        if len(self._walked) == 1 and (second := self._second(plan)) != plan:
             self._to_measure = [second]
-        elif not self._to_measure and len(self._searches) < SEARCHES:
+        elif not self._to_measure and self._searched < SEARCHES:
             self._to_measure = self._search()
+        if self._to_begin_with is None:
+            self._to_begin_with = list(self._others())
         if self._to_measure:
             self._adopt(self._to_measure.pop(0))
+        elif self._to_begin_with:
+            self._begin_with()
+            self._adopt(self._to_begin_with.pop(0))
         else:
             self._choose(step)
 
@@ -133,32 +148,34 @@ class ListSearch:
     def _search(self) -> list[Plan]:
         """What is to be measured; nothing where only what was measured is found again."""
         first, own = self._mesh.world.rank == 0, None
-        walked = [plan for plan, _ in self._measured]
         if first:
-            found = found_lists(self._config, self._trainable(), walked, self._costs, self._vocab_size, self._ranks_per_node)
+            found = found_lists(
+                self._config, self._trainable(), self._walked, self._costs, self._vocab_size, self._ranks_per_node
+            )
             own = [(f.plan.as_json(), f.step_s) for one in found for f in one.finalists], sum(f.evaluations for f in found)
         told = all_gather_object(self._mesh, own)
         assert told[0] is not None
         lists, evaluations = told[0]
+        self._searched += 1
         self._searches.append(f"{evaluations} steps in virtual time, the best {min(s for _, s in lists) * 1e3:.1f} ms")
         if first:
             logger.info("search of lists: %s", self._searches[-1])
         plans = dict.fromkeys(Plan.from_json(values) for values, _ in lists)
-        return [plan for plan in plans if plan not in walked]
+        return [plan for plan in plans if plan not in self._walked]
 
     def _choose(self, step: int) -> None:
         best, _ = min(self._measured, key=lambda m: m[1])
+        if best != self._measured[-1][0]:
+            self._adopt(best)
         if not best.order:  # written down, so that whoever takes it need not search
-            program = training_step(best.strategy, self._trainable().setting.under(best))
-            best = replace(best, order=order_of(program))
+            best = replace(best, order=order_of(self._trainable().program))
+            self._adopt(best)
         tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
         self.done, self.searches = True, self.searches + 1
         words = f"{'; '.join(self._searches)}; measured over {STEPS} steps, slowest rank: {tried}"
         self.evidence = f"plan from step {step + 1} on: {best} ({words})"
         if self._mesh.world.rank == 0:
             logger.info("%s", self.evidence)
-        if best != self._measured[-1][0]:
-            self._adopt(best)
 
 
 def evaluations_of(config: PretrainConfig, program: Program) -> int:
@@ -202,22 +219,22 @@ def found_lists(
     )
     starts = [Start(replace(plan, order=()), program) for plan, program in zip(walked, before, strict=True)]
 
-    def searched(network: Network, allowed: Callable[[Program], bool] | None) -> Found:
+    def searched(network: Network, finalists: int, allowed: Callable[[Program], bool] | None) -> Found:
         return search(
             [*starts, *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
             clock_of(network),
             evaluations=evaluations_of(config, before[0]) // len(fitting),
             seed=config.train.seed,
             fits=allowed,
-            finalists=FINALISTS,
+            finalists=finalists,
         )
 
     out = []
-    for network in fitting:
-        found = searched(network, None)
+    for network, finalists in zip(fitting, FINALISTS, strict=True):
+        found = searched(network, finalists, None)
         if more_mb or config.strategy.name == AUTO:
             held_well = tuple(f for f in found.finalists if fits(f.program))  # to weigh every list takes longer than the search
-            found = replace(found, finalists=held_well) if held_well else searched(network, fits)
+            found = replace(found, finalists=held_well) if held_well else searched(network, finalists, fits)
         out.append(found)
     return out
 

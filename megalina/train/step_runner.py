@@ -230,6 +230,7 @@ class StepRunner:
                 lambda: self.trainable,
                 vocab_size=vocab_size,
                 ranks_per_node=self._ranks_per_node,
+                others=lambda: self.tuner.of_other_packings,
                 done=done,
             )
             found.append(search)

@@ -16,6 +16,7 @@ from megalina.timeline.recorder import Event
 
 logger = logging.getLogger("megalina")
 STEPS = 3  # that times are measured over
+SETTLE = 2  # steps of a plan without times that are not measured
 WATCH = 50  # steps between looks
 DRIFT = 0.25  # times that are off by this share are measured anew
 
@@ -28,7 +29,7 @@ class Times:
     def __init__(self, mesh: Mesh, adopt: Callable[[Plan], object], program: Callable[[], Program]):
         self._mesh, self._adopt, self._program = mesh, adopt, program
         self._found: list[dict[str, float]] = []  # a step each
-        self._to_wait = 2  # steps until it measures
+        self._to_wait = SETTLE  # steps until it measures
 
     def decided(self, plan: Plan) -> bool:
         """Whether the plan has times, or needs none."""
@@ -42,6 +43,8 @@ class Times:
         """Between two steps; `events` of `step`, which was a step of `plan`."""
         if not _wanted(plan):
             return
+        if not plan.times_us:  # another plan than the one that it last looked at
+            self._to_wait = min(self._to_wait, SETTLE)
         if self._to_wait:
             self._to_wait -= 1
             return

@@ -22,6 +22,9 @@ Question = Callable[[Option], Sequence[Option]]  # the best option so far -> alt
 logger = logging.getLogger("megalina")
 
 
+ABOUT = 0.06  # two plans are about as fast: the order of a list gains as much
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """When to try, and when to be content."""
@@ -170,6 +173,16 @@ class Tuner:
         self.trials, self.note, self._mesh, self._adopt = trials, note, mesh, adopt
         self._times_s: list[float] = []
         self._to_skip = trials.rules.warm_up_steps
+
+    @property
+    def of_other_packings(self) -> list[Plan]:
+        """The fastest plan that was tried of each packing but the present one's, if it is about as fast."""
+        tried, present = self.trials.tried, self.trials.present
+        best: dict[int, Plan] = {}
+        for plan in sorted(tried, key=lambda plan: tried[plan].typical_s):
+            best.setdefault(plan.packing, plan)
+        most_s = (1 + ABOUT) * tried[present].typical_s if present in tried else 0.0
+        return [plan for k, plan in best.items() if k != present.packing and tried[plan].typical_s <= most_s]
 
     def after(self, step: int, step_s: float) -> None:
         """Between two steps: `step` took this rank so long."""

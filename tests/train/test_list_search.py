@@ -9,20 +9,20 @@ import pytest
 
 from megalina.config import StrategyConfig
 from megalina.parallel.plan_file import PLAN_FILE, with_plan
-from megalina.step.candidates import FLOW
+from megalina.step.candidates import FLOW, LINA
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
 from megalina.train.list_search import FINALISTS, SEARCHES, SETTLE, STEPS, WARM_UP
 from megalina.train.step_runner import StepRunner
-from megalina.train.trials import Trials
+from megalina.train.trials import Measured, Trials
 from megalina.validate import check_config
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
 RANKS, WALKS = 2, 150
 SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
-MOST = SEARCHED + SEARCHES * 2 * FINALISTS * (SETTLE + STEPS)  # steps until a list is chosen, at most
+MOST = SEARCHED + SEARCHES * sum(FINALISTS) * (SETTLE + STEPS)  # steps until a list is chosen, at most
 
 
 def searching(folder: Path, name: str, **settings: Any):
@@ -33,7 +33,7 @@ def searching(folder: Path, name: str, **settings: Any):
 
 def runs(folder: Path) -> dict[str, Any]:
     """Losses under eager, with a search, and of a run that is resumed; one that is replayed raises nothing."""
-    steps = MOST + 4
+    steps = 4 * MOST
     plain = config_of(folder, "eager", ep=2, dtype="float64", micro_batch_size=4, steps=steps)
     out: dict[str, Any] = {"eager": records_of(plain).of("loss")}
     whole = records_of(searching(folder, "whole", steps=steps, interval=MOST + 1))
@@ -46,7 +46,26 @@ def runs(folder: Path) -> dict[str, Any]:
     replayed.train.resume = "verify"
     records_of(replayed, saved)
     out["differ"] = same_checkpoints(*(checkpoint(c, steps) for c in (resumed, searching(folder, "whole"))))
+    out["packings"] = of_packings(folder)
     return out
+
+
+def of_packings(folder: Path) -> tuple[list[float], list[str], str]:
+    """Losses and plans of a run under auto in whose trials packing 2 was about as fast, and what it says of its choice."""
+    config = searching(folder, "packings", steps=4 * MOST, interval=0)
+    config.strategy = StrategyConfig(name="auto", search_evaluations=WALKS, packing="auto")
+    runner = start(config).runner
+    trials = runner.tuner.trials = Trials([], present=runner.trainable.plan)
+    packed = {replace(LINA, packing=2): 1.5, replace(FLOW, packing=2): 1.04}
+    trials.tried = {plan: Measured(s, 0.0) for plan, s in {trials.present: 1.0, **packed}.items()}
+    assert runner.tuner.of_other_packings == [replace(FLOW, packing=2)]
+    losses, plans = [], []
+    while runner.undecided:
+        plans.append(str(runner.trainable.plan))
+        losses.append(runner.compute(runner.state.step + 1)[0].loss)
+        runner.adapt(1.0)
+    losses.append(runner.compute(runner.state.step + 1)[0].loss)
+    return losses, [*plans, str(runner.trainable.plan)], runner.evidence
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +88,16 @@ def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -
     assert "order" not in plans[SEARCHED - 1] and "deferred weights of all" in plans[SEARCHED - 1]
     assert all("order" in plan for plan in plans[SEARCHED:MOST])
     assert len(set(plans[MOST:])) == 1 and "order" in plans[-1]
+
+
+def test_lists_of_a_packing_that_is_about_as_fast_are_searched_too(ranks: list[dict[str, Any]]) -> None:
+    (losses, plans, evidence), (_, others, _) = (rank["packings"] for rank in ranks)
+    assert losses == pytest.approx(ranks[0]["eager"][: len(losses)], rel=1e-12) and plans == others
+    begun = plans.index("flow: 2 parts, packing 2")
+    assert begun > SEARCHED and all("packing 2" in plan for plan in plans[begun:-1])
+    assert any("packing 2, order" in plan for plan in plans[begun:]) and "packing 2" not in " ".join(plans[:begun])
+    assert len(plans) < 3 * MOST  # nobody waits for the next look at times
+    assert "order" in plans[-1] and plans[-1].split(", order")[0] in evidence
 
 
 def test_a_resumed_run_goes_on_with_the_list_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
