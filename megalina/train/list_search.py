@@ -4,10 +4,12 @@ Two plans are measured: the one that the run follows, and one in parts with defe
 Two networks are fitted to these steps (`fitted_network`), and a search is made in each.  Rank 0 does that and tells the others
 what it has found, so that all have the same lists whatever their machines make of the last digits.  Virtual time is a percent or
 two off, which is as much as the best lists of several plans differ by; so their steps are measured, too.  With these, networks
-are fitted anew and searched once more.  The plan whose steps were shortest is kept, with its order.
+are fitted anew and searched once more.  The fastest plans are measured again, and that whose steps were shortest is kept, with
+its order.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -40,9 +42,10 @@ WARM_UP = 2  # steps of a process that are not measured
 SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
 SEARCHES = 2
+FINALS = 3  # plans, the fastest ones, that are measured once more at the end: few steps flatter one of many
 FINALISTS = (1, 2)  # lists that are measured of those that a search has found: in the first network, in the second
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
-AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, some half a minute; the lists of large models are long
+AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, half a minute each time; the lists of large models are long
 FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
 FITTED_INSTRUCTIONS = 2_000_000  # that are walked to fit a network's constants: a few seconds
 FITTED_RANKS = 25_600  # in all walks together: folding many ranks takes its time, too
@@ -80,9 +83,10 @@ class ListSearch:
         self.done = False
         self._to_wait = WARM_UP
         self._steps: list[Sequence[Event]] = []
-        self._measured: list[tuple[Plan, float]] = []  # plan, seconds a step of the slowest rank
+        self._measured: dict[Plan, list[float]] = {}  # seconds a step of the slowest rank, each time that it was measured
         self._to_begin_with: list[Plan] | None = None  # other plans; None: not asked yet
         self._searches: list[str] = []  # in words
+        self._finals: list[Plan] | None = None  # yet to be measured again; None: not there yet
         self._begin_with()
 
     def _begin_with(self) -> None:
@@ -115,9 +119,19 @@ class ListSearch:
         own = sample_of(self._steps, trainable.program, lambda axis: getattr(trainable.mesh, axis).size)
         everywhere = all_gather_object(self._mesh, own)
         self._steps, self._to_wait = [], SETTLE
-        self._measured.append((plan, max(sample.step_s for sample in everywhere)))
-        self._walked.append(plan)
-        self._learn(everywhere)
+        self._measured.setdefault(plan, []).append(max(sample.step_s for sample in everywhere))
+        if self._finals is None:
+            self._walked.append(plan)
+            self._learn(everywhere)
+            self._go_on()
+        if self._finals:
+            self._adopt(self._finals.pop(0))
+        elif self._finals is not None:
+            self._choose(step)
+
+    def _go_on(self) -> None:
+        """To what is measured next, or to the finals."""
+        plan = self._walked[-1]
         if len(self._walked) == 1 and (second := self._second(plan)) != plan:
             self._to_measure = [second]
         elif not self._to_measure and self._searched < SEARCHES:
@@ -130,7 +144,7 @@ class ListSearch:
             self._begin_with()
             self._adopt(self._to_begin_with.pop(0))
         else:
-            self._choose(step)
+            self._finals = sorted(self._measured, key=lambda p: min(self._measured[p]))[:FINALS]
 
     def _learn(self, everywhere: Sequence[Sample]) -> None:
         if self._costs is None:
@@ -164,13 +178,17 @@ class ListSearch:
         return [plan for plan in plans if plan not in self._walked]
 
     def _choose(self, step: int) -> None:
-        best, _ = min(self._measured, key=lambda m: m[1])
-        if best != self._measured[-1][0]:
+        typical_s = {plan: statistics.fmean(times_s) for plan, times_s in self._measured.items() if len(times_s) > 1}
+        best = min(typical_s, key=typical_s.__getitem__)
+        if best != self._trainable().plan:
             self._adopt(best)
         if not best.order:  # written down, so that whoever takes it need not search
             best = replace(best, order=order_of(self._trainable().program))
             self._adopt(best)
-        tried = "; ".join(f"{step_s * 1e3:.1f} ms {plan}" for plan, step_s in sorted(self._measured, key=lambda m: m[1]))
+        tried = "; ".join(
+            f"{' and '.join(f'{s * 1e3:.1f}' for s in times_s)} ms {plan}"
+            for plan, times_s in sorted(self._measured.items(), key=lambda item: min(item[1]))
+        )
         self.done, self.searches = True, self.searches + 1
         words = f"{'; '.join(self._searches)}; measured over {STEPS} steps, slowest rank: {tried}"
         self.evidence = f"plan from step {step + 1} on: {best} ({words})"

@@ -13,7 +13,7 @@ from megalina.step.candidates import FLOW, LINA
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
-from megalina.train.list_search import FINALISTS, SEARCHES, SETTLE, STEPS, WARM_UP
+from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP
 from megalina.train.step_runner import StepRunner
 from megalina.train.trials import Measured, Trials
 from megalina.validate import check_config
@@ -22,7 +22,7 @@ from tests.train.small_run import checkpoint, config_of, records_of, same_checkp
 
 RANKS, WALKS = 2, 150
 SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
-MOST = SEARCHED + SEARCHES * sum(FINALISTS) * (SETTLE + STEPS)  # steps until a list is chosen, at most
+MOST = SEARCHED + (SEARCHES * sum(FINALISTS) + FINALS) * (SETTLE + STEPS)  # steps until a list is chosen, at most
 
 
 def searching(folder: Path, name: str, **settings: Any):
@@ -94,7 +94,7 @@ def test_lists_of_a_packing_that_is_about_as_fast_are_searched_too(ranks: list[d
     (losses, plans, evidence), (_, others, _) = (rank["packings"] for rank in ranks)
     assert losses == pytest.approx(ranks[0]["eager"][: len(losses)], rel=1e-12) and plans == others
     begun = plans.index("flow: 2 parts, packing 2")
-    assert begun > SEARCHED and all("packing 2" in plan for plan in plans[begun:-1])
+    assert begun > SEARCHED and all("packing 2" in plan for plan in plans[begun : -1 - FINALS * (SETTLE + STEPS)])
     assert any("packing 2, order" in plan for plan in plans[begun:]) and "packing 2" not in " ".join(plans[:begun])
     assert len(plans) < 3 * MOST  # nobody waits for the next look at times
     assert "order" in plans[-1] and plans[-1].split(", order")[0] in evidence
