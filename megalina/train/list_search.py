@@ -47,7 +47,8 @@ FINALISTS = (1, 2)  # lists that are measured of those that a search has found: 
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
 AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, half a minute each time; the lists of large models are long
 FEWEST_EVALUATIONS = 100  # auto: a search of fewer would hardly leave its starts
-FITTED_INSTRUCTIONS = 2_000_000  # that are walked to fit a network's constants: a few seconds
+FITTED_LISTS = 4  # of those measured, the fastest ones: networks are fitted to them
+FITTED_INSTRUCTIONS = 1_000_000  # that are walked for it: ten seconds or two
 FITTED_RANKS = 25_600  # in all walks together: folding many ranks takes its time, too
 OF_LIBRARY = {  # how many of an axis it carries at a time, and what shares a link evenly
     "gloo": {"at_once": 2, "share": "flow"},  # two threads a group; TCP
@@ -230,7 +231,7 @@ def found_lists(
 
     clock_of = clocks(mesh.shape, world, setting, costs)
     fitting = fitted(
-        costs.seen,
+        sorted(costs.seen, key=lambda seen: seen.step_s)[:FITTED_LISTS],
         networks(costs, dist.get_backend(mesh.world.group) if world > 1 else "gloo", world, ranks_per_node),
         lambda network, program: clock_of(network)(program),
         walks=min(FITTED_INSTRUCTIONS // len(before[0]), FITTED_RANKS // world),
