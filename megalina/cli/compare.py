@@ -268,7 +268,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains the same model on the same data under several strategies, which take turns step by step in one job: "
         "step times, their ratios to tuned eager, times that devices wait, slowdown of all-to-alls, and what no schedule could "
         "beat.  Nodes are emulated (root, iproute2); the trainer, its math and its losses are real.",
-        epilog="examples:\n  tools/compare_strategies.py --suite ladder --json ladder.json   (20 minutes, on an idle machine)\n"
+        epilog="examples:\n  tools/compare_strategies.py --suite ladder --slow-motion 6 --json ladder.json"
+        "   (two hours, on an idle machine)\n"
+        '  tools/compare_strategies.py --suite ladder --only "4x1 heavy" --slow-motion 3 --strategies flow,auto'
+        "   (10 minutes)\n"
         "  tools/compare_strategies.py --nodes 2 --ranks-per-node 2 --link-mbit 300 --strategies flow,auto model=laptop "
         "parallel.ep=4 cluster.attention_ms=8 cluster.experts_ms=12",
         formatter_class=argparse.RawDescriptionHelpFormatter,

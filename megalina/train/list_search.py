@@ -234,7 +234,7 @@ def found_lists(
         sorted(costs.seen, key=lambda seen: seen.step_s)[:FITTED_LISTS],
         networks(costs, dist.get_backend(mesh.world.group) if world > 1 else "gloo", world, ranks_per_node),
         lambda network, program: clock_of(network)(program),
-        walks=min(FITTED_INSTRUCTIONS // len(before[0]), FITTED_RANKS // world),
+        walks=min(FITTED_INSTRUCTIONS // len(before[0]), FITTED_RANKS // world, evaluations_of(config, before[0])),
     )
     starts = [Start(replace(plan, order=()), program) for plan, program in zip(walked, before, strict=True)]
 

@@ -38,7 +38,7 @@ def seen_in(network: Network, plan: Plan) -> Seen:
 
 @pytest.fixture(scope="module")
 def found() -> list[Network]:
-    return fitted([seen_in(TRUE, plan) for plan in PLANS], [BEGIN], clock_of, walks=3 * 3 * 150)
+    return fitted([seen_in(TRUE, plan) for plan in PLANS], [BEGIN], clock_of, walks=3 * 3 * 60)
 
 
 def test_lists_that_were_not_seen_take_what_they_would(found: list[Network]) -> None:
@@ -56,7 +56,7 @@ def test_the_better_of_two_topologies_is_taken() -> None:
     two = replace(BEGIN, ranks_per_node=2)
     cards = replace(two, nics_per_node=2)
     seen = [seen_in(replace(cards, nic_bytes_per_s=5e7), plan) for plan in PLANS]
-    slow, late = fitted(seen, [two, cards], clock_of, walks=3 * 5 * 60)
+    slow, late = fitted(seen, [two, cards], clock_of, walks=3 * 5 * 25)
     assert (slow.nics_per_node, late.nics_per_node) == (2, 2)
 
 
