@@ -399,7 +399,8 @@ def test_a_second_signal_does_not_wait_for_ranks_that_go_on(planted: Planted, tm
     tool.process.terminate()
     assert tool.finish()[0] == 128 + signal.SIGTERM
     assert time.monotonic() - begin < STOP_S / 2
-    assert planted.names == [] and not any(map(alive, pids))
+    assert planted.names == []
+    wait_for(lambda: not any(map(alive, pids)), "a rank outlives its SIGKILL", 2.0)  # which takes a moment on a busy machine
 
 
 def test_the_tool_gives_the_failing_ranks_code_and_says_where_the_output_is(planted: Planted, tmp_path: Path) -> None:
