@@ -2,8 +2,8 @@
 
 Two plans are measured: the one that the run follows, and one in parts with deferred weights, so that costs are known of both.
 Two networks are fitted to these steps (`fitted_network`), and a search is made in each.  Rank 0 does that and tells the others
-what it has found, so that all have the same lists whatever their machines make of the last digits.  Virtual time is a percent or
-two off, which is as much as the best lists of several plans differ by; so their steps are measured, too.  With these, networks
+what it has found, so that all have the same lists whatever their machines make of the last digits.  Virtual time is off by
+more than the best lists of several plans differ by; so their steps are measured, too.  With these, networks
 are fitted anew and searched once more.  The fastest plans are measured again, and that whose steps were shortest is kept, with
 its order.
 """
@@ -237,10 +237,11 @@ def found_lists(
         walks=min(FITTED_INSTRUCTIONS // len(before[0]), FITTED_RANKS // world, evaluations_of(config, before[0])),
     )
     starts = [Start(replace(plan, order=()), program) for plan, program in zip(walked, before, strict=True)]
+    starts += [Start(s.plan, training_step(s.plan.strategy, s)) for s in settings]
 
     def searched(network: Network, finalists: int, allowed: Callable[[Program], bool] | None) -> Found:
         return search(
-            [*starts, *(Start(s.plan, training_step(s.plan.strategy, s)) for s in settings)],
+            starts,
             clock_of(network),
             evaluations=evaluations_of(config, before[0]) // len(fitting),
             seed=config.train.seed,

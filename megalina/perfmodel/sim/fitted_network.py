@@ -34,8 +34,8 @@ FREE = {
 RATE = {"nic_bytes_per_s": Free(0.4, math.log(100), math.inf)}
 LATENCIES = {name: Free(1.0, math.log(100), 10.0) for name in ("all_to_all_s", "latency_s", "hop_s")}
 LATENCIES["weight"] = FREE["weight"]
-FASTER = 1.15
-FINE = 0.02  # of a step: where the search ends
+FASTER = 1.15  # the second network's rate over the first one's
+FINE = 0.02  # of the first steps: with smaller ones the fit is over
 PRICE = 3e-3  # of a constant that has gone its usual way, so that few measurements don't lead it astray
 OF_WAITS = 0.5  # what a wait counts beside the time of the step
 
