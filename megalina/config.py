@@ -180,6 +180,9 @@ class StrategyConfig:
     late_layers: int = setting(0, high=100_000)
     # whose weights' gradients are instructions of their own, which a strategy may put under all-to-alls; all: of every product
     deferred_weights: str = setting("none", choices=("none", "experts", "all"))
+    # gradients that are deferred, or last, are computed at once for all parts and chunks: larger products, and a sum that is
+    # written once; rows wait for the last part, and are copied
+    join_weights: bool = False
     # deferred weights' gradients that wait keep at most so many MiB of activations and their gradients; 0: no limit
     deferred_mb: float = setting(0.0, high=1e9)
     # lancet: layers of the forward pass walk in parts, so that one computes while another's tokens travel: none | a number of

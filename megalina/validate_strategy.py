@@ -56,7 +56,7 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
     for key, names in USED_BY.items():
         if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
             raise _does_nothing(key, getattr(strategy, key), strategy.name)
-    for key in ("partition_bytes", "chunks", "late_layers", "deferred_weights"):
+    for key in ("partition_bytes", "chunks", "late_layers", "deferred_weights", "join_weights"):
         if strategy.name == AUTO and getattr(strategy, key) != getattr(plain, key):
             raise ValueError(f"strategy=auto finds strategy.{key} itself: leave it at {getattr(plain, key)}, or name a strategy")
     if strategy.deferred_mb and strategy.deferred_weights == "none":
@@ -64,6 +64,8 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
             f"strategy.deferred_mb={strategy.deferred_mb:g} limits what deferred weights' gradients keep, and "
             "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"
         )
+    if strategy.join_weights and strategy.partition != AUTO:
+        _check_joined(plan_of(strategy, packing=1))
     if strategy.partition == AUTO and strategy.partition_backward != plain.partition_backward:
         raise ValueError(
             "strategy.partition=auto finds strategy.partition_backward itself: leave it out, or give numbers of parts"
@@ -88,6 +90,8 @@ def check_plan(config: PretrainConfig, plan: Plan, world: int) -> None:
     for key, names in USED_BY.items():
         if values[key] != getattr(plain, key) and plan.strategy not in names:
             raise _does_nothing(key, values[key], plan.strategy)
+    if plan.join_weights:
+        _check_joined(plan)
     _check_schedule(config, plan, world)
     _check_packing(config, plan.strategy, str(plan.packing), world)
 
@@ -115,6 +119,20 @@ def _check_words(strategy: StrategyConfig) -> None:
         raise ValueError(f"strategy.chunks={chunks[:40]} must be a number, one for each MoE layer as 1,2,2, or auto")
     if packing != AUTO and not (packing.isdecimal() and int(packing) >= 1):
         raise ValueError(f"strategy.packing={packing} must be 1, 2, 4, ... or auto")
+
+
+def _check_joined(plan: Plan) -> None:
+    """Of a plan with `join_weights`: it has weights' gradients to join, of several parts."""
+    if plan.deferred_weights == "none" and plan.late_layers == 0:
+        raise ValueError(
+            "strategy.join_weights=true joins weights' gradients that are deferred or last, and none are: set "
+            "strategy.deferred_weights=experts or all, or strategy.late_layers"
+        )
+    if plan.parts == 1 and max(plan.chunks) == 1 and most_parts(plan.partition) == 1:
+        raise ValueError(
+            "strategy.join_weights=true joins what parts and chunks give, and there is one of both: set strategy.parts=2, or "
+            "strategy.join_weights=false"
+        )
 
 
 def _does_nothing(key: str, value: object, name: str) -> ValueError:

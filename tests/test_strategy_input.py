@@ -66,6 +66,12 @@ def refusal(config: PretrainConfig, world: int = 1) -> str:
         ),
         ({"deferred_weights": "some"}, "strategy.deferred_weights=some is not one of none, experts, all"),
         ({"deferred_mb": 1.0}, "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"),
+        ({"name": "flow", "parts": 2, "join_weights": True}, "joins weights' gradients that are deferred or last, and none are"),
+        (
+            {"name": "lancet", "deferred_weights": "all", "join_weights": True},
+            "joins what parts and chunks give, and there is one of both: set strategy.parts=2",
+        ),
+        ({"name": "auto", "join_weights": True}, "strategy=auto finds strategy.join_weights itself: leave it at False"),
         ({"partition": "two"}, "strategy.partition=two must be none, auto, a number of parts, or ranges such as"),
         ({"partition": "2"}, "strategy.partition=2 does nothing with strategy=eager, only with lancet: leave it at none"),
         ({"name": "auto", "partition": "2"}, "strategy.partition=2 does nothing with strategy=auto, only with lancet"),

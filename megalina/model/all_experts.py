@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalina.model.activation import activate, activate_backward, input_width
-from megalina.model.linear import Later, add_outer, add_rows, main_grad
+from megalina.model.late_gradients import LateGradient, Later
+from megalina.model.linear import add_outer, add_rows, main_grad
 
 
 def all_experts_mlp(
@@ -86,7 +87,8 @@ class _AllExperts(torch.autograd.Function):
         else:
             assert all(r is None for r in returned), "weights without main_grad have no later"
             width = w2_EDF.shape[2]
-            ctx.later.append(partial(_add_later, x_ND, weight_NE, h_NX, dh_NX, dy_ND, grads, width, ctx.activation))
+            add = partial(_add_later, grads=grads, width=width, activation=ctx.activation)
+            ctx.later.append(LateGradient(add, (x_ND, weight_NE, h_NX, dh_NX, dy_ND)))
         dx_ND = torch.mm(dh_NX, w1_EHD.flatten(0, 1)) if ctx.needs_input_grad[0] else None
         return dx_ND, dweight_NE, *returned, None, None
 

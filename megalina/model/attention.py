@@ -14,7 +14,8 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
-from megalina.model.linear import Later, linear, linears, wide_linear
+from megalina.model.late_gradients import Later
+from megalina.model.linear import linear, linears, wide_linear
 from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.blocks.block import Block
 from megalina.model.init import parameter
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later
 from megalina.model.permute import RowOrder
 from megalina.model.tokens import TokenShare
 from megalina.step.program import Instruction

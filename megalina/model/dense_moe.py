@@ -19,7 +19,7 @@ from megalina.model.all_experts import all_experts_mlp
 from megalina.model.block_functions import Routed, Seen
 from megalina.model.digest import choices_digest
 from megalina.model.dispatcher import share_of_chunk
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later
 from megalina.model.moe import MoE
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.routers import GroupSoFar, Router, Routing, z_loss

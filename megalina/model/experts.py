@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalina.model.activation import activate, activate_backward, input_width
-from megalina.model.linear import Later, add_outer, add_rows, main_grad
+from megalina.model.late_gradients import LateGradient, Later
+from megalina.model.linear import add_outer, add_rows, main_grad
 
 
 def expert_mlp(
@@ -106,7 +107,8 @@ class _ExpertMlp(torch.autograd.Function):
         )
         if dh_NH is not None:
             add = _add_weights_grouped if ctx.grouped else _add_weights_loop
-            ctx.later.append(partial(add, dy_ND, x_ND, h_NH, dh_NH, ctx.count_E, grads, ctx.activation, w2_EDF.shape[2]))
+            add = partial(add, grads=grads, activation=ctx.activation, width=w2_EDF.shape[2])
+            ctx.later.append(LateGradient(add, (dy_ND, x_ND, h_NH, dh_NH), ctx.count_E))
         return dx_ND, *returned, None, None, None
 
 

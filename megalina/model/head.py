@@ -13,7 +13,8 @@ from megalina.batch import Batch
 from megalina.blocks.block import Block
 from megalina.model.balance import global_balance
 from megalina.model.block_functions import BlockFunctions
-from megalina.model.linear import Later, linear
+from megalina.model.late_gradients import Later
+from megalina.model.linear import linear
 from megalina.model.norm import Norm
 from megalina.model.routers import GroupSoFar
 from megalina.model.tokens import ALL

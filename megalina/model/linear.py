@@ -7,7 +7,7 @@ temporary, and autograd gets none for it: `param.grad` stays None.  A parameter 
 Shapes: N rows (any leading dims), D inputs, F outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Later = list[Callable[[], None]]  # what adds the gradients of weights that a backward pass left out
+from megalina.model.late_gradients import LateGradient, Later
 
 
 def linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, later: Later | None = None) -> Tensor:
@@ -77,7 +77,7 @@ def _gradients(
         return _weight_gradient(needed[0], mains[0], dy_NF, x_ND), _bias_gradient(needed[1], mains[1], dy_NF)
     assert all(main is not None for main, wanted in zip(mains, needed, strict=True) if wanted), "no main_grad, no later"
     own = [main if wanted else None for main, wanted in zip(mains, needed, strict=True)]
-    later.append(partial(_add, own[0], own[1], dy_NF, x_ND))
+    later.append(LateGradient(partial(_add, own[0], own[1]), (dy_NF, x_ND)))
     return None, None
 
 
@@ -162,7 +162,8 @@ class _WideLinear(torch.autograd.Function):
             elif ctx.later is None:
                 _add_narrowed(ctx.main, dy_NF, wide_ND, weight_FD.dtype)
             else:
-                ctx.later.append(partial(_add_narrowed, ctx.main, dy_NF, wide_ND, weight_FD.dtype))
+                add = partial(_add_narrowed, ctx.main, dtype=weight_FD.dtype)
+                ctx.later.append(LateGradient(add, (dy_NF, wide_ND)))
         return dx_ND, dweight_FD, None
 
 

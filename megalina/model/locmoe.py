@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.model.linear import Later, main_grad
+from megalina.model.late_gradients import LateGradient, Later
+from megalina.model.linear import main_grad
 from megalina.model.routers import Router, lengths
 
 NORMALIZE_EPS = 1e-12  # of `F.normalize`: the least length that is divided by
@@ -94,7 +95,7 @@ class _BlockCosines(torch.autograd.Function):
             elif ctx.later is None:
                 _add_weight_gradient(ctx.main, dy_TE, unit_TD, weight_EF)
             else:
-                ctx.later.append(partial(_add_weight_gradient, ctx.main, dy_TE, unit_TD, weight_EF))
+                ctx.later.append(LateGradient(partial(_add_weight_gradient, ctx.main, weight_EF=weight_EF), (dy_TE, unit_TD)))
         return dunit_TD, dweight_EF, None
 
 

@@ -11,7 +11,7 @@ from megalina.batch import Batch
 from megalina.blocks.block import Block
 from megalina.model.block_functions import BlockFunctions, no_parameters
 from megalina.model.experts import mlp
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later
 from megalina.model.norm import Norm
 from megalina.model.tokens import ALL
 

@@ -20,7 +20,7 @@ from megalina.model.digest import routing_digest
 from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import expert_mlp
 from megalina.model.init import spec_of
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later
 from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
 from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute

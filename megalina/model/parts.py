@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.model.block_functions import BlockFunctions
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later
 from megalina.model.permute import RowOrder, reorder, row_order
 from megalina.step.program import Instruction
 

@@ -20,7 +20,8 @@ from megalina.blocks.routers import kind_of
 from megalina.config import RouterConfig
 from megalina.model.balance import balance_loss
 from megalina.model.capacity_bound import bounded, delta_of, nearness
-from megalina.model.linear import Later, wide_linear
+from megalina.model.late_gradients import Later
+from megalina.model.linear import wide_linear
 from megalina.model.locality import locality_loss
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal

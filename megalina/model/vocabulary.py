@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.model.linear import Later, add_outer, main_grad
+from megalina.model.late_gradients import LateGradient, Later
+from megalina.model.linear import add_outer, main_grad
 
 
 def head_stat(n_TD: Tensor, weight_VD: Tensor, label_T: Tensor, words: int, *, later: Later | None = None) -> Tensor:
@@ -80,7 +81,7 @@ class _HeadStat(torch.autograd.Function):
             elif ctx.later is None:
                 add_outer(ctx.weight_grad, dlogits_TV, n_TD)
             else:
-                ctx.later.append(partial(add_outer, ctx.weight_grad, dlogits_TV, n_TD))
+                ctx.later.append(LateGradient(partial(add_outer, ctx.weight_grad), (dlogits_TV, n_TD)))
         return dn_TD, dweight_VD, None, None, None
 
 

@@ -19,12 +19,12 @@ from megalina.collective_log import NUM_RIDERS, CollectiveLog, agree
 from megalina.mesh import Mesh
 from megalina.model.digest import tokens_digest
 from megalina.model.gpt import GPT
-from megalina.model.linear import Later
+from megalina.model.late_gradients import Later, joined
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
 from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
-from megalina.step.program import Instruction
+from megalina.step.program import Instruction, parts_of
 
 
 class InstructionFunctions:
@@ -62,19 +62,21 @@ class InstructionFunctions:
         if instruction.name.startswith("update "):
             return partial(self._update, instruction.name.removeprefix("update "))
         if instruction.phase == "W":
-            return partial(self._add_late, instruction.key)
+            return partial(self._add_late, [(instruction.name, instruction.layer, part) for part in parts_of(instruction)])
         if instruction.phase == "U":
             named = getattr(self, f"_{instruction.name}")
             return partial(named, instruction.reads) if instruction.name in ("seed", "measure") else named
         later = self.late.setdefault(instruction.key, []) if instruction.late else None
         return self.gpt.functions_of(instruction).bind(instruction, later)
 
-    def _add_late(self, key: tuple[str, int, str]) -> None:
-        """What backward of this instruction left out."""
-        late = self.late[key]
-        for add in late:
-            add()
-        late.clear()
+    def _add_late(self, keys: Sequence[tuple[str, int, str]]) -> None:
+        """What backward of these instructions left out, which are parts of one: product by product, as rows of several parts are
+        copied for each."""
+        products = list(zip(*(self.late[key] for key in keys), strict=True))
+        for key in keys:
+            self.late[key].clear()
+        for _ in range(len(products)):
+            joined(products.pop(0))()
 
     # without autograd
     def _sizes(self, *batches: Batch) -> Tensor:

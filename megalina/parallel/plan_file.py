@@ -139,7 +139,7 @@ def questions(config: PretrainConfig, world: int, *, packings: Sequence[int]) ->
         asked.append(candidates.in_pieces)
     if strategy.name == AUTO:
         asked += [candidates.yielding, candidates.with_late_layers, candidates.with_deferred_weights, candidates.with_partition]
-        asked.append(candidates.in_parts)
+        asked += [candidates.in_parts, candidates.joined]
         asked.append(lambda best: candidates.packed(best, packings))  # again, with what was found since
     return [_that_run(question, config, world) for question in asked]
 

@@ -53,6 +53,8 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
             plans += [more] if parts == PARTS[0] or not (pieces or chunks != (1,)) else []
         late = product(PARTS, LATE_LAYERS[1:], DEFERRED[::2])
         plans += [replace(walking, parts=p, late_layers=layers, deferred_weights=d) for p, layers, d in late]
+        whole = [plan for plan in plans if plan.strategy == walking.strategy and plan.chunks == (1,)]
+        plans += [plan for start in whole for plan in joined(start)]
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
     plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
     return list(dict.fromkeys(plans))
@@ -85,6 +87,12 @@ def with_late_layers(best: Plan) -> list[Plan]:
 def with_deferred_weights(best: Plan) -> list[Plan]:
     """Whose weights' gradients are placed under all-to-alls."""
     return [replace(best, deferred_weights=mode) for mode in DEFERRED] if best.strategy != "eager" else []
+
+
+def joined(best: Plan) -> list[Plan]:
+    """What all parts leave out of the gradients of the same weights, as one product."""
+    late = best.late_layers or best.deferred_weights != "none"
+    return [replace(best, join_weights=not best.join_weights)] if best.parts > 1 and late else []
 
 
 def with_partition(best: Plan) -> list[Plan]:

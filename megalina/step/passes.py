@@ -7,7 +7,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, gradient, has_gradient, weights_of
+from megalina.step.program import (
+    BucketSpec,
+    Instruction,
+    Kind,
+    Op,
+    Program,
+    backward,
+    gradient,
+    has_gradient,
+    joined_weights,
+    weights_of,
+)
 
 GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire after it
     "combine": "experts",  # between the two all-to-alls of a layer
@@ -65,25 +76,29 @@ def place_weights(
     `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
     gradients; beyond `most_bytes` the oldest are placed first, whatever they take.
     """
-    waiting: list[Instruction] = []  # whose mirrors have run, the oldest first
+    waiting: list[Instruction] = []  # all of whose mirrors have run, the oldest first
     left_by = {v: s for s in program if s.phase == "B" and s.late for v in s.writes if not has_gradient(v)}
-    weights = {w.reads: w for w in program if w.phase == "W"}
+    weight_of = {v: w for w in program if w.phase == "W" for v in w.reads}
     base = [s for s in program if s.phase != "W"]
     exposed_s = _exposed(base, seconds)
     last = _last_of_each_pass(base)
     out: list[Instruction] = []
+    left: set[str] = set()  # by mirrors that have run
 
     def kept() -> int:
-        return sum(kept_bytes(left_by[w.reads[0]]) for w in waiting)
+        return sum(kept_bytes(left_by[v]) for v in left)
 
     def put(weight: Instruction) -> None:
         waiting.remove(weight)
+        left.difference_update(weight.reads)
         out.append(weight)
 
     for i, instruction in enumerate(base):
         out.append(instruction)
         if instruction.phase == "B" and instruction.late:
-            waiting.append(weights[tuple(v for v in instruction.writes if not has_gradient(v))])
+            own = next(v for v in instruction.writes if not has_gradient(v))
+            left.add(own)
+            waiting += [weight_of[own]] if left.issuperset(weight_of[own].reads) else []
             while waiting and (not last or kept() > most_bytes):
                 put(waiting[0])
         if _carries_tokens(instruction):
@@ -263,14 +278,15 @@ def step(
     together: int = 1,
     share: float = 1.0,
     one_group: bool = False,
+    join_weights: bool = False,
     arranged: Callable[[Program], Program] = lambda backward: backward,
 ) -> Program:
     """Forward and backward of all parts, `together` of them at a time.
 
-    A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  `arranged`: puts
-    the mirrors of a forward pass into another order.  Gradients
-    are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which is known before the
-    first backward.  Nothing else is ever divided.
+    A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  `join_weights`:
+    what backward leaves out is one product for all parts taken together.  `arranged`: puts the mirrors of a forward pass into
+    another order.  Gradients are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which
+    is known before the first backward.  Nothing else is ever divided.
     """
     batches = tuple(f"#batch.-.{i}" for i in range(parts))
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
@@ -293,7 +309,8 @@ def step(
             seeds = tuple(map(gradient, losses))
             out.append(Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
         out += arranged(backward(both))
-        out += (weights_of(s) for s in reversed(both) if s.late)
+        weights = tuple(weights_of(s) for s in reversed(both) if s.late)
+        out += joined_weights(weights) if join_weights else weights
     return tuple(out)
 
 

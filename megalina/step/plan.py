@@ -19,6 +19,7 @@ class Plan:
     yields: bool = False  # gradients wait while tokens are on the wire
     late_layers: int = 0  # so many MoE layers, the last ones of backward, get the gradients of experts' weights after it
     deferred_weights: str = "none"  # whose weights' gradients are instructions of their own: none | experts | all
+    join_weights: bool = False  # what all parts and chunks leave out of the gradients of the same weights is one product
     deferred_bytes: int = 0  # that may be kept back for them; 0: no limit
     partition: str = "none"  # ranges of the forward pass that walk in parts: as `megalina.step.partition.ranges_from` reads them
     partition_backward: str = "whole"  # their mirrors: whole, side by side | mirrored, in turn as they went forward
@@ -38,6 +39,7 @@ class Plan:
             "tokens first" if self.yields else "",
             f"weights of {self.late_layers} layers last" if self.late_layers else "",
             f"deferred weights of {self.deferred_weights}" if self.deferred_weights != "none" else "",
+            "weights of parts joined" if self.join_weights else "",
             f"{self.deferred_bytes / 2**20:g} MiB kept back" if self.deferred_bytes else "",
             _partition_words(self.partition, self.partition_backward) if self.partition != "none" else "",
             "windows " + "/".join(f"{gap} {size / 2**20:.2f} MiB" for gap, size in self.gap_bytes) if self.gap_bytes else "",

@@ -13,7 +13,7 @@ parameters that are copied over tp are summed over it, whatever the layout of ac
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -152,6 +152,25 @@ def weights_of(instruction: Instruction) -> Instruction:
     return replace(instruction, phase="W", reads=reads, writes=())
 
 
+def joined_weights(weights: Iterable[Instruction]) -> Program:
+    """Of `weights_of`, one instruction for all that give the gradients of the same weights: a part's name is then "0+1"."""
+    of: dict[tuple[str, int], list[Instruction]] = defaultdict(list)
+    for weight in weights:
+        of[weight.name, weight.layer].append(weight)
+    return tuple(_joined(parts) if len(parts) > 1 else parts[0] for parts in of.values())
+
+
+def _joined(parts: Sequence[Instruction]) -> Instruction:
+    reads = tuple(v for s in parts for v in s.reads)
+    share = sum(s.share / s.chunk[1] for s in parts)
+    return replace(parts[0], part="+".join(s.part for s in parts), reads=reads, share=share, chunk=(0, 1))
+
+
+def parts_of(weights: Instruction) -> tuple[str, ...]:
+    """Whose gradients an instruction of phase W gives."""
+    return tuple(weights.part.split("+"))
+
+
 def backward(forward: Program) -> Program:
     return tuple(mirror(s) for s in reversed(forward) if is_mirrored(s))
 
@@ -264,11 +283,14 @@ def _check_backward(program: Program) -> None:
             raise ValueError(f"{found.tag} is not the mirror of {instruction.tag}: {found}")
     if present:
         raise ValueError(f"backward without forward: {', '.join(s.tag for s in present.values())}")
-    late, left = {weights_of(s) for s in program if s.late and s.phase == "F"}, {s for s in program if s.phase == "W"}
-    if late != left:
-        raise ValueError(
-            f"gradients of weights must be instructions exactly where backward leaves them out: {_tags(late ^ left)}"
-        )
+    late, left = {s.key: weights_of(s) for s in program if s.late and s.phase == "F"}, {s for s in program if s.phase == "W"}
+    for instruction in sorted(left, key=lambda s: s.tag):
+        own = [late.pop((instruction.name, instruction.layer, part), None) for part in parts_of(instruction)]
+        parts = [s for s in own if s is not None]
+        if parts != own or joined_weights(parts) != (instruction,):
+            raise ValueError(f"{instruction.tag} isn't what backward leaves out of {_tags(parts) or 'any instruction'}, once")
+    if late:
+        raise ValueError(f"gradients of weights that backward leaves out, and nobody adds: {_tags(late.values())}")
     updated = {s.name for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
     if idle := {f"update {u}" for s in program for u in s.uses} - updated:
         raise ValueError(f"missing: {', '.join(sorted(idle))}")

@@ -214,6 +214,7 @@ def _step(setting: Setting, *, together: int) -> Program:
         together=together,
         share=1 / cut,
         one_group=one_group,
+        join_weights=setting.plan.join_weights,
         arranged=side_by_side if setting.plan.partition_backward == "whole" else lambda backward: backward,
     )
     if not setting.plan.places_weights:

@@ -1,6 +1,7 @@
 """A searched list for a verification, in which nothing is measured: by guessed times, a few walks in virtual time.
 
-It is an odd list on purpose, with chunks and deferred weights: what the checker accepts must be right whatever the order."""
+It is an odd list on purpose, with chunks, and with deferred weights that are joined: what the checker accepts must be right
+whatever the order."""
 
 from dataclasses import replace
 
@@ -30,6 +31,6 @@ def walk_searched_list(trainable: Trainable, *, seed: int) -> None:
         seconds = lambda s: guessed(s) if s.kind is Kind.COMPUTE else 0.0  # noqa: E731
         return ListClock(program, seconds=seconds, sizes=sizes, loads=loads, ranks_of=groups)
 
-    plan = replace(setting.plan, deferred_weights="all", chunks=(2,))
+    plan = replace(setting.plan, deferred_weights="all", join_weights=True, chunks=(2,))
     start = Start(plan, training_step(plan.strategy, setting.under(plan)))
     trainable.adopt(search([start], clock_of, evaluations=WALKS, seed=seed).plan)

@@ -67,6 +67,7 @@ def test_auto_tries_what_has_won_somewhere_and_all_of_it_can_run(zero: int, best
         strategy = StrategyConfig(
             name=plan.strategy, partition_bytes=str(plan.piece_bytes), parts=plan.parts, chunks=chunks_text(plan.chunks),
             yields=plan.yields, late_layers=plan.late_layers, deferred_weights=plan.deferred_weights, packing=str(plan.packing),
+            join_weights=plan.join_weights,
             partition=plan.partition, partition_backward=plan.partition_backward,
         )  # fmt: skip
         check_config(replace(config, strategy=strategy), WORLD)
@@ -90,6 +91,7 @@ def test_auto_does_not_try_what_can_not_run() -> None:
         gap_bytes=st.lists(st.tuples(st.sampled_from(["experts", "attention"]), st.integers(0, 2**30)), max_size=2).map(tuple),
         packing=st.integers(1, 8),
         deferred_weights=st.sampled_from(["none", "experts", "all"]),
+        join_weights=st.booleans(),
         partition=st.sampled_from(["none", "2", "attention.0..mix.2:2,attention.3..mix.5:4"]),
         times_us=st.lists(st.tuples(st.sampled_from(["W:experts", "B:combine>"]), st.floats(0, 1e9)), max_size=2).map(tuple),
     )

@@ -44,7 +44,7 @@ def lancet(shape: Shape, partition: str, **numbers: object) -> Plan:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_a_legal_list(name: str, whole_routers: bool, parts: str, backward_order: str) -> None:
     shape = (WHOLE if whole_routers else SHAPES)[name]
-    for more in ({}, {"chunks": (2,)}, {"deferred_weights": "all"}):
+    for more in ({}, {"chunks": (2,)}, {"deferred_weights": "all"}, {"deferred_weights": "all", "join_weights": True}):
         plan = lancet(shape, parts, partition_backward=backward_order, **more)
         program = training_step("lancet", Setting(shape, buckets_of(shape), plan, 2))  # which checks it
         cut = [s for s in program if is_part(s)]

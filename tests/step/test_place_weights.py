@@ -1,5 +1,6 @@
 """Deferred weight gradients: where Lancet's rule puts them, whatever they take, and what it never does."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,10 +9,10 @@ from hypothesis import strategies as st
 
 from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import defer_weights, place_weights, step
+from megalina.step.passes import chunk, defer_weights, place_weights, step
 from megalina.step.plan import Plan
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program
-from megalina.step.strategy import Setting, training_step
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, parts_of
+from megalina.step.strategy import Setting, given, training_step
 
 SHAPES = {
     "moe": plain_shape([True, True, True]),
@@ -108,6 +109,67 @@ def test_a_cap_on_bytes_places_the_oldest() -> None:
         most = max(most, waiting)
     assert most == 3  # two are kept back, and one that has just come
     assert max_waiting(place_weights(program, never)) > 3
+
+
+def joined(shape: Shape, parts: int, *, chunks: int = 1) -> Program:
+    """Parts that walk together, with one instruction for the gradients of the same weights."""
+    forward = chunk(plain(shape), dict.fromkeys(shape.moe_layers, chunks))
+    return step(defer_weights(forward, shape.deferred("all")), 2 * parts, together=parts, join_weights=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_of_parts_and_chunks_are_joined_group_by_group(shape: str) -> None:
+    program = joined(SHAPES[shape], 2, chunks=3)
+    found = [s for s in program if s.phase == "W"]
+    late = [s for s in program if s.phase == "B" and s.late]
+    assert len({(s.name, s.layer) for s in late}) * 2 == len(found)  # two groups of two parts
+    assert sorted(v for s in found for v in s.reads) == sorted(v for s in late for v in s.writes if v.startswith("#late"))
+    assert all(abs(s.share - 2) < 1e-12 and s.chunk == (0, 1) for s in found)
+    assert {frozenset(int(p.partition("c")[0]) for p in parts_of(s)) for s in found} == {frozenset({0, 1}), frozenset({2, 3})}
+
+
+def test_joined_weights_are_placed_once_all_their_mirrors_have_run() -> None:
+    program = joined(SHAPES["moe"], 2)
+    placed = place_weights(program, lambda s: 10.0 if s.op is Op.TOKENS else 1.0)
+    assert sorted(s.tag for s in placed) == sorted(s.tag for s in program)
+    written: set[str] = set()
+    for instruction in placed:
+        assert instruction.phase != "W" or written.issuperset(instruction.reads)
+        written.update(instruction.writes)
+    under = [s for s, after in zip(placed, placed[1:], strict=False) if s.kind is Kind.START and after.phase == "W"]
+    assert len(under) > 6  # they are not all at the end
+
+
+def test_a_cap_counts_what_waits_for_the_last_part() -> None:
+    """One part's mirrors keep back as much before the other part's have run."""
+    program, most = joined(SHAPES["moe"], 2), []
+    for limit in (float("inf"), 20):
+        left, numbers = set[str](), []
+        for instruction in place_weights(program, taking({}), kept_bytes=lambda s: 10, most_bytes=limit):
+            left |= {v for v in instruction.writes if v.startswith("#late")}
+            left -= set(instruction.reads)
+            numbers.append(len(left))
+        most.append(max(numbers))
+    assert most[1] == 3 < most[0]  # two are kept back, and one that has just come
+
+
+@pytest.mark.parametrize("wrong", ["lost", "part lost", "part twice", "another share", "another layer's"])
+def test_the_check_sees_what_is_not_joined_right(wrong: str) -> None:
+    setting = setting_of(SHAPES["moe"], Plan("flow", parts=2, deferred_weights="all", join_weights=True), 2)
+    program = training_step("flow", setting)
+    weight = next(s for s in program if s.phase == "W" and s.layer == 1)
+    changed = {
+        "lost": (),
+        "part lost": (replace(weight, part=weight.part[0], reads=weight.reads[:1]),),
+        "part twice": (weight, replace(weight, part=weight.part[0], reads=weight.reads[:1], share=1.0)),
+        "another share": (replace(weight, share=1.0),),
+        "another layer's": (replace(weight, layer=2),),
+    }[wrong]
+    broken = tuple(t for s in program for t in (changed if s == weight else (s,)))
+    with pytest.raises(
+        ValueError, match="isn't what backward leaves out|nobody adds|before it is written|written by|occurs twice"
+    ):
+        check(broken, given(broken, setting), setting.buckets)
 
 
 def max_waiting(program: Program) -> int:

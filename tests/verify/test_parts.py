@@ -40,7 +40,8 @@ def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
     choices = replace(choices_of(RANKS), routers=PASSED)
     models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))
     for parts in (2, 4):
-        walking = {name: replace(strategy(name), parts=parts, chunks="2") for name in ("flow", "lina_zero")}
+        more = {"chunks": "2", "deferred_weights": "all", "join_weights": True}
+        walking = {name: replace(strategy(name), parts=parts, **more) for name in ("flow", "lina_zero")}
         rows = [
             Row(layout, router, config.capacity_factor, model, "adamw")
             for layout, of_parts in CUT
@@ -77,7 +78,7 @@ def partitioned(settings: dict[str, Any], layouts_of: Sequence[Layout]) -> tuple
 
 
 def test_ranges_in_parts_equal_one_process() -> None:
-    choices, rows = partitioned({"partition": "2"}, PARTITIONED[3:6:2])
+    choices, rows = partitioned({"partition": "2", "join_weights": True}, PARTITIONED[3:6:2])
     half = len(choices.routers)  # each router in one of two layouts; some of them must see the whole micro-batch
     assert len(rows) == 2 * half
     assert differences(choices, rows[:half:2] + rows[half + 1 :: 2], steps=1) == []
@@ -86,7 +87,11 @@ def test_ranges_in_parts_equal_one_process() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("backward", ["whole", "mirrored"])
 @pytest.mark.parametrize("parts", ["2", "4"])
-@pytest.mark.parametrize("more", [{}, {"chunks": "2"}, {"deferred_weights": "none", "yields": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"chunks": "2"}, {"join_weights": True}, {"deferred_weights": "none", "yields": True}],
+    ids=str,
+)
 def test_every_router_in_parts_equals_one_process(parts: str, backward: str, more: dict[str, Any]) -> None:
     choices, rows = partitioned({"partition": parts, "partition_backward": backward} | more, PARTITIONED)
     assert len(rows) >= {"2": 80, "4": 50}[parts]

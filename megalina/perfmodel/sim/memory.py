@@ -116,6 +116,8 @@ class _Walk:
         run = {Kind.COMPUTE: self._compute, Kind.START: self._start, Kind.WAIT: self._wait}
         for i, instruction in enumerate(self._program):
             inside = self.bytes + (self._sizes.rise(instruction) if instruction.kind is Kind.COMPUTE else 0)
+            if instruction.phase == "W" and len(instruction.reads) > 1:  # rows of several parts are copied, at most all at once
+                inside += sum({id(b): b.bytes for v in instruction.reads for b in self.values[v]}.values())
             replaced = run[instruction.kind](instruction)
             yield max(inside, self.bytes + replaced), instruction
             if instruction.kind is Kind.COMPUTE and instruction.phase == "B":

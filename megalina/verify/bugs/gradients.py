@@ -11,7 +11,7 @@ from torch import Tensor
 from megalina.config import PretrainConfig
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
-from megalina.step.program import Instruction, Kind, Op
+from megalina.step.program import Instruction, Kind, Op, parts_of
 from megalina.verify.bugs.change import Function, after, around, expert_buckets, seeds, with_program
 
 
@@ -82,29 +82,32 @@ def balance_loss_without_gradient(trainable: Trainable, config: PretrainConfig) 
 
 def deferred_weights_lost(trainable: Trainable, config: PretrainConfig) -> None:
     """What backward of attention leaves for later is never added."""
-    _with_deferred(trainable, lambda add: None)
+    _with_deferred(trainable, lambda add, *rows: None)
 
 
 def deferred_weights_twice(trainable: Trainable, config: PretrainConfig) -> None:
     """What backward of attention leaves for later is added a second time."""
 
-    def twice(add: Callable[[], None]) -> None:
-        add()
-        add()
+    def twice(add: Callable[..., None], *rows: Any) -> None:
+        add(*rows)
+        add(*rows)
 
     _with_deferred(trainable, twice)
 
 
-def _with_deferred(trainable: Trainable, run: Callable[[Callable[[], None]], None]) -> None:
-    """`run(add)` in place of each call that adds a gradient of attention's weights."""
+def _with_deferred(trainable: Trainable, run: Callable[..., None]) -> None:
+    """`run(add, *rows)` in place of each call that adds a gradient of attention's weights."""
 
     def of(instruction: Instruction, function: Function) -> Function:
         if instruction.phase != "W" or not instruction.name.startswith("attention"):
             return function
-        late = trainable.instruction_functions.late[instruction.key]
+        of_parts = [
+            trainable.instruction_functions.late[instruction.name, instruction.layer, part] for part in parts_of(instruction)
+        ]
 
         def changed() -> None:
-            late[:] = [partial(run, add) for add in late]
+            for late in of_parts:
+                late[:] = [replace(gradient, add=partial(run, gradient.add)) for gradient in late]
             function()
 
         return changed
