@@ -124,12 +124,12 @@ def clock_of_step(program: Program) -> ListClock:
     return ListClock(program, seconds=took, sizes=sizes, loads=Loads(one_level(6e7, 1e-3), RANKS), ranks_of=groups)
 
 
-def of_a_step(evaluations: int, *, seed: int = 0, fits=None) -> tuple[Found, Setting]:
+def of_a_step(evaluations: int, *, seed: int = 0, fits=None, finalists: int = 1) -> tuple[Found, Setting]:
     setting = Setting(SHAPE, buckets_of(SHAPE, piece=40), micro_batches=2)
     plans = [plan for plan in to_search_from(zero=False, piece_bytes=0, packing=1) if plan.parts <= 2]
     settings = [setting.under(plan) for plan in plans]
     starts = [Start(s.plan, training_step(s.plan.strategy, s)) for s in settings]
-    return search(starts, clock_of_step, evaluations=evaluations, seed=seed, fits=fits), setting
+    return search(starts, clock_of_step, evaluations=evaluations, seed=seed, fits=fits, finalists=finalists), setting
 
 
 def test_a_search_is_bounded_repeatable_and_no_worse_than_its_starts() -> None:
@@ -153,6 +153,15 @@ def test_its_plan_gives_its_list_and_a_walk_from_the_beginning_takes_as_long() -
     under = setting.under(Plan.from_json(found.plan.as_json()))
     assert training_step(found.plan.strategy, under) == found.program
     check(found.program, given(found.program, under), under.buckets)
+
+
+def test_two_lists_or_more_are_not_all_in_as_many_parts() -> None:
+    """What a part costs is known least, so lists of both kinds are there to be measured."""
+    alone, _ = of_a_step(300)
+    found, _ = of_a_step(300, finalists=2)
+    first, second = found.finalists
+    assert first.plan.parts != second.plan.parts
+    assert first.step_s <= second.step_s and first.plan.parts == alone.plan.parts
 
 
 def test_what_does_not_fit_is_not_taken() -> None:
