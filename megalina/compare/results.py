@@ -9,7 +9,7 @@ from typing import Any
 from megalina.compare.interleaved import Competitor
 from megalina.layout import rows
 from megalina.mesh import all_gather_object
-from megalina.perfmodel.sim.lower_bound import lower_bound
+from megalina.perfmodel.sim.lower_bound import in_turn_s, lower_bound
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Program
@@ -25,8 +25,16 @@ def link_bytes(by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, 
 
     All-to-alls count with the share of the ranks that are on other nodes, as if all got equally many; sums as a ring
     (2 (n - 1) / n of the value over each edge), gathers and scatters as half of one.  Inside a node nothing counts."""
+    sent = bytes_of_links(by_rank, shape, ranks_per_node=ranks_per_node, sharded=sharded)
+    return max((sum(by_tag.values()) for by_tag in sent.values()), default=0.0)
+
+
+def bytes_of_links(
+    by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, ranks_per_node: int, sharded: bool
+) -> dict[int, dict[str, float]]:
+    """Of each node, by instruction."""
     table = rows(dict(shape))
-    out_bytes: dict[int, float] = {}
+    out: dict[int, dict[str, float]] = {}
     for rank, events in enumerate(by_rank):
         node = rank // ranks_per_node
         for e in events:
@@ -39,8 +47,9 @@ def link_bytes(by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, 
             else:
                 after = row[(row.index(rank) + 1) % n]
                 sent = _over_an_edge(e, n, sharded) if after // ranks_per_node != node else 0.0
-            out_bytes[node] = out_bytes.get(node, 0.0) + sent
-    return max(out_bytes.values(), default=0.0)
+            by_tag = out.setdefault(node, {})
+            by_tag[e.tag] = by_tag.get(e.tag, 0.0) + sent
+    return out
 
 
 def _over_an_edge(event: Event, ranks: int, sharded: bool) -> float:
@@ -58,9 +67,11 @@ def bounds_of(
     seconds: Callable[[Instruction], float],
     ranks: int,
     link_bytes_per_s: float,
+    bytes_of_link: Mapping[str, float],
 ) -> dict[str, float]:
     """compute_s: the device; critical_path_s: the longest chain of instructions of this very list that need each other, with the
-    whole link for each exchange.  All ranks are taken to be alike; `events`: of one rank, for the bytes."""
+    whole link for each exchange; in_turn_s: the busiest link, with what comes before and after what it carries (`in_turn_s`).
+    All ranks are taken to be alike; `events`: of one rank, for the bytes; `bytes_of_link`: of the busiest link, by tag."""
     sent = {e.tag: e.num_bytes for e in events if e.kind == SEND}
 
     def whole_bytes(instruction: Instruction) -> float:
@@ -74,7 +85,8 @@ def bounds_of(
         network=one_level(link_bytes_per_s, 0.0),
         sizes=Sizes(whole_bytes),
     )
-    return {"compute_s": found["compute_s"], "critical_path_s": found["critical_path_s"]}
+    turn_s = in_turn_s(program, seconds=seconds, link_s=lambda s: bytes_of_link.get(s.tag, 0.0) / link_bytes_per_s)
+    return {"compute_s": found["compute_s"], "critical_path_s": found["critical_path_s"], "in_turn_s": turn_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,7 @@ class Measured:
     device_s: float  # what its list costs on the emulated device
     critical_path_s: float
     link_s: float  # the busiest node's link
+    in_turn_s: float  # the same, with the least that comes before and after what it carries
     overrun_fraction: float  # share of the devices' time by which real math was late
     peak_mb: float
     search_steps: int
@@ -151,13 +164,14 @@ def measure(
         under = sorted(e.slowdown for e in exchanges if e.phase == "B" and "grads" in e.beside)
         program = trainable.program
         seconds = trainable.device.seconds if trainable.device is not None else None
-        bound = {"compute_s": 0.0, "critical_path_s": 0.0}
+        bound = {"compute_s": 0.0, "critical_path_s": 0.0, "in_turn_s": 0.0}
         rate = link_mbit * 1e6 / 8
+        sharded = runner.config.parallel.zero == 1
+        of_links = bytes_of_links(last, runner.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
+        busiest = max(of_links.values(), key=lambda by_tag: sum(by_tag.values()), default={})
         if seconds is not None:
             ranks, link = runner.mesh.world.size, rate or math.inf  # one node: no link to wait for
-            bound = bounds_of(program, last[0], seconds=seconds, ranks=ranks, link_bytes_per_s=link)
-        sharded = runner.config.parallel.zero == 1
-        sent = link_bytes(last, runner.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
+            bound = bounds_of(program, last[0], seconds=seconds, ranks=ranks, link_bytes_per_s=link, bytes_of_link=busiest)
         ratios = by_round(step_s[base], step_s[name], turn)
         losses = by_rank[0]["losses"]
         out[name] = Measured(
@@ -178,7 +192,8 @@ def measure(
             slowdowns=under,
             device_s=bound["compute_s"],
             critical_path_s=bound["critical_path_s"],
-            link_s=sent / rate if rate else 0.0,
+            link_s=sum(busiest.values()) / rate if rate else 0.0,
+            in_turn_s=bound["in_turn_s"] if rate else 0.0,
             overrun_fraction=_late([n["overrun"] for n in by_rank], [n["busy"] for n in by_rank]),
             peak_mb=max(n["peak"] for n in by_rank) / 1e6,
             search_steps=competitor.search_steps,
@@ -244,6 +259,13 @@ def lower_bound_s(found: Mapping[str, Measured]) -> float:
     return max(min(m.device_s for m in plain), min(m.link_s for m in plain))
 
 
+def tighter_bound_s(found: Mapping[str, Measured]) -> float:
+    """The same with what must come before what the link carries, and after it, of the strategy with the least of it: the order of
+    its instructions is free, but which instructions there are is not."""
+    plain = [m for m in found.values() if "packing" not in m.plan]
+    return max(lower_bound_s(found), min(m.in_turn_s for m in plain))
+
+
 def tuned_eager(found: Mapping[str, Measured]) -> str:
     """The name of eager's fastest variant."""
     return _fastest(EAGER, {name: m.step_s for name, m in found.items()}, lambda name: found[name].median_step_s)
@@ -259,6 +281,7 @@ def as_json(name: str, found: Mapping[str, Measured], *, slow_motion: float = 1.
         "name": name,
         "slow_motion": slow_motion,
         "lower_bound_s": lower_bound_s(found),
+        "tighter_bound_s": tighter_bound_s(found),
         "overrun_fraction": overrun,
         "valid": overrun <= VALID_OVERRUN,
         "strategies": strategies,

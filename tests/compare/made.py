@@ -23,6 +23,7 @@ PLAIN = Measured(
     device_s=0.4,
     critical_path_s=0.7,
     link_s=0.25,
+    in_turn_s=0.3,
     overrun_fraction=0.0,
     peak_mb=12.0,
     search_steps=0,

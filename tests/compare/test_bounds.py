@@ -72,8 +72,15 @@ def test_the_longest_chain_is_not_the_sum_of_all_that_is_computed() -> None:
 
     def found(num_bytes: int, link_bytes_per_s: float) -> dict[str, float]:
         events = [tokens("dispatch", 0, 1, num_bytes, layer=0)]
-        return bounds_of(program, events, seconds=lambda s: seconds[s.name], ranks=4, link_bytes_per_s=link_bytes_per_s)
+        return bounds_of(
+            program,
+            events,
+            seconds=lambda s: seconds[s.name],
+            ranks=4,
+            link_bytes_per_s=link_bytes_per_s,
+            bytes_of_link={program[1].tag: num_bytes},
+        )
 
-    assert found(300, 100) == pytest.approx({"compute_s": 7, "critical_path_s": 6})
-    assert found(600, 100) == pytest.approx({"compute_s": 7, "critical_path_s": 9})
-    assert found(300, float("inf")) == pytest.approx({"compute_s": 7, "critical_path_s": 5})  # one node
+    assert found(300, 100) == pytest.approx({"compute_s": 7, "critical_path_s": 6, "in_turn_s": 1 + 3 + 2})
+    assert found(600, 100) == pytest.approx({"compute_s": 7, "critical_path_s": 9, "in_turn_s": 1 + 6 + 2})
+    assert found(300, float("inf")) == pytest.approx({"compute_s": 7, "critical_path_s": 5, "in_turn_s": 3})  # one node

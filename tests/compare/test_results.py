@@ -1,12 +1,22 @@
 """Ratios, bounds and the JSON of a setting, by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.compare.results import as_json, by_round, difference, in_own_time, lower_bound_s, slowest, tuned_eager
+from megalina.compare.results import (
+    as_json,
+    by_round,
+    difference,
+    in_own_time,
+    lower_bound_s,
+    slowest,
+    tighter_bound_s,
+    tuned_eager,
+)
 from tests.compare.made import measured
 
 SECONDS = st.floats(1e-3, 1e3)
@@ -44,6 +54,8 @@ def test_the_bound_is_of_what_packs_nothing() -> None:
         "lina": measured(plan="lina: packing 2", device_s=0.1, link_s=0.1),  # fewer bytes: another task
     }
     assert lower_bound_s(found) == 0.55
+    assert tighter_bound_s(found) == 0.55  # what comes before and after is less here
+    assert tighter_bound_s({n: replace(m, in_turn_s=0.6 + i / 100) for i, (n, m) in enumerate(found.items())}) == 0.6
     assert lower_bound_s({**found, "serial": measured(device_s=0.4, link_s=0.2)}) == 0.4
 
 

@@ -46,3 +46,50 @@ def lower_bound(
     link_s = float((bytes_L / loads.capacity_L).max())
     bound_s = max(compute_s, link_s, critical_path_s)
     return {"compute_s": compute_s, "link_s": link_s, "critical_path_s": critical_path_s, "bound_s": bound_s}
+
+
+def in_turn_s(program: Program, *, seconds: Callable[[Instruction], float], link_s: Callable[[Instruction], float]) -> float:
+    """What no order of the list's instructions can beat where one link carries all exchanges, in turn or at once.
+
+    No exchange begins before all that leads to it, which one device computes, and after the last one of some there is still what
+    follows from it.  So for any exchanges the step takes the least time before one of them, the time of all of them on the link,
+    and the least time after one of them (heads and tails of one machine: Carlier 1982, "The one-machine sequencing problem").
+
+    `seconds`: of an instruction that computes; `link_s`: how long a START keeps the link busy at its rate."""
+    number = len(program)
+    took_s = [seconds(s) if s.kind is Kind.COMPUTE else link_s(s) if s.kind is Kind.START else 0.0 for s in program]
+    computes_s = [took if s.kind is Kind.COMPUTE else 0.0 for s, took in zip(program, took_s, strict=True)]
+    written_by: dict[str, list[int]] = {}
+    needs: list[set[int]] = []
+    for i, instruction in enumerate(program):
+        needs.append({j for value in reads_of(instruction) for j in written_by.get(value, ())})
+        for value in writes_of(instruction):
+            written_by.setdefault(value, []).append(i)
+    followed_by: list[set[int]] = [set() for _ in program]
+    for i, before in enumerate(needs):
+        for j in before:
+            followed_by[j].add(i)
+    head_s = _before(range(number), needs, took_s, computes_s)
+    tail_s = _before(range(number - 1, -1, -1), followed_by, took_s, computes_s)
+    sent = [(head_s[i], tail_s[i], link_s(s)) for i, s in enumerate(program) if s.kind is Kind.START]
+    found_s = 0.0
+    for first_s in {head for head, _, _ in sent}:
+        busy_s = 0.0
+        for head, tail, on_link_s in sorted(sent, key=lambda one: -one[1]):
+            if head >= first_s:
+                busy_s += on_link_s
+                found_s = max(found_s, first_s + busy_s + tail)
+    return found_s
+
+
+def _before(order: Sequence[int], needs: Sequence[set[int]], took_s: Sequence[float], computes_s: Sequence[float]) -> list[float]:
+    """Of each instruction the least time before it: the longest chain, or all that one device must have computed."""
+    out, all_before = [0.0] * len(order), [0] * len(order)  # bits of instructions
+    for i in order:
+        chain_s = 0.0
+        for j in needs[i]:
+            chain_s = max(chain_s, out[j] + took_s[j])
+            all_before[i] |= all_before[j] | 1 << j
+        device_s = sum(s for j, s in enumerate(computes_s) if all_before[i] >> j & 1)
+        out[i] = max(chain_s, device_s)
+    return out
