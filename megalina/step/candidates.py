@@ -51,10 +51,11 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
         for parts, deferred, chunks, pieces in product(PARTS, DEFERRED, CHUNKS[:2], PIECES_BYTES[:2]):
             more = replace(walking, parts=parts, deferred_weights=deferred, chunks=chunks, piece_bytes=pieces)
             plans += [more] if parts == PARTS[0] or not (pieces or chunks != (1,)) else []
-        late = product(PARTS, LATE_LAYERS[1:], DEFERRED[::2])
-        plans += [replace(walking, parts=p, late_layers=layers, deferred_weights=d) for p, layers, d in late]
         whole = [plan for plan in plans if plan.strategy == walking.strategy and plan.chunks == (1,)]
         plans += [plan for start in whole for plan in joined(start)]
+        for parts, layers, deferred, pieces in product(PARTS, LATE_LAYERS[1:], DEFERRED, PIECES_BYTES[::2]):
+            more = replace(walking, parts=parts, late_layers=layers, deferred_weights=deferred, join_weights=True)
+            plans.append(replace(more, piece_bytes=pieces, yields=True) if pieces else more)
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
     plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
     return list(dict.fromkeys(plans))

@@ -65,6 +65,7 @@ def place_weights(
     *,
     kept_bytes: Callable[[Instruction], int] = lambda instruction: 0,
     most_bytes: float = float("inf"),
+    stays: Callable[[Instruction], bool] = lambda instruction: False,
 ) -> Program:
     """Put deferred weight gradients under all-to-alls that nothing they need or give joins (Lancet, section 4.1 and algorithm 1).
 
@@ -74,12 +75,13 @@ def place_weights(
     whose mirrors run after the last one stay at the end.  Contributions to one weight keep their order, so sums keep their bits.
 
     `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
-    gradients; beyond `most_bytes` the oldest are placed first, whatever they take.
+    gradients; beyond `most_bytes` the oldest are placed first, whatever they take; `stays`: weight gradients that are left where
+    they are.
     """
     waiting: list[Instruction] = []  # all of whose mirrors have run, the oldest first
     left_by = {v: s for s in program if s.phase == "B" and s.late for v in s.writes if not has_gradient(v)}
     weight_of = {v: w for w in program if w.phase == "W" for v in w.reads}
-    base = [s for s in program if s.phase != "W"]
+    base = [s for s in program if s.phase != "W" or stays(s)]
     exposed_s = _exposed(base, seconds)
     last = _last_of_each_pass(base)
     out: list[Instruction] = []
@@ -95,8 +97,8 @@ def place_weights(
 
     for i, instruction in enumerate(base):
         out.append(instruction)
-        if instruction.phase == "B" and instruction.late:
-            own = next(v for v in instruction.writes if not has_gradient(v))
+        own = next((v for v in instruction.writes if not has_gradient(v)), "") if instruction.phase == "B" else ""
+        if own and not stays(weight_of[own]):
             left.add(own)
             waiting += [weight_of[own]] if left.issuperset(weight_of[own].reads) else []
             while waiting and (not last or kept() > most_bytes):

@@ -50,6 +50,11 @@ class Setting:
         return self.micro_batches * self.cut
 
     @property
+    def late_layers(self) -> tuple[int, ...]:
+        """MoE layers, the last ones of backward, whose experts' weights have their gradients computed after it."""
+        return tuple(self.shape.moe_layers[: self.plan.late_layers])
+
+    @property
     def gaps(self) -> dict[str, int] | None:
         """Elements of gradients for each gap of the wire; None: no limit."""
         return {gap: size // self.element_bytes for gap, size in self.plan.gap_bytes} or None
@@ -198,9 +203,10 @@ def _plain_step(setting: Setting) -> Program:
 
 def forward_pass(setting: Setting) -> Program:
     """Of one micro-batch, before it is cut: its rows in chunks, with what is left out of backward and what is computed again."""
-    late = setting.shape.moe_layers[: setting.plan.late_layers]
     forward = chunk(plain(setting.shape), setting.plan.chunks_of(setting.shape.moe))
-    forward = defer_weights(defer_weights(forward, ("experts",), late), setting.shape.deferred(setting.plan.deferred_weights))
+    forward = defer_weights(
+        defer_weights(forward, ("experts",), setting.late_layers), setting.shape.deferred(setting.plan.deferred_weights)
+    )
     return recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
 
 
@@ -219,8 +225,13 @@ def _step(setting: Setting, *, together: int) -> Program:
     )
     if not setting.plan.places_weights:
         return program
-    most_bytes = setting.plan.deferred_bytes or float("inf")
-    return place_weights(program, setting.seconds, kept_bytes=setting.kept_bytes, most_bytes=most_bytes)
+    return place_weights(
+        program,
+        setting.seconds,
+        kept_bytes=setting.kept_bytes,
+        most_bytes=setting.plan.deferred_bytes or float("inf"),
+        stays=lambda weight: weight.name == "experts" and weight.layer in setting.late_layers,
+    )
 
 
 def _partitioned(forward: Program, setting: Setting) -> Program:

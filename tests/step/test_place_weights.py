@@ -11,7 +11,7 @@ from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
 from megalina.step.passes import chunk, defer_weights, place_weights, step
 from megalina.step.plan import Plan
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, parts_of
+from megalina.step.program import MOVABLE, BucketSpec, Instruction, Kind, Op, Program, check, parts_of
 from megalina.step.strategy import Setting, given, training_step
 
 SHAPES = {
@@ -230,3 +230,14 @@ def test_the_list_is_checked_and_reductions_follow_their_weights(shape: str) -> 
             if instruction.op is Op.GRADS and instruction.kind is Kind.START:
                 later = [s for s in program[i:] if instruction.name in s.uses and s.phase in "BW"]
                 assert not later
+
+
+@pytest.mark.parametrize("deferred", ["none", "experts", "all"])
+def test_late_layers_weights_come_after_backward_whatever_else_is_deferred(deferred: str) -> None:
+    plan = Plan("flow", parts=2, late_layers=2, deferred_weights=deferred, join_weights=True)
+    program = training_step("flow", setting_of(SHAPES["moe"], plan, 2))
+    end = max(i for i, s in enumerate(program) if s.phase == "B" and s.op not in MOVABLE)
+    last = [s.layer for s in program[end:] if s.phase == "W" and s.name == "experts"]
+    assert sorted(last) == [0, 1]
+    before = {s.name for s in program[:end] if s.phase == "W"}
+    assert before == {"none": set(), "experts": {"experts"}, "all": {"attention", "experts", "loss", "route"}}[deferred]

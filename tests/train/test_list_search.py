@@ -20,7 +20,7 @@ from megalina.validate import check_config
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, start, write_tokens
 
-RANKS, WALKS = 2, 150
+RANKS, WALKS = 2, 320
 SEARCHED = WARM_UP + STEPS + SETTLE + STEPS  # the last step before the list
 MOST = SEARCHED + (SEARCHES * sum(FINALISTS) + FINALS) * (SETTLE + STEPS)  # steps until a list is chosen, at most
 
