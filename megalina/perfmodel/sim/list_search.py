@@ -24,8 +24,8 @@ from megalina.step.program import MOVABLE, Kind, Op, Program
 BACKLOGS = (0.0, 1.0, math.inf)  # of list schedules, in times of the longest exchange
 NOISES = (0.0, 0.05, 0.15)  # by which priorities of list schedules are off
 FOR_SCHEDULES = 0.1  # of what starts leave of the walks
-ROUNDS = ((24, 0.5), (4, 0.25))  # so many starts, the best ones, are improved with such a share of what is left then, the rest is
-# the finalists'; how good a start is hardly tells how good it can become, so most walks go to many
+ROUNDS = ((24, 0.3), (12, 0.25), (6, 0.2), (3, 0.1))  # so many starts, the best ones, are improved with such a share of what is
+# left then, the rest is the finalists'; how good a start is hardly tells how good it can become, so half are left out at a time
 TRIES = 20  # draws that may come to nothing for each walk
 CREDITS = (0, 1, 2)
 PATIENCE, KICK = 250, 8  # walks without a gain, after which so many moves are taken whatever they cost
