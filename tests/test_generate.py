@@ -40,7 +40,7 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
     [
         {},
         {"positions": "learned", "norm": "layernorm", "bias": True},
-        {"shared_d_ff": 8, "qk_norm": True},
+        {"shared_d_ff": 8, "qk_norm": "head"},
         {"layer": ["attention", GATE, "ffn"]},
     ],
 )

@@ -18,6 +18,13 @@ def rotary_width(model: ModelConfig) -> int:
     return model.qk_rope_head_dim if model.attention == "mla" else int(head_dim(model) * model.rotary_fraction)
 
 
+def numbers_kept(model: ModelConfig) -> int:
+    """Of each earlier token, in a layer, by generation: keys and values, or what latent attention makes them of."""
+    if model.attention == "mla":
+        return model.kv_lora_rank + model.qk_rope_head_dim
+    return 2 * model.num_kv_heads * head_dim(model)
+
+
 def attention_bias(model: ModelConfig) -> Literal["none", "qkv", "all"]:
     """Which of attention's matrices have biases."""
     match model.attention_bias:

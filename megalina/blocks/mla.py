@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megalina.blocks import memory
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import norm_parameters, output_std
-from megalina.blocks.heads import attention_bias
+from megalina.blocks.heads import attention_bias, numbers_kept
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
@@ -24,11 +24,6 @@ COMPRESSED_EPS = 1e-6  # of the norms of what is compressed, whatever model.norm
 def query_size(model: ModelConfig) -> int:
     """Numbers of a head's query, and of its key."""
     return model.qk_nope_head_dim + model.qk_rope_head_dim
-
-
-def numbers_kept(model: ModelConfig) -> int:
-    """Of a token and layer, for generation."""
-    return model.kv_lora_rank + model.qk_rope_head_dim
 
 
 class LatentAttention(Attention):
@@ -97,10 +92,10 @@ class LatentAttention(Attention):
             before, after = memory.norm(rank, t), memory.residual(rank, t, bias=False)
         block, weights = self.scores(at)
         normed = before.kept + x * whole
-        down = 2 * compressed + token * numbers_kept(model) + latent + 2 * t * rank.main
-        even = model.v_head_dim == query_size(model) or rank.cuda or self.is_blocked(rank)
-        wide = max(q, v)  # where one kernel wants queries and values of one width
-        read, gives = (2 * q + up, v) if even else (3 * wide, wide + v)
+        down = 2 * compressed + token * numbers_kept(model) + latent + (1 + bool(compressed)) * t * rank.main
+        even = v == q or rank.cuda or self.is_blocked(rank)
+        # where the kernel has one width for all, what is narrower has a wide copy
+        read, gives = (2 * q + up, v) if even else (3 * q, q + v) if v < q else (2 * v + up, v)
         kept = normed + down + read + gives + weights
         forward = max(
             before.forward + before.kept,
@@ -111,7 +106,7 @@ class LatentAttention(Attention):
         )
         tail = x + before.backward - kept if whole else 0
         inner = v if weights > t * heads * rank.main else 0
-        gradients = 2 * q + 2 * v if even else 4 * wide
+        gradients = 2 * q + 2 * v if even else 4 * max(q, v)
         down_outer = memory.outer(rank, rank.width, max(heads * model.v_head_dim, model.q_lora_rank))
         backward = max(gradients + max(inner, 2 * block), v + down_outer, tail)
         return Inside(kept + after.kept, forward, backward)

@@ -20,7 +20,7 @@ WORLD = 4
 MODELS = {
     "GPT-2": {"tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu"},
     "dropout": {"dropout": 0.2, "bias": True, "dense_layers_first": 1, "shared_d_ff": 12},
-    "modern": {"qk_norm": True, "num_heads": 8, "head_dim": 8},
+    "modern": {"qk_norm": "head", "num_heads": 8, "head_dim": 8},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
