@@ -52,7 +52,7 @@ class Heads(nn.Module):
         q_TX, k_TY, v_TY = self.projected(n_TD, later=later)
         if self.normed == "projection" and self.q_norm is not None and self.k_norm is not None:
             q_TX, k_TY = self.q_norm(q_TX), self.k_norm(k_TY)
-        mixed_TX = self._mixed(q_TX, k_TY, v_TY, batch, past)
+        mixed_TX = self.mixed(q_TX, k_TY, v_TY, batch, past)
         if self.router is not None:
             mixed_TX = self._scaled(mixed_TX, n_TD, later)
         return linear(mixed_TX, self.proj, later=later)
@@ -73,9 +73,9 @@ class Heads(nn.Module):
         q_T, k_T = square_T2.unbind(1)
         q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
         k_TY = rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
-        return linear(self._mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
+        return linear(self.mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
 
-    def _mixed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, batch: Batch, past: "KeyValues | None") -> Tensor:
+    def mixed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, batch: Batch, past: "KeyValues | None") -> Tensor:
         """What the heads give, [T, X]."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
         q_BSHd, k_BSGd, v_BSGd = q_TX.view(shape), k_TY.view(shape), v_TY.view(shape)

@@ -47,17 +47,17 @@ class LatentHeads(nn.Module):
 
     def forward(self, n_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
         """What these heads add, [T, D]."""
-        q_BSHx, c_BSc, turned_BSr = self._read(n_TD, batch, later)
+        q_BSHx, c_BSc, turned_BSr = self.read(n_TD, batch, later)
         if past is None or past.length == 0:
             if past is not None:
                 past.extended(torch.cat([c_BSc, turned_BSr], -1))
-            mixed_BSX = self._attended(q_BSHx, c_BSc, turned_BSr, batch.document_BS, later)
+            mixed_BSX = self.attended(q_BSHx, c_BSc, turned_BSr, batch.document_BS, later)
         else:
             (kept_BLx,) = past.extended(torch.cat([c_BSc, turned_BSr], -1))
             mixed_BSX = self.absorbed(q_BSHx, kept_BLx, batch.document_BS)
         return linear(mixed_BSX.reshape(n_TD.shape[0], -1), self.proj, later=later)
 
-    def _read(self, n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, [B, S, H, n+r], compressed tokens, [B, S, c], and the key's turned part, [B, S, r]."""
         shape = batch.tokens_BS.shape
         first = self.q if self.q_norm is None else self.q_down
@@ -72,7 +72,7 @@ class LatentHeads(nn.Module):
         turned_BSr = rotate(turned_Tr.view(*shape, 1, -1), cos_BSi, sin_BSi).squeeze(2)
         return q_BSHx, self.kv_norm(c_Tc).view(*shape, -1), turned_BSr
 
-    def _attended(
+    def attended(
         self, q_BSHx: Tensor, c_BSc: Tensor, turned_BSr: Tensor, document_BS: Tensor | None, later: Later | None
     ) -> Tensor:
         """What the heads give, [B, S, H*e], with keys and values made."""

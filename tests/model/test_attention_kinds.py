@@ -160,7 +160,7 @@ def test_absorbed_attention_is_the_plain_one_and_keeps_the_compressed_token_alon
     )
     document = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2] * 7])
     with torch.no_grad():
-        plain = heads._attended(q_BSHx, c_BSc, turned_BSr, document, None)
+        plain = heads.attended(q_BSHx, c_BSc, turned_BSr, document, None)
         kept = torch.cat([c_BSc, turned_BSr], -1)
         torch.testing.assert_close(heads.absorbed(q_BSHx, kept, document), plain, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(heads.absorbed(q_BSHx[:, -1:], kept, document), plain[:, -1:], rtol=1e-12, atol=1e-12)

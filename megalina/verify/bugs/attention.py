@@ -1,0 +1,58 @@
+"""Bugs in attention."""
+
+import torch
+from torch import Tensor
+
+from megalina.config import PretrainConfig
+from megalina.model.attention import Heads
+from megalina.model.mla import LatentHeads
+from megalina.model.rope import rotate
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Instruction
+from megalina.verify.bugs.change import Function, around
+
+
+def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
+    """Queries' pairs are neighbours; the keys' are not."""
+    for layer in trainable.gpt.layers:
+        if isinstance(layer.attention, LatentHeads):
+            layer.attention.read = _with_neighbours(layer.attention)  # type: ignore[method-assign]
+
+
+def _with_neighbours(heads: LatentHeads) -> Function:
+    right = heads.read
+
+    def read(n_TD: Tensor, batch: object, later: object) -> tuple[Tensor, Tensor, Tensor]:
+        rotary = heads.rotary[0]
+        q_BSHx, *rest = right(n_TD, batch, later)  # type: ignore[arg-type]
+        cos_BSi, sin_BSi = rotary.rows(batch, q_BSHx.dtype)  # type: ignore[arg-type]
+        still, turned = rotate(q_BSHx, cos_BSi, -sin_BSi, heads.still).split((heads.still, heads.turned), -1)
+        halves = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
+        first, second = rotate(halves, cos_BSi, sin_BSi).chunk(2, -1)
+        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), *rest  # type: ignore[return-value]
+
+    return read
+
+
+def norm_of_own_heads(trainable: Trainable, config: PretrainConfig) -> None:
+    """Each tp rank norms its heads' queries and keys by their own squares."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "attention_core":
+            return function
+        heads, ranks = trainable.gpt.layers[instruction.layer].attention, trainable.mesh.tp.size
+        return lambda q, k, v, square, batch: function(q, k, v, ranks * heads.squares(q, k), batch)
+
+    around(trainable, of)
+
+
+def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
+    """A token sees one token more than its window has."""
+    for layer in trainable.gpt.layers:
+        if isinstance(layer.attention, Heads) and layer.attention.window:
+            layer.attention.window += 1
+
+
+def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.layers:
+        layer.attention.register_parameter("sinks", None)
