@@ -11,6 +11,11 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.num_heads
 
 
+def query_size(model: ModelConfig) -> int:
+    """Numbers of a head's query, and of its key."""
+    return model.qk_nope_head_dim + model.qk_rope_head_dim if model.attention == "mla" else head_dim(model)
+
+
 def rotary_width(model: ModelConfig) -> int:
     """Numbers of a head's query, and of its key, that positions turn; 0 where they are learned."""
     if model.positions != "rope":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megalina.blocks import memory
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import norm_parameters, output_std
-from megalina.blocks.heads import attention_bias, numbers_kept
+from megalina.blocks.heads import attention_bias, numbers_kept, query_size
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
@@ -19,11 +19,6 @@ from megalina.blocks.work import Piece, Work, linear, norm
 from megalina.config import ModelConfig
 
 COMPRESSED_EPS = 1e-6  # of the norms of what is compressed, whatever model.norm_eps is: so it is in transformers
-
-
-def query_size(model: ModelConfig) -> int:
-    """Numbers of a head's query, and of its key."""
-    return model.qk_nope_head_dim + model.qk_rope_head_dim
 
 
 class LatentAttention(Attention):

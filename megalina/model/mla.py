@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
-from megalina.blocks.mla import COMPRESSED_EPS, query_size
+from megalina.blocks.heads import query_size
+from megalina.blocks.mla import COMPRESSED_EPS
 from megalina.config import ModelConfig
 from megalina.model.attend import attend, attention_mask
 from megalina.model.attention import Attention, KeyValues
