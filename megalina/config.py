@@ -114,14 +114,18 @@ class ModelConfig:
     rotary_fraction: float = setting(1.0, low=POSITIVE, high=1)  # share of a head that turns, from its first number on
     # longer contexts; linear: positions are divided by rope_factor; yarn: slow pairs are, fast ones stay
     rope_scaling: str = setting("none", choices=("none", "linear", "yarn"))
-    rope_factor: float = setting(1.0, low=1)  # the context is so many times as long
+    rope_factor: float = setting(1.0, low=1, high=1e6)  # the context is so many times as long
     rope_original_positions: int = setting(0)  # yarn: the context before
     rope_beta_fast: float = setting(32.0, low=1e-6, high=1e6)  # yarn: a pair that turns so often in that context stays
     rope_beta_slow: float = setting(1.0, low=1e-6, high=1e6)  # yarn: one that turns no more than this is slowed by rope_factor
     rope_truncate: bool = True  # yarn: these bounds are whole pairs
-    rope_mscale: float = setting(0.0)  # yarn: DeepSeek's mscale; 0: not given
-    rope_mscale_all_dim: float = setting(0.0)  # yarn: DeepSeek's mscale_all_dim, by which mla scales its scores too; 0: not given
-    rope_attention_factor: float = setting(0.0)  # yarn: cosines and sines are multiplied by this; 0: as factor and mscales say
+    rope_mscale: float = setting(0.0, high=1e3)  # yarn: DeepSeek's mscale; 0: not given
+    rope_mscale_all_dim: float = setting(
+        0.0, high=1e3
+    )  # yarn: DeepSeek's mscale_all_dim, by which mla scales its scores too; 0: not given
+    rope_attention_factor: float = setting(
+        0.0, high=1e3
+    )  # yarn: cosines and sines are multiplied by this; 0: as factor and mscales say
     max_positions: int = setting(0)  # longest sequence; 0: train.seq_len
     # RMSNorm on queries and keys; head: on each head's; projection: on all heads' together
     qk_norm: str = setting("none", choices=("none", "head", "projection"))

@@ -1,5 +1,7 @@
 """Bugs in attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,4 +57,20 @@ def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
 
 def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:
     for layer in trainable.gpt.layers:
-        layer.attention.register_parameter("sinks", None)
+        if isinstance(layer.attention, Heads):
+            layer.attention.mixed = _without_sinks(layer.attention)  # type: ignore[method-assign]
+
+
+def _without_sinks(heads: Heads) -> Function:
+    """They are parameters still, of which nobody asks."""
+    right = heads.mixed
+
+    def mixed(*arguments: Any) -> Tensor:
+        sinks = heads.sinks
+        heads.register_parameter("sinks", None)
+        try:
+            return right(*arguments)
+        finally:
+            heads.register_parameter("sinks", sinks)  # type: ignore[arg-type]
+
+    return mixed
