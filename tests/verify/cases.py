@@ -31,15 +31,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 32, "rope_mscale": 1.0, "rope_mscale_all_dim": 0.7,
         "norm_eps": 1e-5, "tie_embeddings": False,
     },
-    "gpt-oss": {
-        "attention_sinks": True, "window": 3, "full_attention_every": 2, "attention_bias": "all", "num_heads": 8,
-        "num_kv_heads": 4,
+    "gpt-oss, part of a head turns": {
+        "attention_sinks": True, "window": 3, "full_attention_every": 2, "attention_bias": "all", "rotary_fraction": 0.5,
+        "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 32, "rope_beta_fast": 4.0,
     },
-    "OLMoE": {"qk_norm": "projection", "num_heads": 8, "num_kv_heads": 4},
-    "GLM-4.5": {
-        "qk_norm": "head", "rotary_fraction": 0.5, "attention_bias": "qkv", "rope_scaling": "yarn", "rope_factor": 4.0,
-        "rope_original_positions": 32, "rope_beta_fast": 4.0,
-    },
+    "OLMoE, biases": {"qk_norm": "projection", "attention_bias": "qkv", "num_heads": 8, "num_kv_heads": 4},
     "dropout": {
         "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
     },
