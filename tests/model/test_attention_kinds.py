@@ -14,8 +14,9 @@ from megalina.compose import compose
 from megalina.config import ModelConfig
 from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
-from megalina.model.init import Cut
+from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.rope import attention_factor, frequencies, score_factor
+from megalina.model.tokens import TokenShare
 from megalina.validate import check_config
 from megalina.verify.start import shake
 from tests.serve.small_engine import batch_of, small_gpt, tokens_of
@@ -148,6 +149,47 @@ def test_tokens_one_by_one_are_all_at_once(kind: str) -> None:
                 part = replace(tokens_at(batch, slice(begin, end)), document_BS=so_far)
                 found = gpt.hidden(part, past)[0].view(2, end - begin, -1)
                 torch.testing.assert_close(found, whole[:, begin:end], rtol=1e-12, atol=1e-12)
+
+
+def half_of(gpt: GPT, rank: int) -> GPT:
+    """What one of two tensor-parallel ranks has of it; its attention alone has the same weights."""
+    words = gpt.vocab_size
+    sizes = {"vocab_size": words, "padded_vocab": words + 1, "max_positions": gpt.blocks.whole.max_positions, "seed": 1}
+    half, cut = GPT(gpt.config, gpt.router, share=TokenShare(2, rank), **sizes), Cut({"tp": (rank, 2)})
+    initialize(half, seed=1, dtype=torch.float64, cut=cut)
+    whole = dict(gpt.named_parameters())
+    with torch.no_grad():
+        for name, p in ((name, p) for name, p in half.named_parameters() if "attention" in name):
+            p.copy_(cut.local(whole[name].view(spec_of(p).shape), spec_of(p)).reshape(p.shape))
+    return half
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_of_the_heads_give_the_whole_and_its_gradients(kind: str) -> None:
+    """As under tensor parallelism: what is copied has a part of its gradient on each rank."""
+    gpt = gpt_of(kind)
+    halves = [half_of(gpt, rank) for rank in range(2)]
+    batch, random = batch_of(tokens_of(0, sequences=2)), torch.Generator().manual_seed(0)
+    x_TD, dy_TD = (torch.randn(batch.tokens_BS.numel(), 32, dtype=torch.float64, generator=random) for _ in range(2))
+    inputs = [x_TD.clone().requires_grad_() for _ in range(3)]
+    whole_TD = gpt.layers[0].attention(inputs[0], batch)
+    functions = [half.layers[0].functions["attention"] for half in halves]
+    if gpt.config.qk_norm == "projection":
+        projected = [f.attention_qkv(x) for f, x in zip(functions, inputs[1:], strict=True)]  # type: ignore[attr-defined]
+        square_T2 = sum(squares for *_, squares in projected)
+        added = [f.attention_core(*qkv, square_T2, batch) for f, (*qkv, _) in zip(functions, projected, strict=True)]  # type: ignore[attr-defined]
+    else:
+        added = [f.attention_heads(x, batch) for f, x in zip(functions, inputs[1:], strict=True)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(sum(added), whole_TD, rtol=1e-12, atol=1e-12)
+    torch.autograd.backward([whole_TD, *added], [dy_TD] * 3)
+    torch.testing.assert_close(inputs[1].grad + inputs[2].grad, inputs[0].grad, rtol=1e-11, atol=1e-11)
+    for name, p in gpt.layers[0].attention.named_parameters():
+        if p.grad is None:  # the output's bias is added by the residual
+            continue
+        parts = [dict(half.layers[0].attention.named_parameters())[name].grad for half in halves]
+        cut_at = spec_of(p).sharded.get("tp")
+        found = sum(parts) if cut_at is None else torch.cat(parts, cut_at)
+        torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["DeepSeek-V2-Lite", "DeepSeek-V3"])
