@@ -120,8 +120,9 @@ def _site(evidence: Evidence) -> tuple[Layer, Tensor, Tensor, str] | None:
     first = evidence.first
     if first is None or first.got.kind != "activation":
         return None
-    start, index, *what = first.name.split(".")
-    if start != "layers" or what != ["attention"]:
+    _, _, place = first.name.partition("layers.")
+    index, _, what = place.partition(".")
+    if what != "attention":
         return None
     before = f"layers.{int(index) - 1}" if int(index) else "embedded"
     stream = evidence.pair("activation", before).want.value.flatten(0, 1)
