@@ -37,7 +37,7 @@ def attend(
 ) -> Tensor:
     """[B, S, H*e].  A query sees keys at its own and earlier positions, of the same document if `document_BL` is given, and with
     a `window` only the last so many, its own among them.  `scale`: of scores, None: d^-1/2; `sink_H`: scores of sinks."""
-    given, scale = scale, q_BSHd.shape[-1] ** -0.5 if scale is None else scale
+    factor = q_BSHd.shape[-1] ** -0.5 if scale is None else scale
     num_queries, num_keys = q_BSHd.shape[1], k_BLGd.shape[1]
     if window and num_keys >= num_queries + window:  # of earlier keys that no query sees
         seen = slice(num_keys - num_queries - window + 1, None)
@@ -52,22 +52,22 @@ def attend(
         and on_cpu
         and q_BSHd.dtype in (torch.float32, torch.float64)
     ):
-        return _AttendInBlocks.apply(q_BSHd, k_BLGd, v_BLGe, sink_H, document_BL, scale, window)
+        return _AttendInBlocks.apply(q_BSHd, k_BLGd, v_BLGe, sink_H, document_BL, factor, window)
     plain = document_BL is None and not window and num_queries in (1, num_keys)
     mask = None if plain else attention_mask(num_queries, num_keys, document_BL, q_BSHd.device, window)
     if sink_H is not None and not on_cpu:
-        return _by_definition(q_BSHd, k_BLGd, v_BLGe, mask, scale, sink_H, causal=plain and num_queries > 1)
+        return _by_definition(q_BSHd, k_BLGd, v_BLGe, mask, factor, sink_H, causal=plain and num_queries > 1)
     width = v_BLGe.shape[-1]
     if on_cpu and width != q_BSHd.shape[-1]:  # its kernel has one width for all
         q_BSHd, k_BLGd, v_BLGe = _of_one_width(q_BSHd, k_BLGd, v_BLGe)
-        given = scale
+        scale = factor
     heads_first = (x.transpose(1, 2) for x in (q_BSHd, k_BLGd, v_BLGe))
     causal = plain and num_queries > 1
     if sink_H is not None:
-        out_BHSe = _AttendWithSinks.apply(*heads_first, sink_H, mask, causal, scale)
+        out_BHSe = _AttendWithSinks.apply(*heads_first, sink_H, mask, causal, factor)
     else:
         out_BHSe = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=causal, scale=given, enable_gqa=k_BLGd.shape[2] != q_BSHd.shape[2]
+            *heads_first, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k_BLGd.shape[2] != q_BSHd.shape[2]
         )
     return out_BHSe.transpose(1, 2)[..., :width].flatten(2)
 

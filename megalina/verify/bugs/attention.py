@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalina.batch import Batch
 from megalina.config import PretrainConfig
 from megalina.model.attention import Heads
+from megalina.model.late_gradients import Later
 from megalina.model.mla import LatentHeads
 from megalina.model.rope import rotate
 from megalina.parallel.trainable import Trainable
@@ -24,14 +26,13 @@ def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
 def _with_neighbours(heads: LatentHeads) -> Function:
     right = heads.read
 
-    def read(n_TD: Tensor, batch: object, later: object) -> tuple[Tensor, Tensor, Tensor]:
-        rotary = heads.rotary[0]
-        q_BSHx, *rest = right(n_TD, batch, later)  # type: ignore[arg-type]
-        cos_BSi, sin_BSi = rotary.rows(batch, q_BSHx.dtype)  # type: ignore[arg-type]
+    def read(n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHx, c_BSc, turned_BSr = right(n_TD, batch, later)
+        cos_BSi, sin_BSi = heads.rotary[0].rows(batch, q_BSHx.dtype)
         still, turned = rotate(q_BSHx, cos_BSi, -sin_BSi, heads.still).split((heads.still, heads.turned), -1)
         halves = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
         first, second = rotate(halves, cos_BSi, sin_BSi).chunk(2, -1)
-        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), *rest  # type: ignore[return-value]
+        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), c_BSc, turned_BSr
 
     return read
 

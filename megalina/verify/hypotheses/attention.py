@@ -68,7 +68,7 @@ def norm_of_own_heads(evidence: Evidence) -> Iterator[Cause]:
             of_ranks = x.view(len(x), tp, -1)
             rms = (of_ranks.square().mean(-1, keepdim=True) + norm.eps).sqrt()
             normed.append((of_ranks / rms).flatten(1) * norm.weight)
-        mixed = heads.mixed(*normed, v_TY, evidence.batch, None)  # type: ignore[arg-type]
+        mixed = heads.mixed(normed[0], normed[1], v_TY, evidence.batch, None)
         if close(_after(evidence, layer, before, mixed @ heads.proj.T), got):
             yield Cause(
                 "norm_of_own_heads",
