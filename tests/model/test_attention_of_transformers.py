@@ -50,7 +50,7 @@ FAMILIES = {
     "Qwen2-MoE": Family("qwen2_moe", "Qwen2Moe", {"num_key_value_heads": 2}, {"attention_bias": "qkv", "num_kv_heads": 2},
         NAMES | {k: v for k, v in BIASES.items() if k != "proj_bias"}),
     "Qwen3-MoE": Family("qwen3_moe", "Qwen3Moe", {"num_key_value_heads": 2, "head_dim": 12}, {"qk_norm": "head", "head_dim": 12,
-        "num_kv_heads": 2}, {**NAMES, **NORMS}),
+        "norm_eps": 1e-6, "num_kv_heads": 2}, {**NAMES, **NORMS}),
     "GLM-4.5": Family(
         "glm4_moe", "Glm4Moe",
         {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": True, "use_qk_norm": True,
