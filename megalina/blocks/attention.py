@@ -7,6 +7,7 @@ A block is of layers that have the same window: its model's `window` is theirs (
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
@@ -34,7 +35,7 @@ class Attention(Block):
     """Any attention; a kind of it declares its own parameters, and what it does between norm and residual."""
 
     name = "attention"
-    heavy = ("attention", "attention_heads")
+    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads")
 
     @property
     def deferrable(self) -> Sequence[str]:

@@ -61,13 +61,13 @@ def attend(
     if on_cpu and width != q_BSHd.shape[-1]:  # its kernel has one width for all
         q_BSHd, k_BLGd, v_BLGe = _of_one_width(q_BSHd, k_BLGd, v_BLGe)
         scale = factor
-    heads_first = (x.transpose(1, 2) for x in (q_BSHd, k_BLGd, v_BLGe))
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BLGd, v_BLGe))
     causal = plain and num_queries > 1
     if sink_H is not None:
-        out_BHSe = _AttendWithSinks.apply(*heads_first, sink_H, mask, causal, factor)
+        out_BHSe = _AttendWithSinks.apply(q, k, v, sink_H, mask, causal, factor)
     else:
         out_BHSe = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k_BLGd.shape[2] != q_BSHd.shape[2]
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k_BLGd.shape[2] != q_BSHd.shape[2]
         )
     return out_BHSe.transpose(1, 2)[..., :width].flatten(2)
 

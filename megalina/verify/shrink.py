@@ -72,10 +72,11 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
     attention_experts = min(model.attention_experts, heads)
     while attention_experts and heads % attention_experts:
         attention_experts -= 1
-    latent = _latent(model) if model.attention == "mla" else {}
     positions = 0
     if model.max_positions:
         positions = length + (unit if model.max_positions > old_length else 0)
+    if model.attention == "mla":
+        model = _with_small_latent(model)
     return replace(
         model,
         num_layers=layers,
@@ -86,7 +87,6 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
         num_kv_heads=kv_heads,
         head_dim=8 if own_size else 0,
         attention_experts=attention_experts,
-        **latent,
         window=min(model.window, 3),
         full_attention_every=min(model.full_attention_every, 2),
         rotary_fraction=0.5 if model.rotary_fraction < 1 else 1.0,
@@ -99,11 +99,17 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
     )
 
 
-def _latent(model: ModelConfig) -> dict[str, int]:
-    """Sizes of latent attention: values are as wide as keys, or as their part without positions, where they were."""
+def _with_small_latent(model: ModelConfig) -> ModelConfig:
+    """Values stay as wide as keys, or as their part without positions, where they were."""
     wide = {model.qk_nope_head_dim + model.qk_rope_head_dim: 12, model.qk_nope_head_dim: 8}.get(model.v_head_dim, 6)
-    sizes = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": wide}
-    return sizes | {"q_lora_rank": 10 if model.q_lora_rank else 0}
+    return replace(
+        model,
+        q_lora_rank=10 if model.q_lora_rank else 0,
+        kv_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=wide,
+    )
 
 
 def _optim(optim: OptimConfig) -> OptimConfig:
