@@ -40,6 +40,11 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MODEL = ModelConfig(num_layers=4, d_model=256, num_heads=4, num_kv_heads=2, num_experts=8, d_ff=256, vocab_size=1000)
 FEW: dict[str, Any] = {"vocab_size": 250}  # then the peak is not where logits are
+ATTENTION_ALONE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 8, "num_experts": 2, "d_ff": 64, **FEW}  # the peak is there
+LATENT: dict[str, Any] = {
+    **{"attention": "mla", "q_lora_rank": 96, "kv_lora_rank": 64},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+}
 GPT2: dict[str, Any] = {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "gelu", "tie_embeddings": False}
 TRAIN = TrainConfig(global_batch_size=16, micro_batch_size=8, seq_len=256)
 PIECES: dict[str, Any] = {"partition_bytes": "524288", "yields": True}
@@ -83,6 +88,18 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
         *({}, {}),
     ),
     "one rank, attention experts": (1, {"attention_experts": 2, "num_experts": 2, "d_ff": 64, **FEW}, {}, {}, {}),
+    "one rank, latent attention": (1, {**LATENT, **ATTENTION_ALONE}, {}, {}, {}),
+    "one rank, latent, short sequences": (1, {**LATENT, **ATTENTION_ALONE}, {"seq_len": 64, "micro_batch_size": 16}, {}, {}),
+    "one rank, latent, bfloat16": (1, {**LATENT, **ATTENTION_ALONE}, {"dtype": "bfloat16"}, {}, {}),
+    "one rank, windows, sinks": (
+        *(1, {"attention_sinks": True, "window": 96, "full_attention_every": 2, **ATTENTION_ALONE}),
+        *({"micro_batch_size": 16}, {}, {}),
+    ),
+    "tp 2, normed together": (2, {"qk_norm": "projection", **ATTENTION_ALONE}, {"micro_batch_size": 16}, {"tp": 2}, {}),
+    "tp 2, latent, lancet": (
+        *(2, {**LATENT, **ATTENTION_ALONE}, {"micro_batch_size": 16}, {"tp": 2}),
+        {"name": "lancet", "deferred_weights": "all"},
+    ),
     "ep 2, tp 2": (4, FEW, {"micro_batch_size": 4}, {"ep": 2, "tp": 2}, {}),
     "edp 2, ep 2, ddp, bfloat16": (
         4,

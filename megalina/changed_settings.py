@@ -23,6 +23,11 @@ class Kind(Enum):
     STATE = "the saved state is not what this run needs"
 
 
+MEANINGS_OF_POSITIONS = (  # of the model: they say what weights are used for
+    *("window", "full_attention_every", "rotary_fraction", "rope_theta", "rope_scaling", "rope_factor"),
+    *("rope_original_positions", "rope_beta_fast", "rope_beta_slow", "rope_truncate"),
+    *("rope_mscale", "rope_mscale_all_dim", "rope_attention_factor"),
+)
 # The longest row that a setting's name is, or begins with, counts.
 KINDS: Mapping[str, Kind] = {
     "run": Kind.START,
@@ -32,7 +37,7 @@ KINDS: Mapping[str, Kind] = {
     "model": Kind.STATE,
     "model.name": Kind.FREE,
     "model.norm_eps": Kind.MEANING,
-    "model.rope_theta": Kind.MEANING,
+    **{f"model.{name}": Kind.MEANING for name in MEANINGS_OF_POSITIONS},
     "model.max_positions": Kind.MEANING,  # learned positions: STATE, see `kind_of`
     "model.vocab_size": Kind.MEANING,  # the tensors tell whether it fits: 0 may be the same number
     "model.init_std": Kind.MEANING,

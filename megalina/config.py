@@ -89,6 +89,16 @@ class ModelConfig:
     head_dim: int = setting(0)  # 0: d_model / num_heads
     # mixture of attention heads (DS-MoE): query heads are in so many groups, each scaled by its probability; 0: none
     attention_experts: int = setting(0)
+    # gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2); docs/attention.md says which family needs what
+    attention: str = setting("gqa", choices=("gqa", "mla"))
+    q_lora_rank: int = setting(0)  # mla: numbers of a token that its queries are made of; 0: they are made of the stream
+    kv_lora_rank: int = setting(0)  # mla: numbers of a token that its keys and values are made of
+    qk_nope_head_dim: int = setting(0)  # mla: numbers of a head's query and key that know no position
+    qk_rope_head_dim: int = setting(0)  # mla: numbers that positions turn; all heads have this part of the key in common
+    v_head_dim: int = setting(0)  # mla: numbers of a head's value
+    window: int = setting(0)  # sliding window: tokens that a token sees, itself among them; 0: all before it
+    full_attention_every: int = setting(0)  # with a window, every n-th layer (the last of each n) sees all; 0: none does
+    attention_sinks: bool = False  # a learned score of each head that joins the softmax and gives nothing (gpt-oss)
     num_experts: int = setting(4, low=1, high=1 << 20)  # routed experts a MoE layer
     d_ff: int = setting(128, low=1)  # hidden width of one routed expert
     dense_layers_first: int = setting(0)  # this many layers at the bottom have a dense MLP
@@ -101,9 +111,27 @@ class ModelConfig:
     # rope: queries and keys are rotated; learned: an embedding for each position
     positions: str = setting("rope", choices=("rope", "learned"))
     rope_theta: float = setting(10000.0, low=POSITIVE)  # base of the rotary wavelengths
+    rotary_fraction: float = setting(1.0, low=POSITIVE, high=1)  # share of a head that turns, from its first number on
+    # longer contexts; linear: positions are divided by rope_factor; yarn: slow pairs are, fast ones stay
+    rope_scaling: str = setting("none", choices=("none", "linear", "yarn"))
+    rope_factor: float = setting(1.0, low=1, high=1e6)  # the context is so many times as long
+    rope_original_positions: int = setting(0)  # yarn: the context before
+    rope_beta_fast: float = setting(32.0, low=1e-6, high=1e6)  # yarn: a pair that turns so often in that context stays
+    rope_beta_slow: float = setting(1.0, low=1e-6, high=1e6)  # yarn: one that turns no more than this is slowed by rope_factor
+    rope_truncate: bool = True  # yarn: these bounds are whole pairs
+    rope_mscale: float = setting(0.0, high=1e3)  # yarn: DeepSeek's mscale; 0: not given
+    rope_mscale_all_dim: float = setting(
+        0.0, high=1e3
+    )  # yarn: DeepSeek's mscale_all_dim, by which mla scales its scores too; 0: not given
+    rope_attention_factor: float = setting(
+        0.0, high=1e3
+    )  # yarn: cosines and sines are multiplied by this; 0: as factor and mscales say
     max_positions: int = setting(0)  # longest sequence; 0: train.seq_len
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    # RMSNorm on queries and keys; head: on each head's; projection: on all heads' together
+    qk_norm: str = setting("none", choices=("none", "head", "projection"))
     bias: bool = False  # biases in attention and MLPs (experts included)
+    # biases in attention; auto: all where `bias` is set, else none; qkv: of queries, keys and values; all: of the output, too
+    attention_bias: str = setting("auto", choices=("auto", "none", "qkv", "all"))
     tie_embeddings: bool = True  # the output matrix is the token embedding
     vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
     # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top

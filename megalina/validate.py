@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megalina.blocks.model import blocks_of, check_layer, check_own
+from megalina.blocks.heads import check_rope, check_window
+from megalina.blocks.model import attention_of, blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import capacity_text, check_router, kind_of
@@ -254,22 +255,9 @@ def in_words(low: float, high: float) -> str:
 
 def _check_model(config: PretrainConfig) -> None:
     model = config.model
-    if model.head_dim == 0 and model.d_model % model.num_heads:
-        raise ValueError(
-            f"model.num_heads ({model.num_heads}) must divide model.d_model ({model.d_model}): change one, or give model.head_dim"
-        )
-    if model.num_heads % model.num_kv_heads:
-        raise ValueError(f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads})")
-    if model.attention_experts == 1 or (model.attention_experts and model.num_heads % model.attention_experts):
-        raise ValueError(
-            f"model.attention_experts ({model.attention_experts}) must be 2 or more and divide model.num_heads "
-            f"({model.num_heads}), or 0 for none: change one"
-        )
-    head_dim = model.head_dim or model.d_model // model.num_heads
-    if model.positions == "rope" and head_dim % 2:
-        raise ValueError(
-            f"model.positions=rope needs an even head size, not {head_dim}: change model.head_dim or model.num_heads"
-        )
+    attention_of(model).check(model)
+    check_rope(model)
+    check_window(model)
     if model.dense_layers_first > model.num_layers:
         raise ValueError(
             f"model.dense_layers_first ({model.dense_layers_first}) is more than model.num_layers ({model.num_layers}): lower it"

@@ -1,11 +1,13 @@
 """A run that goes on says which settings have changed, and refuses those that its saved state doesn't allow."""
 
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalina.changed_settings import KINDS, Kind, as_json, change_line, changes, check_changes, flat, kind_of, row_of
+from megalina.checkpoint import files
 from megalina.config import PretrainConfig
 from megalina.validate import value_at
 
@@ -62,6 +64,8 @@ MEANING = {
     "data.split": "1",
     "data.blend": ["1", "stdlib"],
     "model.dropout": 0.1,
+    "model.window": 64,
+    "model.rope_factor": 4.0,
 }
 
 
@@ -113,3 +117,12 @@ def test_a_checkpoint_that_lacks_a_setting_had_its_default() -> None:
 def test_more_than_three_are_counted() -> None:
     with pytest.raises(ValueError, match=r"train.seq_len 128 -> 64 and 1 more: this changes"):
         check_changes("C", SAVED, changed(train__seed=7, train__seq_len=64, router__z_loss=0.5, router__scale=2.0))
+
+
+@pytest.mark.parametrize("before, now", [(True, "head"), (False, "none"), ("projection", "projection")])
+def test_a_checkpoint_of_before_there_were_several_norms_says_which_one_it_has(
+    before: object, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {**SAVED, "model": {**SAVED["model"], "qk_norm": before}}
+    monkeypatch.setattr(files, "read_description", lambda path: {"values": {"config": saved}, "tensors": {}})
+    assert check_changes("C", files.read_values(Path("C"))["config"], changed(model__qk_norm=now)) == []

@@ -192,7 +192,7 @@ def test_every_kind_of_router_has_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("model.bias=true", "model.norm=layernorm"), ("model.activation=relu", "model.qk_norm=true")]
+    "settings", [(), ("model.bias=true", "model.norm=layernorm"), ("model.activation=relu", "model.qk_norm=head")]
 )
 def test_counts_are_those_of_matrices_written_out(settings: tuple[str, ...]) -> None:
     shape = ("model.num_kv_heads=2", "model.shared_d_ff=32", "model.moe_every=2", "model.num_layers=4")
@@ -205,7 +205,7 @@ def test_counts_are_those_of_matrices_written_out(settings: tuple[str, ...]) -> 
         return [(64, width)] * gates + [(width, 64)] + ([(width,)] * gates + [(64,)]) * bias
 
     attention: list[tuple[int, ...]] = [(64, 64), (64, 32), (64, 32), (64, 64)]
-    attention += [(64,), (32,), (32,), (64,)] * bias + [(16,), (16,)] * model.qk_norm
+    attention += [(64,), (32,), (32,), (64,)] * bias + [(16,), (16,)] * (model.qk_norm == "head")
     dense_layer = attention + norm * 2 + mlp(2 * 128)
     moe_layer = attention + norm * 2 + mlp(32) + [(64, 4)] + mlp(128) * 4
     shapes = [(512, 64), *norm, *dense_layer, *moe_layer, *dense_layer, *moe_layer]
@@ -222,7 +222,7 @@ VARIANTS = (
     "model.shared_d_ff=64",
     "model.moe_every=2",
     "model.norm=layernorm",
-    "model.qk_norm=true",
+    "model.qk_norm=head",
     "model.tie_embeddings=false",
     "model.dense_layers_first=1",
 )

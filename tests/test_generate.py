@@ -17,7 +17,8 @@ GATE = f"{Path(__file__).resolve().parents[1]}/docs/examples/own_layer.py:Gate"
 
 
 def small(router: RouterConfig | None = None, **model: object) -> GPT:
-    config = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, num_experts=4, d_ff=16, init_std=0.3, **model)  # type: ignore[arg-type]
+    sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "num_experts": 4, "d_ff": 16, "init_std": 0.3}
+    config = ModelConfig(**(sizes | model))  # type: ignore[arg-type]
     gpt = GPT(config, router or RouterConfig(), vocab_size=VOCABULARY, max_positions=POSITIONS, seed=1)
     initialize(gpt, seed=1, dtype=torch.float64)
     return gpt
@@ -40,7 +41,9 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
     [
         {},
         {"positions": "learned", "norm": "layernorm", "bias": True},
-        {"shared_d_ff": 8, "qk_norm": True},
+        {"shared_d_ff": 8, "qk_norm": "head"},
+        {"attention_sinks": True, "window": 5, "full_attention_every": 2},
+        {"attention": "mla", "num_kv_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
         {"layer": ["attention", GATE, "ffn"]},
     ],
 )

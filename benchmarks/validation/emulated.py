@@ -76,5 +76,5 @@ def _host_seconds(work: InstructionWork, host: HostConstants) -> Callable[[Instr
         math_s = asked.flops / host.flops_per_s + asked.num_bytes / host.bytes_per_s
         return math_s + asked.kernels * host.kernel_s + host.stage_s
 
-    known_s = once_a_kind(computed_s)
+    known_s = once_a_kind(computed_s, work.alike)
     return lambda instruction: known_s(instruction) if instruction.kind is Kind.COMPUTE else host.stage_s

@@ -1,59 +1,62 @@
-"""Grouped-query attention behind a norm and beside a residual.
+"""Attention behind a norm and beside a residual: what all kinds have in common, and grouped-query attention.
 
 With `model.attention_experts` its query heads are cut into experts that share keys and values, and what each gives is scaled by
-its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too."""
+its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too.
 
+A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`)."""
+
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
+from megalina.blocks.heads import attention_bias, head_dim, rotary_width
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
-from megalina.blocks.sizes import At
+from megalina.blocks.sizes import At, Rank
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
 from megalina.config import ModelConfig
-from megalina.step.forward import Shape, compute
-from megalina.step.program import Instruction
+from megalina.step.forward import Shape, compute, exchange
+from megalina.step.program import Instruction, Op
 
 # On CPU: tokens of a sequence that is attended to by blocks of queries.
 SHORTEST_BLOCKED = 129  # at 64 the fused kernel takes half the time, at 192 it takes 1.1 times as long
-LONGEST_BLOCKED = 1024  # saved attention weights grow with the square
+LONGEST_BLOCKED = 1024  # keys of a query: saved attention weights grow with their number
 QUERIES_A_BLOCK = 64
 
 
-def head_dim(model: ModelConfig) -> int:
-    return model.head_dim or model.d_model // model.num_heads
+def in_blocks(length: int, window: int) -> bool:
+    """Whether sequences of so many tokens are attended to by blocks of queries, on CPU in at least float32."""
+    return length >= SHORTEST_BLOCKED and min(length, window or length) <= LONGEST_BLOCKED
 
 
 class Attention(Block):
+    """Any attention; a kind of it declares its own parameters, and what it does between norm and residual."""
+
     name = "attention"
-    functions = "megalina.model.attention:Attention"
-    heavy = ("attention", "attention_heads")
+    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads")
 
     @property
     def deferrable(self) -> Sequence[str]:
         return self.heavy
 
-    def parameters(self) -> Sequence[Parameter]:
-        model, width = self.model, self.model.d_model
-        q, kv, rows, tp = self._q(), self._kv(), {"tp": 0}, {"tp": 1}
-        out = norm_parameters("attention_norm", model)
-        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
-        out.append(Parameter("attention.proj", (width, q), output_std(model), tp))
-        if model.bias:
-            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
-            out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
-        if model.attention_experts:
-            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std))
-        if model.qk_norm:
-            out += [Parameter(f"attention.{n}_norm.weight", (head_dim(model),), None) for n in ("q", "k")]
-        return out
+    @staticmethod
+    @abstractmethod
+    def check(model: ModelConfig) -> None:
+        """ValueError for settings that contradict each other, or mean nothing here."""
 
-    def _q(self) -> int:
-        return self.model.num_heads * head_dim(self.model)
+    @abstractmethod
+    def heads_work(self, at: At) -> Piece:
+        """Between norm and residual."""
 
-    def _kv(self) -> int:
-        return self.model.num_kv_heads * head_dim(self.model)
+    @abstractmethod
+    def heads_memory(self, at: At, *, whole: bool) -> Inside:
+        """`whole`: with norm and residual."""
+
+    @property
+    def bias(self) -> str:
+        return attention_bias(self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
         if not shape.tp:
@@ -70,54 +73,190 @@ class Attention(Block):
                 return norm(at.rank, at.held)
             case "attention_residual":
                 return residual(at.rank, at.held)
-            case "attention_heads":
-                return self._heads_work(at)
-        return norm(at.rank, at.tokens) + self._heads_work(at) + residual(at.rank, at.tokens)
-
-    def _heads_work(self, at: At) -> Piece:
-        rank, model, d, size = at.rank, self.model, self.model.d_model, head_dim(self.model)
-        tokens, length = at.tokens, rank.seq_len
-        heads, groups = model.num_heads / rank.tp, model.num_kv_heads / rank.tp
-        q, kv = heads * size, groups * size
-        out = linear(rank, tokens, q, d) + linear(rank, tokens, kv, d) + linear(rank, tokens, kv, d) + linear(rank, tokens, d, q)
-        if model.positions == "rope":
-            turned_bytes = 5 * tokens * (q + kv) * rank.element
-            out += Piece(Work((), turned_bytes, 8), Work((), turned_bytes, 8))
-        if model.qk_norm:
-            out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
-        if experts := model.attention_experts:
-            router = linear(rank, tokens, experts, d, wide=rank.mixed)
-            scaled_bytes = tokens * q * rank.element
-            out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
-        sequences = tokens / length
-        # Two products, queries with keys and weights with values, of which the mask leaves a half: together one whole.
-        one = Product(length, size, length, sequences * heads, tokens * 2 * (q + kv) * rank.element, attention=True)
-        two = Product(length, size, length, 2 * sequences * heads, tokens * 4 * (q + kv) * rank.element, attention=True)
-        return out + Piece(Work((one,)), Work((two,)))
+            case "attention":
+                return norm(at.rank, at.tokens) + self.heads_work(at) + residual(at.rank, at.tokens)
+        return self.heads_work(at)
 
     def memory(self, at: At) -> Inside:
         match at.name:
             case "attention_norm":
                 return memory.norm(at.rank, int(at.held))
             case "attention_residual":
-                return memory.residual(at.rank, int(at.held))
-        return self._heads_memory(at, whole=at.rank.tp == 1)
+                return memory.residual(at.rank, int(at.held), bias=self.bias == "all")
+        return self.heads_memory(at, whole=at.rank.tp == 1)
 
-    def _heads_memory(self, at: At, *, whole: bool) -> Inside:
-        """`whole`: with norm and residual."""
+    def value_bytes(self, at: At) -> Mapping[str, int]:
+        number = at.rank.width * at.rank.element
+        held, tokens = int(at.held) * number, int(at.tokens) * number
+        return {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+
+    # pieces of which a kind is made
+    def heads_here(self, at: At) -> int:
+        return self.model.num_heads // at.rank.tp
+
+    def core_work(self, at: At, query: float, value: float, read: float) -> Piece:
+        """Products of queries with keys and of weights with values, so many numbers a head each; `read`: numbers of a token that
+        they read and write, of all heads here.  The mask leaves half of all pairs of tokens, a window fewer."""
+        rank, length = at.rank, at.rank.seq_len
+        outside = max(0, length - self.model.window) if self.model.window else 0
+        pairs = (length**2 - outside**2) / 2  # a head and sequence
+        heads = at.tokens / length * self.heads_here(at)
+        one = Product(length, (query + value) / 2, 2 * pairs / length, heads, at.tokens * read * rank.element, attention=True)
+        two = Product(length, (query + value) / 2, 2 * pairs / length, 2 * heads, 2 * one.num_bytes, attention=True)
+        return Piece(Work((one,)), Work((two,)))
+
+    def is_blocked(self, rank: Rank) -> bool:
+        return not (rank.cuda or rank.mixed) and in_blocks(rank.seq_len, self.model.window)
+
+    def scores(self, at: At) -> tuple[int, int]:
+        """Of attention's core: what one block needs, and what is kept beside queries, keys, values and result."""
+        rank, t, s = at.rank, int(at.tokens), at.rank.seq_len
+        heads = self.heads_here(at)
+        sums = t * heads * rank.main  # log-sum-exps
+        if not self.is_blocked(rank):
+            return 0, sums
+        seen = most = 0
+        for begin in range(0, s, QUERIES_A_BLOCK):
+            end = min(begin + QUERIES_A_BLOCK, s)
+            keys = end - max(0, begin - self.model.window + 1 if self.model.window else 0)
+            seen, most = seen + keys * (end - begin), max(most, keys)
+        kept = t // s * heads * seen * rank.element + sums * self.model.attention_sinks
+        return QUERIES_A_BLOCK * most * heads * rank.element, kept
+
+    def rotation_work(self, at: At, turned: float, passed: float) -> Piece:
+        """Rotation of so many numbers of a token, and the others beside them, which are copied."""
+        turned_bytes, passed_bytes = 5 * at.tokens * turned * at.rank.element, 2 * at.tokens * passed * at.rank.element
+        kernels = 8 + 2 * (passed > 0)
+        return Piece(*(Work((), turned_bytes + passed_bytes, kernels),) * 2)
+
+
+class GroupedQueryAttention(Attention):
+    """Several query heads share the keys and values of one."""
+
+    functions = "megalina.model.attention:GroupedQueryAttention"
+    heavy = ("attention", "attention_heads", "attention_qkv", "attention_core")
+
+    @staticmethod
+    def check(model: ModelConfig) -> None:
+        if model.head_dim == 0 and model.d_model % model.num_heads:
+            raise ValueError(
+                f"model.num_heads ({model.num_heads}) must divide model.d_model ({model.d_model}): change one, or give "
+                "model.head_dim"
+            )
+        if model.num_heads % model.num_kv_heads:
+            raise ValueError(f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads})")
+        if model.attention_experts == 1 or (model.attention_experts and model.num_heads % model.attention_experts):
+            raise ValueError(
+                f"model.attention_experts ({model.attention_experts}) must be 2 or more and divide model.num_heads "
+                f"({model.num_heads}), or 0 for none: change one"
+            )
+        if model.attention_experts and model.qk_norm == "projection":
+            raise ValueError(
+                f"model.attention_experts ({model.attention_experts}) and model.qk_norm=projection exclude each other: set "
+                "model.qk_norm=head or none"
+            )
+        sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if given := [name for name in sizes if getattr(model, name)]:
+            raise ValueError(
+                f"model.{given[0]} ({getattr(model, given[0])}) is of model.attention=mla alone, and this is gqa: set it to 0, "
+                "or change model.attention"
+            )
+
+    @property
+    def _normed_together(self) -> bool:
+        return self.model.qk_norm == "projection"
+
+    def parameters(self) -> Sequence[Parameter]:
+        model, width = self.model, self.model.d_model
+        q, kv, rows, tp = self._q(), self._kv(), {"tp": 0}, {"tp": 1}
+        out = norm_parameters("attention_norm", model)
+        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+        out.append(Parameter("attention.proj", (width, q), output_std(model), tp))
+        if self.bias != "none":
+            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+        if self.bias == "all":
+            out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
+        if model.attention_experts:
+            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std))
+        if model.attention_sinks:
+            out.append(Parameter("attention.sinks", (model.num_heads,), model.init_std, rows))
+        if model.qk_norm == "head":
+            out += [Parameter(f"attention.{n}_norm.weight", (head_dim(model),), None) for n in ("q", "k")]
+        if self._normed_together:
+            out += [Parameter(f"attention.{n}_norm.weight", (size,), None, rows) for n, size in (("q", q), ("k", kv))]
+        return out
+
+    def _q(self) -> int:
+        return self.model.num_heads * head_dim(self.model)
+
+    def _kv(self) -> int:
+        return self.model.num_kv_heads * head_dim(self.model)
+
+    def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        """Where tp cuts what is normed together, the squares of all heads are summed before they are attended with."""
+        lines = super().lines(shape, layer, reads, writes)
+        if not shape.tp or not self._normed_together:
+            return lines
+        at = next(i for i, line in enumerate(lines) if line.name == "attention_heads")
+        (normed, _), own = lines[at].reads, shape.dense(layer)
+        lines[at : at + 1] = [
+            compute("attention_qkv", layer, normed, "q k v square_part", own),
+            *exchange("attention_square", layer, Op.SUM, "tp", "square_part", "square"),
+            compute("attention_core", layer, "q k v square #batch", "a_part", own),
+        ]
+        return lines
+
+    def heads_work(self, at: At) -> Piece:
+        match at.name:
+            case "attention_qkv":
+                return self._qkv_work(at)
+            case "attention_core":
+                return self._core_work(at)
+        return self._qkv_work(at) + self._core_work(at)
+
+    def _qkv_work(self, at: At) -> Piece:
+        d, q, kv = self.model.d_model, self._q() / at.rank.tp, self._kv() / at.rank.tp
+        return linear(at.rank, at.tokens, q, d) + linear(at.rank, at.tokens, kv, d) + linear(at.rank, at.tokens, kv, d)
+
+    def _core_work(self, at: At) -> Piece:
+        rank, model, d, size, tokens = at.rank, self.model, self.model.d_model, head_dim(self.model), at.tokens
+        heads, groups = model.num_heads / rank.tp, model.num_kv_heads / rank.tp
+        q, kv = heads * size, groups * size
+        out = linear(rank, tokens, d, q)
+        if turned := rotary_width(model):
+            both = (heads + groups) * turned
+            out += self.rotation_work(at, both, q + kv - both)
+        if model.qk_norm == "head":
+            out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
+        if self._normed_together:
+            out += norm(rank, tokens, q) + norm(rank, tokens, kv)
+        if experts := model.attention_experts:
+            router = linear(rank, tokens, experts, d, wide=rank.mixed)
+            scaled_bytes = tokens * q * rank.element
+            out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
+        return out + self.core_work(at, size, size, 2 * (q + kv))
+
+    def heads_memory(self, at: At, *, whole: bool) -> Inside:
+        match at.name:
+            case "attention_qkv":
+                return self._qkv_memory(at)
+            case "attention_core":
+                return self._core_memory(at)
         rank, model, t = at.rank, self.model, int(at.tokens)
         width_q, width_g = self._q() // rank.tp, self._kv() // rank.tp
         x, q, g = t * rank.width * rank.element, t * width_q * rank.element, t * width_g * rank.element
-        before, after = (memory.norm(rank, t), memory.residual(rank, t)) if whole else (Inside(), Inside())
-        block, weights = self._scores(at)
+        before, after = memory.Inside(), memory.Inside()
+        if whole:
+            before, after = memory.norm(rank, t), memory.residual(rank, t, bias=self.bias == "all")
+        block, weights = self.scores(at)
         normed = before.kept + x * whole
         cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
-        turned = model.positions == "rope" or model.qk_norm
+        turned = model.positions == "rope" or model.qk_norm != "none"
         kept = normed + cores
-        if model.qk_norm:
+        if model.qk_norm != "none":
             kept += q + g
         if model.attention_experts:  # what came of the heads is kept before it is scaled, too
-            scores = t * (model.attention_experts * rank.main + self._heads_here(at) * rank.element)
+            scores = t * (model.attention_experts * rank.main + self.heads_here(at) * rank.element)
             kept += q + scores + (t * rank.width * rank.main if rank.mixed else 0)
         forward = max(
             before.forward + before.kept,
@@ -126,33 +265,56 @@ class Attention(Block):
             kept + x + after.forward,
         )
         tail = x + before.backward - kept if whole else q + 2 * g + x - cores
-        inner = q if weights > t * self._heads_here(at) * rank.main else 0  # its product with what came out
+        inner = q if weights > t * self.heads_here(at) * rank.main else 0  # its product with what came out
         if self.model.attention_experts:
             inner = max(inner, 2 * q)  # gradients of what the heads gave, before and after scaling
         backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q), tail)
         return Inside(kept + after.kept, forward, backward)
 
+    def _qkv_memory(self, at: At) -> Inside:
+        """Squares are of at least float32."""
+        rank, t = at.rank, int(at.tokens)
+        width_q, width_g = self._q() // rank.tp, self._kv() // rank.tp
+        q, g = t * width_q, t * width_g
+        x, wide = t * rank.width * rank.element, (q + g) * rank.main * rank.mixed
+        results = (q + 2 * g) * rank.element + 2 * t * rank.main
+        gradients = (q + g) * (rank.element + rank.main * rank.mixed)  # those of squares, with those that came
+        return Inside(wide, results + wide, max(gradients, x + memory.outer(rank, rank.width, width_q)))
+
+    def _core_memory(self, at: At) -> Inside:
+        """What it reads is kept as it is: the norms' inputs, and values."""
+        rank, t = at.rank, int(at.tokens)
+        width_q, width_g = self._q() // rank.tp, self._kv() // rank.tp
+        x, q, g = t * rank.width * rank.element, t * width_q * rank.element, t * width_g * rank.element
+        block, weights = self.scores(at)
+        kept = 2 * q + g + weights + 2 * t * rank.main
+        forward = max(2 * (q + g), kept + max(block, x))
+        inner = q if weights > t * self.heads_here(at) * rank.main else 0
+        backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q))
+        return Inside(kept, forward, backward)
+
+    def keeps(self, at: At) -> Sequence[str]:
+        """Gradients of squares need what they are of."""
+        if at.name != "attention_qkv" or at.rank.mixed:
+            return ()
+        return [v for v in at.instruction.writes if v.startswith(("q.", "k."))]
+
     def deferred(self, at: At) -> Deferred:
         """The products' inputs, what attention gave among them, and the gradients of queries, keys and values."""
         rank, t, whole = at.rank, int(at.tokens), at.rank.tp == 1
         q, g = self._q() // rank.tp, self._kv() // rank.tp
+        rise = memory.outer(rank, rank.width, q)
+        match at.name:
+            case "attention_qkv":
+                return Deferred(t * (q + 2 * g) * rank.element, reads=True, rise=rise)
+            case "attention_core":
+                return Deferred(t * q * rank.element, gradients=True, rise=rise)
         kept = t * (rank.width * whole + 2 * q + 2 * g) * rank.element
         kept += t * self.model.attention_experts * rank.main  # the gradients of their scores
-        return Deferred(kept, reads=not whole, gradients=True, rise=memory.outer(rank, rank.width, q))
-
-    def _heads_here(self, at: At) -> int:
-        return self.model.num_heads // at.rank.tp
-
-    def _scores(self, at: At) -> tuple[int, int]:
-        """Of attention's core: what one block needs, and what is kept beside queries, keys, values and result."""
-        rank, t, s = at.rank, int(at.tokens), at.rank.seq_len
-        heads = self._heads_here(at)
-        if rank.cuda or rank.mixed or not SHORTEST_BLOCKED <= s <= LONGEST_BLOCKED:
-            return 0, t * heads * rank.main  # log-sum-exps
-        seen = sum(min(b + QUERIES_A_BLOCK, s) * min(QUERIES_A_BLOCK, s - b) for b in range(0, s, QUERIES_A_BLOCK))
-        return QUERIES_A_BLOCK * s * heads * rank.element, t // s * heads * seen * rank.element
+        return Deferred(kept, reads=not whole, gradients=True, rise=rise)
 
     def value_bytes(self, at: At) -> Mapping[str, int]:
-        number = at.rank.width * at.rank.element
-        held, tokens = int(at.held) * number, int(at.tokens) * number
-        return {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+        rank, t = at.rank, int(at.tokens)
+        q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
+        squares = 2 * t * rank.main
+        return {**super().value_bytes(at), "q": q, "k": g, "v": g, "square_part": squares, "square": squares}

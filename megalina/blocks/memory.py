@@ -51,11 +51,12 @@ def dropout(rank: Rank, rows: int) -> tuple[int, int]:
     return rows * rank.width * rank.element, rows * rank.width * (2 * INT_BYTES + rank.element)
 
 
-def residual(rank: Rank, rows: int) -> Inside:
-    """Forward: without what is added."""
+def residual(rank: Rank, rows: int, *, bias: bool | None = None) -> Inside:
+    """Forward: without what is added.  `bias`: one is added first; None: as in MLPs."""
     x = rows * rank.width * rank.element
     kept, working = dropout(rank, rows)
-    return Inside(kept, x * (1 + rank.config.model.bias) + kept + working, (2 + bool(kept)) * x)
+    biased = rank.config.model.bias if bias is None else bias
+    return Inside(kept, x * (1 + biased) + kept + working, (2 + bool(kept)) * x)
 
 
 def mlp_products(rank: Rank, rows: int, read: int) -> int:

@@ -1,14 +1,16 @@
 """A model as its blocks, from which everything else follows that can be known without torch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megalina.blocks.attention import Attention
+from megalina.blocks.attention import Attention, GroupedQueryAttention
 from megalina.blocks.block import Block, Loss, Whole
 from megalina.blocks.dense_moe import DenseMoE
 from megalina.blocks.embedding import Embedding
 from megalina.blocks.head import Balance, Head
+from megalina.blocks.heads import model_of_layer
+from megalina.blocks.mla import LatentAttention
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.parameter import Parameter
@@ -112,6 +114,11 @@ class Blocks:
         )
 
 
+def attention_of(model: ModelConfig) -> type[Attention]:
+    """The block that `attention` is in every layer."""
+    return LatentAttention if model.attention == "mla" else GroupedQueryAttention
+
+
 def ffn_of(router: RouterConfig, is_moe: bool) -> type[Block]:
     """The block that `ffn` is in a layer."""
     if not is_moe:
@@ -138,16 +145,17 @@ def blocks_of(
     check_layer(model.layer)
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
     layers = []
-    made: dict[tuple[str, bool], Block] = {}  # layers are alike, and so may share them
-    for is_moe in moe:
+    made: dict[tuple[str, bool, int], Block] = {}  # layers that are alike may share them
+    for layer, is_moe in enumerate(moe):
         blocks = []
         for name in model.layer:
-            key = name, is_moe and name == FFN
+            own = model_of_layer(model, layer) if name == ATTENTION else model
+            key = name, is_moe and name == FFN, own.window
             if key not in made:
-                kind = kinds[name] or (Attention if name == ATTENTION else ffn_of(router, is_moe))
+                kind = kinds[name] or (attention_of(model) if name == ATTENTION else ffn_of(router, is_moe))
                 if not (isinstance(kind, type) and issubclass(kind, Block)):
                     raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
-                made[key] = kind(whole)
+                made[key] = kind(whole if own is model else replace(whole, model=own))
             blocks.append(made[key])
         layers.append(tuple(blocks))
     return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Parts(whole), Head(whole)))

@@ -42,6 +42,10 @@ def read_description(path: Path) -> dict[str, Any]:
 def read_values(path: Path) -> dict:
     """The values of a checkpoint; needs no process group.  ValueError where it isn't one."""
     values: dict = read_description(path)["values"]
+    config = values.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict) and isinstance(model.get("qk_norm"), bool):  # as it was before there were several
+        model["qk_norm"] = "head" if model["qk_norm"] else "none"
     return values
 
 

@@ -1,22 +1,24 @@
 """Attention in torch: its weights, its functions, and the keys and values that generation keeps.
 
 Shapes: B sequences, S tokens a sequence, T = B x S tokens (or this rank's share of them), D model width, H query heads,
-G key-value heads, d numbers a head, N experts of a mixture of attention heads.
+G key-value heads, d numbers a head, X = H x d, Y = G x d, N experts of a mixture of attention heads.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
-from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
+from megalina.blocks.heads import head_dim
+from megalina.config import ModelConfig
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
 from megalina.model.late_gradients import Later
 from megalina.model.linear import linear, linears, wide_linear
-from megalina.model.norm import Norm
+from megalina.model.norm import Norm, rms_norm_by, row_squares
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
 
@@ -29,37 +31,63 @@ class Heads(nn.Module):
     v: Tensor
     proj: Tensor
     router: Tensor | None  # [N, D] of a mixture of attention heads; all tensor-parallel ranks hold it whole
+    sinks: Tensor | None  # [H]
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
     proj_bias: Tensor | None
 
-    def __init__(self, head_dim: int, eps: float, rotary: Rotary | None, *, qk_norm: bool, num_heads: int, rank: int):
-        """`num_heads`: of all tensor-parallel ranks; `rank`: which of them this is."""
+    def __init__(self, model: ModelConfig, rotary: Rotary | None, *, rank: int):
+        """`model`: of this layer; `rank`: which of the tensor-parallel ranks this is."""
         super().__init__()
-        self.head_dim, self.num_heads, self.rank = head_dim, num_heads, rank
+        self.head_dim, self.num_heads, self.num_kv_heads, self.rank = head_dim(model), model.num_heads, model.num_kv_heads, rank
+        self.window, self.normed = model.window, model.qk_norm
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
-        no_parameters(self, "q", "k", "v", "proj", "router", "q_bias", "k_bias", "v_bias", "proj_bias")
-        self.q_norm = Norm(eps) if qk_norm else None
-        self.k_norm = Norm(eps) if qk_norm else None
+        no_parameters(self, "q", "k", "v", "proj", "router", "sinks", "q_bias", "k_bias", "v_bias", "proj_bias")
+        self.q_norm = Norm(model.norm_eps) if model.qk_norm != "none" else None
+        self.k_norm = Norm(model.norm_eps) if model.qk_norm != "none" else None
 
     def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None, *, later: Later | None = None) -> Tensor:
         """What these heads add, [T, D], without the output's bias."""
+        q_TX, k_TY, v_TY = self.projected(n_TD, later=later)
+        if self.normed == "projection" and self.q_norm is not None and self.k_norm is not None:
+            q_TX, k_TY = self.q_norm(q_TX), self.k_norm(k_TY)
+        mixed_TX = self.mixed(q_TX, k_TY, v_TY, batch, past)
+        if self.router is not None:
+            mixed_TX = self._scaled(mixed_TX, n_TD, later)
+        return linear(mixed_TX, self.proj, later=later)
+
+    def projected(self, n_TD: Tensor, *, later: Later | None = None) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [T, X] and twice [T, Y]."""
+        return linears(n_TD, (self.q, self.k, self.v), (self.q_bias, self.k_bias, self.v_bias), later=later)
+
+    def squares(self, q_TX: Tensor, k_TY: Tensor) -> Tensor:
+        """Of the norm of all heads together: this rank's part of the sum of a token's squares, queries' and keys', [T, 2]."""
+        return torch.stack([row_squares(q_TX), row_squares(k_TY)], dim=1)
+
+    def core(
+        self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None
+    ) -> Tensor:
+        """What `forward` gives of `projected`, with the squares of all ranks."""
+        assert self.q_norm is not None and self.k_norm is not None
+        q_T, k_T = square_T2.unbind(1)
+        q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
+        k_TY = rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
+        return linear(self.mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
+
+    def mixed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, batch: Batch, past: "KeyValues | None") -> Tensor:
+        """What the heads give, [T, X]."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
-        biases = (self.q_bias, self.k_bias, self.v_bias)
-        q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases, later=later))
-        if self.q_norm is not None and self.k_norm is not None:
+        q_BSHd, k_BSGd, v_BSGd = q_TX.view(shape), k_TY.view(shape), v_TY.view(shape)
+        if self.normed == "head" and self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSGd = self.q_norm(q_BSHd), self.k_norm(k_BSGd)
         if (rotary := self.rotary[0]) is not None:
             cos_BSi, sin_BSi = batch.once(rotary.rows, q_BSHd.dtype)
             q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
-        mixed_BSD = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS)
-        mixed_TX = mixed_BSD.reshape(n_TD.shape[0], -1)  # X = H x d
-        if self.router is not None:
-            mixed_TX = self._scaled(mixed_TX, n_TD, later)
-        return linear(mixed_TX, self.proj, later=later)
+        mixed_BSX = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS, window=self.window, sink_H=self.sinks)
+        return mixed_BSX.reshape(q_TX.shape)
 
     def _scaled(self, mixed_TX: Tensor, n_TD: Tensor, later: Later | None) -> Tensor:
         """What each head gives, times the probability of its expert; the probabilities are at least float32, and are then of the
@@ -73,47 +101,47 @@ class Heads(nn.Module):
 
 
 class KeyValues:
-    """The keys and values of one layer's tokens so far, for generation.
+    """What generation keeps of one layer's tokens so far: keys and values, or fewer tensors that they are made of.
 
     Room for C tokens is taken once, for `capacity` if that is known; twice as much whenever it is too little."""
 
     def __init__(self, capacity: int = 0):
         self.length = 0  # tokens so far
         self._capacity = capacity
-        self._room: tuple[Tensor, Tensor] | None = None  # keys and values, [B, C, G, d]
+        self._room: tuple[Tensor, ...] = ()  # each [B, C, ...]
 
-    def extended(self, k_BSGd: Tensor, v_BSGd: Tensor) -> tuple[Tensor, Tensor]:
-        """All so far, with these behind, [B, L, G, d]: views that the next call leaves as they are."""
-        before, self.length = self.length, self.length + k_BSGd.shape[1]
-        if self._room is None or self.length > self._room[0].shape[1]:
-            self._grow(k_BSGd, v_BSGd, before)
-        assert self._room is not None
-        for room_BCGd, new_BSGd in zip(self._room, (k_BSGd, v_BSGd), strict=True):
-            room_BCGd[:, before : self.length] = new_BSGd
-        k_BCGd, v_BCGd = self._room
-        return k_BCGd[:, : self.length], v_BCGd[:, : self.length]
+    @property
+    def numbers(self) -> int:
+        """That are kept of a token."""
+        return sum(room[0, 0].numel() for room in self._room)
 
-    def _grow(self, k_BSGd: Tensor, v_BSGd: Tensor, before: int) -> None:
+    def extended(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Of each tensor [B, S, ...] all so far, with these behind, [B, L, ...]: views that the next call leaves as they are."""
+        before, self.length = self.length, self.length + new[0].shape[1]
+        if not self._room or self.length > self._room[0].shape[1]:
+            self._grow(new, before)
+        for room, x in zip(self._room, new, strict=True):
+            room[:, before : self.length] = x
+        return tuple(room[:, : self.length] for room in self._room)
+
+    def _grow(self, new: tuple[Tensor, ...], before: int) -> None:
         old, self._capacity = self._room, max(self._capacity, self.length, 2 * before)
-        keys, values = (x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in (k_BSGd, v_BSGd))
-        if old is not None:
-            keys[:, :before], values[:, :before] = (x[:, :before] for x in old)
-        self._room = keys, values
+        self._room = tuple(x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in new)
+        for room, x in zip(self._room, old, strict=False):  # at first there is no old one
+            room[:, :before] = x[:, :before]
 
 
 class Attention(BlockFunctions):
+    """Any attention; a kind of it says what its heads are."""
+
     def __init__(self, block: Block, layer: Any):
-        model = block.model
-        layer.attention_norm = Norm(model.norm_eps)
-        layer.attention = Heads(
-            head_dim(model),
-            model.norm_eps,
-            layer.rotary[0],
-            qk_norm=model.qk_norm,
-            num_heads=model.num_heads,
-            rank=layer.share.rank,
-        )
+        layer.attention_norm = Norm(block.model.norm_eps)
+        layer.attention = self.heads(block.model, layer)
         super().__init__(block, layer)
+
+    @abstractmethod
+    def heads(self, model: ModelConfig, layer: Any) -> nn.Module:
+        """A module that gives [T, D] of `(n_TD, batch, past, later=)`, and has a `proj_bias`."""
 
     def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
         heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, later=later)
@@ -133,3 +161,18 @@ class Attention(BlockFunctions):
 
     def _residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch, own: slice) -> Tensor:
         return self.holder.residual(x_TD, added_TD, self.holder.attention.proj_bias, "attention", batch, own)
+
+
+class GroupedQueryAttention(Attention):
+    def heads(self, model: ModelConfig, layer: Any) -> Heads:
+        return Heads(model, layer.rotary[0], rank=layer.share.rank)
+
+    def attention_qkv(self, n_TD: Tensor, *, later: Later | None = None) -> tuple[Tensor, ...]:
+        """Queries, keys, values, and this rank's squares of the first two."""
+        q_TX, k_TY, v_TY = self.holder.attention.projected(n_TD, later=later)
+        return q_TX, k_TY, v_TY, self.holder.attention.squares(q_TX, k_TY)
+
+    def attention_core(
+        self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None
+    ) -> Tensor:
+        return self.holder.attention.core(q_TX, k_TY, v_TY, square_T2, batch, later=later)

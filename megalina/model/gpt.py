@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
-from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
+from megalina.blocks.heads import rotary_width
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import load
 from megalina.blocks.selection import Selection
 from megalina.config import ModelConfig, RouterConfig
-from megalina.model.attention import Heads, KeyValues
+from megalina.model.attention import KeyValues
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
 from megalina.model.dense_moe import Dense
 from megalina.model.embedding import Embedding
@@ -29,7 +29,7 @@ from megalina.model.mlp import Mlp
 from megalina.model.moe import Experts, MoE
 from megalina.model.noise import dropout
 from megalina.model.norm import Norm
-from megalina.model.rope import Rotary, rope_table
+from megalina.model.rope import Rotary, attention_factor, frequencies, rope_table
 from megalina.model.routers import Router
 from megalina.model.tokens import WHOLE, TokenShare, places
 from megalina.step.program import Instruction
@@ -48,7 +48,7 @@ class Layer(nn.Module):
     """The parameters of a layer's blocks, and their functions."""
 
     attention_norm: Norm
-    attention: Heads
+    attention: Any  # `Heads` or `LatentHeads`
     mlp_norm: Norm
     mlp: Mlp  # of a dense layer; the others of a MoE layer
     router: Router
@@ -137,7 +137,8 @@ class GPT(nn.Module):
         embedder = functions_of(blocks.embedding, self)
         table = None
         if whole.model.positions == "rope":
-            table = Rotary(*rope_table(whole.max_positions, head_dim(whole.model), whole.model.rope_theta))
+            frequency_i = frequencies(whole.model, rotary_width(whole.model))
+            table = Rotary(*rope_table(whole.max_positions, frequency_i, attention_factor(whole.model)))
         self.rotary = table
         orders = expert_orders or {}
         layers = (

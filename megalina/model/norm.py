@@ -41,6 +41,17 @@ def layer_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
     return _LayerNorm.apply(x_ND, weight_D, bias_D, eps)
 
 
+def rms_norm_by(x_ND: Tensor, square_N: Tensor, width: int, weight_D: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of rows of which D of `width` numbers are here; `square_N`: the sum of squares of all of them."""
+    return _RmsNormBy.apply(x_ND, square_N, width, weight_D, eps)
+
+
+def row_squares(x_ND: Tensor) -> Tensor:
+    """The sum of squares of each row, [N], in at least float32."""
+    wide_ND = _at_least_float32(x_ND)
+    return torch.linalg.vecdot(wide_ND, wide_ND)
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -79,6 +90,27 @@ class _RmsNorm(torch.autograd.Function):
             dx_ND = torch.mul(dy_ND, weight_D, out=product_ND).addcmul_(xhat_ND, mean_N1, value=-1).mul_(rstd_N1)
             dx = dx_ND.to(x.dtype).view(x.shape)
         return dx, dweight_D, None
+
+
+class _RmsNormBy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, square_N: Tensor, width: int, weight_D: Tensor, eps: float) -> Tensor:
+        rstd_N1 = square_N.unsqueeze(1).div(width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_ND, rstd_N1, weight_D)
+        ctx.weight_grad, ctx.width = main_grad(weight_D), width
+        return (_at_least_float32(x_ND) * rstd_N1).mul_(weight_D).to(x_ND.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, rstd_N1, weight_D = ctx.saved_tensors
+        wide_ND = _at_least_float32(dy_ND)
+        product_ND = _at_least_float32(x_ND) * rstd_N1 * wide_ND
+        dweight_D = _deliver(ctx.weight_grad, product_ND.sum(0), weight_D.dtype) if ctx.needs_input_grad[3] else None
+        # d rstd / d square = -rstd^3 / (2 width)
+        dsquare_N = torch.mv(product_ND, _at_least_float32(weight_D)).div_(-2 * ctx.width).mul_(rstd_N1.squeeze(1).square())
+        dx_ND = torch.mul(wide_ND, weight_D, out=product_ND).mul_(rstd_N1).to(x_ND.dtype)
+        return dx_ND, dsquare_N, None, dweight_D, None
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -19,6 +19,7 @@ from megalina.model.permute import RowOrder, reorder, row_order
 from megalina.step.program import Instruction
 
 SLICED = ("own", "moe_n", "weight", "rows")  # values of the tokens that a rank routes
+GATHERED = ("n_all", "m_all", "a_part", "o_part", "q", "k", "v", "square_part", "square")  # of all ranks' tokens, in any layout
 
 
 class Parts(BlockFunctions):
@@ -35,7 +36,8 @@ class Parts(BlockFunctions):
 
     def _slices(self, value: str) -> int:
         """Of how many ranks a value has the tokens."""
-        return 1 if self.share.cut or value.split(".")[0] in SLICED else self.share.ranks
+        head = value.split(".")[0]
+        return self.share.ranks if head in GATHERED else 1 if self.share.cut or head in SLICED else self.share.ranks
 
     def cut_batch(self, parts: int, batch: Batch) -> tuple[Batch, ...]:
         return tuple(batch.part(i, parts, self.share.ranks) for i in range(parts))

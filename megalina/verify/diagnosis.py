@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megalina.verify.evidence import Cause, Evidence, Hypothesis
 from megalina.verify.hypotheses import (
+    attention,
     deferred,
     dense_experts,
     losses,
@@ -31,6 +32,10 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         sequences.last_micro_batch_missing,
         vocabulary.embedding_of_first_words,
         residuals.bias_on_each_rank,
+        attention.other_pairs,
+        attention.norm_of_own_heads,
+        attention.another_window,
+        attention.no_sinks,
         regrouping.rows_in_arrival_order,
         dense_experts.left_out,
         residuals.noise_of_each_rank,

@@ -7,11 +7,12 @@ else holds on to its functions, its program or its buckets.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megalina.blocks.heads import attention_bias
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.step.partition import most_parts
-from megalina.verify.bugs import forward, gradients, losses
+from megalina.verify.bugs import attention, forward, gradients, losses
 from megalina.verify.recording import SEQUENCES, Layout
 
 
@@ -114,7 +115,7 @@ _ALL = (
     Plant(
         "bias_added_tp_times",
         "each tp rank adds the bias of a row-parallel matrix before the sum",
-        lambda layout, config: config.model.bias and layout.tp > 1,
+        lambda layout, config: attention_bias(config.model) == "all" and layout.tp > 1,
         forward.bias_added_tp_times,
         ("model.bias=true",),
     ),
@@ -193,6 +194,33 @@ _ALL = (
         "rows that arrive from several ranks are not brought into the order of experts",
         lambda layout, config: _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config),
         forward.rows_not_regrouped,
+    ),
+    Plant(
+        "rope_interleaved",
+        "positions turn the queries of latent attention in pairs of neighbours, the key in pairs of halves",
+        lambda layout, config: config.model.attention == "mla",
+        attention.rope_interleaved,
+    ),
+    Plant(
+        "norm_of_own_heads",
+        "each tp rank norms its heads' queries and keys by their own squares, where all heads' should be taken together",
+        lambda layout, config: config.model.qk_norm == "projection" and layout.tp > 1,
+        attention.norm_of_own_heads,
+        ("model.qk_norm=projection",),
+    ),
+    Plant(
+        "window_too_wide",
+        "a token sees one token more than model.window says",
+        lambda layout, config: 0 < config.model.window < config.train.seq_len,
+        attention.window_too_wide,
+        ("model.window=4",),
+    ),
+    Plant(
+        "sinks_left_out",
+        "attention's sinks are in nobody's softmax",
+        lambda layout, config: config.model.attention_sinks,
+        attention.sinks_left_out,
+        ("model.attention_sinks=true",),
     ),
     Plant(
         "expert_left_out",

@@ -75,6 +75,8 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
     positions = 0
     if model.max_positions:
         positions = length + (unit if model.max_positions > old_length else 0)
+    if model.attention == "mla":
+        model = _with_small_latent(model)
     return replace(
         model,
         num_layers=layers,
@@ -85,12 +87,28 @@ def _model(model: ModelConfig, most: int, unit: int, length: int, old_length: in
         num_kv_heads=kv_heads,
         head_dim=8 if own_size else 0,
         attention_experts=attention_experts,
+        window=min(model.window, 3),
+        full_attention_every=min(model.full_attention_every, 2),
+        rotary_fraction=0.5 if model.rotary_fraction < 1 else 1.0,
         num_experts=_multiple(min(model.num_experts, MOST_EXPERTS), most),
         d_ff=16,
         dense_d_ff=6 * unit if model.dense_d_ff else 0,
         shared_d_ff=3 * unit if model.shared_d_ff else 0,
         max_positions=positions,
         vocab_size=VOCABULARY,
+    )
+
+
+def _with_small_latent(model: ModelConfig) -> ModelConfig:
+    """Values stay as wide as keys, or as their part without positions, where they were."""
+    wide = {model.qk_nope_head_dim + model.qk_rope_head_dim: 12, model.qk_nope_head_dim: 8}.get(model.v_head_dim, 6)
+    return replace(
+        model,
+        q_lora_rank=10 if model.q_lora_rank else 0,
+        kv_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=wide,
     )
 
 

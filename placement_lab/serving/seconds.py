@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from megalina.blocks.heads import numbers_kept
 from megalina.blocks.work import Work
 from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE, device_of
@@ -62,8 +63,7 @@ class RooflineSeconds:
             raise ValueError(f"a context of {context} tokens: give 0 for prefill, or the tokens that are decoded from")
         self._device = device_of(config.cluster, config.train.dtype)
         model = config.model
-        head_dim = model.head_dim or model.d_model // model.num_heads
-        self._cache_bytes = context * 2 * model.num_kv_heads * head_dim * BYTES[config.train.dtype]  # of a token
+        self._cache_bytes = context * numbers_kept(model) * BYTES[config.train.dtype]  # of a token
         train = replace(config.train, micro_batch_size=1, seq_len=1 if context else config.train.seq_len)
         self._config = replace(config, train=train)
         self._work = InstructionWork(self._config, world=1, vocab_rows=model.vocab_size, buckets={})

@@ -19,6 +19,10 @@ from megalina.verify.declared import declared_and_counted
 from megalina.verify.proof import COUNTED_LENGTH, differs
 from megalina.verify.shrink import shrink
 
+LATENT = (
+    *("model.attention=mla", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4"),
+    "model.v_head_dim=6",
+)
 OVERRIDES: dict[str, Sequence[str]] = {
     **{kind: (f"router={kind}", "router.top_k=1", "router.capacity_factor=0") for kind in KINDS},  # nobody is dropped
     "two of each": (),
@@ -34,7 +38,15 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "mutual information": ("router.mutual_information_loss=0.1",),
     "dense, shared, bias": ("router=dense", "model.shared_d_ff=32", "model.bias=true", "router.z_loss=0.1"),
     "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
-    "attention experts": ("model.attention_experts=2", "model.qk_norm=true"),
+    "attention experts": ("model.attention_experts=2", "model.qk_norm=head"),
+    "normed together": ("model.qk_norm=projection",),
+    "sinks, windows": (
+        *("model.attention_sinks=true", "model.window=24", "model.full_attention_every=2", "model.attention_bias=qkv"),
+    ),
+    "part of a head turns": ("model.rotary_fraction=0.5", "model.rope_scaling=linear", "model.rope_factor=2"),
+    "latent": LATENT,
+    "latent, queries too": (*LATENT, "model.q_lora_rank=24"),
+    "latent, values as wide as keys": (*LATENT, "model.v_head_dim=12"),
     "dense layers": ("model.moe_every=2",),
 }
 

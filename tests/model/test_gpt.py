@@ -19,7 +19,12 @@ WORDS, SEQUENCES, LENGTH = 90, 3, 12
 MODELS: dict[str, dict[str, Any]] = {
     "RMSNorm, RoPE": {},
     "LayerNorm, learned positions, biases": {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "gelu"},
-    "grouped queries, QK-norm, shared experts": {"num_kv_heads": 2, "qk_norm": True, "shared_d_ff": 24, "tie_embeddings": False},
+    "grouped queries, QK-norm, shared experts": {
+        "num_kv_heads": 2,
+        "qk_norm": "head",
+        "shared_d_ff": 24,
+        "tie_embeddings": False,
+    },
     "dense first, ReLU, biases": {"dense_layers_first": 1, "activation": "relu", "bias": True},
 }
 

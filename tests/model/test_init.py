@@ -20,7 +20,7 @@ MODELS = {
     "tied": ModelConfig(d_model=32, d_ff=16),
     "everything": ModelConfig(
         d_model=32, d_ff=16, num_layers=3, dense_layers_first=1, shared_d_ff=8, bias=True, norm="layernorm", positions="learned",
-        tie_embeddings=False, qk_norm=True,
+        tie_embeddings=False, qk_norm="head",
     ),
 }  # fmt: skip
 

@@ -34,6 +34,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared experts, biases": {"shared_d_ff": 8, "bias": True, "activation": "gelu", "norm": "layernorm"},
     "every other layer dense": {"moe_every": 2},
 }
+ATTENTION: dict[str, dict[str, Any]] = {
+    "grouped queries": {},
+    "windows, sinks": {"attention_sinks": True, "window": 4, "full_attention_every": 2},
+    "latent": {
+        "attention": "mla", "num_kv_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
+    },
+}  # fmt: skip
 OWN_BLOCKS: dict[str, dict[str, Any]] = {
     "own block": {"layer": ["attention", f"{OWN}:Gate", "ffn"]},
     "own block before attention": {"layer": [f"{OWN}:Gate", "attention", "ffn"], "moe_every": 2},
@@ -225,9 +232,9 @@ GREEDY = Sampling(max_tokens=9, max_positions=14, temperature=0.0)
 PROMPTS = [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]], [], [[11, 12]]]
 
 
-def incremental() -> float:
+def incremental(model: dict[str, Any]) -> float:
     """Decoding with a cache gives what the whole pass gives."""
-    gpt = small_gpt(dtype=torch.float64)
+    gpt = small_gpt(dtype=torch.float64, **model)
     world = dist.get_world_size()
     engine = small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * len(gpt.moe_layers))
     tokens = tokens_of(dist.get_rank())
@@ -287,7 +294,7 @@ def jobs() -> dict[str, Any]:
         out["chunks"] = in_chunks(4)
     if world == 2:
         out["placements"] = {dtype: many_placements(PLACEMENTS[dtype], dtype) for dtype in DTYPES}
-        out["incremental"] = incremental()
+        out["incremental"] = {name: incremental(model) for name, model in ATTENTION.items()}
         out["bad"] = {case: bad(case) for case in BAD}
     if world == 3:
         out["broken"] = broken_swaps(4)
@@ -365,8 +372,9 @@ def test_text_is_that_of_each_prompt_alone_on_one_device(found: Found) -> None:
         assert len(rank["text"]["fed"]) == 9 and rank["text"]["fed"][0] == sum(map(len, prompts))
 
 
-def test_a_cache_changes_nothing(found: Found) -> None:
-    assert max(rank["incremental"] for rank in found[2]) < 1e-12
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_cache_changes_nothing(found: Found, name: str) -> None:
+    assert max(rank["incremental"][name] for rank in found[2]) < 1e-12
 
 
 @pytest.mark.parametrize("case", BAD)

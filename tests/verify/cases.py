@@ -21,8 +21,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "dense_d_ff": 24, "moe_every": 2,
     },
     "modern": {
-        "attention_experts": 4, "qk_norm": True, "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False,
+        "attention_experts": 4, "qk_norm": "head", "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False,
     },
+    "DeepSeek-V3": {
+        "attention": "mla", "q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+    },
+    "Moonlight": {
+        "attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+        "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 32, "rope_mscale": 1.0, "rope_mscale_all_dim": 0.7,
+        "norm_eps": 1e-5, "tie_embeddings": False,
+    },
+    "gpt-oss, part of a head turns": {
+        "attention_sinks": True, "window": 3, "full_attention_every": 2, "attention_bias": "all", "rotary_fraction": 0.5,
+        "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 32, "rope_beta_fast": 4.0,
+    },
+    "OLMoE, biases": {"qk_norm": "projection", "attention_bias": "qkv", "num_heads": 8, "num_kv_heads": 4},
     "dropout": {
         "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
     },

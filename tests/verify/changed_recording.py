@@ -18,6 +18,11 @@ Change = Callable[[Entry], Tensor | list[Tensor] | None]  # the whole, or what e
 CONFIGS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "plain": ({}, {}),
     "bias and dropout": ({"bias": True, "dropout": 0.25}, {}),
+    "sinks, windows, normed together": ({"attention_sinks": True, "window": 3, "qk_norm": "projection"}, {}),
+    "latent": (
+        {"attention": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 4},
+        {},
+    ),
     "capacity": ({}, {"capacity_factor": 0.6, "group": "micro_batch"}),
     "global": ({}, {"group": "global"}),
     "dense": (

@@ -85,6 +85,22 @@ def test_ranges_in_parts_equal_one_process() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    "model, ranges",
+    [
+        ("plain", "attention_heads.1..mix.1:2"),
+        ("OLMoE, biases", "attention_core.1..mix.1:2"),
+        ("OLMoE, biases", "score.0..attention_qkv.1:2"),
+    ],
+)
+def test_ranges_that_begin_or_end_inside_attention_equal_one_process(model: str, ranges: str) -> None:
+    """There all ranks' tokens are gathered."""
+    choices = replace(choices_of(2), strategies={"lancet": replace(strategy("lancet"), partition=ranges)})
+    row = Row(Layout(2, tp=2, micro_batch=8, strategy="lancet"), "topk", 0.0, model, "sgd")
+    assert differences(choices, [row], steps=1) == []
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("backward", ["whole", "mirrored"])
 @pytest.mark.parametrize("parts", ["2", "4"])
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ WORLD = 4
 MODELS = {
     "GPT-2": {"tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu"},
     "dropout": {"dropout": 0.2, "bias": True, "dense_layers_first": 1, "shared_d_ff": 12},
-    "modern": {"qk_norm": True, "num_heads": 8, "head_dim": 8},
+    "modern": {"qk_norm": "head", "num_heads": 8, "head_dim": 8},
+    "sinks": {"qk_norm": "projection", "attention_sinks": True, "window": 4, "full_attention_every": 2, "dropout": 0.2},
+    "latent": {
+        "attention": "mla",
+        "q_lora_rank": 10,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+    },
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -47,6 +56,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("GPT-2", "dense", "adamw", Layout(WORLD, tp=2, ep=1, micro_batch=4, zero=1, recompute="full")),
     ("modern", "local", "adamw", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
     ("dropout", "local topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
+    ("sinks", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
+    ("latent", "topk", "sgd", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
 ]
 
 

@@ -23,12 +23,16 @@ def mechanisms(config: PretrainConfig) -> dict[str, object]:
     """What is computed, whatever its size."""
     model, router, optim = config.model, config.router, config.optim
     switched = ("activation", "norm", "positions", "qk_norm", "bias", "tie_embeddings", "dropout", "rope_theta", "norm_eps")
+    switched += ("attention", "attention_bias", "attention_sinks", "rope_scaling", "rope_factor", "rope_original_positions")
     return {
         **{name: getattr(model, name) for name in switched},
         "layers": has_moe(model),
         "shared experts": model.shared_d_ff > 0,
         "dense width of its own": model.dense_d_ff > 0,
         "grouped queries": model.num_heads > model.num_kv_heads,
+        "compressed queries": model.q_lora_rank > 0,
+        "windows": (model.window > 0, model.full_attention_every > 0),
+        "a part of a head turns": model.rotary_fraction < 1,
         "head size of its own": model.head_dim not in (0, model.d_model // model.num_heads),
         "one expert a token": router.top_k == 1,
         "router": replace(router, top_k=1, num_groups=1, groups_per_token=1),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 
-from megalina.blocks.attention import head_dim
+from megalina.blocks.heads import rotary_width
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import optimizer_of
@@ -117,7 +117,7 @@ class InstructionBytes:
         numel = sum(spec.numel for spec in self.buckets.values())
         own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
-        rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half each
+        rope = rotary_width(self._config.model)  # cosines and sines, half each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
         return {
             "weights": numel * rank.element,

@@ -8,7 +8,7 @@ All other kernels take their bytes, and every kernel a launch.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megalina.blocks.work import Product, Work
@@ -112,17 +112,20 @@ def instruction_seconds(config: PretrainConfig, work: InstructionWork, *, load: 
         check_hardware(config.cluster)
         return lambda instruction: emulated(instruction) if instruction.kind is Kind.COMPUTE else 0.0
     device = device_of(config.cluster, config.train.dtype)
-    computed_s = once_a_kind(lambda instruction: device.seconds(work(instruction, load)))
+    computed_s = once_a_kind(lambda instruction: device.seconds(work(instruction, load)), work.alike)
     return lambda instruction: computed_s(instruction) if instruction.kind is Kind.COMPUTE else device.seconds(Work())
 
 
-def once_a_kind(seconds: Callable[[Instruction], float]) -> Callable[[Instruction], float]:
-    """The same of compute instructions, asked once of each kind of them: layers are alike."""
-    known: dict[tuple[str, str, float, int, bool, bool], float] = {}
+def once_a_kind(
+    seconds: Callable[[Instruction], float], alike: Callable[[Instruction], Hashable]
+) -> Callable[[Instruction], float]:
+    """The same of compute instructions, asked once of each kind of them.  `alike`: the same for those of layers that cost the
+    same."""
+    known: dict[tuple[Hashable, ...], float] = {}
 
     def of(instruction: Instruction) -> float:
         i = instruction
-        key = (i.phase, i.name, i.share, i.chunk[1], i.recompute, i.late)
+        key = (i.phase, i.name, alike(i), i.share, i.chunk[1], i.recompute, i.late)
         if key not in known:
             known[key] = seconds(instruction)
         return known[key]
@@ -134,7 +137,7 @@ def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] |
     """The costs of compute instructions on the emulated device that `cluster` asks for; None where it asks for none."""
     cluster = config.cluster
     if cluster.attention_ms or cluster.experts_ms:
-        times = dict.fromkeys(("attention", "attention_heads"), cluster.attention_ms / 1e3)
+        times = dict.fromkeys(("attention", "attention_heads", "attention_core"), cluster.attention_ms / 1e3)
         times |= dict.fromkeys(("experts", "mlp", "mlp_hidden"), cluster.experts_ms / 1e3)
     elif cluster.device_gflops:
         times = {name: flops / (cluster.device_gflops * 1e9) for name, flops in forward_flops(config).items()}

@@ -8,6 +8,7 @@ and so is each product of all experts in bfloat16.  Biases, dropout and padding 
 
 from collections.abc import Mapping
 
+from megalina.blocks.heads import model_of_layer
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
@@ -53,6 +54,10 @@ class InstructionWork:
         again = piece.forward if instruction.recompute else Work()
         return again + piece.backward + (Work() if instruction.late else piece.weights)
 
+    def alike(self, instruction: Instruction) -> int:
+        """The same for instructions of layers that cost the same: those of one name differ by attention's window alone."""
+        return model_of_layer(self.config.model, instruction.layer).window
+
     def piece(self, instruction: Instruction, load: float = 1.0) -> Piece:
         """What a forward instruction and all that follows from it ask.  ValueError for one that no block has."""
         try:
@@ -90,23 +95,27 @@ class InstructionWork:
 
 
 def forward_flops(config: PretrainConfig) -> dict[str, float]:
-    """Of a whole micro-batch's forward on one rank, by instruction: of those that an emulated device computes."""
-    return {name: piece.forward.flops for name, piece in _emulated_pieces(config).items()}
+    """Of a whole micro-batch's forward on one rank, by instruction: of those that an emulated device computes.  The mean over
+    layers, where some have a window."""
+    return {name: sum(p.forward.flops for p in pieces) / len(pieces) for name, pieces in _emulated_pieces(config).items()}
 
 
 def weight_shares(config: PretrainConfig) -> dict[str, float]:
     """Of the same instructions: FLOPs of the products that give weights' gradients over those of forward.  1 where all of it are
     products with weights; what attention does beside them has no weights."""
-    return {
-        name: piece.weights.flops / piece.forward.flops for name, piece in _emulated_pieces(config).items() if piece.forward.flops
+    sums = {
+        name: (sum(p.weights.flops for p in pieces), sum(p.forward.flops for p in pieces))
+        for name, pieces in _emulated_pieces(config).items()
     }
+    return {name: weights / forward for name, (weights, forward) in sums.items() if forward}
 
 
-def _emulated_pieces(config: PretrainConfig) -> dict[str, Piece]:
+def _emulated_pieces(config: PretrainConfig) -> dict[str, list[Piece]]:
+    """Of each layer that has the instruction."""
     work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
     shape = work.blocks.shape(tp=config.parallel.tp, sequence=config.parallel.sequence)
-    out: dict[str, Piece] = {}
+    out: dict[str, list[Piece]] = {}
     for instruction in plain(shape):
         if instruction.kind is Kind.COMPUTE and instruction.name in work.blocks.block_of(instruction).emulated:
-            out.setdefault(instruction.name, work.piece(instruction))
+            out.setdefault(instruction.name, []).append(work.piece(instruction))
     return out

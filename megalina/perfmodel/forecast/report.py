@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megalina.blocks.heads import numbers_kept, query_size
 from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.forecast import Forecast, memory_limit_bytes
 from megalina.perfmodel.forecast.search import Candidate, UnderLoad
@@ -137,8 +138,10 @@ def command(words: Sequence[str], *, nodes: int, ranks_per_node: int) -> str:
 def heads(config: PretrainConfig) -> str:
     """Heads and their width, with a warning where a kernel would not take them."""
     model = config.model
-    width = model.head_dim or model.d_model // model.num_heads
+    width = query_size(model)
     told = f"{model.num_heads} heads x {width}, {model.num_kv_heads} of keys and values"
+    if model.attention == "mla":
+        told += f", values of {model.v_head_dim}, made of {numbers_kept(model)} numbers a token"
     if width > WIDEST_HEAD:
         told += f"; warning: heads wider than {WIDEST_HEAD} have no fast attention: set model.num_heads or model.head_dim"
     return told

@@ -58,7 +58,7 @@ ONCE = {  # what differs in other ways, once
         {"chunks": "3"},
     ),
     "half precision, dense layers": ("flow", {"ep": 4, "dtype": "bfloat16", "moe_every": 2, "zero": 1}, {"yields": True}),
-    "hashed, untied": ("ddp", {"ep": 2, "tp": 2, "kind": "hash", "tie_embeddings": False, "qk_norm": True, "bias": True}, {}),
+    "hashed, untied": ("ddp", {"ep": 2, "tp": 2, "kind": "hash", "tie_embeddings": False, "qk_norm": "head", "bias": True}, {}),
     "uneven chunks": ("lina_nopack", {"ep": 4, "dtype": "float64", "capacity_factor": 1.5}, {"chunks": "1,3"}),
 }
 
@@ -321,7 +321,7 @@ def drawn_cases(folder: Path, examples: int) -> dict[str, PretrainConfig]:
                 "shared_d_ff": st.just(16),
                 "tie_embeddings": st.booleans(),
                 "bias": st.booleans(),
-                "qk_norm": st.booleans(),
+                "qk_norm": st.sampled_from(["none", "head", "projection"]),
                 "num_kv_heads": st.just(2),
                 "positions": st.just("learned"),
                 "norm": st.just("layernorm"),

@@ -130,7 +130,7 @@ def test_the_wire_holds_what_is_sent_until_it_is_awaited_and_nothing_twice() -> 
 LAYOUTS: Sequence[tuple[int, dict[str, Any], dict[str, Any]]] = (
     (1, {}, {}),
     (1, {"moe_every": 2, "shared_d_ff": 48, "bias": True, "norm": "layernorm", "positions": "learned"}, {}),
-    (1, {"qk_norm": True, "tie_embeddings": False, "activation": "relu", "dense_layers_first": 1}, {"dtype": "bfloat16"}),
+    (1, {"qk_norm": "head", "tie_embeddings": False, "activation": "relu", "dense_layers_first": 1}, {"dtype": "bfloat16"}),
 )
 
 

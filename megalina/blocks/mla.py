@@ -1,0 +1,116 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+A token's keys and values are made of few numbers, and so, with `model.q_lora_rank`, are its queries.  Positions turn a part of
+each query, and one part of the key that all heads have in common.  Of earlier tokens generation keeps those few numbers and that
+part of the key alone, `numbers_kept` of them.
+
+Under tensor parallelism heads are cut; what compresses, and its norms, every rank holds whole."""
+
+from collections.abc import Sequence
+
+from megalina.blocks import memory
+from megalina.blocks.attention import Attention
+from megalina.blocks.block import norm_parameters, output_std
+from megalina.blocks.heads import attention_bias, numbers_kept, query_size
+from megalina.blocks.memory import Deferred, Inside
+from megalina.blocks.parameter import Parameter
+from megalina.blocks.sizes import At
+from megalina.blocks.work import Piece, Work, linear, norm
+from megalina.config import ModelConfig
+
+COMPRESSED_EPS = 1e-6  # of the norms of what is compressed, whatever model.norm_eps is: so it is in transformers
+
+
+class LatentAttention(Attention):
+    functions = "megalina.model.mla:LatentAttention"
+
+    @staticmethod
+    def check(model: ModelConfig) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if not getattr(model, name):
+                raise ValueError(f"model.attention=mla needs model.{name}: give its size, 1 or more")
+        if model.num_kv_heads != model.num_heads:
+            raise ValueError(
+                f"model.attention=mla gives each head its own keys and values: set model.num_kv_heads ({model.num_kv_heads}) to "
+                f"model.num_heads ({model.num_heads})"
+            )
+        if model.positions != "rope":
+            raise ValueError(f"model.attention=mla turns a part of each head: positions={model.positions} can't be; use rope")
+        plain = {"head_dim": 0, "qk_norm": "none", "attention_experts": 0, "attention_sinks": False, "window": 0}
+        for name, value in {**plain, "rotary_fraction": 1.0}.items():
+            if (given := getattr(model, name)) != value:
+                raise ValueError(f"model.attention=mla has no model.{name} ({given}): set it to {str(value).lower()}")
+        if attention_bias(model) != "none":
+            raise ValueError("model.attention=mla has no biases: set model.attention_bias=none")
+
+    def parameters(self) -> Sequence[Parameter]:
+        model, width, std, tp = self.model, self.model.d_model, self.model.init_std, {"tp": 0}
+        heads, compressed = model.num_heads, model.q_lora_rank
+        q, up = heads * query_size(model), heads * (model.qk_nope_head_dim + model.v_head_dim)
+        out = norm_parameters("attention_norm", model)
+        if compressed:
+            out.append(Parameter("attention.q_down", (compressed, width), std))
+            out.append(Parameter("attention.q_up", (q, compressed), std, tp))
+        else:
+            out.append(Parameter("attention.q", (q, width), std, tp))
+        out.append(Parameter("attention.kv_down", (numbers_kept(model), width), std))
+        out.append(Parameter("attention.kv_up", (up, model.kv_lora_rank), std, tp))  # of each head the key's, then the value's
+        out.append(Parameter("attention.proj", (width, heads * model.v_head_dim), output_std(model), {"tp": 1}))
+        if compressed:
+            out.append(Parameter("attention.q_norm.weight", (compressed,), None))
+        out.append(Parameter("attention.kv_norm.weight", (model.kv_lora_rank,), None))
+        return out
+
+    def heads_work(self, at: At) -> Piece:
+        rank, model, d, tokens = at.rank, self.model, self.model.d_model, at.tokens
+        heads, size, value = model.num_heads / rank.tp, query_size(model), model.v_head_dim
+        compressed, latent, turned = model.q_lora_rank, model.kv_lora_rank, model.qk_rope_head_dim
+        out = linear(rank, tokens, compressed or heads * size, d)
+        if compressed:
+            out += norm(rank, tokens, compressed) + linear(rank, tokens, heads * size, compressed)
+        out += linear(rank, tokens, latent + turned, d) + norm(rank, tokens, latent)
+        out += linear(rank, tokens, heads * (model.qk_nope_head_dim + value), latent)
+        out += self.rotation_work(at, (heads + 1) * turned, heads * model.qk_nope_head_dim)
+        keys_bytes = 2 * tokens * heads * size * rank.element  # both parts, side by side
+        out += Piece(Work((), keys_bytes, 2), Work((), 2 * keys_bytes, 4))
+        out += linear(rank, tokens, d, heads * value)
+        return out + self.core_work(at, size, value, 2 * heads * (size + value))
+
+    def heads_memory(self, at: At, *, whole: bool) -> Inside:
+        rank, model, t, heads = at.rank, self.model, int(at.tokens), self.heads_here(at)
+        token = t * rank.element
+        x, compressed, latent = token * rank.width, token * model.q_lora_rank, token * model.kv_lora_rank
+        q, v = token * heads * query_size(model), token * heads * model.v_head_dim
+        up = token * heads * (model.qk_nope_head_dim + model.v_head_dim)
+        before, after = memory.Inside(), memory.Inside()
+        if whole:
+            before, after = memory.norm(rank, t), memory.residual(rank, t, bias=False)
+        block, weights = self.scores(at)
+        normed = before.kept + x * whole
+        down = 2 * compressed + token * numbers_kept(model) + latent + (1 + bool(compressed)) * t * rank.main
+        even = v == q or rank.cuda or self.is_blocked(rank)
+        # where the kernel has one width for all, what is narrower has a wide copy
+        read, gives = (2 * q + up, v) if even else (3 * q, q + v) if v < q else (2 * v + up, v)
+        kept = normed + down + read + gives + weights
+        forward = max(
+            before.forward + before.kept,
+            normed + down + 2 * q,
+            normed + down + 2 * q + up,
+            kept + block,
+            kept + x + after.forward,
+        )
+        tail = x + before.backward - kept if whole else 0
+        inner = v if weights > t * heads * rank.main else 0
+        gradients = 2 * q + 2 * v if even else 4 * max(q, v)
+        down_outer = memory.outer(rank, rank.width, max(heads * model.v_head_dim, model.q_lora_rank))
+        backward = max(gradients + max(inner, 2 * block), v + down_outer, tail)
+        return Inside(kept + after.kept, forward, backward)
+
+    def deferred(self, at: At) -> Deferred:
+        """The products' inputs and the gradients of what they gave."""
+        rank, model, t, whole = at.rank, self.model, int(at.tokens), at.rank.tp == 1
+        heads = self.heads_here(at)
+        q, v = heads * query_size(model), heads * model.v_head_dim
+        numbers = rank.width * whole + q + 2 * model.q_lora_rank + numbers_kept(model) + model.kv_lora_rank
+        numbers += heads * (model.qk_nope_head_dim + model.v_head_dim) + v
+        return Deferred(t * numbers * rank.element, reads=not whole, gradients=True, rise=memory.outer(rank, rank.width, v))

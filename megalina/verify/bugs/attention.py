@@ -1,0 +1,77 @@
+"""Bugs in attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalina.batch import Batch
+from megalina.config import PretrainConfig
+from megalina.model.attention import Heads
+from megalina.model.late_gradients import Later
+from megalina.model.mla import LatentHeads
+from megalina.model.rope import rotate
+from megalina.parallel.trainable import Trainable
+from megalina.step.program import Instruction
+from megalina.verify.bugs.change import Function, around
+
+
+def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
+    """Queries' pairs are neighbours; the keys' are not."""
+    for layer in trainable.gpt.layers:
+        if isinstance(layer.attention, LatentHeads):
+            layer.attention.read = _with_neighbours(layer.attention)  # type: ignore[method-assign]
+
+
+def _with_neighbours(heads: LatentHeads) -> Function:
+    right = heads.read
+
+    def read(n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSHx, c_BSc, turned_BSr = right(n_TD, batch, later)
+        cos_BSi, sin_BSi = heads.rotary[0].rows(batch, q_BSHx.dtype)
+        still, turned = rotate(q_BSHx, cos_BSi, -sin_BSi, heads.still).split((heads.still, heads.turned), -1)
+        halves = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
+        first, second = rotate(halves, cos_BSi, sin_BSi).chunk(2, -1)
+        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), c_BSc, turned_BSr
+
+    return read
+
+
+def norm_of_own_heads(trainable: Trainable, config: PretrainConfig) -> None:
+    """Each tp rank norms its heads' queries and keys by their own squares."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.name != "attention_core":
+            return function
+        heads, ranks = trainable.gpt.layers[instruction.layer].attention, trainable.mesh.tp.size
+        return lambda q, k, v, square, batch: function(q, k, v, ranks * heads.squares(q, k), batch)
+
+    around(trainable, of)
+
+
+def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
+    """A token sees one token more than its window has."""
+    for layer in trainable.gpt.layers:
+        if isinstance(layer.attention, Heads) and layer.attention.window:
+            layer.attention.window += 1
+
+
+def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.layers:
+        if isinstance(layer.attention, Heads):
+            layer.attention.mixed = _without_sinks(layer.attention)  # type: ignore[method-assign]
+
+
+def _without_sinks(heads: Heads) -> Function:
+    """They are parameters still, of which nobody asks."""
+    right = heads.mixed
+
+    def mixed(*arguments: Any) -> Tensor:
+        sinks = heads.sinks
+        heads.register_parameter("sinks", None)
+        try:
+            return right(*arguments)
+        finally:
+            heads.register_parameter("sinks", sinks)  # type: ignore[arg-type]
+
+    return mixed
