@@ -19,6 +19,7 @@ ROUTERS = (
     "topk",
     "sigmoid",
     "group_limited",
+    "group_limited_softmax",
     "noisy_topk",
     "hash",
     "expert_choice",
@@ -95,7 +96,9 @@ class ModelConfig:
     moe_every: int = setting(1, low=1)  # after those, every n-th layer is MoE (the last of each n), the others dense
     dense_d_ff: int = setting(0)  # hidden width of dense layers; 0: top_k x d_ff (as many active parameters as a MoE layer)
     shared_d_ff: int = setting(0)  # total hidden width of shared experts, which every token visits; 0: none
-    activation: str = setting("swiglu", choices=("swiglu", "gelu", "relu"))  # between the matrices of an MLP
+    # between the matrices of an MLP; swiglu_clamped: gate x sigmoid(1.702 gate) x (up + 1) with clamped inputs (gpt-oss)
+    activation: str = setting("swiglu", choices=("swiglu", "swiglu_clamped", "gelu", "relu"))
+    activation_limit: float = setting(7.0, low=POSITIVE)  # swiglu_clamped: the gate is at most this, the other within +- this
     norm: str = setting("rmsnorm", choices=("rmsnorm", "layernorm"))  # before attention, before the MLP and before the head
     norm_eps: float = setting(1e-5)  # added to the variance
     # rope: queries and keys are rotated; learned: an embedding for each position
@@ -104,6 +107,7 @@ class ModelConfig:
     max_positions: int = setting(0)  # longest sequence; 0: train.seq_len
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     bias: bool = False  # biases in attention and MLPs (experts included)
+    shared_gate: bool = False  # what the shared experts give is times sigmoid(token x a learned vector) (Qwen2-MoE, Qwen3-Next)
     tie_embeddings: bool = True  # the output matrix is the token embedding
     vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
     # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
@@ -143,10 +147,14 @@ class RouterConfig:
     locality_nodes: int = setting(0, high=1 << 16)  # nodes where sequences and experts are at home, whatever the layout; 0: none
     # weight of DS-MoE's loss: experts get as much as each other, each token is sure of its own; over the tokens of router.group
     mutual_information_loss: float = setting(0.0, high=LARGEST_FACTOR)
+    bias: bool = False  # a learned bias on the logits (gpt-oss)
     # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
     bias_update_rate: float = setting(0.0, high=LARGEST_FACTOR)
-    num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
-    groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
+    # an expert's selection bias moves by the rate: sign: up or down; proportional: times (1 / experts - its share of the choices)
+    bias_update: str = setting("sign", choices=("sign", "proportional"))
+    bias_centered: bool = False  # bias_update=sign: less the mean over experts, so that the biases' sum stays
+    num_groups: int = setting(1, low=1)  # group_limited and its softmax kin: experts are cut into this many groups
+    groups_per_token: int = setting(1, low=1)  # ... and a token's experts come from this many of them
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
+from megalina.blocks.activation import check_activation
 from megalina.blocks.model import blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
@@ -43,6 +44,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_model(config)
+    check_activation(config.model)
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts, config.model.d_model)
     optimizer_of(config.optim)
@@ -270,6 +272,8 @@ def _check_model(config: PretrainConfig) -> None:
         raise ValueError(
             f"model.positions=rope needs an even head size, not {head_dim}: change model.head_dim or model.num_heads"
         )
+    if model.shared_gate and not model.shared_d_ff:
+        raise ValueError("model.shared_gate=true does nothing with model.shared_d_ff=0: give shared experts a width, or set it to false")
     if model.dense_layers_first > model.num_layers:
         raise ValueError(
             f"model.dense_layers_first ({model.dense_layers_first}) is more than model.num_layers ({model.num_layers}): lower it"
