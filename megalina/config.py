@@ -114,6 +114,9 @@ class ModelConfig:
     init_std: float = setting(0.02, high=LARGEST_FACTOR)
     # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
     dropout: float = setting(0.0, high=BELOW_ONE)
+    # multi-token prediction: so many layers more, as the last one, predict in training each one token further ahead
+    mtp_layers: int = setting(0, high=1000)
+    mtp_loss: float = setting(0.3, high=LARGEST_FACTOR)  # weight of their losses' mean
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
 
 
@@ -232,6 +235,8 @@ class ScheduleConfig:
     warmup_tokens: int = setting(0, high=LARGEST_COUNT)  # ... or in tokens (only one of the two)
     min_ratio: float = setting(0.1, high=1)  # the last learning rate, as a share of the peak
     decay_fraction: float = setting(0.2, high=1)  # wsd: this share of the steps decays at the end
+    mtp_final_fraction: float = setting(0.0, high=1)  # for this share of the steps at the end, model.mtp_loss is times ...
+    mtp_final_ratio: float = setting(1.0, high=LARGEST_FACTOR)  # ... this (DeepSeek-V3: 0.3, then 0.1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -441,8 +446,14 @@ class PretrainConfig:
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # train.dtype -> of one number
 
 
+def training_layers(model: ModelConfig) -> range:
+    """Of the model, and behind them those of multi-token prediction."""
+    return range(model.num_layers + model.mtp_layers)
+
+
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    above = layer - model.dense_layers_first
+    """Layers of multi-token prediction are as the last layer."""
+    above = min(layer, model.num_layers - 1) - model.dense_layers_first
     return above >= 0 and above % model.moe_every == model.moe_every - 1
 
 

@@ -1,5 +1,6 @@
 """A loaded model: the weights of a checkpoint of any layout, on one device, without a process group."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize, spec_of
 
+logger = logging.getLogger("megalina")
 EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
 
@@ -27,7 +29,7 @@ def load_model(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, experts: bool = True
 ) -> LoadedModel:
     """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
-    what else is in the batch) and no noise is added.  Without `experts` it has no weights of
+    what else is in the batch), no noise is added, and layers of multi-token prediction are left out.  Without `experts` it has no weights of
     theirs, see `read_experts`.  ValueError if the folder holds no checkpoint, or a damaged file."""
     values = read_values(path)
     config = values["config"]
@@ -35,8 +37,11 @@ def load_model(
     router = RouterConfig(**config["router"])
     if not kind_of(router).experts_choose:
         router = replace(router, capacity_factor=0.0, capacity_bound="none")
+    model = ModelConfig(**config["model"])
+    if model.mtp_layers:
+        logger.info("%s: without its %d layers of multi-token prediction, which are for training", path, model.mtp_layers)
     gpt = GPT(
-        ModelConfig(**config["model"]),
+        replace(model, mtp_layers=0, mtp_loss=ModelConfig().mtp_loss),
         router,
         vocab_size=values["vocab_size"],
         max_positions=max_positions,

@@ -3,7 +3,7 @@
 The second matrix is linear, so what it reads is scaled in place of what it gives, and one product takes all experts: it sums over
 their hidden widths, one after another.
 
-Shapes: N rows, E experts, D model width, F hidden width of one expert, H = 2F where it is gated, else F; EF and EH are all experts'.
+Shapes: N rows, E experts, D model width, F hidden width of one expert, H = 2F if gated, else F; EF and EH are all experts'.
 Gradients of parameters with `main_grad` are added there, see linear.py.  Saved for backward: the rows, their weights and what the
 first matrix gave; the activation is computed again.
 """

@@ -115,7 +115,19 @@ def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:
     out += [("routing", f"layers.{i}.load") for i, is_moe in enumerate(blocks.moe) if is_moe]
     out += [("gradient", name) for name in reversed(parameters)]
     out += [("norm", "grad_norm"), ("norm", "grad_scale")]
+    if blocks.whole.router.bias_update_rate:
+        out += [("routing", bias_name(i)) for i, is_moe in enumerate(blocks.moe) if is_moe]
     return out + [("weight", name) for name in parameters]
+
+
+def bias_name(layer: int) -> str:
+    """Of what a step leaves of a layer's selection bias, see `bits_of`."""
+    return f"layers.{layer}.selection_bias"
+
+
+def bits_of(bias_E: Tensor) -> Tensor:
+    """int64 [E]: the bits of float32 numbers, which must be the same in every layout."""
+    return bias_E.view(torch.int32).long()
 
 
 def stream_name(blocks: Blocks, layer: int, block: str) -> str:
