@@ -303,8 +303,8 @@ def _check_mtp(config: PretrainConfig) -> None:
     model, schedule, length = config.model, config.schedule, config.train.seq_len
     if model.mtp_layers >= length:
         raise ValueError(
-            f"model.mtp_layers ({model.mtp_layers}): the last one predicts {model.mtp_layers + 1} tokens ahead, and train.seq_len is "
-            f"{length}: lower it, or take longer sequences"
+            f"model.mtp_layers ({model.mtp_layers}): the last one predicts {model.mtp_layers + 1} tokens ahead, and train.seq_len "
+            f"is {length}: lower it, or take longer sequences"
         )
     given = {"model.mtp_loss": (model.mtp_loss, ModelConfig().mtp_loss)}
     given |= {f"schedule.{k}": (getattr(schedule, k), getattr(ScheduleConfig(), k)) for k in MTP_SCHEDULE}
@@ -314,7 +314,8 @@ def _check_mtp(config: PretrainConfig) -> None:
     fraction, ratio = schedule.mtp_final_fraction, schedule.mtp_final_ratio
     if (fraction > 0) != (ratio != 1):
         raise ValueError(
-            f"schedule.mtp_final_fraction={fraction:g} and schedule.mtp_final_ratio={ratio:g} go together: give both, 0.3 and 0.33 say"
+            f"schedule.mtp_final_fraction={fraction:g} and schedule.mtp_final_ratio={ratio:g} go together: give both, "
+            "0.3 and 0.33 say"
         )
 
 

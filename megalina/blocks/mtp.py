@@ -39,7 +39,9 @@ class Mtp(Block):
         return [
             *norm_parameters("mtp.embedding_norm", model),
             *norm_parameters("mtp.hidden_norm", model),
-            Parameter("mtp.projection", (model.d_model, 2 * model.d_model), model.init_std),  # of the embedding, then of the stream
+            Parameter(
+                "mtp.projection", (model.d_model, 2 * model.d_model), model.init_std
+            ),  # of the embedding, then of the stream
             *norm_parameters("mtp.norm", model),
         ]
 

@@ -1,7 +1,7 @@
 """Multi-token prediction in torch (DeepSeek-V3 technical report, arXiv:2412.19437, section 2.2): its weights and its functions.
 
-A row's words are rolled inside the row; positions are not.  A token has a loss where the word that it would predict, and all words
-that it has been told of, are of its own document: what comes around the end of a row, or of a document, does not count.
+A row's words are rolled inside the row; positions are not.  A token has a loss where the words that it is told of are of its own
+document: what comes around the end of a row, or of a document, does not count.
 
 Shapes: B sequences, S tokens a sequence, T tokens, D width.
 """
@@ -23,8 +23,8 @@ from megalina.model.norm import Norm
 
 
 def ahead(batch: Batch, depth: int) -> Batch:
-    """The batch as a layer of multi-token prediction sees it: at each place the word that is `depth` places further on, its label,
-    and whether this counts for the token of the place."""
+    """The batch as a layer of multi-token prediction sees it: at each place the word `depth` places further on, its label, and
+    whether this counts for the token of the place."""
     return batch.once(_ahead, depth)
 
 

@@ -88,7 +88,7 @@ class Recording:
     batches: list[Batch]  # the global batch of each step
     entries: list[Entry]
     # Of the reference alone, filled by `reference.detail`: parameter -> [units, losses, *shape].  A unit is a micro-batch of the
-    # layout in question; main loss, `AUXILIARY`, losses of one's own, as weighted in what is minimized.  They sum to the first
+    # layout in question; losses as `terms_of` has them, as weighted in what is minimized.  They sum to the first
     # step's gradient.
     unit_gradients: dict[str, Tensor] = field(default_factory=dict)
     _places: dict[tuple[int, str, str], int] = field(default_factory=dict, repr=False)
@@ -100,6 +100,11 @@ class Recording:
     def entry(self, step: int, kind: str, name: str) -> Entry:
         """KeyError where there is none."""
         return self.entries[self._places[step, kind, name]]
+
+
+def terms_of(blocks: Blocks) -> list[str]:
+    """The losses of `Recording.unit_gradients`, in their order."""
+    return ["loss", *AUXILIARY, *(loss.name for loss in blocks.losses if loss.name not in ("loss", *AUXILIARY))]
 
 
 def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:

@@ -21,7 +21,6 @@ from megalina.model.locmoe import grap
 from megalina.model.routers import Router
 from megalina.train.optim import FlatOptimizer, FlatTensor
 from megalina.verify.recording import (
-    AUXILIARY,
     INITIAL,
     SEQUENCES,
     Entry,
@@ -33,6 +32,7 @@ from megalina.verify.recording import (
     columns_of,
     order_of,
     stream_name,
+    terms_of,
     widened,
 )
 from megalina.verify.start import shake
@@ -153,7 +153,7 @@ def detail(recording: Recording, layout: Layout) -> None:
     units = [forward(gpt, part) for part in batch.split(layout.micro_batch)]
     counted = _counted(batch)
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    terms = ("loss", *AUXILIARY, *(of.name for of in gpt.blocks.losses if of.name not in ("loss", *AUXILIARY)))
+    terms = terms_of(gpt.blocks)
     weights = {of.name: of.weight / counted[of.divisor] for of in gpt.blocks.losses}
     for unit, auxiliary in zip(units, _auxiliary(gpt, units), strict=True):
         losses = {"loss": unit.loss} | auxiliary

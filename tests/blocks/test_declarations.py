@@ -36,6 +36,11 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
     "attention experts": ("model.attention_experts=2", "model.qk_norm=true"),
     "dense layers": ("model.moe_every=2",),
+    "clamped, gated, biases": (
+        *("model.activation=swiglu_clamped", "model.shared_d_ff=32", "model.shared_gate=true", "model.bias=true"),
+        *("router.bias=true", "model.moe_every=2"),
+    ),
+    "ahead": ("model.mtp_layers=2", "model.tie_embeddings=false"),
 }
 
 

@@ -127,7 +127,8 @@ class InstructionBytes:
             "moments": len(optimizer_of(self._config.optim).states) * own * rank.main,
             # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows; of each layer
             # of multi-token prediction tokens, labels and a mask
-            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element + self._config.model.mtp_layers * (2 * INT_BYTES + 1)) + table,
+            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element + self._config.model.mtp_layers * (2 * INT_BYTES + 1))
+            + table,
         }
 
     def ranks(self, axis: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalina.verify.evidence import Cause, Evidence, Pair, close, counted, held
+from megalina.verify.recording import terms_of
 
 MAIN, BALANCE, Z = range(3)
 
@@ -21,9 +22,16 @@ def terms(evidence: Evidence) -> Iterator[Cause]:
         return
     names = {MAIN: ("", "the main loss"), BALANCE: ("balance_loss_without_gradient", "the balance loss")}
     names[Z] = ("z_loss_without_gradient", "the router's z-loss")
+    known, ranks = terms_of(evidence.model.blocks), evidence.layout.dp
+    if "mtp_loss" in known:
+        names[known.index("mtp_loss")] = ("", "the loss of multi-token prediction")
     for term, (name, text) in names.items():
         times = _times(evidence, {p: u[:, term].sum(0) for p, u in units.items()})
-        if times is not None and abs(times) < 1e-6 and name:
+        if times is not None and known[term] == "mtp_loss" and ranks > 1 and abs(times * ranks - 1) < 1e-6:
+            yield Cause(
+                "mtp_loss_divided_twice", f"the gradient of {text} is divided by the {ranks} data-parallel ranks once more"
+            )
+        elif times is not None and abs(times) < 1e-6 and name:
             yield Cause(name, f"{text} is right, but has no gradient: every gradient is that of the other losses")
         elif times is not None:
             yield Cause("unknown", f"the gradient of {text} is {times:.6g} times as large as it should be")
