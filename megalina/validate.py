@@ -303,7 +303,7 @@ def _check_mtp(config: PretrainConfig) -> None:
     model, schedule, length = config.model, config.schedule, config.train.seq_len
     if model.mtp_layers >= length:
         raise ValueError(
-            f"model.mtp_layers ({model.mtp_layers}): the last one predicts {model.mtp_layers + 1} tokens ahead, and train.seq_len "
+            f"model.mtp_layers ({model.mtp_layers}): the last predicts {model.mtp_layers + 1} tokens ahead, and train.seq_len "
             f"is {length}: lower it, or take longer sequences"
         )
     given = {"model.mtp_loss": (model.mtp_loss, ModelConfig().mtp_loss)}

@@ -42,6 +42,7 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
         {"positions": "learned", "norm": "layernorm", "bias": True},
         {"shared_d_ff": 8, "qk_norm": True},
         {"layer": ["attention", GATE, "ffn"]},
+        {"mtp_layers": 1, "shared_d_ff": 8, "shared_gate": True, "activation": "swiglu_clamped"},
     ],
 )
 def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:

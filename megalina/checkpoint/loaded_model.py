@@ -1,6 +1,5 @@
 """A loaded model: the weights of a checkpoint of any layout, on one device, without a process group."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize, spec_of
 
-logger = logging.getLogger("megalina")
 EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
 
@@ -37,11 +35,8 @@ def load_model(
     router = RouterConfig(**config["router"])
     if not kind_of(router).experts_choose:
         router = replace(router, capacity_factor=0.0, capacity_bound="none")
-    model = ModelConfig(**config["model"])
-    if model.mtp_layers:
-        logger.info("%s: without its %d layers of multi-token prediction, which are for training", path, model.mtp_layers)
     gpt = GPT(
-        replace(model, mtp_layers=0, mtp_loss=ModelConfig().mtp_loss),
+        replace(ModelConfig(**config["model"]), mtp_layers=0),
         router,
         vocab_size=values["vocab_size"],
         max_positions=max_positions,
