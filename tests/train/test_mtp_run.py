@@ -1,4 +1,4 @@
-"""A run with multi-token prediction: its loss is reported and falls, weighs less at the end, and what is served has none of it."""
+"""A run with multi-token prediction: its loss is reported and falls, weighs less at the end; what is served has none of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_it_is_learned_reported_resumed_and_left_out_where_the_model_is_served(f
 
 def test_its_gradients_have_the_weight_of_the_step(folder: Path) -> None:
     """Those of the layer itself, which nothing else reaches but the auxiliary losses."""
-    run = start(config_of(folder, "weights", **RUN, balance_loss=0.0, z_loss=0.0))
+    run = start(config_of(folder, "weights", mtp_layers=1, num_layers=1, balance_loss=0.0, z_loss=0.0))
     trainable, found = run.built.trainable, []
     for factor in (1.0, 0.25):
         gradients: dict[str, torch.Tensor] = {}
