@@ -149,8 +149,8 @@ def blocks_of(
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
     layers = []
     made: dict[tuple[str, bool], Block] = {}  # layers are alike, and so may share them
-    for i, is_moe in enumerate((*moe, *[moe[-1]] * model.mtp_layers)):
-        blocks: list[Block] = [] if mtp is None or i < len(moe) else [mtp]
+    for layer, is_moe in enumerate((*moe, *[moe[-1]] * model.mtp_layers)):
+        blocks: list[Block] = [] if mtp is None or layer < len(moe) else [mtp]
         for name in model.layer:
             key = name, is_moe and name == FFN
             if key not in made:
