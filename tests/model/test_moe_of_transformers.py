@@ -36,6 +36,7 @@ class Family:
     router: Mapping[str, Any] = field(default_factory=dict)
 
 
+SHARED_SIZE = "shared_expert_intermediate_size"
 DEEPSEEK = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "moe_intermediate_size": HIDDEN, "num_experts_per_tok": 3}
 FAMILIES = {
     "gpt-oss": Family(
@@ -44,14 +45,15 @@ FAMILIES = {
     ),
     "Qwen2-MoE": Family(
         "qwen2_moe", ("Qwen2MoeConfig", "Qwen2MoeSparseMoeBlock"),
-        {"num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": SHARED},
+        {"num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": HIDDEN} | {SHARED_SIZE: SHARED},
         {"shared_d_ff": SHARED, "shared_gate": True}, {"top_k": 3, "renormalize": False},
     ),
     "DeepSeek-V2": Family(
         "deepseek_v2", ("DeepseekV2Config", "DeepseekV2Moe"),
         DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0},
         {"shared_d_ff": HIDDEN},
-        {"kind": "group_limited_softmax", "num_groups": 4, "groups_per_token": 2, "top_k": 3, "renormalize": False, "scale": 16.0},
+        {"kind": "group_limited_softmax", "num_groups": 4, "groups_per_token": 2, "top_k": 3, "renormalize": False,
+         "scale": 16.0},
     ),
     "DeepSeek-V3": Family(
         "deepseek_v3", ("DeepseekV3Config", "DeepseekV3MoE"),
