@@ -56,6 +56,11 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_numbers(config)
     _check_model(config)
     check_activation(config.model)
+    _check_mtp(config)
+    if config.model.shared_gate and not config.model.shared_d_ff:
+        raise ValueError(
+            "model.shared_gate=true does nothing with model.shared_d_ff=0: give shared experts a width, or set it to false"
+        )
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts, config.model.d_model)
     optimizer_of(config.optim)
@@ -283,15 +288,10 @@ def _check_model(config: PretrainConfig) -> None:
         raise ValueError(
             f"model.positions=rope needs an even head size, not {head_dim}: change model.head_dim or model.num_heads"
         )
-    if model.shared_gate and not model.shared_d_ff:
-        raise ValueError(
-            "model.shared_gate=true does nothing with model.shared_d_ff=0: give shared experts a width, or set it to false"
-        )
     if model.dense_layers_first > model.num_layers:
         raise ValueError(
             f"model.dense_layers_first ({model.dense_layers_first}) is more than model.num_layers ({model.num_layers}): lower it"
         )
-    _check_mtp(config)
     if model.max_positions and config.train.seq_len > model.max_positions:
         raise ValueError(
             f"train.seq_len ({config.train.seq_len}) is more than model.max_positions ({model.max_positions}): "
