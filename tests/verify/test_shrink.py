@@ -23,6 +23,7 @@ def mechanisms(config: PretrainConfig) -> dict[str, object]:
     """What is computed, whatever its size."""
     model, router, optim = config.model, config.router, config.optim
     switched = ("activation", "norm", "positions", "qk_norm", "bias", "tie_embeddings", "dropout", "rope_theta", "norm_eps")
+    switched += ("activation_limit", "shared_gate", "mtp_layers", "mtp_loss")
     return {
         **{name: getattr(model, name) for name in switched},
         "layers": has_moe(model),
