@@ -24,7 +24,7 @@ from megalina.track.svg_chart import Reference, Series, legend, line_chart, shor
 from megalina.whole_file import write_whole
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
-AHEAD = "Cross entropy in nats a token, mean over its layers, without its weight."
+AHEAD = "Multi-token prediction: cross entropy in nats a token, mean over its layers, without its weight."
 
 
 @dataclass(frozen=True, slots=True)
