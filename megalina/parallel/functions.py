@@ -35,7 +35,7 @@ class InstructionFunctions:
     """
 
     update: Update  # of the step that runs: whoever runs a step sets it
-    loss_factors: Mapping[str, float]  # so does he these: of a loss' weight, by its name, 1 where nothing is said
+    loss_factors: Mapping[str, float]  # of that step, too: of losses' weights, by name, 1 where nothing is said
 
     def __init__(
         self,
