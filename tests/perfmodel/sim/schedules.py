@@ -25,7 +25,7 @@ SHAPES = {
     "tensor parallel, shared experts": plain_shape(moe=(False, True), tp=True, shared_experts=True),
     "tensor parallel, copied activations": plain_shape(moe=(True, False), tp=True, sequence=False, tied=False),
     "experts that choose": plain_shape(moe=(True, False, True), experts_choose=True),
-    "selection biases, multi-token prediction": plain_shape(moe=(True,), router_state=True, mtp_layers=1),
+    "selection biases": plain_shape(moe=(True, True), router_state=True),
 }
 LAYOUTS = ((1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 2, 2))  # edp, ep, tp
 WALKING = ("flow", "lina_zero")  # strategies whose parts walk in turn
