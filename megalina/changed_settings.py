@@ -42,8 +42,10 @@ KINDS: Mapping[str, Kind] = {
     "model.vocab_size": Kind.MEANING,  # the tensors tell whether it fits: 0 may be the same number
     "model.init_std": Kind.MEANING,
     "model.dropout": Kind.MEANING,
+    "model.mtp_loss": Kind.MEANING,
     "router": Kind.MEANING,
     "router.kind": Kind.STATE,
+    "router.bias": Kind.STATE,
     "router.capacity_bound": Kind.STATE,  # the delta that capacity follows
     "parallel": Kind.FREE,
     "strategy": Kind.FREE,

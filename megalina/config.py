@@ -19,6 +19,7 @@ ROUTERS = (
     "topk",
     "sigmoid",
     "group_limited",
+    "group_limited_softmax",
     "noisy_topk",
     "hash",
     "expert_choice",
@@ -105,7 +106,9 @@ class ModelConfig:
     moe_every: int = setting(1, low=1)  # after those, every n-th layer is MoE (the last of each n), the others dense
     dense_d_ff: int = setting(0)  # hidden width of dense layers; 0: top_k x d_ff (as many active parameters as a MoE layer)
     shared_d_ff: int = setting(0)  # total hidden width of shared experts, which every token visits; 0: none
-    activation: str = setting("swiglu", choices=("swiglu", "gelu", "relu"))  # between the matrices of an MLP
+    # between the matrices of an MLP; swiglu_clamped: gate x sigmoid(1.702 gate) x (up + 1) with clamped inputs (gpt-oss)
+    activation: str = setting("swiglu", choices=("swiglu", "swiglu_clamped", "gelu", "relu"))
+    activation_limit: float = setting(7.0, low=POSITIVE)  # swiglu_clamped: the gate is at most this, the other within +- this
     norm: str = setting("rmsnorm", choices=("rmsnorm", "layernorm"))  # before attention, before the MLP and before the head
     norm_eps: float = setting(1e-5)  # added to the variance
     # rope: queries and keys are rotated; learned: an embedding for each position
@@ -120,24 +123,26 @@ class ModelConfig:
     rope_beta_slow: float = setting(1.0, low=1e-6, high=1e6)  # yarn: one that turns no more than this is slowed by rope_factor
     rope_truncate: bool = True  # yarn: these bounds are whole pairs
     rope_mscale: float = setting(0.0, high=1e3)  # yarn: DeepSeek's mscale; 0: not given
-    rope_mscale_all_dim: float = setting(
-        0.0, high=1e3
-    )  # yarn: DeepSeek's mscale_all_dim, by which mla scales its scores too; 0: not given
-    rope_attention_factor: float = setting(
-        0.0, high=1e3
-    )  # yarn: cosines and sines are multiplied by this; 0: as factor and mscales say
+    # yarn: DeepSeek's mscale_all_dim, by which mla scales its scores too; 0: not given
+    rope_mscale_all_dim: float = setting(0.0, high=1e3)
+    # yarn: cosines and sines are multiplied by this; 0: as factor and mscales say
+    rope_attention_factor: float = setting(0.0, high=1e3)
     max_positions: int = setting(0)  # longest sequence; 0: train.seq_len
     # RMSNorm on queries and keys; head: on each head's; projection: on all heads' together
     qk_norm: str = setting("none", choices=("none", "head", "projection"))
     bias: bool = False  # biases in attention and MLPs (experts included)
     # biases in attention; auto: all where `bias` is set, else none; qkv: of queries, keys and values; all: of the output, too
     attention_bias: str = setting("auto", choices=("auto", "none", "qkv", "all"))
+    shared_gate: bool = False  # what the shared experts give is times sigmoid(token x a learned vector) (Qwen2-MoE, Qwen3-Next)
     tie_embeddings: bool = True  # the output matrix is the token embedding
     vocab_size: int = setting(0)  # 0: as the data's tokenizer says; rows are padded to a multiple of 128 x tp
     # outputs of attention and MLP are scaled by 1 / sqrt(2 x num_layers) on top
     init_std: float = setting(0.02, high=LARGEST_FACTOR)
     # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
     dropout: float = setting(0.0, high=BELOW_ONE)
+    # multi-token prediction: so many layers more, as the last one, predict in training each one token further ahead
+    mtp_layers: int = setting(0, high=1000)
+    mtp_loss: float = setting(0.3, high=LARGEST_FACTOR)  # weight of their losses' mean
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
 
 
@@ -171,10 +176,14 @@ class RouterConfig:
     locality_nodes: int = setting(0, high=1 << 16)  # nodes where sequences and experts are at home, whatever the layout; 0: none
     # weight of DS-MoE's loss: experts get as much as each other, each token is sure of its own; over the tokens of router.group
     mutual_information_loss: float = setting(0.0, high=LARGEST_FACTOR)
+    bias: bool = False  # a learned bias on the logits (gpt-oss)
     # aux-loss-free balancing: step of the selection bias (sigmoid, group_limited)
     bias_update_rate: float = setting(0.0, high=LARGEST_FACTOR)
-    num_groups: int = setting(1, low=1)  # group_limited: experts are cut into this many groups
-    groups_per_token: int = setting(1, low=1)  # group_limited: a token's experts come from this many groups
+    # an expert's selection bias moves by the rate: sign: up or down; proportional: times (1 / experts - its share of the choices)
+    bias_update: str = setting("sign", choices=("sign", "proportional"))
+    bias_centered: bool = False  # bias_update=sign: less the mean over experts, so that the biases' sum stays
+    num_groups: int = setting(1, low=1)  # group_limited and its softmax kin: experts are cut into this many groups
+    groups_per_token: int = setting(1, low=1)  # ... and a token's experts come from this many of them
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
@@ -252,6 +261,8 @@ class ScheduleConfig:
     warmup_tokens: int = setting(0, high=LARGEST_COUNT)  # ... or in tokens (only one of the two)
     min_ratio: float = setting(0.1, high=1)  # the last learning rate, as a share of the peak
     decay_fraction: float = setting(0.2, high=1)  # wsd: this share of the steps decays at the end
+    mtp_final_fraction: float = setting(0.0, high=1)  # for this share of the steps at the end, model.mtp_loss is times ...
+    mtp_final_ratio: float = setting(1.0, high=LARGEST_FACTOR)  # ... this (DeepSeek-V3: 0.3, then 0.1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -461,8 +472,14 @@ class PretrainConfig:
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # train.dtype -> of one number
 
 
+def training_layers(model: ModelConfig) -> range:
+    """Of the model, and behind them those of multi-token prediction."""
+    return range(model.num_layers + model.mtp_layers)
+
+
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    above = layer - model.dense_layers_first
+    """Layers of multi-token prediction are as the last layer."""
+    above = min(layer, model.num_layers - 1) - model.dense_layers_first
     return above >= 0 and above % model.moe_every == model.moe_every - 1
 
 

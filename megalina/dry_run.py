@@ -22,8 +22,9 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)
     micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
     tokens = train.global_batch_size * train.seq_len
+    ahead = f" and {config.model.mtp_layers} of multi-token prediction" if config.model.mtp_layers else ""
     lines = [
-        f"model      {config.model.name}: {config.model.num_layers} layers, {counts.num_moe_layers} of them MoE, "
+        f"model      {config.model.name}: {config.model.num_layers} layers{ahead}, {counts.num_moe_layers} of them MoE, "
         f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {words:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",

@@ -12,17 +12,29 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlparse
 
+from megalina.blocks.activation import check_activation
 from megalina.blocks.heads import check_rope, check_window
 from megalina.blocks.model import attention_of, blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import capacity_text, check_router, kind_of
-from megalina.config import BELOW_ONE, POSITIVE, ClusterConfig, DataConfig, PretrainConfig, is_moe_layer, settings
+from megalina.config import (
+    BELOW_ONE,
+    POSITIVE,
+    ClusterConfig,
+    DataConfig,
+    ModelConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    is_moe_layer,
+    settings,
+)
 from megalina.placement.expert_order import ExpertOrders, read_orders
 from megalina.step.strategy import STRATEGIES
 from megalina.validate_strategy import check_strategy
 
 MAX_RANKS_A_CORE = 64
+MTP_SCHEDULE = ("mtp_final_fraction", "mtp_final_ratio")
 AUTO = "auto"  # strategy.name: measured steps choose one
 
 # What a simulation must know of a cluster's links, and of its devices unless they are emulated.
@@ -44,6 +56,12 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_model(config)
+    check_activation(config.model)
+    _check_mtp(config)
+    if config.model.shared_gate and not config.model.shared_d_ff:
+        raise ValueError(
+            "model.shared_gate=true does nothing with model.shared_d_ff=0: give shared experts a width, or set it to false"
+        )
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts, config.model.d_model)
     optimizer_of(config.optim)
@@ -266,6 +284,26 @@ def _check_model(config: PretrainConfig) -> None:
         raise ValueError(
             f"train.seq_len ({config.train.seq_len}) is more than model.max_positions ({model.max_positions}): "
             "shorten the sequences or raise model.max_positions"
+        )
+
+
+def _check_mtp(config: PretrainConfig) -> None:
+    model, schedule, length = config.model, config.schedule, config.train.seq_len
+    if model.mtp_layers >= length:
+        raise ValueError(
+            f"model.mtp_layers ({model.mtp_layers}): the last predicts {model.mtp_layers + 1} tokens ahead, and train.seq_len "
+            f"is {length}: lower it, or take longer sequences"
+        )
+    given = {"model.mtp_loss": (model.mtp_loss, ModelConfig().mtp_loss)}
+    given |= {f"schedule.{k}": (getattr(schedule, k), getattr(ScheduleConfig(), k)) for k in MTP_SCHEDULE}
+    for key, (value, default) in given.items():
+        if value != default and not model.mtp_layers:
+            raise ValueError(f"{key}={value:g} does nothing with model.mtp_layers=0: give that a number, or leave it out")
+    fraction, ratio = schedule.mtp_final_fraction, schedule.mtp_final_ratio
+    if (fraction > 0) != (ratio != 1):
+        raise ValueError(
+            f"schedule.mtp_final_fraction={fraction:g} and schedule.mtp_final_ratio={ratio:g} go together: give both, "
+            "0.3 and 0.33 say"
         )
 
 

@@ -3,7 +3,7 @@
 from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.model import shape_of
 from megalina.blocks.routers import capacity_text, kind_of
-from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer
+from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer, training_layers
 from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
 from megalina.step import candidates
 from megalina.step.forward import plain
@@ -164,7 +164,7 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
             "strategy.partition=none cuts nothing: give strategy.partition=2, say"
         )
     tokens = train.micro_batch_size // cut * train.seq_len // tp
-    moe = tuple(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    moe = tuple(is_moe_layer(config.model, i) for i in training_layers(config.model))
     if (most := max(plan.chunks_of(moe).values(), default=1)) > tokens:
         text = chunks_text(plan.chunks)
         raise ValueError(f"strategy.chunks={text}: {most} chunks of {tokens} tokens a part are too many: lower it")

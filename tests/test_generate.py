@@ -45,6 +45,7 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
         {"attention_sinks": True, "window": 5, "full_attention_every": 2},
         {"attention": "mla", "num_kv_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
         {"layer": ["attention", GATE, "ffn"]},
+        {"mtp_layers": 1, "shared_d_ff": 8, "shared_gate": True, "activation": "swiglu_clamped"},
     ],
 )
 def test_the_likeliest_tokens_are_those_of_the_whole_forward_pass(model: dict[str, object]) -> None:

@@ -9,6 +9,7 @@ back.  One product takes all experts here: to scale what the second matrix reads
 from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory, work
+from megalina.blocks.activation import activation_of
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.moe import DIGESTED, MoE
 from megalina.blocks.sizes import INT_BYTES, At, Rank
@@ -110,8 +111,9 @@ class DenseMoE(MoE):
         h, turned = a * self.inputs, here * self.model.d_ff * rank.width * rank.element
         wide = a * rank.main // rank.element * rank.mixed  # a product with weights that are at least float32
         products = 0 if at.instruction.late else memory.outer(rank, rank.width, here * self.inputs * self.model.d_ff)
-        back = max(a + turned, 3 * a + h + 2 * wide, 2 * a + h + x + products)
-        return Inside(h, h + a + max(wide + a * rank.mixed, turned + x), back)
+        clamped = a * activation_of(self.model).clamps
+        back = max(a + turned, 3 * a + h + 2 * wide + clamped // rank.element, 2 * a + h + x + products)
+        return Inside(h, h + a + max(wide + a * rank.mixed, turned + x, clamped), back)
 
     def deferred(self, at: At) -> Deferred:
         if at.name != "experts":

@@ -1,6 +1,7 @@
 """The head: the last norm, the logits and their cross entropy; and the balance loss over all layers."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, Loss, norm_parameters
@@ -41,10 +42,11 @@ class Balance(Block):
 class Head(Block):
     name = "head"
     functions = "megalina.model.head:Head"
+    prefix: ClassVar[str] = ""  # of the names of its instructions and values
 
     @property
     def emulated(self) -> Sequence[str]:
-        return ("logits", "loss")  # the second has next to no FLOPs where there is the first
+        return (f"{self.prefix}logits", f"{self.prefix}loss")  # the second has next to no FLOPs where there is the first
 
     @property
     def deferrable(self) -> Sequence[str]:
@@ -58,21 +60,26 @@ class Head(Block):
         return norm_parameters("final_norm", self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
-        matrix = "embedding" if self.model.tie_embeddings else "head"
+        p, matrix = self.prefix, "embedding" if self.model.tie_embeddings else "head"
+        norm = self.norm_group(shape, layer)
         if not shape.tp:
-            return [compute("loss", layer, f"{reads} #batch", "loss", matrix, shape.ends)]
-        whole = "n_all" if shape.sequence else "n"
+            return [compute(f"{p}loss", layer, f"{reads} #batch", f"{p}loss", matrix, norm)]
+        whole = f"{p}n_all" if shape.sequence else f"{p}n"
         return [
-            compute("head_norm", layer, reads, "n", shape.ends),
-            *(exchange("head_gather", layer, Op.GATHER, "tp", "n", whole) if shape.sequence else []),
+            compute(f"{p}head_norm", layer, reads, f"{p}n", norm),
+            *(exchange(f"{p}head_gather", layer, Op.GATHER, "tp", f"{p}n", whole) if shape.sequence else []),
             # log-sum-exp and target logit of this rank's vocabulary
-            compute("logits", layer, f"{whole} #batch", "stat", matrix),
-            *exchange("stat_gather", layer, Op.GATHER, "tp", "stat", "stats"),
-            compute("loss", layer, "stats #batch", "loss"),
+            compute(f"{p}logits", layer, f"{whole} #batch", f"{p}stat", matrix),
+            *exchange(f"{p}stat_gather", layer, Op.GATHER, "tp", f"{p}stat", f"{p}stats"),
+            compute(f"{p}loss", layer, f"{p}stats #batch", f"{p}loss"),
         ]
 
+    def norm_group(self, shape: Shape, layer: int) -> str:
+        """The bucket that its norm is in."""
+        return shape.ends
+
     def work(self, at: At) -> Piece:
-        match at.name:
+        match at.name.removeprefix(self.prefix):
             case "head_norm":
                 return norm(at.rank, at.held)
             case "logits":
@@ -88,11 +95,12 @@ class Head(Block):
         return linear(rank, at.tokens, rank.words, rank.width) + Piece(Work((), forward, 10), Work((), backward, 5))
 
     def memory(self, at: At) -> Inside:
-        if at.name == "head_norm":
+        name = at.name.removeprefix(self.prefix)
+        if name == "head_norm":
             return memory.norm(at.rank, int(at.held))
-        if at.name == "loss" and at.rank.tp > 1:  # a few numbers a token
+        if name == "loss" and at.rank.tp > 1:  # a few numbers a token
             return Inside()
-        return self._logits_memory(at, with_norm=at.name == "loss")
+        return self._logits_memory(at, with_norm=name == "loss")
 
     def _logits_memory(self, at: At, *, with_norm: bool) -> Inside:
         """The largest activation: logits, in place of which their gradient comes; beside them probabilities of 32 bits."""
@@ -116,4 +124,5 @@ class Head(Block):
         rank, tokens = at.rank, int(at.tokens)
         number = rank.width * rank.element
         stat = 2 * tokens * rank.main
-        return {"n": int(at.held) * number, "n_all": tokens * number, "stat": stat, "stats": stat * rank.tp}
+        sizes = {"n": int(at.held) * number, "n_all": tokens * number, "stat": stat, "stats": stat * rank.tp}
+        return {self.prefix + name: size for name, size in sizes.items()}

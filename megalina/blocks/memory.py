@@ -5,6 +5,7 @@ blocks are made; numbers of tokens and rows are whole."""
 
 from dataclasses import dataclass
 
+from megalina.blocks.activation import activation_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 
 
@@ -66,19 +67,20 @@ def mlp_products(rank: Rank, rows: int, read: int) -> int:
 
 def mlp(rank: Rank, tokens: int, hidden: int, *, whole: bool, bias: bool = False) -> Inside:
     """`whole`: with norm and residual; `bias`: the output's is added by the function."""
-    inputs = 2 if rank.config.model.activation == "swiglu" else 1
+    kind = activation_of(rank.config.model)
+    inputs = kind.inputs
     x, read = tokens * rank.width * rank.element, tokens * inputs * hidden * rank.element
     before, after = (norm(rank, tokens), residual(rank, tokens)) if whole else (Inside(), Inside())
     kept = before.kept + x * whole + read
     scratch = tokens * hidden * rank.element
-    forward = max(before.forward + before.kept, kept + x + max(scratch, after.forward, x * bias))
-    backward = x + 2 * scratch + read + mlp_products(rank, tokens, inputs * hidden)
+    forward = max(before.forward + before.kept, kept + x + max(scratch * (1 + kind.clamps), after.forward, x * bias))
+    backward = x + 2 * scratch + read + tokens * hidden * kind.clamps + mlp_products(rank, tokens, inputs * hidden)
     return Inside(kept + after.kept, forward, max(backward, x + before.backward - kept if whole else 0))
 
 
 def deferred_mlp(rank: Rank, tokens: int, hidden: int, *, whole: bool) -> Deferred:
     """Of `mlp`: what the first matrix gave and its gradient, with a norm inside what that gave, and the output's gradient."""
-    inputs = 2 if rank.config.model.activation == "swiglu" else 1
+    inputs = activation_of(rank.config.model).inputs
     x, read = tokens * rank.width * rank.element, tokens * inputs * hidden * rank.element
     rise = tokens * hidden * rank.element + outer(rank, rank.width, inputs * hidden)
     return Deferred(x * whole + 2 * read, reads=not whole, gradients=True, rise=rise)

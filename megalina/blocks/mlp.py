@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
+from megalina.blocks.activation import activation_of
 from megalina.blocks.block import Block, between, norm_parameters, output_std
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
@@ -15,7 +16,7 @@ from megalina.step.program import Instruction
 
 def mlp_parameters(name: str, model: ModelConfig, d_ff: int, *, cut: bool) -> list[Parameter]:
     """Two matrices of hidden width `d_ff`, gate and up in one where the activation is gated; tp cuts them where `cut` says so."""
-    inputs = 2 if model.activation == "swiglu" else 1
+    inputs = activation_of(model).inputs
     sharded = {"tp": 1} if cut else {}
     out = [
         Parameter(f"{name}.w1", (inputs, d_ff, model.d_model), model.init_std, sharded, dims=2),

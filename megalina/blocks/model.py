@@ -13,6 +13,7 @@ from megalina.blocks.heads import model_of_layer
 from megalina.blocks.mla import LatentAttention
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
+from megalina.blocks.mtp import Mtp, MtpHead
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
@@ -32,6 +33,8 @@ class Blocks:
     embedding: Embedding
     layers: tuple[tuple[Block, ...], ...]
     last: tuple[Block, ...]  # the balance of all layers, what cuts a range into parts, the head
+    mtp_layers: int = 0  # so many of `layers`, the last ones, are of multi-token prediction
+    mtp_head: MtpHead | None = None  # of each of them
 
     @property
     def moe(self) -> tuple[bool, ...]:
@@ -42,10 +45,14 @@ class Blocks:
         """Each block with its layer, -1 outside of the layers, in the order of the model's parameters."""
         yield -1, self.embedding
         for layer, blocks in enumerate(self.layers):
-            for block in blocks:
+            for block in (*blocks, *self.ends(layer)):
                 yield layer, block
         for block in self.last:
             yield -1, block
+
+    def ends(self, layer: int) -> tuple[Block, ...]:
+        """What reads a layer's output and writes to no stream."""
+        return (self.mtp_head,) if self.mtp_head is not None and layer >= len(self.layers) - self.mtp_layers else ()
 
     def parameters(self) -> Iterator[tuple[int, Parameter]]:
         """Each parameter with its layer, in the model's order."""
@@ -96,7 +103,7 @@ class Blocks:
 
     def is_own(self, layer: int, name: str) -> bool:
         """Whether this instruction is of a block that the user has written."""
-        return not isinstance(self._owner.get((layer, name), self.embedding), Embedding | Attention | DenseMlp | MoE)
+        return not isinstance(self._owner.get((layer, name), self.embedding), Embedding | Attention | DenseMlp | MoE | Mtp | Head)
 
     def shape(self, *, tp: int, sequence: bool) -> Shape:
         """What a program must know of the model in a layout."""
@@ -105,6 +112,8 @@ class Blocks:
             layers=self.layers,
             last=self.last,
             moe=self.moe,
+            mtp_layers=self.mtp_layers,
+            mtp_head=self.mtp_head,
             tp=tp > 1,
             sequence=sequence,
             shared_experts=self.whole.model.shared_d_ff > 0,
@@ -136,18 +145,19 @@ def blocks_of(
     moe: Sequence[bool] | None = None,
 ) -> Blocks:
     """`vocab_size`: words, 0: the configuration's; `padded_vocab`: rows of the embedding, 0: as many; `max_positions`: 0: the
-    configuration's; `moe`: of each layer, None: as the configuration says.
+    configuration's; `moe`: of each layer before those of multi-token prediction, None: as the configuration says.
 
     ValueError for a list of blocks that makes no layer, and for references that lead nowhere."""
     words = vocab_size or model.vocab_size
     whole = Whole(model, router, words, padded_vocab or words, max_positions or model.max_positions)
     moe = [is_moe_layer(model, i) for i in range(model.num_layers)] if moe is None else moe
+    mtp, head = (Mtp(whole), MtpHead(whole)) if model.mtp_layers else (None, None)
     check_layer(model.layer)
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
     layers = []
     made: dict[tuple[str, bool, int], Block] = {}  # layers that are alike may share them
-    for layer, is_moe in enumerate(moe):
-        blocks = []
+    for layer, is_moe in enumerate((*moe, *[moe[-1]] * model.mtp_layers)):
+        blocks: list[Block] = [] if mtp is None or layer < len(moe) else [mtp]
         for name in model.layer:
             own = model_of_layer(model, layer) if name == ATTENTION else model
             key = name, is_moe and name == FFN, own.window
@@ -158,7 +168,8 @@ def blocks_of(
                 made[key] = kind(whole if own is model else replace(whole, model=own))
             blocks.append(made[key])
         layers.append(tuple(blocks))
-    return Blocks(whole, Embedding(whole), tuple(layers), (Balance(whole), Parts(whole), Head(whole)))
+    last = Balance(whole), Parts(whole), Head(whole)
+    return Blocks(whole, Embedding(whole), tuple(layers), last, model.mtp_layers, head)
 
 
 def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
@@ -178,10 +189,11 @@ def plain_shape(
     experts_choose: bool = False,
     router_state: bool = False,
     all_experts: bool = False,
+    mtp_layers: int = 0,
 ) -> Shape:
     """The shape of a model of which only this matters: for lists alone."""
     group = "global" if global_balance else "micro_batch" if micro_batch_groups else "sequence"
-    model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied)
+    model = ModelConfig(num_layers=len(moe), shared_d_ff=8 * shared_experts, tie_embeddings=tied, mtp_layers=mtp_layers)
     kind = "expert_choice" if experts_choose else "sigmoid" if router_state else "dense" if all_experts else "topk"
     router = RouterConfig(kind=kind, group=group, bias_update_rate=0.01 if router_state else 0.0)
     return blocks_of(model, router, moe=moe).shape(tp=1 + tp, sequence=sequence)
@@ -205,7 +217,7 @@ def check_layer(names: Sequence[str]) -> None:
 def check_own(blocks: Blocks) -> None:
     """ValueError where code of one's own declares losses outside of a router, or what two blocks must not have in common."""
     for _, block in blocks.all():
-        own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Balance | Parts | Head)
+        own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Mtp | Balance | Parts | Head)
         if own and block.losses:
             raise ValueError(
                 f"block {block.name} declares losses ({', '.join(loss.name for loss in block.losses)}): auxiliary losses are of "

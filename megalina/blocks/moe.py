@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalina.blocks import memory, work
+from megalina.blocks.activation import activation_of
 from megalina.blocks.block import Block, Loss, norm_parameters, output_std
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.mlp import mlp_parameters
@@ -56,7 +57,7 @@ class MoE(Block):
     @property
     def inputs(self) -> int:
         """Numbers that the activation reads for each that it gives."""
-        return 2 if self.model.activation == "swiglu" else 1
+        return activation_of(self.model).inputs
 
     @property
     def is_global(self) -> bool:
@@ -93,6 +94,8 @@ class MoE(Block):
         if self.kind.has_gate:
             std = None if self.kind.gate_std is None else self.kind.gate_std or model.init_std
             out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std))
+        if self.router.bias:
+            out.append(Parameter("router.bias", (experts,), 0.0))
         hidden = self.inputs * model.d_ff
         out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep))
         out.append(Parameter("experts.w2", (experts, model.d_model, model.d_ff), output_std(model), ep))
@@ -101,6 +104,8 @@ class MoE(Block):
             out.append(Parameter("experts.b2", (experts, model.d_model), 0.0, ep, decay=False))
         if model.shared_d_ff:
             out += mlp_parameters("shared", model, model.shared_d_ff, cut=False)
+        if model.shared_gate:
+            out.append(Parameter("shared.gate", (1, model.d_model), model.init_std))
         return out
 
     # lines
@@ -158,7 +163,8 @@ class MoE(Block):
             case "select":
                 return self._select_work(at)
             case "shared":
-                return work.mlp(rank, own, self.model.shared_d_ff)
+                gate = linear(rank, own, 1, rank.width) + moved(rank, 2 * own, 4 * own, 2, 4)
+                return work.mlp(rank, own, self.model.shared_d_ff) + (gate if self.model.shared_gate else Piece())
             case "cut" | "join":
                 return moved(rank, 2 * rows, 2 * rows, 2, 2)
             case "experts":
@@ -229,7 +235,7 @@ class MoE(Block):
             case "select":
                 return self._route_memory(at, sent, score=False, select=True)
             case "shared":
-                return memory.mlp(rank, own, self.model.shared_d_ff, whole=False, bias=self.model.bias)
+                return self._shared_memory(rank, own)
             case "cut":
                 return Inside(index, rows + DIGESTED * index, 2 * rows)
             case "join":
@@ -278,12 +284,22 @@ class MoE(Block):
         rank, got, hidden, read = at.rank, self.got(at), self.model.d_ff, self.inputs * self.model.d_ff
         x, h = got * rank.width * rank.element, got * read * rank.element
         most, reorders, late = self._most(at, got), self._regroups(at), at.instruction.late
+        clamps = activation_of(self.model).clamps
         kept = h + x * reorders
-        forward = kept + x + max(most * hidden * rank.element, x * reorders)
+        forward = kept + x + max(most * hidden * rank.element * (1 + clamps), x * reorders)
         first = h if late else most * read * rank.element  # gradients of what the first matrix gave
         products = 0 if late else memory.mlp_products(rank, most, read)
-        backward = x * (1 + reorders) + first + 2 * most * hidden * rank.element + products
+        backward = x * (1 + reorders) + first + most * hidden * (2 * rank.element + clamps) + products
         return Inside(kept, forward, backward)
+
+    def _shared_memory(self, rank: Rank, own: int) -> Inside:
+        """Gated, what the MLP gives is kept beside its product with the gate."""
+        inside = memory.mlp(rank, own, self.model.shared_d_ff, whole=False, bias=self.model.bias)
+        if not self.model.shared_gate:
+            return inside
+        x, number = own * rank.width * rank.element, own * rank.element
+        forward = max(inside.forward, inside.kept + 2 * x + 2 * number)
+        return Inside(inside.kept + x + number, forward, max(inside.backward + x, 3 * x))
 
     def deferred(self, at: At) -> Deferred:
         rank, got, own = at.rank, self.got(at), int(at.own)

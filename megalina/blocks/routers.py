@@ -39,41 +39,52 @@ class RouterKind:
         """ValueError for settings that contradict each other."""
 
 
+WITH_BIAS = ("bias",)  # of kinds whose logits are products with a gate, and no more
+SELECTION_BIAS = ("bias_update_rate", "bias_update", "bias_centered")
+GROUPS = ("num_groups", "groups_per_token")
+
+
 class TopK(RouterKind):
     defers = has_rows = True
     functions = "megalina.model.routers:TopK"
+    settings = WITH_BIAS
 
 
 class Sigmoid(RouterKind):
     defers = True
     functions = "megalina.model.routers:Sigmoid"
     scores_kept = 5
-    settings: ClassVar[Sequence[str]] = ("bias_update_rate",)
+    settings: ClassVar[Sequence[str]] = (*WITH_BIAS, *SELECTION_BIAS)
 
 
 class GroupLimited(Sigmoid):
+    """DeepSeek-V3: a group is worth its two best biased scores."""
+
     functions = "megalina.model.routers:GroupLimited"
-    settings = ("bias_update_rate", "num_groups", "groups_per_token")
+    settings = (*WITH_BIAS, *SELECTION_BIAS, *GROUPS)
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
-        groups, chosen = config.num_groups, config.groups_per_token
-        if num_experts % groups:
-            raise ValueError(f"router.num_groups ({groups}) must divide model.num_experts ({num_experts})")
-        if chosen > groups:
-            raise ValueError(f"router.groups_per_token ({chosen}) is more than router.num_groups ({groups})")
-        if config.top_k > (within := chosen * num_experts // groups):
-            raise ValueError(
-                f"router.top_k ({config.top_k}) is more than the {within} experts of router.groups_per_token ({chosen}) of "
-                f"router.num_groups ({groups}) groups: raise router.groups_per_token"
-            )
+        check_groups(config, num_experts)
+
+
+class GroupLimitedSoftmax(RouterKind):
+    """DeepSeek-V2: a group is worth its best probability."""
+
+    functions = "megalina.model.routers:GroupLimitedSoftmax"
+    defers = True
+    settings = (*WITH_BIAS, *GROUPS)
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> None:
+        check_groups(config, num_experts)
 
 
 class NoisyTopK(RouterKind):
     defers = True
     functions = "megalina.model.routers:NoisyTopK"
     scores_kept = 4  # with noise and without
-    settings = ("noise_std",)
+    settings = (*WITH_BIAS, "noise_std")
 
 
 class Hash(RouterKind):
@@ -86,6 +97,7 @@ class ExpertChoice(RouterKind):
     defers = True
     functions = "megalina.model.routers:ExpertChoice"
     experts_choose = True
+    settings = WITH_BIAS
 
 
 class LocMoE(RouterKind):
@@ -110,6 +122,7 @@ class Dense(RouterKind):
     functions = "megalina.model.dense_moe:Dense"
     is_dense = True
     scores_kept = 1  # their softmax
+    settings = WITH_BIAS
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
@@ -144,6 +157,7 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "topk": TopK,
     "sigmoid": Sigmoid,
     "group_limited": GroupLimited,
+    "group_limited_softmax": GroupLimitedSoftmax,
     "noisy_topk": NoisyTopK,
     "hash": Hash,
     "expert_choice": ExpertChoice,
@@ -152,6 +166,20 @@ KINDS: Mapping[str, type[RouterKind]] = {  # `router.kind`; each has a file in c
     "dense": Dense,
     "locmoe_plus_learned": LocMoEPlusLearned,
 }
+
+
+def check_groups(config: RouterConfig, num_experts: int) -> None:
+    """ValueError for groups of experts that don't fit."""
+    groups, chosen = config.num_groups, config.groups_per_token
+    if num_experts % groups:
+        raise ValueError(f"router.num_groups ({groups}) must divide model.num_experts ({num_experts})")
+    if chosen > groups:
+        raise ValueError(f"router.groups_per_token ({chosen}) is more than router.num_groups ({groups})")
+    if config.top_k > (within := chosen * num_experts // groups):
+        raise ValueError(
+            f"router.top_k ({config.top_k}) is more than the {within} experts of router.groups_per_token ({chosen}) of "
+            f"router.num_groups ({groups}) groups: raise router.groups_per_token"
+        )
 
 
 def kind_of(config: RouterConfig) -> type[RouterKind]:
@@ -214,13 +242,15 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
         value = getattr(config, name)
         if value != getattr(RouterConfig(), name):
             kinds = " or ".join(known for known, of in KINDS.items() if name in of.settings)
-            raise ValueError(f"router.{name} ({value:g}) works with router={kinds} alone, not with {config.kind}")
+            shown = value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
+            raise ValueError(f"router.{name} ({shown}) works with router={kinds} alone, not with {config.kind}")
     if config.group == "global" and (config.capacity_factor or kind.experts_choose):
         what = f"router={config.kind}" if kind.experts_choose else f"router.capacity_factor={config.capacity_factor:g}"
         raise ValueError(
             f"router.group=global works for the balance loss alone: {what} would need the scores of all ranks "
             "before any token is sent; set router.group=sequence or micro_batch"
         )
+    _check_selection_bias(config)
     _check_bound(config, kind)
     _check_locality(config, kind, num_experts)
     if (weight := config.mutual_information_loss) and (not kind.has_scores or kind.experts_choose):
@@ -234,6 +264,20 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
             "router.group=sequence or micro_batch"
         )
     kind.check(config, num_experts)
+
+
+def _check_selection_bias(config: RouterConfig) -> None:
+    default = RouterConfig()
+    for name in ("bias_update", "bias_centered"):
+        if (value := getattr(config, name)) != getattr(default, name) and not config.bias_update_rate:
+            raise ValueError(
+                f"router.{name}={str(value).lower()} does nothing with router.bias_update_rate=0: give that a rate, 0.001 say"
+            )
+    if config.bias_centered and config.bias_update == "proportional":
+        raise ValueError(
+            "router.bias_centered=true does nothing with router.bias_update=proportional, whose updates sum to 0 over experts: "
+            "leave it at false"
+        )
 
 
 def _check_bound(config: RouterConfig, kind: type[RouterKind]) -> None:
@@ -254,6 +298,11 @@ def _check_bound(config: RouterConfig, kind: type[RouterKind]) -> None:
         raise ValueError(
             f"router.capacity_bound={config.capacity_bound} is of the cosines between tokens and their experts' rows, by which "
             f"router={config.kind} does not choose: set it to none, or take one of {kinds}"
+        )
+    if config.bias:
+        raise ValueError(
+            f"router.capacity_bound={config.capacity_bound} is of cosines, and router.bias=true adds to the products that they "
+            "are made of: set router.bias=false"
         )
     if config.group == "global":
         raise ValueError(

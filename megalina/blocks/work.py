@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megalina.blocks.activation import activation_of
 from megalina.blocks.sizes import Rank
 
 
@@ -118,10 +119,12 @@ def residual(rank: Rank, tokens: float) -> Piece:
 
 def mlp(rank: Rank, rows: float, d_ff: float, *, count: float = 1) -> Piece:
     """`count`: experts that have so many rows each, and share their kernels."""
-    gated = rank.config.model.activation == "swiglu"
-    first = linear(rank, rows, (2 if gated else 1) * d_ff, rank.width, count=count)
+    kind = activation_of(rank.config.model)
+    first = linear(rank, rows, kind.inputs * d_ff, rank.width, count=count)
     number_bytes = rows * d_ff * count * rank.element
-    if gated:
+    if kind.clamps:
+        activation = Piece(Work((), 16 * number_bytes, 7), Work((), 46 * number_bytes, 18))
+    elif kind.inputs == 2:
         activation = Piece(Work((), 5 * number_bytes, 2), Work((), 14 * number_bytes, 5))
     else:
         activation = Piece(Work((), 2 * number_bytes, 1), Work((), 5 * number_bytes, 2))

@@ -39,6 +39,12 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def left_out(values: Mapping[str, Any]) -> str:
+    """What of the model of a checkpoint with these values is not loaded where it is served, in one line; "" where all is."""
+    layers = values["config"]["model"].get("mtp_layers", 0)
+    return f"{layers} layers of multi-token prediction are left out: they serve training alone" if layers else ""
+
+
 def read_values(path: Path) -> dict:
     """The values of a checkpoint; needs no process group.  ValueError where it isn't one."""
     values: dict = read_description(path)["values"]

@@ -27,8 +27,8 @@ def load_model(
     path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, experts: bool = True
 ) -> LoadedModel:
     """The model of a checkpoint folder, for evaluation or generation: capacity is not enforced (it would drop tokens by
-    what else is in the batch) and no noise is added.  Without `experts` it has no weights of
-    theirs, see `read_experts`.  ValueError if the folder holds no checkpoint, or a damaged file."""
+    what else is in the batch), no noise is added, and layers of multi-token prediction are left out.  Without `experts` it has
+    no weights of theirs, see `read_experts`.  ValueError if the folder holds no checkpoint, or a damaged file."""
     values = read_values(path)
     config = values["config"]
     max_positions = config["model"]["max_positions"] or config["train"]["seq_len"]
@@ -36,7 +36,7 @@ def load_model(
     if not kind_of(router).experts_choose:
         router = replace(router, capacity_factor=0.0, capacity_bound="none")
     gpt = GPT(
-        ModelConfig(**config["model"]),
+        replace(ModelConfig(**config["model"]), mtp_layers=0),
         router,
         vocab_size=values["vocab_size"],
         max_positions=max_positions,

@@ -34,6 +34,7 @@ class RanksFailed(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser().parse_intermixed_args(words)
+    from megalina.checkpoint.files import left_out, read_values
     from megalina.launch import Stopped, joined
 
     member = joined(os.environ)
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, why in evaluation.settings["left_out"].items():
             if not quiet:
                 print(f"mode {name} is left out: {why}", file=sys.stderr)
+        if not quiet and (note := left_out(read_values(Path(evaluation.checkpoint)))):
+            print(note, file=sys.stderr)
         if args.dry_run:
             if not quiet:
                 print(described(evaluation, out, member.world if member else args.ranks or 1))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megalina.arguments import Parser, number, whole
 from megalina.blocks.selection import selection_of
-from megalina.checkpoint.files import newest_checkpoint, read_values
+from megalina.checkpoint.files import left_out, newest_checkpoint, read_values
 from megalina.config import InferConfig, RouterConfig
 from megalina.console import check_text, command
 from megalina.serve.modes import read_overrides
@@ -58,7 +58,8 @@ def write_on(options: argparse.Namespace) -> int:
         if newest is None:
             raise ValueError(f"{path} has no checkpoint yet")
         path = newest
-    config = read_values(path)["config"]
+    values = read_values(path)
+    config = values["config"]
     if others := [text for text in options.overrides if not text.startswith("infer.select")]:
         raise ValueError(f"{others[0]}: here only infer.select, infer.select_k and infer.select_threshold can be given")
     infer = InferConfig(**read_overrides(options.overrides))
@@ -94,6 +95,8 @@ def write_on(options: argparse.Namespace) -> int:
         num_ids=tokenizer.vocab_size,
     )
     tokens = generate(loaded.gpt, list(written), sampling)
+    if note := left_out(values):
+        print(note, file=sys.stderr)
     first = list(islice(tokens, 1))  # before anything is shown: what is wrong comes out here
     sys.stdout.write(options.prompt)
     for token in chain(first, tokens):

@@ -105,6 +105,9 @@ def chosen(
     return choices, rows, f"planted: {planted.what}; {len(rows)} rows in which it acts"
 
 
+AS_MODEL = "as_model"  # the file of conf/router that says nothing: what a model says is "yours"
+
+
 def choices_of(overrides: list[str], ranks: int) -> "Choices":
     """The shrunk configuration, with every router and every strategy that there is."""
     from megalina import launch, validate
@@ -123,6 +126,8 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
     others = [o for o in overrides if o.split("=")[0].lstrip("+~").split(".")[0] != "router"]
     routers = {"yours": base.router}
     for path in sorted((CONF / "router").glob("*.yaml")):
+        if path.stem == AS_MODEL:
+            continue
         router = compose([*others, f"router={path.stem}"]).router
         if router == own.router:
             routers = {path.stem: base.router} | {k: v for k, v in routers.items() if k != "yours"}

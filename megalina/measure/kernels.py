@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.activation import Activation
 from megalina.config import PretrainConfig
 from megalina.measure.shapes import ProductShape, Sizes, expert_key, pass_key
 from megalina.mesh import build_mesh
@@ -106,8 +107,8 @@ def activation(sizes: Sizes, dtype: str, device: torch.device) -> Call:
     dh = torch.empty_like(h)
 
     def run() -> None:
-        activate(h, "swiglu", out)
-        activate_backward(da, h, "swiglu", dh, out)
+        activate(h, Activation("swiglu"), out)
+        activate_backward(da, h, Activation("swiglu"), dh, out)
 
     return run
 
@@ -139,7 +140,7 @@ def experts(sizes: Sizes, dtype: str, rows: int, device: torch.device) -> Call:
     counts = [rows] * number
 
     def run() -> None:
-        out_ND = expert_mlp(leaf_ND, counts, w1, w2, activation="swiglu")
+        out_ND = expert_mlp(leaf_ND, counts, w1, w2, activation=Activation("swiglu"))
         torch.autograd.backward(out_ND, dy_ND, inputs=[leaf_ND, w1, w2])
         leaf_ND.grad = None
 

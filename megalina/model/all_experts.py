@@ -3,7 +3,7 @@
 The second matrix is linear, so what it reads is scaled in place of what it gives, and one product takes all experts: it sums over
 their hidden widths, one after another.
 
-Shapes: N rows, E experts, D model width, F hidden width of one expert, H = 2F for swiglu, else F; EF and EH are all experts'.
+Shapes: N rows, E experts, D model width, F hidden width of one expert, H = 2F if gated, else F; EF and EH are all experts'.
 Gradients of parameters with `main_grad` are added there, see linear.py.  Saved for backward: the rows, their weights and what the
 first matrix gave; the activation is computed again.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.model.activation import activate, activate_backward, input_width
+from megalina.blocks.activation import Activation
+from megalina.model.activation import activate, activate_backward
 from megalina.model.late_gradients import LateGradient, Later
 from megalina.model.linear import add_outer, add_rows, main_grad
 
@@ -28,7 +29,7 @@ def all_experts_mlp(
     b1_EH: Tensor | None = None,
     b2_ED: Tensor | None = None,
     *,
-    activation: str,
+    activation: Activation,
     later: Later | None = None,
 ) -> Tensor:
     """[N, D]: the sum over experts of weight x output.  `weight_NE` may be of higher precision than the rows.
@@ -44,9 +45,9 @@ class _AllExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_NE: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, b1_EH: Tensor | None, b2_ED: Tensor | None,
-        activation: str, later: Later | None,
+        activation: Activation, later: Later | None,
     ) -> Tensor:  # fmt: skip
-        assert w1_EHD.shape[1] == input_width(activation, w2_EDF.shape[2])
+        assert w1_EHD.shape[1] == activation.inputs * w2_EDF.shape[2]
         first_XD = w1_EHD.flatten(0, 1)  # X = EH
         h_NX = torch.mm(x_ND, first_XD.t()) if b1_EH is None else torch.addmm(b1_EH.flatten(), x_ND, first_XD.t())
         u_NEF = _scaled(_activated(h_NX, weight_NE, w2_EDF.shape[2], activation), weight_NE)
@@ -93,7 +94,7 @@ class _AllExperts(torch.autograd.Function):
         return dx_ND, dweight_NE, *returned, None, None
 
 
-def _activated(h_NX: Tensor, weight_NE: Tensor, width: int, activation: str) -> Tensor:
+def _activated(h_NX: Tensor, weight_NE: Tensor, width: int, activation: Activation) -> Tensor:
     """[N, E, F] of what the first matrices gave."""
     a_NEF = h_NX.new_empty(*weight_NE.shape, width)
     h_nH = h_NX.view(weight_NE.numel(), h_NX.shape[1] // weight_NE.shape[1])
@@ -137,6 +138,6 @@ def _add_later(
     dy_ND: Tensor,
     grads: list[Tensor | None],
     width: int,
-    activation: str,
+    activation: Activation,
 ) -> None:
     _add(x_ND, weight_NE, dh_NX, _scaled(_activated(h_NX, weight_NE, width, activation), weight_NE), dy_ND, grads)

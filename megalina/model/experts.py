@@ -1,6 +1,6 @@
 """The expert MLPs: rows sorted by expert go through the two matrices of their expert, as one autograd node.
 
-Shapes: N rows, E experts, D model width, F hidden width, H = 2F for swiglu (gate rows first, then up), else F.
+Shapes: N rows, E experts, D model width, F hidden width, H = 2F for a gated activation (gate rows first, then up), else F.
 Gradients of parameters with `main_grad` are added there, see linear.py.  Saved for backward: the rows and what the first
 matrix gave (H numbers a row); the activation is computed again, which costs less than its memory traffic.
 """
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.model.activation import activate, activate_backward, input_width
+from megalina.blocks.activation import Activation
+from megalina.model.activation import activate, activate_backward
 from megalina.model.late_gradients import LateGradient, Later
 from megalina.model.linear import add_outer, add_rows, main_grad
 
@@ -26,7 +27,7 @@ def expert_mlp(
     b1_EH: Tensor | None = None,
     b2_ED: Tensor | None = None,
     *,
-    activation: str,
+    activation: Activation,
     later: Later | None = None,
 ) -> Tensor:
     """Rows sorted by expert, `count_E` of them each; returns [N, D].  An expert without a row gets a zero gradient.
@@ -47,7 +48,7 @@ def mlp(
     b1_H: Tensor | None = None,
     b2_D: Tensor | None = None,
     *,
-    activation: str,
+    activation: Activation,
     later: Later | None = None,
 ) -> Tensor:
     """The MLP of a dense layer or of the shared experts: one expert that every row visits.  Any leading dims."""
@@ -69,12 +70,12 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, count_E: list[int], activation: str,
-        later: Later | None,
+        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, count_E: list[int],
+        activation: Activation, later: Later | None,
     ) -> Tensor:  # fmt: skip
         w1_EHD, w2_EDF, b1_EH, b2_ED = (_experts(w1, 3), _experts(w2, 3), _experts(b1, 2), _experts(b2, 2))
         assert w1_EHD is not None and w2_EDF is not None
-        assert w1_EHD.shape[1] == input_width(activation, w2_EDF.shape[2])
+        assert w1_EHD.shape[1] == activation.inputs * w2_EDF.shape[2]
         ctx.grouped = use_grouped_gemm(x_ND, w1_EHD, w2_EDF)
         run = _forward_grouped if ctx.grouped else _forward_loop
         y_ND, h_NH = run(x_ND, count_E, w1_EHD, w2_EDF, b1_EH, b2_ED, activation)
@@ -117,7 +118,13 @@ def _experts(parameter: Tensor | None, dims: int) -> Tensor | None:
 
 
 def _forward_loop(
-    x_ND: Tensor, count_E: list[int], w1_EHD: Tensor, w2_EDF: Tensor, b1_EH: Tensor | None, b2_ED: Tensor | None, activation: str
+    x_ND: Tensor,
+    count_E: list[int],
+    w1_EHD: Tensor,
+    w2_EDF: Tensor,
+    b1_EH: Tensor | None,
+    b2_ED: Tensor | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:
     h_NH = x_ND.new_empty(x_ND.shape[0], w1_EHD.shape[1])
     y_ND = torch.empty_like(x_ND)
@@ -149,7 +156,7 @@ def _backward_loop(
     w1_EHD: Tensor,
     w2_EDF: Tensor,
     grads: list[Tensor | None],
-    activation: str,
+    activation: Activation,
     *,
     needs_dx: bool,
     dh_NH: Tensor | None,
@@ -182,7 +189,7 @@ def _add_weights_loop(
     dh_NH: Tensor,
     count_E: list[int],
     grads: list[Tensor | None],
-    activation: str,
+    activation: Activation,
     width: int,
 ) -> None:
     """What `_backward_loop` leaves out without `grads`."""
@@ -208,7 +215,13 @@ def _add_of_expert(e: int, grads: list[Tensor | None], dy_nD: Tensor, a_nF: Tens
 
 
 def _forward_grouped(
-    x_ND: Tensor, count_E: list[int], w1_EHD: Tensor, w2_EDF: Tensor, b1_EH: Tensor | None, b2_ED: Tensor | None, activation: str
+    x_ND: Tensor,
+    count_E: list[int],
+    w1_EHD: Tensor,
+    w2_EDF: Tensor,
+    b1_EH: Tensor | None,
+    b2_ED: Tensor | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:
     count, end = _count_and_end(count_E, x_ND.device)
     h_NH = F.grouped_mm(x_ND, w1_EHD.transpose(1, 2), offs=end)
@@ -230,7 +243,7 @@ def _backward_grouped(
     w1_EHD: Tensor,
     w2_EDF: Tensor,
     grads: list[Tensor | None],
-    activation: str,
+    activation: Activation,
     *,
     needs_dx: bool,
     dh_NH: Tensor | None,
@@ -250,7 +263,7 @@ def _add_weights_grouped(
     dh_NH: Tensor,
     count_E: list[int],
     grads: list[Tensor | None],
-    activation: str,
+    activation: Activation,
     width: int,
 ) -> None:
     """What `_backward_grouped` leaves out without `grads`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.block import Block
+from megalina.blocks.head import Head as HeadBlock
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import load
@@ -27,6 +28,7 @@ from megalina.model.embedding import Embedding
 from megalina.model.head import Balance, Head
 from megalina.model.mlp import Mlp
 from megalina.model.moe import Experts, MoE
+from megalina.model.mtp import Mtp, MtpHead, Weights
 from megalina.model.noise import dropout
 from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, attention_factor, frequencies, rope_table
@@ -40,7 +42,7 @@ class Losses:
     """Sums over the tokens of a batch; the caller divides by the number of tokens."""
 
     loss: Tensor  # cross entropy in nats, over positions whose label counts
-    auxiliary: dict[str, Tensor]  # by the name of the loss, summed over layers
+    auxiliary: dict[str, Tensor]  # by the name of the loss, summed over layers; that of multi-token prediction among them
     loads: list[Tensor]  # per MoE layer int64 [E + 1]: tokens that chose each expert, choices lost to capacity; then cosines
 
 
@@ -54,6 +56,7 @@ class Layer(nn.Module):
     router: Router
     experts: Experts
     shared: Mlp | None
+    mtp: Weights  # of a layer of multi-token prediction
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Layer(nn.Module):
         self.num_experts = blocks[0].model.num_experts
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
         self.functions = {block.name: functions_of(block, self) for block in blocks}
+        self.stream = [block.name for block in blocks if not isinstance(block, HeadBlock)]  # those that write to it, in order
 
     @property
     def is_moe(self) -> bool:
@@ -85,6 +89,12 @@ class Layer(nn.Module):
         found = self.functions["moe"]
         assert isinstance(found, MoE)
         return found
+
+    def through(self, x_TD: Tensor, batch: Batch, seen: Seen, past: KeyValues | None = None) -> Tensor:
+        """All blocks that write to the stream, on one device."""
+        for name in self.stream:
+            x_TD = self.functions[name].forward(x_TD, batch, seen, past)
+        return x_TD
 
     def attend(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None) -> Tensor:
         """The attention block, on one device."""
@@ -107,7 +117,7 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """Parameters are on the meta device until `megalina.model.init.initialize` (or a checkpoint) fills them."""
 
-    layers: Sequence[Layer]  # an nn.ModuleList
+    layers: Sequence[Layer]  # an nn.ModuleList; those of multi-token prediction come last
     embedding: nn.Parameter
     head: nn.Parameter | None
     positions: nn.Parameter | None
@@ -143,7 +153,7 @@ class GPT(nn.Module):
         orders = expert_orders or {}
         layers = (
             Layer(
-                of,
+                (*of, *blocks.ends(i)),
                 index=i,
                 seed=seed,
                 rotary=table,
@@ -159,10 +169,27 @@ class GPT(nn.Module):
         assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)
         self.embedder, self.balancer, self.output = embedder, balancer, output
         self.functions: dict[str, BlockFunctions] = {f.block.name: f for f in (embedder, balancer, parts, output)}
+        before = self.final_norm
+        for layer in self.mtp_layers:
+            entry, end = layer.functions["mtp"], layer.functions["mtp_head"]
+            assert isinstance(entry, Mtp) and isinstance(end, MtpHead)
+            entry.attach(embedder, before)
+            end.attach(output)
+            before = layer.mtp.norm
+
+    @property
+    def mtp_layers(self) -> Sequence[Layer]:
+        """Those of multi-token prediction."""
+        return self.layers[len(self.layers) - self.blocks.mtp_layers :]
 
     @property
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if layer.is_moe]
+
+    @property
+    def served_moe_layers(self) -> list[int]:
+        """Those that there are where the model writes text, too."""
+        return [i for i in self.moe_layers if i < self.config.num_layers]
 
     def router_state(self) -> dict[str, Tensor]:
         """What routers keep besides weights, by name: state that steps move, alike on all ranks."""
@@ -190,19 +217,27 @@ class GPT(nn.Module):
     def hidden(self, batch: Batch, past: Sequence[KeyValues] | None = None) -> tuple[Tensor, Seen]:
         """The last layer's output after the final norm, [T, D], and what the routers did."""
         seen = Seen()
-        x_TD = self.embedder.placed(self.embedder.looked_up(batch), batch)
-        for i, layer in enumerate(self.layers):
-            for functions in layer.functions.values():
-                x_TD = functions.forward(x_TD, batch, seen, past[i] if past else None)
-        return self.output.head_norm(x_TD), seen
+        return self.output.head_norm(self._stream(batch, seen, past)), seen
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of a batch, on one device."""
-        n_TD, seen = self.hidden(batch)
-        loss = self.output.sum_of(self.output.stat(n_TD, batch).unsqueeze(0), batch)
+        seen = Seen()
+        x_TD = self._stream(batch, seen)
+        loss = self.output.loss(x_TD, batch)
+        ahead = loss.new_zeros(())
+        for layer in self.mtp_layers:
+            x_TD = layer.through(x_TD, batch, seen)
+            ahead = ahead + layer.functions["mtp_head"].mtp_loss(x_TD, batch)  # type: ignore[attr-defined]
         loads = [routed.load for routed in seen.routed]
         auxiliary = self.auxiliary([routed.losses for routed in seen.routed], loads, loss.new_zeros(()))
-        return Losses(loss, auxiliary, loads)
+        return Losses(loss, auxiliary | ({"mtp_loss": ahead} if self.mtp_layers else {}), loads)
+
+    def _stream(self, batch: Batch, seen: Seen, past: Sequence[KeyValues] | None = None) -> Tensor:
+        """The last layer's output."""
+        x_TD = self.embedder.placed(self.embedder.looked_up(batch), batch)
+        for i, layer in enumerate(self.layers[: self.config.num_layers]):
+            x_TD = layer.through(x_TD, batch, seen, past[i] if past else None)
+        return x_TD
 
     def auxiliary(self, losses_L: Sequence[Sequence[Tensor]], loads: Sequence[Tensor], zero: Tensor) -> dict[str, Tensor]:
         """Each auxiliary loss over all MoE layers, from each layer's losses and loads."""

@@ -57,8 +57,12 @@ class Head(BlockFunctions):
         return self.stat(n_TD, batch, self.share.rank * len(self.weight_VD), later)
 
     def loss(self, x: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self.loss_behind(self.holder.final_norm, x, batch, later)
+
+    def loss_behind(self, norm: Norm, x: Tensor, batch: Batch, later: Later | None = None) -> Tensor:
+        """`x`: the stream before `norm`; with tensor parallelism each rank's statistics."""
         if self.share.ranks == 1:
-            return self.sum_of(self.stat(self.holder.final_norm(x), batch, later=later).unsqueeze(0), batch)
+            return self.sum_of(self.stat(norm(x), batch, later=later).unsqueeze(0), batch)
         return self.sum_of(x.view(self.share.ranks, -1, 2), batch, self.share.own(batch))
 
     @property

@@ -34,9 +34,9 @@ def linears(
     return _Linears.apply(x_ND, len(weights), later, *weights, *biases)
 
 
-def wide_linear(x_ND: Tensor, weight_FD: Tensor, *, later: Later | None = None) -> Tensor:
-    """x @ weight.T in float32, or wider where one of them is.  `later`: as in `linear`."""
-    return _WideLinear.apply(x_ND, weight_FD, later)
+def wide_linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, *, later: Later | None = None) -> Tensor:
+    """x @ weight.T + bias in float32, or wider where one of them is.  `later`: as in `linear`."""
+    return _WideLinear.apply(x_ND, weight_FD, bias_F, later)
 
 
 def main_grad(parameter: Tensor | None) -> Tensor | None:
@@ -142,31 +142,37 @@ class _Linears(torch.autograd.Function):
 
 class _WideLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, later: Later | None) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None, later: Later | None) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(x_ND.dtype, weight_FD.dtype), torch.float32)
         wide_ND = x_ND.to(dtype)
         ctx.save_for_backward(wide_ND, weight_FD)
-        ctx.main, ctx.later, ctx.x_dtype = main_grad(weight_FD), later, x_ND.dtype
-        return torch.mm(wide_ND, weight_FD.to(dtype).t())
+        ctx.main, ctx.later, ctx.x_dtype = (main_grad(weight_FD), main_grad(bias_F)), later, x_ND.dtype
+        y_NF = torch.mm(wide_ND, weight_FD.to(dtype).t())
+        return y_NF if bias_F is None else y_NF.add_(bias_F)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor | None, ...]:
         wide_ND, weight_FD = ctx.saved_tensors
         dx_ND = torch.mm(dy_NF, weight_FD.to(dy_NF.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        dweight_FD = None
+        dweight_FD = dbias_F = None
+        main_FD, main_F = ctx.main
         if ctx.needs_input_grad[1]:
-            if ctx.main is None:
+            if main_FD is None:
                 assert ctx.later is None, "no main_grad, no later"
                 dweight_FD = torch.mm(dy_NF.t(), wide_ND).to(weight_FD.dtype)
             elif ctx.later is None:
-                _add_narrowed(ctx.main, dy_NF, wide_ND, weight_FD.dtype)
+                _add_narrowed(main_FD, main_F, dy_NF, wide_ND, weight_FD.dtype)
             else:
-                add = partial(_add_narrowed, ctx.main, dtype=weight_FD.dtype)
+                add = partial(_add_narrowed, main_FD, main_F, dtype=weight_FD.dtype)
                 ctx.later.append(LateGradient(add, (dy_NF, wide_ND)))
-        return dx_ND, dweight_FD, None
+        if ctx.needs_input_grad[2] and main_F is None:
+            dbias_F = dy_NF.sum(0).to(weight_FD.dtype)
+        return dx_ND, dweight_FD, dbias_F, None
 
 
-def _add_narrowed(main_FD: Tensor, dy_NF: Tensor, wide_ND: Tensor, dtype: torch.dtype) -> None:
-    """As autograd would, which casts the gradient to the weight's type first."""
+def _add_narrowed(main_FD: Tensor, main_F: Tensor | None, dy_NF: Tensor, wide_ND: Tensor, dtype: torch.dtype) -> None:
+    """As autograd would, which casts the gradient to the weight's type first.  `main_F`: of the bias, if there is one."""
     main_FD.add_(torch.mm(dy_NF.t(), wide_ND).to(dtype))
+    if main_F is not None:
+        main_F.add_(dy_NF.sum(0).to(dtype))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.activation import Activation, activation_of
 from megalina.blocks.block import Block
 from megalina.model.block_functions import BlockFunctions, no_parameters
 from megalina.model.experts import mlp
@@ -24,7 +25,7 @@ class TwoMatrices(nn.Module):
     b1: Tensor | None
     b2: Tensor | None
 
-    def __init__(self, activation: str):
+    def __init__(self, activation: Activation):
         super().__init__()
         self.activation = activation
         no_parameters(self, "w1", "w2", "b1", "b2")
@@ -41,7 +42,7 @@ class Mlp(TwoMatrices):
 class DenseMlp(BlockFunctions):
     def __init__(self, block: Block, layer: Any):
         layer.mlp_norm = Norm(block.model.norm_eps)
-        layer.mlp = Mlp(block.model.activation)
+        layer.mlp = Mlp(activation_of(block.model))
         super().__init__(block, layer)
 
     def mlp(self, h_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:

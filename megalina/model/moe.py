@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
+from megalina.blocks.activation import activation_of
 from megalina.blocks.moe import MoE as MoEBlock
 from megalina.blocks.reference import load
 from megalina.blocks.sizes import LIMBS
@@ -21,6 +22,7 @@ from megalina.model.dispatcher import Counts, by_expert, by_source, cut_index
 from megalina.model.experts import expert_mlp
 from megalina.model.init import spec_of
 from megalina.model.late_gradients import Later
+from megalina.model.linear import linear
 from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
 from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute
@@ -51,8 +53,8 @@ class MoE(BlockFunctions):
         layer.mlp_norm = Norm(model.norm_eps)
         make: type[Router] = router_class(block.router)
         layer.router = make(block.router, num_experts=model.num_experts, layer=layer.index, seed=layer.seed, width=model.d_model)
-        layer.experts = Experts(model.activation)
-        layer.shared = Mlp(model.activation) if model.shared_d_ff else None
+        layer.experts = Experts(activation_of(model))
+        layer.shared = Mlp(activation_of(model)) if model.shared_d_ff else None
         self.num_experts = model.num_experts
         self.own_losses = [load(loss.functions) for loss in block.router_losses]
         super().__init__(block, layer)
@@ -99,8 +101,10 @@ class MoE(BlockFunctions):
         return selected if so_far is None else (*selected, passed)
 
     def shared(self, n_TD: Tensor, *, later: Later | None = None) -> Tensor:
-        out_TD = self.holder.shared(n_TD, later=later)
-        return out_TD if self.holder.shared.b2 is None else out_TD + self.holder.shared.b2
+        shared = self.holder.shared
+        out_TD = shared(n_TD, later=later)
+        out_TD = out_TD if shared.b2 is None else out_TD + shared.b2
+        return linear(n_TD, shared.gate, later=later).sigmoid() * out_TD if self.block.model.shared_gate else out_TD
 
     def experts(self, chunk: tuple[int, int], got_ND: Tensor, counts: Counts, *, later: Later | None = None) -> Tensor:
         sizes = counts.sizes(chunk)

@@ -25,7 +25,7 @@ from megalina.model.linear import wide_linear
 from megalina.model.locality import locality_loss
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal
-from megalina.model.selection import best_groups, capacity, hashed, highest, taken_by_experts, within_capacity
+from megalina.model.selection import best_groups, capacity, groups_of_best, hashed, highest, taken_by_experts, within_capacity
 from megalina.model.tokens import RouterTokens
 
 
@@ -63,6 +63,7 @@ class Router(nn.Module):
     """
 
     weight: nn.Parameter | None  # [E, D], or as the kind's `gate_shape` says; None where a kind has no gate
+    bias: nn.Parameter | None  # [E], learned; None without router.bias
     has_scores: ClassVar[bool] = True  # False: fixed choices; nothing is learned, and nothing need be balanced
     bias_E: Tensor | None  # float32, added to the scores for the selection; None where bias_update_rate is 0
     delta: Tensor | None  # float64 [1], a cosine, which capacity follows; negative: not known yet; None without capacity_bound
@@ -73,6 +74,7 @@ class Router(nn.Module):
         self.config, self.num_experts, self.layer, self.seed, self.width = config, num_experts, layer, seed, width
         self.top_k = config.top_k
         self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
         bias_E = torch.zeros(num_experts, dtype=torch.float32) if config.bias_update_rate > 0 else None
         self.register_buffer("bias_E", bias_E)
         bound = config.capacity_bound != "none"
@@ -121,7 +123,7 @@ class Router(nn.Module):
         if self.weight is None:
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             return x_TD.new_zeros((x_TD.shape[0], self.num_experts), dtype=dtype)
-        return wide_linear(x_TD, self.weight, later=later)
+        return wide_linear(x_TD, self.weight, self.bias, later=later)
 
     def forward(
         self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, so_far: GroupSoFar | None = None
@@ -149,11 +151,11 @@ class Router(nn.Module):
     def update_bias(self, chosen_E: Tensor) -> None:
         """After a step, from the counts over all ranks: the bias of an expert below the mean rises, above it falls.
 
-        Source: Wang et al., "Auxiliary-loss-free load balancing strategy for mixture-of-experts" (2024).
+        Sources: Wang et al., "Auxiliary-loss-free load balancing strategy for mixture-of-experts" (2024), by sign; LongCat-Flash
+        technical report (2025), section 2.1.1, in proportion to what an expert lacks of its share of the choices.
         """
         assert self.bias_E is not None, "no selection bias: router.bias_update_rate is 0"
-        chosen_E = chosen_E.to(torch.float64)
-        self.bias_E.add_((chosen_E.mean() - chosen_E).sign().to(self.bias_E.dtype), alpha=self.config.bias_update_rate)
+        self.bias_E.add_(bias_step(chosen_E, self.config).to(self.bias_E.dtype), alpha=self.config.bias_update_rate)
 
     @torch.no_grad()
     def nearness(self, x_TD: Tensor, logits_TE: Tensor, routing: Routing) -> Tensor:
@@ -277,6 +279,17 @@ class GroupLimited(Sigmoid):
         return highest(best_groups(score_AE, self.config.num_groups, self.config.groups_per_token), self.top_k)
 
 
+class GroupLimitedSoftmax(Router):
+    """As topk, within the groups_per_token groups of experts that have the most probable ones (DeepSeek-V2).  An idle expert is
+    helped as with topk, once its group is chosen."""
+
+    def scores(self, logits_AE: Tensor) -> Tensor:
+        return logits_AE.softmax(dim=1)
+
+    def choose(self, tokens: RouterTokens, score_AE: Tensor) -> Tensor:
+        return highest(groups_of_best(score_AE, self.config.num_groups, self.config.groups_per_token), self.top_k)
+
+
 class NoisyTopK(Router):
     """As topk, with Gaussian noise on the logits in training: an expert close to the best is tried now and then; one far behind
     (many times noise_std) is helped by the balance loss alone."""
@@ -346,6 +359,16 @@ def router_class(config: RouterConfig) -> type[Router]:
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise ValueError(f"{kind.functions} is no Router: derive it from megalina.model.routers.Router")
     return found
+
+
+def bias_step(chosen_E: Tensor, config: RouterConfig) -> Tensor:
+    """float64 [E]: what a step's choices do to the selection biases, before the rate.  A function of whole numbers, so it has the
+    same bits in every layout."""
+    chosen_E = chosen_E.to(torch.float64)
+    if config.bias_update == "proportional":
+        return 1.0 / len(chosen_E) - chosen_E / chosen_E.sum() if chosen_E.any() else torch.zeros_like(chosen_E)
+    sign_E = (chosen_E.mean() - chosen_E).sign()
+    return sign_E - sign_E.mean() if config.bias_centered else sign_E
 
 
 def lengths(rows_ND: Tensor, dtype: torch.dtype) -> Tensor:

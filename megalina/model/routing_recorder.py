@@ -76,9 +76,9 @@ class RoutingRecorder:
                 f"router.kind={gpt.router.kind}: all experts get all tokens, so there is nothing to be recorded; an "
                 "evaluation with infer.select=top_k records what it serves with"
             )
-        if not gpt.moe_layers:
+        if not gpt.served_moe_layers:
             raise ValueError("the model has no MoE layer, so there is no routing to be recorded")
-        layers = [gpt.layers[layer] for layer in gpt.moe_layers]
+        layers = [gpt.layers[layer] for layer in gpt.served_moe_layers]
         following = [*layers[1:], None]
         hooks = [
             layer.router.register_forward_hook(partial(self._see, number, following[number]))
@@ -173,7 +173,7 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
         num_experts,
         weights_TLK=np.concatenate([part.weights_TLK for part in decisions])[last_T],
         sample_lengths_S=lengths_S,
-        layers=gpt.moe_layers,
+        layers=gpt.served_moe_layers,
         name=name,
         ahead_ids_TLK=ahead_TLK,
         samples_S=samples_S,

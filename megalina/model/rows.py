@@ -4,7 +4,7 @@ With a tile every kernel gets the same number of rows, the last ones padded with
 neither on how many rows its expert has nor on where among them it is: how a product is summed up is chosen by shapes, and all
 have the same (measured by tests/model/test_rows.py for each dtype).
 
-Shapes: N rows, D model width, F hidden width, H = 2F for swiglu, else F.
+Shapes: N rows, D model width, F hidden width, H = 2F for a gated activation, else F.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megalina.blocks.activation import Activation
 from megalina.model.activation import activate
 
 
@@ -20,7 +21,7 @@ def expert_rows(
     count_S: Sequence[int],
     weights_S: Sequence[Mapping[str, Tensor] | None],
     *,
-    activation: str,
+    activation: Activation,
     tile: int = 0,
 ) -> Tensor:
     """Rows sorted by slot, `count_S` of them each; `weights_S`: w1 [H, D], w2 [D, F], perhaps b1 [H], b2 [D]; None where a slot
@@ -39,7 +40,7 @@ def expert_rows(
     return out_ND
 
 
-def _mlp(x_ND: Tensor, weights: Mapping[str, Tensor], activation: str, out_ND: Tensor) -> None:
+def _mlp(x_ND: Tensor, weights: Mapping[str, Tensor], activation: Activation, out_ND: Tensor) -> None:
     w1_HD, w2_DF, b1_H, b2_D = (weights.get(name) for name in ("w1", "w2", "b1", "b2"))
     assert w1_HD is not None and w2_DF is not None
     h_NH = x_ND @ w1_HD.t() if b1_H is None else torch.addmm(b1_H, x_ND, w1_HD.t())
@@ -51,7 +52,7 @@ def _mlp(x_ND: Tensor, weights: Mapping[str, Tensor], activation: str, out_ND: T
         torch.addmm(b2_D, a_NF, w2_DF.t(), out=out_ND)
 
 
-def _in_tiles(x_ND: Tensor, weights: Mapping[str, Tensor], activation: str, tile: int, out_ND: Tensor) -> None:
+def _in_tiles(x_ND: Tensor, weights: Mapping[str, Tensor], activation: Activation, tile: int, out_ND: Tensor) -> None:
     whole = len(x_ND) - len(x_ND) % tile
     for begin in range(0, whole, tile):
         _mlp(x_ND[begin : begin + tile], weights, activation, out_ND[begin : begin + tile])

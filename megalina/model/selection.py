@@ -31,11 +31,24 @@ def best_groups(score_AE: Tensor, num_groups: int, groups_per_token: int) -> Ten
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2.
     """
-    num_tokens, num_experts = score_AE.shape
-    grouped = score_AE.view(num_tokens, num_groups, num_experts // num_groups)
+    grouped = score_AE.view(len(score_AE), num_groups, -1)
     worth = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
+    return _within(grouped, worth, groups_per_token, float("-inf"))
+
+
+def groups_of_best(prob_AE: Tensor, num_groups: int, groups_per_token: int) -> Tensor:
+    """The probabilities with 0 outside each token's best groups of experts, a group being worth its most probable expert.
+
+    Source: DeepSeek-V2 technical report (2024), section 2.1.2, and its published code for the mask.
+    """
+    grouped = prob_AE.view(len(prob_AE), num_groups, -1)
+    return _within(grouped, grouped.amax(dim=2), groups_per_token, 0.0)
+
+
+def _within(grouped: Tensor, worth: Tensor, groups_per_token: int, outside: float) -> Tensor:
+    """[A, E]: scores [A, groups, experts of a group], `outside` but for the groups that are worth most."""
     shut = torch.ones_like(worth, dtype=torch.bool).scatter_(1, highest(worth, groups_per_token), False)
-    return grouped.masked_fill(shut[:, :, None], float("-inf")).view(num_tokens, num_experts)
+    return grouped.masked_fill(shut[:, :, None], outside).flatten(1)
 
 
 def hashed(token_A: Tensor, layer: int, k: int, num_experts: int) -> Tensor:

@@ -6,7 +6,7 @@ bytes of tokens, each MoE layer's load.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ class InstructionFunctions:
     """
 
     update: Update  # of the step that runs: whoever runs a step sets it
+    loss_factors: Mapping[str, float]  # of that step, too: of losses' weights, by name, 1 where nothing is said
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class InstructionFunctions:
         """The gradient of what is minimized with respect to each loss."""
         per_loss, per_valid = (1.0 / divisor[:2].clamp(min=1)).unbind()
         per = {"loss_tokens": per_loss, "valid_tokens": per_valid}
-        weights = {loss.name: loss.weight * per[loss.divisor] for loss in self.losses}
+        weights = {of.name: of.weight * self.loss_factors.get(of.name, 1.0) * per[of.divisor] for of in self.losses}
         return tuple(weights[self._loss_of[_head(n)]].to(v.dtype) for n, v in zip(names[1:], losses, strict=True))
 
     def _measure(self, names: Sequence[str], *values: Any) -> Tensor:

@@ -143,12 +143,14 @@ class Trainable:
         token_bytes = self.instruction_functions.token_bytes if training else None
         return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device, token_bytes=token_bytes)
 
-    def step(self, batch: Batch, update: Update, *, record: Recorder | None = None) -> StepResult:
+    def step(
+        self, batch: Batch, update: Update, *, record: Recorder | None = None, loss_factors: Mapping[str, float] | None = None
+    ) -> StepResult:
         """One training step on this rank's sequences; `update(bucket, result)` is called for each bucket.
 
-        `record` gets the step's events."""
+        `record` gets the step's events; `loss_factors`: of losses' weights in this step, by name, alike on all ranks."""
         self.gpt.train()
-        self.instruction_functions.update = update
+        self.instruction_functions.update, self.instruction_functions.loss_factors = update, loss_factors or {}
         parts = batch.split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from megalina.blocks.activation import activation_of
 from megalina.config import InferConfig, ModelConfig, is_moe_layer
 from megalina.serve.policies import Served, slots_of
 
@@ -12,7 +13,7 @@ SHARE = 0.9  # of what is free
 
 def num_expert_bytes(model: ModelConfig, dtype_bytes: int = 4) -> int:
     """Of one expert."""
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = activation_of(model).inputs + 1
     biases = (matrices - 1) * model.d_ff + model.d_model if model.bias else 0
     return (matrices * model.d_model * model.d_ff + biases) * dtype_bytes
 

@@ -4,7 +4,7 @@ Blocks write its lines, instructions of part "0", by short names of their values
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -71,9 +71,11 @@ class Shape:
     """What the list must know of a model and of its layout."""
 
     first: Lines  # the embedding
-    layers: tuple[tuple[Lines, ...], ...]  # each layer's blocks
+    layers: tuple[tuple[Lines, ...], ...]  # each layer's blocks, those of multi-token prediction last
     last: tuple[Lines, ...]  # head and losses: each reads the last layer's output
     moe: tuple[bool, ...]  # per layer: MoE or a dense MLP
+    mtp_layers: int = 0  # so many of `layers` are of multi-token prediction
+    mtp_head: Lines | None = None  # reads what each of them gives
     tp: bool = False  # more than one tensor-parallel rank
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
     shared_experts: bool = False
@@ -83,7 +85,8 @@ class Shape:
 
     @property
     def num_layers(self) -> int:
-        return len(self.moe)
+        """Those whose output the head reads; layers of multi-token prediction come after them."""
+        return len(self.layers) - self.mtp_layers
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -97,19 +100,31 @@ class Shape:
         """The parameter group of what every tp rank holds whole: norms, router, shared experts."""
         return f"copied.{layer}" if self.tp else f"dense.{layer}"
 
+    def groups(self, layer: int) -> tuple[str, ...]:
+        """All parameter groups that a layer may have."""
+        return self.dense(layer), self.copied(layer), f"experts.{layer}"
+
     @property
     def ends(self) -> str:
         """The parameter group of what is copied outside the layers: learned positions, the last norm."""
         return "ends" if self.tp else "embedding"
 
+    @property
+    def without_mtp(self) -> "Shape":
+        """What is left of it where nothing is trained."""
+        number = self.num_layers
+        return replace(self, layers=self.layers[:number], moe=self.moe[:number], mtp_layers=0, mtp_head=None)
+
     def placed(self) -> Iterator[tuple[int, Lines, str, str]]:
         """Each block with its layer and the stream's values before and after it: x, h (then h1, h2, ... where a layer has more
-        than two blocks), the next layer's x."""
+        than two blocks), the next layer's x; "" where there is none."""
         yield -1, self.first, "", "x.0.0"
         for layer, blocks in enumerate(self.layers):
             between = ["h", *(f"h{i}" for i in range(1, len(blocks) - 1))][: len(blocks) - 1]
             for block, (reads, writes) in zip(blocks, pairwise(["x", *between, "x+"]), strict=True):
                 yield layer, block, reads, writes
+            if self.mtp_head is not None and layer >= self.num_layers:
+                yield layer, self.mtp_head, "x+", ""
         for block in self.last:
             yield -1, block, f"x.{self.num_layers}.0", ""
 

@@ -38,6 +38,7 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
         raise ValueError(f"{chunks} chunks of slots: choose 1 or more")
     if shape.tp:
         raise ValueError("inference has no tensor parallelism: its ranks share out experts and sequences; leave parallel.tp at 1")
+    shape = shape.without_mtp
     moe = [layer for layer, is_moe in enumerate(shape.moe) if is_moe]
     before, following = dict(zip(moe[1:], moe, strict=False)), dict(zip(moe, moe[1:], strict=False))
     out = [_compute("embed", -1, (BATCH,), ("x.0.0",))]

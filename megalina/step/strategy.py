@@ -158,7 +158,11 @@ def training_step(name: str, setting: Setting) -> Program:
 
 
 def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
-    """The checked program of one forward pass without gradients, and the sum of its losses over the world."""
+    """The checked program of one forward pass without gradients, and the sum of its losses over the world.
+
+    Multi-token prediction is left out, with the weights of its layers."""
+    left_out = {group for layer in range(shape.num_layers, len(shape.layers)) for group in shape.groups(layer)}
+    shape, buckets = shape.without_mtp, {name: spec for name, spec in buckets.items() if name not in left_out}
     forward = plain(shape)
     losses = tuple(v for s in forward for v in s.writes if v.startswith("loss."))
     program = (

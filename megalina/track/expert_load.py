@@ -41,12 +41,15 @@ def short_shares(shares_LE: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def layer_numbers(model: Mapping[str, Any], num_moe_layers: int) -> list[int]:
-    """The model's numbers (from 0) of its MoE layers, as `ModelConfig` places them.
+    """The model's numbers (from 0) of its MoE layers, as `ModelConfig` places them, those of multi-token prediction last.
 
     A model section that says nothing of them, or of another count, gives 0, 1, ...
     """
     first, every = int(model.get("dense_layers_first", 0)), max(int(model.get("moe_every", 1)), 1)
-    numbers = [layer for layer in range(first, int(model.get("num_layers", 0))) if (layer - first + 1) % every == 0]
+    layers = int(model.get("num_layers", 0))
+    numbers = [layer for layer in range(first, layers) if (layer - first + 1) % every == 0]
+    if numbers and numbers[-1] == layers - 1:
+        numbers += range(layers, layers + int(model.get("mtp_layers", 0)))
     return numbers if len(numbers) == num_moe_layers else list(range(num_moe_layers))
 
 

@@ -24,6 +24,7 @@ from megalina.track.svg_chart import Reference, Series, legend, line_chart, shor
 from megalina.whole_file import write_whole
 
 ACCENT, SECOND, GOOD = "var(--accent)", "var(--second)", "var(--good)"
+AHEAD = "Multi-token prediction: cross entropy in nats a token, mean over its layers, without its weight."
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +334,9 @@ def _charts(run: RunData) -> str:
         _single(run, "grad_norm", "Gradient norm", ACCENT, hint="Before clipping.", smooth=True, from_zero=True),
         _single(run, "aux_loss", "Balance loss", SECOND, smooth=True) if any(run.column("aux_loss")) else "",
         _single(run, "z_loss", "Router z-loss", SECOND, smooth=True) if any(run.column("z_loss")) else "",
+        _single(run, "mtp_loss", "Multi-token prediction", SECOND, hint=AHEAD, smooth=True)
+        if any(run.column("mtp_loss"))
+        else "",
     ]
     return "\n".join(card for card in cards if card)
 

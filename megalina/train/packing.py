@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megalina.blocks.counts import expert_bytes_on_rank, expert_params_on_rank
 from megalina.blocks.routers import kind_of
-from megalina.config import BYTES, PretrainConfig, is_moe_layer
+from megalina.config import BYTES, PretrainConfig, is_moe_layer, training_layers
 from megalina.layout import axis_sizes, rows
 
 BYTES_FACTOR = 1.5  # what puts so many times the bytes of the least packing on the wire is not tried
@@ -37,7 +37,7 @@ def wire_bytes(config: PretrainConfig, world: int, packing: int, *, ranks_per_no
     train, model, parallel = config.train, config.model, config.parallel
     groups = rows(axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=packing))
     node = range(world) if ranks_per_node >= world else [rank // ranks_per_node for rank in range(world)]
-    layers = sum(is_moe_layer(model, i) for i in range(model.num_layers))
+    layers = sum(is_moe_layer(model, i) for i in training_layers(model))
     tokens = train.global_batch_size * train.seq_len / world
     ways = len(groups["ep"][0]) if kind_of(config.router).is_dense else config.router.top_k  # copies of a token
     rows_bytes = 4 * layers * tokens * ways * model.d_model * BYTES[train.dtype]

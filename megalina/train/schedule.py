@@ -1,4 +1,5 @@
-"""The learning rate of a step: a pure function of the step's number, so a resumed run needs no state for it."""
+"""The learning rate of a step, and what losses weigh in it: pure functions of the step's number, so a resumed run needs no state
+for them."""
 
 import math
 
@@ -26,6 +27,13 @@ def learning_rate(schedule: ScheduleConfig, *, peak: float, step: int, total_ste
         return peak * step / warmup_steps
     share = _share_of_peak(schedule, step=step, peak_step=peak_step, total_steps=total_steps)
     return peak * share
+
+
+def mtp_factor(schedule: ScheduleConfig, *, step: int, total_steps: int) -> float:
+    """What model.mtp_loss is multiplied by in step `step`, counted from 1: schedule.mtp_final_ratio in the last
+    schedule.mtp_final_fraction of all steps, 1 before (DeepSeek-V3 technical report, section 4.2)."""
+    final_steps = round(schedule.mtp_final_fraction * total_steps)
+    return schedule.mtp_final_ratio if step > total_steps - final_steps else 1.0
 
 
 def _share_of_peak(schedule: ScheduleConfig, *, step: int, peak_step: int, total_steps: int) -> float:

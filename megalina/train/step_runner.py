@@ -35,7 +35,7 @@ from megalina.train.own_samples import own_samples
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.train.run_state import Built, RunState
 from megalina.train.sample_windows import after
-from megalina.train.schedule import learning_rate
+from megalina.train.schedule import learning_rate, mtp_factor
 from megalina.train.times import Times
 from megalina.train.trials import Rules, Trials, Tuner, evidence
 from megalina.train.windows import Windows
@@ -283,7 +283,8 @@ class StepRunner:
             record = Recorder()
         self._recorder = record
         with state.profile.watching(trainable.gpt):
-            result = trainable.step(self.batch, optimizer.update, record=record)
+            factors = {"mtp_loss": mtp_factor(self.config.schedule, step=step, total_steps=train.steps)}
+            result = trainable.step(self.batch, optimizer.update, record=record, loss_factors=factors)
         state.profile.add(step, result)
         state.step, state.tokens = step, state.tokens + result.loss_tokens
         state.consumed_samples = first + train.global_batch_size

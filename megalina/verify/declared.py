@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalina.batch import Batch
 from megalina.blocks.sizes import Rank
-from megalina.config import PretrainConfig
+from megalina.config import PretrainConfig, training_layers
 from megalina.layout import axis_sizes
 from megalina.mesh import build_mesh
 from megalina.parallel.trainable import Trainable
@@ -41,8 +41,8 @@ def declared_and_counted(config: PretrainConfig) -> list[Declared]:
         ep=axis_sizes(1, tp=1, ep=1)["ep"],
         vocab_rows=trainable.gpt.blocks.whole.padded_vocab,
         padded=vocab_size < trainable.gpt.blocks.whole.padded_vocab,
-        skew_L=[1.0] * config.model.num_layers,
-        expert_skew_L=[1.0] * config.model.num_layers,
+        skew_L=[1.0] * len(training_layers(config.model)),
+        expert_skew_L=[1.0] * len(training_layers(config.model)),
     )
     counted: dict[Instruction, tuple[float, int]] = {}
     functions = trainable.functions

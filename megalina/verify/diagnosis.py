@@ -40,12 +40,18 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         dense_experts.left_out,
         residuals.noise_of_each_rank,
     ),
-    "routing": (routing.capacity_of_pieces, routing.capacity_of_parts),
+    "routing": (
+        routing.capacity_of_pieces,
+        routing.capacity_of_parts,
+        routing.groups_by_other_rule,
+        routing.load_counted_again,
+    ),
     "loss": (
         losses.padding,
         losses.balance_of_pieces,
         losses.information_of_pieces,
         losses.homes_of_ranks,
+        losses.ahead_of_other_documents,
         losses.first_words_in_head,
     ),
     "gradient": (

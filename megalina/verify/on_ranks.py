@@ -26,6 +26,7 @@ from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import SEARCH
 from megalina.rank_pool import TIME_LIMIT_S, RankPool
 from megalina.step.forward import names
+from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import Instruction
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.verify.recording import (
@@ -35,6 +36,8 @@ from megalina.verify.recording import (
     Entry,
     Layout,
     Recording,
+    bias_name,
+    bits_of,
     choices_of,
     columns_of,
     order_of,
@@ -99,6 +102,8 @@ def record_rank(
         loads = result.loads[:, : config.model.num_experts + 1]
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             seen["routing", f"layers.{layer}.load"] = Held(load, "U:verdict.-.0")
+            if (bias_E := gpt.layers[layer].router.bias_E) is not None:
+                seen["routing", bias_name(layer)] = Held(bits_of(bias_E), f"U:{ROUTER_STATE}.-.0")
         for name, value in {"loss": result.loss, **result.auxiliary}.items():
             seen["loss", name] = _scalar(value)
         for name in ("loss_tokens", "valid_tokens"):
@@ -143,7 +148,7 @@ class _Observer:
         blocks, shape = trainable.gpt.blocks, trainable.setting.shape
         self._streams = {"x.0": "embedded"}  # the residual stream's values -> their names
         for layer, block, _, writes in shape.placed():
-            if layer >= 0:
+            if layer >= 0 and writes:
                 (value,) = names(writes, layer)
                 self._streams[value.rpartition(".")[0]] = stream_name(blocks, layer, block.name)
         for i in trainable.gpt.moe_layers:

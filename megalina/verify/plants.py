@@ -86,6 +86,13 @@ def _locality_is_of_numbers(layout: Layout, config: PretrainConfig) -> bool:
     return local and layout.dp < SEQUENCES
 
 
+def _groups_decide(config: PretrainConfig) -> bool:
+    """Whether a token's experts are of a few groups, whose worth depends on the rule."""
+    router, grouped = config.router, "num_groups" in kind_of(config.router).settings
+    several = router.groups_per_token < router.num_groups < config.model.num_experts
+    return _has_moe(config) and grouped and several and not router.capacity_factor
+
+
 _ALL = (
     Plant(
         "experts_scaled_by_edp",
@@ -250,6 +257,34 @@ _ALL = (
         lambda layout, config: _is_balanced(config),
         gradients.balance_loss_without_gradient,
         ("router.balance_loss=0.1",),
+    ),
+    Plant(
+        "mtp_across_documents",
+        "multi-token prediction counts words of other documents",
+        lambda layout, config: config.model.mtp_layers > 0 and config.data.reset_attention,
+        losses.mtp_across_documents,
+        ("model.mtp_layers=1",),
+    ),
+    Plant(
+        "mtp_loss_divided_twice",
+        "the loss of multi-token prediction is divided by the number of data-parallel ranks once more",
+        lambda layout, config: config.model.mtp_layers > 0 and config.model.mtp_loss > 0 and layout.dp > 1,
+        losses.mtp_loss_divided_twice,
+        ("model.mtp_layers=1",),
+    ),
+    Plant(
+        "group_rule_of_other_family",
+        "groups of experts are worth what they are in another family of models",
+        lambda layout, config: _groups_decide(config),
+        forward.group_rule_of_other_family,
+        ("router=group_limited",),
+    ),
+    Plant(
+        "load_counted_again",
+        "an expert's load, which moves its selection bias, is counted again where backward computes the router again",
+        lambda layout, config: _has_moe(config) and config.router.bias_update_rate > 0 and layout.recompute == "full",
+        losses.load_counted_again,
+        ("router=sigmoid",),
     ),
     Plant(
         "home_of_rank",

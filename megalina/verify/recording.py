@@ -88,7 +88,7 @@ class Recording:
     batches: list[Batch]  # the global batch of each step
     entries: list[Entry]
     # Of the reference alone, filled by `reference.detail`: parameter -> [units, losses, *shape].  A unit is a micro-batch of the
-    # layout in question; main loss, `AUXILIARY`, losses of one's own, as weighted in what is minimized.  They sum to the first
+    # layout in question; losses as `terms_of` has them, as weighted in what is minimized.  They sum to the first
     # step's gradient.
     unit_gradients: dict[str, Tensor] = field(default_factory=dict)
     _places: dict[tuple[int, str, str], int] = field(default_factory=dict, repr=False)
@@ -100,6 +100,11 @@ class Recording:
     def entry(self, step: int, kind: str, name: str) -> Entry:
         """KeyError where there is none."""
         return self.entries[self._places[step, kind, name]]
+
+
+def terms_of(blocks: Blocks) -> list[str]:
+    """The losses of `Recording.unit_gradients`, in their order."""
+    return ["loss", *AUXILIARY, *(loss.name for loss in blocks.losses if loss.name not in ("loss", *AUXILIARY))]
 
 
 def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:
@@ -115,7 +120,19 @@ def order_of(blocks: Blocks, parameters: list[str]) -> list[tuple[str, str]]:
     out += [("routing", f"layers.{i}.load") for i, is_moe in enumerate(blocks.moe) if is_moe]
     out += [("gradient", name) for name in reversed(parameters)]
     out += [("norm", "grad_norm"), ("norm", "grad_scale")]
+    if blocks.whole.router.bias_update_rate:
+        out += [("routing", bias_name(i)) for i, is_moe in enumerate(blocks.moe) if is_moe]
     return out + [("weight", name) for name in parameters]
+
+
+def bias_name(layer: int) -> str:
+    """Of what a step leaves of a layer's selection bias, see `bits_of`."""
+    return f"layers.{layer}.selection_bias"
+
+
+def bits_of(bias_E: Tensor) -> Tensor:
+    """int64 [E]: the bits of float32 numbers, which must be the same in every layout."""
+    return bias_E.view(torch.int32).long()
 
 
 def stream_name(blocks: Blocks, layer: int, block: str) -> str:

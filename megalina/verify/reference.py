@@ -21,16 +21,18 @@ from megalina.model.locmoe import grap
 from megalina.model.routers import Router
 from megalina.train.optim import FlatOptimizer, FlatTensor
 from megalina.verify.recording import (
-    AUXILIARY,
     INITIAL,
     SEQUENCES,
     Entry,
     Layout,
     Recording,
+    bias_name,
+    bits_of,
     choices_of,
     columns_of,
     order_of,
     stream_name,
+    terms_of,
     widened,
 )
 from megalina.verify.start import shake
@@ -41,6 +43,7 @@ class Pass:
     """A forward pass over some sequences: what is differentiated, and what was seen, each [sequences, L, ...]."""
 
     loss: Tensor  # sum over tokens
+    ahead: dict[str, Tensor]  # that of multi-token prediction, if the model has it
     routed: list[Routed]  # of each MoE layer
     seen: dict[tuple[str, str], Tensor]
     near: list[list[float]]  # of each MoE layer: cosines between valid tokens and the rows of the experts they want
@@ -87,7 +90,10 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
         found |= {("norm", "grad_norm"): _scalar(norm), ("norm", "grad_scale"): _scalar(scale)}
         optimizer.step()
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
-            follow_load(gpt.layers[layer].router, load)
+            router = gpt.layers[layer].router
+            follow_load(router, load)
+            if router.bias_E is not None:
+                found["routing", bias_name(layer)] = bits_of(router.bias_E)
         for i, layer in enumerate(gpt.moe_layers):
             follow_nearness(gpt.layers[layer].router, [cosine for part in parts for cosine in part.near[i]])
         found |= {("weight", name): value for name, value in _weights(gpt).items()}
@@ -100,10 +106,15 @@ def follow_load(router: Router, load: Tensor) -> None:
     the mean becomes easier to choose, one that more chose becomes harder.  Done by hand, as it is an oracle."""
     if router.bias_E is None:
         return
-    chosen = load[:-1].tolist()
-    mean = sum(chosen) / len(chosen)
-    for expert, count in enumerate(chosen):
-        router.bias_E[expert] += router.config.bias_update_rate * ((count < mean) - (count > mean))
+    chosen, config = load[:-1].tolist(), router.config
+    total, number = sum(chosen), len(chosen)
+    signs = [(count * number < total) - (count * number > total) for count in chosen]
+    if config.bias_update == "proportional":
+        steps = [1.0 / number - count / total if total else 0.0 for count in chosen]
+    else:
+        steps = [sign - (sum(signs) / number if config.bias_centered else 0.0) for sign in signs]
+    for expert, step in enumerate(steps):
+        router.bias_E[expert] += config.bias_update_rate * torch.tensor(step, dtype=router.bias_E.dtype)
 
 
 def follow_nearness(router: Router, cosines: Sequence[float]) -> None:
@@ -142,7 +153,7 @@ def detail(recording: Recording, layout: Layout) -> None:
     units = [forward(gpt, part) for part in batch.split(layout.micro_batch)]
     counted = _counted(batch)
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    terms = ("loss", *AUXILIARY, *(of.name for of in gpt.blocks.losses if of.name not in ("loss", *AUXILIARY)))
+    terms = terms_of(gpt.blocks)
     weights = {of.name: of.weight / counted[of.divisor] for of in gpt.blocks.losses}
     for unit, auxiliary in zip(units, _auxiliary(gpt, units), strict=True):
         losses = {"loss": unit.loss} | auxiliary
@@ -183,9 +194,12 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
     note("activation", "embedded", x_TD)
     routed = Seen()
     near: list[list[float]] = []
+    ahead: dict[str, Tensor] = {}
     for i, layer in enumerate(gpt.layers):
-        for name, functions in layer.functions.items():
-            known = len(routed.routed)
+        if i == gpt.config.num_layers:
+            last_TD, ahead = x_TD, {"mtp_loss": x_TD.new_zeros(())}
+        for name in layer.stream:
+            functions, known = layer.functions[name], len(routed.routed)
             if name == "moe" and gpt.router.capacity_bound != "none":
                 with torch.no_grad():
                     near.append(wanted_cosines(layer, x_TD, batch))
@@ -196,8 +210,23 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
                     note("routing", f"layers.{i}.expert", choices_of(of.order, columns))
                 note("activation", f"layers.{i}.weight", widened(of.weight_TK, columns, 0.0))
             note("activation", stream_name(gpt.blocks, i, name), x_TD)
-    loss = gpt.output.sum_of(gpt.output.stat(gpt.final_norm(x_TD), batch).unsqueeze(0), batch)
-    return Pass(loss, routed.routed, seen, near or [[] for _ in routed.routed])
+        if ahead:
+            own = ahead_by_hand(batch, i - gpt.config.num_layers + 1)
+            ahead["mtp_loss"] = ahead["mtp_loss"] + gpt.output.loss_behind(layer.mtp.norm, x_TD, own)
+    loss = gpt.output.loss_behind(gpt.final_norm, last_TD if ahead else x_TD, batch)
+    return Pass(loss, ahead, routed.routed, seen, near or [[] for _ in routed.routed])
+
+
+def ahead_by_hand(batch: Batch, depth: int) -> Batch:
+    """The labels `depth` places further on, and which of them count: written place by place, as it is an oracle."""
+    labels_BS, counts_BS = batch.labels_BS.clone(), torch.zeros_like(batch.loss_mask_BS)
+    sequences, length = labels_BS.shape
+    for b in range(sequences):
+        for t in range(length - depth):
+            labels_BS[b, t] = batch.labels_BS[b, t + depth]
+            own = batch.document_BS is None or bool(batch.document_BS[b, t] == batch.document_BS[b, t + depth])
+            counts_BS[b, t] = own and bool(batch.valid_BS[b, t]) and bool(batch.loss_mask_BS[b, t + depth])
+    return replace(batch, labels_BS=labels_BS, loss_mask_BS=counts_BS)
 
 
 def _counted(batch: Batch) -> dict[str, int]:
@@ -213,7 +242,7 @@ def _loads(parts: Sequence[Pass]) -> list[Tensor]:
 def _auxiliary(gpt: GPT, parts: Sequence[Pass]) -> list[dict[str, Tensor]]:
     """The auxiliary losses of each pass; with router.group=global the balance loss from the loads of all of them."""
     loads = _loads(parts)
-    return [gpt.auxiliary([r.losses for r in p.routed], loads, p.loss.new_zeros(())) for p in parts]
+    return [gpt.auxiliary([r.losses for r in p.routed], loads, p.loss.new_zeros(())) | p.ahead for p in parts]
 
 
 class _OfOnesOwn:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from megalina.blocks.routers import kind_of
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.verify.recording import SEQUENCES
 
@@ -45,12 +46,13 @@ def shrink(config: PretrainConfig, ranks: int) -> PretrainConfig:
 def shrink_router(router: RouterConfig, before: int, after: int) -> RouterConfig:
     """A router of `before` experts for `after` of them; all its other settings stay."""
     groups, of_token = router.num_groups, router.groups_per_token
-    if router.kind == "group_limited":
+    grouped = "num_groups" in kind_of(router).settings
+    if grouped:
         least = min(2, before // groups)  # experts a group
         groups = next(g for g in range(min(groups, after), 0, -1) if after % g == 0 and (after // g >= least or g == 1))
         of_token = min(of_token, groups if of_token == router.num_groups else max(1, groups - 1))
     top_k = after if router.top_k == before else min(router.top_k, max(1, after // 2))
-    if router.kind == "group_limited":
+    if grouped:
         top_k = min(top_k, of_token * after // groups)
     return replace(router, top_k=top_k, num_groups=groups, groups_per_token=of_token)
 

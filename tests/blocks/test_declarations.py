@@ -48,6 +48,11 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "latent, queries too": (*LATENT, "model.q_lora_rank=24"),
     "latent, values as wide as keys": (*LATENT, "model.v_head_dim=12"),
     "dense layers": ("model.moe_every=2",),
+    "clamped, gated, biases": (
+        *("model.activation=swiglu_clamped", "model.shared_d_ff=32", "model.shared_gate=true", "model.bias=true"),
+        *("router.bias=true", "model.moe_every=2"),
+    ),
+    "ahead": ("model.mtp_layers=2", "model.tie_embeddings=false"),
 }
 
 

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalina.blocks.activation import Activation
 from megalina.blocks.routers import check_router
 from megalina.blocks.selection import Selection
 from megalina.config import RouterConfig
-from megalina.model.activation import ACTIVATIONS
 from megalina.model.all_experts import all_experts_mlp
 from megalina.model.linear import Later
 from megalina.model.sparse_selection import selected
-from tests.model.test_experts import D, draw, parameters, plain_mlp
+from tests.model.test_experts import EVERY, SWIGLU, D, draw, parameters, plain_mlp
 
 N, E = 5, 3
 
 
-def plain_sum(x: Tensor, weight: Tensor, *params: Tensor, activation: str) -> Tensor:
+def plain_sum(x: Tensor, weight: Tensor, *params: Tensor, activation: Activation) -> Tensor:
     """Equation 1 with all experts, one after another."""
     out = torch.zeros_like(x)
     for e in range(weight.shape[1]):
@@ -25,10 +25,10 @@ def plain_sum(x: Tensor, weight: Tensor, *params: Tensor, activation: str) -> Te
     return out
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", EVERY, ids=lambda a: a.name)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [N, 0])
-def test_they_equal_a_plain_loop(activation: str, bias: bool, rows: int) -> None:
+def test_they_equal_a_plain_loop(activation: Activation, bias: bool, rows: int) -> None:
     params, x = parameters(E, activation, bias), draw(rows, D)
     weight = draw(rows, E, seed=6).softmax(1).detach().requires_grad_()
     ours = all_experts_mlp(x, weight, *params, activation=activation)
@@ -41,22 +41,20 @@ def test_they_equal_a_plain_loop(activation: str, bias: bool, rows: int) -> None
 
 def test_they_pass_gradcheck() -> None:
     weight = draw(N, E, seed=6).softmax(1).detach().requires_grad_()
-    params = parameters(E, "swiglu", bias=True)
-    assert torch.autograd.gradcheck(
-        lambda x, s, *p: all_experts_mlp(x, s, *p, activation="swiglu"), (draw(N, D), weight, *params)
-    )
+    params = parameters(E, SWIGLU, bias=True)
+    assert torch.autograd.gradcheck(lambda x, s, *p: all_experts_mlp(x, s, *p, activation=SWIGLU), (draw(N, D), weight, *params))
 
 
 @pytest.mark.parametrize("dtype, main_dtype", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
 def test_gradients_of_weights_are_the_same_later(dtype: torch.dtype, main_dtype: torch.dtype) -> None:
     found = []
     for later in (None, Later()):
-        params = parameters(E, "swiglu", bias=True, dtype=dtype)
+        params = parameters(E, SWIGLU, bias=True, dtype=dtype)
         for p in params:
             p.main_grad = torch.zeros(p.shape, dtype=main_dtype)
         weight = torch.full((N, E), 1 / E, dtype=main_dtype).requires_grad_()
         x = draw(N, D, dtype=dtype)
-        all_experts_mlp(x, weight, *params, activation="swiglu", later=later).backward(torch.ones(N, D, dtype=dtype))
+        all_experts_mlp(x, weight, *params, activation=SWIGLU, later=later).backward(torch.ones(N, D, dtype=dtype))
         if later is not None:
             assert all(p.main_grad.eq(0).all() for p in params)
             for add in later:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megalina.blocks.activation import Activation
 from megalina.model.all_experts import all_experts_mlp
 from megalina.model.experts import expert_mlp, mlp
 from megalina.model.late_gradients import LateGradient, Later, joined
@@ -43,7 +44,7 @@ def a_wide_linear() -> Made:
 
 def an_mlp() -> Made:
     weights = [parameter(F, D), parameter(D, F), parameter(F), parameter(D)]
-    return weights, lambda x, later: mlp(x, *weights, activation="gelu", later=later)
+    return weights, lambda x, later: mlp(x, *weights, activation=Activation("gelu"), later=later)
 
 
 def experts() -> Made:
@@ -52,7 +53,7 @@ def experts() -> Made:
 
     def run(x: Tensor, later: Later) -> Tensor:
         counts = [len(x) // 2, 0 if len(x) < 2 else 1]
-        return expert_mlp(x, [*counts, len(x) - sum(counts)], *weights, activation="swiglu", later=later)
+        return expert_mlp(x, [*counts, len(x) - sum(counts)], *weights, activation=Activation("swiglu"), later=later)
 
     return weights, run
 
@@ -61,7 +62,7 @@ def all_experts() -> Made:
     weights = [parameter(E, F, D), parameter(E, D, F), parameter(E, F), parameter(E, D)]
 
     def run(x: Tensor, later: Later) -> Tensor:
-        return all_experts_mlp(x, x[:, :E].detach().softmax(1), *weights, activation="relu", later=later)
+        return all_experts_mlp(x, x[:, :E].detach().softmax(1), *weights, activation=Activation("relu"), later=later)
 
     return weights, run
 

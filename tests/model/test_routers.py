@@ -15,6 +15,7 @@ from megalina.config import RouterConfig
 from megalina.model.balance import global_balance
 from megalina.model.noise import normal, uniform
 from megalina.model.routers import GroupSoFar, Router, Routing
+from megalina.model.selection import best_groups, groups_of_best
 from megalina.model.tokens import RouterTokens
 from tests.model.made_router import made_router
 
@@ -38,6 +39,9 @@ CONFIGS = {
     "sigmoid_capacity": RouterConfig(kind="sigmoid", bias_update_rate=0.1, capacity_factor=0.9, drop="probability"),
     "group_limited": RouterConfig(kind="group_limited", bias_update_rate=0.1, num_groups=3, groups_per_token=2, top_k=3),
     "group_limited_capacity": RouterConfig(kind="group_limited", num_groups=2, groups_per_token=1, capacity_factor=0.9),
+    "group_limited_softmax": RouterConfig(
+        kind="group_limited_softmax", num_groups=3, groups_per_token=2, top_k=3, renormalize=False, scale=16.0
+    ),
     "noisy_topk": RouterConfig(kind="noisy_topk", noise_std=0.5),
     "noisy_topk_capacity": RouterConfig(kind="noisy_topk", noise_std=0.5, capacity_factor=0.9, drop="probability"),
     "hash": RouterConfig(kind="hash", scale=2.0),
@@ -114,9 +118,9 @@ def slow_route(config: RouterConfig, logits_AE: Tensor, tokens: RouterTokens, bi
         biased = [s + b for s, b in zip(score[a].tolist(), bias, strict=True)]
         if config.kind == "hash":
             chosen[a] = best(token_hash[a], k)
-        elif config.kind == "group_limited":
-            size = E // config.num_groups
-            worth = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.num_groups)]
+        elif config.kind in ("group_limited", "group_limited_softmax"):
+            size, count = E // config.num_groups, 2 if config.kind == "group_limited" else 1
+            worth = [sum(sorted(biased[g * size : (g + 1) * size])[-count:]) for g in range(config.num_groups)]
             groups = best(worth, config.groups_per_token)
             chosen[a] = best([biased[e] if e // size in groups else -math.inf for e in range(E)], k)
         elif config.kind != "expert_choice":
@@ -434,6 +438,40 @@ def test_the_selection_bias_moves_towards_even_load() -> None:
     assert make_router(CONFIGS["sigmoid_raw"]).bias_E is None
 
 
+def test_the_selection_bias_moves_in_proportion_or_about_its_mean() -> None:
+    by_share = replace(CONFIGS["sigmoid"], bias_update="proportional", bias_update_rate=0.5)
+    router = made_router(by_share, d_model=D, num_experts=3, layer=0, seed=0)
+    router.update_bias(torch.tensor([6, 4, 2]))
+    router.update_bias(torch.tensor([0, 0, 0]))  # a step of nothing but padding
+    assert router.bias_E.tolist() == pytest.approx([0.5 * (1 / 3 - share) for share in (1 / 2, 1 / 3, 1 / 6)])
+    centered = replace(CONFIGS["sigmoid"], bias_centered=True)
+    router = made_router(centered, d_model=D, num_experts=4, layer=0, seed=0)
+    router.update_bias(torch.tensor([9, 1, 1, 1]))  # signs -1, 1, 1, 1: their mean is a half
+    assert router.bias_E.tolist() == pytest.approx([-0.15, 0.05, 0.05, 0.05])
+    assert router.bias_E.sum().item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_a_group_is_worth_its_two_best_or_its_best() -> None:
+    score_AE = torch.tensor([[0.5, 0.1, 0.4, 0.3]])  # by the best the first group, by the two best the second
+    assert groups_of_best(score_AE, 2, 1).tolist() == [pytest.approx([0.5, 0.1, 0.0, 0.0])]
+    assert best_groups(score_AE, 2, 1).tolist() == [pytest.approx([-math.inf, -math.inf, 0.4, 0.3])]
+
+
+@pytest.mark.parametrize("main", [False, True])
+def test_a_learned_bias_is_on_the_logits(main: bool) -> None:
+    router = made_router(RouterConfig(bias=True), d_model=D, num_experts=E, layer=0, seed=0).double()
+    router.bias = torch.nn.Parameter(torch.linspace(-1, 1, E, dtype=torch.float64))
+    hidden_AD = torch.randn(A, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = router.logits(hidden_AD)
+    torch.testing.assert_close(logits, hidden_AD @ router.weight.T + router.bias)
+    for p in router.parameters():
+        p.main_grad = torch.zeros_like(p) if main else None
+    router.logits(hidden_AD).pow(2).sum().backward()
+    want = torch.autograd.grad((hidden_AD @ router.weight.T + router.bias).pow(2).sum(), list(router.parameters()))
+    for p, grad in zip(router.parameters(), want, strict=True):
+        torch.testing.assert_close(p.main_grad if main else p.grad, grad)
+
+
 def test_the_selection_bias_evens_out_a_skewed_router() -> None:
     config = RouterConfig(kind="sigmoid", bias_update_rate=0.01)
     router, tokens = made_router(config, d_model=D, num_experts=E, layer=0, seed=0), make_tokens(sequences=4, length=250)
@@ -477,10 +515,20 @@ def test_token_choice_never_waits_for_a_device(name: str) -> None:
         (RouterConfig(group="global", kind="expert_choice"), "router=expert_choice would need the scores of all ranks"),
         (RouterConfig(bias_update_rate=0.1), "works with router=sigmoid or group_limited alone, not with topk"),
         (RouterConfig(noise_std=0.1), "works with router=noisy_topk alone"),
-        (RouterConfig(num_groups=2), "works with router=group_limited alone"),
+        (RouterConfig(num_groups=2), "works with router=group_limited or group_limited_softmax alone"),
         (RouterConfig(kind="group_limited", num_groups=4), r"num_groups \(4\) must divide model.num_experts \(6\)"),
         (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=4), "is more than router.num_groups"),
         (RouterConfig(kind="group_limited", num_groups=3, groups_per_token=1, top_k=3), "more than the 2 experts"),
+        (RouterConfig(kind="group_limited_softmax", num_groups=4), r"num_groups \(4\) must divide model.num_experts \(6\)"),
+        (RouterConfig(kind="group_limited_softmax", bias_update_rate=0.1), "works with router=sigmoid or group_limited alone"),
+        (RouterConfig(kind="hash", bias=True), r"router.bias \(true\) works with router=topk or sigmoid or group_limited or "),
+        (RouterConfig(bias=True, capacity_bound="locmoe"), "is of cosines, and router.bias=true adds to the products"),
+        (RouterConfig(kind="sigmoid", bias_update="proportional"), "does nothing with router.bias_update_rate=0"),
+        (RouterConfig(kind="sigmoid", bias_centered=True), "bias_centered=true does nothing with router.bias_update_rate=0"),
+        (
+            RouterConfig(kind="sigmoid", bias_centered=True, bias_update="proportional", bias_update_rate=0.1),
+            "does nothing with router.bias_update=proportional",
+        ),
     ],
 )
 def test_contradicting_settings_are_refused_in_one_line(config: RouterConfig, message: str) -> None:
@@ -492,7 +540,9 @@ def test_contradicting_settings_are_refused_in_one_line(config: RouterConfig, me
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[RouterConfig, int, RouterTokens, Tensor]:
     num_experts = draw(st.sampled_from([1, 2, 4, 6, 9]))
-    kind = draw(st.sampled_from(["topk", "sigmoid", "group_limited", "noisy_topk", "hash", "expert_choice"]))
+    kind = draw(
+        st.sampled_from(["topk", "sigmoid", "group_limited", "group_limited_softmax", "noisy_topk", "hash", "expert_choice"])
+    )
     config = RouterConfig(
         kind=kind,
         top_k=draw(st.integers(1, num_experts)),

@@ -31,8 +31,8 @@ SPLITS = {"even": even, "load_aware": load_aware, "local_first": local_first}
 OWN = Path(__file__).resolve().parents[2] / "docs" / "examples" / "own_layer.py"
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "shared experts, biases": {"shared_d_ff": 8, "bias": True, "activation": "gelu", "norm": "layernorm"},
-    "every other layer dense": {"moe_every": 2},
+    "shared experts, biases": {"shared_d_ff": 8, "shared_gate": True, "bias": True, "activation": "gelu", "norm": "layernorm"},
+    "every other layer dense": {"moe_every": 2, "activation": "swiglu_clamped", "bias": True},
 }
 ATTENTION: dict[str, dict[str, Any]] = {
     "grouped queries": {},

@@ -24,6 +24,8 @@ SHAPES = {
     "all experts": plain_shape(moe=(False, True, True), all_experts=True, shared_experts=True),
     "all experts, tensor parallel": plain_shape(moe=(True, True), all_experts=True, tp=True, sequence=False),
     "selection biases": plain_shape(moe=(True, True), router_state=True),
+    "multi-token prediction": plain_shape(moe=(True,), mtp_layers=2),
+    "multi-token prediction, tensor parallel": plain_shape(moe=(True, False), mtp_layers=1, tp=True, global_balance=True),
 }
 
 

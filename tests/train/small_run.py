@@ -67,13 +67,13 @@ def write_tokens(prefix: Path) -> None:
 
 
 def config_of(folder: Path, run: str, **settings: Any) -> PretrainConfig:
-    """`config_of(folder, "a", ep=2, steps=8)`: each key goes to the group that has it.
+    """`config_of(folder, "a", ep=2, steps=8)`: each key goes to the group that has it, `bias` to the model.
 
     `write_tokens` has written FOLDER/tokens."""
     groups = {name: dict(values) for name, values in GROUPS.items()}
     for key, value in settings.items():
         owners = [name for name, schema in SCHEMA.items() if key in schema.__dataclass_fields__ and key != "name"]
-        assert len(owners) == 1, (key, owners)
+        assert len(owners) == 1 or key == "bias", (key, owners)
         groups[owners[0]][key] = value
     (folder / run).mkdir(exist_ok=True)
     return PretrainConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalina.config import ScheduleConfig
-from megalina.train.schedule import learning_rate
+from megalina.train.schedule import learning_rate, mtp_factor
 
 
 def rates(schedule: ScheduleConfig, total: int, tokens_per_step: int = 100) -> list[float]:
@@ -61,6 +61,12 @@ def test_steps_beyond_the_end_keep_the_last_rate() -> None:
     for name in ("cosine", "wsd", "linear"):
         schedule = ScheduleConfig(name=name, min_ratio=0.25)
         assert learning_rate(schedule, peak=2.0, step=31, total_steps=10, tokens_per_step=1) == 0.5
+
+
+def test_multi_token_prediction_weighs_less_in_the_last_share_of_the_steps() -> None:
+    schedule = ScheduleConfig(mtp_final_fraction=0.3, mtp_final_ratio=0.25)
+    assert [mtp_factor(schedule, step=s, total_steps=10) for s in range(1, 11)] == [1.0] * 7 + [0.25] * 3
+    assert [mtp_factor(ScheduleConfig(), step=s, total_steps=10) for s in range(1, 11)] == [1.0] * 10
 
 
 def test_a_single_step_runs_at_the_peak() -> None:

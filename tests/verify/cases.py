@@ -39,15 +39,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "dropout": {
         "dropout": 0.2, "bias": True, "activation": "relu", "num_layers": 3, "dense_layers_first": 1, "shared_d_ff": 12,
     },
+    "ahead": {
+        "num_layers": 1, "mtp_layers": 2, "activation": "swiglu_clamped", "activation_limit": 0.5, "bias": True,
+        "shared_d_ff": 12, "shared_gate": True,
+    },
 }  # fmt: skip
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
-    "topk raw": {"renormalize": False, "group": "micro_batch"},
+    "groups of best": {
+        "kind": "group_limited_softmax", "num_groups": 2, "groups_per_token": 1, "renormalize": False, "group": "micro_batch",
+    },
     "global": {"group": "global"},
-    "capacity": {"capacity_factor": 0.8},
-    "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01},
+    "capacity": {"capacity_factor": 0.8, "bias": True},
+    "sigmoid": {"kind": "sigmoid", "bias_update_rate": 0.01, "bias_centered": True},
     "group limited": {
-        "kind": "group_limited", "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.01, "capacity_factor": 1.0,
+        "kind": "group_limited", "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.5, "bias_update": "proportional",
+        "capacity_factor": 1.0,
     },
     "expert choice": {"kind": "expert_choice"},
     "noisy": {"kind": "noisy_topk", "noise_std": 0.5},

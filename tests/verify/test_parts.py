@@ -17,7 +17,7 @@ from tests.verify.star import RANKS, differences
 # routers whose groups are micro-batches and whose tokens wait for none behind them
 PASSED = {
     name: shrink_router(replace(config_with(router=name).router, capacity_factor=capacity, group="micro_batch"), 4, 4)
-    for name, capacity in (("topk", 0.0), ("topk raw", 0.8), ("locmoe", 1.0), ("group limited", 1.0), ("hash", 0.8))
+    for name, capacity in (("topk", 0.0), ("groups of best", 0.8), ("locmoe", 1.0), ("group limited", 1.0), ("hash", 0.8))
 }
 PASSED["locmoe bound"] = replace(
     PASSED["locmoe"], capacity_bound="locmoe", capacity_delta="quantile", capacity_quantile=0.9, capacity_ema=0.5

@@ -30,6 +30,7 @@ MODELS = {
         "qk_rope_head_dim": 4,
         "v_head_dim": 6,
     },
+    "ahead": {"num_layers": 1, "mtp_layers": 2},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -40,6 +41,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "kind": "dense", "renormalize": False, "balance_loss": 0.0, "group": "micro_batch", "mutual_information_loss": 0.1,
     },
     "local": {"kind": "locmoe", "temperature": 0.1, "locality_loss": 0.1, "locality_nodes": 2},
+    "groups": {"kind": "group_limited", "num_groups": 2, "top_k": 1, "bias_update_rate": 0.01},
+    "groups of best": {"kind": "group_limited_softmax", "num_groups": 2, "top_k": 1, "renormalize": False},
     "local topk": {"group": "micro_batch", "locality_loss": 0.1, "locality_nodes": 2},
 }  # fmt: skip
 ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
@@ -58,6 +61,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("dropout", "local topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
     ("sinks", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=2)),
     ("latent", "topk", "sgd", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
+    ("ahead", "groups", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
+    ("ahead", "groups of best", "sgd", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
 ]
 
 

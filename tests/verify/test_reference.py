@@ -26,6 +26,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_forward(model: str, ro
             + config.router.balance_loss * found.auxiliary["balance_loss"] / valid
             + config.router.z_loss * found.auxiliary["z_loss"] / valid
             + sum(weight * found.auxiliary[name] / valid for name, weight in more.items() if weight)
+            + config.model.mtp_loss * found.auxiliary.get("mtp_loss", 0.0) / max(config.model.mtp_layers, 1) / tokens
         )
         whole.backward()
         loss, balance = (
@@ -41,7 +42,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_forward(model: str, ro
         )
 
 
-@pytest.mark.parametrize("router", ["topk", "topk raw", "global", "expert choice", "hash"])
+@pytest.mark.parametrize("router", ["topk", "groups of best", "global", "expert choice", "hash"])
 def test_the_gradients_of_units_and_losses_sum_to_the_gradient(router: str) -> None:
     config = config_with(model="dropout", router=router)
     recording = record(config, random_batches(config, 1))

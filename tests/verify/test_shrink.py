@@ -24,6 +24,7 @@ def mechanisms(config: PretrainConfig) -> dict[str, object]:
     model, router, optim = config.model, config.router, config.optim
     switched = ("activation", "norm", "positions", "qk_norm", "bias", "tie_embeddings", "dropout", "rope_theta", "norm_eps")
     switched += ("attention", "attention_bias", "attention_sinks", "rope_scaling", "rope_factor", "rope_original_positions")
+    switched += ("activation_limit", "shared_gate", "mtp_layers", "mtp_loss")
     return {
         **{name: getattr(model, name) for name in switched},
         "layers": has_moe(model),

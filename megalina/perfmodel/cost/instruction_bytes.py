@@ -16,7 +16,7 @@ from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
-from megalina.config import BYTES, PretrainConfig, padded_vocab_size
+from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
 from megalina.layout import axis_of_group, axis_sizes
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
@@ -86,8 +86,9 @@ class InstructionBytes:
         self._config, self._cuda = config, cuda
         self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep, packing=packing)
         self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
-        skew_L = _of_layers("skew", skew, config.model.num_layers)
-        expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, config.model.num_layers)
+        layers = len(training_layers(config.model))
+        skew_L = _of_layers("skew", skew, layers)
+        expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, layers)
         tp, rows = config.parallel.tp, padded_vocab_size(vocab_size, config.parallel.tp)
         self.rank = Rank(
             config=config,
@@ -124,8 +125,10 @@ class InstructionBytes:
             "gradients": numel * rank.main,
             "master weights": own * rank.main if rank.mixed else 0,
             "moments": len(optimizer_of(self._config.optim).states) * own * rank.main,
-            # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
-            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element) + table,
+            # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows; of each layer
+            # of multi-token prediction tokens, labels and a mask
+            "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element + self._config.model.mtp_layers * (2 * INT_BYTES + 1))
+            + table,
         }
 
     def ranks(self, axis: str) -> int:

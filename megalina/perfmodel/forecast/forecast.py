@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalina.blocks.counts import ModelFlops, model_flops
-from megalina.config import ClusterConfig, PretrainConfig
+from megalina.config import ClusterConfig, PretrainConfig, training_layers
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
 from megalina.perfmodel.sim.memory import Memory
 from megalina.perfmodel.sim.virtual import Timeline
@@ -158,7 +158,7 @@ def check_work(config: PretrainConfig, world: int) -> None:
     dp = max(1, world // config.parallel.tp)
     micro_batches = max(1, config.train.global_batch_size // (config.train.micro_batch_size * dp))
     walked = min(WALKED, micro_batches) * config.strategy.parts
-    if config.model.num_layers * walked > MOST_LAYERS:
+    if len(training_layers(config.model)) * walked > MOST_LAYERS:
         raise ValueError(
             f"model.num_layers ({config.model.num_layers}) x {walked} micro-batches or parts that are walked is a list of more "
             f"instructions than a forecast takes: at most {MOST_LAYERS // walked} layers; lower model.num_layers"

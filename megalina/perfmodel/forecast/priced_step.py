@@ -14,7 +14,7 @@ from typing import Any
 from megalina.blocks.model import shape_of
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.collective_log import NUM_RIDERS
-from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size
+from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size, training_layers
 from megalina.layout import ranks_of
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
@@ -265,7 +265,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     """Of a START: the whole tensor that a rank sends (all-to-all: also to itself), sums, or has after a gather."""
     weight_bytes = BYTES[config.train.dtype]
     gradient_bytes = max(weight_bytes, 4)
-    experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in range(config.model.num_layers))
+    experts, moe_layers = config.model.num_experts, sum(is_moe_layer(config.model, i) for i in training_layers(config.model))
     bins = NEARNESS_BINS * (config.router.capacity_bound != "none")
     loads = moe_layers * (experts + 1 + bins + LIMBS)  # of each layer: rows of each expert, lost choices, cosines, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}

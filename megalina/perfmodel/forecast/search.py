@@ -9,7 +9,7 @@ What if: memory of a layout by recompute mode and by skew of the routing, and th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megalina.config import BYTES, PretrainConfig
+from megalina.config import BYTES, PretrainConfig, training_layers
 from megalina.perfmodel.cost.instruction_bytes import bucket_specs
 from megalina.perfmodel.forecast.forecast import Forecast, fits_in, forecast_of
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
@@ -88,7 +88,7 @@ def search(
 def plans_of(config: PretrainConfig, world: int, *, vocab_size: int) -> list[Plan]:
     """Candidates, with pieces that suit the model, as far as this layout can run them."""
     buckets = bucket_specs(config, world, vocab_size=vocab_size).values()
-    layer_bytes = sum(b.numel for b in buckets) * max(BYTES[config.train.dtype], 4) // config.model.num_layers
+    layer_bytes = sum(b.numel for b in buckets) * max(BYTES[config.train.dtype], 4) // len(training_layers(config.model))
     size = piece_of(layer_bytes, PIECES_A_LAYER)
     plans = [replace(plan, piece_bytes=size if plan.piece_bytes else 0) for plan in OF_A_LAYOUT]
     return [plan for plan in plans if runs(config, plan, world)]

@@ -1,12 +1,14 @@
 """Bugs in the forward pass."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalina.config import PretrainConfig
-from megalina.model.routers import GroupSoFar, Router, Routing
+from megalina.config import PretrainConfig, RouterConfig
+from megalina.model.routers import GroupLimited, GroupSoFar, Router, Routing
+from megalina.model.selection import best_groups, groups_of_best, highest
 from megalina.model.tokens import ALL, RouterTokens
 from megalina.parallel.trainable import Trainable
 from megalina.step.passes import decides
@@ -59,6 +61,18 @@ def capacity_not_passed(trainable: Trainable, config: PretrainConfig) -> None:
         return forgetful
 
     around(trainable, of)
+
+
+def group_rule_of_other_family(trainable: Trainable, config: PretrainConfig) -> None:
+    """DeepSeek-V3's worth of a group of experts where DeepSeek-V2's is meant, and the other way round."""
+    for layer in trainable.gpt.moe_layers:
+        router = trainable.gpt.layers[layer].router
+        rule = groups_of_best if isinstance(router, GroupLimited) else best_groups
+        router.choose = partial(_by_rule, rule, config.router)  # type: ignore[method-assign]
+
+
+def _by_rule(rule: Function, router: RouterConfig, tokens: RouterTokens, score_AE: Tensor) -> Tensor:
+    return highest(rule(score_AE, router.num_groups, router.groups_per_token), router.top_k)
 
 
 def expert_left_out(trainable: Trainable, config: PretrainConfig) -> None:

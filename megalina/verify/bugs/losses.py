@@ -1,19 +1,22 @@
 """Bugs in losses and in what they are divided by."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalina.batch import Batch
 from megalina.config import PretrainConfig
 from megalina.model.balance import balance_loss
+from megalina.model.mtp import MtpHead, ahead
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.routers import Router, Routing
 from megalina.model.tokens import ALL, Groups, RouterTokens
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
-from megalina.verify.bugs.change import Function, after, around
+from megalina.verify.bugs.change import Function, after, around, seeds
 
 
 def padding_counted(trainable: Trainable, config: PretrainConfig) -> None:
@@ -82,6 +85,53 @@ def _own_information(router: Router) -> Function:
         return replace(routing, information=mutual_information_loss(log_TE, log_TE.detach(), here, ALL))
 
     return forward
+
+
+def mtp_across_documents(trainable: Trainable, config: PretrainConfig) -> None:
+    for layer in trainable.gpt.mtp_layers:
+        end = layer.functions["mtp_head"]
+        assert isinstance(end, MtpHead)
+        end.targets = partial(_of_any_document, end.depth)  # type: ignore[method-assign]
+
+
+def _of_any_document(depth: int, batch: Batch) -> Batch:
+    return ahead(replace(batch, document_BS=None), depth)
+
+
+def mtp_loss_divided_twice(trainable: Trainable, config: PretrainConfig) -> None:
+    seeds(trainable, lambda loss, part: 1 / trainable.mesh.dp.size if loss == "mtp_loss" else 1.0)
+
+
+def load_counted_again(trainable: Trainable, config: PretrainConfig) -> None:
+    """Routers count by themselves, whenever they run."""
+    counted: dict[int, list[Tensor]] = {}
+    places: dict[tuple[str, int, str], int] = {}  # of the load among what an instruction gives
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        if instruction.phase == "F" and (found := [i for i, v in enumerate(instruction.writes) if v.startswith("#load.")]):
+            places[instruction.key] = found[0]
+        if instruction.name == "measure":
+            return partial(_with_loads, instruction.reads, counted, function)
+        if instruction.key not in places or instruction.phase not in "FB":
+            return function
+
+        def noted(*arguments: Any) -> Any:
+            out = function(*arguments)
+            counted.setdefault(instruction.layer, []).append(out[places[instruction.key]])
+            return out
+
+        return noted
+
+    around(trainable, of)
+
+
+def _with_loads(names: tuple[str, ...], counted: dict[int, list[Tensor]], measure: Function, *values: Any) -> Any:
+    """`measure` of other loads: all that were counted in a layer for its first part, none for the others."""
+    changed = list(values)
+    for i, name in enumerate(names):
+        if name.startswith("#load."):
+            changed[i] = sum(counted.pop(int(name.split(".")[1]), []), torch.zeros_like(values[i]))
+    return measure(*changed)
 
 
 def home_of_rank(trainable: Trainable, config: PretrainConfig) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from megalina.model.locality import locality_loss
+from megalina.model.mtp import ahead
 from megalina.model.tokens import ALL, router_tokens
 from megalina.verify.evidence import Cause, Evidence, close
 from megalina.verify.hypotheses.routing import routings
@@ -113,6 +114,25 @@ def homes_of_ranks(evidence: Evidence) -> Iterator[Cause]:
             "home_of_rank",
             f"locality_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: a sequence is taken to be at home on the "
             "node of the rank that computes it, so each layout has a loss of its own; a home follows from the sequence's number",
+        )
+
+
+def ahead_of_other_documents(evidence: Evidence) -> Iterator[Cause]:
+    """The loss of multi-token prediction counts words of other documents."""
+    layers, batch = evidence.model.mtp_layers, evidence.batch
+    if not layers or evidence.pair("loss", "mtp_loss").equal or batch.document_BS is None:
+        return
+    pair, total = evidence.pair("loss", "mtp_loss"), torch.zeros((), dtype=torch.float64)
+    for depth, layer in enumerate(layers, 1):
+        x_TD = evidence.pair("activation", f"layers.{layer.index}").want.value.flatten(0, 1)
+        anywhere = ahead(replace(batch, document_BS=None), depth)
+        with torch.no_grad():
+            total = total + evidence.model.output.loss_behind(layer.mtp.norm, x_TD, anywhere)
+    if close(total / int(batch.loss_mask_BS.sum()) / len(layers), pair.got.value):
+        yield Cause(
+            "mtp_across_documents",
+            f"mtp_loss is {pair.got.value:.6g} instead of {pair.want.value:.6g}: words of the next document count, which a token "
+            "can't know",
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megalina.blocks.routers import kind_of
 from megalina.model.routers import GroupSoFar, Routing
 from megalina.model.tokens import ALL, RouterTokens, router_tokens
 from megalina.step.partition import most_parts
@@ -80,6 +81,55 @@ def capacity_of_pieces(evidence: Evidence) -> Iterator[Cause]:
             "capacity_per_chunk",
             f"{first.name}: {lost} choices go to nobody instead of {right}: capacity is that of each tp rank's "
             f"1/{evidence.layout.tp} of a micro-batch, not of the group of tokens that shares it",
+        )
+
+
+def groups_by_other_rule(evidence: Evidence) -> Iterator[Cause]:
+    """Groups of experts are worth their best score where they should be worth their two best ones, or the other way round."""
+    first, router = evidence.first, evidence.config.router
+    if first is None or not first.name.endswith(".expert") or "num_groups" not in kind_of(router).settings:
+        return
+    best = router.kind == "group_limited"  # what is wrong then
+    layer, nobody = int(first.name.split(".")[1]), evidence.config.model.num_experts
+    own = evidence.model.layers[layer].router
+    choose = own.choose
+
+    def other(tokens: RouterTokens, score_AE: Tensor) -> Tensor:
+        grouped = score_AE.view(len(score_AE), router.num_groups, -1)
+        worth = grouped.sort(dim=2, descending=True).values[:, :, : 1 if best else 2].sum(2)
+        chosen = worth.sort(dim=1, descending=True, stable=True).indices[:, : router.groups_per_token]
+        there = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, chosen, True)[:, :, None].expand_as(grouped)
+        return score_AE.where(there.flatten(1), -1.0).sort(dim=1, descending=True, stable=True).indices[:, : router.top_k]
+
+    want, got = first.want.value.flatten(0, 1), first.got.value.flatten(0, 1)
+    predicted = torch.full_like(got, nobody)
+    own.choose = other  # type: ignore[method-assign]
+    try:
+        for group in groups(evidence):
+            token_A = torch.cat(group)
+            predicted[token_A] = widened(routed(evidence, layer, token_A).expert_TK, got.shape[1], nobody)
+    finally:
+        own.choose = choose  # type: ignore[method-assign]
+    if bool((predicted == got).all()):
+        rule, right = ("its best score", "its two best") if best else ("its two best scores", "its best")
+        yield Cause(
+            "group_rule_of_other_family",
+            f"{first.name}: {int((want != got).any(1).sum())} tokens go to other experts: a group of experts is worth {rule}, "
+            f"and with router={router.kind} it is worth {right}",
+        )
+
+
+def load_counted_again(evidence: Evidence) -> Iterator[Cause]:
+    """Loads are twice what they should be, in all layers, and routers are computed again in backward."""
+    first = evidence.first
+    if first is None or not first.name.endswith(".load") or evidence.layout.recompute == "none":
+        return
+    loads = [pair for pair in evidence.all("routing") if pair.name.endswith(".load")]
+    if all(bool((pair.got.value == 2 * pair.want.value).all()) for pair in loads):
+        yield Cause(
+            "load_counted_again",
+            f"loads of {len(loads)} layers are twice what they should be: a router that backward computes again, for recompute="
+            f"{evidence.layout.recompute}, counts its choices again, and selection biases follow such counts",
         )
 
 

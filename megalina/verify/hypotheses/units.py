@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalina.verify.evidence import Cause, Evidence, Pair, close, counted, held
+from megalina.verify.recording import terms_of
 
 MAIN, BALANCE, Z = range(3)
 
@@ -21,9 +22,16 @@ def terms(evidence: Evidence) -> Iterator[Cause]:
         return
     names = {MAIN: ("", "the main loss"), BALANCE: ("balance_loss_without_gradient", "the balance loss")}
     names[Z] = ("z_loss_without_gradient", "the router's z-loss")
+    known, ranks = terms_of(evidence.model.blocks), evidence.layout.dp
+    if "mtp_loss" in known:
+        names[known.index("mtp_loss")] = ("", "the loss of multi-token prediction")
     for term, (name, text) in names.items():
         times = _times(evidence, {p: u[:, term].sum(0) for p, u in units.items()})
-        if times is not None and abs(times) < 1e-6 and name:
+        if times is not None and known[term] == "mtp_loss" and ranks > 1 and abs(times * ranks - 1) < 1e-6:
+            yield Cause(
+                "mtp_loss_divided_twice", f"the gradient of {text} is divided by the {ranks} data-parallel ranks once more"
+            )
+        elif times is not None and abs(times) < 1e-6 and name:
             yield Cause(name, f"{text} is right, but has no gradient: every gradient is that of the other losses")
         elif times is not None:
             yield Cause("unknown", f"the gradient of {text} is {times:.6g} times as large as it should be")
@@ -53,8 +61,9 @@ def padding_in_divisor(evidence: Evidence) -> Iterator[Cause]:
     units = _units(evidence)
     if units is None or not all(p.copies_agree for p in evidence.all("gradient")):
         return
-    main = _flat({p: u[:, MAIN].sum(0) for p, u in units.items()})
-    other = _flat({p: u[:, BALANCE:].sum((0, 1)) for p, u in units.items()})
+    of_tokens, of_routers = _terms_by_divisor(evidence)
+    main = _flat({p: u[:, of_tokens].sum((0, 1)) for p, u in units.items()})
+    other = _flat({p: u[:, of_routers].sum((0, 1)) for p, u in units.items()})
     got = _flat({p.name: p.got.value for p in evidence.all("gradient")})
     if not got.isfinite().all():
         return
@@ -75,13 +84,18 @@ def padding_in_divisor(evidence: Evidence) -> Iterator[Cause]:
 
 
 def router_without_main_loss(evidence: Evidence) -> Iterator[Cause]:
-    """From the last layer down, the first gradient that differs is a router's, and it is that of the auxiliary losses alone."""
-    first, units = evidence.first, _units(evidence)
-    if first is None or units is None or not first.name.endswith("router.weight") or not first.copies_agree:
+    """From the last layer down, the first gradient that differs is a router's, and it is that of the auxiliary losses alone.
+
+    With multi-token prediction that of the last norm comes before it, through which layers go that have a router of their own."""
+    first, units, model = evidence.first, _units(evidence), evidence.model
+    if first is None or units is None or not model.moe_layers:
         return
-    if first.name != f"layers.{evidence.model.moe_layers[-1]}.router.weight":
+    if model.mtp_layers and first.name.startswith("final_norm."):
+        first = evidence.pair("gradient", f"layers.{model.moe_layers[-1]}.router.weight")
+    if first.name != f"layers.{model.moe_layers[-1]}.router.weight" or not first.copies_agree:
         return
-    if close(units[first.name][:, BALANCE:].sum((0, 1)), first.got.value, first.floor):
+    _, of_routers = _terms_by_divisor(evidence)
+    if close(units[first.name][:, of_routers].sum((0, 1)), first.got.value, first.floor):
         yield Cause(
             "router_detached",
             f"the gradient of {first.name} is that of its auxiliary losses alone, and what lies below differs too: the main loss "
@@ -133,6 +147,13 @@ def _is_early(evidence: Evidence, pair: Pair, units: Tensor, shared: int) -> boo
         if not here.any() or not close((len(row) * early + late).where(here, 0.0), value.where(here, 0.0), pair.floor):
             return False
     return True
+
+
+def _terms_by_divisor(evidence: Evidence) -> tuple[list[int], list[int]]:
+    """The losses over labels, and those of routers."""
+    known = enumerate(terms_of(evidence.model.blocks))
+    places = {i: name in ("loss", "mtp_loss") for i, name in known}
+    return [i for i, of_labels in places.items() if of_labels], [i for i, of_labels in places.items() if not of_labels]
 
 
 def _unit(evidence: Evidence, place: int, micro_batch: int) -> int:

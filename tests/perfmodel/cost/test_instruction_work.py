@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from megalina.blocks.counts import model_flops
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import plain_shape, shape_of
 from megalina.blocks.work import Product, Work, small
 from megalina.config import PretrainConfig
 from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops
@@ -67,6 +67,26 @@ def test_parts_of_a_group_and_evaluation_are_known_too() -> None:
     assert {"sizes_of_group", "balance_of_group"} <= {s.name for s in program}
     work = work_of(config_of(), buckets=buckets)
     assert all(work(s).kernels > 0 for s in (*program, *evaluation(shape, buckets)) if s.kind is C)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_multi_token_prediction_is_known_too(tp: int) -> None:
+    """And costs what it costs more: a layer, a matrix of twice the width, and the output matrix once more."""
+    shape = plain_shape(moe=(True,), mtp_layers=1, tp=tp > 1, tied=False)
+    buckets = buckets_of(shape)
+    program = training_step("eager", Setting(shape, buckets, micro_batches=2))
+    config = config_of(num_layers=1, mtp_layers=1, tie_embeddings=False, positions="learned")
+    config.parallel.tp = tp
+    work = work_of(config, world=4, buckets=buckets)
+    computed = [s for s in program if s.kind is C and s.phase == "F"]
+    assert all(work(s).kernels > 0 for s in program if s.kind is C)
+    flops = {name: sum(work(s).flops for s in computed if s.name == name) for name in {s.name for s in computed}}
+    if tp == 1:
+        tokens = 2 * config.train.micro_batch_size * config.train.seq_len
+        assert flops["mtp"] == 2 * tokens * 2 * config.model.d_model**2
+        assert flops["mtp_loss"] == flops["loss"]
+    else:
+        assert flops["mtp_logits"] == flops["logits"]
 
 
 @pytest.mark.parametrize("phase", ["F", "U"])
