@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,56 @@ def write_checkpoint(path: Path, values: Mapping[str, Any], listing: Listing, fe
         raise ValueError(
             f"{files} tensor files: a checkpoint has at least 1, and at most as many as its tensors have rows, {rows}"
         )
+    _write(path, values, _shares(listing, files), fetch)
+
+
+def write_rows(
+    path: Path,
+    values: Mapping[str, Any],
+    listing: Listing,
+    fetch: Fetch,
+    *,
+    box_bytes: int,
+    file_bytes: int,
+    beside: Callable[[Path], None],
+) -> None:
+    """As `write_checkpoint`, in boxes of whole rows: of as many as `box_bytes` hold, one at least, and as many tensor files as boxes
+    fill with `file_bytes` each.  `fetch` is asked in the order of the listing.
+
+    `beside` writes what else is to be in the folder, last, and is given the folder while that is hidden."""
+    shares: list[dict[str, Part]] = [{}]
+    held = 0
+    for name, box in row_boxes(listing, box_bytes):
+        if held and held + box.data.nbytes > file_bytes:
+            shares.append({})
+            held = 0
+        held += box.data.nbytes
+        shares[-1].setdefault(name, Part(*listing[name], [])).boxes.append(box)
+    _write(path, values, shares, fetch, beside)
+
+
+def row_boxes(listing: Listing, box_bytes: int) -> Iterator[tuple[str, Box]]:
+    """Every tensor in boxes of whole rows along its first dim; their data are shapes alone."""
+    for name, (shape, dtype) in listing.items():
+        rows, inner = (shape[0], shape[1:]) if shape else (1, ())
+        step = max(1, box_bytes // max(1, _numel(inner) * dtype.itemsize))
+        for start in range(0, rows, step):
+            sizes = (min(step, rows - start), *inner) if shape else ()
+            offsets = (start, *[0] * len(inner)) if shape else ()
+            yield name, Box(offsets, torch.empty(sizes, dtype=dtype, device="meta"))
+
+
+def _write(
+    path: Path,
+    values: Mapping[str, Any],
+    shares: Sequence[Mapping[str, Part]],
+    fetch: Fetch,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> None:
     with published(path) as partial:
         partial.mkdir(parents=True)
-        tensors, sums = write_streamed(partial, _shares(listing, files), fetch)
+        tensors, sums = write_streamed(partial, shares, fetch)
+        beside(partial)
         write_rest(partial, json.dumps(values), tensors, sums)
 
 

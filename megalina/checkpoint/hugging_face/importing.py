@@ -1,0 +1,167 @@
+"""The way in: a Hugging Face folder becomes a checkpoint that any layout loads, with one tensor in memory at a time."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.hugging_face import carried
+from megalina.checkpoint.hugging_face.expert_sums import EXPERTS, ExpertSums
+from megalina.checkpoint.hugging_face.linked import Linked, check_keys, numel, overrides
+from megalina.checkpoint.hugging_face.progress import Progress, check_room
+from megalina.checkpoint.hugging_face.source import CONFIG, Source
+from megalina.checkpoint.hugging_face.views import ours_from
+from megalina.checkpoint.streaming_writer import row_boxes, write_rows
+from megalina.comm.slice import Box
+from megalina.config import PretrainConfig, TrainConfig
+from megalina.families.table import family_of
+from megalina.validate import check_config
+
+REPORT = "import_report.json"
+BOX_BYTES = 64 << 20  # of one box of a tensor: layouts read what they need of it
+FILE_BYTES = 4 << 30
+BOX_OVERHEAD = 4096  # bytes that a box takes on disk beside its numbers
+DTYPES = {torch.bfloat16: "bfloat16", torch.float64: "float64"}  # train.dtype; any other: float32
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import has done; the report in the checkpoint folder has it as JSON."""
+
+    family: str
+    parameters: int
+    keys: int  # tensors of the Hugging Face model, every one of them consumed
+    ignored: list[str]  # keys that hold nothing learned
+    tensors: int  # of ours
+    num_bytes: int
+    experts: dict[str, str]  # "layers.0.experts.3" -> SHA-256, see `ExpertSums`
+    files: list[str]  # that go along: tokenizer and the like
+    notes: list[str]
+    overrides: list[str]  # that make the model, for training with train.init_from
+
+
+def import_folder(
+    folder: Path, target: Path, *, box_bytes: int = BOX_BYTES, file_bytes: int = FILE_BYTES, progress: bool = True
+) -> Imported:
+    """Write the checkpoint folder `target` from the Hugging Face folder `folder`: the same numbers in the same types.
+
+    ValueError before anything is written where the model is of no family that there is, a field or tensor is unknown, missing or
+    of another shape, the tokenizer has ids beyond the vocabulary, or the disk has no room; OSError where it can't be written.
+    Nothing stays then, and a kill leaves nothing that looks like a checkpoint."""
+    source = Source(folder)
+    try:
+        family = family_of(source.config)
+        settings = family.read(source.config)
+        train = TrainConfig(dtype=_train_dtype(source), seq_len=min(TrainConfig().seq_len, settings.model.max_positions))
+        config = PretrainConfig(model=settings.model, router=settings.router, train=train)
+        check_config(config, 1)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    linked = Linked(family, settings)
+    ignored = [key for key in source.listing if key not in linked.theirs and family.is_ignored(key, settings)]
+    check_keys({k: shape for k, (shape, _) in source.listing.items() if k not in ignored}, linked.key_shapes(), str(folder))
+    notes = _check_tokenizer(folder, settings.model.vocab_size)
+    names = sorted(linked.ours)
+    listing = {MODEL + name: (linked.ours[name][0].ours.shape, _dtype_of(source, linked, name)) for name in names}
+    num_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in listing.values())
+    boxes = sum(1 for _ in row_boxes(listing, box_bytes))
+    along = sum(path.stat().st_size for path in carried.carried(folder))
+    check_room(target, num_bytes + boxes * BOX_OVERHEAD + along)
+    sums, line = ExpertSums(), Progress(f"import {folder.name}", num_bytes) if progress else None
+    fetch = _fetch(source, linked, sums, line)
+
+    def beside(hidden: Path) -> None:
+        copied = carried.copy_all(folder, hidden / carried.FOLDER)
+        (hidden / carried.FOLDER).mkdir(exist_ok=True)
+        (hidden / carried.FOLDER / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+        done.append(
+            Imported(
+                family=family.name,
+                parameters=numel({name: shape for name, (shape, _) in listing.items()}),
+                keys=len(linked.theirs),
+                ignored=ignored,
+                tensors=len(listing),
+                num_bytes=num_bytes,
+                experts=dict(sums.found()),
+                files=[CONFIG, *copied],
+                notes=notes,
+                overrides=overrides(settings),
+            )
+        )
+        (hidden / REPORT).write_text(json.dumps(asdict(done[0]), indent=1) + "\n")
+
+    done: list[Imported] = []
+    tokenizer = carried.tokenizer_of(folder)
+    values: dict[str, Any] = {
+        "step": 0,
+        "vocab_size": settings.model.vocab_size,
+        "tokenizer_path": "" if tokenizer is None else f"{carried.FOLDER}/{tokenizer.name}",
+        "config": asdict(config),
+        "hugging_face": {"family": family.name, "config": source.config},
+    }
+    write_rows(target, values, listing, fetch, box_bytes=box_bytes, file_bytes=file_bytes, beside=beside)
+    if line is not None:
+        line.end()
+    return done[0]
+
+
+def _fetch(source: Source, linked: Linked, sums: ExpertSums, line: Progress | None) -> Callable[[str, Box], Tensor]:
+    """The data of boxes of whole rows, asked for in the order of the tensors' names."""
+    held: dict[str, Tensor] = {}  # the last tensor that can't be made row by row
+
+    def fetch(full: str, box: Box) -> Tensor:
+        name = full.removeprefix(MODEL)
+        links, dtype = linked.ours[name], _dtype_of(source, linked, name)
+        if not box.offsets:
+            found = ours_from(links, dtype, source.tensor)
+            first = 0
+        else:
+            first, count = box.offsets[0], box.data.shape[0]
+            if all(link.ours.first is not None for link in links):
+                found = ours_from(links, dtype, source.tensor, range(first, first + count))
+            else:
+                if name not in held:
+                    held.clear()
+                    held[name] = ours_from(links, dtype, source.tensor)
+                found = held[name][first : first + count].clone()
+        sums.add(name, first, found)
+        if line is not None:
+            line.add(found.nbytes)
+        return found
+
+    return fetch
+
+
+def _dtype_of(source: Source, linked: Linked, name: str) -> torch.dtype:
+    keys = [link.theirs.name for link in linked.ours[name]]
+    found = {source.listing[key][1]: key for key in keys}
+    if len(found) > 1:
+        kinds = " and ".join(f"{key} is {dtype}" for dtype, key in found.items())
+        raise ValueError(f"{source.folder}: {kinds}: they are one tensor here ({name}), of one type; write them in one")
+    return next(iter(found))
+
+
+def _train_dtype(source: Source) -> str:
+    """Of most numbers."""
+    count: dict[torch.dtype, int] = {}
+    for shape, dtype in source.listing.values():
+        count[dtype] = count.get(dtype, 0) + torch.Size(shape).numel()
+    return DTYPES.get(max(count, key=lambda dtype: count[dtype], default=torch.float32), "float32")
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
+    """What is worth saying of it.  ValueError where it can write ids that the model doesn't have."""
+    tokenizer = carried.tokenizer_of(folder)
+    if tokenizer is None:
+        return [f"{folder} has no tokenizer.json or tokenizer.model: give one with --tokenizer to write text"]
+    ids = carried.num_ids(tokenizer)
+    if ids > vocab_size:
+        raise ValueError(
+            f"{tokenizer} has {ids} ids, and the model {vocab_size} rows (vocab_size in {CONFIG}): take the model's own tokenizer"
+        )
+    return [] if ids == vocab_size else [f"the tokenizer has {ids} ids, the model {vocab_size}: the rest is padding of the model"]

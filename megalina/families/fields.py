@@ -1,0 +1,91 @@
+"""The fields of a `config.json`, read one by one: what nobody has read may change the math, and is refused by name."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+HARMLESS = frozenset(
+    "_attn_implementation _attn_implementation_autoset _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward "
+    "decoder_start_token_id dtype eos_token_id experts_implementation finetuning_task id2label is_decoder "
+    "is_encoder_decoder label2id max_length model_type output_attentions output_hidden_states output_router_logits pad_token_id "
+    "prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript "
+    "transformers_version unsloth_version unsloth_fixed use_cache use_return_dict".split()
+)  # tokens' names, types of memory, what is returned: nothing of them is in a logit
+
+
+class Fields:
+    """ValueError, which names the field, where one is missing that must be there, or is of another type.
+
+    null counts as absent.  A field that is absent has the value that the class of transformers gives it, which the family knows."""
+
+    def __init__(self, values: Mapping[str, Any], family: str) -> None:
+        self._values, self.family = values, family
+        self._read: set[str] = set()
+
+    def whole(self, name: str, default: int | None = None, *, also: str = "") -> int:
+        """A whole number; `also`: another name of the same field."""
+        value = self._number(name, default, also)
+        if value != int(value):
+            raise ValueError(f"{name} is {value}: a whole number is needed")
+        return int(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return float(self._number(name, default, ""))
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.any(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: true or false is needed")
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        """A list of whole numbers; absent: empty."""
+        value = self.any(name, [])
+        if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            raise ValueError(f"{name} is {value!r}: a list of whole numbers is needed")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Fields of a field; absent: none."""
+        value = self.any(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}: an object is needed")
+        return {key: one for key, one in value.items() if one is not None}
+
+    def any(self, name: str, default: Any, *, also: str = "") -> Any:
+        """Whatever it is."""
+        self._read |= {name, also}
+        for one in (name, also):
+            if self._values.get(one) is not None:
+                return self._values[one]
+        return default
+
+    def needs(self, name: str, *values: Any, why: str) -> None:
+        """ValueError where the field is there and is none of `values`."""
+        found = self.any(name, None)
+        if found is not None and found not in values:
+            expected = " or ".join(map(str, values))
+            raise ValueError(f"{name} is {found!r}, and {why}: only {expected} can be taken")
+
+    def passes(self, *names: str) -> None:
+        """These do nothing here, whatever they are."""
+        self._read |= {*names}
+
+    def finish(self) -> None:
+        """ValueError for fields that nobody has read, unless they are known to be harmless."""
+        unread = sorted(name for name, v in self._values.items() if name not in self._read | HARMLESS and v is not None)
+        if unread:
+            shown = ", ".join(f"{name}={self._values[name]!r}"[:80] for name in unread[:5])
+            more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+            raise ValueError(
+                f"{self.family} knows no field {shown}{more}: it may change the math. If it does not, take it out of config.json; if "
+                f"it does, megalina/families/{self.family}.py must learn it"
+            )
+
+    def _number(self, name: str, default: float | None, also: str) -> float:
+        value = self.any(name, default, also=also)
+        if value is None:
+            raise ValueError(f"there is no {name}: a {self.family} model has one")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}: a number is needed")
+        return value
