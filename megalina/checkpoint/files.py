@@ -45,6 +45,13 @@ def read_values(path: Path) -> dict:
     return values
 
 
+def tokenizer_path(path: Path, values: Mapping[str, Any]) -> str:
+    """Where the tokenizer of the checkpoint `path` is: in its folder, or where it was when the checkpoint was written; "" where
+    the data had none."""
+    named: str = values["tokenizer_path"]
+    return str(path / named) if named and (path / named).is_file() else named
+
+
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder `checkpoints`, whole or not, from the highest step down."""
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]), reverse=True)

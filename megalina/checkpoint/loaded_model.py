@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalina.blocks.routers import kind_of
-from megalina.checkpoint.files import MODEL, read_values
+from megalina.checkpoint.files import MODEL, read_values, tokenizer_path
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize, spec_of
@@ -56,7 +56,7 @@ def load_model(
         for name, value in gpt.router_state().items():
             value.copy_(whole[name])
     gpt.eval()
-    return LoadedModel(gpt, max_positions, values["tokenizer_path"], values["step"])
+    return LoadedModel(gpt, max_positions, tokenizer_path(path, values), values["step"])
 
 
 def read_experts(path: Path, gpt: GPT, layer: int) -> dict[str, Tensor]:

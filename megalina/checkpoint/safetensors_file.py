@@ -53,7 +53,10 @@ def to_safetensors(source: Path, file: Path, *, optimizer: bool = False) -> None
 
 
 def write_file(
-    file: Path, listing: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str], tensor: Callable[[str], Tensor]
+    file: Path,
+    listing: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
 ) -> None:
     """Write a safetensors file, synced to disk, of the tensors of `listing` in its order, one at a time in memory.
 

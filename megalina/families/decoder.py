@@ -49,14 +49,14 @@ def rope_theta(fields: Fields, default: float) -> float:
         raise ValueError(f"rope_type is {kind!r}: {fields.family} can be taken with plain RoPE alone (rope_type default)")
     fields.needs("partial_rotary_factor", 1, why="all numbers of a head are rotated")
     if written.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("rope_parameters has a partial_rotary_factor, and all numbers of a head are rotated: only 1 can be taken")
+        raise ValueError("rope_parameters has a partial_rotary_factor, and all numbers of a head are rotated: it must be 1")
     if written:
         raise ValueError(f"rope_parameters has {', '.join(written)}, which {fields.family} doesn't know: it may change the math")
     if theta is None:
         return fields.number("rope_theta", default)
     if fields.number("rope_theta", theta) != theta:
         raise ValueError(
-            f"rope_theta is {fields.number('rope_theta')}, and rope_parameters says {theta}: transformers 4 takes the one, 5 the other"
+            f"rope_theta is {fields.number('rope_theta')}, and rope_parameters says {theta}: transformers 4 and 5 would differ"
         )
     return float(theta)
 
@@ -103,7 +103,8 @@ def decoder_config(settings: Settings) -> dict[str, Any]:
 def sparse_layers(fields: Fields, experts: int) -> dict[str, int]:
     """`dense_layers_first` and `moe_every` of `decoder_sparse_step` and `mlp_only_layers`.  ValueError for an order of dense and
     MoE layers that these two can't say."""
-    step, dense, layers = fields.whole("decoder_sparse_step", 1), fields.numbers("mlp_only_layers"), fields.whole("num_hidden_layers")
+    step, layers = fields.whole("decoder_sparse_step", 1), fields.whole("num_hidden_layers")
+    dense = fields.numbers("mlp_only_layers")
     if step < 1:
         raise ValueError(f"decoder_sparse_step is {step}: 1 or more is needed")
     moe = [layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(layers)]
@@ -112,8 +113,8 @@ def sparse_layers(fields: Fields, experts: int) -> dict[str, int]:
             if moe == [layer >= first and (layer - first) % every == every - 1 for layer in range(layers)]:
                 return {"dense_layers_first": first, "moe_every": every}
     raise ValueError(
-        f"of {layers} layers {[i for i, one in enumerate(moe) if one]} are MoE (decoder_sparse_step {step}, mlp_only_layers {dense}): "
-        "only dense layers at the bottom, then every n-th layer MoE, can be taken"
+        f"of {layers} layers {[i for i, one in enumerate(moe) if one]} are MoE (decoder_sparse_step {step}, mlp_only_layers "
+        f"{dense}): only dense layers at the bottom, then every n-th layer MoE, can be taken"
     )
 
 

@@ -17,8 +17,17 @@ from megalina.families.links import Link
 # What changes no logit of a model that is there: names, initial values, what happens in training alone.
 TRAINING_MODEL = ("name", "init_std", "dropout")
 TRAINING_ROUTER = (
-    *("group", "capacity_factor", "capacity_bound", "capacity_delta", "capacity_quantile", "capacity_ema", "capacity_min", "drop"),
-    *("balance_loss", "z_loss", "locality_loss", "locality_nodes", "mutual_information_loss", "noise_std", "losses"),
+    *("group", "drop", "capacity_factor", "capacity_bound", "capacity_delta", "capacity_quantile", "capacity_ema"),
+    *(
+        "capacity_min",
+        "balance_loss",
+        "z_loss",
+        "locality_loss",
+        "locality_nodes",
+        "mutual_information_loss",
+        "noise_std",
+        "losses",
+    ),
 )
 
 

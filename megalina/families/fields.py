@@ -4,19 +4,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-HARMLESS = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward "
-    "decoder_start_token_id dtype eos_token_id experts_implementation finetuning_task id2label is_decoder "
-    "is_encoder_decoder label2id max_length model_type output_attentions output_hidden_states output_router_logits pad_token_id "
-    "prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript "
-    "transformers_version unsloth_version unsloth_fixed use_cache use_return_dict".split()
-)  # tokens' names, types of memory, what is returned: nothing of them is in a logit
+HARMLESS = frozenset(  # tokens' names, types in memory, what is returned: nothing of them is in a logit
+    (
+        *("architectures", "model_type", "transformers_version", "auto_map", "_name_or_path", "tokenizer_class", "prefix"),
+        *("dtype", "torch_dtype", "torchscript", "use_cache", "pretraining_tp", "chunk_size_feed_forward"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "max_length"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"),
+        *("is_decoder", "is_encoder_decoder", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
+        *("_attn_implementation", "_attn_implementation_autoset", "_experts_implementation", "unsloth_version", "unsloth_fixed"),
+    )
+)
 
 
 class Fields:
     """ValueError, which names the field, where one is missing that must be there, or is of another type.
 
-    null counts as absent.  A field that is absent has the value that the class of transformers gives it, which the family knows."""
+    null counts as absent.  A field that is absent has the value that the class of transformers gives it; the family knows it."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self.family = values, family
@@ -78,8 +81,8 @@ class Fields:
             shown = ", ".join(f"{name}={self._values[name]!r}"[:80] for name in unread[:5])
             more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
             raise ValueError(
-                f"{self.family} knows no field {shown}{more}: it may change the math. If it does not, take it out of config.json; if "
-                f"it does, megalina/families/{self.family}.py must learn it"
+                f"{self.family} knows no field {shown}{more}: it may change the math. If not, take it out of config.json; "
+                f"if so, megalina/families/{self.family}.py must learn it"
             )
 
     def _number(self, name: str, default: float | None, also: str) -> float:

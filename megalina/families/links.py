@@ -1,7 +1,7 @@
 """A link: which numbers of one tensor are which numbers of another.
 
-A link says that a view of a Hugging Face tensor ("theirs") is a view of one of ours.  Reshaping, slicing and reordering of dims on
-either side say all that differs between formats: experts stacked in one tensor, gate and up one behind the other, transposed
+A link says that a view of a Hugging Face tensor ("theirs") is a view of one of ours.  Reshaping, slicing and reordering of dims
+on either side say all that differs between formats: experts stacked in one tensor, gate and up one behind the other, transposed
 matrices, interleaved columns, the pairs of RoPE.  Both ways are copies between the same two views, so what goes in comes out to
 the last bit.  No torch: `megalina/checkpoint/hugging_face/views.py` copies.
 """
@@ -55,9 +55,8 @@ class Link:
 
     def __post_init__(self) -> None:
         if self.theirs.sizes != self.ours.sizes:
-            raise ValueError(
-                f"{self.theirs.name} {list(self.theirs.sizes)} is linked to {self.ours.name} {list(self.ours.sizes)}, of another shape"
-            )
+            theirs, ours = list(self.theirs.sizes), list(self.ours.sizes)
+            raise ValueError(f"{self.theirs.name} {theirs} is linked to {self.ours.name} {ours}, of another shape")
 
 
 def same(theirs: str, ours: str, *shape: int) -> Link:

@@ -1,5 +1,5 @@
-"""Qwen3-MoE (arXiv:2505.09388; Qwen3MoeForCausalLM of transformers): softmax over all experts, the best of them renormalised where
-`norm_topk_prob` says so; some layers may be dense."""
+"""Qwen3-MoE (arXiv:2505.09388; Qwen3MoeForCausalLM of transformers): softmax over all experts, the best of them renormalised
+where `norm_topk_prob` says so; some layers may be dense."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -96,9 +96,14 @@ def _initial(name: str, spec: Parameter, seed: int, cut: Cut) -> Tensor:
     return cut.local(_normal(name, spec, seed), spec).clone()
 
 
-def _normal(name: str, spec: Parameter, seed: int) -> Tensor:
+def drawn(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Normal numbers in float32 that follow from the seed and the name alone."""
     number = int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(number))
+
+
+def _normal(name: str, spec: Parameter, seed: int) -> Tensor:
     rows = spec.rows or spec.shape[0]
-    values = torch.empty(rows, *spec.shape[1:]).normal_(0.0, spec.std or 0.0, generator=torch.Generator().manual_seed(number))
+    values = drawn(name, (rows, *spec.shape[1:]), spec.std or 0.0, seed)
     padding = spec.shape[0] - rows  # drawn apart, so that padding changes nothing
     return torch.cat([values, values.new_zeros(padding, *spec.shape[1:])]) if padding else values

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
@@ -24,6 +25,16 @@ def copy_all(source: Path, target: Path) -> list[str]:
     for path in found:
         shutil.copyfile(path, target / path.name)
     return [path.name for path in found]
+
+
+def carry_from(checkpoint: Path) -> Callable[[Path], None]:
+    """What takes these files from one checkpoint into the folder of another, if the first has any."""
+
+    def carry(target: Path) -> None:
+        if (checkpoint / FOLDER).is_dir():
+            shutil.copytree(checkpoint / FOLDER, target / FOLDER)
+
+    return carry
 
 
 def tokenizer_of(folder: Path) -> Path | None:

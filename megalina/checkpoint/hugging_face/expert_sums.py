@@ -17,13 +17,13 @@ class ExpertSums:
         self._sums: dict[tuple[str, int], Any] = {}
 
     def add(self, name: str, first: int, rows: Tensor) -> None:
-        """Rows `first` and on of the tensor `name`; of other tensors than experts' nothing is kept.  Those of one expert come in the
-        order above."""
+        """Rows `first` and on of the tensor `name`; of other tensors than experts' nothing is kept.  Those of one expert come in
+        the order above."""
         if EXPERTS in name:
             layer = name.partition(EXPERTS)[0]
             for i, row in enumerate(rows):
                 self._sums.setdefault((layer, first + i), hashlib.sha256()).update(raw(row.contiguous()))
 
     def found(self) -> Mapping[str, str]:
-        """"layers.0.experts.3" -> sum."""
+        """ "layers.0.experts.3" -> sum."""
         return {f"{layer}{EXPERTS}{e}": sum_.hexdigest() for (layer, e), sum_ in self._sums.items()}

@@ -52,8 +52,8 @@ def export_checkpoint(
 ) -> Exported:
     """Write the Hugging Face folder `target`: sharded safetensors, their index, config.json.
 
-    `family`: its name; "": the one that the checkpoint was imported from, or the first that has this model.  `like`: a Hugging Face
-    folder whose tokenizer, and fields of config.json that change no logit, go along; None: those that the checkpoint carries.
+    `family`: its name; "": the one that the checkpoint was imported from, or the first that has this model.  `like`: a Hugging
+    Face folder whose tokenizer, and fields of config.json that change no logit, go along; None: what the checkpoint carries.
     ValueError before anything is written where no family has this model, a tensor has no place in it, or the disk has no room.
     Nothing stays then, and a kill leaves nothing that looks like a model."""
     stored = Stored(checkpoint)
@@ -94,7 +94,9 @@ def export_checkpoint(
 
 def _family(name: str, settings: Settings, checkpoint: Path) -> Family:
     try:
-        return family_named(name) if name else family_for(settings)
+        family = family_named(name) if name else family_for(settings)
+        family.written(settings)
+        return family
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalina.checkpoint.files import MODEL
 from megalina.checkpoint.hugging_face import carried
-from megalina.checkpoint.hugging_face.expert_sums import EXPERTS, ExpertSums
+from megalina.checkpoint.hugging_face.expert_sums import ExpertSums
 from megalina.checkpoint.hugging_face.linked import Linked, check_keys, numel, overrides
 from megalina.checkpoint.hugging_face.progress import Progress, check_room
 from megalina.checkpoint.hugging_face.source import CONFIG, Source

@@ -62,10 +62,8 @@ def check_keys(there: Shapes, wanted: Shapes, where: str) -> None:
     unknown = [f"{key} {list(shape)} is unknown" for key, shape in there.items() if key not in wanted]
     if found := missing + wrong + unknown:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise ValueError(
-            f"{where}: {'; '.join(found[:SHOWN])}{more} ({len(missing)} missing, {len(wrong)} of another shape, {len(unknown)} unknown "
-            f"of {len(wanted)} tensors)"
-        )
+        count = f"{len(missing)} missing, {len(wrong)} of another shape, {len(unknown)} unknown"
+        raise ValueError(f"{where}: {'; '.join(found[:SHOWN])}{more} (of {len(wanted)} tensors {count})")
 
 
 def overrides(settings: Settings) -> list[str]:

@@ -13,7 +13,9 @@ SHOWN_EVERY_S = 0.2
 class Progress:
     """A line on stderr, as `StatusLine` shows it."""
 
-    def __init__(self, what: str, total_bytes: int, *, line: StatusLine | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, what: str, total_bytes: int, *, line: StatusLine | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._what, self._total, self._line, self._clock = what, total_bytes, line or StatusLine(), clock
         self._begin_s = self._shown_s = clock()
         self._done = 0
@@ -40,5 +42,5 @@ def check_room(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"{target} needs {num_bytes / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on its disk: make room, or choose another disk"
+            f"{target} needs {num_bytes / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free there: make room or choose another disk"
         )

@@ -108,8 +108,8 @@ def prove(folder: Path, *, scratch: Path | None = None, seed: int = 0) -> Proof:
 
 
 def ask_gpt(gpt: GPT, token_BS: Tensor, linked: Linked) -> Answers:
-    """What our model gives, gradients by Hugging Face key."""
-    batch = batch_of(token_BS)
+    """What our model gives, in its own type, gradients by Hugging Face key."""
+    batch = Batch.whole(token_BS)
     choices: list[Tensor] = []
     if gpt.moe_layers:
         recorder = RoutingRecorder(token_BS.numel())
@@ -125,23 +125,12 @@ def ask_gpt(gpt: GPT, token_BS: Tensor, linked: Linked) -> Answers:
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in gpt.named_parameters()}
     whole = {name: grad.reshape(spec_of(gpt.get_parameter(name)).shape) for name, grad in found.items()}
     gradients = {
-        key: theirs_from(links, torch.float32, lambda name: whole[name])
+        key: theirs_from(links, gpt.embedding.dtype, lambda name: whole[name])
         for key, links in linked.theirs.items()
         if all(link.ours.name in whole for link in links)  # a selection bias has none
     }
-    logits_BSV = logits_TV[:, : gpt.vocab_size].view(*token_BS.shape, -1).float()
+    logits_BSV = logits_TV[:, : gpt.vocab_size].view(*token_BS.shape, -1)
     return Answers(logits_BSV, float(loss.detach()), gradients, choices)
-
-
-def batch_of(token_BS: Tensor) -> Batch:
-    """Whole sequences; of each the last token has no loss."""
-    sequences, length = token_BS.shape
-    valid_BS = torch.ones_like(token_BS, dtype=torch.bool)
-    counts_BS = valid_BS.clone()
-    counts_BS[:, -1] = False
-    position_BS = torch.arange(length, device=token_BS.device).expand(sequences, length)
-    sample_B = torch.arange(sequences, device=token_BS.device)
-    return Batch(token_BS, token_BS.roll(-1, 1), counts_BS, valid_BS, position_BS, None, sample_B)
 
 
 def gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -165,12 +154,13 @@ def _differing(folder: Path, back: Path) -> tuple[list[str], int]:
     keys = [key for key in source.listing if key in other.listing or not _is_left_out(source, key)]
     missing = [key for key in (*other.listing, *keys) if (key in source.listing) != (key in other.listing)]
     same = [key for key in keys if key in other.listing]
-    wrong = [
-        key
-        for key in same
-        if source.listing[key] != other.listing[key] or bytes(raw(source.tensor(key).contiguous())) != bytes(raw(other.tensor(key)))
-    ]
+    wrong = [key for key in same if source.listing[key] != other.listing[key] or not _same_bytes(source, other, key)]
     return missing + wrong, len(keys)
+
+
+def _same_bytes(source: Source, other: Source, key: str) -> bool:
+    first, second = (raw(one.tensor(key).contiguous()) for one in (source, other))
+    return bytes(first) == bytes(second)
 
 
 def _is_left_out(source: Source, key: str) -> bool:

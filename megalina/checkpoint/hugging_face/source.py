@@ -88,8 +88,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _dequantize(folder: Path) -> str:
     return (
         "megalina reads float32, float16 and bfloat16. Write it again with transformers, which dequantizes: "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='bfloat16', quantization_config=Mxfp4Config(dequantize=True))"
-        ".save_pretrained(NEW) for MXFP4 (gpt-oss), FineGrainedFP8Config(dequantize=True) for FP8 (DeepSeek-V3); then import NEW"
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='bfloat16', quantization_config=KIND(dequantize=True))"
+        ".save_pretrained(NEW), where KIND is Mxfp4Config for MXFP4 (gpt-oss) and FineGrainedFP8Config for FP8 (DeepSeek-V3); "
+        "then import NEW"
     )
 
 
@@ -117,4 +118,5 @@ def _named_files(folder: Path) -> dict[str, str]:
 
 def _damaged(file: Path, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{file} can't be read as a safetensors file ({file.stat().st_size:,} bytes): {reason}; it is cut off or damaged, take it again"
+    size = f"{file.stat().st_size:,} bytes"
+    return f"{file} can't be read as a safetensors file ({size}): {reason}; it is cut off or damaged, take it again"

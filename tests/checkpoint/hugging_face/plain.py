@@ -1,5 +1,5 @@
-"""Plain models: what transformers' Mixtral, Qwen3-MoE, Llama and Qwen3 compute, written out in a few lines of torch over the tensors
-of their files; and folders of such models with random weights, norms and routers among them."""
+"""Plain models: what transformers' Mixtral, Qwen3-MoE, Llama and Qwen3 compute, written out in a few lines of torch over the
+tensors of their files; and folders of such models with random weights, norms and routers among them."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalina.checkpoint.hugging_face.peer import Answers
 from megalina.families.table import family_of
 
 TINY = {
@@ -122,7 +123,8 @@ def logits(state: dict[str, Tensor], config: dict[str, Any], token_BS: Tensor) -
         return y * cos + torch.cat([-right, left], -1) * sin
 
     for i in range(config["num_hidden_layers"]):
-        of = {key.removeprefix(f"model.layers.{i}."): value for key, value in state.items() if key.startswith(f"model.layers.{i}.")}
+        at = f"model.layers.{i}."
+        of = {key.removeprefix(at): value for key, value in state.items() if key.startswith(at)}
         n = norm(x, of["input_layernorm.weight"], eps)
         q, k, v = (
             (n @ of[f"self_attn.{name}_proj.weight"].T).view(batch, length, count, size)
@@ -158,11 +160,10 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def answers(state: dict[str, Tensor], config: dict[str, Any], token_BS: Tensor) -> tuple[Tensor, float, dict[str, Tensor], list[Tensor]]:
-    """Logits, mean loss, its gradient by key, choices."""
+def answers(state: dict[str, Tensor], config: dict[str, Any], token_BS: Tensor) -> Answers:
     leaves = {key: value.detach().clone().requires_grad_() for key, value in state.items()}
     found, choices = logits(leaves, config, token_BS)
     loss = F.cross_entropy(found[:, :-1].flatten(0, 1), token_BS[:, 1:].flatten())
     loss.backward()
     grads = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
-    return found.detach(), float(loss.detach()), grads, choices
+    return Answers(found.detach(), float(loss.detach()), grads, choices)
