@@ -41,9 +41,8 @@ def upcycle(
     """Write the checkpoint `target`, without optimizer state, from the dense checkpoint `dense`; returns its model.
 
     `model`, `router`: settings in which it differs from the dense one, such as {"num_experts": 8} and {"top_k": 2}; layers are
-    MoE as `dense_layers_first` and `moe_every` say (not given: all).  An expert is as wide as the MLP.
-    `noise`: every number of an
-    expert's matrices is multiplied by 1 + noise x a normal number, and the router's are noise x init_std x normal ones; both
+    MoE as `dense_layers_first` and `moe_every` say (not given: all).  An expert is as wide as the MLP.  `noise`: every number of
+    an expert's matrices is multiplied by 1 + noise x a normal number, and the router's are noise x init_std x normal ones; both
     follow from `seed`.  With noise the first loss is near the dense one's, no longer equal.
 
     ValueError where `dense` has experts already, a setting is of another model, or weights of a token don't sum to one."""
@@ -51,8 +50,9 @@ def upcycle(
     before = settings_of(stored.values["config"], stored.values["vocab_size"])
     if any(before.moe):
         raise ValueError(f"{dense} has MoE layers already ({sum(before.moe)} of {len(before.moe)}): give a dense checkpoint")
-    given = {"dense_layers_first": 0, "moe_every": 1, "dense_d_ff": before.dense_d_ff, **model}
-    after = Settings(replace(before.model, d_ff=before.dense_d_ff, **given), replace(before.router, **router))
+    d_ff = before.dense_d_ff
+    given = {"dense_layers_first": 0, "moe_every": 1, "d_ff": d_ff, "dense_d_ff": d_ff, **model}
+    after = Settings(replace(before.model, **given), replace(before.router, **router))
     _check(before, after)
     train = TrainConfig(**stored.values["config"]["train"])
     config = PretrainConfig(model=after.model, router=after.router, train=TrainConfig(dtype=train.dtype, seq_len=train.seq_len))

@@ -256,13 +256,14 @@ def typed(schema: type, group: str, words: Mapping[str, str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        found = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([f"{k}={v}" for k, v in words.items()]))
-        whole = OmegaConf.to_container(found)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{group}.{str(error).splitlines()[0]}") from error
-    assert isinstance(whole, dict)
-    return {key: whole[key] for key in words}
+    found = {}
+    for key, word in words.items():
+        try:
+            whole = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([f"{key}={word}"]))
+            found[key] = OmegaConf.to_container(whole)[key]  # type: ignore[call-overload, index]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{group}.{key}={word}: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def _say(notes: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from megalina.families.mixtral import Mixtral
 from megalina.families.qwen3 import Qwen3
 from megalina.families.qwen3_moe import Qwen3Moe
 
-FAMILIES: tuple[Family, ...] = (Mixtral(), Qwen3Moe(), Llama(), Qwen3())
+# Dense ones first: a model without experts is one of theirs.
+FAMILIES: tuple[Family, ...] = (Llama(), Qwen3(), Mixtral(), Qwen3Moe())
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

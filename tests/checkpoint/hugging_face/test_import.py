@@ -154,11 +154,11 @@ def test_a_trained_model_goes_out_to_the_first_family_that_has_it(tmp_path: Path
     same_bytes(tmp_path / "hf", tmp_path / "back")
     with pytest.raises(ValueError, match=r"a mixtral model can't have .*model.qk_norm=True"):
         export_checkpoint(tmp_path / "trained", tmp_path / "other", family="mixtral")
-    with pytest.raises(ValueError, match="there is no family 'gpt2'; there are mixtral, qwen3_moe, llama, qwen3"):
+    with pytest.raises(ValueError, match="there is no family 'gpt2'; there are llama, qwen3, mixtral, qwen3_moe"):
         export_checkpoint(tmp_path / "trained", tmp_path / "other", family="gpt2")
     values["config"]["model"]["activation"] = "gelu"
     write_checkpoint(tmp_path / "gelu", values, stored.listing, from_stored(stored))
-    with pytest.raises(ValueError, match=r"no family has this model: a mixtral .*model.activation=gelu"):
+    with pytest.raises(ValueError, match=r"no family has this model: a llama .*model.activation=gelu"):
         export_checkpoint(tmp_path / "gelu", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -253,7 +253,7 @@ def tokenizer(folder: Path, ids: int) -> None:
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 BAD = {
-    "model_type is 'gpt2': there is no such family here; there are mixtral, qwen3_moe, llama, qwen3": unknown_family,
+    "model_type is 'gpt2': there is no such family here; there are llama, qwen3, mixtral, qwen3_moe": unknown_family,
     r"no field attn_logit_softcapping=30.0: it may change the math": lambda f: change(f, attn_logit_softcapping=30.0),
     "hidden_act is 'gelu', .*only silu": lambda f: change(f, hidden_act="gelu"),
     r"sliding_window is 16, .*max_position_embeddings \(64\)": lambda f: change(f, sliding_window=16),
