@@ -1,6 +1,7 @@
 """The proof of an import: logits, loss, the gradient of every weight and every router choice against transformers on the same
 folder, then back to a folder whose tensors are the same bytes."""
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,10 +141,12 @@ def gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     worst, where = 0.0, ""
     for key, grad in ours.items():
         if key not in theirs:
-            return float("inf"), key
+            return math.inf, key
         scale = max(float(theirs[key].abs().max()), 1e-3 * largest, 1e-30)
         difference = float((grad - theirs[key]).abs().max()) / scale
-        if not difference <= worst:
+        if math.isnan(difference):
+            return math.inf, key
+        if difference > worst:
             worst, where = difference, key
     return worst, where
 
