@@ -5,8 +5,8 @@ Import, export, their proof and their errors follow.  One file a family, and a r
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from megalina.blocks.attention import head_dim
@@ -93,6 +93,10 @@ class Family(ABC):
     def links(self, settings: Settings) -> Iterator[Link]:
         """Every number of every tensor, once."""
 
+    def present(self, settings: Settings, keys: Collection[str]) -> Settings:
+        """The settings of the tensors that a folder has, where its config.json may name parts that its files leave out."""
+        return settings
+
     def is_ignored(self, key: str, settings: Settings) -> bool:
         """Whether a tensor of theirs is left out: it holds nothing that is learned, or what another tensor holds."""
         return key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and settings.model.tie_embeddings)
@@ -114,6 +118,3 @@ class Family(ABC):
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"a {self.name} model can't have {shown}{more}")
         return fields
-
-    def named(self, settings: Settings) -> Settings:
-        return replace(settings, model=replace(settings.model, name=self.name))

@@ -114,7 +114,10 @@ def _config(
     if not (along / CONFIG).is_file():
         return written, []
     try:
-        whole = {**json.loads((along / CONFIG).read_bytes()), **written}
+        carried_fields = json.loads((along / CONFIG).read_bytes())
+        if carried_fields.get("model_type") in family.model_types:  # one of several names of the family, and its class
+            written |= {name: carried_fields[name] for name in ("model_type", "architectures") if name in carried_fields}
+        whole = {**carried_fields, **written}
         if family.read(whole).math() == settings.math():
             return whole, []
     except ValueError:  # of another family, say

@@ -56,7 +56,7 @@ def import_folder(
     source = Source(folder)
     try:
         family = family_of(source.config)
-        settings = family.read(source.config)
+        settings = family.present(family.read(source.config), source.listing)
         train = TrainConfig(dtype=_train_dtype(source), seq_len=min(TrainConfig().seq_len, settings.model.max_positions))
         config = PretrainConfig(model=settings.model, router=settings.router, train=train)
         check_config(config, 1)

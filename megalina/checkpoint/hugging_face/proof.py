@@ -168,4 +168,4 @@ def _same_bytes(source: Source, other: Source, key: str) -> bool:
 
 def _is_left_out(source: Source, key: str) -> bool:
     family = family_of(source.config)
-    return family.is_ignored(key, family.read(source.config))
+    return family.is_ignored(key, family.present(family.read(source.config), source.listing))
