@@ -32,6 +32,15 @@ class Fields:
             raise ValueError(f"{name} is {value}: a whole number is needed")
         return int(value)
 
+    def whole_or_null(self, name: str, default: int) -> int:
+        """A whole number, or 0 where the field is there and null."""
+        return 0 if name in self._values and self._values[name] is None else self.whole(name, default)
+
+    def defaults(self, name: str, value: Any, *, unless: str) -> None:
+        """The field's value where it is absent, and so is `unless`."""
+        if self._values.get(name) is None and self._values.get(unless) is None:
+            self._values = {**self._values, name: value}
+
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._number(name, default, ""))
 
@@ -67,7 +76,7 @@ class Fields:
         """ValueError where the field is there and is none of `values`."""
         found = self.any(name, None)
         if found is not None and found not in values:
-            expected = " or ".join(map(str, values))
+            expected = " or ".join(map(str, values or ["null"]))
             raise ValueError(f"{name} is {found!r}, and {why}: only {expected} can be taken")
 
     def passes(self, *names: str) -> None:
