@@ -151,6 +151,4 @@ def open_checkpoint(path: Path | str, *, device: torch.device | str = "cpu", dty
         if newest is None:
             raise ValueError(f"{folder} has no checkpoint yet")
         folder = newest
-    elif (folder / "config.json").is_file() and not (folder / "values.json").is_file():
-        raise ValueError(f"{folder} is in Hugging Face's format: python tools/checkpoint.py import {folder} CHECKPOINT")
     return OpenedModel(load_model(folder, device=device, dtype=dtype))

@@ -25,6 +25,10 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint {path}: give the folder of one, such as RUN/checkpoints/step_00000020")
     for name in (VALUES, METADATA, SUMS):
         if not (path / name).is_file():
+            if (path / "config.json").is_file():
+                raise ValueError(
+                    f"{path} is in Hugging Face's format: first, python tools/checkpoint.py import {path} CHECKPOINT"
+                )
             raise ValueError(f"{path} is not a complete checkpoint: it has no {name}")
     data = read_checked(path, VALUES)
     try:

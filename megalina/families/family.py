@@ -97,9 +97,14 @@ class Family(ABC):
         """The settings of the tensors that a folder has, where its config.json may name parts that its files leave out."""
         return settings
 
-    def is_ignored(self, key: str, settings: Settings) -> bool:
-        """Whether a tensor of theirs is left out: it holds nothing that is learned, or what another tensor holds."""
-        return key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and settings.model.tie_embeddings)
+    def copies(self, settings: Settings) -> Mapping[str, str]:
+        """Tensors that files may have once more, under a second name: that name -> the tensor's.  They are compared, then left
+        out."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if settings.model.tie_embeddings else {}
+
+    def is_ignored(self, key: str) -> bool:
+        """Whether nothing in a tensor is learned."""
+        return key.endswith("rotary_emb.inv_freq")
 
     def read(self, config: Mapping[str, Any]) -> Settings:
         """The settings of a config.json; ValueError, which names the field, for what isn't known or can't be computed."""

@@ -4,7 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
+from megalina.config import ModelConfig, RouterConfig
+from megalina.explain import CONF
 from megalina.families.family import Settings
 from megalina.families.table import FAMILIES, family_for, family_named, family_of
 from tests.checkpoint.hugging_face.plain import config_of
@@ -106,6 +109,38 @@ def test_a_setting_that_a_family_cannot_say_is_named(group: str, setting: str, v
     other = replace(settings, **{group: replace(getattr(settings, group), **{setting: value})})
     with pytest.raises(ValueError, match=f"a mixtral model can't have {group}.{setting}={value}"):
         family_named("mixtral").written(other)
+
+
+RELEASED = {  # what the files of the released models say
+    "mixtral_8x7b": {
+        "model_type": "mixtral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_key_value_heads": 8,
+        "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2,
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "initializer_range": 0.02,
+    },
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe", "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+        "architectures": ["Qwen3MoeForCausalLM"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_is_that_of_its_file_in_conf(name: str) -> None:
+    config = RELEASED[name]
+    found = family_of(config).read(config)
+    written = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    ours = Settings(ModelConfig(**written["model"]), RouterConfig(**written["router"]))
+    assert found.math() == ours.math() and found.router.balance_loss == ours.router.balance_loss
 
 
 def test_training_settings_change_no_model() -> None:

@@ -63,7 +63,7 @@ def import_folder(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     linked = Linked(family, settings)
-    ignored = [key for key in source.listing if key not in linked.theirs and family.is_ignored(key, settings)]
+    ignored = left_out(source, linked)
     check_keys({k: shape for k, (shape, _) in source.listing.items() if k not in ignored}, linked.key_shapes(), str(folder))
     notes = _check_tokenizer(folder, settings.model.vocab_size)
     names = sorted(linked.ours)
@@ -108,6 +108,25 @@ def import_folder(
     if line is not None:
         line.end()
     return done[0]
+
+
+def left_out(source: Source, linked: Linked) -> list[str]:
+    """Keys that are not taken, since nothing in them is learned, or they are copies.  ValueError for copies that are none."""
+    copies = linked.family.copies(linked.settings)
+    found = [key for key in source.listing if key not in linked.theirs and (key in copies or linked.family.is_ignored(key))]
+    for key in found:
+        other = copies.get(key, key)
+        if other != key and other in source.listing and not same_bytes(source.tensor(key), source.tensor(other)):
+            raise ValueError(
+                f"{source.folder}: {key} is not {other}, as {CONFIG} says (tie_word_embeddings): one of the two would be lost"
+            )
+    return found
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Also where they are no numbers, which equal nothing."""
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _fetch(source: Source, linked: Linked, sums: ExpertSums, line: Progress | None) -> Callable[[str, Box], Tensor]:

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.checkpoint.hugging_face.exporting import export_checkpoint
-from megalina.checkpoint.hugging_face.importing import import_folder
+from megalina.checkpoint.hugging_face.importing import import_folder, left_out, same_bytes
 from megalina.checkpoint.hugging_face.linked import Linked, settings_of
 from megalina.checkpoint.hugging_face.peer import Answers, ask_transformers, check_installed
 from megalina.checkpoint.hugging_face.source import Source
 from megalina.checkpoint.hugging_face.views import theirs_from
 from megalina.checkpoint.loaded_model import load_model
-from megalina.checkpoint.safetensors_file import raw
 from megalina.checkpoint.stored import Stored
-from megalina.families.table import family_named, family_of
+from megalina.families.table import family_named
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.model.routing_recorder import RoutingRecorder
@@ -82,12 +81,12 @@ def prove(folder: Path, *, scratch: Path | None = None, seed: int = 0) -> Proof:
         place = Path(made)
         import_folder(folder, place / "checkpoint")
         export_checkpoint(place / "checkpoint", place / "back")
-        differing, tensors = _differing(folder, place / "back")
         loaded = load_model(place / "checkpoint")
         vocab, length = loaded.gpt.vocab_size, min(LENGTH, loaded.max_positions)
         token_BS = torch.randint(vocab, (SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
         came = Stored(place / "checkpoint").values
         linked = Linked(family_named(came["hugging_face"]["family"]), settings_of(came["config"], vocab))
+        differing, tensors = _differing(folder, place / "back", linked)
         ours = ask_gpt(loaded.gpt, token_BS, linked)
         del loaded
         theirs = ask_transformers(folder, token_BS, place / "gradients")
@@ -151,21 +150,11 @@ def gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     return worst, where
 
 
-def _differing(folder: Path, back: Path) -> tuple[list[str], int]:
+def _differing(folder: Path, back: Path, linked: Linked) -> tuple[list[str], int]:
     """Keys whose bytes, types or shapes differ in two Hugging Face folders, and how many keys the first has."""
     source, other = Source(folder), Source(back)
-    keys = [key for key in source.listing if key in other.listing or not _is_left_out(source, key)]
-    missing = [key for key in (*other.listing, *keys) if (key in source.listing) != (key in other.listing)]
-    same = [key for key in keys if key in other.listing]
-    wrong = [key for key in same if source.listing[key] != other.listing[key] or not _same_bytes(source, other, key)]
-    return missing + wrong, len(keys)
-
-
-def _same_bytes(source: Source, other: Source, key: str) -> bool:
-    first, second = (raw(one.tensor(key).contiguous()) for one in (source, other))
-    return bytes(first) == bytes(second)
-
-
-def _is_left_out(source: Source, key: str) -> bool:
-    family = family_of(source.config)
-    return family.is_ignored(key, family.present(family.read(source.config), source.listing))
+    left = {*left_out(source, linked)}
+    keys = [key for key in source.listing if key not in left]
+    missing = [key for key in (*keys, *other.listing) if (key in source.listing) != (key in other.listing)]
+    there = [key for key in keys if key in other.listing]
+    return missing + [key for key in there if not same_bytes(source.tensor(key), other.tensor(key))], len(keys)

@@ -118,6 +118,17 @@ def test_tokenizer_files_go_along_unchanged(tmp_path: Path) -> None:
     assert load_model(tmp_path / "two").tokenizer_path == str(tmp_path / "two" / "hugging_face" / "tokenizer.json")
 
 
+def test_copies_and_tables_of_rope_are_left_out(tmp_path: Path) -> None:
+    config, state = tiny(tmp_path / "hf", "llama")
+    more = {
+        "lm_head.weight": state["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    with_tensors(tmp_path / "hf", lambda s: s.update(more))
+    done = import_folder(tmp_path / "hf", tmp_path / "checkpoint")
+    assert sorted(done.ignored) == sorted(more) and done.keys == len(state)
+
+
 def test_fields_that_change_no_logit_stay_as_they_were(tmp_path: Path) -> None:
     tiny(
         tmp_path / "hf",
@@ -281,6 +292,7 @@ BAD = {
         f, lambda s: s.update({EXPERT: s[EXPERT].to(torch.float8_e4m3fn)})
     ),
     r"tokenizer.json has 65 ids, and the model 64 rows": lambda f: tokenizer(f, 65),
+    "lm_head.weight is not model.embed_tokens.weight, as config.json": lambda f: change(f, tie_word_embeddings=True),
     "config.json is no JSON": lambda f: (f / "config.json").write_text("{"),
     "has no config.json": lambda f: (f / "config.json").unlink(),
 }
