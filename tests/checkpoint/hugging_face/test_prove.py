@@ -21,12 +21,12 @@ from tests.checkpoint.hugging_face.plain import CONFIGS, config_of, tiny
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers isn't installed")
 
 
-def written_by_transformers(folder: Path, kind: str, *, seed: int = 0, **changes: Any) -> None:
+def written_by_transformers(folder: Path, kind: str, config: dict[str, Any] | None = None, *, seed: int = 0) -> None:
     """A tiny model with random norms, biases and buffers, too, and a router whose scores lie apart."""
     import transformers
 
-    config = config_of(kind, **changes)
-    made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    fields = {key: value for key, value in (config or config_of(kind)).items() if key != "model_type"}
+    made = transformers.AutoConfig.for_model(kind, **fields)
     random = torch.Generator().manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_random_configurations(tmp_path: Path, seed: int) -> None:
     from tests.checkpoint.hugging_face.test_import import random_config
 
     config = random_config(seed)
-    written_by_transformers(tmp_path / "hf", config.pop("model_type"), seed=seed, **config)
+    written_by_transformers(tmp_path / "hf", config.pop("model_type"), config, seed=seed)
     proof = prove(tmp_path / "hf", scratch=tmp_path, seed=seed)
     assert proof.holds, f"{config}\n{proof.table()}"
 
