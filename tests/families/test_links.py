@@ -9,7 +9,7 @@ from megalina.checkpoint.hugging_face.linked import Linked, our_shapes
 from megalina.checkpoint.hugging_face.views import ours_from, theirs_from, viewed
 from megalina.families.decoder import experts_links, mlp_links
 from megalina.families.links import Link, View, same, uncovered
-from megalina.families.table import FAMILIES, family_of
+from megalina.families.table import family_of
 from tests.checkpoint.hugging_face.plain import CONFIGS, config_of, state_of
 
 
@@ -127,8 +127,9 @@ def test_links_are_the_tensors_of_the_files_and_of_the_model(kind: str) -> None:
 
 
 def test_a_family_that_forgets_a_tensor_is_found_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in FAMILIES:
-        config = config_of(family.model_types[0])
+    for kind in CONFIGS:
+        config = config_of(kind)
+        family = family_of(config)
         links = list(family.links(family.read(config)))
         for planted in (links[:-1], [*links, links[0]], [*links[:-1], same("extra", "unknown", 3)]):
             with monkeypatch.context() as patch:
