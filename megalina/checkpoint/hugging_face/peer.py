@@ -45,8 +45,10 @@ def ask_transformers(folder: Path, token_BS: Tensor, scratch: Path) -> Answers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", local_files_only=True
         ).eval()
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = False  # with them the loss has a balance loss in it
         choices, hooks = _watched(model)
-        out = model(input_ids=token_BS, labels=token_BS, use_cache=False, output_router_logits=False)
+        out = model(input_ids=token_BS, labels=token_BS, use_cache=False)
         for hook in hooks:
             hook.remove()
         out.loss.backward()
