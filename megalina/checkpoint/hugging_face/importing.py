@@ -1,7 +1,7 @@
 """The way in: a Hugging Face folder becomes a checkpoint that any layout loads, with one tensor in memory at a time."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megalina.checkpoint.hugging_face.views import ours_from
 from megalina.checkpoint.streaming_writer import row_boxes, write_rows
 from megalina.comm.slice import Box
 from megalina.config import PretrainConfig, TrainConfig
+from megalina.families.links import Link
 from megalina.families.table import family_of
 from megalina.validate import check_config
 
@@ -73,7 +74,7 @@ def import_folder(
     along = sum(path.stat().st_size for path in carried.carried(folder))
     check_room(target, num_bytes + boxes * BOX_OVERHEAD + along)
     sums, line = ExpertSums(), Progress(f"import {folder.name}", num_bytes) if progress else None
-    fetch = _fetch(source, linked, sums, line)
+    fetch = _fetch(source, linked, listing, sums, line)
 
     def beside(hidden: Path) -> None:
         copied = carried.copy_all(folder, hidden / carried.FOLDER)
@@ -129,25 +130,33 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     return alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _fetch(source: Source, linked: Linked, sums: ExpertSums, line: Progress | None) -> Callable[[str, Box], Tensor]:
-    """The data of boxes of whole rows, asked for in the order of the tensors' names."""
-    held: dict[str, Tensor] = {}  # the last tensor that can't be made row by row
+def _fetch(
+    source: Source,
+    linked: Linked,
+    listing: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    sums: ExpertSums,
+    line: Progress | None,
+) -> Callable[[str, Box], Tensor]:
+    """The data of boxes of whole rows, asked for tensor by tensor."""
+    links: dict[str, Mapping[int, Sequence[Link]] | None] = {}  # of the last tensor, by row
+    held: dict[str, Tensor] = {}  # the last one that can't be made row by row
 
     def fetch(full: str, box: Box) -> Tensor:
-        name = full.removeprefix(MODEL)
-        links, dtype = linked.ours[name], _dtype_of(source, linked, name)
-        if not box.offsets:
-            found = ours_from(links, dtype, source.tensor)
-            first = 0
+        name, dtype = full.removeprefix(MODEL), listing[full][1]
+        if name not in links:
+            links.clear()
+            held.clear()
+            links[name] = linked.by_row(name) if box.offsets else None
+        by_row, first = links[name], box.offsets[0] if box.offsets else 0
+        if by_row is not None:
+            rows = range(first, first + box.data.shape[0])
+            found = ours_from([link for row in rows for link in by_row[row]], dtype, source.tensor, rows)
         else:
-            first, count = box.offsets[0], box.data.shape[0]
-            if all(link.ours.first is not None for link in links):
-                found = ours_from(links, dtype, source.tensor, range(first, first + count))
-            else:
-                if name not in held:
-                    held.clear()
-                    held[name] = ours_from(links, dtype, source.tensor)
-                found = held[name][first : first + count].clone()
+            if name not in held:
+                held[name] = ours_from(linked.ours[name], dtype, source.tensor)
+            found = held[name]
+            if found.shape != box.data.shape:
+                found = found[first : first + box.data.shape[0]].clone()
         sums.add(name, first, found)
         if line is not None:
             line.add(found.nbytes)

@@ -1,7 +1,7 @@
 """The links of one model, grouped by tensor on either side and held against what is really there."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
 import torch
@@ -33,6 +33,15 @@ class Linked:
         declared = our_shapes(settings)
         shapes = {name: links[0].ours.shape for name, links in self.ours.items()}
         assert declared == shapes, f"{family.name}: {sorted(declared.items() ^ shapes.items())}"
+
+    def by_row(self, name: str) -> Mapping[int, Sequence[Link]] | None:
+        """The links of each index of our tensor's first dim; None where one is of several."""
+        out: dict[int, list[Link]] = {}
+        for link in self.ours[name]:
+            if link.ours.first is None:
+                return None
+            out.setdefault(link.ours.first, []).append(link)
+        return out
 
     def key_shapes(self) -> Shapes:
         return {key: links[0].theirs.shape for key, links in self.theirs.items()}

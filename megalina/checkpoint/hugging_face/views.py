@@ -26,13 +26,12 @@ def theirs_from(links: Iterable[Link], dtype: torch.dtype, ours: Callable[[str],
 
 
 def ours_from(links: Iterable[Link], dtype: torch.dtype, theirs: Callable[[str], Tensor], rows: range | None = None) -> Tensor:
-    """Our tensor that all these links are of, or only `rows` of its first dim, where each link is of one of them."""
+    """Our tensor that all these links are of; `rows`: only these of its first dim, each link being of one of them."""
     out: Tensor | None = None
     for link in links:
         view = link.ours
         if rows is not None:
-            if view.first not in rows:
-                continue
+            assert view.first is not None
             view = replace(view, shape=(len(rows), *view.shape[1:]), at=(view.first - rows.start, *view.at[1:]))
         out = torch.empty(view.shape, dtype=dtype) if out is None else out
         viewed(out, view).copy_(viewed(theirs(link.theirs.name), link.theirs))
