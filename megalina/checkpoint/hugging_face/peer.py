@@ -5,6 +5,7 @@ model holds its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def check_installed() -> None:
 def ask_transformers(folder: Path, token_BS: Tensor, scratch: Path) -> Answers:
     """`scratch`: a folder for the gradients, which is made."""
     check_installed()
-    import transformers
+    transformers = import_module("transformers")  # by name: type checkers would read all of it
 
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
