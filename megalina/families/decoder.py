@@ -18,19 +18,19 @@ def decoder_model(fields: Fields, *, eps: float, theta: float, **more: Any) -> M
     """`eps`, `theta`: where config.json has none; `more`: settings of the family's own."""
     fields.needs("hidden_act", "silu", why="experts and MLPs are gated by silu (swiglu)")
     fields.needs("attention_dropout", 0, why="attention weights have no dropout here")
-    heads = fields.whole("num_attention_heads")
+    heads = fields.whole("num_attention_heads", least=1)
     given: dict[str, Any] = {
         "name": fields.family,
-        "num_layers": fields.whole("num_hidden_layers"),
-        "d_model": fields.whole("hidden_size"),
+        "num_layers": fields.whole("num_hidden_layers", least=1),
+        "d_model": fields.whole("hidden_size", least=1),
         "num_heads": heads,
         "num_kv_heads": fields.whole("num_key_value_heads", heads),
         "head_dim": fields.whole("head_dim", 0),
         "norm_eps": fields.number("rms_norm_eps", eps),
         "rope_theta": rope_theta(fields, theta),
-        "max_positions": fields.whole("max_position_embeddings"),
+        "max_positions": fields.whole("max_position_embeddings", least=1),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
-        "vocab_size": fields.whole("vocab_size"),
+        "vocab_size": fields.whole("vocab_size", least=1),
         "init_std": fields.number("initializer_range", 0.02),
     }
     return ModelConfig(**given | more)
@@ -66,17 +66,17 @@ def refuse_window(fields: Fields, *, switch: str = "") -> None:
     fields.passes("sliding_window", "max_window_layers")
     if switch and not fields.flag(switch, False):
         return
-    window = fields.any("sliding_window", None)
-    if window is not None and window < fields.whole("max_position_embeddings"):
+    longest = fields.whole("max_position_embeddings")
+    if (window := fields.whole("sliding_window", longest)) < longest:
         raise ValueError(
             f"sliding_window is {window}, and attention reaches back over all max_position_embeddings "
-            f"({fields.whole('max_position_embeddings')}): only null can be taken"
+            f"({longest}): only null can be taken"
         )
 
 
 def refuse_layer_types(fields: Fields) -> None:
-    kinds = fields.any("layer_types", [])
-    if other := sorted({str(kind) for kind in kinds} - {"full_attention"}):
+    kinds = fields.words("layer_types")
+    if other := sorted({*kinds} - {"full_attention"}):
         raise ValueError(f"layer_types has {', '.join(other)}: only full_attention can be taken")
 
 

@@ -1,9 +1,9 @@
 """The fields of a `config.json`, read one by one: what nobody has read may change the math, and is refused by name."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+LARGEST = 1e30  # of a number that may stand in a file
 HARMLESS = frozenset(  # tokens' names, types in memory, what is returned: nothing of them is in a logit
     (
         *("architectures", "model_type", "transformers_version", "auto_map", "_name_or_path", "tokenizer_class", "prefix"),
@@ -25,11 +25,11 @@ class Fields:
         self._values, self.family = values, family
         self._read: set[str] = set()
 
-    def whole(self, name: str, default: int | None = None, *, also: str = "") -> int:
+    def whole(self, name: str, default: int | None = None, *, least: int = 0, also: str = "") -> int:
         """A whole number; `also`: another name of the same field."""
         value = self._number(name, default, also)
-        if value != int(value):
-            raise ValueError(f"{name} is {value}: a whole number is needed")
+        if value != int(value) or value < least:
+            raise ValueError(f"{name} is {value}: a whole number from {least} on is needed")
         return int(value)
 
     def whole_or_null(self, name: str, default: int) -> int:
@@ -55,6 +55,13 @@ class Fields:
         value = self.any(name, [])
         if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
             raise ValueError(f"{name} is {value!r}: a list of whole numbers is needed")
+        return value
+
+    def words(self, name: str) -> list[str]:
+        """A list of words; absent: empty."""
+        value = self.any(name, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise ValueError(f"{name} is {value!r}: a list of words is needed")
         return value
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -98,6 +105,6 @@ class Fields:
         value = self.any(name, default, also=also)
         if value is None:
             raise ValueError(f"there is no {name}: a {self.family} model has one")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
             raise ValueError(f"{name} is {value!r}: a number is needed")
         return value

@@ -80,6 +80,37 @@ def test_a_field_that_changes_the_math_is_named(kind: str, changes: dict[str, An
         read(kind, **changes)
 
 
+JUNK: tuple[Any, ...] = (
+    *("x", -1, 0, 1.5, float("nan"), float("inf"), True, [], ["x"], [1], {}, {"a": 1}, {"rope_type": [1]}, 10**400),
+)
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_whatever_a_field_holds_it_is_a_model_or_one_line(kind: str) -> None:
+    fields = ("sliding_window", "layer_types", "use_sliding_window", "rope_scaling", "rope_parameters", "head_dim", "vocab_size")
+    for name in {*config_of(kind), *fields} - {"model_type"}:
+        for junk in (
+            "x",
+            -1,
+            0,
+            1.5,
+            float("nan"),
+            float("inf"),
+            True,
+            [],
+            ["x"],
+            [1],
+            {},
+            {"a": 1},
+            {"rope_type": [1]},
+            10**400,
+        ):
+            try:
+                assert read(kind, **{name: junk}).model.vocab_size
+            except ValueError as error:
+                assert "\n" not in str(error)
+
+
 def test_a_window_beyond_the_longest_sequence_changes_nothing() -> None:
     assert read("mixtral", sliding_window=64).math() == read("mixtral").math()
     assert read("qwen3", use_sliding_window=False, sliding_window=4, max_window_layers=1).math() == read("qwen3").math()
