@@ -19,11 +19,12 @@ from tests.checkpoint.hugging_face.plain import tiny
 EIGHT = {"num_experts": 8}
 
 
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    tiny(tmp_path / "hf", "llama")
-    import_folder(tmp_path / "hf", tmp_path / "dense")
-    return tmp_path / "dense"
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny(folder / "hf", "llama")
+    import_folder(folder / "hf", folder / "dense")
+    return folder / "dense"
 
 
 def loss_of(path: Path) -> float:
@@ -43,8 +44,8 @@ def loss_of(path: Path) -> float:
         ({}, {"kind": "group_limited", "num_groups": 4, "groups_per_token": 2}),
     ],
 )
-def test_the_first_loss_is_the_dense_models(dense: Path, model: dict[str, Any], router: dict[str, Any]) -> None:
-    target = dense.with_name("moe")
+def test_the_first_loss_is_the_dense_models(dense: Path, tmp_path: Path, model: dict[str, Any], router: dict[str, Any]) -> None:
+    target = tmp_path / "moe"
     settings = upcycle(dense, target, model=EIGHT | model, router=router)
     assert abs(loss_of(target) - loss_of(dense)) < 1e-12
     assert faults(target) == [] and read_values(target)["step"] == 0
@@ -58,11 +59,11 @@ def test_the_first_loss_is_the_dense_models(dense: Path, model: dict[str, Any], 
             assert not tensors[f"model/layers.{layer}.router.weight"].any()
 
 
-def test_noise_follows_from_the_seed_and_sets_experts_apart(dense: Path) -> None:
+def test_noise_follows_from_the_seed_and_sets_experts_apart(dense: Path, tmp_path: Path) -> None:
     made = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        upcycle(dense, dense.with_name(name), model=EIGHT, router={}, noise=0.01, seed=seed)
-        made[name] = read_tensors(dense.with_name(name))
+        upcycle(dense, tmp_path / name, model=EIGHT, router={}, noise=0.01, seed=seed)
+        made[name] = read_tensors(tmp_path / name)
     key, router = "model/layers.1.experts.w1", "model/layers.0.router.weight"
     assert all(torch.equal(made["a"][name], made["b"][name]) for name in made["a"])
     assert not torch.equal(made["a"][key], made["c"][key]) and not torch.equal(made["a"][router], made["c"][router])
@@ -70,7 +71,7 @@ def test_noise_follows_from_the_seed_and_sets_experts_apart(dense: Path) -> None
     relative = made["a"][key] / mlp - 1
     assert relative.std() == pytest.approx(0.01, rel=0.05) and abs(float(relative.mean())) < 0.001
     assert made["a"][router].std() == pytest.approx(0.01 * 0.02, rel=0.2)
-    assert 0 < abs(loss_of(dense.with_name("a")) - loss_of(dense)) < 0.01
+    assert 0 < abs(loss_of(tmp_path / "a") - loss_of(dense)) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -86,15 +87,15 @@ def test_noise_follows_from_the_seed_and_sets_experts_apart(dense: Path) -> None
     ],
 )
 def test_what_would_not_be_the_same_model_is_refused(
-    dense: Path, model: dict[str, Any], router: dict[str, Any], problem: str
+    dense: Path, tmp_path: Path, model: dict[str, Any], router: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
-        upcycle(dense, dense.with_name("moe"), model=model, router=router)
-    assert not dense.with_name("moe").exists()
+        upcycle(dense, tmp_path / "moe", model=model, router=router)
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = dense.with_name("moe")
+def test_the_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "moe"
     assert tool.main(["upcycle", str(dense), str(target), "model.num_experts=8", "router.top_k=2", "--noise", "0.01"]) == 0
     out = capsys.readouterr().out
     assert "8 experts in 2 of 2 layers" in out and "model.num_experts=8 model.d_ff=48" in out and "train.init_from" in out
@@ -104,6 +105,6 @@ def test_the_command_line(dense: Path, capsys: pytest.CaptureFixture[str]) -> No
         ([str(dense), "model.num_experts=eight"], "num_experts"),
         ([str(dense), "train.steps=8"], "train.steps=8 must be model.KEY=VALUE or router.KEY=VALUE"),
     ):
-        assert tool.main(["upcycle", words[0], str(dense.with_name("other")), *words[1:]]) == 2
+        assert tool.main(["upcycle", words[0], str(tmp_path / "other"), *words[1:]]) == 2
         error = capsys.readouterr().err
         assert problem in error and error.count("\n") == 1
