@@ -256,13 +256,16 @@ def typed(schema: type, group: str, words: Mapping[str, str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    found = {}
+    found: dict[str, Any] = {}
     for key, word in words.items():
         try:
-            whole = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([f"{key}={word}"]))
-            found[key] = OmegaConf.to_container(whole)[key]  # type: ignore[call-overload, index]
+            whole = OmegaConf.to_container(
+                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([f"{key}={word}"]))
+            )
         except OmegaConfBaseException as error:
             raise ValueError(f"{group}.{key}={word}: {str(error).splitlines()[0]}") from error
+        assert isinstance(whole, dict)
+        found[key] = whole[key]
     return found
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 import torch
 
@@ -77,16 +78,15 @@ def check_keys(there: Shapes, wanted: Shapes, where: str) -> None:
 
 def overrides(settings: Settings) -> list[str]:
     """The words of a command line that make this model."""
+    return _given("model", settings.model, ModelConfig()) + _given("router", settings.router, RouterConfig())
+
+
+def _given(group: str, values: Any, default: Any) -> list[str]:
     out = []
-    for group, values, default in (
-        ("model", settings.model, ModelConfig()),
-        ("router", settings.router, RouterConfig()),
-    ):
-        for field in fields(values):
-            value = getattr(values, field.name)
-            if value != getattr(default, field.name):
-                text = str(value).lower() if isinstance(value, bool) else f"{value}"
-                out.append(f"{group}.{field.name}={text}")
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if value != getattr(default, field.name):
+            out.append(f"{group}.{field.name}={str(value).lower() if isinstance(value, bool) else value}")
     return out
 
 
