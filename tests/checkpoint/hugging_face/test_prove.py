@@ -77,9 +77,8 @@ def test_what_goes_out_is_read_by_transformers(tmp_path: Path) -> None:
         import_folder(tmp_path / kind, tmp_path / f"{kind} checkpoint")
         export_checkpoint(tmp_path / f"{kind} checkpoint", tmp_path / f"{kind} back", shard_bytes=50_000)
         there, back = (transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in (kind, f"{kind} back"))
-        assert {key: back[key] for key in there if key not in ("_name_or_path", "rope_theta")} == {
-            key: value for key, value in there.items() if key not in ("_name_or_path", "rope_theta")
-        }
+        said = {key: value for key, value in there.items() if value is not None and key != "_name_or_path"}
+        assert {key: back[key] for key in said} == said
         one, other = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in (kind, f"{kind} back"))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
@@ -172,7 +171,7 @@ def test_a_difference_of_gradients_is_relative_to_their_tensor() -> None:
     theirs = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([1e-9])}
     assert gradient_difference({"a": torch.tensor([2.0, 0.2])}, theirs) == (pytest.approx(0.1), "a")
     found, key = gradient_difference({"a": theirs["a"], "b": torch.tensor([2e-9])}, theirs)
-    assert key == "b" and found == pytest.approx(5e-7)  # of numbers that are rounding
+    assert key == "b" and found == pytest.approx(5e-8)  # of numbers that are rounding
     assert gradient_difference({"c": torch.zeros(1)}, theirs) == (float("inf"), "c")
     nan = {"a": torch.tensor([float("nan"), 0.0])}
     assert gradient_difference(nan | {"b": theirs["b"]}, theirs) == (float("inf"), "a")
