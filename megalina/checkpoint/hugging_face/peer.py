@@ -48,6 +48,7 @@ def ask_transformers(folder: Path, token_BS: Tensor, scratch: Path) -> Answers:
         ).eval()
         if hasattr(model.config, "output_router_logits"):
             model.config.output_router_logits = False  # with them the loss has a balance loss in it
+        model.get_input_embeddings().padding_idx = None  # whose row gets no gradient, though it is learned like any other
         choices, hooks = _watched(model)
         out = model(input_ids=token_BS, labels=token_BS, use_cache=False)
         for hook in hooks:
