@@ -135,8 +135,8 @@ def ask_gpt(gpt: GPT, token_BS: Tensor, linked: Linked) -> Answers:
 
 def gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:
     """The largest difference, relative to the largest number of its tensor, and its key; but at least to a hundredth of the
-    largest of all: float32 leaves as much rounding in what nearly cancels, on both sides alike.  A tensor that one of the two lacks
-    is infinitely far away."""
+    largest of all: float32 leaves as much rounding in what nearly cancels, on both sides alike.  A tensor that one of the two
+    lacks is infinitely far away."""
     largest = max((float(grad.abs().max()) for grad in theirs.values()), default=0.0)
     worst, where = 0.0, ""
     for key, grad in ours.items():
