@@ -21,6 +21,17 @@ class Batch:
     document_BS: Tensor | None  # int64, equal within a document of the sequence; None: plain causal attention
     sample_B: Tensor  # int64, number of the sequence since the start of training: seeds dropout and noise
 
+    @classmethod
+    def whole(cls, token_BS: Tensor) -> "Batch":
+        """Sequences without padding, each one document; their last tokens have no loss."""
+        sequences, length = token_BS.shape
+        valid_BS = torch.ones_like(token_BS, dtype=torch.bool)
+        counts_BS = valid_BS.clone()
+        counts_BS[:, -1] = False
+        position_BS = torch.arange(length, device=token_BS.device).expand(sequences, length)
+        sample_B = torch.arange(sequences, device=token_BS.device)
+        return cls(token_BS, token_BS.roll(-1, 1), counts_BS, valid_BS, position_BS, None, sample_B)
+
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda v: v.to(device, non_blocking=True))
 

@@ -280,7 +280,8 @@ class TrainConfig:
     eval_sequences: int = setting(64, low=1)  # sequences of one validation
     # auto: the newest checkpoint of run.dir | verify: it, its last steps run again | none | a run or checkpoint
     resume: str = "auto"
-    allow_changes: bool = False  # go on although settings differ that change the data's order or what the saved state means
+    # go on although settings differ that change the data's order, what the saved state means or, with init_from, the model
+    allow_changes: bool = False
     init_from: str = ""  # PATH of a run or checkpoint: its weights, a fresh optimizer
     exit_step: int = setting(0, high=LARGEST_COUNT)  # save and stop after this step; 0: run to the end
     max_minutes: float = setting(0.0, high=1e9)  # save and stop after this time; 0: no limit

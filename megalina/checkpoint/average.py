@@ -8,6 +8,7 @@ import torch
 
 from megalina.checkpoint.checkpoints import check_same
 from megalina.checkpoint.files import MODEL
+from megalina.checkpoint.hugging_face.carried import carry_from
 from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.streaming_writer import write_checkpoint
 from megalina.comm.slice import Box
@@ -54,7 +55,7 @@ def average(sources: Sequence[Path], target: Path, *, weights: Sequence[float] |
     values: dict[str, Any] = {key: first.values[key] for key in KEPT if key in first.values}
     steps = [one.values["step"] for one in stored]
     values |= {"step": max(steps), "averaged_steps": steps, "averaged_weights": shares}
-    write_checkpoint(target, values, listing, fetch, files=files)
+    write_checkpoint(target, values, listing, fetch, files=files, beside=carry_from(first.path))
 
 
 def _settings(stored: Stored, group: str) -> dict[str, object]:

@@ -25,6 +25,10 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint {path}: give the folder of one, such as RUN/checkpoints/step_00000020")
     for name in (VALUES, METADATA, SUMS):
         if not (path / name).is_file():
+            if (path / "config.json").is_file():
+                raise ValueError(
+                    f"{path} is in Hugging Face's format: first, python tools/checkpoint.py import {path} CHECKPOINT"
+                )
             raise ValueError(f"{path} is not a complete checkpoint: it has no {name}")
     data = read_checked(path, VALUES)
     try:
@@ -53,6 +57,13 @@ def read_values(path: Path) -> dict:
     if isinstance(model, dict) and isinstance(model.get("qk_norm"), bool):  # as it was before there were several
         model["qk_norm"] = "head" if model["qk_norm"] else "none"
     return values
+
+
+def tokenizer_path(path: Path, values: Mapping[str, Any]) -> str:
+    """Where the tokenizer of the checkpoint `path` is: in its folder, or where it was when the checkpoint was written; "" where
+    the data had none."""
+    named: str = values["tokenizer_path"]
+    return str(path / named) if named and (path / named).is_file() else named
 
 
 def newest_first(folder: Path) -> list[Path]:

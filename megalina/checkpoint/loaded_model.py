@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from megalina.blocks.routers import kind_of
-from megalina.checkpoint.files import MODEL, read_values
+from megalina.checkpoint.files import MODEL, read_values, tokenizer_path
+from megalina.comm.slice import Box, Part
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.gpt import GPT
-from megalina.model.init import initialize, spec_of
+from megalina.model.init import allocate, spec_of
 
 EXPERT_TENSORS = ("w1", "w2", "b1", "b2")  # with biases all four
 
@@ -45,18 +46,17 @@ def load_model(
     if not experts:
         for layer in gpt.moe_layers:
             gpt.layers[layer].experts.release()
-    from megalina.checkpoint.stored import read_tensors
+    from megalina.checkpoint.stored import read_into
 
-    names = [*(name for name, _ in gpt.named_parameters()), *gpt.router_state()]
-    whole = {name.removeprefix(MODEL): t for name, t in read_tensors(path, [MODEL + name for name in names]).items()}
-    initialize(gpt, seed=0, dtype=dtype, device=device)
-    with torch.no_grad():
-        for name, p in gpt.named_parameters():
-            p.copy_(whole[name].reshape(spec_of(p).shape).view(p.shape))
-        for name, value in gpt.router_state().items():
-            value.copy_(whole[name])
+    allocate(gpt, dtype=dtype, device=device)
+    parts = {MODEL + name: _whole(p.detach().view(spec_of(p).shape)) for name, p in gpt.named_parameters()}
+    read_into(path, parts | {MODEL + name: _whole(value) for name, value in gpt.router_state().items()})
     gpt.eval()
-    return LoadedModel(gpt, max_positions, values["tokenizer_path"], values["step"])
+    return LoadedModel(gpt, max_positions, tokenizer_path(path, values), values["step"])
+
+
+def _whole(tensor: Tensor) -> Part:
+    return Part(tuple(tensor.shape), tensor.dtype, [Box((0,) * tensor.dim(), tensor)])
 
 
 def read_experts(path: Path, gpt: GPT, layer: int) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ go through memory one at a time.
 """
 
 import json
+import math
 import os
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.streaming_writer import published, write_checkpoint
 from megalina.comm.slice import Box
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -41,20 +43,35 @@ def to_safetensors(source: Path, file: Path, *, optimizer: bool = False) -> None
     names = [name for name in stored.listing if optimizer or name.startswith(MODEL)]
     # Types with large elements first, so that every tensor is aligned, as readers that map the file like it.
     names.sort(key=lambda name: (-stored.listing[name][1].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": _metadata(stored.values)}
-    end = 0
     for name in names:
-        shape, dtype = stored.listing[name]
-        if dtype not in _NAMES:
-            raise ValueError(f"{source}: safetensors files can't hold {name}, which is {dtype}")
-        start, end = end, end + stored.num_bytes(name)
-        header[name.removeprefix(MODEL)] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        if stored.listing[name][1] not in DTYPE_NAMES:
+            raise ValueError(f"{source}: safetensors files can't hold {name}, which is {stored.listing[name][1]}")
+    theirs = {name.removeprefix(MODEL): name for name in names}
+    listing = {own: stored.listing[name] for own, name in theirs.items()}
+    with published(file) as partial:
+        write_file(partial, listing, _metadata(stored.values), lambda own: stored.tensor(theirs[own]))
+
+
+def write_file(
+    file: Path,
+    listing: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file, synced to disk, of the tensors of `listing` in its order, one at a time in memory.
+
+    KeyError for a type that such files can't hold."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (shape, dtype) in listing.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with published(file) as partial, partial.open("wb") as out:
+    with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            out.write(_raw(stored.tensor(name)))
+        for name in listing:
+            out.write(raw(tensor(name)))
         out.flush()
         os.fsync(out.fileno())
 
@@ -67,7 +84,7 @@ def from_safetensors(file: Path, target: Path, *, files: int = 1) -> None:
         try:
             opened = stack.enter_context(safe_open(file, framework="pt"))
             values = _values(file, opened.metadata() or {})
-            types = {name: dtype for dtype, name in _NAMES.items()}
+            types = {name: dtype for dtype, name in DTYPE_NAMES.items()}
             listing, names = {}, {}
             for name in opened.keys():  # noqa: SIM118  it is no dict
                 own = name if "/" in name else MODEL + name
@@ -87,7 +104,7 @@ def from_safetensors(file: Path, target: Path, *, files: int = 1) -> None:
         write_checkpoint(target, values, listing, fetch, files=files)
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megalina.checkpoint.files import sync_folder, write_rest
+from megalina.checkpoint.hugging_face.carried import carry_from
 from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.tensor_files import Fetch, write_streamed
 from megalina.comm.slice import Box, Part, span
@@ -17,7 +18,16 @@ from megalina.comm.slice import Box, Part, span
 Listing = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name: shape of the whole tensor, type
 
 
-def write_checkpoint(path: Path, values: Mapping[str, Any], listing: Listing, fetch: Fetch, *, files: int = 1) -> None:
+Beside = Callable[[Path], object]  # writes what else is to be in a checkpoint's folder, last, while that is hidden
+
+
+def nothing(folder: Path) -> None:
+    """No file more."""
+
+
+def write_checkpoint(
+    path: Path, values: Mapping[str, Any], listing: Listing, fetch: Fetch, *, files: int = 1, beside: Beside = nothing
+) -> None:
     """Write the checkpoint folder `path`, which must not be there; `fetch` gives the data of a box of a tensor.
 
     The tensors lie one after the other in `files` tensor files of the same size, whole but for those at the cuts.
@@ -27,16 +37,61 @@ def write_checkpoint(path: Path, values: Mapping[str, Any], listing: Listing, fe
         raise ValueError(
             f"{files} tensor files: a checkpoint has at least 1, and at most as many as its tensors have rows, {rows}"
         )
+    _write(path, values, _shares(listing, files), fetch, beside)
+
+
+def write_rows(
+    path: Path,
+    values: Mapping[str, Any],
+    listing: Listing,
+    fetch: Fetch,
+    *,
+    box_bytes: int,
+    file_bytes: int,
+    beside: Beside,
+) -> None:
+    """As `write_checkpoint`, in boxes of whole rows: of as many as `box_bytes` hold, one at least, and as many tensor files as
+    boxes fill with `file_bytes` each.  `fetch` is asked in the order of the listing."""
+    shares: list[dict[str, Part]] = [{}]
+    held = 0
+    for name, box in row_boxes(listing, box_bytes):
+        if held and held + box.data.nbytes > file_bytes:
+            shares.append({})
+            held = 0
+        held += box.data.nbytes
+        shares[-1].setdefault(name, Part(*listing[name], [])).boxes.append(box)
+    _write(path, values, shares, fetch, beside)
+
+
+def row_boxes(listing: Listing, box_bytes: int) -> Iterator[tuple[str, Box]]:
+    """Every tensor in boxes of whole rows along its first dim; their data are shapes alone."""
+    for name, (shape, dtype) in listing.items():
+        rows, inner = (shape[0], shape[1:]) if shape else (1, ())
+        step = max(1, box_bytes // max(1, _numel(inner) * dtype.itemsize))
+        for start in range(0, rows, step):
+            sizes = (min(step, rows - start), *inner) if shape else ()
+            offsets = (start, *[0] * len(inner)) if shape else ()
+            yield name, Box(offsets, torch.empty(sizes, dtype=dtype, device="meta"))
+
+
+def _write(
+    path: Path,
+    values: Mapping[str, Any],
+    shares: Sequence[Mapping[str, Part]],
+    fetch: Fetch,
+    beside: Beside,
+) -> None:
     with published(path) as partial:
         partial.mkdir(parents=True)
-        tensors, sums = write_streamed(partial, _shares(listing, files), fetch)
+        tensors, sums = write_streamed(partial, shares, fetch)
+        beside(partial)
         write_rest(partial, json.dumps(values), tensors, sums)
 
 
 def rewrite(source: Path, target: Path, *, files: int) -> None:
     """Write the checkpoint `source` again as `target`, with as many tensor files as `files` ranks would write."""
     stored = Stored(source)
-    write_checkpoint(target, stored.values, stored.listing, from_stored(stored), files=files)
+    write_checkpoint(target, stored.values, stored.listing, from_stored(stored), files=files, beside=carry_from(source))
 
 
 def from_stored(stored: Stored, prefix: str = "") -> Fetch:

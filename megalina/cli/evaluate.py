@@ -70,7 +70,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     """What is to be done, and where the report goes; everything that can be is checked before a rank starts: ValueError or
     OSError.  `command`: for the report."""
     from megalina.blocks.selection import selection_of, served_top_k
-    from megalina.checkpoint.files import read_values
+    from megalina.checkpoint.files import read_values, tokenizer_path
     from megalina.compose import CONF
     from megalina.config import ModelConfig, RouterConfig
     from megalina.serve.modes import read_mode
@@ -148,7 +148,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         option = "--text" if args.text else "--tasks"
         raise ValueError(f"{option}: {checkpoint} was trained on token ids without a tokenizer; leave it out")
     if values["tokenizer_path"]:
-        tokenizer = open_tokenizer(values["tokenizer_path"])
+        tokenizer = open_tokenizer(tokenizer_path(checkpoint, values))
         check_tasks(tasks, tokenizer, num_ids=values["vocab_size"], max_positions=max_positions)
     find_profile(checkpoint)
     if not args.text:

@@ -15,7 +15,7 @@ COMMANDS = {  # the module of megalina.cli whose main it is, and what it does
     "simulate": ("simulate", "steps in virtual time, one configuration or a sweep of them"),
     "compare": ("compare", "how fast a training step is under each strategy, on links of a given rate"),
     "verify": ("verify", "does every layout of a configuration's model give the numbers of one process?"),
-    "checkpoint": ("checkpoint", "inspect, verify, convert and average checkpoints"),
+    "checkpoint": ("checkpoint", "inspect, verify, convert and average checkpoints; import and export Hugging Face models"),
     "data": ("data", "turn text into token ids that training reads"),
     "generate": ("generate", "let a checkpoint write on from a prompt"),
     "report": ("report", "write a run's report.html again, from its run folder"),

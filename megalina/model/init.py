@@ -6,7 +6,7 @@ function of (seed, name, expert): the same on every layout, and a rank draws no 
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,12 +52,25 @@ def spec_of(p: Tensor) -> Parameter:
 
 def initialize(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu", cut: Cut = Cut()) -> None:
     """Replace every parameter of `model` (on meta) by this rank's part with its initial values."""
+
+    def values(name: str, spec: Parameter) -> Tensor:
+        return _initial(name, spec, seed, cut).to(device, dtype)
+
+    _replace(model, values, device)
+
+
+def allocate(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Replace every parameter of `model` (on meta) by memory for all of it, for who fills it at once."""
+    _replace(model, lambda _, spec: torch.empty(spec.shape, dtype=dtype, device=device), device)
+
+
+def _replace(model: nn.Module, values: Callable[[str, Parameter], Tensor], device: torch.device | str) -> None:
     for module_name, module in model.named_modules():
         for name, old in list(module.named_parameters(recurse=False)):
             full = f"{module_name}.{name}" if module_name else name
             spec = spec_of(old)
-            local = _initial(full, spec, seed, cut)
-            new = nn.Parameter(local.reshape(_held(local.shape, spec.dims)).to(device, dtype))
+            local = values(full, spec)
+            new = nn.Parameter(local.reshape(_held(local.shape, spec.dims)))
             new.spec = spec  # type: ignore[attr-defined]
             module.register_parameter(name, new)
     for module in model.modules():
@@ -96,9 +109,14 @@ def _initial(name: str, spec: Parameter, seed: int, cut: Cut) -> Tensor:
     return cut.local(_normal(name, spec, seed), spec).clone()
 
 
-def _normal(name: str, spec: Parameter, seed: int) -> Tensor:
+def drawn(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Normal numbers in float32 that follow from the seed and the name alone."""
     number = int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
+    return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(number))
+
+
+def _normal(name: str, spec: Parameter, seed: int) -> Tensor:
     rows = spec.rows or spec.shape[0]
-    values = torch.empty(rows, *spec.shape[1:]).normal_(0.0, spec.std or 0.0, generator=torch.Generator().manual_seed(number))
+    values = drawn(name, (rows, *spec.shape[1:]), spec.std or 0.0, seed)
     padding = spec.shape[0] - rows  # drawn apart, so that padding changes nothing
     return torch.cat([values, values.new_zeros(padding, *spec.shape[1:])]) if padding else values

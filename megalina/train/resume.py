@@ -7,13 +7,17 @@ weights."""
 from dataclasses import replace
 from pathlib import Path
 
-from megalina.changed_settings import Kind, changes, check_changes, some
+from megalina.changed_settings import Change, Kind, changes, check_changes, some
 from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, check_same
 from megalina.checkpoint.checksums import damaged
 from megalina.checkpoint.files import MODEL, newest_first, read_description, read_values
+from megalina.checkpoint.hugging_face.linked import settings_of
 from megalina.config import PretrainConfig
+from megalina.families.family import Settings
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
+
+FREE = ("model.vocab_size", "model.max_positions")  # the tensors tell whether they fit
 
 
 def resume_candidates(config: PretrainConfig) -> list[Path]:
@@ -83,6 +87,7 @@ def check_settings(config: PretrainConfig) -> None:
     if resume_point(config) is None and start is not None:  # only its weights are taken
         if known := config.model.vocab_size or read_description(start)["values"].get("vocab_size", 0):
             check_fit(start, config, vocab_size=known)
+        check_same_math(start, config)
 
 
 def check_start(config: PretrainConfig, *, vocab_size: int) -> None:
@@ -91,8 +96,31 @@ def check_start(config: PretrainConfig, *, vocab_size: int) -> None:
     resume_point(config)
     if (start := _start(config)) is not None:
         check_fit(start, config, vocab_size=vocab_size)
+        check_same_math(start, config)
         if found := damaged(start, tensors=False):
             raise ValueError(all_damaged({start: found}))
+
+
+def check_same_math(path: Path, config: PretrainConfig) -> None:
+    """ValueError if `train.init_from` names the checkpoint folder `path` and its weights would be another function in the model
+    of `config`, though their shapes are the same: another base of RoPE, say.  Of a model that was imported or upcycled the
+    router's settings count, too; others may be trained with another router from here on."""
+    if config.train.init_from != str(path) or config.train.allow_changes:
+        return
+    values = read_description(path)["values"]
+    there = settings_of(values["config"], values.get("vocab_size", 0)).math()
+    here = Settings(config.model, config.router).math()
+    counts = ("model.", "router.") if {"hugging_face", "upcycled"} & set(values) else ("model.",)
+    differing = [
+        Change(name, there.get(name), here.get(name), Kind.STATE)
+        for name in there | here
+        if name.startswith(counts) and name not in FREE and there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"train.init_from={path} is of another model: {some(differing)}: set back what differs, or take its weights all the "
+            "same with train.allow_changes=true"
+        )
 
 
 def check_fit(path: Path, config: PretrainConfig, *, vocab_size: int) -> None:

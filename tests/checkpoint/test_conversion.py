@@ -140,7 +140,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
     save = torch.save
     monkeypatch.setattr(tensor_files.torch, "save", lambda *given: (seen.append(anonymous_mb()), save(*given)))
-    monkeypatch.setattr(safetensors_file, "_raw", lambda t, raw=safetensors_file._raw: (seen.append(anonymous_mb()), raw(t))[1])
+    monkeypatch.setattr(safetensors_file, "raw", lambda t, raw=safetensors_file.raw: (seen.append(anonymous_mb()), raw(t))[1])
     before = anonymous_mb()
     rewrite(tmp_path / "new", tmp_path / "again", files=1)
     to_safetensors(tmp_path / "again", tmp_path / "w.safetensors")

@@ -1,0 +1,53 @@
+"""Qwen3: a dense decoder that norms each head's queries and keys, to be upcycled (Qwen3ForCausalLM of transformers)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megalina.config import RouterConfig
+from megalina.families.decoder import (
+    attention_links,
+    decoder_config,
+    decoder_model,
+    end_links,
+    head_norm_links,
+    layer_prefix,
+    mlp_links,
+    norm_links,
+    refuse_layer_types,
+    refuse_window,
+)
+from megalina.families.family import Family, Settings
+from megalina.families.fields import Fields
+from megalina.families.links import Link
+
+
+class Qwen3(Family):
+    name = "qwen3"
+    model_types = ("qwen3",)
+    architecture = "Qwen3ForCausalLM"
+
+    def settings(self, fields: Fields) -> Settings:
+        fields.needs("attention_bias", False, why="queries, keys and values have no biases")
+        refuse_window(fields, switch="use_sliding_window")
+        refuse_layer_types(fields)
+        own = {
+            "head_dim": fields.whole("head_dim", 128),
+            "num_kv_heads": fields.whole("num_key_value_heads", 32),
+            "qk_norm": True,
+            "dense_layers_first": fields.whole("num_hidden_layers"),
+            "dense_d_ff": fields.whole("intermediate_size"),
+        }
+        return Settings(decoder_model(fields, eps=1e-6, theta=1e4, **own), RouterConfig())
+
+    def config(self, settings: Settings) -> dict[str, Any]:
+        own = {"attention_bias": False, "use_sliding_window": False, "intermediate_size": settings.dense_d_ff}
+        return decoder_config(settings) | own
+
+    def links(self, settings: Settings) -> Iterator[Link]:
+        yield from end_links(settings)
+        for layer in range(settings.model.num_layers):
+            theirs, ours = layer_prefix(layer)
+            yield from norm_links(layer, settings)
+            yield from attention_links(layer, settings)
+            yield from head_norm_links(layer, settings)
+            yield from mlp_links(f"{theirs}mlp.", f"{ours}mlp", settings.model.d_model, settings.dense_d_ff)
