@@ -6,6 +6,7 @@ Shapes: V words, D model width, F hidden width of an MLP, E experts.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megalina.blocks.heads import attention_bias
 from megalina.config import ModelConfig
 from megalina.families.family import Settings
 from megalina.families.fields import Fields
@@ -14,8 +15,8 @@ from megalina.families.links import Link, View, same
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
-def decoder_model(fields: Fields, *, eps: float, theta: float, **more: Any) -> ModelConfig:
-    """`eps`, `theta`: where config.json has none; `more`: settings of the family's own."""
+def decoder_model(fields: Fields, *, eps: float, theta: float, rotary_fraction: float = 1.0, **more: Any) -> ModelConfig:
+    """`eps`, `theta`, `rotary_fraction`: where config.json has none; `more`: settings of the family's own."""
     fields.needs("hidden_act", "silu", why="experts and MLPs are gated by silu (swiglu)")
     fields.needs("attention_dropout", 0, why="attention weights have no dropout here")
     heads = fields.whole("num_attention_heads", least=1)
@@ -27,7 +28,7 @@ def decoder_model(fields: Fields, *, eps: float, theta: float, **more: Any) -> M
         "num_kv_heads": fields.whole("num_key_value_heads", heads),
         "head_dim": fields.whole("head_dim", 0),
         "norm_eps": fields.number("rms_norm_eps", eps),
-        "rope_theta": rope_theta(fields, theta),
+        **rope(fields, theta, rotary_fraction),
         "max_positions": fields.whole("max_position_embeddings", least=1),
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
         "vocab_size": fields.whole("vocab_size", least=1),
@@ -36,42 +37,68 @@ def decoder_model(fields: Fields, *, eps: float, theta: float, **more: Any) -> M
     return ModelConfig(**given | more)
 
 
-def rope_theta(fields: Fields, default: float) -> float:
-    """Of plain RoPE, as transformers 5 (`rope_parameters`) and 4 (`rope_theta`, `rope_scaling`) write it.
+def rope(fields: Fields, theta: float, fraction: float = 1.0) -> dict[str, Any]:
+    """Settings of RoPE, plain, linear or YaRN, as transformers 5 (`rope_parameters`) and 4 (`rope_theta`, `rope_scaling`) say.
 
-    ValueError for scaled, partial or layered RoPE."""
-    written = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
+    `theta`, `fraction`: where config.json has none.  ValueError for other kinds, and numbers that nobody reads."""
+    given = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
     fields.passes("rope_scaling")
-    theta = written.pop("rope_theta", None)
-    kind = written.pop("rope_type", None) or written.pop("type", None) or "default"
-    written.pop("type", None)
+    written = Fields(given, fields.family)
+    kind = written.any("rope_type", "default", also="type")
+    base = written.number("rope_theta", fields.number("rope_theta", theta))
+    if fields.number("rope_theta", base) != base:
+        raise ValueError(
+            f"rope_theta is {fields.number('rope_theta')}, and rope_parameters says {base}: transformers 4 and 5 would differ"
+        )
+    out: dict[str, Any] = {"rope_theta": base}
+    out["rotary_fraction"] = written.number("partial_rotary_factor", fields.number("partial_rotary_factor", fraction))
+    if kind not in ("default", "linear", "yarn"):
+        raise ValueError(f"rope_type is {kind!r}: {fields.family} can be taken with default, linear or yarn alone")
     if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}: {fields.family} can be taken with plain RoPE alone (rope_type default)")
-    fields.needs("partial_rotary_factor", 1, why="all numbers of a head are rotated")
-    if written.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("rope_parameters has a partial_rotary_factor, and all numbers of a head are rotated: it must be 1")
-    if written:
-        raise ValueError(f"rope_parameters has {', '.join(written)}, which {fields.family} doesn't know: it may change the math")
-    if theta is None:
-        return fields.number("rope_theta", default)
-    if fields.number("rope_theta", theta) != theta:
-        raise ValueError(
-            f"rope_theta is {fields.number('rope_theta')}, and rope_parameters says {theta}: transformers 4 and 5 would differ"
+        out |= {"rope_scaling": kind, "rope_factor": written.number("factor")}
+    if kind == "yarn":
+        out["rope_original_positions"] = written.whole(
+            "original_max_position_embeddings", fields.whole("max_position_embeddings")
         )
-    return float(theta)
+        for name, default in YARN.items():
+            out[f"rope_{name}"] = written.number(name, default)
+        out["rope_truncate"] = written.flag("truncate", True)
+    try:
+        written.finish()
+    except ValueError as error:
+        raise ValueError(f"rope_parameters: {error}") from error
+    return out
 
 
-def refuse_window(fields: Fields, *, switch: str = "") -> None:
-    """ValueError for attention that doesn't reach back over the whole sequence; `switch`: a field without which there is none."""
-    fields.passes("sliding_window", "max_window_layers")
-    if switch and not fields.flag(switch, False):
-        return
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": 0.0}
+
+
+def rope_fields(model: ModelConfig) -> dict[str, Any]:
+    """What `rope` reads; where positions are scaled in the spelling of transformers 4, too."""
+    scaled: dict[str, Any] = {"rope_type": "default" if model.rope_scaling == "none" else model.rope_scaling}
+    if model.rope_scaling != "none":
+        scaled["factor"] = model.rope_factor
+    if model.rope_scaling == "yarn":
+        scaled["original_max_position_embeddings"] = model.rope_original_positions
+        numbers = {name: getattr(model, f"rope_{name}") for name in YARN}
+        scaled |= {name: value for name, value in numbers.items() if value}
+        scaled["truncate"] = model.rope_truncate
+    partial = {} if model.rotary_fraction == 1 else {"partial_rotary_factor": model.rotary_fraction}
+    out = {"rope_theta": model.rope_theta, **partial, "rope_parameters": {"rope_theta": model.rope_theta, **scaled, **partial}}
+    return out if model.rope_scaling == "none" else out | {"rope_scaling": {**scaled, "type": model.rope_scaling}}
+
+
+def window(fields: Fields, *, switch: str = "") -> int:
+    """Tokens that a token sees in every layer; 0: all before it.  `switch`: a field without which there is no window; with it,
+    some layers would have one, which is refused."""
+    fields.passes("max_window_layers", "sliding_window")
+    if switch:
+        if fields.flag(switch, False):
+            raise ValueError(f"{switch} is true: only layers that see all of a sequence can be taken")
+        return 0
     longest = fields.whole("max_position_embeddings")
-    if (window := fields.whole("sliding_window", longest)) < longest:
-        raise ValueError(
-            f"sliding_window is {window}, and attention reaches back over all max_position_embeddings "
-            f"({longest}): only null can be taken"
-        )
+    found = fields.whole("sliding_window", longest, least=1)
+    return 0 if found >= longest else found
 
 
 def refuse_layer_types(fields: Fields) -> None:
@@ -91,8 +118,7 @@ def decoder_config(settings: Settings) -> dict[str, Any]:
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": settings.head_dim,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
+        **rope_fields(model),
         "max_position_embeddings": model.max_positions,
         "tie_word_embeddings": model.tie_embeddings,
         "vocab_size": model.vocab_size,
@@ -150,21 +176,26 @@ def norm_links(layer: int, settings: Settings) -> Iterator[Link]:
 
 
 def attention_links(layer: int, settings: Settings) -> Iterator[Link]:
-    """Grouped-query attention; RoPE turns the same pairs on both sides."""
+    """Grouped-query attention, with the biases, norms and sinks that the model has; RoPE turns the same pairs on both sides."""
     theirs, ours = (f"{prefix}{name}" for prefix, name in zip(layer_prefix(layer), ("self_attn.", "attention."), strict=True))
     model, width = settings.model, settings.model.d_model
     q, kv = model.num_heads * settings.head_dim, model.num_kv_heads * settings.head_dim
-    yield same(f"{theirs}q_proj.weight", f"{ours}q", q, width)
-    yield same(f"{theirs}k_proj.weight", f"{ours}k", kv, width)
-    yield same(f"{theirs}v_proj.weight", f"{ours}v", kv, width)
+    sizes = {"q": q, "k": kv, "v": kv}
+    for name, size in sizes.items():
+        yield same(f"{theirs}{name}_proj.weight", f"{ours}{name}", size, width)
     yield same(f"{theirs}o_proj.weight", f"{ours}proj", width, q)
-
-
-def head_norm_links(layer: int, settings: Settings) -> Iterator[Link]:
-    """RMSNorms of each head's queries and keys."""
-    theirs, ours = layer_prefix(layer)
-    for name in ("q_norm", "k_norm"):
-        yield same(f"{theirs}self_attn.{name}.weight", f"{ours}attention.{name}.weight", settings.head_dim)
+    biases = attention_bias(model)
+    if biases != "none":
+        for name, size in sizes.items():
+            yield same(f"{theirs}{name}_proj.bias", f"{ours}{name}_bias", size)
+    if biases == "all":
+        yield same(f"{theirs}o_proj.bias", f"{ours}proj_bias", width)
+    if model.qk_norm != "none":
+        for name in ("q", "k"):
+            size = sizes[name] if model.qk_norm == "projection" else settings.head_dim
+            yield same(f"{theirs}{name}_norm.weight", f"{ours}{name}_norm.weight", size)
+    if model.attention_sinks:
+        yield same(f"{theirs}sinks", f"{ours}sinks", model.num_heads)
 
 
 def mlp_links(theirs: str, ours: str, width: int, d_ff: int, names: Sequence[str] = GATE_UP_DOWN) -> Iterator[Link]:

@@ -18,16 +18,8 @@ from megalina.families.links import Link
 TRAINING_MODEL = ("name", "init_std", "dropout")
 TRAINING_ROUTER = (
     *("group", "drop", "capacity_factor", "capacity_bound", "capacity_delta", "capacity_quantile", "capacity_ema"),
-    *(
-        "capacity_min",
-        "balance_loss",
-        "z_loss",
-        "locality_loss",
-        "locality_nodes",
-        "mutual_information_loss",
-        "noise_std",
-        "losses",
-    ),
+    *("capacity_min", "balance_loss", "z_loss", "locality_loss", "locality_nodes", "mutual_information_loss", "noise_std"),
+    *("losses", "bias_update", "bias_centered"),
 )
 
 

@@ -12,7 +12,7 @@ from megalina.families.decoder import (
     experts_links,
     layer_prefix,
     norm_links,
-    refuse_window,
+    window,
 )
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
@@ -26,11 +26,11 @@ class Mixtral(Family):
 
     def settings(self, fields: Fields) -> Settings:
         fields.needs("router_jitter_noise", 0, why="tokens reach the router as they are")
-        refuse_window(fields)
-        own = {
+        own: dict[str, Any] = {
             "num_kv_heads": fields.whole("num_key_value_heads", 8),
             "num_experts": fields.whole("num_local_experts", 8, also="num_experts"),
             "d_ff": fields.whole("intermediate_size"),
+            "window": window(fields),
         }
         router = RouterConfig(
             top_k=fields.whole("num_experts_per_tok", 2), balance_loss=fields.number("router_aux_loss_coef", 0.001)
@@ -43,7 +43,7 @@ class Mixtral(Family):
             "num_local_experts": settings.model.num_experts,
             "num_experts_per_tok": settings.router.top_k,
             "router_aux_loss_coef": settings.router.balance_loss,
-            "sliding_window": None,
+            "sliding_window": settings.model.window or None,
         }
 
     def links(self, settings: Settings) -> Iterator[Link]:

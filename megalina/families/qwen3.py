@@ -9,12 +9,11 @@ from megalina.families.decoder import (
     decoder_config,
     decoder_model,
     end_links,
-    head_norm_links,
     layer_prefix,
     mlp_links,
     norm_links,
     refuse_layer_types,
-    refuse_window,
+    window,
 )
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
@@ -28,12 +27,12 @@ class Qwen3(Family):
 
     def settings(self, fields: Fields) -> Settings:
         fields.needs("attention_bias", False, why="queries, keys and values have no biases")
-        refuse_window(fields, switch="use_sliding_window")
         refuse_layer_types(fields)
-        own = {
+        own: dict[str, Any] = {
             "head_dim": fields.whole("head_dim", 128),
             "num_kv_heads": fields.whole("num_key_value_heads", 32),
-            "qk_norm": True,
+            "qk_norm": "head",
+            "window": window(fields, switch="use_sliding_window"),
             "dense_layers_first": fields.whole("num_hidden_layers"),
             "dense_d_ff": fields.whole("intermediate_size"),
         }
@@ -49,5 +48,4 @@ class Qwen3(Family):
             theirs, ours = layer_prefix(layer)
             yield from norm_links(layer, settings)
             yield from attention_links(layer, settings)
-            yield from head_norm_links(layer, settings)
             yield from mlp_links(f"{theirs}mlp.", f"{ours}mlp", settings.model.d_model, settings.dense_d_ff)

@@ -11,13 +11,12 @@ from megalina.families.decoder import (
     decoder_model,
     end_links,
     experts_links,
-    head_norm_links,
     layer_prefix,
     mlp_links,
     norm_links,
-    refuse_window,
     sparse_fields,
     sparse_layers,
+    window,
 )
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
@@ -31,11 +30,11 @@ class Qwen3Moe(Family):
 
     def settings(self, fields: Fields) -> Settings:
         fields.needs("attention_bias", False, why="queries, keys and values have no biases")
-        refuse_window(fields, switch="use_sliding_window")
         experts = fields.whole("num_experts", 128, also="num_local_experts")
-        own = {
+        own: dict[str, Any] = {
             "num_kv_heads": fields.whole("num_key_value_heads", 4),
-            "qk_norm": True,
+            "qk_norm": "head",
+            "window": window(fields, switch="use_sliding_window"),
             "num_experts": max(experts, 1),
             "d_ff": fields.whole("moe_intermediate_size", 768),
             "dense_d_ff": fields.whole("intermediate_size"),
@@ -69,7 +68,6 @@ class Qwen3Moe(Family):
             theirs += "mlp."
             yield from norm_links(layer, settings)
             yield from attention_links(layer, settings)
-            yield from head_norm_links(layer, settings)
             if moe:
                 yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
                 yield from experts_links(f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff)

@@ -3,14 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megalina.families.deepseek_v2 import DeepseekV2
+from megalina.families.deepseek_v3 import DeepseekV3
 from megalina.families.family import Family, Settings
+from megalina.families.glm4_moe import Glm4Moe
+from megalina.families.gpt_oss import GptOss
 from megalina.families.llama import Llama
 from megalina.families.mixtral import Mixtral
+from megalina.families.olmoe import Olmoe
+from megalina.families.qwen2_moe import Qwen2Moe
 from megalina.families.qwen3 import Qwen3
 from megalina.families.qwen3_moe import Qwen3Moe
 
 # Dense ones first: a model without experts is one of theirs.
-FAMILIES: tuple[Family, ...] = (Llama(), Qwen3(), Mixtral(), Qwen3Moe())
+FAMILIES: tuple[Family, ...] = (
+    *(Llama(), Qwen3(), Mixtral(), Qwen3Moe(), Olmoe(), Qwen2Moe(), DeepseekV2(), DeepseekV3(), Glm4Moe(), GptOss()),
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
