@@ -157,7 +157,7 @@ def watched(profile: RunProfile, step: int, given: Any) -> None:
 
 def loaded() -> Any:
     layers = [SimpleNamespace(router=torch.nn.Identity())]
-    return SimpleNamespace(moe_layers=[0], layers=layers, router=SimpleNamespace(kind="topk"))
+    return SimpleNamespace(moe_layers=[0], served_moe_layers=[0], layers=layers, router=SimpleNamespace(kind="topk"))
 
 
 def test_nothing_is_recorded_before_the_loss_is_stable_nor_of_refused_steps_and_what_was_undone_is_forgotten() -> None:
