@@ -38,13 +38,15 @@ class Attention(Block):
         model, width = self.model, self.model.d_model
         q, kv, rows, tp = self._q(), self._kv(), {"tp": 0}, {"tp": 1}
         out = norm_parameters("attention_norm", model)
-        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+        sizes = (("q", q), ("k", kv), ("v", kv))
+        clip = {n: ((size // model.num_kv_heads, n),) for n, size in sizes if n != "v"}  # of the heads that share a key head
+        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows, clip=clip.get(n, ())) for n, size in sizes]
         out.append(Parameter("attention.proj", (width, q), output_std(model), tp))
         if model.bias:
-            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows, clip=clip.get(n, ())) for n, size in sizes]
             out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
         if model.attention_experts:
-            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std))
+            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std, matrix="router"))
         if model.qk_norm:
             out += [Parameter(f"attention.{n}_norm.weight", (head_dim(model),), None) for n in ("q", "k")]
         return out
@@ -56,11 +58,12 @@ class Attention(Block):
         return self.model.num_kv_heads * head_dim(self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        logit = " #logit" if shape.head_logits else ""
         if not shape.tp:
-            return [compute("attention", layer, f"{reads} #batch", writes, shape.dense(layer))]
+            return [compute("attention", layer, f"{reads} #batch", writes + logit, shape.dense(layer))]
         uses = (shape.dense(layer), shape.copied(layer))
         return [
-            *between(shape, layer, "attention", "heads", reads, "n", "a", uses),
+            *between(shape, layer, "attention", "heads", reads, "n", "a", uses, logit),
             compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer)),
         ]
 

@@ -92,9 +92,9 @@ class MoE(Block):
         out = norm_parameters("mlp_norm", model)
         if self.kind.has_gate:
             std = None if self.kind.gate_std is None else self.kind.gate_std or model.init_std
-            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std))
+            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std, matrix="router"))
         hidden = self.inputs * model.d_ff
-        out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep))
+        out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep, stacked=self.inputs))
         out.append(Parameter("experts.w2", (experts, model.d_model, model.d_ff), output_std(model), ep))
         if model.bias:
             out.append(Parameter("experts.b1", (experts, hidden), 0.0, ep, decay=False))

@@ -93,6 +93,16 @@ def start_sum(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out, out.nbytes)
 
 
+def start_max(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
+    """The largest over the ranks of the axis, element by element; `x` is left as it is."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    out = x.clone(memory_format=torch.contiguous_format)
+    _enter(log, "max", x, axis)
+    work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=axis.group, async_op=True)
+    return Pending(work, lambda: out, out.nbytes)
+
+
 def start_sum_in_place(flat: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`flat` becomes its sum over the ranks of the axis."""
     if axis.group is None:
@@ -117,6 +127,31 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis, log: Collective
     _enter(log, "gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
+
+
+def start_uneven_gather(x: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog, *, into: Tensor | None = None) -> Pending:
+    """[sizes[r]] of each rank r of the axis, this one's among them; arrives as [sum(sizes)], in `into` if that is given, of which
+    `x` may be a part.  Ranks of other rows of the mesh may have other sizes."""
+    if axis.group is None:
+        return Pending(None, lambda: x if into is None else into)
+    send = x.repeat(axis.size)
+    out = x.new_empty(sum(sizes)) if into is None else into
+    even = [len(x)] * axis.size
+    _enter(log, "all-to-all", send, axis, even, sizes)
+    work = dist.all_to_all_single(out, send, sizes, even, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=send: out, x.nbytes)  # type: ignore[misc]
+
+
+def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """`own`, this rank's part of `flat`, becomes its sum over the ranks of the axis; rank r's part has `sizes[r]` elements, and
+    the other parts are then void."""
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    even = [len(own)] * axis.size
+    parts = flat.new_empty(len(own) * axis.size)
+    _enter(log, "all-to-all", flat, axis, sizes, even)
+    work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=flat: own.copy_(parts.view(axis.size, len(own)).sum(0)), flat.nbytes)  # type: ignore[misc]
 
 
 def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:

@@ -4,6 +4,7 @@ Shapes: B sequences, S tokens a sequence, T = B x S tokens (or this rank's share
 G key-value heads, d numbers a head, N experts of a mixture of attention heads.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from megalina.blocks.attention import head_dim
 from megalina.blocks.block import Block
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.largest_logits import largest_logits
 from megalina.model.late_gradients import Later
 from megalina.model.linear import linear, linears, wide_linear
 from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
+from megalina.step.program import Instruction
 
 
 class Heads(nn.Module):
@@ -43,8 +46,16 @@ class Heads(nn.Module):
         self.q_norm = Norm(eps) if qk_norm else None
         self.k_norm = Norm(eps) if qk_norm else None
 
-    def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None, *, later: Later | None = None) -> Tensor:
-        """What these heads add, [T, D], without the output's bias."""
+    def forward(
+        self,
+        n_TD: Tensor,
+        batch: Batch,
+        past: "KeyValues | None" = None,
+        *,
+        later: Later | None = None,
+        logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What these heads add, [T, D], without the output's bias.  `logits` gets the largest of each group of heads, [G]."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
         biases = (self.q_bias, self.k_bias, self.v_bias)
         q_BSHd, k_BSGd, v_BSGd = (y.view(shape) for y in linears(n_TD, (self.q, self.k, self.v), biases, later=later))
@@ -55,6 +66,8 @@ class Heads(nn.Module):
             q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
+        if logits is not None:
+            logits.append(largest_logits(q_BSHd, k_BSGd, batch.document_BS))
         mixed_BSD = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS)
         mixed_TX = mixed_BSD.reshape(n_TD.shape[0], -1)  # X = H x d
         if self.router is not None:
@@ -115,15 +128,37 @@ class Attention(BlockFunctions):
         )
         super().__init__(block, layer)
 
-    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
-        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, later=later)
+    def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
+        function = super().bind(instruction, later)
+        if not any(value.startswith("#logit.") for value in instruction.writes):
+            return function
+
+        def told(*values: Any) -> tuple[Tensor, Tensor]:
+            logits: list[Tensor] = []
+            out = function(*values, logits=logits)
+            return out, logits[0]
+
+        return told
+
+    def attention(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        past: KeyValues | None = None,
+        *,
+        later: Later | None = None,
+        logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, later=later, logits=logits)
         return self._residual(x_TD, heads_TD, batch, ALL)
 
     def attention_norm(self, x_TD: Tensor) -> Tensor:
         return self.holder.attention_norm(x_TD)
 
-    def attention_heads(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
-        return self.holder.attention(n_TD, batch, later=later)
+    def attention_heads(
+        self, n_TD: Tensor, batch: Batch, *, later: Later | None = None, logits: list[Tensor] | None = None
+    ) -> Tensor:
+        return self.holder.attention(n_TD, batch, later=later, logits=logits)
 
     def attention_residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
         return self._residual(x_TD, added_TD, batch, self.share.held(batch))

@@ -17,6 +17,7 @@ from megalina.step.passes import (
     defer_weights,
     finish,
     place_gradients,
+    place_newton_schulz,
     place_weights,
     recompute,
     shard_of,
@@ -146,6 +147,8 @@ def training_step(name: str, setting: Setting) -> Program:
     if name not in STRATEGIES:
         raise ValueError(f"strategy.name is {name!r}: choose one of {', '.join(STRATEGIES)}")
     program = STRATEGIES[name](setting)
+    if setting.plan.newton_schulz_after:
+        program = place_newton_schulz(program, setting.buckets, setting.plan.newton_schulz_after)
     if setting.plan.order:
         program = ordered(program, setting.plan.order)
     check(program, given(program, setting), setting.buckets)
@@ -154,6 +157,7 @@ def training_step(name: str, setting: Setting) -> Program:
 
 def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
     """The checked program of one forward pass without gradients, and the sum of its losses over the world."""
+    shape = replace(shape, head_logits=False)
     forward = plain(shape)
     losses = tuple(v for s in forward for v in s.writes if v.startswith("loss."))
     program = (

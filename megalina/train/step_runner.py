@@ -283,7 +283,7 @@ class StepRunner:
             record = Recorder()
         self._recorder = record
         with state.profile.watching(trainable.gpt):
-            result = trainable.step(self.batch, optimizer.update, record=record)
+            result = trainable.step(self.batch, optimizer.update, directions=optimizer, record=record)
         state.profile.add(step, result)
         state.step, state.tokens = step, state.tokens + result.loss_tokens
         state.consumed_samples = first + train.global_batch_size

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import step_shape
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.collective_log import NUM_RIDERS
 from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size
@@ -156,7 +156,7 @@ class PricedStep:
     def _setting(self, plan: Plan, rounds: int) -> Setting:
         config = self.config
         setting = Setting(
-            shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
+            step_shape(config),
             self.held.buckets,
             micro_batches=rounds * self._together,
             recompute_mode=config.train.recompute,

@@ -1,0 +1,31 @@
+"""The largest attention logit of each group of heads that share a key head: what QK-clip goes by.
+
+Fused kernels don't tell their logits, so queries and keys are multiplied once more, in blocks of queries: half of the products of
+attention's own forward pass.  Letters as in `megalina/model/attend.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from megalina.blocks.attention import QUERIES_A_BLOCK
+
+
+@torch.no_grad()
+def largest_logits(q_BSHd: Tensor, k_BSGd: Tensor, document_BS: Tensor | None = None) -> Tensor:
+    """[G], of what a query sees: keys at its own and earlier positions, of the same document if `document_BS` is given."""
+    batch, length, heads, size = q_BSHd.shape
+    groups = k_BSGd.shape[2]
+    largest_G = q_BSHd.new_full((groups,), float("-inf"))
+    if not batch:
+        return largest_G
+    k_BGdS = k_BSGd.permute(0, 2, 3, 1)
+    for begin in range(0, length, QUERIES_A_BLOCK):
+        end = min(begin + QUERIES_A_BLOCK, length)
+        q_BGnd = q_BSHd[:, begin:end].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        logit_BGrql = torch.matmul(q_BGnd, k_BGdS[..., :end]).unflatten(2, (heads // groups, end - begin))
+        hidden_Bql = torch.ones(1, end - begin, end, dtype=torch.bool, device=q_BSHd.device).triu(begin + 1)
+        if document_BS is not None:
+            hidden_Bql = hidden_Bql | (document_BS[:, begin:end, None] != document_BS[:, None, :end])
+        logit_BGrql.masked_fill_(hidden_Bql[:, None, None], float("-inf"))
+        largest_G = torch.maximum(largest_G, logit_BGrql.amax(dim=(0, 2, 3, 4)))
+    return largest_G * size**-0.5
