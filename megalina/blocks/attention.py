@@ -3,11 +3,13 @@
 With `model.attention_experts` its query heads are cut into experts that share keys and values, and what each gives is scaled by
 its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
 from megalina.blocks.memory import Deferred, Inside
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
@@ -96,6 +98,10 @@ class Attention(Block):
         # Two products, queries with keys and weights with values, of which the mask leaves a half: together one whole.
         one = Product(length, size, length, sequences * heads, tokens * 2 * (q + kv) * rank.element, attention=True)
         two = Product(length, size, length, 2 * sequences * heads, tokens * 4 * (q + kv) * rank.element, attention=True)
+        if optimizer_of(rank.config.optim).clips_heads:  # logits once more, of which the mask leaves a half
+            seen_bytes = 4 * tokens * heads * length / 2 * rank.element
+            again = Product(length, length / 2, size, sequences * heads, tokens * (q + kv) * rank.element + seen_bytes / 2)
+            out += Piece(Work((again,), seen_bytes, 6 * math.ceil(length / QUERIES_A_BLOCK)))
         return out + Piece(Work((one,)), Work((two,)))
 
     def memory(self, at: At) -> Inside:
@@ -113,6 +119,10 @@ class Attention(Block):
         x, q, g = t * rank.width * rank.element, t * width_q * rank.element, t * width_g * rank.element
         before, after = (memory.norm(rank, t), memory.residual(rank, t)) if whole else (Inside(), Inside())
         block, weights = self._scores(at)
+        told = 0  # logits of a block of queries, and the queries
+        if optimizer_of(rank.config.optim).clips_heads:
+            queries = min(QUERIES_A_BLOCK, rank.seq_len)
+            told = t * self._heads_here(at) * queries * rank.element + q * queries // rank.seq_len
         normed = before.kept + x * whole
         cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
         turned = model.positions == "rope" or model.qk_norm
@@ -124,7 +134,7 @@ class Attention(Block):
             kept += q + scores + (t * rank.width * rank.main if rank.mixed else 0)
         forward = max(
             before.forward + before.kept,
-            normed + (q + 2 * g) + (q + g) * turned,
+            normed + (q + 2 * g) + (q + g) * turned + told,
             kept + block,
             kept + x + after.forward,
         )

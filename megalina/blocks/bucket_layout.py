@@ -53,7 +53,13 @@ class BucketLayout:
 def lay_out_bucket(members: Sequence[Member], *, ranks: int, tp: int, matrix_work: Callable[[int, int], float]) -> BucketLayout:
     """`ranks`: that share the update, 1 without ZeRO-1; `tp`: ranks that gather the matrices which they cut, 1: nobody does;
     `matrix_work(rows, columns)`: FLOPs of a whole matrix's update, where shares must weigh some."""
-    order = sorted(range(len(members)), key=lambda i: (not members[i].whole, not members[i].parameter.decay))
+    has_matrices = any(member.whole for member in members)
+
+    def rank_of(i: int) -> tuple[bool, bool, str]:
+        parameter = members[i].parameter
+        return not members[i].whole, not parameter.decay, parameter.name if has_matrices else ""
+
+    order = sorted(range(len(members)), key=rank_of)
     starts, matrices = list[int](), list[Matrices]()
     ends, work = list[int](), list[float]()  # of what no shard may cut
     stop = matrix_stop = decay_stop = 0

@@ -144,14 +144,18 @@ class BucketSpec:
     sharded: bool = False  # ZeRO-1
     piece: int | None = None  # it goes on the wire in pieces of at most so many elements; shards belong to pieces
     matrices: tuple[Matrices, ...] = ()  # what the optimizer takes as whole matrices
-    shares: tuple[
-        tuple[int, int], ...
-    ] = ()  # of each rank of the axis, where shards are whole matrices; (): even parts of pieces
+    shares: tuple[tuple[int, int], ...] = ()  # of each rank, where shards are whole matrices; (): even parts of pieces
 
     @property
     def is_gathered(self) -> bool:
         """Whether some of its matrices are cut by tp, and gathered to be updated."""
         return any(m.cut >= 0 for m in self.matrices)
+
+    def owned(self, ranks: int) -> int:
+        """Elements that a rank of so many updates, the one with the most."""
+        if self.shares:
+            return max(stop - start for start, stop in self.shares)
+        return self.numel // ranks if self.sharded else self.numel
 
     def own_matrices(self, rank: int) -> tuple[Matrices, ...]:
         """Those that a rank of the axis updates."""

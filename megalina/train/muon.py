@@ -1,6 +1,6 @@
 """Muon: momentum that Newton-Schulz makes orthogonal, matrix by matrix; AdamW for all other parameters.
 
-Jordan et al. 2024 ("Muon", kellerjordan.github.io/posts/muon); scales: Moonlight (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+Jordan et al. 2024 ("Muon", kellerjordan.github.io/posts/muon); scales: Moonlight (Liu et al. 2025, arXiv:2502.16982).
 N matrices of R rows and C columns, short and long the smaller and the larger of both.
 """
 
@@ -19,7 +19,7 @@ class Muon(AdamW, MatrixRule):
     description = "Muon: Newton-Schulz; the rest AdamW: torch, fused kernel"
 
     def pursued(self, gradient_NRC: Tensor, state: Mapping[str, Tensor], scale: float) -> Tensor:
-        momentum_NRC = self._momentum(gradient_NRC, state, scale)
+        momentum_NRC = (state["momentum"] * self.config.muon_momentum).add_(gradient_NRC, alpha=scale)
         if not self.config.muon_nesterov:
             return momentum_NRC
         return momentum_NRC.mul_(self.config.muon_momentum).add_(gradient_NRC, alpha=scale)
@@ -45,12 +45,8 @@ class Muon(AdamW, MatrixRule):
         lr: float,
         weight_decay: float,
     ) -> None:
-        state["momentum"].copy_(self._momentum(gradient_NRC, state, scale))
+        state["momentum"].mul_(self.config.muon_momentum).add_(gradient_NRC, alpha=scale)
         weight_NRC.mul_(1 - lr * weight_decay).add_(direction_NRC, alpha=-lr)
-
-    def _momentum(self, gradient_NRC: Tensor, state: Mapping[str, Tensor], scale: float) -> Tensor:
-        """After this gradient; new memory."""
-        return (state["momentum"] * self.config.muon_momentum).add_(gradient_NRC, alpha=scale)
 
 
 def orthogonal(x_NRC: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:

@@ -1,6 +1,7 @@
 """Muon and QK-clip by hand, on one process: an oracle that shares no line with `megalina/train/muon.py`.
 
-One matrix after another, by the formulas of the papers (Jordan et al. 2024; Moonlight, arXiv:2502.16982; Kimi K2, arXiv:2507.20534).
+One matrix after another, by the formulas of the papers (Jordan et al. 2024; Moonlight,
+arXiv:2502.16982; Kimi K2, arXiv:2507.20534).
 """
 
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ def matrices_of(p: nn.Parameter, values: Tensor | None = None) -> list[Tensor]:
 
 @torch.no_grad()
 def largest_logits(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
-    """[H]: of each head the largest logit between a query and a key that it sees.  `x_TD`: what the attention block reads."""
+    """[B, H]: of each sequence and head the largest logit between a query and a key that it sees.  `x_TD`: what the attention
+    block reads."""
     heads, n_TD = layer.attention, layer.attention_norm(x_TD)
     sequences, length = batch.tokens_BS.shape
     shape = (sequences, length, -1, heads.head_dim)
@@ -88,7 +90,7 @@ def largest_logits(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
     seen_BSL = torch.ones(length, length, dtype=torch.bool).tril().expand(sequences, -1, -1)
     if batch.document_BS is not None:
         seen_BSL = seen_BSL & (batch.document_BS[:, :, None] == batch.document_BS[:, None, :])
-    return logit_BHSL.where(seen_BSL[:, None], float("-inf")).amax(dim=(0, 2, 3))
+    return logit_BHSL.where(seen_BSL[:, None], float("-inf")).amax(dim=(2, 3))
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class Pass:
     routed: list[Routed]  # of each MoE layer
     seen: dict[tuple[str, str], Tensor]
     near: list[list[float]]  # of each MoE layer: cosines between valid tokens and the rows of the experts they want
-    logits: list[Tensor]  # of each layer, [H], if they were asked for
+    logits: list[Tensor]  # of each layer, [sequences, H], if they were asked for
 
 
 def reference_config(config: PretrainConfig) -> PretrainConfig:
@@ -93,7 +93,7 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
         found |= {("norm", "grad_norm"): _scalar(norm), ("norm", "grad_scale"): _scalar(scale)}
         optimizer.step()
         if clips:
-            clip_heads(gpt, optim, [torch.stack(of_parts).amax(0) for of_parts in zip(*(p.logits for p in parts), strict=True)])
+            clip_heads(gpt, optim, [torch.cat(of_parts).amax(0) for of_parts in zip(*(p.logits for p in parts), strict=True)])
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             follow_load(gpt.layers[layer].router, load)
         for i, layer in enumerate(gpt.moe_layers):

@@ -269,6 +269,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     bins = NEARNESS_BINS * (config.router.capacity_bound != "none")
     loads = moe_layers * (experts + 1 + bins + LIMBS)  # of each layer: rows of each expert, lost choices, cosines, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}
+    numbers["logits"] = config.model.num_layers * held.blocks.clipped_groups
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]
@@ -279,7 +280,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
                 return elements * weight_bytes
             case Op.COUNTS:
                 return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
-            case Op.SUM if instruction.name in numbers:
+            case Op.SUM | Op.MAX if instruction.name in numbers:
                 return numbers[instruction.name] * NUMBER_BYTES
             case Op.GATHER:
                 return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
