@@ -137,9 +137,8 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     before = _status("VmRSS")
     trainable = Trainable(config, mesh, vocab_size=vocab_size, device=torch.device("cpu"), wish_to_stop=lambda: False)
     optimizer = BucketOptimizer(config.optim, trainable.buckets)
-    trainable.step(
-        batch_of(own, length, vocab_size, mesh.dp.rank), optimizer.update, directions=optimizer
-    )  # moments get their memory
+    first = batch_of(own, length, vocab_size, mesh.dp.rank)
+    trainable.step(first, optimizer.update, directions=optimizer)  # moments get their memory
     batch = batch_of(own, length, vocab_size, mesh.world.size + mesh.dp.rank)
     gc.collect()
     libc.malloc_trim(0)
