@@ -85,7 +85,7 @@ class Bucket:
             flat.copy_(m.parameter.detach().flatten())
             m.parameter.data = flat.view(m.parameter.shape)
         self._put_gradients()
-        self.slices = list(self._own_slices())
+        self.slices = self.slices_of_own()
 
     def use(self, grad: Tensor) -> None:
         """From now on the gradients are in this memory, [numel], zeros."""
@@ -133,6 +133,10 @@ class Bucket:
                 total += torch.dot(own, own)
         # under tp and ep the other ranks hold other elements; along the bucket's own axis they hold the same ones
         return total if self.sharded else total / self.axis.size
+
+    def slices_of_own(self) -> list[FlatSlice]:
+        """What this rank updates."""
+        return list(self._own_slices())
 
     def _own_slices(self) -> Iterator[FlatSlice]:
         """Whole matrices first, of each parameter by themselves; then the rest, piece by piece."""

@@ -38,24 +38,27 @@ class MuonByHand:
         self._others.zero_grad()
 
     def _update(self, weight_RC: Tensor, gradient_RC: Tensor, momentum_RC: Tensor) -> None:
-        optim, (rows, columns) = self._optim, weight_RC.shape
-        keep = optim.muon_momentum
+        optim, keep = self._optim, self._optim.muon_momentum
         momentum_RC.copy_(keep * momentum_RC + gradient_RC)
-        x_RC = gradient_RC + keep * momentum_RC if optim.muon_nesterov else momentum_RC.clone()
-        norm = x_RC.square().sum().sqrt().item()
-        x_RC = x_RC / max(norm, 1e-7)
-        for _ in range(optim.muon_steps):
-            gram_CC = x_RC.T @ x_RC
-            x_RC = x_RC @ (optim.muon_a * torch.eye(columns).double() + optim.muon_b * gram_CC + optim.muon_c * gram_CC @ gram_CC)
-        larger = max(rows, columns)
-        scales = {
-            "match_rms_adamw": 0.2 * larger**0.5,
-            "original": max(1, rows / columns) ** 0.5,
-            "spectral": larger**0.5,
-            "none": 1.0,
-        }
-        moved = scales[optim.muon_scale] * x_RC + optim.weight_decay * weight_RC
-        weight_RC -= optim.lr * moved
+        x_RC = gradient_RC + keep * momentum_RC if optim.muon_nesterov else momentum_RC
+        weight_RC -= optim.lr * (direction(optim, x_RC) + optim.weight_decay * weight_RC)
+
+
+def direction(optim: OptimConfig, x_RC: Tensor) -> Tensor:
+    """Of one matrix: made orthogonal, and scaled by its sides."""
+    rows, columns = x_RC.shape
+    x_RC = x_RC / max(x_RC.square().sum().sqrt().item(), 1e-7)
+    for _ in range(optim.muon_steps):
+        gram_CC = x_RC.T @ x_RC
+        x_RC = x_RC @ (optim.muon_a * torch.eye(columns).double() + optim.muon_b * gram_CC + optim.muon_c * gram_CC @ gram_CC)
+    larger = max(rows, columns)
+    scales = {
+        "match_rms_adamw": 0.2 * larger**0.5,
+        "original": max(1, rows / columns) ** 0.5,
+        "spectral": larger**0.5,
+        "none": 1.0,
+    }
+    return scales[optim.muon_scale] * x_RC
 
 
 def is_hidden(p: nn.Parameter, optim: OptimConfig) -> bool:
