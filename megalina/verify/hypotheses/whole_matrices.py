@@ -25,8 +25,8 @@ def experts_flattened(evidence: Evidence) -> Iterator[Cause]:
             return
     yield Cause(
         "experts_flattened",
-        f"{counted(wrong)}: all experts of a rank are made orthogonal as one matrix, with a row of {wrong[0].want.value[0].numel()} "
-        "numbers for each; each expert's matrices must be made orthogonal by themselves",
+        f"{counted(wrong)}: all experts of a rank are made orthogonal as one matrix, a row of {wrong[0].want.value[0].numel()} "
+        "numbers each; an expert's matrices must be made orthogonal by themselves",
     )
 
 
@@ -69,8 +69,8 @@ def clip_of_each_rank(evidence: Evidence) -> Iterator[Cause]:
             return
     yield Cause(
         "qk_clip_per_rank",
-        f"{counted(wrong)}: queries and keys are scaled by the largest logit of one of {layout.dp} data-parallel ranks' sequences, "
-        "not of the whole batch",
+        f"{counted(wrong)}: queries and keys are scaled by the largest logit of one data-parallel rank's sequences, of "
+        f"{layout.dp}, not of the whole batch",
     )
 
 
