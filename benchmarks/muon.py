@@ -7,8 +7,8 @@
 
 - train: each optimizer with each learning rate from the same seeds, on model and text of experiment=laptop, in one process.
   Losses are of the validation text, nats a token; state is what the optimizer keeps, main weights aside.
-- tail: OLMoE-1B-7B on 4 nodes of 8 H100 in virtual time, without and with ZeRO-1; Newton-Schulz in bfloat16.  A tail is what comes
-  after the last backward instruction.  AdamW; Muon at the end; Muon under tokens, behind so many all-to-alls
+- tail: OLMoE-1B-7B on 4 nodes of 8 H100 in virtual time, without and with ZeRO-1; Newton-Schulz in bfloat16.  A tail is what
+  comes after the last backward instruction.  AdamW; Muon at the end; Muon under tokens, behind so many all-to-alls
   (`strategy.newton_schulz_after`), in steps that are not clipped: those that are make all directions again at the end.
 """
 

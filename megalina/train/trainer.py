@@ -286,7 +286,7 @@ class Trainer:
         } | ({"plan": str(self.built.trainable.plan), "packing": self.built.mesh.packing} if self.runner.adapts else {})
 
     def _clipped_heads(self, result: StepResult) -> dict[str, float]:
-        """With QK-clip: the largest attention logit, and the share of groups of heads that were clipped, of those on this rank."""
+        """With QK-clip: the largest attention logit, and the share of groups of heads on this rank that were clipped."""
         if result.head_logits is None or result.max_logit is None:
             return {}
         clipped = (result.head_logits > self.config.optim.qk_clip).double().mean().item()
