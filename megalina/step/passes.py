@@ -469,7 +469,7 @@ def place_newton_schulz(program: Program, buckets: Mapping[str, BucketSpec], aft
     A bucket's gradients are awaited, and its matrices made orthogonal, under the `after`-th START of tokens behind the last of
     its gradients; where so many don't come any more, one bucket's are made while the next ones' gradients are on the wire.
     Nobody knows yet by what clipping multiplies gradients, so directions are those of gradients as they are: an update makes them
-    again where clipping acts.  No number changes."""
+    again where clipping acts.  No number changes.  What is sent with other buckets is awaited with them, at the end."""
     names = {name for name, bucket in buckets.items() if bucket.matrices}
     making = {f"newton_schulz {name}": name for name in names} | {f"momentum {name}": name for name in names}
     groups: dict[str, list[Instruction]] = {name: [] for name in names}
@@ -487,12 +487,13 @@ def place_newton_schulz(program: Program, buckets: Mapping[str, BucketSpec], aft
             base.append(instruction)
     last = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.START for b in s.buckets if b in names}
     tokens = [i for i, s in enumerate(base) if s.kind is Kind.START and s.carries_tokens]
+    merged = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.WAIT for b in s.buckets}
     measure = next(i for i, s in enumerate(base) if s.name == "measure")
     placed: dict[int, list[Instruction]] = {}
     for name in sorted(names, key=last.__getitem__):
         later = [i for i in tokens if i > last[name]]
         place = later[after - 1] if len(later) >= after else measure - 1
-        placed.setdefault(place, []).extend([*awaited[name], *groups[name]])
+        placed.setdefault(merged.get(name, place), []).extend([*awaited[name], *groups[name]])
     return tuple(s for i, instruction in enumerate(base) for s in (instruction, *placed.get(i, ())))
 
 
