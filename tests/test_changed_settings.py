@@ -84,6 +84,7 @@ STATE = {
     "router.bias_update_rate": (0.1, "another model"),
     "train.dtype": ("bfloat16", "number type"),
     "optim.name": ("sgd", "another optimizer"),
+    "optim.muon_routers": (True, "another optimizer"),
 }
 
 
