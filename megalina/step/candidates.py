@@ -41,7 +41,7 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
 )
 
 
-def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
+def to_search_from(*, zero: bool, piece_bytes: int, packing: int, newton_schulz_after: int = 0) -> list[Plan]:
     """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks, deferred and late
     weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
     plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, FLOW, LANCET]
@@ -56,7 +56,8 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
         whole = [plan for plan in plans if plan.strategy == walking.strategy and plan.chunks == (1,)]
         plans += [plan for start in whole for plan in joined(start)]
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
-    plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
+    same = {"packing": packing, "newton_schulz_after": newton_schulz_after} | ({"piece_bytes": piece_bytes} if zero else {})
+    plans = [replace(plan, **same) for plan in plans]
     return list(dict.fromkeys(plans))
 
 

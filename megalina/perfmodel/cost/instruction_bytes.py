@@ -225,9 +225,10 @@ class InstructionBytes:
         own = self._own_matrices(self.buckets[name])
         whole = sum(m.count * m.numel for m in own) * self.rank.main
         cut = sum(m.count * m.numel for m in own if m.cut >= 0) * self.rank.main
+        told = cut * self.rank.tp
         if self._config.strategy.newton_schulz_after and self._config.optim.clip_norm:  # gradients and momenta
-            cut *= 2
-        return {"#direction": whole, "#momentum": cut, "#whole": cut * self.rank.tp}[value]
+            cut, told, whole = 2 * cut, 2 * told, whole + 2 * told  # what directions are made of stays until the update
+        return {"#direction": whole, "#momentum": cut, "#whole": told}[value]
 
     def _orthogonal(self, instruction: Instruction) -> int:
         """What Newton-Schulz needs above directions: what it is made of, and twice the matrix and its products with itself, of so

@@ -12,6 +12,7 @@ from megalina.config import OptimConfig, PretrainConfig
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.forecast.searched_list import Job, searched_list
 from megalina.perfmodel.sim.network import one_level
 from megalina.plan_settings import plan_of
 from megalina.step.program import Instruction, Kind, Op
@@ -104,3 +105,15 @@ def test_every_list_has_a_price_and_a_peak(name: str, tp: int, after: int) -> No
     assert all(step.sizes.bytes_of(s) > 0 for s in gathers) and bool(gathers) == (tp > 1)
     (logits,) = [s for s in step.program if s.op is Op.MAX and s.kind is Kind.START]
     assert step.sizes.bytes_of(logits) == config.model.num_layers * config.model.num_kv_heads * 8
+
+
+def test_a_search_of_lists_keeps_directions_before_the_verdict_movable() -> None:
+    config = config_of(lr=1e-3)
+    config = replace(config, strategy=replace(strategy("search"), newton_schulz_after=1))
+    work = work_of(config)
+    seconds = lambda s: 1e-9 * work(s).flops if s.kind is Kind.COMPUTE else 0.0  # noqa: E731
+    job = Job(config, WORLD, config.model.vocab_size, one_level(1e8, 1e-4), seconds)
+    found = searched_list(job, evaluations=60, deferred=False)
+    directions = [s for s in found.program if s.name.startswith("newton_schulz ")]
+    assert found.plan.newton_schulz_after == 1 and directions
+    assert all("#verdict.-.0" not in s.reads for s in directions)
