@@ -7,6 +7,7 @@ as can be; what is sent is then as uneven as the shards are.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megalina.blocks.parameter import Parameter
 from megalina.step.program import Matrices
@@ -81,13 +82,14 @@ def lay_out_bucket(members: Sequence[Member], *, ranks: int, tp: int, matrix_wor
             decay_stop = stop
     shares: tuple[tuple[int, int], ...] = ()
     if ranks > 1 and matrices:
-        shares = shared_out(ends, work, ranks)
+        shares = shared_out(tuple(ends), tuple(work), ranks)
     grain = ALIGNMENT * (ranks if not shares else 1)  # every piece must fall into equal parts
     numel = stop if shares else -(-stop // grain) * grain
     return BucketLayout(tuple(order), tuple(starts), matrix_stop, decay_stop, numel, tuple(matrices), shares)
 
 
-def shared_out(ends: Sequence[int], work: Sequence[float], ranks: int) -> tuple[tuple[int, int], ...]:
+@lru_cache(maxsize=64)  # layers are alike
+def shared_out(ends: tuple[int, ...], work: tuple[float, ...], ranks: int) -> tuple[tuple[int, int], ...]:
     """[start, stop) of each rank: runs of units, of which the heaviest is as light as can be.  `ends`: where each unit ends."""
     low, high = max(work), sum(work)
     for _ in range(50):  # the least limit at which filling one rank after another needs no more of them

@@ -402,23 +402,25 @@ def finish(
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
     told, logits = _logits_sent(program)
+    arrived = [value for wait in logits for value in wait.writes]
     out = [
         *(place_params(told, buckets) if params_ahead else told),
         Instruction("U", compute, "measure", reads=losses + sums, writes=("#own_measure.-.0",)),
         Instruction("U", start, "measured", reads=("#own_measure.-.0",), writes=("#own_measure>.-.0",), op=Op.SUM, axis="world"),
         Instruction("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
         *logits,
-        Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0", *logits_of(logits)), writes=(VERDICT,)),
+        Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0", *arrived), writes=(VERDICT,)),
     ]
     if router_state:
         out.append(Instruction("U", compute, ROUTER_STATE, reads=(VERDICT, ROUTER_STATE), writes=(f"new {ROUTER_STATE}",)))
     waits: list[Instruction] = []
-    sends = {name: [*_gathered_momentum(name)][:-1] for name, bucket in buckets.items() if bucket.is_gathered}
-    out += sends.pop(next(iter(sends), ""), [])
+    gathered = [_gathered_momentum(name) for name, bucket in buckets.items() if bucket.is_gathered]
+    out += [s for momentum in gathered[:1] for s in momentum[:2]]
     for name, bucket in buckets.items():
         if bucket.is_gathered:
-            out += sends.pop(next(iter(sends), ""), [])  # the next one's travel while these are made orthogonal
-            out.append([*_gathered_momentum(name)][-1])
+            (*_, arrival), *gathered = gathered
+            out += [s for momentum in gathered[:1] for s in momentum[:2]]  # travels while these are made orthogonal
+            out.append(arrival)
         if bucket.matrices:
             out.append(_orthogonal(name, bucket))
         direction = (direction_of(name),) if bucket.matrices else ()
@@ -457,10 +459,6 @@ def _logits_sent(program: Program) -> tuple[Program, Program]:
     start = Instruction("U", Kind.START, "logits", reads=(own,), writes=(wire,), op=Op.MAX, axis="world")
     wait = replace(start, kind=Kind.WAIT, reads=(wire,), writes=("#logits.-.0",))
     return (*program[: places[-1] + 1], found, start, *program[places[-1] + 1 :]), (wait,)
-
-
-def logits_of(waits: Program) -> tuple[str, ...]:
-    return tuple(v for wait in waits for v in wait.writes)
 
 
 def place_newton_schulz(program: Program, buckets: Mapping[str, BucketSpec], after: int) -> Program:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import lru_cache
 
 
 class Kind(Enum):
@@ -161,6 +162,12 @@ class BucketSpec:
         """Those that a rank of the axis updates."""
         start, stop = self.shares[rank] if self.shares else (0, self.numel)
         return tuple(own for m in self.matrices if (own := m.inside(start, stop)) is not None)
+
+
+@lru_cache(maxsize=256)
+def most_matrices(bucket: BucketSpec) -> tuple[Matrices, ...]:
+    """Those of the rank that updates the most elements of them."""
+    return max(map(bucket.own_matrices, range(len(bucket.shares) or 1)), key=lambda of: sum(m.count * m.numel for m in of))
 
 
 def has_gradient(value: str) -> bool:

@@ -28,8 +28,8 @@ def work_of(rows: int, columns: int) -> float:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 5))
 def test_the_heaviest_share_is_as_light_as_runs_of_units_can_be(work: list[int], ranks: int) -> None:
-    ends = list(itertools.accumulate(work))
-    shares = shared_out(ends, work, ranks)
+    ends = tuple(itertools.accumulate(work))
+    shares = shared_out(ends, tuple(map(float, work)), ranks)
     assert len(shares) == ranks and [a for a, _ in shares] == [0, *(b for _, b in shares)][:-1] and shares[-1][1] == ends[-1]
     assert {b for _, b in shares} <= set(ends)
     heaviest = max(b - a for a, b in shares)  # units are as long as they are heavy

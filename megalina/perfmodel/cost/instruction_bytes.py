@@ -20,7 +20,7 @@ from megalina.config import BYTES, PretrainConfig, padded_vocab_size
 from megalina.layout import axis_of_group, axis_sizes
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
-from megalina.step.program import BucketSpec, Instruction, Matrices, Op, has_gradient
+from megalina.step.program import BucketSpec, Instruction, Op, has_gradient, most_matrices
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
@@ -121,7 +121,7 @@ class InstructionBytes:
         train, rank = self._config.train, self.rank
         numel = sum(spec.numel for spec in self.buckets.values())
         own = sum(b.owned(self.axes[b.axis]) for b in self.buckets.values())
-        matrices = sum(m.count * m.numel for b in self.buckets.values() for m in self._own_matrices(b))
+        matrices = sum(m.count * m.numel for b in self.buckets.values() for m in most_matrices(b))
         kind = optimizer_of(self._config.optim)
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
         rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half each
@@ -215,14 +215,9 @@ class InstructionBytes:
             raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
         return known[head] // chunks // parts
 
-    def _own_matrices(self, bucket: BucketSpec) -> tuple[Matrices, ...]:
-        """Those of the rank that has the most elements of them."""
-        shares = [bucket.own_matrices(rank) for rank in range(len(bucket.shares) or 1)]
-        return max(shares, key=lambda of: sum(m.count * m.numel for m in of))
-
     def _of_matrices(self, value: str, name: str) -> int:
         """Of directions, and of what they are made of where tp cuts matrices."""
-        own = self._own_matrices(self.buckets[name])
+        own = most_matrices(self.buckets[name])
         whole = sum(m.count * m.numel for m in own) * self.rank.main
         cut = sum(m.count * m.numel for m in own if m.cut >= 0) * self.rank.main
         told = cut * self.rank.tp
@@ -236,7 +231,7 @@ class InstructionBytes:
         spec = self.buckets[instruction.name.removeprefix("newton_schulz ")]
         narrow = 2 if self._config.optim.muon_dtype == "bfloat16" else self.rank.main
         most = 0
-        for m in self._own_matrices(spec):
+        for m in most_matrices(spec):
             sides = [m.rows * (self.rank.tp if m.cut == 0 else 1), m.columns * (self.rank.tp if m.cut == 1 else 1)]
             short, numel = min(sides), sides[0] * sides[1]
             some = min(m.count, max(1, MATRIX_ELEMENTS // numel))

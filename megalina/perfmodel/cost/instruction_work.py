@@ -9,13 +9,13 @@ and so is each product of all experts in bfloat16.  Biases, dropout and padding 
 from collections.abc import Mapping
 
 from megalina.blocks.model import Blocks, blocks_of
-from megalina.blocks.optimizers import matrix_flops, optimizer_of
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Product, Work, small
 from megalina.config import PretrainConfig
 from megalina.step.forward import plain
 from megalina.step.passes import ROUTER_STATE
-from megalina.step.program import BucketSpec, Instruction, Kind, Matrices
+from megalina.step.program import BucketSpec, Instruction, Kind, most_matrices
 
 # Kernels of an instruction whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
 SMALL = {"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 4}
@@ -85,7 +85,7 @@ class InstructionWork:
         are cleared."""
         rank, kind = self.rank, optimizer_of(self.config.optim)
         copied = (rank.main + rank.element) * (rank.element != rank.main)  # master weights to weights
-        own = self._own_matrices(bucket)
+        own = most_matrices(bucket)
         matrices = sum(m.count * m.numel for m in own)
         passes = kind.passes * (self._here(bucket) - matrices) + kind.matrix_passes * matrices
         moved = passes * rank.main + self._here(bucket) * copied + bucket.numel * rank.main
@@ -93,7 +93,7 @@ class InstructionWork:
 
     def _momentum(self, bucket: BucketSpec) -> Work:
         """Of matrices that tp cuts: found, and put side by side."""
-        cut = [m for m in self._own_matrices(bucket) if m.cut >= 0]
+        cut = [m for m in most_matrices(bucket) if m.cut >= 0]
         return Work((), 8 * sum(m.count * m.numel for m in cut) * self.rank.main, 4 * len(cut) + 1)
 
     def _newton_schulz(self, bucket: BucketSpec) -> Work:
@@ -101,7 +101,7 @@ class InstructionWork:
         optim, rank = self.config.optim, self.rank
         element = 2 if optim.muon_dtype == "bfloat16" else rank.main
         products, moved, kernels = list[Product](), 0.0, 0
-        for m in self._own_matrices(bucket):
+        for m in most_matrices(bucket):
             rows, columns = m.rows * (rank.tp if m.cut == 0 else 1), m.columns * (rank.tp if m.cut == 1 else 1)
             for r, c, d in optimizer_of(optim).matrix_products(rows, columns, optim):
                 num_bytes = (r * d + d * c + 2 * r * c) * m.count * element  # what is multiplied by a coefficient is read, too
@@ -109,11 +109,6 @@ class InstructionWork:
             moved += m.count * rows * columns * (5 * rank.main + 5 * element + 3 * rank.main)
             kernels += 10
         return Work(tuple(products), moved, kernels)
-
-    def _own_matrices(self, bucket: BucketSpec) -> tuple[Matrices, ...]:
-        """Those of the rank whose products take the most."""
-        shares = [bucket.own_matrices(rank) for rank in range(len(bucket.shares) or 1)]
-        return max(shares, key=lambda of: sum(m.count * matrix_flops(m.rows, m.columns, self.config.optim) for m in of))
 
     def _here(self, bucket: BucketSpec) -> float:
         """Elements that this rank updates."""
