@@ -69,7 +69,7 @@ class InstructionFunctions:
             return partial(self._add_late, [(instruction.name, instruction.layer, part) for part in parts_of(instruction)])
         if instruction.phase == "U":
             named = getattr(self, f"_{instruction.name}")
-            return partial(named, instruction.reads) if instruction.name in ("seed", "measure", "logits") else named
+            return partial(named, instruction.reads) if instruction.name in ("seed", "measure", "head_logits") else named
         later = self.late.setdefault(instruction.key, []) if instruction.late else None
         return self.gpt.functions_of(instruction).bind(instruction, later)
 
@@ -117,7 +117,7 @@ class InstructionFunctions:
         own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
-    def _logits(self, names: Sequence[str], *logits_G: Tensor) -> Tensor:
+    def _head_logits(self, names: Sequence[str], *logits_G: Tensor) -> Tensor:
         """float64 [layers, groups of heads of all tp ranks]: the largest of all parts, -inf of heads that are elsewhere."""
         tp, here, groups = self.mesh.tp, len(logits_G[0]), self.gpt.blocks.clipped_groups
         out_LG = logits_G[0].new_full((self.gpt.config.num_layers, groups), float("-inf"), dtype=torch.float64)

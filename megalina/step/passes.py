@@ -455,8 +455,8 @@ def _logits_sent(program: Program) -> tuple[Program, Program]:
         return program, ()
     logits = tuple(v for i in places for v in program[i].writes if v.startswith("#logit."))
     own, wire = "#own_logits.-.0", "#own_logits>.-.0"
-    found = Instruction("U", Kind.COMPUTE, "logits", reads=logits, writes=(own,))
-    start = Instruction("U", Kind.START, "logits", reads=(own,), writes=(wire,), op=Op.MAX, axis="world")
+    found = Instruction("U", Kind.COMPUTE, "head_logits", reads=logits, writes=(own,))
+    start = Instruction("U", Kind.START, "head_logits", reads=(own,), writes=(wire,), op=Op.MAX, axis="world")
     wait = replace(start, kind=Kind.WAIT, reads=(wire,), writes=("#logits.-.0",))
     return (*program[: places[-1] + 1], found, start, *program[places[-1] + 1 :]), (wait,)
 

@@ -54,7 +54,7 @@ def test_every_strategy_makes_directions_of_summed_gradients(name: str, tp: bool
             assert summed < sent < whole < made
     if logits:
         forward = max(i for i, s in enumerate(program) if any(v.startswith("#logit.") for v in s.writes))
-        assert forward < place(program, "U", "logits", Kind.START) < place(program, "U", "logits", Kind.WAIT) < verdict
+        assert forward < place(program, "U", "head_logits", Kind.START) < place(program, "U", "head_logits", Kind.WAIT) < verdict
         assert "#logits.-.0" in program[verdict].reads
 
 

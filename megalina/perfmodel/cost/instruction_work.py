@@ -74,7 +74,7 @@ class InstructionWork:
         if instruction.name == ROUTER_STATE:
             kernels = BIAS_KERNELS if self.config.router.capacity_bound == "none" else DELTA_KERNELS  # never both
             return small(kernels * sum(self.blocks.moe))
-        if instruction.name == "logits":
+        if instruction.name == "head_logits":
             return small(2 * len(instruction.reads) + 2)
         if instruction.name not in SMALL:
             raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to `SMALL` here")

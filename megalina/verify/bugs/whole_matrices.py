@@ -57,7 +57,7 @@ def qk_clip_per_rank(trainable: Trainable, config: PretrainConfig) -> None:
     own: list[Tensor] = []
 
     def of(instruction: Instruction, function: Function) -> Function:
-        if instruction.name == "logits" and instruction.phase == "U":
+        if instruction.name == "head_logits":
 
             def noted(*a: Any) -> Any:
                 own[:] = [function(*a)]
