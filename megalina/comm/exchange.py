@@ -129,17 +129,24 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis, log: Collective
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
 
-def start_uneven_gather(x: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog, *, into: Tensor | None = None) -> Pending:
-    """[sizes[r]] of each rank r of the axis, this one's among them; arrives as [sum(sizes)], in `into` if that is given, of which
-    `x` may be a part.  Ranks of other rows of the mesh may have other sizes."""
+def start_uneven_gather(x: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """[sizes[r]] of each rank r of the axis, this one's `x` among them; arrives as [sum(sizes)].  Ranks of other rows of the mesh
+    may have other sizes."""
     if axis.group is None:
-        return Pending(None, lambda: x if into is None else into)
-    send = x.repeat(axis.size)
-    out = x.new_empty(sum(sizes)) if into is None else into
-    even = [len(x)] * axis.size
-    _enter(log, "all-to-all", send, axis, even, sizes)
-    work = dist.all_to_all_single(out, send, sizes, even, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=send: out, x.nbytes)  # type: ignore[misc]
+        return Pending(None, lambda: x)
+    return _to_everybody(x, sizes, x.new_empty(sum(sizes)), axis, log)
+
+
+def start_uneven_gather_in_place(flat: Tensor, own: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """`flat` is filled with every rank's `own` part, of which rank r's has `sizes[r]` elements."""
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    if is_gloo(axis.group):  # which gathers equal parts alone
+        return _to_everybody(own, sizes, flat, axis, log)
+    mine = own.clone()
+    _enter(log, "gather", flat, axis)
+    work = dist.all_gather(list(flat.split(sizes)), mine, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
 
 def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
@@ -147,11 +154,25 @@ def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], a
     the other parts are then void."""
     if axis.group is None:
         return Pending(None, lambda: flat)
-    even = [len(own)] * axis.size
-    parts = flat.new_empty(len(own) * axis.size)
-    _enter(log, "all-to-all", flat, axis, sizes, even)
-    work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
-    return Pending(work, lambda keep=flat: own.copy_(parts.view(axis.size, len(own)).sum(0)), flat.nbytes)  # type: ignore[misc]
+    if is_gloo(axis.group):
+        even = [len(own)] * axis.size
+        parts = flat.new_empty(len(own) * axis.size)
+        _enter(log, "all-to-all", flat, axis, sizes, even)
+        work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
+        total = lambda keep=flat: own.copy_(parts.view(axis.size, len(own)).sum(0))  # noqa: E731
+        return Pending(work, total, flat.nbytes)  # type: ignore[arg-type]
+    out = torch.empty_like(own)
+    _enter(log, "scatter", flat, axis)
+    work = dist.reduce_scatter(out, list(flat.split(sizes)), group=axis.group, async_op=True)
+    return Pending(work, lambda keep=flat: own.copy_(out), flat.nbytes)  # type: ignore[misc]
+
+
+def _to_everybody(x: Tensor, sizes: list[int], out: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
+    """An all-gather by all-to-all.  `x` may be a part of `out`, [sum(sizes)]."""
+    send, even = x.repeat(axis.size), [len(x)] * axis.size
+    _enter(log, "all-to-all", send, axis, even, sizes)
+    work = dist.all_to_all_single(out, send, sizes, even, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=send: out, x.nbytes)  # type: ignore[misc]
 
 
 def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:

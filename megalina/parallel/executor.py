@@ -205,7 +205,7 @@ class Executor:
         if bucket.layout.shares:
             sizes = [stop - start for start, stop in bucket.parts(instruction.piece)]
             if instruction.op is Op.PARAMS:
-                return exchange.start_uneven_gather(own, sizes, axis, self._log, into=piece)
+                return exchange.start_uneven_gather_in_place(piece, own, sizes, axis, self._log)
             return exchange.start_uneven_scatter_in_place(piece, own, sizes, axis, self._log)
         if instruction.op is Op.PARAMS:
             return exchange.start_gather_in_place(piece, own, axis, self._log)

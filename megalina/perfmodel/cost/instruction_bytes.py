@@ -178,9 +178,9 @@ class InstructionBytes:
         spec, elements = self.buckets[instruction.buckets[0]], instruction.piece[1] - instruction.piece[0]
         if not spec.sharded:
             return 0  # it is summed where it is
-        if spec.shares:  # as much to everybody, or from everybody, as the rank with the most of the bucket has on average
-            everybody = elements * spec.owned(len(spec.shares)) * len(spec.shares) // spec.numel
-            return everybody * (self.rank.element if instruction.op is Op.PARAMS else self.rank.main)
+        if spec.shares:  # of each piece as large a share as the rank with the most of the bucket has; on gloo for all ranks
+            share = elements * spec.owned(len(spec.shares)) // spec.numel * (1 if self._cuda else len(spec.shares))
+            return share * (self.rank.element if instruction.op is Op.PARAMS else self.rank.main)
         share = elements // self.axes[spec.axis]
         if instruction.op is Op.PARAMS:
             return share * self.rank.element  # a copy of what this rank has
