@@ -51,9 +51,12 @@ class BucketLayout:
     shares: tuple[tuple[int, int], ...]  # of each rank; (): even parts of each piece
 
 
-def lay_out_bucket(members: Sequence[Member], *, ranks: int, tp: int, matrix_work: Callable[[int, int], float]) -> BucketLayout:
-    """`ranks`: that share the update, 1 without ZeRO-1; `tp`: ranks that gather the matrices which they cut, 1: nobody does;
-    `matrix_work(rows, columns)`: FLOPs of a whole matrix's update, where shares must weigh some."""
+def lay_out_bucket(
+    name: str, members: Sequence[Member], *, ranks: int, tp: int, matrix_work: Callable[[int, int], float]
+) -> BucketLayout:
+    """`name`: of the bucket, with its layer; `ranks`: that share the update, 1 without ZeRO-1; `tp`: ranks that gather the
+    matrices which they cut, 1: nobody does; `matrix_work(rows, columns)`: FLOPs of a whole matrix's update."""
+    turn = int(name.partition(".")[2] or 0)
     has_matrices = any(member.whole for member in members)
 
     def rank_of(i: int) -> tuple[bool, bool, str]:
@@ -82,7 +85,7 @@ def lay_out_bucket(members: Sequence[Member], *, ranks: int, tp: int, matrix_wor
             decay_stop = stop
     shares: tuple[tuple[int, int], ...] = ()
     if ranks > 1 and matrices:
-        shares = shared_out(tuple(ends), tuple(work), ranks)
+        shares = in_turns(shared_out(tuple(ends), tuple(work), ranks), ranks, turn)
     grain = ALIGNMENT * (ranks if not shares else 1)  # every piece must fall into equal parts
     numel = stop if shares else -(-stop // grain) * grain
     return BucketLayout(tuple(order), tuple(starts), matrix_stop, decay_stop, numel, tuple(matrices), shares)
@@ -90,14 +93,24 @@ def lay_out_bucket(members: Sequence[Member], *, ranks: int, tp: int, matrix_wor
 
 @lru_cache(maxsize=64)  # layers are alike
 def shared_out(ends: tuple[int, ...], work: tuple[float, ...], ranks: int) -> tuple[tuple[int, int], ...]:
-    """[start, stop) of each rank: runs of units, of which the heaviest is as light as can be.  `ends`: where each unit ends."""
+    """[start, stop) of at most so many runs of units, of which the heaviest is as light as can be.  `ends`: of the units."""
     low, high = max(work), sum(work)
     for _ in range(50):  # the least limit at which filling one rank after another needs no more of them
         middle = (low + high) / 2
         low, high = (low, middle) if len(_filled(work, middle)) <= ranks else (middle, high)
     stops = [ends[count - 1] for count in _filled(work, high)]
-    stops += [ends[-1]] * (ranks - len(stops))
     return tuple(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def in_turns(runs: Sequence[tuple[int, int]], ranks: int, turn: int) -> tuple[tuple[int, int], ...]:
+    """Each rank's run, in order.  Where there are fewer than ranks, others have none each turn: over layers all get as many."""
+    idle = ranks - len(runs)
+    without = {(turn * idle + i) % ranks for i in range(idle)}
+    out, left, stop = list[tuple[int, int]](), list(runs), 0
+    for rank in range(ranks):
+        start, stop = (stop, stop) if rank in without else left.pop(0)
+        out.append((start, stop))
+    return tuple(out)
 
 
 def _filled(work: Sequence[float], limit: float) -> list[int]:

@@ -66,6 +66,7 @@ class Bucket:
         self.sharded = sharded and axis.size > 1
         kind = optimizer_of(optim)
         self.layout = lay_out_bucket(
+            name,
             [Declared(spec_of(p), local_shape(p), kind.takes_whole(spec_of(p), optim)) for _, p in members],
             ranks=axis.size if self.sharded else 1,
             tp=tp.size if optim.muon_tp == "gather" else 1,

@@ -158,6 +158,11 @@ class BucketSpec:
             return max(stop - start for start, stop in self.shares)
         return self.numel // ranks if self.sharded else self.numel
 
+    @property
+    def busy(self) -> float:
+        """The share of its ranks that update anything of it; whose turn it is goes round from layer to layer."""
+        return sum(start < stop for start, stop in self.shares) / len(self.shares) if self.shares else 1.0
+
     def own_matrices(self, rank: int) -> tuple[Matrices, ...]:
         """Those that a rank of the axis updates."""
         start, stop = self.shares[rank] if self.shares else (0, self.numel)

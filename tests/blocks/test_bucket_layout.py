@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.blocks.bucket_layout import ALIGNMENT, Member, lay_out_bucket, shared_out
+from megalina.blocks.bucket_layout import ALIGNMENT, Member, in_turns, lay_out_bucket, shared_out
 from megalina.blocks.model import step_shape
 from megalina.blocks.parameter import Parameter
 from megalina.config import OptimConfig, padded_vocab_size
@@ -30,12 +30,21 @@ def work_of(rows: int, columns: int) -> float:
 def test_the_heaviest_share_is_as_light_as_runs_of_units_can_be(work: list[int], ranks: int) -> None:
     ends = tuple(itertools.accumulate(work))
     shares = shared_out(ends, tuple(map(float, work)), ranks)
-    assert len(shares) == ranks and [a for a, _ in shares] == [0, *(b for _, b in shares)][:-1] and shares[-1][1] == ends[-1]
+    assert 1 <= len(shares) <= ranks and [a for a, _ in shares] == [0, *(b for _, b in shares)][:-1] and shares[-1][1] == ends[-1]
     assert {b for _, b in shares} <= set(ends)
     heaviest = max(b - a for a, b in shares)  # units are as long as they are heavy
     cuts = itertools.combinations_with_replacement([0, *ends], ranks - 1)
     best = min(max(b - a for a, b in itertools.pairwise([0, *cut, ends[-1]])) for cut in cuts)
     assert heaviest == best
+
+
+@pytest.mark.parametrize(("ranks", "runs"), [(4, 3), (8, 3), (5, 5), (6, 1)])
+def test_layer_after_layer_every_rank_gets_as_much(ranks: int, runs: int) -> None:
+    cuts = [(10 * i, 10 * i + 10) for i in range(runs)]
+    owners = [in_turns(cuts, ranks, turn) for turn in range(ranks)]
+    assert all([share for share in of if share[0] < share[1]] == cuts for of in owners)
+    assert all([a for a, _ in of] == [0, *(b for _, b in of)][:-1] and of[-1][1] == 10 * runs for of in owners)
+    assert {sum(of[rank][0] < of[rank][1] for of in owners) for rank in range(ranks)} == {runs}
 
 
 MEMBERS = [
@@ -50,7 +59,7 @@ MEMBERS = [
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_shards_tile_the_bucket_and_cut_no_matrix(ranks: int, tp: int) -> None:
-    layout = lay_out_bucket(MEMBERS, ranks=ranks, tp=tp, matrix_work=work_of)
+    layout = lay_out_bucket("dense.3", MEMBERS, ranks=ranks, tp=tp, matrix_work=work_of)
     assert [MEMBERS[i].parameter.name for i in layout.order] == ["proj", "q", "w1", "router", "norm.weight"]
     assert all(start % ALIGNMENT == 0 for start in layout.starts)
     proj, q, w1 = layout.matrices
@@ -63,7 +72,7 @@ def test_shards_tile_the_bucket_and_cut_no_matrix(ranks: int, tp: int) -> None:
 
 
 def test_a_bucket_without_whole_matrices_has_even_shares() -> None:
-    layout = lay_out_bucket([MEMBERS[0], MEMBERS[4]], ranks=3, tp=1, matrix_work=work_of)
+    layout = lay_out_bucket("ends", [MEMBERS[0], MEMBERS[4]], ranks=3, tp=1, matrix_work=work_of)
     assert (layout.matrices, layout.shares, layout.numel) == ((), (), 96)
 
 

@@ -7,6 +7,7 @@ as many as it sends on average, and `skew` times as many where its experts are t
 does the question how large a rank is, also of models that no machine here could hold."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 
@@ -57,6 +58,7 @@ def bucket_specs(
         axis = axis_of_group(group)
         sharded = config.parallel.zero == 1 and sizes[axis] > 1
         layout = lay_out_bucket(
+            group,
             of_group,
             ranks=sizes[axis] if sharded else 1,
             tp=tp if optim.muon_tp == "gather" else 1,
@@ -120,9 +122,7 @@ class InstructionBytes:
         """What is there throughout."""
         train, rank = self._config.train, self.rank
         numel = sum(spec.numel for spec in self.buckets.values())
-        own = sum(b.owned(self.axes[b.axis]) for b in self.buckets.values())
-        matrices = sum(m.count * m.numel for b in self.buckets.values() for m in most_matrices(b))
-        kind = optimizer_of(self._config.optim)
+        own, moments = self._owned()
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
         rope = head_dim(self._config.model) if self._config.model.positions == "rope" else 0  # cosines and sines, half each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
@@ -130,10 +130,25 @@ class InstructionBytes:
             "weights": numel * rank.element,
             "gradients": numel * rank.main,
             "master weights": own * rank.main if rank.mixed else 0,
-            "moments": (len(kind.states) * (own - matrices) + len(kind.matrix_states) * matrices) * rank.main,
+            "moments": moments * rank.main,
             # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows
             "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element) + table,
         }
+
+    def _owned(self) -> tuple[int, int]:
+        """Elements that are updated, and numbers that are kept of them, by the ranks of each axis that have the most."""
+        kind = optimizer_of(self._config.optim)
+        everywhere, uneven = [0, 0], defaultdict[tuple[str, int], list[int]](lambda: [0, 0])
+        for bucket in self.buckets.values():
+            shares = bucket.shares or ((0, bucket.owned(self.axes[bucket.axis])),)
+            for rank, (start, stop) in enumerate(shares):
+                if start < stop:
+                    matrices = sum(m.count * m.numel for m in bucket.own_matrices(rank))
+                    of = uneven[bucket.axis, rank] if bucket.shares else everywhere
+                    of[0] += stop - start
+                    of[1] += len(kind.states) * (stop - start - matrices) + len(kind.matrix_states) * matrices
+        most = [everywhere, *(max(of for (a, _), of in uneven.items() if a == axis) for axis in {axis for axis, _ in uneven})]
+        return sum(of[0] for of in most), sum(of[1] for of in most)
 
     def ranks(self, axis: str) -> int:
         return self.axes[axis]

@@ -86,34 +86,36 @@ class InstructionWork:
         rank, kind = self.rank, optimizer_of(self.config.optim)
         copied = (rank.main + rank.element) * (rank.element != rank.main)  # master weights to weights
         own = most_matrices(bucket)
-        matrices = sum(m.count * m.numel for m in own)
+        matrices = bucket.busy * sum(m.count * m.numel for m in own)
         passes = kind.passes * (self._here(bucket) - matrices) + kind.matrix_passes * matrices
         moved = passes * rank.main + self._here(bucket) * copied + bucket.numel * rank.main
-        return Work((), moved, 2 + MATRIX_KERNELS * len(own) + (rank.element != rank.main))
+        return Work((), moved, 2 + bucket.busy * MATRIX_KERNELS * len(own) + (rank.element != rank.main))
 
     def _momentum(self, bucket: BucketSpec) -> Work:
         """Of matrices that tp cuts: found, and put side by side."""
         cut = [m for m in most_matrices(bucket) if m.cut >= 0]
-        return Work((), 8 * sum(m.count * m.numel for m in cut) * self.rank.main, 4 * len(cut) + 1)
+        return Work((), 8 * bucket.busy * sum(m.count * m.numel for m in cut) * self.rank.main, 4 * len(cut) + 1)
 
     def _newton_schulz(self, bucket: BucketSpec) -> Work:
-        """The products of the rank that has the most, and what is read and written before and after them."""
+        """The products of the rank that has the most, and what is read and written before and after them; where some ranks have
+        none, as many of them as come to a rank over all layers."""
         optim, rank = self.config.optim, self.rank
         element = 2 if optim.muon_dtype == "bfloat16" else rank.main
         products, moved, kernels = list[Product](), 0.0, 0
         for m in most_matrices(bucket):
             rows, columns = m.rows * (rank.tp if m.cut == 0 else 1), m.columns * (rank.tp if m.cut == 1 else 1)
             for r, c, d in optimizer_of(optim).matrix_products(rows, columns, optim):
-                num_bytes = (r * d + d * c + 2 * r * c) * m.count * element  # what is multiplied by a coefficient is read, too
-                products.append(Product(r, c, d, m.count, num_bytes, wide=rank.mixed and element != 2))
-            moved += m.count * rows * columns * (5 * rank.main + 5 * element + 3 * rank.main)
+                count = bucket.busy * m.count
+                num_bytes = (r * d + d * c + 2 * r * c) * count * element  # what is multiplied by a coefficient is read, too
+                products.append(Product(r, c, d, count, num_bytes, wide=rank.mixed and element != 2))
+            moved += bucket.busy * m.count * rows * columns * (5 * rank.main + 5 * element + 3 * rank.main)
             kernels += 10
         return Work(tuple(products), moved, kernels)
 
     def _here(self, bucket: BucketSpec) -> float:
-        """Elements that this rank updates."""
+        """Elements that this rank updates; of whole matrices on average over layers."""
         if bucket.shares:
-            return bucket.owned(len(bucket.shares))
+            return bucket.busy * bucket.owned(len(bucket.shares))
         return bucket.numel / (self.copies[bucket.axis] if bucket.sharded else 1)
 
 
