@@ -56,8 +56,8 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int, newton_schulz_
         whole = [plan for plan in plans if plan.strategy == walking.strategy and plan.chunks == (1,)]
         plans += [plan for start in whole for plan in joined(start)]
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
-    same = {"packing": packing, "newton_schulz_after": newton_schulz_after} | ({"piece_bytes": piece_bytes} if zero else {})
-    plans = [replace(plan, **same) for plan in plans]
+    plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
+    plans = [replace(plan, newton_schulz_after=newton_schulz_after) for plan in plans]
     return list(dict.fromkeys(plans))
 
 
