@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 FEW = [
     Row(Layout(4, 1, 2, True, 1, 2, "none", 0.0, "eager"), "topk", 0.0, "plain", "muon"),
-    Row(Layout(4, 2, 1, True, 1, 2, "selective", 0.002, "lina"), "topk", 0.8, "GPT-2", "muon_clip"),
+    Row(Layout(4, 2, 1, True, 1, 2, "selective", 0.002, "lina_nopack"), "topk", 0.8, "GPT-2", "muon_clip"),
     Row(Layout(4, 2, 2, False, 0, 4, "none", 0.0, "flow"), "sigmoid", 0.0, "dense first, shared experts", "muon_clip"),
     Row(Layout(4, 1, 4, True, 1, 1, "none", 0.0, "lina_zero"), "topk", 0.0, "dropout", "muon of routers"),
     Row(Layout(4, 4, 1, True, 1, 4, "full", 0.0, "serial"), "topk", 0.0, "modern", "muon, never clipped"),
