@@ -190,8 +190,7 @@ class StrategyConfig:
     partition: str = "none"
     # backward of what went forward in parts; whole: the parts side by side, mirrored: in turn
     partition_backward: str = setting("whole", choices=("whole", "mirrored"))
-    # Muon: directions of a bucket's matrices are made under the so-manieth all-to-all after its gradients have started;
-    # 0: when all gradients are there
+    # Muon: a bucket's directions are made under the so-manieth all-to-all after its gradients were sent; 0: behind the verdict
     newton_schulz_after: int = setting(0, high=100_000)
     # auto: at most as many gradients in each gap of the wire as were measured to fit
     windows: str = setting("none", choices=("none", "auto"))
@@ -217,19 +216,18 @@ class OptimConfig:
     clip_norm: float = setting(1.0)  # gradients are scaled down to this global norm; 0: never
     # apex: NVIDIA's FusedAdam; auto: that one where it is installed and on CUDA
     implementation: str = setting("auto", choices=("auto", "torch", "apex"))
-    # Muon, of hidden matrices: the rest is AdamW's
-    muon_momentum: float = setting(0.95, high=BELOW_ONE)  # share of the momentum that a step keeps
-    muon_nesterov: bool = True  # the gradient counts once more beside the momentum
-    # times optim.lr; match_rms_adamw: 0.2 sqrt(larger side), original: sqrt(max(1, rows / columns)), spectral: sqrt(larger side)
+    muon_momentum: float = setting(0.95, high=BELOW_ONE)  # Muon: share of the momentum that a step keeps
+    muon_nesterov: bool = True  # Muon: the gradient counts once more beside the momentum
+    # Muon: times optim.lr; match_rms_adamw: 0.2 sqrt(larger side), original: sqrt(max(1, rows / columns)), spectral: without 0.2
     muon_scale: str = setting("match_rms_adamw", choices=("match_rms_adamw", "original", "spectral", "none"))
-    muon_steps: int = setting(5, low=1, high=100)  # of Newton-Schulz: X becomes a X + (b A + c A A) X, with A = X X'
-    muon_a: float = setting(3.4445, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # the first coefficient
-    muon_b: float = setting(-4.7750, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # the second
-    muon_c: float = setting(2.0315, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # the third
-    muon_dtype: str = setting("main", choices=("main", "bfloat16"))  # of Newton-Schulz; main: as the main weights
-    # matrices that tp cuts; gather: made whole over tp first | blocks: each rank's part by itself, which depends on parallel.tp
+    muon_steps: int = setting(5, low=1, high=100)  # Muon, of Newton-Schulz: X becomes a X + (b A + c A A) X, with A = X X'
+    muon_a: float = setting(3.4445, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: a
+    muon_b: float = setting(-4.7750, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: b
+    muon_c: float = setting(2.0315, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: c
+    muon_dtype: str = setting("main", choices=("main", "bfloat16"))  # Muon: of these products; main: as the main weights
+    # Muon, of matrices that tp cuts; gather: made whole over tp first | blocks: each rank's part by itself, which depends on parallel.tp
     muon_tp: str = setting("gather", choices=("gather", "blocks"))
-    muon_routers: bool = False  # routers too
+    muon_routers: bool = False  # Muon: takes routers too
     # muon_clip: queries and keys are scaled down until no attention logit of the step would have been above this
     qk_clip: float = setting(100.0, low=POSITIVE, high=LARGEST_FACTOR)
     qk_clip_alpha: float = setting(0.5, high=1)  # the queries' share of that, as a power; the keys have the rest
