@@ -225,7 +225,7 @@ class OptimConfig:
     muon_b: float = setting(-4.7750, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: b
     muon_c: float = setting(2.0315, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: c
     muon_dtype: str = setting("main", choices=("main", "bfloat16"))  # Muon: of these products; main: as the main weights
-    # Muon, of matrices that tp cuts; gather: made whole over tp first, blocks: each rank's by itself, which depends on parallel.tp
+    # Muon, of matrices that tp cuts; gather: made whole over tp first, blocks: each rank's by itself: depends on parallel.tp
     muon_tp: str = setting("gather", choices=("gather", "blocks"))
     muon_routers: bool = False  # Muon: takes routers too
     # muon_clip: queries and keys are scaled down until no attention logit of the step would have been above this
