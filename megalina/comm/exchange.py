@@ -159,8 +159,11 @@ def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], a
         parts = flat.new_empty(len(own) * axis.size)
         _enter(log, "all-to-all", flat, axis, sizes, even)
         work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
-        total = lambda keep=flat: own.copy_(parts.view(axis.size, len(own)).sum(0))  # noqa: E731
-        return Pending(work, total, flat.nbytes)  # type: ignore[arg-type]
+
+        def summed(keep: Tensor = flat) -> Tensor:
+            return own.copy_(parts.view(axis.size, len(own)).sum(0))
+
+        return Pending(work, summed, flat.nbytes)
     out = torch.empty_like(own)
     _enter(log, "scatter", flat, axis)
     work = dist.reduce_scatter(out, list(flat.split(sizes)), group=axis.group, async_op=True)

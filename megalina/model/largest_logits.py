@@ -21,9 +21,11 @@ def largest_logits(q_BSHd: Tensor, k_BSGd: Tensor, document_BS: Tensor | None = 
     k_BGdS = k_BSGd.permute(0, 2, 3, 1)
     for begin in range(0, length, QUERIES_A_BLOCK):
         end = min(begin + QUERIES_A_BLOCK, length)
-        q_BGnd = q_BSHd[:, begin:end].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        logit_BGrql = torch.matmul(q_BGnd, k_BGdS[..., :end]).unflatten(2, (heads // groups, end - begin))
-        hidden_Bql = torch.ones(1, end - begin, end, dtype=torch.bool, device=q_BSHd.device).triu(begin + 1)
+        queries, shared = end - begin, heads // groups
+        q_BGrqd = q_BSHd[:, begin:end].reshape(batch, queries, groups, shared, size).permute(0, 2, 3, 1, 4)
+        logit_BGnl = torch.matmul(q_BGrqd.flatten(2, 3), k_BGdS[..., :end])
+        logit_BGrql = logit_BGnl.view(batch, groups, shared, queries, end)
+        hidden_Bql = torch.ones(1, queries, end, dtype=torch.bool, device=q_BSHd.device).triu(begin + 1)
         if document_BS is not None:
             hidden_Bql = hidden_Bql | (document_BS[:, begin:end, None] != document_BS[:, None, :end])
         logit_BGrql.masked_fill_(hidden_Bql[:, None, None], float("-inf"))

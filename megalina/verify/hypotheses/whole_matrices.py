@@ -115,4 +115,4 @@ def _logits(evidence: Evidence, layer: int) -> Tensor:
     before = f"layers.{layer - 1}" if layer else "embedded"
     x_TD = evidence.pair("activation", before).want.value.flatten(0, 1)
     logit_BH = largest_logits(evidence.model.layers[layer], x_TD, evidence.batch)
-    return logit_BH.unflatten(1, (evidence.config.model.num_kv_heads, -1)).amax(dim=2)
+    return logit_BH.view(len(logit_BH), evidence.config.model.num_kv_heads, -1).amax(dim=2)
