@@ -81,6 +81,7 @@ def on_ranks(folder: Path) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.full
 def test_a_run_goes_on_in_other_layouts_and_packings_lose_no_bit(folder: Path, whole: list[dict[str, Any]]) -> None:
     losses = [r["loss"] for r in whole[SAVED:]]
     ranks = run_on_ranks(4, on_ranks, folder)
