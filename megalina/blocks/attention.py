@@ -27,6 +27,11 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.d_model // model.num_heads
 
 
+def _seen(length: int) -> int:
+    """Pairs of a query and a key of a sequence that blocks of queries multiply."""
+    return sum(min(b + QUERIES_A_BLOCK, length) * min(QUERIES_A_BLOCK, length - b) for b in range(0, length, QUERIES_A_BLOCK))
+
+
 class Attention(Block):
     name = "attention"
     functions = "megalina.model.attention:Attention"
@@ -98,9 +103,10 @@ class Attention(Block):
         # Two products, queries with keys and weights with values, of which the mask leaves a half: together one whole.
         one = Product(length, size, length, sequences * heads, tokens * 2 * (q + kv) * rank.element, attention=True)
         two = Product(length, size, length, 2 * sequences * heads, tokens * 4 * (q + kv) * rank.element, attention=True)
-        if optimizer_of(rank.config.optim).clips_heads:  # logits once more, of which the mask leaves a half
-            seen_bytes = 4 * tokens * heads * length / 2 * rank.element
-            again = Product(length, length / 2, size, sequences * heads, tokens * (q + kv) * rank.element + seen_bytes / 2)
+        if optimizer_of(rank.config.optim).clips_heads:  # logits once more, in blocks, which see little of what the mask hides
+            seen = _seen(length) / length  # keys, on average
+            seen_bytes = 4 * tokens * heads * seen * rank.element
+            again = Product(length, seen, size, sequences * heads, tokens * (q + kv) * rank.element + seen_bytes / 2)
             out += Piece(Work((again,), seen_bytes, 6 * math.ceil(length / QUERIES_A_BLOCK)))
         return out + Piece(Work((one,)), Work((two,)))
 
@@ -162,8 +168,7 @@ class Attention(Block):
         heads = self._heads_here(at)
         if rank.cuda or rank.mixed or not SHORTEST_BLOCKED <= s <= LONGEST_BLOCKED:
             return 0, t * heads * rank.main  # log-sum-exps
-        seen = sum(min(b + QUERIES_A_BLOCK, s) * min(QUERIES_A_BLOCK, s - b) for b in range(0, s, QUERIES_A_BLOCK))
-        return QUERIES_A_BLOCK * s * heads * rank.element, t // s * heads * seen * rank.element
+        return QUERIES_A_BLOCK * s * heads * rank.element, t // s * heads * _seen(s) * rank.element
 
     def value_bytes(self, at: At) -> Mapping[str, int]:
         number = at.rank.width * at.rank.element

@@ -36,6 +36,7 @@ OVERRIDES: dict[str, Sequence[str]] = {
     "dense, relu": ("router=dense", "model.activation=relu", "router.mutual_information_loss=0"),
     "attention experts": ("model.attention_experts=2", "model.qk_norm=true"),
     "dense layers": ("model.moe_every=2",),
+    "QK-clip": ("optim=muon_clip",),
 }
 
 
