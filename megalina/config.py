@@ -221,9 +221,9 @@ class OptimConfig:
     # Muon: times optim.lr; match_rms_adamw: 0.2 sqrt(larger side), original: sqrt(max(1, rows / columns)), spectral: without 0.2
     muon_scale: str = setting("match_rms_adamw", choices=("match_rms_adamw", "original", "spectral", "none"))
     muon_steps: int = setting(5, low=1, high=100)  # Muon, of Newton-Schulz: X becomes a X + (b A + c A A) X, with A = X X'
-    muon_a: float = setting(3.4445, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: a
-    muon_b: float = setting(-4.7750, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: b
-    muon_c: float = setting(2.0315, low=-LARGEST_FACTOR, high=LARGEST_FACTOR)  # Muon: c
+    muon_a: float = setting(3.4445, low=-1e3, high=1e3)  # Muon: a
+    muon_b: float = setting(-4.7750, low=-1e3, high=1e3)  # Muon: b
+    muon_c: float = setting(2.0315, low=-1e3, high=1e3)  # Muon: c
     muon_dtype: str = setting("main", choices=("main", "bfloat16"))  # Muon: of these products; main: as the main weights
     # Muon, of matrices that tp cuts; gather: made whole over tp first, blocks: each rank's by itself: depends on parallel.tp
     muon_tp: str = setting("gather", choices=("gather", "blocks"))
