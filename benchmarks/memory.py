@@ -154,12 +154,13 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     before = _status("VmRSS")
     trainable = Trainable(config, mesh, vocab_size=vocab_size, device=torch.device("cpu"), wish_to_stop=lambda: False)
     optimizer = BucketOptimizer(config.optim, trainable.buckets)
-    trainable.step(batch_of(own, length, vocab_size, mesh.dp.rank), optimizer.update)  # moments get their memory
+    first = batch_of(own, length, vocab_size, mesh.dp.rank)
+    trainable.step(first, optimizer.update, directions=optimizer)  # moments get their memory
     batch = batch_of(own, length, vocab_size, mesh.world.size + mesh.dp.rank)
     gc.collect()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    result = trainable.step(batch, optimizer.update)
+    result = trainable.step(batch, optimizer.update, directions=optimizer)
     measured = _status("VmHWM") - before
     layers, moe_layers = config.model.num_layers, trainable.gpt.moe_layers
     skews = skews_of(result, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)

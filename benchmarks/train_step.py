@@ -79,7 +79,7 @@ class Ours:
     def step(self, number: int) -> float:
         own = SEQUENCES // self.mesh.dp.size
         batch = batch_of(number, self.vocab_size).split(own)[self.mesh.dp.rank]
-        verdict = self.trainable.step(batch, self.optimizer.update)
+        verdict = self.trainable.step(batch, self.optimizer.update, directions=self.optimizer)
         chosen_LE = verdict.loads[:, :-1].double()
         self.load_max_over_mean = (chosen_LE.amax(1) / chosen_LE.mean(1)).mean().item()
         return verdict.loss

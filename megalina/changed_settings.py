@@ -51,6 +51,7 @@ KINDS: Mapping[str, Kind] = {
     "strategy": Kind.FREE,
     "optim": Kind.FREE,
     "optim.name": Kind.STATE,
+    "optim.muon_routers": Kind.STATE,  # which state a router has
     "schedule": Kind.FREE,
     "data": Kind.MEANING,
     "data.cache_dir": Kind.FREE,

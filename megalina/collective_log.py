@@ -32,7 +32,7 @@ class Entry:
     axis: str
     number: int  # of this axis, from 0
     step: int
-    kind: str  # all-to-all | gather | scatter | sum
+    kind: str  # all-to-all | gather | scatter | sum | max
     tag: str  # the instruction that started it
     dtype: str
     row: tuple[int, ...]  # shape of a row

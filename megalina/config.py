@@ -227,6 +227,8 @@ class StrategyConfig:
     partition: str = "none"
     # backward of what went forward in parts; whole: the parts side by side, mirrored: in turn
     partition_backward: str = setting("whole", choices=("whole", "mirrored"))
+    # Muon: a bucket's directions are made under the so-manieth all-to-all after its gradients were sent; 0: behind the verdict
+    newton_schulz_after: int = setting(0, high=100_000)
     # auto: at most as many gradients in each gap of the wire as were measured to fit
     windows: str = setting("none", choices=("none", "auto"))
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
@@ -242,7 +244,7 @@ class StrategyConfig:
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    name: str = setting("adamw", choices=("adamw", "sgd"), own=True)  # which optimizer
+    name: str = setting("adamw", choices=("adamw", "sgd", "muon", "muon_clip"), own=True)  # which optimizer
     lr: float = setting(1e-3, high=LARGEST_FACTOR)  # peak learning rate
     beta1: float = setting(0.9, high=BELOW_ONE)  # AdamW: decay of the mean of the gradients
     beta2: float = setting(0.95, high=BELOW_ONE)  # AdamW: decay of the mean of their squares
@@ -251,6 +253,21 @@ class OptimConfig:
     clip_norm: float = setting(1.0)  # gradients are scaled down to this global norm; 0: never
     # apex: NVIDIA's FusedAdam; auto: that one where it is installed and on CUDA
     implementation: str = setting("auto", choices=("auto", "torch", "apex"))
+    muon_momentum: float = setting(0.95, high=BELOW_ONE)  # Muon: share of the momentum that a step keeps
+    muon_nesterov: bool = True  # Muon: the gradient counts once more beside the momentum
+    # Muon: times optim.lr; match_rms_adamw: 0.2 sqrt(larger side), original: sqrt(max(1, rows / columns)), spectral: without 0.2
+    muon_scale: str = setting("match_rms_adamw", choices=("match_rms_adamw", "original", "spectral", "none"))
+    muon_steps: int = setting(5, low=1, high=100)  # Muon, of Newton-Schulz: X becomes a X + (b A + c A A) X, with A = X X'
+    muon_a: float = setting(3.4445, low=-1e3, high=1e3)  # Muon: a
+    muon_b: float = setting(-4.7750, low=-1e3, high=1e3)  # Muon: b
+    muon_c: float = setting(2.0315, low=-1e3, high=1e3)  # Muon: c
+    muon_dtype: str = setting("main", choices=("main", "bfloat16"))  # Muon: of these products; main: as the main weights
+    # Muon, of matrices that tp cuts; gather: made whole over tp first, blocks: each rank's by itself: depends on parallel.tp
+    muon_tp: str = setting("gather", choices=("gather", "blocks"))
+    muon_routers: bool = False  # Muon: takes routers too
+    # muon_clip: queries and keys are scaled down until no attention logit of the step would have been above this
+    qk_clip: float = setting(100.0, low=POSITIVE, high=LARGEST_FACTOR)
+    qk_clip_alpha: float = setting(0.5, high=1)  # the queries' share of that, as a power; the keys have the rest
 
 
 @dataclass(slots=True, kw_only=True)

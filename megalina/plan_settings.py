@@ -33,6 +33,7 @@ def plan_of(strategy: StrategyConfig, *, packing: int | None = None) -> Plan:
         deferred_bytes=int(strategy.deferred_mb * 2**20),
         partition=NONE if strategy.partition == AUTO else strategy.partition,
         partition_backward=strategy.partition_backward,
+        newton_schulz_after=strategy.newton_schulz_after,
         packing=packing,
         order=tuple(strategy.order.splitlines()),
     )
@@ -53,6 +54,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "deferred_mb": plan.deferred_bytes / 2**20,
         "partition": plan.partition,
         "partition_backward": plan.partition_backward,
+        "newton_schulz_after": plan.newton_schulz_after,
         "windows": AUTO if plan.gap_bytes else "none",
         "packing": str(plan.packing),
         "order": "\n".join(plan.order),
@@ -80,6 +82,7 @@ def overrides_of(plan: Plan) -> tuple[str, ...]:
         "deferred_mb": plan.deferred_bytes > 0,
         "partition": plan.partition != NONE,
         "partition_backward": plan.partition != NONE,
+        "newton_schulz_after": plan.newton_schulz_after > 0,
         "order": False,
     }
     values = {key: value for key, value in settings_of(plan).items() if key != "name" and told.get(key, True)}

@@ -64,7 +64,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
         )
     check_layer(config.model.layer)
     check_router(config.router, config.model.num_experts, config.model.d_model)
-    optimizer_of(config.optim)
+    _check_optimizer(config)
     if config.router.losses or any(map(is_reference, config.model.layer)):
         check_own(blocks_of(config.model, config.router))
     _check_layout(config, world)
@@ -74,6 +74,23 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_length(config)
     _check_data(config.data)
     _check_profile(config)
+
+
+def _check_optimizer(config: PretrainConfig) -> None:
+    kind, name, model = optimizer_of(config.optim), config.optim.name, config.model
+    if kind.clips_heads and model.qk_norm != "none":
+        raise ValueError(
+            f"optim={name} scales queries and keys, which model.qk_norm={model.qk_norm} brings back to one length: set "
+            "model.qk_norm=none, "
+            "or take optim=muon, as norms bound the logits already"
+        )
+    if kind.clips_heads and model.mtp_layers:
+        raise ValueError(
+            f"optim={name} and model.mtp_layers={model.mtp_layers} exclude each other, as logits are told of the model's own "
+            "layers alone: set model.mtp_layers=0, or take optim=muon"
+        )
+    if kind.clips_heads and not blocks_of(model, config.router).clipped_groups:
+        raise ValueError(f"optim={name} needs attention that declares which rows of queries and keys it clips: take optim=muon")
 
 
 def check_hardware(cluster: ClusterConfig) -> None:

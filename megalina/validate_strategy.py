@@ -2,6 +2,7 @@
 
 from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.model import shape_of
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.routers import capacity_text, kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer, training_layers
 from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
@@ -59,6 +60,12 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
     for key in ("partition_bytes", "chunks", "late_layers", "deferred_weights", "join_weights"):
         if strategy.name == AUTO and getattr(strategy, key) != getattr(plain, key):
             raise ValueError(f"strategy=auto finds strategy.{key} itself: leave it at {getattr(plain, key)}, or name a strategy")
+    if strategy.newton_schulz_after and (strategy.name == AUTO or optimizer_of(config.optim).matrix_states == ()):
+        why = "finds its own list" if strategy.name == AUTO else f"has no whole matrices with optim={config.optim.name}"
+        raise ValueError(
+            f"strategy.newton_schulz_after={strategy.newton_schulz_after} places what Muon computes, and "
+            f"strategy={strategy.name} {why}: leave it at 0"
+        )
     if strategy.deferred_mb and strategy.deferred_weights == "none":
         raise ValueError(
             f"strategy.deferred_mb={strategy.deferred_mb:g} limits what deferred weights' gradients keep, and "

@@ -5,6 +5,7 @@ its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 
 
 A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`)."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -13,6 +14,7 @@ from megalina.blocks import memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
 from megalina.blocks.heads import attention_bias, head_dim, rotary_width
 from megalina.blocks.memory import Deferred, Inside
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At, Rank
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
@@ -29,6 +31,11 @@ QUERIES_A_BLOCK = 64
 def in_blocks(length: int, window: int) -> bool:
     """Whether sequences of so many tokens are attended to by blocks of queries, on CPU in at least float32."""
     return length >= SHORTEST_BLOCKED and min(length, window or length) <= LONGEST_BLOCKED
+
+
+def _seen(length: int) -> int:
+    """Pairs of a query and a key of a sequence that blocks of queries multiply."""
+    return sum(min(b + QUERIES_A_BLOCK, length) * min(QUERIES_A_BLOCK, length - b) for b in range(0, length, QUERIES_A_BLOCK))
 
 
 class Attention(Block):
@@ -59,11 +66,12 @@ class Attention(Block):
         return attention_bias(self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        logit = " #logit" if shape.head_logits else ""
         if not shape.tp:
-            return [compute("attention", layer, f"{reads} #batch", writes, shape.dense(layer))]
+            return [compute("attention", layer, f"{reads} #batch", writes + logit, shape.dense(layer))]
         uses = (shape.dense(layer), shape.copied(layer))
         return [
-            *between(shape, layer, "attention", "heads", reads, "n", "a", uses),
+            *between(shape, layer, "attention", "heads", reads, "n", "a", uses, logit),
             compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer)),
         ]
 
@@ -170,14 +178,16 @@ class GroupedQueryAttention(Attention):
         model, width = self.model, self.model.d_model
         q, kv, rows, tp = self._q(), self._kv(), {"tp": 0}, {"tp": 1}
         out = norm_parameters("attention_norm", model)
-        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+        sizes = (("q", q), ("k", kv), ("v", kv))
+        clip = {n: ((size // model.num_kv_heads, n),) for n, size in sizes if n != "v"}  # of the heads that share a key head
+        out += [Parameter(f"attention.{n}", (size, width), model.init_std, rows, clip=clip.get(n, ())) for n, size in sizes]
         out.append(Parameter("attention.proj", (width, q), output_std(model), tp))
         if self.bias != "none":
-            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows) for n, size in (("q", q), ("k", kv), ("v", kv))]
+            out += [Parameter(f"attention.{n}_bias", (size,), 0.0, rows, clip=clip.get(n, ())) for n, size in sizes]
         if self.bias == "all":
             out.append(Parameter("attention.proj_bias", (width,), 0.0))  # added once, after the sum over tp
         if model.attention_experts:
-            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std))
+            out.append(Parameter("attention.router", (model.attention_experts, width), model.init_std, matrix="router"))
         if model.attention_sinks:
             out.append(Parameter("attention.sinks", (model.num_heads,), model.init_std, rows))
         if model.qk_norm == "head":
@@ -234,7 +244,19 @@ class GroupedQueryAttention(Attention):
             router = linear(rank, tokens, experts, d, wide=rank.mixed)
             scaled_bytes = tokens * q * rank.element
             out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
+        if optimizer_of(rank.config.optim).clips_heads:
+            out += self._logits_work(at, q + kv)
         return out + self.core_work(at, size, size, 2 * (q + kv))
+
+    def _logits_work(self, at: At, numbers: float) -> Piece:
+        """Logits once more, in blocks, which see little of what the mask hides; `numbers` of a token's queries and keys here."""
+        rank, tokens, length = at.rank, at.tokens, at.rank.seq_len
+        heads, seen = self.model.num_heads / rank.tp, _seen(length) / length  # keys, on average
+        seen_bytes = 4 * tokens * heads * seen * rank.element
+        again = Product(
+            length, seen, head_dim(self.model), tokens / length * heads, tokens * numbers * rank.element + seen_bytes / 2
+        )
+        return Piece(Work((again,), seen_bytes, 6 * math.ceil(length / QUERIES_A_BLOCK)))
 
     def heads_memory(self, at: At, *, whole: bool) -> Inside:
         match at.name:
@@ -249,6 +271,10 @@ class GroupedQueryAttention(Attention):
         if whole:
             before, after = memory.norm(rank, t), memory.residual(rank, t, bias=self.bias == "all")
         block, weights = self.scores(at)
+        told = 0  # logits of a block of queries, and the queries
+        if optimizer_of(rank.config.optim).clips_heads:
+            queries = min(QUERIES_A_BLOCK, rank.seq_len)
+            told = t * self.heads_here(at) * queries * rank.element + q * queries // rank.seq_len
         normed = before.kept + x * whole
         cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
         turned = model.positions == "rope" or model.qk_norm != "none"
@@ -260,7 +286,7 @@ class GroupedQueryAttention(Attention):
             kept += q + scores + (t * rank.width * rank.main if rank.mixed else 0)
         forward = max(
             before.forward + before.kept,
-            normed + (q + 2 * g) + (q + g) * turned,
+            normed + (q + 2 * g) + (q + g) * turned + told,
             kept + block,
             kept + x + after.forward,
         )

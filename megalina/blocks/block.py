@@ -115,13 +115,16 @@ class Block:
         return {}
 
 
-def between(shape: Shape, layer: int, name: str, inner: str, x: str, n: str, out: str, uses: Sequence[str]) -> list[Instruction]:
-    """Norm, gather, the part of a layer that tp cuts, sum: Megatron's tensor and sequence parallelism.  `uses`: of the part."""
+def between(
+    shape: Shape, layer: int, name: str, inner: str, x: str, n: str, out: str, uses: Sequence[str], also: str = ""
+) -> list[Instruction]:
+    """Norm, gather, the part of a layer that tp cuts, sum: Megatron's tensor and sequence parallelism.  `uses`: of the part;
+    `also`: what it writes besides."""
     whole = f"{n}_all" if shape.sequence else n
     instructions = [compute(f"{name}_norm", layer, x, n, shape.copied(layer))]
     if shape.sequence:
         instructions += exchange(f"{name}_gather", layer, Op.GATHER, "tp", n, whole)
-    instructions.append(compute(f"{name}_{inner}", layer, f"{whole} #batch", f"{out}_part", *uses))
+    instructions.append(compute(f"{name}_{inner}", layer, f"{whole} #batch", f"{out}_part{also}", *uses))
     instructions += exchange(f"{name}_sum", layer, Op.SCATTER if shape.sequence else Op.SUM, "tp", f"{out}_part", out)
     return instructions
 

@@ -70,7 +70,10 @@ def expert_bytes_on_rank(config: PretrainConfig, world: int, packing: int = 1) -
     experts, of which there are `packing` times as many too."""
     width = BYTES[config.train.dtype]
     main = max(width, 4)  # gradients, master weights and moments are never below float32
-    copies = len(optimizer_of(config.optim).states) + (1 if width < main else 0)
+    kind = optimizer_of(config.optim)
+    weights = [p for _, p in blocks_of(config.model, config.router).parameters() if "ep" in p.sharded and p.decay]
+    states = kind.states_of(weights[0], config.optim) if weights else kind.states  # biases are next to nothing
+    copies = len(states) + (1 if width < main else 0)
     params = expert_params_on_rank(config, packing)
     shards = world * packing // config.parallel.ep if config.parallel.zero else 1
     return params * (width + main) + copies * main * params // shards

@@ -23,11 +23,11 @@ class Embedding(Block):
     def parameters(self) -> Sequence[Parameter]:
         model, whole = self.model, self.whole
         shape = (whole.padded_vocab, model.d_model)
-        out = [Parameter("embedding", shape, model.init_std, {"tp": 0}, rows=whole.vocab_size)]
+        out = [Parameter("embedding", shape, model.init_std, {"tp": 0}, rows=whole.vocab_size, matrix="words")]
         if not model.tie_embeddings:
-            out.append(Parameter("head", shape, model.init_std, {"tp": 0}, rows=whole.vocab_size))
+            out.append(Parameter("head", shape, model.init_std, {"tp": 0}, rows=whole.vocab_size, matrix="words"))
         if self.learned:
-            out.append(Parameter("positions", (whole.max_positions, model.d_model), model.init_std, decay=False))
+            out.append(Parameter("positions", (whole.max_positions, model.d_model), model.init_std, decay=False, matrix="words"))
         return out
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:

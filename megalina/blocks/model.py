@@ -14,11 +14,12 @@ from megalina.blocks.mla import LatentAttention
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.mtp import Mtp, MtpHead
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
 from megalina.blocks.routers import has_state, kind_of, takes_whole_micro_batch
-from megalina.config import ModelConfig, RouterConfig, is_moe_layer
+from megalina.config import ModelConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
 
@@ -105,7 +106,13 @@ class Blocks:
         """Whether this instruction is of a block that the user has written."""
         return not isinstance(self._owner.get((layer, name), self.embedding), Embedding | Attention | DenseMlp | MoE | Mtp | Head)
 
-    def shape(self, *, tp: int, sequence: bool) -> Shape:
+    @property
+    def clipped_groups(self) -> int:
+        """Groups of heads whose largest logits are known in each layer; 0: attention tells none."""
+        declared = (p.shape[0] // sum(rows for rows, _ in p.clip) for _, p in self.parameters() if p.clip)
+        return next(declared, 0)
+
+    def shape(self, *, tp: int, sequence: bool, head_logits: bool = False) -> Shape:
         """What a program must know of the model in a layout."""
         return Shape(
             first=self.embedding,
@@ -120,6 +127,7 @@ class Blocks:
             micro_batch_groups=self.whole.router.group == "micro_batch",
             whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
             router_state=has_state(self.whole.router) and any(self.moe),
+            head_logits=head_logits,
         )
 
 
@@ -175,6 +183,12 @@ def blocks_of(
 def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
     """What a program must know of the model and the layout."""
     return blocks_of(model, router).shape(tp=tp, sequence=sequence)
+
+
+def step_shape(config: PretrainConfig) -> Shape:
+    """What the program of a training step must know of the model and the layout."""
+    blocks, parallel = blocks_of(config.model, config.router), config.parallel
+    return blocks.shape(tp=parallel.tp, sequence=parallel.sequence, head_logits=optimizer_of(config.optim).clips_heads)
 
 
 def plain_shape(

@@ -93,11 +93,11 @@ class MoE(Block):
         out = norm_parameters("mlp_norm", model)
         if self.kind.has_gate:
             std = None if self.kind.gate_std is None else self.kind.gate_std or model.init_std
-            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std))
+            out.append(Parameter("router.weight", self.kind.gate_shape(experts, model.d_model), std, matrix="router"))
         if self.router.bias:
             out.append(Parameter("router.bias", (experts,), 0.0))
         hidden = self.inputs * model.d_ff
-        out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep))
+        out.append(Parameter("experts.w1", (experts, hidden, model.d_model), model.init_std, ep, stacked=self.inputs))
         out.append(Parameter("experts.w2", (experts, model.d_model, model.d_ff), output_std(model), ep))
         if model.bias:
             out.append(Parameter("experts.b1", (experts, hidden), 0.0, ep, decay=False))
@@ -105,7 +105,7 @@ class MoE(Block):
         if model.shared_d_ff:
             out += mlp_parameters("shared", model, model.shared_d_ff, cut=False)
         if model.shared_gate:
-            out.append(Parameter("shared.gate", (1, model.d_model), model.init_std))
+            out.append(Parameter("shared.gate", (1, model.d_model), model.init_std, matrix="router"))
         return out
 
     # lines

@@ -17,6 +17,10 @@ class Parameter:
     dims: int = 0  # > 0: held with so many dimensions, the leading ones merged, as its matrix product wants it
     order: tuple[int, ...] = ()  # which expert is in each place along the dimension that ep cuts; (): expert i in place i
     rows: int = 0  # > 0: only this many rows along dimension 0 are real, the rest is padding (zeros)
+    matrix: str = "hidden"  # what its last two dimensions are, if it has so many: hidden | router | words
+    stacked: int = 1  # so many matrices in one, one under the other: gate and up
+    # QK-clip: rows of each group of heads, and by which power of the group's factor they are scaled: q | k | both | none
+    clip: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", self.decay and len(self.shape) > 1)

@@ -93,6 +93,16 @@ def start_sum(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out, out.nbytes)
 
 
+def start_max(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
+    """The largest over the ranks of the axis, element by element; `x` is left as it is."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    out = x.clone(memory_format=torch.contiguous_format)
+    _enter(log, "max", x, axis)
+    work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=axis.group, async_op=True)
+    return Pending(work, lambda: out, out.nbytes)
+
+
 def start_sum_in_place(flat: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`flat` becomes its sum over the ranks of the axis."""
     if axis.group is None:
@@ -117,6 +127,55 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis, log: Collective
     _enter(log, "gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
+
+
+def start_uneven_gather(x: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """[sizes[r]] of each rank r of the axis, this one's `x` among them; arrives as [sum(sizes)].  Ranks of other rows of the mesh
+    may have other sizes."""
+    if axis.group is None:
+        return Pending(None, lambda: x)
+    return _to_everybody(x, sizes, x.new_empty(sum(sizes)), axis, log)
+
+
+def start_uneven_gather_in_place(flat: Tensor, own: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """`flat` is filled with every rank's `own` part, of which rank r's has `sizes[r]` elements."""
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    if is_gloo(axis.group):  # which gathers equal parts alone
+        return _to_everybody(own, sizes, flat, axis, log)
+    mine = own.clone()
+    _enter(log, "gather", flat, axis)
+    work = dist.all_gather(list(flat.split(sizes)), mine, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
+
+
+def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], axis: Axis, log: CollectiveLog) -> Pending:
+    """`own`, this rank's part of `flat`, becomes its sum over the ranks of the axis; rank r's part has `sizes[r]` elements, and
+    the other parts are then void."""
+    if axis.group is None:
+        return Pending(None, lambda: flat)
+    if is_gloo(axis.group):
+        even = [len(own)] * axis.size
+        parts = flat.new_empty(len(own) * axis.size)
+        _enter(log, "all-to-all", flat, axis, sizes, even)
+        work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
+
+        def summed(keep: Tensor = flat) -> Tensor:
+            return own.copy_(parts.view(axis.size, len(own)).sum(0))
+
+        return Pending(work, summed, flat.nbytes)
+    out = torch.empty_like(own)
+    _enter(log, "scatter", flat, axis)
+    work = dist.reduce_scatter(out, list(flat.split(sizes)), group=axis.group, async_op=True)
+    return Pending(work, lambda keep=flat: own.copy_(out), flat.nbytes)  # type: ignore[misc]
+
+
+def _to_everybody(x: Tensor, sizes: list[int], out: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
+    """An all-gather by all-to-all.  `x` may be a part of `out`, [sum(sizes)]."""
+    send, even = x.repeat(axis.size), [len(x)] * axis.size
+    _enter(log, "all-to-all", send, axis, even, sizes)
+    work = dist.all_to_all_single(out, send, sizes, even, group=axis.group, async_op=True)
+    return Pending(work, lambda keep=send: out, x.nbytes)  # type: ignore[misc]
 
 
 def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:

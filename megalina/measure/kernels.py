@@ -174,7 +174,9 @@ def tiny_step(device: torch.device) -> TinyStep:
     work = InstructionWork(config, world=1, vocab_rows=VOCAB, buckets=buckets)
     computed = [instruction for instruction in trainable.program if instruction.kind is Kind.COMPUTE]
     return TinyStep(
-        lambda: trainable.step(batch, optimizer.update), len(computed), sum(work(instruction).kernels for instruction in computed)
+        lambda: trainable.step(batch, optimizer.update, directions=optimizer),
+        len(computed),
+        sum(work(instruction).kernels for instruction in computed),
     )
 
 

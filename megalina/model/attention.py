@@ -5,6 +5,7 @@ G key-value heads, d numbers a head, X = H x d, Y = G x d, N experts of a mixtur
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from megalina.blocks.heads import head_dim
 from megalina.config import ModelConfig
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.largest_logits import largest_logits
 from megalina.model.late_gradients import Later
 from megalina.model.linear import linear, linears, wide_linear
 from megalina.model.norm import Norm, rms_norm_by, row_squares
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
+from megalina.step.program import Instruction
 
 
 class Heads(nn.Module):
@@ -47,12 +50,20 @@ class Heads(nn.Module):
         self.q_norm = Norm(model.norm_eps) if model.qk_norm != "none" else None
         self.k_norm = Norm(model.norm_eps) if model.qk_norm != "none" else None
 
-    def forward(self, n_TD: Tensor, batch: Batch, past: "KeyValues | None" = None, *, later: Later | None = None) -> Tensor:
-        """What these heads add, [T, D], without the output's bias."""
+    def forward(
+        self,
+        n_TD: Tensor,
+        batch: Batch,
+        past: "KeyValues | None" = None,
+        *,
+        later: Later | None = None,
+        logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What these heads add, [T, D], without the output's bias.  `logits` gets the largest of each group of heads, [G]."""
         q_TX, k_TY, v_TY = self.projected(n_TD, later=later)
         if self.normed == "projection" and self.q_norm is not None and self.k_norm is not None:
             q_TX, k_TY = self.q_norm(q_TX), self.k_norm(k_TY)
-        mixed_TX = self.mixed(q_TX, k_TY, v_TY, batch, past)
+        mixed_TX = self.mixed(q_TX, k_TY, v_TY, batch, past, logits)
         if self.router is not None:
             mixed_TX = self._scaled(mixed_TX, n_TD, later)
         return linear(mixed_TX, self.proj, later=later)
@@ -75,7 +86,15 @@ class Heads(nn.Module):
         k_TY = rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
         return linear(self.mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
 
-    def mixed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, batch: Batch, past: "KeyValues | None") -> Tensor:
+    def mixed(
+        self,
+        q_TX: Tensor,
+        k_TY: Tensor,
+        v_TY: Tensor,
+        batch: Batch,
+        past: "KeyValues | None",
+        logits: list[Tensor] | None = None,
+    ) -> Tensor:
         """What the heads give, [T, X]."""
         shape = (*batch.tokens_BS.shape, -1, self.head_dim)
         q_BSHd, k_BSGd, v_BSGd = q_TX.view(shape), k_TY.view(shape), v_TY.view(shape)
@@ -86,6 +105,8 @@ class Heads(nn.Module):
             q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
+        if logits is not None:
+            logits.append(largest_logits(q_BSHd, k_BSGd, batch.document_BS, window=self.window))
         mixed_BSX = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS, window=self.window, sink_H=self.sinks)
         return mixed_BSX.reshape(q_TX.shape)
 
@@ -143,15 +164,28 @@ class Attention(BlockFunctions):
     def heads(self, model: ModelConfig, layer: Any) -> nn.Module:
         """A module that gives [T, D] of `(n_TD, batch, past, later=)`, and has a `proj_bias`."""
 
-    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
-        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, later=later)
+    def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:
+        function = super().bind(instruction, later)
+        if not any(value.startswith("#logit.") for value in instruction.writes):
+            return function
+
+        def told(*values: Any) -> tuple[Tensor, Tensor]:
+            logits: list[Tensor] = []
+            out = function(*values, logits=logits)
+            return out, logits[0]
+
+        return told
+
+    def attention(self, x_TD: Tensor, batch: Batch, past: KeyValues | None = None, **asked: Any) -> Tensor:
+        """`asked`: what its heads take besides, `later` and, of heads that tell them, `logits`."""
+        heads_TD = self.holder.attention(self.holder.attention_norm(x_TD), batch, past, **asked)
         return self._residual(x_TD, heads_TD, batch, ALL)
 
     def attention_norm(self, x_TD: Tensor) -> Tensor:
         return self.holder.attention_norm(x_TD)
 
-    def attention_heads(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
-        return self.holder.attention(n_TD, batch, later=later)
+    def attention_heads(self, n_TD: Tensor, batch: Batch, **asked: Any) -> Tensor:
+        return self.holder.attention(n_TD, batch, **asked)
 
     def attention_residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
         return self._residual(x_TD, added_TD, batch, self.share.held(batch))

@@ -6,16 +6,20 @@ in float32 (float64 for float64 models), also under bfloat16 parameters.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megalina.blocks.bucket_layout import ALIGNMENT, lay_out_bucket
+from megalina.blocks.bucket_layout import Member as Declared
+from megalina.blocks.optimizers import matrix_flops, optimizer_of
+from megalina.config import OptimConfig
 from megalina.mesh import Axis
-from megalina.model.init import spec_of
+from megalina.model.init import local_shape, spec_of
 from megalina.step.passes import cuts
-from megalina.step.program import BucketSpec
+from megalina.step.program import BucketSpec, Matrices
 
-ALIGNMENT = 16  # elements; grouped matrix products want rows at multiples of 16 bytes
 # Elements whose squares are summed in the gradients' own type, by one dot product; blocks are added up in float64.  So a sum's
 # relative error is at most that of its worst block, however many there are.  Measured with 1e8 float32 numbers on the CPU: 1e-6
 # (normal, uniform) to 3e-5 (all equal, log-normal); by one dot product over all of them 6e-4 to 2e-2.  cuBLAS has 32-bit sizes.
@@ -39,28 +43,41 @@ class FlatSlice:
     start: int
     stop: int
     decay: bool  # weight decay applies to all of it
+    matrices: Matrices | None = None  # it is these, updated as wholes
 
 
 class Bucket:
     """The parameters of one group.  `axis`: the ranks over which its gradients are summed."""
 
-    def __init__(self, name: str, members: Sequence[tuple[str, nn.Parameter]], axis: Axis, *, sharded: bool, piece: int | None):
-        """Memory of its own; `lay_out` puts several side by side."""
-        self.name, self.axis = name, axis
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[tuple[str, nn.Parameter]],
+        axis: Axis,
+        *,
+        sharded: bool,
+        piece: int | None,
+        optim: OptimConfig,
+        tp: Axis,
+    ):
+        """Memory of its own; `lay_out` puts several side by side.  `optim`: says what is updated as whole matrices; `tp`: the
+        ranks that cut some of them."""
+        self.name, self.axis, self.tp = name, axis, tp
         self.sharded = sharded and axis.size > 1
-        decayed_first = sorted(members, key=lambda m: not spec_of(m[1]).decay)
-        self.members: list[Member] = []
-        stop = decayed = 0
-        for member, p in decayed_first:
-            start, stop = stop, stop + p.numel()
-            self.members.append(Member(member, p, start, stop))
-            stop = -(-stop // ALIGNMENT) * ALIGNMENT
-            if spec_of(p).decay:
-                decayed = stop
-        grain = ALIGNMENT * (axis.size if self.sharded else 1)  # every piece must fall into equal shares
-        self.numel = -(-stop // grain) * grain
+        kind = optimizer_of(optim)
+        self.layout = lay_out_bucket(
+            name,
+            [Declared(spec_of(p), local_shape(p), kind.takes_whole(spec_of(p), optim)) for _, p in members],
+            ranks=axis.size if self.sharded else 1,
+            tp=tp.size if optim.muon_tp == "gather" else 1,
+            matrix_work=partial(matrix_flops, config=optim),
+        )
+        placed = [(*members[i], start) for i, start in zip(self.layout.order, self.layout.starts, strict=True)]
+        self.members = [Member(member, p, start, start + p.numel()) for member, p, start in placed]
+        self.numel = self.layout.numel
+        grain = ALIGNMENT * (axis.size if self.sharded and not self.layout.shares else 1)
         self.piece = None if piece is None else max(grain, piece // grain * grain)
-        first = decayed_first[0][1]
+        first = self.members[0].parameter
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.grad = torch.zeros(self.numel, dtype=self.dtype, device=first.device)
         self.param = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
@@ -69,7 +86,7 @@ class Bucket:
             flat.copy_(m.parameter.detach().flatten())
             m.parameter.data = flat.view(m.parameter.shape)
         self._put_gradients()
-        self.slices = list(self._own_slices(decayed))
+        self.slices = self.slices_of_own()
 
     def use(self, grad: Tensor) -> None:
         """From now on the gradients are in this memory, [numel], zeros."""
@@ -86,7 +103,7 @@ class Bucket:
 
     @property
     def spec(self) -> BucketSpec:
-        return BucketSpec(self.numel, self.axis.name, self.sharded, self.piece)
+        return BucketSpec(self.numel, self.axis.name, self.sharded, self.piece, self.layout.matrices, self.layout.shares)
 
     @property
     def pieces(self) -> Sequence[tuple[int, int]]:
@@ -94,11 +111,16 @@ class Bucket:
 
     def own(self, piece: tuple[int, int]) -> slice:
         """This rank's share of a piece."""
+        start, stop = self.parts(piece)[self.axis.rank] if self.sharded else piece
+        return slice(start, stop)
+
+    def parts(self, piece: tuple[int, int]) -> Sequence[tuple[int, int]]:
+        """Each rank's share of a piece, where there are shares; uneven where they are whole matrices."""
         start, stop = piece
-        if not self.sharded:
-            return slice(start, stop)
+        if self.layout.shares:
+            return [(min(max(start, a), stop), min(max(start, b), stop)) for a, b in self.layout.shares]
         width = (stop - start) // self.axis.size
-        return slice(start + self.axis.rank * width, start + (self.axis.rank + 1) * width)
+        return [(start + rank * width, start + (rank + 1) * width) for rank in range(self.axis.size)]
 
     def non_finite(self) -> list[str]:
         """The parameters whose gradients here are not finite."""
@@ -113,12 +135,21 @@ class Bucket:
         # under tp and ep the other ranks hold other elements; along the bucket's own axis they hold the same ones
         return total if self.sharded else total / self.axis.size
 
-    def _own_slices(self, decayed: int) -> Iterator[FlatSlice]:
+    def slices_of_own(self) -> list[FlatSlice]:
+        """What this rank updates."""
+        return list(self._own_slices())
+
+    def _own_slices(self) -> Iterator[FlatSlice]:
+        """Whole matrices first, of each parameter by themselves; then the rest, piece by piece."""
+        layout = self.layout
+        for matrices in self.spec.own_matrices(self.axis.rank):
+            yield FlatSlice(matrices.start, matrices.stop, True, matrices)
         for piece in self.pieces:
             own = self.own(piece)
-            middle = min(max(decayed, own.start), own.stop)
-            if own.start < middle:
-                yield FlatSlice(own.start, middle, True)
+            start = min(max(layout.matrix_stop, own.start), own.stop)
+            middle = min(max(layout.decay_stop, start), own.stop)
+            if start < middle:
+                yield FlatSlice(start, middle, True)
             if middle < own.stop:
                 yield FlatSlice(middle, own.stop, False)
 

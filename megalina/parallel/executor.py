@@ -185,7 +185,14 @@ class Executor:
         if self._token_bytes is not None and instruction.carries_tokens and axis.size > 1:
             rows = len(value) if instruction.op is Op.GATHER else len(value) // axis.size
             self._token_bytes.add(axis, [rows] * axis.size, value.element_size() * value.shape[1])
-        start = {Op.GATHER: exchange.start_gather, Op.SCATTER: exchange.start_scatter, Op.SUM: exchange.start_sum}[instruction.op]
+        if instruction.op is Op.GATHER and instruction.phase == "U":  # ranks own matrices of other sizes
+            return send(lambda: exchange.start_uneven_gather(value, [len(value)] * axis.size, axis, self._log))
+        start = {
+            Op.GATHER: exchange.start_gather,
+            Op.SCATTER: exchange.start_scatter,
+            Op.SUM: exchange.start_sum,
+            Op.MAX: exchange.start_max,
+        }[instruction.op]
         return send(lambda: start(value, axis, self._log))
 
     def _start_piece(self, instruction: Instruction, axis: Axis) -> Pending:
@@ -195,6 +202,11 @@ class Executor:
         bucket = self.buckets[instruction.name]
         flat = bucket.grad if instruction.op is Op.GRADS else bucket.param
         piece, own = flat[slice(*instruction.piece)], flat[bucket.own(instruction.piece)]
+        if bucket.layout.shares:
+            sizes = [stop - start for start, stop in bucket.parts(instruction.piece)]
+            if instruction.op is Op.PARAMS:
+                return exchange.start_uneven_gather_in_place(piece, own, sizes, axis, self._log)
+            return exchange.start_uneven_scatter_in_place(piece, own, sizes, axis, self._log)
         if instruction.op is Op.PARAMS:
             return exchange.start_gather_in_place(piece, own, axis, self._log)
         if bucket.sharded:

@@ -22,7 +22,7 @@ from megalina.model.gpt import GPT
 from megalina.model.late_gradients import Later, joined
 from megalina.model.routers import GroupSoFar
 from megalina.parallel.buckets import Bucket
-from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
+from megalina.parallel.step_result import CollectivesDiffer, Directions, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
 from megalina.step.program import Instruction, parts_of
 
@@ -34,7 +34,8 @@ class InstructionFunctions:
     `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where the ranks' collectives in `log` differ, says how.
     """
 
-    update: Update  # of the step that runs: whoever runs a step sets it
+    update: Update  # of the step that runs: whoever runs a step sets it ...
+    directions: Directions | None = None  # ... and this
     loss_factors: Mapping[str, float]  # of that step, too: of losses' weights, by name, 1 where nothing is said
 
     def __init__(
@@ -62,11 +63,14 @@ class InstructionFunctions:
     def __call__(self, instruction: Instruction) -> Callable[..., Any]:
         if instruction.name.startswith("update "):
             return partial(self._update, instruction.name.removeprefix("update "))
+        if instruction.phase == "U" and instruction.name.startswith(("momentum ", "newton_schulz ")):
+            what, _, bucket = instruction.name.partition(" ")
+            return partial(getattr(self, f"_{what}"), bucket, instruction.reads)
         if instruction.phase == "W":
             return partial(self._add_late, [(instruction.name, instruction.layer, part) for part in parts_of(instruction)])
         if instruction.phase == "U":
             named = getattr(self, f"_{instruction.name}")
-            return partial(named, instruction.reads) if instruction.name in ("seed", "measure") else named
+            return partial(named, instruction.reads) if instruction.name in ("seed", "measure", "head_logits") else named
         later = self.late.setdefault(instruction.key, []) if instruction.late else None
         return self.gpt.functions_of(instruction).bind(instruction, later)
 
@@ -114,7 +118,16 @@ class InstructionFunctions:
         own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
 
-    def _verdict(self, measured: Tensor, divisor: Tensor) -> StepResult:
+    def _head_logits(self, names: Sequence[str], *logits_G: Tensor) -> Tensor:
+        """float64 [layers, groups of heads of all tp ranks]: the largest of all parts, -inf of heads that are elsewhere."""
+        tp, here, groups = self.mesh.tp, len(logits_G[0]), self.gpt.blocks.clipped_groups
+        out_LG = logits_G[0].new_full((self.gpt.config.num_layers, groups), float("-inf"), dtype=torch.float64)
+        for name, logit_G in zip(names, logits_G, strict=True):
+            own_G = out_LG[int(name.split(".")[1]), tp.rank * here : (tp.rank + 1) * here]
+            torch.maximum(own_G, logit_G.double(), out=own_G)
+        return out_LG
+
+    def _verdict(self, measured: Tensor, divisor: Tensor, logits_LG: Tensor | None = None) -> StepResult:
         loss_tokens, valid_tokens, *batch_digest = (int(v) for v in divisor.tolist())
         count = len(self.losses)
         head = count + 2 + NUM_RIDERS + 2
@@ -148,6 +161,8 @@ class InstructionFunctions:
             token_bytes_between_nodes=round(between),
             token_bytes_within_nodes=round(within),
             non_finite=() if finite else tuple(name for b in self.buckets.values() for name in b.non_finite()),
+            head_logits=None if logits_LG is None else logits_LG.chunk(self.mesh.tp.size, dim=1)[self.mesh.tp.rank],
+            max_logit=None if logits_LG is None else logits_LG.max().item(),
         )
 
     def _router_state(self, result: StepResult, _: None) -> None:
@@ -159,7 +174,23 @@ class InstructionFunctions:
                 if router.delta is not None:
                     router.update_delta(near)
 
-    def _update(self, name: str, gradient: Tensor, result: StepResult) -> None:
+    def _momentum(self, bucket: str, reads: Sequence[str], *values: Any) -> Tensor:
+        assert self.directions is not None, "a step with whole matrices needs the optimizer's directions"
+        return self.directions.send(bucket, self._grad_scale(reads, values))
+
+    def _newton_schulz(self, bucket: str, reads: Sequence[str], *values: Any) -> None:
+        assert self.directions is not None, "a step with whole matrices needs the optimizer's directions"
+        gathered = dict(zip(reads, values, strict=True)).get(f"#whole {bucket}")
+        self.directions.direct(bucket, self._grad_scale(reads, values), gathered)
+
+    def _grad_scale(self, reads: Sequence[str], values: Sequence[Any]) -> float | None:
+        """None before the verdict, where clipping may want one."""
+        result: StepResult | None = dict(zip(reads, values, strict=True)).get("#verdict.-.0")
+        if result is not None:
+            return result.grad_scale
+        return None if self.clip_norm > 0 else 1.0
+
+    def _update(self, name: str, gradient: Tensor, result: StepResult, direction: None = None) -> None:
         self.update(name, result)
 
     def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import step_shape
 from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.plan_settings import AUTO, SEARCH, plan_of, strategy_of
@@ -72,10 +72,10 @@ def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
 
 def setting_of(config: PretrainConfig, world: int, vocab_size: int) -> Setting:
     """What a step is built from, without a model; buckets may have other padding than the model's."""
-    plan, train, parallel = plan_of(config.strategy), config.train, config.parallel
+    plan, train = plan_of(config.strategy), config.train
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=plan.packing, piece_bytes=plan.piece_bytes)
     setting = Setting(
-        shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence),
+        step_shape(config),
         held.buckets,
         micro_batches=train.global_batch_size // (train.micro_batch_size * held.axes["dp"]),
         recompute_mode=train.recompute,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class StepResult:
     token_bytes_between_nodes: int = 0  # that all ranks' all-to-alls of tokens sent, there and back, forward and backward
     token_bytes_within_nodes: int = 0  # the same to other ranks of the sender's node
     non_finite: tuple[str, ...] = ()  # of this rank alone: parameters whose gradients are not finite; () if `finite`
+    head_logits: Tensor | None = None  # float64 [layers, G]: the step's largest of each group of heads, of those that are here
+    max_logit: float | None = None  # of all heads
 
     @property
     def balance_loss(self) -> float:
@@ -44,6 +47,18 @@ class StepResult:
 
 
 Update = Callable[[str, StepResult], None]  # bucket, result: the optimizer's part of a step
+
+
+class Directions(Protocol):
+    """Where whole matrices are to go, bucket by bucket; `scale` multiplies gradients, None: it isn't known yet."""
+
+    def send(self, bucket: str, scale: float | None) -> Tensor:
+        """What goes to all tp ranks of the matrices that tp cuts, [n]."""
+        ...
+
+    def direct(self, bucket: str, scale: float | None, gathered: Tensor | None) -> None:
+        """Find the directions, of which the bucket's update takes care.  `gathered`: what all tp ranks have sent, [tp x n]."""
+        ...
 
 
 class CollectivesDiffer(RuntimeError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import step_shape
 from megalina.collective_log import CollectiveLog, agree
 from megalina.config import PretrainConfig
 from megalina.layout import axis_of_group
@@ -19,7 +19,7 @@ from megalina.parallel.emulated_device import EmulatedDevice, emulated_device
 from megalina.parallel.executor import Executor, Functions
 from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
-from megalina.parallel.step_result import CollectivesDiffer, StepResult, Update
+from megalina.parallel.step_result import CollectivesDiffer, Directions, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.placement.expert_order import read_orders
@@ -69,12 +69,20 @@ class Trainable:
             digests=train.ledger,
             expert_orders=_orders(parallel.placement, mesh),
         )
-        shape = shape_of(config.model, config.router, tp=parallel.tp, sequence=parallel.sequence)
+        shape = step_shape(config)
         main_bytes = 8 if dtype == torch.float64 else 4
         self.plan = plan_of(config.strategy, packing=mesh.packing)
         piece = self.plan.piece_bytes // main_bytes or None
         self.buckets = {
-            name: Bucket(name, members, getattr(mesh, axis_of_group(name)), sharded=parallel.zero == 1, piece=piece)
+            name: Bucket(
+                name,
+                members,
+                getattr(mesh, axis_of_group(name)),
+                sharded=parallel.zero == 1,
+                piece=piece,
+                optim=config.optim,
+                tp=mesh.tp,
+            )
             for name, members in parameter_groups(self.gpt, shape).items()
         }
         used = dict.fromkeys(group for instruction in plain(shape) for group in instruction.uses)
@@ -144,13 +152,21 @@ class Trainable:
         return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device, token_bytes=token_bytes)
 
     def step(
-        self, batch: Batch, update: Update, *, record: Recorder | None = None, loss_factors: Mapping[str, float] | None = None
+        self,
+        batch: Batch,
+        update: Update,
+        *,
+        directions: Directions | None = None,
+        record: Recorder | None = None,
+        loss_factors: Mapping[str, float] | None = None,
     ) -> StepResult:
         """One training step on this rank's sequences; `update(bucket, result)` is called for each bucket.
 
-        `record` gets the step's events; `loss_factors`: of losses' weights in this step, by name, alike on all ranks."""
+        `directions`: where the program has instructions for whole matrices, the optimizer; `record` gets the step's events;
+        `loss_factors`: of losses' weights in this step, by name, alike on all ranks."""
         self.gpt.train()
         self.instruction_functions.update, self.instruction_functions.loss_factors = update, loss_factors or {}
+        self.instruction_functions.directions = directions
         parts = batch.split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}

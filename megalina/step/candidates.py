@@ -41,7 +41,7 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
 )
 
 
-def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
+def to_search_from(*, zero: bool, piece_bytes: int, packing: int, newton_schulz_after: int = 0) -> list[Plan]:
     """The plans whose lists a search of lists begins with: every strategy, and flow with finer parts, chunks, deferred and late
     weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
     plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, FLOW, LANCET]
@@ -58,6 +58,7 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int) -> list[Plan]:
             plans.append(replace(more, piece_bytes=pieces, yields=True) if pieces else more)
     plans += [replace(LANCET, chunks=chunks) for chunks in CHUNKS[1:]]
     plans = [replace(plan, packing=packing, piece_bytes=piece_bytes if zero else plan.piece_bytes) for plan in plans]
+    plans = [replace(plan, newton_schulz_after=newton_schulz_after) for plan in plans]
     return list(dict.fromkeys(plans))
 
 

@@ -82,6 +82,7 @@ class Shape:
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
     whole_routers: bool = False  # a router must see the whole micro-batch at once
     router_state: bool = False  # routers have state that a step's loads move: a selection bias, a capacity
+    head_logits: bool = False  # attention tells the largest logit of each group of heads: an update goes by it
 
     @property
     def num_layers(self) -> int:

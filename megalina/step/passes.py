@@ -14,6 +14,7 @@ from megalina.step.program import (
     Op,
     Program,
     backward,
+    direction_of,
     gradient,
     has_gradient,
     joined_weights,
@@ -385,6 +386,7 @@ def gap_after(instruction: Instruction) -> str:
     return GAPS.get(instruction.name, "") if arrives else ""
 
 
+VERDICT = "#verdict.-.0"
 ROUTER_STATE = "router_state"  # selection biases, and what capacity follows: state, as a bucket's parameters are
 
 
@@ -393,32 +395,106 @@ def finish(
 ) -> Program:
     """What closes a step: one reduction of norm and statistics, the update of every bucket, ZeRO-1's all-gathers.
 
-    `router_state`: of the `Shape`; it follows the loads that the reduction brought.  `params_ahead`: the all-gathers come
-    first thing in the step instead, each awaited by the first instruction that uses it."""
+    Matrices that are updated as wholes get their directions before; the largest logits of heads, where attention tells them, are
+    sent once the last is there.  `router_state`: of the `Shape`; it follows the loads that the reduction brought.
+    `params_ahead`: the all-gathers come first thing in the step instead, each awaited by the first instruction that uses it."""
     seeded = {v for s in program if s.phase == "U" and s.name == "seed" for v in s.reads}
     values = (v for s in program if s.phase == "F" for v in s.writes if v in seeded or v.startswith("#load."))
     losses = tuple(sorted(values, key=lambda v: int(v.rpartition(".")[2].partition("p")[0])))  # part by part
     sums = tuple(f"{gradient(name)}sum" for name in buckets)
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
+    told, logits = _logits_sent(program)
+    arrived = [value for wait in logits for value in wait.writes]
     out = [
-        *(place_params(program, buckets) if params_ahead else program),
+        *(place_params(told, buckets) if params_ahead else told),
         Instruction("U", compute, "measure", reads=losses + sums, writes=("#own_measure.-.0",)),
         Instruction("U", start, "measured", reads=("#own_measure.-.0",), writes=("#own_measure>.-.0",), op=Op.SUM, axis="world"),
         Instruction("U", wait, "measured", reads=("#own_measure>.-.0",), writes=("#measured.-.0",), op=Op.SUM, axis="world"),
-        Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0"), writes=("#verdict.-.0",)),
+        *logits,
+        Instruction("U", compute, "verdict", reads=("#measured.-.0", "#divisor.-.0", *arrived), writes=(VERDICT,)),
     ]
     if router_state:
-        out.append(Instruction("U", compute, ROUTER_STATE, reads=("#verdict.-.0", ROUTER_STATE), writes=(f"new {ROUTER_STATE}",)))
+        out.append(Instruction("U", compute, ROUTER_STATE, reads=(VERDICT, ROUTER_STATE), writes=(f"new {ROUTER_STATE}",)))
     waits: list[Instruction] = []
+    gathered = [_gathered_momentum(name) for name, bucket in buckets.items() if bucket.is_gathered]
+    out += [s for momentum in gathered[:1] for s in momentum[:2]]
     for name, bucket in buckets.items():
-        out.append(
-            Instruction("U", compute, f"update {name}", reads=(f"{gradient(name)}sum", "#verdict.-.0"), writes=(f"new {name}",))
-        )
+        if bucket.is_gathered:
+            (*_, arrival), *gathered = gathered
+            out += [s for momentum in gathered[:1] for s in momentum[:2]]  # travels while these are made orthogonal
+            out.append(arrival)
+        if bucket.matrices:
+            out.append(_orthogonal(name, bucket))
+        direction = (direction_of(name),) if bucket.matrices else ()
+        reads = (f"{gradient(name)}sum", VERDICT, *direction)
+        out.append(Instruction("U", compute, f"update {name}", reads=reads, writes=(f"new {name}",)))
         if bucket.sharded and not params_ahead:
             starts = [_start(name, cut, Op.PARAMS, bucket.axis) for cut in cuts(bucket.numel, bucket.piece)]
             out += starts
             waits += map(_awaited, starts)
     return tuple(out + waits)
+
+
+def _gathered_momentum(name: str) -> tuple[Instruction, Instruction, Instruction]:
+    """What the directions of matrices that tp cuts are made of: found, sent, there."""
+    own, wire = f"#momentum {name}", f"#momentum> {name}"
+    found = Instruction("U", Kind.COMPUTE, f"momentum {name}", reads=(f"{gradient(name)}sum", VERDICT), writes=(own,))
+    start = Instruction("U", Kind.START, f"momentum {name}", reads=(own,), writes=(wire,), op=Op.GATHER, axis="tp")
+    return found, start, replace(start, kind=Kind.WAIT, reads=(wire,), writes=(f"#whole {name}",))
+
+
+def _orthogonal(name: str, bucket: BucketSpec) -> Instruction:
+    whole = (f"#whole {name}",) if bucket.is_gathered else ()
+    reads = (f"{gradient(name)}sum", VERDICT, *whole)
+    return Instruction("U", Kind.COMPUTE, f"newton_schulz {name}", reads=reads, writes=(direction_of(name),))
+
+
+def _logits_sent(program: Program) -> tuple[Program, Program]:
+    """The program with a START for the largest logit of each group of heads, behind the last forward instruction that tells
+    some; and the WAIT.  Nothing where attention tells none."""
+    places = [i for i, s in enumerate(program) if s.phase == "F" and any(v.startswith("#logit.") for v in s.writes)]
+    if not places:
+        return program, ()
+    logits = tuple(v for i in places for v in program[i].writes if v.startswith("#logit."))
+    own, wire = "#own_logits.-.0", "#own_logits>.-.0"
+    found = Instruction("U", Kind.COMPUTE, "head_logits", reads=logits, writes=(own,))
+    start = Instruction("U", Kind.START, "head_logits", reads=(own,), writes=(wire,), op=Op.MAX, axis="world")
+    wait = replace(start, kind=Kind.WAIT, reads=(wire,), writes=("#logits.-.0",))
+    return (*program[: places[-1] + 1], found, start, *program[places[-1] + 1 :]), (wait,)
+
+
+def place_newton_schulz(program: Program, buckets: Mapping[str, BucketSpec], after: int) -> Program:
+    """Directions of whole matrices before the verdict: those of a bucket are made once its gradients are summed.
+
+    A bucket's gradients are awaited, and its matrices made orthogonal, under the `after`-th START of tokens behind the last of
+    its gradients; where so many don't come any more, one bucket's are made while the next ones' gradients are on the wire.
+    Nobody knows yet by what clipping multiplies gradients, so directions are those of gradients as they are: an update makes them
+    again where clipping acts.  No number changes.  What is sent with other buckets is awaited with them, at the end."""
+    names = {name for name, bucket in buckets.items() if bucket.matrices}
+    making = {f"newton_schulz {name}": name for name in names} | {f"momentum {name}": name for name in names}
+    groups: dict[str, list[Instruction]] = {name: [] for name in names}
+    awaited: dict[str, list[Instruction]] = {name: [] for name in names}
+    base: list[Instruction] = []
+    for instruction in program:
+        if instruction.phase == "U" and (name := making.get(instruction.name)) is not None:
+            groups[name].append(replace(instruction, reads=tuple(v for v in instruction.reads if v != VERDICT)))
+        elif instruction.op is Op.GRADS and instruction.kind is Kind.WAIT and len(instruction.buckets) == 1:
+            if instruction.name in names:
+                awaited[instruction.name].append(instruction)
+            else:
+                base.append(instruction)
+        else:
+            base.append(instruction)
+    last = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.START for b in s.buckets if b in names}
+    tokens = [i for i, s in enumerate(base) if s.kind is Kind.START and s.carries_tokens]
+    merged = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.WAIT for b in s.buckets}
+    measure = next(i for i, s in enumerate(base) if s.name == "measure")
+    placed: dict[int, list[Instruction]] = {}
+    for name in sorted(names, key=last.__getitem__):
+        later = [i for i in tokens if i > last[name]]
+        place = later[after - 1] if len(later) >= after else measure - 1
+        placed.setdefault(merged.get(name, place), []).extend([*awaited[name], *groups[name]])
+    return tuple(s for i, instruction in enumerate(base) for s in (instruction, *placed.get(i, ())))
 
 
 def place_params(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:

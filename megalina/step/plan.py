@@ -23,6 +23,7 @@ class Plan:
     deferred_bytes: int = 0  # that may be kept back for them; 0: no limit
     partition: str = "none"  # ranges of the forward pass that walk in parts: as `megalina.step.partition.ranges_from` reads them
     partition_backward: str = "whole"  # their mirrors: whole, side by side | mirrored, in turn as they went forward
+    newton_schulz_after: int = 0  # Muon: under the so-manieth all-to-all after a bucket's gradients have started; 0: at the end
     gap_bytes: tuple[tuple[str, int], ...] = ()  # windows: at most so many bytes in each gap of the wire; (): no limit
     times_us: tuple[tuple[str, float], ...] = ()  # of kinds of instructions, a whole micro-batch; weights are placed by them
     measured_at: int = 0  # the step in which the windows were measured
@@ -42,6 +43,7 @@ class Plan:
             "weights of parts joined" if self.join_weights else "",
             f"{self.deferred_bytes / 2**20:g} MiB kept back" if self.deferred_bytes else "",
             _partition_words(self.partition, self.partition_backward) if self.partition != "none" else "",
+            f"Newton-Schulz after {self.newton_schulz_after} all-to-alls" if self.newton_schulz_after else "",
             "windows " + "/".join(f"{gap} {size / 2**20:.2f} MiB" for gap, size in self.gap_bytes) if self.gap_bytes else "",
             f"times of step {self.measured_at}" if self.times_us else "",
             f"packing {self.packing}" if self.packing > 1 else "",

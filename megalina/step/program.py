@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import lru_cache
 
 
 class Kind(Enum):
@@ -36,6 +37,7 @@ class Op(Enum):
     GATHER = auto()  # all-gather along the first dimension; mirror: SCATTER
     SCATTER = auto()  # reduce-scatter along the first dimension; mirror: GATHER
     SUM = auto()  # all-reduce of a value; mirror: SUM
+    MAX = auto()  # all-reduce of a value without gradient: the largest
     GRADS = auto()  # a piece of a gradient bucket: all-reduce, or reduce-scatter where the bucket is sharded
     PARAMS = auto()  # a piece of a sharded bucket's parameters: all-gather
 
@@ -109,6 +111,32 @@ Program = tuple[Instruction, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Matrices:
+    """Matrices in a bucket that are updated as wholes, one after another, row by row: of one parameter, all alike."""
+
+    start: int  # the first one's first element
+    count: int
+    rows: int  # here
+    columns: int
+    cut: int = -1  # the dimension along which tp cuts them, and along which they are gathered; -1: they are whole here
+
+    @property
+    def numel(self) -> int:
+        """Of one."""
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.numel
+
+    def inside(self, start: int, stop: int) -> "Matrices | None":
+        """Those that lie between two elements, neither of which is inside of one."""
+        first = max(0, -(-(start - self.start) // self.numel))
+        last = min(self.count, (stop - self.start) // self.numel)
+        return replace(self, start=self.start + first * self.numel, count=last - first) if first < last else None
+
+
+@dataclass(frozen=True, slots=True)
 class BucketSpec:
     """What a program must know about a flat bucket of gradients."""
 
@@ -116,6 +144,35 @@ class BucketSpec:
     axis: str  # its gradients are summed along this axis of the mesh
     sharded: bool = False  # ZeRO-1
     piece: int | None = None  # it goes on the wire in pieces of at most so many elements; shards belong to pieces
+    matrices: tuple[Matrices, ...] = ()  # what the optimizer takes as whole matrices
+    shares: tuple[tuple[int, int], ...] = ()  # of each rank, where shards are whole matrices; (): even parts of pieces
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether some of its matrices are cut by tp, and gathered to be updated."""
+        return any(m.cut >= 0 for m in self.matrices)
+
+    def owned(self, ranks: int) -> int:
+        """Elements that a rank of so many updates, the one with the most."""
+        if self.shares:
+            return max(stop - start for start, stop in self.shares)
+        return self.numel // ranks if self.sharded else self.numel
+
+    @property
+    def busy(self) -> float:
+        """The share of its ranks that update anything of it; whose turn it is goes round from layer to layer."""
+        return sum(start < stop for start, stop in self.shares) / len(self.shares) if self.shares else 1.0
+
+    def own_matrices(self, rank: int) -> tuple[Matrices, ...]:
+        """Those that a rank of the axis updates."""
+        start, stop = self.shares[rank] if self.shares else (0, self.numel)
+        return tuple(own for m in self.matrices if (own := m.inside(start, stop)) is not None)
+
+
+@lru_cache(maxsize=256)
+def most_matrices(bucket: BucketSpec) -> tuple[Matrices, ...]:
+    """Those of the rank that updates the most elements of them."""
+    return max(map(bucket.own_matrices, range(len(bucket.shares) or 1)), key=lambda of: sum(m.count * m.numel for m in of))
 
 
 def has_gradient(value: str) -> bool:
@@ -211,6 +268,7 @@ def check(program: Program, given: Collection[str], buckets: Mapping[str, Bucket
     if any(s.phase == "B" for s in program):
         _check_backward(program)
         _check_buckets(program, buckets)
+        _check_matrices(program, buckets)
 
 
 def _check_order(program: Program, given: Collection[str], writers: Mapping[str, list[int]]) -> None:
@@ -321,5 +379,36 @@ def _check_buckets(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
             if [start for start, _ in pieces] != ends[:-1] or ends[-1] != bucket.numel:
                 raise ValueError(f"{op.name} of {name} ({bucket.numel} elements) does not go out exactly once: {pieces}")
             size = bucket.piece or bucket.numel
-            if bucket.sharded and any(start % size or stop - start > size for start, stop in pieces):
+            if bucket.sharded and not bucket.shares and any(start % size or stop - start > size for start, stop in pieces):
                 raise ValueError(f"{op.name} of {name}: shards belong to pieces of {size} elements, not {pieces}")
+
+
+def _check_matrices(program: Program, buckets: Mapping[str, BucketSpec]) -> None:
+    """No shard cuts a matrix, and an update has the directions of its matrices, which are of the summed gradients."""
+    by_name = {s.name: s for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
+    for name, bucket in buckets.items():
+        _check_shares(name, bucket)
+        if not bucket.matrices:
+            continue
+        update, orthogonal = by_name.get(f"update {name}"), by_name.get(f"newton_schulz {name}")
+        needed = {f"{gradient(name)}sum", *([f"#whole {name}"] if bucket.is_gathered else [])}
+        if orthogonal is None or not needed <= set(orthogonal.reads) or orthogonal.writes != (direction_of(name),):
+            raise ValueError(f"nothing makes the directions of {name}'s matrices of {', '.join(sorted(needed))}")
+        if update is None or direction_of(name) not in update.reads:
+            raise ValueError(f"the update of {name} does not wait for the directions of its matrices")
+
+
+def _check_shares(name: str, bucket: BucketSpec) -> None:
+    if not bucket.shares:
+        return
+    ends = [0, *(stop for _, stop in bucket.shares)]
+    if [start for start, _ in bucket.shares] != ends[:-1] or ends[-1] != bucket.numel or sorted(ends) != ends:
+        raise ValueError(f"shards of {name} ({bucket.numel} elements) don't tile it: {bucket.shares}")
+    for m in bucket.matrices:
+        if cut := [end for end in ends if m.start < end < m.stop and (end - m.start) % m.numel]:
+            raise ValueError(f"a shard of {name} ends at {cut[0]}, inside of a matrix of {m.rows} x {m.columns} elements")
+
+
+def direction_of(bucket: str) -> str:
+    """The value that stands for where an update takes a bucket's matrices."""
+    return f"#direction {bucket}"

@@ -17,6 +17,7 @@ from megalina.step.passes import (
     defer_weights,
     finish,
     place_gradients,
+    place_newton_schulz,
     place_weights,
     recompute,
     shard_of,
@@ -151,6 +152,8 @@ def training_step(name: str, setting: Setting) -> Program:
     if name not in STRATEGIES:
         raise ValueError(f"strategy.name is {name!r}: choose one of {', '.join(STRATEGIES)}")
     program = STRATEGIES[name](setting)
+    if setting.plan.newton_schulz_after:
+        program = place_newton_schulz(program, setting.buckets, setting.plan.newton_schulz_after)
     if setting.plan.order:
         program = ordered(program, setting.plan.order)
     check(program, given(program, setting), setting.buckets)
@@ -162,7 +165,8 @@ def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
 
     Multi-token prediction is left out, with the weights of its layers."""
     left_out = {group for layer in range(shape.num_layers, len(shape.layers)) for group in shape.groups(layer)}
-    shape, buckets = shape.without_mtp, {name: spec for name, spec in buckets.items() if name not in left_out}
+    shape = replace(shape.without_mtp, head_logits=False)
+    buckets = {name: spec for name, spec in buckets.items() if name not in left_out}
     forward = plain(shape)
     losses = tuple(v for s in forward for v in s.writes if v.startswith("loss."))
     program = (

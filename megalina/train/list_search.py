@@ -219,7 +219,12 @@ def found_lists(
     assert costs is not None
     mesh, setting, begun, more_mb = trainable.mesh, trainable.setting, walked[0], config.strategy.search_mb
     world, packing = mesh.world.size, begun.packing
-    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=begun.piece_bytes, packing=packing)
+    plans = to_search_from(
+        zero=bool(config.parallel.zero),
+        piece_bytes=begun.piece_bytes,
+        packing=packing,
+        newton_schulz_after=begun.newton_schulz_after,
+    )
     settings = [setting.under(plan) for plan in plans if runs(config, plan, world)]
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
     before = [training_step(plan.strategy, setting.under(plan)) for plan in walked]

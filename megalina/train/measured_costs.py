@@ -83,7 +83,7 @@ def _whole(instruction: Instruction, num_bytes: float, ranks: int) -> float:
 
 def _on_link(instruction: Instruction, whole: float, ranks: int) -> float:
     """What leaves a rank where everybody sends to everybody."""
-    rounds = 2 if instruction.op in (Op.SUM, Op.GRADS) else 1
+    rounds = 2 if instruction.op in (Op.SUM, Op.MAX, Op.GRADS) else 1
     return rounds * whole * (ranks - 1) / ranks
 
 

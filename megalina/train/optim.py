@@ -2,7 +2,8 @@
 
 Which there are, and what they keep and cost: `megalina/blocks/optimizers.py`.
 
-They know neither parameters nor ranks.  What is sharded (ZeRO-1) is simply not in their list.
+They know neither parameters nor ranks.  What is sharded (ZeRO-1) is simply not in their list.  Slices that are whole matrices
+are updated in three steps: what tp ranks tell one another of those that they cut, directions, update.
 """
 
 import importlib
@@ -20,6 +21,10 @@ from torch.optim.sgd import sgd
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import load
 from megalina.config import OptimConfig
+from megalina.mesh import Axis
+from megalina.step.program import Matrices
+
+UNCUT = Axis("tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class FlatTensor:
     param: Tensor  # [n] master weights, float32 or float64, without autograd; updated in place
     grad: Tensor  # [n] of the same type; read (and scaled in place) by each step
     decay: bool  # weight decay applies
+    matrices: Matrices | None = None  # it is these, updated as wholes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,33 @@ class Rule(ABC):
     @abstractmethod
     def update(self, group: Group, lr: float, divisor: Tensor | None) -> None:
         """One update, without autograd.  `divisor`: a float32 scalar, None unless it is `takes_divisor`, and then maybe."""
+
+
+class MatrixRule(Rule):
+    """One that takes some parameters as whole matrices; N of them, R rows, C columns.  `state`: by the names of the kind's
+    `matrix_states`, each shaped as the gradient."""
+
+    @abstractmethod
+    def pursued(self, gradient_NRC: Tensor, state: Mapping[str, Tensor], scale: float) -> Tensor:
+        """[N, R, C], element by element: what directions are made of.  Gradients count times `scale`; nothing is changed."""
+
+    @abstractmethod
+    def direction(self, pursued_NRC: Tensor) -> Tensor:
+        """[N, R, C]: of whole matrices."""
+
+    @abstractmethod
+    def apply(
+        self,
+        weight_NRC: Tensor,
+        gradient_NRC: Tensor,
+        state: Mapping[str, Tensor],
+        direction_NRC: Tensor,
+        *,
+        scale: float,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """One update of weights and state, without autograd."""
 
 
 class AdamW(Rule):
@@ -108,20 +141,27 @@ class FlatOptimizer:
     functions: its optimizer classes import its compiler, a second at each start.
     """
 
-    def __init__(self, config: OptimConfig, tensors: list[FlatTensor]) -> None:
+    def __init__(self, config: OptimConfig, tensors: list[FlatTensor], *, tp: Axis = UNCUT) -> None:
+        """`tp`: the ranks that cut matrices."""
         kind = optimizer_of(config)
         self._config, self._rule = config, cast(Rule, load(kind.functions)(config))
-        self._grads = [t.grad for t in tensors]
+        flat = [t for t in tensors if t.matrices is None]
+        self._grads = [t.grad for t in flat]
         # Allocated now, not at the first step, so that a checkpoint can be read into them.
-        self._state = [{name: torch.zeros_like(t.param) for name in kind.states} for t in tensors]
+        self._state = [
+            {name: torch.zeros_like(t.param) for name in (kind.states if t.matrices is None else kind.matrix_states)}
+            for t in tensors
+        ]
         self._groups = []
         for decay in (True, False):
-            chosen = [(t, state) for t, state in zip(tensors, self._state, strict=True) if t.decay == decay]
+            chosen = [(t, s) for t, s in zip(tensors, self._state, strict=True) if t.decay == decay and t.matrices is None]
             if chosen:  # a rank may own no shard at all
                 own = [t for t, _ in chosen]
                 counts = [torch.zeros((), dtype=torch.float32, device=t.param.device) for t in own]
                 weight_decay = config.weight_decay if decay else 0.0
                 self._groups.append(Group(own, [state for _, state in chosen], counts, weight_decay))
+        matrices = [(t, s) for t, s in zip(tensors, self._state, strict=True) if t.matrices is not None]
+        self.matrices = MatrixUpdates(cast(MatrixRule, self._rule), matrices, config, tp) if matrices else None
         use_apex = _use_apex(config, kind.has_apex, [t.param for t in tensors])
         self._apex = self._fused_adam() if use_apex and self._groups else None
         self.description = "AdamW: NVIDIA Apex FusedAdam" if use_apex else self._rule.description
@@ -130,6 +170,9 @@ class FlatOptimizer:
     def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
         """One update with gradients multiplied by `grad_scale` (clipping)."""
         self._step_count += 1
+        if self.matrices is not None:
+            with torch.no_grad():
+                self.matrices.step(lr=lr, scale=grad_scale)
         if not self._groups:
             return
         divisor = self._scale(grad_scale)
@@ -185,6 +228,97 @@ class FlatOptimizer:
         if divisor is None and grad_scale != 1.0:
             torch._foreach_mul_(self._grads, grad_scale)
         return divisor
+
+
+class MatrixUpdates:
+    """The whole matrices of some slices, from gradients to new weights.
+
+    Directions may be asked for before it is known by what gradients are to be multiplied: then they are made as for 1, and made
+    again by `step` where it is something else."""
+
+    def __init__(self, rule: MatrixRule, tensors: list[tuple[FlatTensor, dict[str, Tensor]]], config: OptimConfig, tp: Axis):
+        self._rule, self._tp, self._weight_decay = rule, tp, config.weight_decay
+        self._all = [_Whole(t, state, tp) for t, state in tensors]
+        self._cut = [whole for whole in self._all if whole.cut >= 0]
+        self._directions: list[Tensor] = []
+        self._gathered: Tensor | None = None  # what directions are made of again
+        self._scale = 1.0  # for which they were made
+
+    def send(self, scale: float | None) -> Tensor:
+        """[n]: of the matrices that tp cuts what directions are made of; gradients and state where `scale` isn't known yet."""
+        told = [self._all[0].gradient.new_empty(0)]
+        for whole in self._cut:
+            if scale is None:
+                told += [whole.gradient.reshape(-1), *(value.reshape(-1) for value in whole.state.values())]
+            else:
+                told.append(self._rule.pursued(whole.gradient, whole.state, scale).reshape(-1))
+        return torch.cat(told)
+
+    def direct(self, scale: float | None, gathered: Tensor | None) -> None:
+        """`gathered`: [tp x n], what all ranks have sent."""
+        self._gathered = gathered if scale is None else None
+        with torch.no_grad():
+            self._make(1.0 if scale is None else scale, gathered, told_all=scale is None)
+
+    def _make(self, scale: float, gathered: Tensor | None, *, told_all: bool) -> None:
+        self._scale, self._directions = scale, []
+        places = [0]
+        for whole in self._all:
+            if whole.cut < 0:
+                pursued = self._rule.pursued(whole.gradient, whole.state, scale)
+            else:
+                assert gathered is not None
+                told = gathered.view(self._tp.size, -1)
+                if told_all:
+                    gradient, *values = (whole.joined(told, places) for _ in range(1 + len(whole.state)))
+                    pursued = self._rule.pursued(gradient, dict(zip(whole.state, values, strict=True)), scale)
+                else:
+                    pursued = whole.joined(told, places)
+            self._directions.append(whole.own(self._rule.direction(pursued)))
+
+    def forget(self) -> None:
+        """The step changes nothing."""
+        self._directions, self._gathered = [], None
+
+    def step(self, *, lr: float, scale: float) -> None:
+        if not self._directions or scale != self._scale:
+            self._make(scale, self._gathered, told_all=True)
+        for whole, direction in zip(self._all, self._directions, strict=True):
+            self._rule.apply(
+                whole.weight,
+                whole.gradient,
+                whole.state,
+                direction,
+                scale=scale,
+                lr=lr,
+                weight_decay=self._weight_decay * whole.decay,
+            )
+        self.forget()
+
+
+class _Whole:
+    """A slice as matrices, [N, R, C] as they are here; views of what is flat."""
+
+    def __init__(self, tensor: FlatTensor, state: dict[str, Tensor], tp: Axis):
+        m = tensor.matrices
+        assert m is not None
+        self.cut, self.decay, self._tp, self._shape = m.cut, tensor.decay, tp, (m.count, m.rows, m.columns)
+        self.weight, self.gradient = tensor.param.view(self._shape), tensor.grad.view(self._shape)
+        self.state = {name: value.view(self._shape) for name, value in state.items()}
+
+    def joined(self, told: Tensor, places: list[int]) -> Tensor:
+        """The next of what ranks have told, [tp, n], from place `places[0]` on, which moves: whole matrices."""
+        start, stop = places[0], places[0] + self.weight.numel()
+        places[0] = stop
+        parts = told[:, start:stop].view(self._tp.size, *self._shape)
+        return torch.cat(list(parts), dim=1 + self.cut)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of whole matrices."""
+        if self.cut < 0:
+            return whole
+        width = self._shape[1 + self.cut]
+        return whole.narrow(1 + self.cut, self._tp.rank * width, width)
 
 
 def _use_apex(config: OptimConfig, has_apex: bool, params: list[Tensor]) -> bool:

@@ -284,7 +284,7 @@ class StepRunner:
         self._recorder = record
         with state.profile.watching(trainable.gpt):
             factors = {"mtp_loss": mtp_factor(self.config.schedule, step=step, total_steps=train.steps)}
-            result = trainable.step(self.batch, optimizer.update, record=record, loss_factors=factors)
+            result = trainable.step(self.batch, optimizer.update, directions=optimizer, record=record, loss_factors=factors)
         state.profile.add(step, result)
         state.step, state.tokens = step, state.tokens + result.loss_tokens
         state.consumed_samples = first + train.global_batch_size

@@ -269,6 +269,7 @@ class Trainer:
             "z_loss": result.z_loss,
             **{name: mean for name, mean in result.auxiliary.items() if name not in ("balance_loss", "z_loss")},
             "grad_norm": result.grad_norm,
+            **self._clipped_heads(result),
             "lr": self.built.optimizer.lr,
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
@@ -283,6 +284,13 @@ class Trainer:
             **self._changed.get(state.step, {}),
             **({"warnings": warnings} if warnings else {}),
         } | ({"plan": str(self.built.trainable.plan), "packing": self.built.mesh.packing} if self.runner.adapts else {})
+
+    def _clipped_heads(self, result: StepResult) -> dict[str, float]:
+        """With QK-clip: the largest attention logit, and the share of groups of heads on this rank that were clipped."""
+        if result.head_logits is None or result.max_logit is None:
+            return {}
+        clipped = (result.head_logits > self.config.optim.qk_clip).double().mean().item()
+        return {"max_logit": result.max_logit, "clipped_heads": clipped if result.updates else 0.0}
 
     def _tokens_per_s(self, step_s: float) -> float:
         return self.config.train.global_batch_size * self.config.train.seq_len / step_s

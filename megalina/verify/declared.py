@@ -76,7 +76,8 @@ def declared_and_counted(config: PretrainConfig) -> list[Declared]:
         return run
 
     trainable.run_with(trainable.program, watched)
-    trainable.step(_batch(config), BucketOptimizer(config.optim, trainable.buckets).update)
+    optimizer = BucketOptimizer(config.optim, trainable.buckets)
+    trainable.step(_batch(config), optimizer.update, directions=optimizer)
     trainable.close()
     rows = []
     for instruction, (flops, kept) in counted.items():

@@ -23,6 +23,7 @@ from megalina.verify.hypotheses import (
     units,
     vocabulary,
     weights,
+    whole_matrices,
 )
 from megalina.verify.recording import INITIAL, Recording
 
@@ -69,7 +70,13 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         reductions.copies_disagree,
     ),
     "norm": (norms.without_experts, norms.of_each_rank, norms.counted_often),
-    "weight": (weights.old_weights, weights.decay_on_everything),
+    "weight": (
+        whole_matrices.experts_flattened,
+        whole_matrices.cut_by_shards,
+        whole_matrices.clip_of_each_rank,
+        weights.old_weights,
+        weights.decay_on_everything,
+    ),
 }
 
 

@@ -96,7 +96,7 @@ def record_rank(
             gradients.update(_gradients(trainable.buckets[name], mesh))
             optimizer.update(name, result)
 
-        result = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update)
+        result = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update, directions=optimizer)
         trainable.settle()
         seen = observer.seen
         loads = result.loads[:, : config.model.num_experts + 1]

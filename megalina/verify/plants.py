@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megalina.blocks.heads import attention_bias
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.step.partition import most_parts
-from megalina.verify.bugs import attention, forward, gradients, losses
+from megalina.verify.bugs import attention, forward, gradients, losses, whole_matrices
 from megalina.verify.recording import SEQUENCES, Layout
 
 
@@ -30,6 +31,12 @@ class Plant:
 def plant(name: str, trainable: Trainable, config: PretrainConfig) -> None:
     """Build a bug into this rank's trainable.  `config` has the layout's choices in it."""
     PLANTS[name].plant(trainable, config)
+
+
+def _takes_matrices(config: PretrainConfig) -> bool:
+    """And does nothing else with them."""
+    kind = optimizer_of(config.optim)
+    return bool(kind.matrix_states) and not kind.clips_heads
 
 
 def _has_moe(config: PretrainConfig) -> bool:
@@ -336,6 +343,29 @@ _ALL = (
         "the experts' gradients are not summed over the ranks that hold copies",
         lambda layout, config: _has_moe(config) and layout.copies > 1 and (layout.zero == 0 or layout.tp == 1),
         gradients.expert_gradient_not_reduced,
+    ),
+    Plant(
+        "experts_flattened",
+        "Muon takes all experts of a rank for one matrix, a row each",
+        lambda layout, config: (
+            _has_moe(config) and _takes_matrices(config) and layout.zero == 0 and layout.ep < config.model.num_experts
+        ),
+        whole_matrices.experts_flattened,
+        ("optim.name=muon",),
+    ),
+    Plant(
+        "matrix_cut_by_shard",
+        "ZeRO-1's shards end inside of matrices, whose parts Muon takes for matrices",
+        lambda layout, config: _takes_matrices(config) and layout.zero == 1 and layout.world > 1 and layout.tp == 1,
+        whole_matrices.matrix_cut_by_shard,
+        ("optim.name=muon",),
+    ),
+    Plant(
+        "qk_clip_per_rank",
+        "queries and keys are clipped by the largest logit of the rank's own sequences",
+        lambda layout, config: optimizer_of(config.optim).clips_heads and layout.dp > 1,
+        whole_matrices.qk_clip_per_rank,
+        ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=false"),
     ),
 )
 PLANTS: Mapping[str, Plant] = {p.name: p for p in _ALL}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.bucket_layout import Member
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
 from megalina.blocks.sizes import NEARNESS_BINS
 from megalina.config import OptimConfig, ParallelConfig, PretrainConfig, StrategyConfig
@@ -19,7 +21,9 @@ from megalina.model.gpt import GPT, Layer
 from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.locmoe import grap
 from megalina.model.routers import Router
+from megalina.step.program import Matrices
 from megalina.train.optim import FlatOptimizer, FlatTensor
+from megalina.verify.muon_by_hand import MuonByHand, clip_heads, is_hidden, largest_logits
 from megalina.verify.recording import (
     INITIAL,
     SEQUENCES,
@@ -47,6 +51,7 @@ class Pass:
     routed: list[Routed]  # of each MoE layer
     seen: dict[tuple[str, str], Tensor]
     near: list[list[float]]  # of each MoE layer: cosines between valid tokens and the rows of the experts they want
+    logits: list[Tensor]  # of each layer, [sequences, H], if they were asked for
 
 
 def reference_config(config: PretrainConfig) -> PretrainConfig:
@@ -65,7 +70,8 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
     optimizer = _optimizer(config, gpt)
     entries = [Entry(INITIAL, "weight", name, value) for name, value in _weights(gpt).items()]
     for step, batch in enumerate(batches):
-        parts = [forward(gpt, part) for part in batch.split(config.train.micro_batch_size)]
+        clips = optimizer_of(optim).clips_heads
+        parts = [forward(gpt, part, logits=clips) for part in batch.split(config.train.micro_batch_size)]
         counted = _counted(batch)
         auxiliary = _auxiliary(gpt, parts)
         losses = [{"loss": p.loss} | more for p, more in zip(parts, auxiliary, strict=True)]
@@ -89,6 +95,8 @@ def record(config: PretrainConfig, batches: Sequence[Batch]) -> Recording:
         scale = min(1.0, optim.clip_norm / (norm + 1e-6)) if optim.clip_norm > 0 else 1.0
         found |= {("norm", "grad_norm"): _scalar(norm), ("norm", "grad_scale"): _scalar(scale)}
         optimizer.step()
+        if clips:
+            clip_heads(gpt, optim, [torch.cat(of_parts).amax(0) for of_parts in zip(*(p.logits for p in parts), strict=True)])
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             router = gpt.layers[layer].router
             follow_load(router, load)
@@ -181,8 +189,8 @@ def model_of(config: PretrainConfig) -> GPT:
     return gpt.train()
 
 
-def forward(gpt: GPT, batch: Batch) -> Pass:
-    """What `GPT.forward` computes, with everything that is compared noted on the way."""
+def forward(gpt: GPT, batch: Batch, *, logits: bool = False) -> Pass:
+    """What `GPT.forward` computes, with everything that is compared noted on the way; `logits`: the largest of each head, too."""
     sequences, length = batch.tokens_BS.shape
     seen: dict[tuple[str, str], Tensor] = {}
 
@@ -195,6 +203,7 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
     routed = Seen()
     near: list[list[float]] = []
     ahead: dict[str, Tensor] = {}
+    largest: list[Tensor] = []
     for i, layer in enumerate(gpt.layers):
         if i == gpt.config.num_layers:
             last_TD, ahead = x_TD, {"mtp_loss": x_TD.new_zeros(())}
@@ -203,6 +212,8 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
             if name == "moe" and gpt.router.capacity_bound != "none":
                 with torch.no_grad():
                     near.append(wanted_cosines(layer, x_TD, batch))
+            if name == "attention" and logits:
+                largest.append(largest_logits(layer, x_TD, batch))
             x_TD = functions.forward(x_TD, batch, routed)
             for of in routed.routed[known:]:
                 note("activation", f"layers.{i}.logits", of.logits_TE)
@@ -214,7 +225,7 @@ def forward(gpt: GPT, batch: Batch) -> Pass:
             own = ahead_by_hand(batch, i - gpt.config.num_layers + 1)
             ahead["mtp_loss"] = ahead["mtp_loss"] + gpt.output.loss_behind(layer.mtp.norm, x_TD, own)
     loss = gpt.output.loss_behind(gpt.final_norm, last_TD if ahead else x_TD, batch)
-    return Pass(loss, ahead, routed.routed, seen, near or [[] for _ in routed.routed])
+    return Pass(loss, ahead, routed.routed, seen, near or [[] for _ in routed.routed], largest)
 
 
 def ahead_by_hand(batch: Batch, depth: int) -> Batch:
@@ -250,7 +261,10 @@ class _OfOnesOwn:
 
     def __init__(self, optim: OptimConfig, parameters: Sequence[nn.Parameter]):
         self._parameters, self._lr = parameters, optim.lr
-        flat = [FlatTensor(p.detach().view(-1), torch.zeros_like(p).view(-1), decay=spec_of(p).decay) for p in parameters]
+        flat = [
+            FlatTensor(p.detach().view(-1), torch.zeros_like(p).view(-1), spec_of(p).decay, _matrices(p, optim))
+            for p in parameters
+        ]
         self._grads, self._optimizer = [t.grad for t in flat], FlatOptimizer(optim, flat)
 
     def step(self) -> None:
@@ -264,12 +278,24 @@ class _OfOnesOwn:
             p.grad = None
 
 
-def _optimizer(config: PretrainConfig, gpt: GPT) -> torch.optim.Optimizer | _OfOnesOwn:
+def _matrices(p: nn.Parameter, optim: OptimConfig) -> Matrices | None:
+    """A whole parameter as the matrices that its optimizer takes."""
+    return Member(spec_of(p), spec_of(p).shape).matrices(0, gathered=False) if is_hidden(p, optim) else None
+
+
+def _optimizer(config: PretrainConfig, gpt: GPT) -> torch.optim.Optimizer | _OfOnesOwn | MuonByHand:
     optim = config.optim
     if is_reference(optim.name):
         return _OfOnesOwn(optim, list(gpt.parameters()))
-    decayed = [p for p in gpt.parameters() if spec_of(p).decay]
-    others = [p for p in gpt.parameters() if not spec_of(p).decay]
+    elementwise = [p for p in gpt.parameters() if not is_hidden(p, optim)]
+    optimizer = _of_torch(optim, elementwise)
+    hidden = [p for p in gpt.parameters() if is_hidden(p, optim)]
+    return MuonByHand(optim, hidden, optimizer) if hidden else optimizer
+
+
+def _of_torch(optim: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    decayed = [p for p in parameters if spec_of(p).decay]
+    others = [p for p in parameters if not spec_of(p).decay]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)

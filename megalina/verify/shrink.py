@@ -9,6 +9,7 @@ from megalina.verify.recording import SEQUENCES
 VOCABULARY = 200  # no multiple of the padding, so that some tensor-parallel rank has padded words
 MOST_EXPERTS = 8
 CLIP_NORM = 0.5  # small enough to act in every step
+QK_CLIP = 0.5  # as well
 LEAST_EPS = 1e-8  # below it Adam would magnify the rounding of gradients that are zero
 STEPS = 3
 
@@ -116,7 +117,13 @@ def _with_small_latent(model: ModelConfig) -> ModelConfig:
 
 def _optim(optim: OptimConfig) -> OptimConfig:
     implementation = "torch" if optim.implementation == "apex" else optim.implementation  # Apex has no float64
-    return replace(optim, clip_norm=min(optim.clip_norm, CLIP_NORM), eps=max(optim.eps, LEAST_EPS), implementation=implementation)
+    return replace(
+        optim,
+        clip_norm=min(optim.clip_norm, CLIP_NORM),
+        eps=max(optim.eps, LEAST_EPS),
+        qk_clip=min(optim.qk_clip, QK_CLIP),
+        implementation=implementation,
+    )
 
 
 def _multiple(number: int, of: int) -> int:

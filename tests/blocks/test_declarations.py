@@ -53,6 +53,7 @@ OVERRIDES: dict[str, Sequence[str]] = {
         *("router.bias=true", "model.moe_every=2"),
     ),
     "ahead": ("model.mtp_layers=2", "model.tie_embeddings=false"),
+    "QK-clip": ("optim=muon_clip",),
 }
 
 

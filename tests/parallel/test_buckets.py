@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megalina.blocks.parameter import Parameter
+from megalina.config import OptimConfig
 from megalina.mesh import Axis, build_mesh
 from megalina.model.init import initialize, parameter
 from megalina.model.linear import linear
@@ -18,6 +19,7 @@ from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
 from tests.train.small_run import VOCABULARY, config_of, random_batch
 
+ALONE: dict[str, Any] = {"sharded": False, "piece": None, "optim": OptimConfig(), "tp": Axis("tp")}
 CUTS = [(1, None), (1, 40), (2, None), (2, 64), (4, None), (4, 100), (3, 1)]  # ranks, elements of a piece
 
 
@@ -33,7 +35,8 @@ class Small(nn.Module):
 def bucket_of(ranks: int, rank: int, piece: int | None, *, sharded: bool = True, dtype: torch.dtype = torch.float64) -> Bucket:
     model = Small()
     initialize(model, seed=1, dtype=dtype)
-    return Bucket("small", list(model.named_parameters()), Axis("dp", tuple(range(ranks)), rank), sharded=sharded, piece=piece)
+    axis = Axis("dp", tuple(range(ranks)), rank)
+    return Bucket("small", list(model.named_parameters()), axis, sharded=sharded, piece=piece, optim=OptimConfig(), tp=Axis("tp"))
 
 
 @pytest.mark.parametrize(("ranks", "piece"), CUTS)
@@ -76,7 +79,7 @@ def test_parameters_keep_their_values_and_lie_in_the_bucket(dtype: torch.dtype) 
     model, plain = Small(), Small()
     for m in (model, plain):
         initialize(m, seed=1, dtype=dtype)
-    bucket = Bucket("small", list(model.named_parameters()), Axis("dp"), sharded=False, piece=None)
+    bucket = Bucket("small", list(model.named_parameters()), Axis("dp"), **ALONE)
     assert bucket.grad.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and bucket.param.dtype == dtype
     for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, want) and p.data_ptr() % 16 == 0, name
@@ -133,7 +136,7 @@ def test_views_stay_views_over_training_steps(dtype: str, recompute: str, tmp_pa
 # the sum of squares
 def flat_bucket(grad: torch.Tensor) -> Bucket:
     """One with these gradients, of which this rank has all."""
-    out = Bucket("small", list(Small().named_parameters()), Axis("dp"), sharded=False, piece=None)
+    out = Bucket("small", list(Small().named_parameters()), Axis("dp"), **ALONE)
     out.grad, out.slices = grad, [FlatSlice(0, len(grad), True)]
     return out
 

@@ -63,6 +63,9 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("latent", "topk", "sgd", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
     ("ahead", "groups", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
     ("ahead", "groups of best", "sgd", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=1)),
+    ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
+    ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
+    ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
 ]
 
 
@@ -72,7 +75,7 @@ def config_of(model: str, router: str, optimizer: str, layout: Layout) -> Pretra
     config = PretrainConfig(
         model=ModelConfig(**(sizes | {"vocab_size": 200} | MODELS[model])),  # type: ignore[arg-type]
         router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
-        optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3),
+        optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3, qk_clip=0.5),
         strategy=replace(strategy(layout.strategy), partition="2" if lancet and router == "capacity" else "none"),
         train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
     )

@@ -7,27 +7,28 @@ as many as it sends on average, and `skew` times as many where its experts are t
 does the question how large a rank is, also of models that no machine here could hold."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from math import prod
+from functools import cached_property, partial
 
+from megalina.blocks.bucket_layout import ALIGNMENT, Member, lay_out_bucket
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.model import blocks_of
-from megalina.blocks.optimizers import optimizer_of
+from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
 from megalina.layout import axis_of_group, axis_sizes
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
-from megalina.step.program import BucketSpec, Instruction, Op, has_gradient
+from megalina.step.program import BucketSpec, Instruction, Op, has_gradient, most_matrices
 
-ALIGNMENT = 16  # elements, of each parameter; grouped matrix products want rows at multiples of 16 bytes
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
 FEW = (  # a number a part, an expert or a sequence: not counted
     *("#batch", "#own_loss", "#loss", "#own_divisor", "#divisor", "#own_measure", "#measured", "#verdict", ROUTER_STATE),
-    *("prob", "#load", "#loads", "#all_loads", "#group"),
+    *("prob", "#load", "#loads", "#all_loads", "#group", "#logit", "#own_logits", "#logits"),
 )
+MATRIX_ELEMENTS = 2**24  # that megalina/train/muon.py makes orthogonal at once
 STREAM = re.compile(r"x|h\d*")  # values of the residual stream
 PART = re.compile(r"\.\d+p\d+/(\d+)")  # of a value's name: one of so many parts of a range
 
@@ -46,22 +47,28 @@ def bucket_specs(
         padded_vocab=padded_vocab_size(vocab_size, tp),
         max_positions=config.model.max_positions or config.train.seq_len,
     )
-    numels: dict[str, int] = {}
+    kind, optim = optimizer_of(config.optim), config.optim
+    members: dict[str, list[Member]] = {}
     for layer, parameter in blocks.parameters():
         group = parameter.group(layer, tp=tp > 1)
-        numels[group] = numels.pop(group, 0) + _up(prod(parameter.local_shape(sizes)), ALIGNMENT)
+        whole = kind.takes_whole(parameter, optim)
+        members[group] = [*members.pop(group, []), Member(parameter, parameter.local_shape(sizes), whole)]
     out = {}
-    for group, numel in reversed(numels.items()):
+    for group, of_group in reversed(members.items()):
         axis = axis_of_group(group)
         sharded = config.parallel.zero == 1 and sizes[axis] > 1
-        grain = ALIGNMENT * (sizes[axis] if sharded else 1)
+        layout = lay_out_bucket(
+            group,
+            of_group,
+            ranks=sizes[axis] if sharded else 1,
+            tp=tp if optim.muon_tp == "gather" else 1,
+            matrix_work=partial(matrix_flops, config=optim),
+        )
+        grain = ALIGNMENT * (sizes[axis] if sharded and not layout.shares else 1)
         piece = piece_bytes // max(BYTES[config.train.dtype], 4)
-        out[group] = BucketSpec(_up(numel, grain), axis, sharded, max(grain, piece // grain * grain) if piece else None)
+        size = max(grain, piece // grain * grain) if piece else None
+        out[group] = BucketSpec(layout.numel, axis, sharded, size, layout.matrices, layout.shares)
     return out
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 class InstructionBytes:
@@ -116,7 +123,7 @@ class InstructionBytes:
         """What is there throughout."""
         train, rank = self._config.train, self.rank
         numel = sum(spec.numel for spec in self.buckets.values())
-        own = sum(b.numel // self.axes[b.axis] if b.sharded else b.numel for b in self.buckets.values())
+        own, moments = self._owned()
         tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
         rope = rotary_width(self._config.model)  # cosines and sines, half each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
@@ -124,12 +131,27 @@ class InstructionBytes:
             "weights": numel * rank.element,
             "gradients": numel * rank.main,
             "master weights": own * rank.main if rank.mixed else 0,
-            "moments": len(optimizer_of(self._config.optim).states) * own * rank.main,
+            "moments": moments * rank.main,
             # tokens, labels, positions, two masks; what layers find out once: samples, places, groups, RoPE's rows; of each layer
             # of multi-token prediction tokens, labels and a mask
             "batches": tokens * (6 * INT_BYTES + 2 + rope * rank.element + self._config.model.mtp_layers * (2 * INT_BYTES + 1))
             + table,
         }
+
+    def _owned(self) -> tuple[int, int]:
+        """Elements that are updated, and numbers that are kept of them, by the ranks of each axis that have the most."""
+        kind = optimizer_of(self._config.optim)
+        everywhere, uneven = [0, 0], defaultdict[tuple[str, int], list[int]](lambda: [0, 0])
+        for bucket in self.buckets.values():
+            shares = bucket.shares or ((0, bucket.owned(self.axes[bucket.axis])),)
+            for rank, (start, stop) in enumerate(shares):
+                if start < stop:
+                    matrices = sum(m.count * m.numel for m in bucket.own_matrices(rank))
+                    of = uneven[bucket.axis, rank] if bucket.shares else everywhere
+                    of[0] += stop - start
+                    of[1] += len(kind.states) * (stop - start - matrices) + len(kind.matrix_states) * matrices
+        most = [everywhere, *(max(of for (a, _), of in uneven.items() if a == axis) for axis in {axis for axis, _ in uneven})]
+        return sum(of[0] for of in most), sum(of[1] for of in most)
 
     def ranks(self, axis: str) -> int:
         return self.axes[axis]
@@ -156,7 +178,7 @@ class InstructionBytes:
     def rise(self, instruction: Instruction) -> int:
         """The most there is inside a compute instruction above what there was before, its results among it."""
         if instruction.phase == "U":
-            return 0
+            return self._orthogonal(instruction) if instruction.name.startswith("newton_schulz ") else 0
         if instruction.phase == "W":
             return self.deferred(instruction).rise
         of = self._memory(instruction)
@@ -174,6 +196,9 @@ class InstructionBytes:
         spec, elements = self.buckets[instruction.buckets[0]], instruction.piece[1] - instruction.piece[0]
         if not spec.sharded:
             return 0  # it is summed where it is
+        if spec.shares:  # of each piece as large a share as the rank with the most of the bucket has; on gloo for all ranks
+            share = elements * spec.owned(len(spec.shares)) // spec.numel * (1 if self._cuda else len(spec.shares))
+            return share * (self.rank.element if instruction.op is Op.PARAMS else self.rank.main)
         share = elements // self.axes[spec.axis]
         if instruction.op is Op.PARAMS:
             return share * self.rank.element  # a copy of what this rank has
@@ -193,7 +218,7 @@ class InstructionBytes:
         if name.startswith("#late "):
             return self.deferred(instruction).kept
         if " " in name:
-            return 0  # buckets are state
+            return self._of_matrices(*name.split(" ")) if name.startswith("#") else 0  # buckets are state
         if head in self._few:
             return 0
         at = rank.shapes(instruction)
@@ -207,6 +232,29 @@ class InstructionBytes:
         if head not in known:
             raise KeyError(f"no bytes known of value {name} of instruction {instruction.tag}")
         return known[head] // chunks // parts
+
+    def _of_matrices(self, value: str, name: str) -> int:
+        """Of directions, and of what they are made of where tp cuts matrices."""
+        own = most_matrices(self.buckets[name])
+        whole = sum(m.count * m.numel for m in own) * self.rank.main
+        cut = sum(m.count * m.numel for m in own if m.cut >= 0) * self.rank.main
+        told = cut * self.rank.tp
+        if self._config.strategy.newton_schulz_after and self._config.optim.clip_norm:  # gradients and momenta
+            cut, told, whole = 2 * cut, 2 * told, whole + 2 * told  # what directions are made of stays until the update
+        return {"#direction": whole, "#momentum": cut, "#whole": told}[value]
+
+    def _orthogonal(self, instruction: Instruction) -> int:
+        """What Newton-Schulz needs above directions: what it is made of, and twice the matrix and its products with itself, of so
+        many at a time."""
+        spec = self.buckets[instruction.name.removeprefix("newton_schulz ")]
+        narrow = 2 if self._config.optim.muon_dtype == "bfloat16" else self.rank.main
+        most = 0
+        for m in most_matrices(spec):
+            sides = [m.rows * (self.rank.tp if m.cut == 0 else 1), m.columns * (self.rank.tp if m.cut == 1 else 1)]
+            short, numel = min(sides), sides[0] * sides[1]
+            some = min(m.count, max(1, MATRIX_ELEMENTS // numel))
+            most = max(most, 2 * m.count * numel * self.rank.main + some * (2 * numel + 2 * short * short) * narrow)
+        return most + self.value(instruction.writes[0], instruction)
 
     def _memory(self, instruction: Instruction) -> Inside:
         return self.blocks.block_of(instruction).memory(self.rank.shapes(instruction))

@@ -12,15 +12,16 @@ from megalina.blocks.heads import model_of_layer
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
-from megalina.blocks.work import Piece, Work, small
+from megalina.blocks.work import Piece, Product, Work, small
 from megalina.config import PretrainConfig
 from megalina.step.forward import plain
 from megalina.step.passes import ROUTER_STATE
-from megalina.step.program import BucketSpec, Instruction, Kind
+from megalina.step.program import BucketSpec, Instruction, Kind, most_matrices
 
 # Kernels of an instruction whose tensors are small: what it takes is launches.  Counted in megalina/parallel/functions.py.
 SMALL = {"sizes": 8, "sizes_of_group": 4, "seed": 8, "verdict": 4, "evaluated": 4}
 BIAS_KERNELS = 7  # a MoE layer: its load comes from the host and is widened; mean, difference, sign, narrowed, added
+MATRIX_KERNELS = 4  # an update of matrices that are alike: momentum and weights, each multiplied and added to
 DELTA_KERNELS = 6  # a MoE layer: what is known or not, old and new, their sum, copied
 
 
@@ -68,14 +69,18 @@ class InstructionWork:
 
     # without autograd
     def _without_autograd(self, instruction: Instruction) -> Work:
-        if instruction.name.startswith("update "):
-            return self._update(self.buckets[instruction.name.removeprefix("update ")])
+        what, _, of = instruction.name.partition(" ")
+        if of:
+            by_name = {"update": self._update, "momentum": self._momentum, "newton_schulz": self._newton_schulz}
+            return by_name[what](self.buckets[of])
         if instruction.name == "measure":  # squares of gradients
             names = [v.removesuffix("'sum") for v in instruction.reads if v.endswith("'sum")]
             return Work((), sum(self._here(self.buckets[n]) for n in names) * self.rank.main, 8 + 2 * len(names))
         if instruction.name == ROUTER_STATE:
             kernels = BIAS_KERNELS if self.config.router.capacity_bound == "none" else DELTA_KERNELS  # never both
             return small(kernels * sum(self.blocks.moe))
+        if instruction.name == "head_logits":
+            return small(2 * len(instruction.reads) + 2)
         if instruction.name not in SMALL:
             raise ValueError(f"{instruction.tag}: what this instruction costs isn't known; add it to `SMALL` here")
         return small(SMALL[instruction.name])
@@ -83,14 +88,39 @@ class InstructionWork:
     def _update(self, bucket: BucketSpec) -> Work:
         """What the optimizer reads and writes, of AdamW gradient, weight and two moments and the last three; then the gradients
         are cleared."""
-        rank = self.rank
-        passes = optimizer_of(self.config.optim).passes
+        rank, kind = self.rank, optimizer_of(self.config.optim)
         copied = (rank.main + rank.element) * (rank.element != rank.main)  # master weights to weights
-        moved = self._here(bucket) * (passes * rank.main + copied) + bucket.numel * rank.main
-        return Work((), moved, 2 + (rank.element != rank.main))
+        own = most_matrices(bucket)
+        matrices = bucket.busy * sum(m.count * m.numel for m in own)
+        passes = kind.passes * (self._here(bucket) - matrices) + kind.matrix_passes * matrices
+        moved = passes * rank.main + self._here(bucket) * copied + bucket.numel * rank.main
+        return Work((), moved, 2 + bucket.busy * MATRIX_KERNELS * len(own) + (rank.element != rank.main))
+
+    def _momentum(self, bucket: BucketSpec) -> Work:
+        """Of matrices that tp cuts: found, and put side by side."""
+        cut = [m for m in most_matrices(bucket) if m.cut >= 0]
+        return Work((), 8 * bucket.busy * sum(m.count * m.numel for m in cut) * self.rank.main, 4 * len(cut) + 1)
+
+    def _newton_schulz(self, bucket: BucketSpec) -> Work:
+        """The products of the rank that has the most, and what is read and written before and after them; where some ranks have
+        none, as many of them as come to a rank over all layers."""
+        optim, rank = self.config.optim, self.rank
+        element = 2 if optim.muon_dtype == "bfloat16" else rank.main
+        products, moved, kernels = list[Product](), 0.0, 0
+        for m in most_matrices(bucket):
+            rows, columns = m.rows * (rank.tp if m.cut == 0 else 1), m.columns * (rank.tp if m.cut == 1 else 1)
+            for r, c, d in optimizer_of(optim).matrix_products(rows, columns, optim):
+                count = bucket.busy * m.count
+                num_bytes = (r * d + d * c + 2 * r * c) * count * element  # what is multiplied by a coefficient is read, too
+                products.append(Product(r, c, d, count, num_bytes, wide=rank.mixed and element != 2))
+            moved += bucket.busy * m.count * rows * columns * (5 * rank.main + 5 * element + 3 * rank.main)
+            kernels += 10
+        return Work(tuple(products), moved, kernels)
 
     def _here(self, bucket: BucketSpec) -> float:
-        """Elements that this rank updates."""
+        """Elements that this rank updates; of whole matrices on average over layers."""
+        if bucket.shares:
+            return bucket.busy * bucket.owned(len(bucket.shares))
         return bucket.numel / (self.copies[bucket.axis] if bucket.sharded else 1)
 
 

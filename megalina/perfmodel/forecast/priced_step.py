@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import step_shape
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.collective_log import NUM_RIDERS
 from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size, training_layers
@@ -156,7 +156,7 @@ class PricedStep:
     def _setting(self, plan: Plan, rounds: int) -> Setting:
         config = self.config
         setting = Setting(
-            shape_of(config.model, config.router, tp=config.parallel.tp, sequence=config.parallel.sequence),
+            step_shape(config),
             self.held.buckets,
             micro_batches=rounds * self._together,
             recompute_mode=config.train.recompute,
@@ -269,6 +269,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     bins = NEARNESS_BINS * (config.router.capacity_bound != "none")
     loads = moe_layers * (experts + 1 + bins + LIMBS)  # of each layer: rows of each expert, lost choices, cosines, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}
+    numbers["head_logits"] = config.model.num_layers * held.blocks.clipped_groups
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]
@@ -279,7 +280,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
                 return elements * weight_bytes
             case Op.COUNTS:
                 return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
-            case Op.SUM if instruction.name in numbers:
+            case Op.SUM | Op.MAX if instruction.name in numbers:
                 return numbers[instruction.name] * NUMBER_BYTES
             case Op.GATHER:
                 return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]

@@ -13,7 +13,12 @@ from megalina.timeline.recorder import COMPUTE, SEND, Event
 from megalina.timeline.spans import shared_s, union
 
 GIB = 2**30
-LANES = {"tokens": ("tokens",), "gradients": ("grads",), "weights": ("params",), "others": ("counts", "gather", "scatter", "sum")}
+LANES = {
+    "tokens": ("tokens",),
+    "gradients": ("grads",),
+    "weights": ("params",),
+    "others": ("counts", "gather", "scatter", "sum", "max"),
+}
 CLASSES = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
 WIDEST_HEAD = 256  # kernels of attention end there
 

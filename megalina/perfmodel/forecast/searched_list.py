@@ -41,8 +41,13 @@ class Job:
 def starts_of(job: Job, shared: Shared, *, deferred: bool = True) -> list[Start]:
     """The lists to begin with, of plans that the configuration can run, with their times where they place by them.  Without
     `deferred` only those in which no weights' gradients are deferred."""
-    config, piece_bytes = job.config, plan_of(job.config.strategy, packing=1).piece_bytes
-    plans = to_search_from(zero=bool(config.parallel.zero), piece_bytes=piece_bytes, packing=job.packing)
+    config, begun = job.config, plan_of(job.config.strategy, packing=1)
+    plans = to_search_from(
+        zero=bool(config.parallel.zero),
+        piece_bytes=begun.piece_bytes,
+        packing=job.packing,
+        newton_schulz_after=begun.newton_schulz_after,
+    )
     plans = [plan for plan in plans if deferred or not plan.places_weights]
     settings = (job.priced(plan, shared).setting for plan in plans if runs(config, plan, job.world))
     return [Start(setting.plan, training_step(setting.plan.strategy, setting)) for setting in settings]

@@ -168,7 +168,7 @@ class _Walk:
             buffer = sizes.received(
                 instruction, sizes.value(instruction.reads[0], instruction), sizes.value(arrival.writes[0], arrival)
             )
-            held = [_Block(buffer), *(held if instruction.op is not Op.SUM else [])]  # a sum is taken in a copy
+            held = [_Block(buffer), *(held if instruction.op not in (Op.SUM, Op.MAX) else [])]  # a sum is taken in a copy
         self.wire[wire] = self._hold(held)
         return 0
 

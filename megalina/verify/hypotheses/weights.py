@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from megalina.blocks.optimizers import optimizer_of
 from megalina.verify.evidence import MATCH, Cause, Evidence, counted, held
 
 DIGITS = 1e-6  # of an update's error: Adam divides by roots of squares, so an update has fewer digits than a gradient
@@ -37,7 +38,8 @@ def decay_on_everything(evidence: Evidence) -> Iterator[Cause]:
     share = optim.lr * optim.weight_decay
     if not wrong or not share or any(evidence.specs[p.name].decay for p in wrong):
         return
-    for pair in wrong:
+    scaled = optimizer_of(optim).clips_heads  # by QK-clip, after the update
+    for pair in (p for p in wrong if not (scaled and evidence.specs[p.name].clip)):
         old = evidence.reference.entry(evidence.step - 1, "weight", pair.name).value
         for value in pair.on_ranks:
             here = held(value)
