@@ -61,7 +61,7 @@ def test_whole_matrices_at_the_end_equal_one_process() -> None:
 def test_whole_matrices_in_every_layout_equal_one_process(world: int, after: int) -> None:
     choices = muon_choices(after=after)
     rows = [row for row in product(choices, RANKS, ("place", "zero", "optimizer")) if row.layout.world == world]
-    assert len(rows) >= {1: 10, 2: 50, 4: 110}[world]
+    assert len(rows) >= {1: 10, 2: 45, 4: 100}[world]  # QK-clip has no rows of models whose heads are normed or latent
     assert differences(choices, rows, steps=2) == []
 
 
