@@ -91,6 +91,9 @@ def largest_logits(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
     k_BSHd = k_BSGd.repeat_interleave(q_BSHd.shape[2] // k_BSGd.shape[2], dim=2)
     logit_BHSL = torch.einsum("bshd,blhd->bhsl", q_BSHd, k_BSHd) / heads.head_dim**0.5
     seen_BSL = torch.ones(length, length, dtype=torch.bool).tril().expand(sequences, -1, -1)
+    if heads.window:
+        place_S = torch.arange(length)
+        seen_BSL = seen_BSL & (place_S[:, None] - place_S[None, :] < heads.window)
     if batch.document_BS is not None:
         seen_BSL = seen_BSL & (batch.document_BS[:, :, None] == batch.document_BS[:, None, :])
     return logit_BHSL.where(seen_BSL[:, None], float("-inf")).amax(dim=(2, 3))

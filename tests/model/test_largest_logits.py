@@ -24,3 +24,14 @@ def test_blocks_find_the_largest_logit_that_a_query_sees(length: int, groups: in
 
 def test_a_rank_without_sequences_has_none() -> None:
     assert largest_logits(torch.empty(0, 5, 2, 4), torch.empty(0, 5, 1, 4)).tolist() == [float("-inf")]
+
+
+def test_a_window_hides_what_is_further_back() -> None:
+    torch.manual_seed(1)
+    q_BSHd, k_BSGd = torch.randn(2, 150, 4, 6, dtype=torch.float64), torch.randn(2, 150, 2, 6, dtype=torch.float64)
+    place_S = torch.arange(150)
+    back_SS = place_S[:, None] - place_S[None, :]
+    logit_BHSS = torch.einsum("bshd,blhd->bhsl", q_BSHd, k_BSGd.repeat_interleave(2, 2)) / 6**0.5
+    for window in (1, 5, 64, 149):
+        want_H = logit_BHSS.where((back_SS >= 0) & (back_SS < window), float("-inf")).amax(dim=(0, 2, 3))
+        torch.testing.assert_close(largest_logits(q_BSHd, k_BSGd, window=window), want_H.view(2, 2).amax(1))
