@@ -1,0 +1,53 @@
+"""Interleaved 1F1B: micro-batches go in groups of as many as there are ranks, each group through one chunk after another, so the
+bubble is that of a chunk (Megatron-LM, arXiv:2104.04473, section 2.2.2)."""
+
+from collections.abc import Sequence
+
+from megalina.step.pipeline.cell import CellList, Entry, backward, forward
+from megalina.step.pipeline.schedules.schedule import Schedule, Size
+
+
+def interleaved(size: Size) -> list[CellList]:
+    ranks, total, chunks = size.ranks, size.chunks * size.micro_batches, range(size.chunks)
+    lists = []
+    for rank in range(ranks):
+        forwards, backwards = turns_of(size, rank, chunks), turns_of(size, rank, chunks[::-1])
+        warm_up = (size.chunks - 1) * ranks + 2 * (ranks - 1 - rank)
+        cells: list[Entry] = [forward(*turn) for turn in forwards[:warm_up]]
+        for number in range(total):
+            cells += [forward(*turn) for turn in forwards[warm_up + number : warm_up + number + 1]]
+            cells.append(backward(*backwards[number]))
+        lists.append(tuple(cells))
+    return lists
+
+
+def turns_of(size: Size, rank: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """Stage and micro-batch of a rank's cells of one kind, in order; each group goes through `chunks` in this order."""
+    numbers = range(size.micro_batches)
+    groups = [numbers[first : first + size.ranks] for first in numbers[:: size.ranks]]
+    return [(chunk * size.ranks + rank, i) for group in groups for chunk in chunks for i in group]
+
+
+def refuse(size: Size) -> None:
+    if over := size.micro_batches % size.ranks:
+        less, more = size.micro_batches - over, size.micro_batches - over + size.ranks
+        raise ValueError(
+            f"micro-batches go through chunks in groups of as many as there are stages, so {size.micro_batches} of them must be "
+            f"a multiple of {size.ranks} stages: take {f'{less} or ' if less else ''}{more}"
+        )
+
+
+def peak(size: Size, rank: int) -> float:
+    warm_up = (size.chunks - 1) * size.ranks + 2 * (size.ranks - 1 - rank)
+    return min(warm_up + 1, size.chunks * size.micro_batches) / size.chunks
+
+
+SCHEDULE = Schedule(
+    "interleaved",
+    "Megatron-LM, arXiv:2104.04473, section 2.2.2",
+    interleaved,
+    chunks=0,
+    refuse=refuse,
+    bubble=lambda size: (size.ranks - 1) * (size.times.forward + size.times.backward) / size.chunks,
+    peak=peak,
+)
