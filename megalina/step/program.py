@@ -40,9 +40,11 @@ class Op(Enum):
     MAX = auto()  # all-reduce of a value without gradient: the largest
     GRADS = auto()  # a piece of a gradient bucket: all-reduce, or reduce-scatter where the bucket is sharded
     PARAMS = auto()  # a piece of a sharded bucket's parameters: all-gather
+    SEND = auto()  # to the neighbour in a pipeline, one rank to one other; mirror: RECV
+    RECV = auto()  # from the neighbour; mirror: SEND
 
 
-MIRRORED_OP = {Op.GATHER: Op.SCATTER, Op.SCATTER: Op.GATHER}
+MIRRORED_OP = {Op.GATHER: Op.SCATTER, Op.SCATTER: Op.GATHER, Op.SEND: Op.RECV, Op.RECV: Op.SEND}
 MOVABLE = (Op.GRADS, Op.PARAMS)  # of buckets: nothing that is computed in this pass waits for them
 
 
@@ -185,7 +187,8 @@ def gradient(value: str) -> str:
 
 def is_mirrored(instruction: Instruction) -> bool:
     """Whether a forward instruction has a backward instruction."""
-    return instruction.phase == "F" and instruction.op is not Op.PARAMS and any(map(has_gradient, instruction.writes))
+    gives = any(map(has_gradient, instruction.writes)) or instruction.op is Op.SEND  # whose WAIT writes nothing
+    return instruction.phase == "F" and instruction.op is not Op.PARAMS and gives
 
 
 def mirror(instruction: Instruction) -> Instruction:

@@ -38,13 +38,15 @@ def stages_from(layout: str, *, num_layers: int = 0, mtp_layers: int = 0) -> tup
         raise ValueError(
             f"pipeline layout {layout!r} is {order} in a row: one E comes first, then t, then m, and one L comes last"
         )
+    if "" in (parts := text.split("|")):
+        raise ValueError(f"pipeline layout {layout!r}: stage {parts.index('')} of {len(parts)} has nothing in it")
     for letter, number in (("t", num_layers), ("m", mtp_layers)):
         if num_layers and order.count(letter) != number:
             raise ValueError(
                 f"pipeline layout {layout!r} has {order.count(letter)} times {letter} ({NAMES[letter]}), and the model {number}"
             )
     out, first = [], 0
-    for stage in text.split("|"):
+    for stage in parts:
         own = stage.count("t") + stage.count("m")
         out.append(StageLayers(tuple(range(first, first + own)), "E" in stage, "L" in stage))
         first += own

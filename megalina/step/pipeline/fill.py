@@ -1,0 +1,205 @@
+"""Cells filled with instructions: a program for each pipeline rank, out of the forward pass of one micro-batch.
+
+Only the residual stream goes from stage to stage, along an axis of two ranks, `pp0-1`.  A message is a START and a WAIT on either
+side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+from megalina.step.passes import ROUTER_STATE, decides, defer_weights, finish, losses_of, place_gradients, rename_part
+from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, SENDS, Cell, Entry, Pipeline, Work
+from megalina.step.pipeline.stages import StageLayers
+from megalina.step.pipeline.walk import message_of, needs_of
+from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, check, gradient, mirror, weights_of
+
+NAME = "stream"  # of the instructions that send and receive it
+
+
+def axis_of(rank: int, other: int) -> str:
+    """The axis of two pipeline ranks: `pp0-1`."""
+    return f"pp{min(rank, other)}-{max(rank, other)}"
+
+
+def ends_of(axis: str) -> tuple[int, ...]:
+    """The pipeline ranks of `axis_of`; () for another axis."""
+    first, _, second = axis.removeprefix("pp").partition("-")
+    return (int(first), int(second)) if axis.startswith("pp") and first.isdecimal() and second.isdecimal() else ()
+
+
+def programs(
+    pipeline: Pipeline,
+    stages: Sequence[StageLayers],
+    forward: Program,
+    buckets: Mapping[str, BucketSpec],
+    *,
+    late: frozenset[str] = frozenset(),
+    router_state: bool = False,
+) -> tuple[Program, ...]:
+    """The checked program of each rank: its cells in order, gradients on the wire as soon as they are there, norm and update.
+
+    `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: instructions
+    whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what other instructions add to weights'
+    gradients stays in the cells I.  `buckets`: of the whole model; a rank gets those that its instructions use.  One that several
+    ranks use (`shared_buckets`) must have an axis that spans them.
+
+    ValueError for another number of stages, where a stage reads more than the stream of the stage before, and for what `check`
+    refuses."""
+    filling = _Filling(pipeline, stages, forward, late)
+    out = []
+    for rank in range(pipeline.ranks):
+        program = filling.cells(rank)
+        own = {name: spec for name, spec in buckets.items() if any(name in s.uses for s in program)}
+        state = router_state and any(map(decides, program))
+        program = finish(place_gradients(program, own), own, router_state=state)
+        batches = {f"#batch.-.{i}" for i in range(pipeline.micro_batches)}
+        try:
+            check(program, batches | set(own) | ({ROUTER_STATE} if state else set()), own)
+        except ValueError as error:
+            raise ValueError(f"pipeline rank {rank}: {error}") from None
+        out.append(program)
+    return tuple(out)
+
+
+def shared_buckets(of_ranks: Sequence[Program]) -> dict[str, tuple[int, ...]]:
+    """Buckets that instructions of several pipeline ranks use, as a tied embedding, with these ranks."""
+    users: dict[str, list[int]] = {}
+    for rank, program in enumerate(of_ranks):
+        for name in dict.fromkeys(name for s in program for name in s.uses):
+            users.setdefault(name, []).append(rank)
+    return {name: tuple(ranks) for name, ranks in users.items() if len(ranks) > 1}
+
+
+class _Filling:
+    def __init__(self, pipeline: Pipeline, stages: Sequence[StageLayers], forward: Program, late: frozenset[str]):
+        if len(stages) != pipeline.stages:
+            raise ValueError(f"layers are cut into {len(stages)} stages, and the schedule has {pipeline.stages}: cut them alike")
+        self.pipeline, self.late = pipeline, late
+        self.border = [0]  # the stream's number before each stage, and behind the last
+        for stage in stages:
+            self.border.append(self.border[-1] + len(stage.layers))
+        layered = [i for i, s in enumerate(forward) if s.layer >= 0]
+        stage_of = {layer: number for number, stage in enumerate(stages) for layer in stage.layers}
+        if missing := sorted({forward[i].layer for i in layered} - set(stage_of)):
+            raise ValueError(f"layer {missing[0]} is in no stage: stages have {len(stage_of)} layers")
+        self.of_stage: list[list[Instruction]] = [[] for _ in stages]
+        for i, instruction in enumerate(forward):  # what is outside of layers leads into them, or follows them
+            ends = 0 if not layered or i < layered[0] else len(stages) - 1
+            self.of_stage[stage_of.get(instruction.layer, ends)].append(instruction)
+        self._check_borders(forward)
+        cells = [cell for rank in range(pipeline.ranks) for _, cell in pipeline.cells(rank)]
+        self.split = {(c.stage, c.micro_batch) for c in cells if c.work is Work.WEIGHT_GRADIENTS}
+
+    def _check_borders(self, forward: Program) -> None:
+        writer = {v: stage for stage, own in enumerate(self.of_stage) for s in own for v in s.writes}
+        for stage, own in enumerate(self.of_stage):
+            for instruction in own:
+                for value in instruction.reads:
+                    at = writer.get(value, stage)
+                    if at != stage and (at, value) != (stage - 1, f"x.{self.border[stage]}.0"):
+                        raise ValueError(
+                            f"{instruction.tag} in stage {stage} reads {value} of stage {at}: only the stream goes from a stage to "
+                            "the next, so what else a layer reads of another must be in its stage"
+                        )
+
+    def forward(self, stage: int, number: int) -> Program:
+        own: Program = tuple(self.of_stage[stage])
+        if (stage, number) in self.split:
+            own = defer_weights(own, self.late)
+        return rename_part(own, str(number))
+
+    def cells(self, rank: int) -> Program:
+        """From the step's sizes to its last cell."""
+        compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
+        batches = tuple(f"#batch.-.{i}" for i in range(self.pipeline.micro_batches))
+        out = [
+            Instruction("U", compute, "sizes", reads=batches, writes=("#own_divisor.-.0",)),
+            Instruction("U", start, "divisor", reads=("#own_divisor.-.0",), writes=("#own_divisor>.-.0",), op=Op.SUM, axis="dp"),
+        ]
+        divisor = Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
+        there, seeded = False, set[int]()
+        sent: list[Instruction] = []  # WAITs of what travels under the cell that comes next
+        for entry in self.pipeline.lists[rank]:
+            if entry[0].work not in COMPUTED:
+                starts = [self.message(cell, rank, start) for cell in entry]
+                out += starts
+                sent += [self.message(cell, rank, wait) for cell in entry if cell.work in SENDS]
+                continue
+            for cell in entry:
+                number = cell.micro_batch or 0
+                if cell.work in INPUTS_DONE and not there:
+                    out, there = [*out, divisor], True
+                if cell.work in INPUTS_DONE and number not in seeded:
+                    seeded.add(number)
+                    out += self.seed(rank, number)
+            out += self.body(entry, rank)
+            out, sent = [*out, *sent], []
+        return (*out, *sent)
+
+    def seed(self, rank: int, number: int) -> list[Instruction]:
+        """Backward's beginning, for the losses of all of a rank's stages: the stream isn't one."""
+        losses: list[str] = []
+        for stage in self.pipeline.stages_of(rank):
+            own = self.forward(stage, number)
+            losses += [v for v in losses_of(own, own) if v != f"x.{self.border[stage + 1]}.{number}"]
+        if not losses:
+            return []
+        writes = tuple(map(gradient, losses))
+        return [Instruction("U", Kind.COMPUTE, "seed", part=str(number), reads=("#divisor.-.0", *losses), writes=writes)]
+
+    def body(self, entry: Entry, rank: int) -> list[Instruction]:
+        """Cells that go together take turns, which end where tokens start to travel: backward's first, since its first turn is
+        short.  (Turns that end at a SEND or a WAIT would lose what hides what.)"""
+        sides = [self.instructions(cell, rank) for cell in entry]
+        if len(sides) == 1:
+            return list(sides[0])
+        if entry[0].work is Work.FORWARD:
+            sides.reverse()
+        turns = (s for turn in zip_longest(*map(_turns, sides), fillvalue=[]) for part in turn for s in part)
+        return [replace(s, credit=1) if s.carries_tokens else s for s in turns]
+
+    def instructions(self, cell: Cell, rank: int) -> Program:
+        """Of a cell, with the WAIT for what it takes of another rank."""
+        number = cell.micro_batch or 0
+        forward = self.forward(cell.stage, number)
+        away = [need for need in needs_of(cell, self.pipeline) if self.pipeline.rank_of[need.stage] != rank]
+        waits = [self.message(message_of(need, cell.stage), rank, Kind.WAIT) for need in away]
+        if cell.work is Work.FORWARD:
+            return (*waits, *forward)
+        if cell.work is Work.WEIGHT_GRADIENTS:
+            return tuple(weights_of(s) for s in reversed(forward) if s.late)
+        return (*waits, *backward(forward))
+
+    def message(self, cell: Cell, rank: int, kind: Kind) -> Instruction:
+        """The START or WAIT of one end of a message.  Gradients' are the mirrors of activations'."""
+        axis = axis_of(rank, self.pipeline.peer(cell))
+        before = cell.work in (Work.RECV_ACTIVATIONS, Work.SEND_GRADIENTS)  # its stage
+        border = self.border[cell.stage if before else cell.stage + 1]
+        value, wire = f"x.{border}.{cell.micro_batch}", f"x{'<' if before else '>'}.{border}.{cell.micro_batch}"
+        mirrored = cell.work in (Work.SEND_GRADIENTS, Work.RECV_GRADIENTS)
+        starts = (kind is Kind.START) != mirrored  # of the forward instruction
+        reads, writes = ((), (wire,)) if before else ((value,), (wire,))
+        if not starts:
+            reads, writes = (wire,), (value,) if before else ()
+        plain = Instruction(
+            "F",
+            Kind.START if starts else Kind.WAIT,
+            NAME,
+            border,
+            str(cell.micro_batch),
+            reads,
+            writes,
+            op=Op.RECV if before else Op.SEND,
+            axis=axis,
+        )
+        return mirror(plain) if mirrored else plain
+
+
+def _turns(instructions: Iterable[Instruction]) -> list[list[Instruction]]:
+    out: list[list[Instruction]] = [[]]
+    for instruction in instructions:
+        out[-1].append(instruction)
+        if instruction.kind is Kind.START and instruction.carries_tokens:
+            out.append([])
+    return out
