@@ -126,7 +126,7 @@ def _checked(pipeline: Pipeline, times: Times) -> tuple[list[str], Pipeline]:
     try:
         if not pipeline.has_messages:
             check(pipeline)
-            sent = with_messages(pipeline, replace(times, shares=()))
+            sent = with_messages(pipeline, times if min(times.shares, default=1.0) > 0 else replace(times, shares=()))
             check(sent)
             return [f"legal: complete, in order; {_messages(sent)} put in, and no circle where every SEND waits for its RECV"], sent
         check(pipeline, meet=False)

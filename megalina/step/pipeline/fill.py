@@ -11,7 +11,7 @@ from itertools import zip_longest
 from megalina.step.passes import ROUTER_STATE, decides, defer_weights, finish, losses_of, place_gradients, rename_part
 from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, SENDS, Cell, Entry, Pipeline, Work
 from megalina.step.pipeline.stages import StageLayers
-from megalina.step.pipeline.walk import message_of, needs_of
+from megalina.step.pipeline.walk import asked_before, message_of, needs_of
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, check, gradient, mirror, weights_of
 
 NAME = "stream"  # of the instructions that send and receive it
@@ -120,12 +120,15 @@ class _Filling:
         divisor = Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
         there, seeded = False, set[int]()
         sent: list[Instruction] = []  # WAITs of what travels under the cell that comes next
-        for entry in self.pipeline.lists[rank]:
+        asked: set[Cell] = set()
+        for position, entry in enumerate(self.pipeline.lists[rank]):
             if entry[0].work not in COMPUTED:
-                starts = [self.message(cell, rank, start) for cell in entry]
-                out += starts
+                out += [self.message(cell, rank, start) for cell in entry if cell not in asked]
                 sent += [self.message(cell, rank, wait) for cell in entry if cell.work in SENDS]
                 continue
+            early = asked_before(self.pipeline.lists[rank], position)
+            asked.update(early)
+            out += [self.message(cell, rank, start) for cell in early]
             for cell in entry:
                 number = cell.micro_batch or 0
                 if cell.work in INPUTS_DONE and not there:

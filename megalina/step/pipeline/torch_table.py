@@ -8,6 +8,7 @@ is `(0F4;7B1)OVERLAP_F_B`; an empty one is a time in which a rank does nothing i
 import csv
 import io
 import re
+from collections import Counter
 
 from megalina.step.pipeline.cell import COMPUTED, Cell, Entry, Pipeline, Work
 
@@ -17,25 +18,25 @@ ALONE = (Work.UNSHARD, Work.RESHARD, Work.REDUCE_GRAD)  # of a stage, not of a m
 
 
 def from_csv(text: str) -> Pipeline:
-    """The lists of a table; where stages are follows from who computes them.  ValueError, with row and column, for what is no
-    table."""
+    """The lists of a table.  Where stages are follows from who computes them, and how many micro-batches there are from the most
+    forwards of a stage.  ValueError, with row and column, for what is no table."""
     rows = [row for row in csv.reader(io.StringIO(text))]
     lists = tuple(
         tuple(_entry(word.strip(), f"row {rank + 1}, column {column + 1}") for column, word in enumerate(row) if word.strip())
         for rank, row in enumerate(rows)
     )
     holders: dict[int, int] = {}
-    numbers = {-1}
+    forwards = Counter[int]()
     for rank, entries in enumerate(lists):
         for cell in (cell for entry in entries for cell in entry if cell.work in COMPUTED):
             if holders.setdefault(cell.stage, rank) != rank:
                 raise ValueError(f"row {rank + 1} has {cell}, but stage {cell.stage} is in row {holders[cell.stage] + 1}")
-            numbers.add(cell.micro_batch or 0)
+            forwards[cell.stage] += cell.work is Work.FORWARD
     if missing := sorted(set(range(max(holders, default=-1) + 1)) - set(holders)):
         raise ValueError(f"no row computes anything of stage {missing[0]}, but one does of stage {max(holders)}")
     if not holders:
         raise ValueError("the table has no cell: each row holds a rank's, such as 0F0,0F1,0B0,0B1")
-    return Pipeline(lists, tuple(holders[stage] for stage in range(len(holders))), max(numbers) + 1)
+    return Pipeline(lists, tuple(holders[stage] for stage in range(len(holders))), max(forwards.values()))
 
 
 def _entry(word: str, where: str) -> Entry:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
-from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, RECEIVES, SENDS, Cell, Entry, Pipeline, Work, entry_text
+from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, RECEIVES, SENDS, Cell, CellList, Entry, Pipeline, Work, entry_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,13 @@ def message_of(result: Cell, to_stage: int) -> Cell:
     return Cell(work, to_stage, result.micro_batch)
 
 
+def asked_before(cells: CellList, position: int) -> Entry:
+    """The RECVs that a rank asks for before it begins an entry, though they stand behind it: they may come meanwhile.  Those behind
+    a SEND of the same batch don't, as both ranks would have the two in different orders then."""
+    following = cells[position + 1] if position + 1 < len(cells) else ()
+    return tuple(takewhile(lambda cell: cell.work in RECEIVES, following))
+
+
 @dataclass(slots=True)
 class _Walk:
     pipeline: Pipeline
@@ -143,6 +151,9 @@ class _Walk:
             self.clock[rank] = start + self.times.of_entry(entry, self.chunks)
             self.spans[rank].append(Span(entry, start, self.clock[rank]))
             self.given.update(dict.fromkeys(map(gives_of, entry), self.clock[rank]))
+            if not self.meet:
+                for message in asked_before(self.pipeline.lists[rank], self.at[rank]):
+                    self.posted.setdefault(message, start)
         self.at[rank] += 1
         return True
 
@@ -165,7 +176,7 @@ def walk(pipeline: Pipeline, times: Times = Times(), *, meet: bool = False) -> W
     """Every rank goes through its list in order; a cell begins when its rank is free and has what it needs.
 
     A message is sent when both ranks have come to it (to its end alone where lists have no SEND and RECV), takes its time, and
-    holds up nobody but the cell that reads it.  `meet`: rendezvous, the strictest reading of a list: a rank stands still at its
+    holds up nobody but the cell that reads it; a RECV is asked for before the cell in front of it (`asked_before`).  `meet`: rendezvous, the strictest reading of a list: a rank stands still at its
     messages until all of a batch have been sent.  Stuck, with the circle, where there is no end."""
     ranks = pipeline.ranks
     state = _Walk(pipeline, times, meet, pipeline.has_messages, pipeline.stages // ranks)
@@ -184,10 +195,10 @@ def walk(pipeline: Pipeline, times: Times = Times(), *, meet: bool = False) -> W
 
 def _circle(state: _Walk, standing: list[int]) -> str:
     """The ranks that wait for one another, or the first that waits for what nobody does."""
-    pipeline, places = state.pipeline, {}
+    pipeline, places = state.pipeline, dict[Cell, tuple[int, int, Cell]]()
     for rank in range(pipeline.ranks):
         for position, cell in pipeline.cells(rank):
-            places.setdefault(gives_of(cell), (rank, position))
+            places.setdefault(gives_of(cell), (rank, position, cell))
     way: list[int] = []
     rank = standing[0]
     while rank not in way:
@@ -196,14 +207,12 @@ def _circle(state: _Walk, standing: list[int]) -> str:
         if missing not in places:
             return f"{_stands(state, rank)} for {missing}, which no list has"
         rank = places[missing][0]
-    ring = way[way.index(rank) :]
     lines = []
-    for waiting in ring:
-        missing = state.missing(waiting)
-        holder, position = places[missing]
+    for waiting in way[way.index(rank) :]:
+        holder, position, cell = places[state.missing(waiting)]
         behind = entry_text(pipeline.lists[holder][state.at[holder]])
         later = f" behind {behind}" if position > state.at[holder] else ""
-        lines.append(f"{_stands(state, waiting)} for {missing}, which rank {holder} has at position {position}{later}")
+        lines.append(f"{_stands(state, waiting)} for {cell}, which rank {holder} has at position {position}{later}")
     return "the lists never end: " + "; ".join(lines)
 
 

@@ -1,0 +1,158 @@
+"""Cells become programs: each legal by itself, all of them together; planted bugs are named."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from megalina.blocks.model import plain_shape
+from megalina.step.forward import Shape, plain
+from megalina.step.pipeline.fill import axis_of, ends_of, programs, shared_buckets
+from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.schedules.schedule import Size
+from megalina.step.pipeline.schedules.table import SCHEDULES
+from megalina.step.pipeline.stages import StageLayers, cut, stages_from
+from megalina.step.pipeline.together import check_together
+from megalina.step.precedence import Precedence
+from megalina.step.program import BucketSpec, Kind, Op, Program
+
+SHAPES = {
+    "MoE": plain_shape(moe=(True,) * 8),
+    "dense and MoE, tensor parallel": plain_shape(moe=(False, True) * 4, tp=True, shared_experts=True, tied=False),
+    "selection biases": plain_shape(moe=(False,) + (True,) * 7, router_state=True),
+    "multi-token prediction": plain_shape(moe=(True,) * 7, mtp_layers=1),
+    "all experts": plain_shape(moe=(True,) * 8, all_experts=True),
+}
+
+
+def filled(
+    name: str, shape: Shape, stages: Sequence[StageLayers] | None = None, *, ranks: int = 2, micro_batches: int = 4, chunks: int = 0
+) -> tuple[Program, ...]:
+    forward = plain(shape)
+    buckets = {n: BucketSpec(64, "dp") for n in dict.fromkeys(u for s in forward for u in s.uses)}
+    schedule = SCHEDULES[name]
+    pipeline = with_messages(schedule.pipeline(Size(ranks, chunks or schedule.chunks or 2, micro_batches)))
+    stages = stages or cut([1.0] * len(shape.layers), pipeline.stages)
+    return programs(pipeline, stages, forward, buckets, late=shape.deferred("all"), router_state=shape.router_state)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_programs_are_legal_each_and_together(name: str, shape: str) -> None:
+    of_ranks = filled(name, SHAPES[shape])
+    check_together(of_ranks)
+    for program in of_ranks:
+        acts = Precedence(program)
+        assert acts.legal(acts.acts)
+        split = name in ("zb_h1", "zbv", "dualpipev", "greedy")
+        assert any(s.phase == "W" for s in program) == split
+
+
+def test_what_is_between_stages_is_sent_there_and_back() -> None:
+    first, second = filled("gpipe", SHAPES["MoE"], micro_batches=1)
+    sent = [f"{s.tag} {s.op.name} {s.axis}" for s in first if s.op in (Op.SEND, Op.RECV)]
+    assert sent == [
+        "F:stream>.4.0 SEND pp0-1",
+        "B:stream>.4.0 RECV pp0-1",
+        "B:stream<.4.0 RECV pp0-1",
+        "F:stream<.4.0 SEND pp0-1",
+    ] or sent[0] == "F:stream>.4.0 SEND pp0-1"
+    there = [s for s in second if s.op in (Op.SEND, Op.RECV)]
+    assert [(s.phase, s.kind, s.op) for s in there] == [
+        ("F", Kind.START, Op.RECV),
+        ("F", Kind.WAIT, Op.RECV),
+        ("B", Kind.START, Op.SEND),
+        ("B", Kind.WAIT, Op.SEND),
+    ]
+    assert there[1].writes == ("x.4.0",) and there[2].reads == ("x.4.0'",)
+    assert ends_of(axis_of(3, 1)) == (1, 3) and ends_of("dp") == ends_of("pp") == ()
+
+
+def test_a_rank_of_a_v_hands_over_to_itself_and_no_bucket_is_on_two_ranks() -> None:
+    of_ranks = filled("zbv", SHAPES["MoE"])
+    assert not any(s.name == "stream" and s.layer == 4 for program in of_ranks for s in program)  # between stages 1 and 2
+    assert shared_buckets(of_ranks) == {}
+    assert shared_buckets(filled("1f1b", SHAPES["MoE"], chunks=1)) == {"embedding": (0, 1)}
+
+
+def test_a_pair_takes_turns_that_end_where_tokens_start_to_travel() -> None:
+    program = filled("dualpipev", SHAPES["MoE"], micro_batches=4)[1]
+    tags = [s.tag for s in program if s.part in "01" and s.phase in "FB"]
+    (both,) = [i for i, tag in enumerate(tags) if tag == "B:combine>.5.0" or tag == "B:dispatch>.5.0"][:1] or [None]
+    assert both is not None
+    phases = "".join(s.phase for s in program if s.kind is Kind.COMPUTE and s.phase in "FB")
+    turns = sum(a != b for a, b in zip(phases, phases[1:]))
+    alone = filled("zbv", SHAPES["MoE"], micro_batches=4)[1]
+    phases_alone = "".join(s.phase for s in alone if s.kind is Kind.COMPUTE and s.phase in "FB")
+    assert turns > sum(a != b for a, b in zip(phases_alone, phases_alone[1:]))
+    assert {s.credit for s in program if s.carries_tokens} == {0, 1}
+
+
+def test_layers_are_cut_as_they_cost_and_stages_may_hold_an_end_alone() -> None:
+    of_ranks = filled("1f1b", SHAPES["MoE"], stages_from("E|t*8L"), chunks=1)
+    assert {s.name for s in of_ranks[0] if s.phase == "F" and s.kind is Kind.COMPUTE} == {"embed"}
+    check_together(of_ranks)
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        (plain_shape(moe=(True,) * 4, experts_choose=True), "reads #sizes.0.0 of stage 0: only the stream goes"),
+        (plain_shape(moe=(True,) * 4, global_balance=True), "in stage 1 reads #load.0.0 of stage 0"),
+    ],
+)
+def test_what_needs_more_than_the_stream_is_refused(shape: Shape, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        filled("1f1b", shape, chunks=1)
+
+
+def test_stages_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="layers are cut into 3 stages, and the schedule has 2: cut them alike"):
+        filled("1f1b", SHAPES["MoE"], cut([1.0] * 8, 3), chunks=1)
+    with pytest.raises(ValueError, match="layer 4 is in no stage: stages have 4 layers"):
+        filled("1f1b", SHAPES["MoE"], cut([1.0] * 4, 2), chunks=1)
+
+
+def moved(program: Program, tag: str, op: Op | None, to: int) -> Program:
+    out = list(program)
+    place = next(i for i, s in enumerate(out) if s.tag == tag and s.op is op)
+    out.insert(to, out.pop(place))
+    return tuple(out)
+
+
+def test_planted_bugs_between_ranks_are_named() -> None:
+    first, second = filled("1f1b", SHAPES["MoE"], chunks=1)
+    with pytest.raises(ValueError, match=r"rank 0 at position \d+, F:stream>.4.1 \(SEND\), meets F:stream>.4.0 \(RECV\) of rank 1"):
+        place = next(i for i, s in enumerate(first) if s.tag == "F:stream>.4.0")
+        check_together((moved(first, "F:stream>.4.1", Op.SEND, place), second))
+    with pytest.raises(ValueError, match=r"rank 0 at position \d+, B:stream>.4.3 \(RECV\): nobody on axis pp0-1 starts the same"):
+        check_together((first, tuple(s for s in second if (s.tag, s.op) != ("B:stream>.4.3", Op.SEND))))
+    with pytest.raises(ValueError, match=r"U:measured>.-.0 \(SUM\): nobody on axis world starts the same"):
+        check_together((first, tuple(s for s in second if s.name != "measured")))
+    with pytest.raises(ValueError, match=r"the programs never end: rank 0 at position \d+, F:stream<.4.0 \(SEND\), waits for rank 1; rank 1"):
+        late = next(i for i, s in enumerate(second) if s.tag == "U:measured<.-.0")
+        early = tuple(replace(s, axis="world") if s.name == "divisor" else s for s in (first[0], *first[1:]))
+        other = [replace(s, axis="world") if s.name == "divisor" else s for s in second]
+        wait = next(i for i, s in enumerate(early) if s.tag == "F:stream<.4.0")
+        start = next(i for i, s in enumerate(early) if s.tag == "U:divisor>.-.0")
+        held = list(early)
+        held.insert(wait, held.pop(start))  # rank 0 starts the sum behind its WAIT; rank 1 awaits it before its RECV
+        awaited = next(i for i, s in enumerate(other) if s.tag == "U:divisor<.-.0")
+        recv = next(i for i, s in enumerate(other) if s.op is Op.RECV)
+        other.insert(recv, other.pop(awaited))
+        assert late
+        check_together((tuple(held), tuple(other)))
+
+
+def test_an_axis_of_a_shared_bucket_has_one_order_too() -> None:
+    forward, shape = plain(SHAPES["MoE"]), SHAPES["MoE"]
+    names = dict.fromkeys(u for s in forward for u in s.uses)
+    buckets = {n: BucketSpec(64, "ends" if n == "embedding" else "dp") for n in names}
+    pipeline = with_messages(SCHEDULES["1f1b"].pipeline(Size(2, 1, 4)))
+    of_ranks = programs(pipeline, cut([1.0] * 8, 2), forward, buckets, late=shape.deferred("all"))
+    check_together(of_ranks, {"ends": (0, 1)})
+    with pytest.raises(ValueError, match="axis ends has pipeline rank 2, and there are 2 ranks"):
+        check_together(of_ranks, {"ends": (0, 2)})
+    without = tuple(s for s in of_ranks[1] if s.axis != "ends")
+    with pytest.raises(ValueError, match=r"rank 0 at position \d+, B:embedding>.-.0.0:64. \(GRADS\): nobody on axis ends"):
+        check_together((of_ranks[0], without), {"ends": (0, 1)})

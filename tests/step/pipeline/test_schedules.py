@@ -1,0 +1,130 @@
+"""Every schedule is legal, and its walk gives what its formulas say: bubble and activations."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megalina.step.pipeline.cell import WEIGHTS_DONE, loop, v_shape
+from megalina.step.pipeline.check import check
+from megalina.step.pipeline.live import live_peaks
+from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.schedules.schedule import Size
+from megalina.step.pipeline.schedules.table import SCHEDULES
+from megalina.step.pipeline.walk import Times, walk
+
+TRIPLES = ((1.0, 1.0, 1.0), (1.0, 1.25, 0.75), (1.0, 1.0, 0.5))  # exact in binary: walks equal formulas to the last bit but for thirds
+ANY_CHUNKS = (1, 2, 3)
+
+
+def sizes(name: str, ranks: int, most: int) -> Iterator[Size]:
+    """Those that the schedule is made for, with each of the times."""
+    schedule = SCHEDULES[name]
+    for chunks in (schedule.chunks,) if schedule.chunks else ANY_CHUNKS:
+        for micro_batches in sorted({1, ranks - 1, ranks, 2 * ranks - 1, 2 * ranks, 3 * ranks, most - most % ranks} - {0}):
+            size = Size(ranks, chunks, micro_batches)
+            try:
+                schedule.refuse(size)
+            except ValueError:
+                continue
+            yield from (Size(ranks, chunks, micro_batches, Times(*triple)) for triple in TRIPLES)
+
+
+def held(name: str, ranks: int, most: int) -> None:
+    schedule, seen = SCHEDULES[name], 0
+    for size in sizes(name, ranks, most):
+        pipeline = schedule.pipeline(size)
+        if size.times == Times(*TRIPLES[0]):
+            check(pipeline)
+        walked, bubble = walk(pipeline, size.times), schedule.bubble(size)
+        if bubble is not None:
+            seen += 1
+            found = max(walked.idle)
+            assert found <= bubble + 1e-9 if schedule.bubble_is_bound else found == pytest.approx(bubble, abs=1e-9), (size, found)
+        peaks = live_peaks(pipeline)
+        for rank in range(ranks):
+            assert schedule.peak(size, rank) in (None, pytest.approx(peaks[rank])), (size, rank)
+    assert seen or name == "greedy"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_walks_give_what_formulas_say(name: str, ranks: int) -> None:
+    held(name, ranks, 12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", range(2, 17))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_walks_give_what_formulas_say_for_many_ranks(name: str, ranks: int) -> None:
+    held(name, ranks, 64 if name != "greedy" else 32)
+
+
+def test_dualpipev_is_as_good_as_its_formula_where_forward_takes_as_long_as_the_gradients_of_inputs() -> None:
+    """Elsewhere the formula of DualPipe's README is a bound: 4.35 where the list takes 3.90."""
+    schedule = SCHEDULES["dualpipev"]
+    for weights in (1.0, 0.5):
+        size = Size(4, 2, 16, Times(1.0, 1.0, weights, pair=1.0))
+        assert max(walk(schedule.pipeline(size), size.times).idle) == pytest.approx(schedule.bubble(size))
+    size = Size(4, 2, 16, Times(1.0, 1.3, 0.7))
+    assert (schedule.bubble(size), max(walk(schedule.pipeline(size), size.times).idle)) == pytest.approx((4.35, 3.90))
+
+
+def test_zbv_has_no_bubble_between_a_ranks_first_cell_and_its_last_where_all_three_take_as_long() -> None:
+    walked = walk(SCHEDULES["zbv"].pipeline(Size(4, 2, 8)))
+    assert max(walked.shifted_idle) == 0 and max(walked.idle) == 1.5
+
+
+def test_zb_h1_keeps_as_many_micro_batches_on_every_rank_until_weights_are_done() -> None:
+    assert set(live_peaks(SCHEDULES["zb_h1"].pipeline(Size(6, 1, 12)), WEIGHTS_DONE)) == {6.0}
+
+
+@pytest.mark.parametrize("room", [1.0, 1.5, 2.0, 4.0])
+def test_greedy_keeps_to_its_room_and_is_the_faster_the_more_it_has(room: float) -> None:
+    made = {r: SCHEDULES["greedy"].pipeline(Size(4, 2, 8, Times(1, 1.3, 0.8), most_live=r)) for r in (room, 8.0)}
+    check(made[room], most_live=room)
+    assert walk(made[8.0], Times(1, 1.3, 0.8)).makespan <= walk(made[room], Times(1, 1.3, 0.8)).makespan
+
+
+def test_greedy_goes_by_what_each_stage_takes() -> None:
+    """A last stage that takes three times as long, as one with a large head."""
+    shares = (0.8, 0.8, 0.8, 1.6)
+    even, uneven = Times(), Times(shares=shares)
+    schedule = SCHEDULES["greedy"]
+    blind = walk(schedule.pipeline(Size(4, 1, 8, even)), uneven).makespan
+    assert walk(schedule.pipeline(Size(4, 1, 8, uneven)), uneven).makespan <= blind
+
+
+def test_greedy_is_zb_h1_where_all_three_take_as_long() -> None:
+    for ranks in (2, 4, 8):
+        size = Size(ranks, 1, 2 * ranks)
+        assert walk(SCHEDULES["greedy"].pipeline(size)).makespan == walk(SCHEDULES["zb_h1"].pipeline(size)).makespan
+
+
+def test_messages_that_take_time_lengthen_a_step_by_the_hops_on_its_way() -> None:
+    size = Size(4, 1, 8, Times(message=0.125))
+    pipeline = SCHEDULES["gpipe"].pipeline(size)
+    assert walk(pipeline, size.times).makespan == walk(pipeline).makespan + 2 * 3 * 0.125
+    assert walk(with_messages(pipeline, size.times), size.times).makespan == walk(pipeline, size.times).makespan
+
+
+def test_stages_lie_on_a_loop_or_on_a_v() -> None:
+    assert loop(3, 2) == (0, 1, 2, 0, 1, 2)
+    assert v_shape(3, 2) == (0, 1, 2, 2, 1, 0) and v_shape(3, 3) == (0, 1, 2, 2, 1, 0, 0, 1, 2) and v_shape(3, 1) == loop(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "error"),
+    [
+        ("1f1b", Size(4, 2, 8), "1f1b has one chunk on each rank, not 2: set chunks to 1"),
+        ("zbv", Size(4, 1, 8), "zbv has 2 chunks on each rank, not 1: set chunks to 2"),
+        ("interleaved", Size(4, 2, 10), "10 of them must be a multiple of 4 stages: take 8 or 12"),
+        ("interleaved", Size(4, 2, 3), "3 of them must be a multiple of 4 stages: take 4"),
+        ("zb_h1", Size(4, 2, 6), "6 of them must be a multiple of 4 stages: take 4 or 8"),
+        ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 stages"),
+        ("greedy", Size(4, 2, 7, most_live=0.5), "room for 0.5 micro-batches of activations on a rank: .* give 1 or more"),
+        ("gpipe", Size(0, 1, 7), "stages 0, chunks 1, micro-batches 7: each must be at least 1"),
+    ],
+)
+def test_numbers_that_a_schedule_is_not_made_for_are_refused(name: str, size: Size, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        SCHEDULES[name].pipeline(size)
