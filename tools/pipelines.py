@@ -101,7 +101,9 @@ def _schedule(name: str) -> Schedule:
     if name in SCHEDULES:
         return SCHEDULES[name]
     if not is_reference(name):
-        raise ValueError(f"there is no schedule {name}: choose one of {', '.join(SCHEDULES)}, or yours as folder/file.py:SCHEDULE")
+        raise ValueError(
+            f"there is no schedule {name}: choose one of {', '.join(SCHEDULES)}, or yours as folder/file.py:SCHEDULE"
+        )
     found = load(name)
     if not isinstance(found, Schedule):
         raise ValueError(f"{name} is no Schedule (megalina/step/pipeline/schedules/schedule.py)")
@@ -128,7 +130,9 @@ def _checked(pipeline: Pipeline, times: Times) -> tuple[list[str], Pipeline]:
             check(pipeline)
             sent = with_messages(pipeline, times if min(times.shares, default=1.0) > 0 else replace(times, shares=()))
             check(sent)
-            return [f"legal: complete, in order; {_messages(sent)} put in, and no circle where every SEND waits for its RECV"], sent
+            return [
+                f"legal: complete, in order; {_messages(sent)} put in, and no circle where every SEND waits for its RECV"
+            ], sent
         check(pipeline, meet=False)
     except ValueError as error:
         return [str(error)], pipeline
@@ -228,7 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("schedule", nargs="?", metavar="SCHEDULE", help=f"{', '.join(SCHEDULES)}, or folder/file.py:SCHEDULE")
     parser.add_argument("--stages", type=whole(1, 1024), metavar="P", help="ranks of the pipeline")
-    parser.add_argument("--chunks", type=whole(1, 64), metavar="V", help="stages that each rank holds (default: the schedule's, else 1)")
+    parser.add_argument(
+        "--chunks", type=whole(1, 64), metavar="V", help="stages that each rank holds (default: the schedule's, else 1)"
+    )
     parser.add_argument("--micro-batches", type=whole(1, 65536), metavar="M")
     parser.add_argument(
         "--times",
@@ -238,7 +244,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of a rank's layers and a micro-batch: forward, gradients of inputs, of weights; of a message (default: 1,1,1,0)",
     )
     parser.add_argument(
-        "--pair", type=number(0, 1, above=True), default=1.0, metavar="X", help="a pair takes so much of its two cells (default: 1)"
+        "--pair",
+        type=number(0, 1, above=True),
+        default=1.0,
+        metavar="X",
+        help="a pair takes so much of its two cells (default: 1)",
     )
     parser.add_argument(
         "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: stages)"
@@ -246,11 +256,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=whole(1, 65536), default=0, metavar="N", help="cut so many layers into stages")
     parser.add_argument("--layout", default="", metavar="TEXT", help="stages as Megatron writes them, 'Et*3|(tt|)*5,tL'")
     parser.add_argument(
-        "--ends", type=_numbers(2), default=(0.0, 0.0), metavar="E,L", help="what embedding and head cost, in layers (default: 0,0)"
+        "--ends",
+        type=_numbers(2),
+        default=(0.0, 0.0),
+        metavar="E,L",
+        help="what embedding and head cost, in layers (default: 0,0)",
     )
     parser.add_argument("--messages", action="store_true", help="print, and write to --csv, SEND and RECV too")
     parser.add_argument("--all", action="store_true", help="print lists to their ends, however long")
-    parser.add_argument("--from-csv", type=Path, metavar="FILE", help="a table of torch.distributed.pipelining in place of a schedule")
+    parser.add_argument(
+        "--from-csv", type=Path, metavar="FILE", help="a table of torch.distributed.pipelining in place of a schedule"
+    )
     parser.add_argument("--csv", type=new_file, metavar="FILE", help="write such a table")
     parser.add_argument("--picture", type=new_file, metavar="FILE", help="PNG or SVG")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all that is printed, as numbers")

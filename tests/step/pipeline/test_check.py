@@ -60,7 +60,9 @@ def test_a_missing_cell_of_weights_is_named() -> None:
 
 def test_missing_forwards_and_backwards_are_named() -> None:
     pipeline = SCHEDULES["1f1b"].pipeline(Size(3, 1, 6))
-    assert "rank 2 has no 2F1: stage 2 leaves out micro-batch 1" in refused(changed(pipeline, 2, lambda c: c.remove(forward(2, 1))))
+    assert "rank 2 has no 2F1: stage 2 leaves out micro-batch 1" in refused(
+        changed(pipeline, 2, lambda c: c.remove(forward(2, 1)))
+    )
     found = refused(changed(pipeline, 2, lambda cells: cells.remove(backward(2, 1))))
     assert found == "rank 2 has neither 2B1 nor 2I1: micro-batch 1 has no backward there"
 
@@ -79,7 +81,9 @@ def test_what_comes_twice_or_in_the_wrong_order_is_named() -> None:
         cells[a], cells[b] = cells[b], cells[a]
 
     a, b = place(pipeline, 0, "5I0"), place(pipeline, 0, "5W0")
-    assert refused(changed(pipeline, 0, weights_first)) == f"rank 0 at position {a}, 5W0: it takes what 5I0 gives, at position {b}"
+    assert (
+        refused(changed(pipeline, 0, weights_first)) == f"rank 0 at position {a}, 5W0: it takes what 5I0 gives, at position {b}"
+    )
 
 
 def test_cells_of_another_rank_stage_or_micro_batch_are_named() -> None:
@@ -126,8 +130,8 @@ def naive(pipeline: Pipeline) -> Pipeline:
 def test_two_neighbours_that_both_send_first_are_a_circle_where_a_send_waits_for_its_recv() -> None:
     pipeline = naive(SCHEDULES["1f1b"].pipeline(Size(2, 1, 4)))
     assert refused(pipeline) == (
-        "the lists never end: rank 0 at position 3, 0SEND_F1, waits for 1RECV_F1, which rank 1 has at position 4 behind 1SEND_B0; "
-        "rank 1 at position 3, 1SEND_B0, waits for 0RECV_B0, which rank 0 has at position 4 behind 0SEND_F1"
+        "the lists never end: rank 0 at position 3, 0SEND_F1, waits for 1RECV_F1, which rank 1 has at position 4 behind 1SEND_B0"
+        "; rank 1 at position 3, 1SEND_B0, waits for 0RECV_B0, which rank 0 has at position 4 behind 0SEND_F1"
     )
     check(pipeline, meet=False)
     check(with_messages(without_messages(pipeline)))
@@ -207,7 +211,9 @@ def test_messages_between_two_ranks_have_one_order_and_go_one_by_one_too(name: s
     assert trains(pipeline) and trains(alone)
     for a in range(4):
         for b in range(a):
-            ways = [[str(c) for _, c in alone.cells(x) if c.work not in COMPUTED and alone.peer(c) == y] for x, y in ((a, b), (b, a))]
+            ways = [
+                [str(c) for _, c in alone.cells(x) if c.work not in COMPUTED and alone.peer(c) == y] for x, y in ((a, b), (b, a))
+            ]
             met = [str(c.other_end) for _, c in alone.cells(b) if c.work not in COMPUTED and alone.peer(c) == a]
             assert ways[0] == met and len(ways[0]) == len(ways[1])
 

@@ -56,7 +56,9 @@ class Schedule:
                 f"stages {size.ranks}, chunks {size.chunks}, micro-batches {size.micro_batches}: each must be at least 1"
             )
         if self.chunks and size.chunks != self.chunks:
-            raise ValueError(f"{self.name} has {_chunks(self.chunks)} on each rank, not {size.chunks}: set chunks to {self.chunks}")
+            raise ValueError(
+                f"{self.name} has {_chunks(self.chunks)} on each rank, not {size.chunks}: set chunks to {self.chunks}"
+            )
         self.refuse(size)
         return Pipeline(tuple(self.cells(size)), self.placement(size.ranks, size.chunks), size.micro_batches)
 
