@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stage {stage} on rank {pipeline.rank_of[stage]}: {layers}")
     if stages:
         print(f"as Megatron's layout: {layout_of(stages)}")
-    told: dict[str, Any] = {"schedule": title, "check": said, "lists": [list(map(entry_text, own)) for own in pipeline.lists]}
+    told: dict[str, Any] = {"schedule": title, "check": said, "lists": [" ".join(map(entry_text, own)) for own in pipeline.lists]}
     try:
         walked = walk(pipeline, times)
     except Stuck:
@@ -74,7 +74,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     times = Times(forward, inputs, weights, message, args.pair)
     if args.from_csv is not None:
         if args.stages or args.chunks or args.micro_batches:
-            raise ValueError("--from-csv: the table says how many stages, chunks and micro-batches there are; leave them out")
+            raise ValueError("--from-csv: the table says how many ranks, chunks and micro-batches there are; leave them out")
         pipeline = from_csv(args.from_csv.read_text())
         chunks = pipeline.stages // pipeline.ranks
         schedule, name = None, args.from_csv.name
@@ -93,7 +93,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if schedule is not None:
         pipeline = schedule.pipeline(size)
     size = replace(size, micro_batches=pipeline.micro_batches)
-    title = f"{name}: {ranks} stages, {chunks} {'chunk' if chunks == 1 else 'chunks'} each, {size.micro_batches} micro-batches"
+    title = f"{name}: {ranks} ranks, {chunks} {'chunk' if chunks == 1 else 'chunks'} each, {size.micro_batches} micro-batches"
     return title, schedule, size, pipeline, stages
 
 
@@ -119,7 +119,7 @@ def _layers(args: argparse.Namespace, stages: int) -> tuple[StageLayers, ...]:
         return ()
     found = stages_from(args.layout)
     if len(found) != stages:
-        raise ValueError(f"--layout has {len(found)} stages, and the schedule {stages}, of --stages x --chunks")
+        raise ValueError(f"--layout has {len(found)} stages, and the schedule {stages}: P x V of --stages P --chunks V")
     return found
 
 
@@ -231,7 +231,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("schedule", nargs="?", metavar="SCHEDULE", help=f"{', '.join(SCHEDULES)}, or folder/file.py:SCHEDULE")
-    parser.add_argument("--stages", type=whole(1, 1024), metavar="P", help="ranks of the pipeline")
+    parser.add_argument(
+        "--stages", type=whole(1, 1024), metavar="P", help="ranks of the pipeline, its stages as Megatron counts them"
+    )
     parser.add_argument(
         "--chunks", type=whole(1, 64), metavar="V", help="stages that each rank holds (default: the schedule's, else 1)"
     )
@@ -251,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a pair takes so much of its two cells (default: 1)",
     )
     parser.add_argument(
-        "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: stages)"
+        "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: P)"
     )
     parser.add_argument("--layers", type=whole(1, 65536), default=0, metavar="N", help="cut so many layers into stages")
     parser.add_argument("--layout", default="", metavar="TEXT", help="stages as Megatron writes them, 'Et*3|(tt|)*5,tL'")

@@ -4,7 +4,7 @@ Only the residual stream goes from stage to stage, along an axis of two ranks, `
 side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -36,8 +36,9 @@ def programs(
     *,
     late: frozenset[str] = frozenset(),
     router_state: bool = False,
+    placed: Callable[[Program, Mapping[str, BucketSpec]], Program] = place_gradients,
 ) -> tuple[Program, ...]:
-    """The checked program of each rank: its cells in order, gradients on the wire as soon as they are there, norm and update.
+    """The checked program of each rank: its cells in order, gradients where `placed` puts them, norm and update.
 
     `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: the
     instructions whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what others add to
@@ -52,7 +53,7 @@ def programs(
         program = filling.cells(rank)
         own = {name: spec for name, spec in buckets.items() if any(name in s.uses for s in program)}
         state = router_state and any(map(decides, program))
-        program = finish(place_gradients(program, own), own, router_state=state)
+        program = finish(placed(program, own), own, router_state=state)
         batches = {f"#batch.-.{i}" for i in range(pipeline.micro_batches)}
         try:
             check(program, batches | set(own) | ({ROUTER_STATE} if state else set()), own)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
+from megalina.step.passes import place_gradients
 from megalina.step.pipeline.fill import axis_of, ends_of, programs, shared_buckets
 from megalina.step.pipeline.messages import with_messages
 from megalina.step.pipeline.schedules.schedule import Size
@@ -72,6 +74,18 @@ def test_what_is_between_stages_is_sent_there_and_back() -> None:
     ]
     assert there[1].writes == ("x.4.0",) and there[2].reads == ("x.4.0'",)
     assert ends_of(axis_of(3, 1)) == (1, 3) and ends_of("dp") == ends_of("pp") == ()
+
+
+def test_gradients_go_where_a_strategy_puts_them() -> None:
+    forward, shape = plain(SHAPES["MoE"]), SHAPES["MoE"]
+    buckets = {n: BucketSpec(64, "dp") for n in dict.fromkeys(u for s in forward for u in s.uses)}
+    pipeline = with_messages(SCHEDULES["zbv"].pipeline(Size(2, 2, 4)))
+    for place, before in (("ready", True), ("tail", False)):
+        placed = partial(place_gradients, place=place)
+        of_ranks = programs(pipeline, cut([1.0] * 8, 4), forward, buckets, late=shape.deferred("all"), placed=placed)
+        for program in of_ranks:
+            first = next(i for i, s in enumerate(program) if s.op is Op.GRADS)
+            assert (first < max(i for i, s in enumerate(program) if s.phase == "W")) == before
 
 
 def test_a_rank_of_a_v_hands_over_to_itself_and_no_bucket_is_on_two_ranks() -> None:
