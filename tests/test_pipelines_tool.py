@@ -49,7 +49,7 @@ def test_a_table_that_the_check_refuses_is_told_with_its_own_exit_code() -> None
     assert printed.stdout.splitlines()[-1] == "check: rank 3 at position 14, 3F8: there are micro-batches 0 to 7"
 
 
-def test_a_circle_is_told_and_that_it_is_none_where_sends_wait_for_nobody(tmp_path: Path) -> None:
+def test_a_circle_is_told_and_that_it_is_none_where_only_cells_wait(tmp_path: Path) -> None:
     table = tmp_path / "both_send_first.csv"
     table.write_text("0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1\n1RECV_F0,1F0,1B0,1SEND_B0,1RECV_F1,1F1,1B1,1SEND_B1\n")
     printed = done(main, "--from-csv", table)
@@ -57,7 +57,7 @@ def test_a_circle_is_told_and_that_it_is_none_where_sends_wait_for_nobody(tmp_pa
     assert (
         "check: where every SEND waits for its RECV, the lists never end: rank 0 at position 3, 0SEND_F1, waits" in printed.stdout
     )
-    assert printed.stdout.splitlines()[-1] == "check: legal where a SEND waits for nobody"
+    assert printed.stdout.splitlines()[-1] == "check: legal where only the cell that reads a message waits for it"
 
 
 def test_layers_are_cut_and_read() -> None:

@@ -139,7 +139,10 @@ def _checked(pipeline: Pipeline, times: Times) -> tuple[list[str], Pipeline]:
     try:
         check(pipeline)
     except Stuck as error:
-        return [f"where every SEND waits for its RECV, {error}", "legal where a SEND waits for nobody"], pipeline
+        return [
+            f"where every SEND waits for its RECV, {error}",
+            "legal where only the cell that reads a message waits for it",
+        ], pipeline
     return [f"legal: complete, in order; {_messages(pipeline)}, and no circle where every SEND waits for its RECV"], pipeline
 
 

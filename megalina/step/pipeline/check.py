@@ -29,7 +29,7 @@ def check(pipeline: Pipeline, *, meet: bool = True, most_live: float = float("in
     weights.  If any list has messages, each neighbour's result that a rank takes is sent and received once, behind the cell that
     gives it and before the one that takes it, and the messages from one rank to another are received in the order in which they
     are sent.  Then all lists are walked: with `meet` a rank stands still at its messages until they have been sent (rendezvous),
-    else a SEND waits for nobody.  `most_live`: micro-batches of activations that a rank has room for."""
+    else only the cell that reads a message waits for it.  `most_live`: micro-batches of activations that a rank has room for."""
     places = _places(pipeline)
     _check_complete(pipeline, places)
     _check_order(pipeline, places)

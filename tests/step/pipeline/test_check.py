@@ -137,18 +137,12 @@ def test_two_neighbours_that_both_send_first_are_a_circle_where_a_send_waits_for
     check(with_messages(without_messages(pipeline)))
 
 
-def test_two_neighbours_that_both_receive_first_are_a_circle_even_where_sends_wait_for_nobody() -> None:
-    pipeline = with_messages(SCHEDULES["1f1b"].pipeline(Size(2, 1, 4)))
-    early = place(pipeline, 0, "0RECV_B0")
-    batch = pipeline.lists[0][early]
-    assert len(batch) > 1, "both ways between two ranks go as one batch"
-
-    def receive_first(cells: list[Entry]) -> None:
-        cells[early : early + 1] = [tuple(c for c in batch if c.work in SENDS)]
-        cells.insert(early - 1, tuple(c for c in batch if c.work in RECEIVES))  # before the forward whose result goes out
-
-    found = refused(changed(pipeline, 0, receive_first))
-    assert found.startswith("the lists never end: rank 0") or "0SEND_F" in found
+def test_two_neighbours_that_both_receive_first_are_a_circle() -> None:
+    rows = "0F0,0RECV_B0,0SEND_F0,0B0", "1RECV_F0,1F0,1B0,1SEND_B0"
+    assert refused(from_csv("\n".join(rows))) == (
+        "the lists never end: rank 0 at position 1, 0RECV_B0, waits for 1SEND_B0, which rank 1 has at position 3 behind 1RECV_F0"
+        "; rank 1 at position 0, 1RECV_F0, waits for 0SEND_F0, which rank 0 has at position 2 behind 0RECV_B0"
+    )
 
 
 def test_a_message_that_is_missing_or_that_nobody_asked_for_is_named() -> None:
@@ -268,3 +262,38 @@ def test_what_is_accepted_trains_and_what_is_refused_does_not(name: str) -> None
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_accepted_trains_and_what_is_refused_does_not_for_many_lists(name: str) -> None:
     agreed(name, range(60, 3000))
+
+
+def uneven(seed: int) -> tuple[str, Pipeline, Times]:
+    """A schedule with times of its own for every kind of cell and every stage."""
+    rng = random.Random(seed)
+    name, ranks = rng.choice(list(SCHEDULES)), rng.choice((1, 2, 3, 4, 6))
+    schedule, micro_batches = SCHEDULES[name], ranks * rng.choice((2, 3))
+    chunks = schedule.chunks or rng.choice((1, 2, 3))
+    shares = tuple(rng.choice((0.1, 0.3, 0.7, 1.1)) for _ in range(ranks * chunks))
+    forward_, inputs, weights, message = (rng.choice((0.1, 0.3, 0.7, 1.0, 1.3)) for _ in range(4))
+    times = Times(forward_, inputs, weights, rng.choice((0.0, message)), rng.choice((0.7, 1.0)), shares)
+    room = rng.choice((0.0, 1.0, 1.5, 2.0))
+    return f"{name} {seed}", schedule.pipeline(Size(ranks, chunks, micro_batches, times, room)), times
+
+
+def placed_well(seed: int) -> None:
+    what, pipeline, times = uneven(seed)
+    sent = with_messages(pipeline, times)
+    check(sent)
+    assert trains(sent), what
+    check(from_csv(to_csv(sent)))
+    assert walk(sent, times).makespan == pytest.approx(walk(pipeline, times).makespan), what
+    assert walk(sent, times, meet=True).makespan >= walk(pipeline, times).makespan - 1e-9, what
+
+
+def test_messages_hold_up_nobody_whatever_stages_take() -> None:
+    for seed in range(12):
+        placed_well(seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seeds", [range(i, i + 100) for i in range(12, 512, 100)], ids=str)
+def test_messages_hold_up_nobody_in_many_cases(seeds: range) -> None:
+    for seed in seeds:
+        placed_well(seed)
