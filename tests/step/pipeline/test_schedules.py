@@ -126,6 +126,7 @@ def test_stages_lie_on_a_loop_or_on_a_v() -> None:
         ("zb_h1", Size(4, 2, 6), "6 of them must be a multiple of 4 ranks: take 4 or 8"),
         ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 ranks"),
         ("greedy", Size(4, 2, 7, most_live=0.5), "room for 0.5 micro-batches of activations on a rank: .* give 1 or more"),
+        ("gpipe", Size(2, 1, 7, Times(shares=(1.0,))), "times have shares of 1 stages, and there are 2: give one for each"),
         ("gpipe", Size(0, 1, 7), "ranks 0, chunks 1, micro-batches 7: each must be at least 1"),
     ],
 )
