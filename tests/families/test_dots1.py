@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from megalina.blocks.counts import count_parameters
+from megalina.checkpoint.hugging_face.exporting import export_checkpoint
+from megalina.checkpoint.hugging_face.importing import import_folder
+from megalina.checkpoint.stored import Stored
+from megalina.checkpoint.streaming_writer import from_stored, write_checkpoint
 from megalina.families.family import Settings
 from megalina.families.table import family_for, family_named, family_of
+from tests.checkpoint.hugging_face.plain import write
+from tests.checkpoint.hugging_face.test_import import same_bytes
+from tests.checkpoint.hugging_face.test_more_families import random_state
 
 TINY = json.loads((Path(__file__).parents[1] / "checkpoint" / "hugging_face" / "tiny" / "dots1.json").read_text())
 CARD = {  # its card: 62 layers, 32 heads, 6 of 128 experts and 2 shared ones, 142 B parameters of which 14 B are active
@@ -59,3 +66,16 @@ def test_without_a_window_and_biases_it_is_a_model_of_glm_too() -> None:
     assert family_for(settings).name == "glm4_moe"
     assert family_of(family_named("dots1").written(settings)).name == "dots1"
     assert family_for(read()).name == "dots1"
+
+
+def test_a_run_that_began_with_it_goes_out_as_it_came(tmp_path: Path) -> None:
+    """Its checkpoints don't know where their weights came from; `like` does."""
+    config = TINY | {"sliding_window": None, "attention_bias": False}
+    write(tmp_path / "hf", config, random_state(config))
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    stored = Stored(tmp_path / "start")
+    values = {key: value for key, value in stored.values.items() if key != "hugging_face"}
+    write_checkpoint(tmp_path / "trained", values, stored.listing, from_stored(stored))
+    assert export_checkpoint(tmp_path / "trained", tmp_path / "glm").family == "glm4_moe"
+    assert export_checkpoint(tmp_path / "trained", tmp_path / "dots", like=tmp_path / "hf").family == "dots1"
+    same_bytes(tmp_path / "hf", tmp_path / "dots")
