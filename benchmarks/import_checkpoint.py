@@ -2,9 +2,9 @@
 
     python benchmarks/import_checkpoint.py --json import_checkpoint.json
 
-transformers writes a random Qwen3-MoE of 372 million parameters in bfloat16 (8 MoE layers, 32 experts), in small and in large
+transformers writes a random Qwen3-MoE of 340 million parameters in bfloat16 (8 MoE layers, 32 experts), in small and in large
 shards, and one of half as many layers.  `import_folder` takes each of them in; then `train.init_from` loads the first one on one
-process and on 4 ranks (tp=2, ep=2), and its weights alone are loaded by megalina and by transformers.
+process and on 4 ranks (tp=2, ep=2, ZeRO-1), and its weights alone are loaded by megalina and by transformers.
 
 Memory is the most resident memory of a process (VmHWM, reset before) above what it had before, its libraries being there; pages
 of mapped files count.  An import may need one shard, mapped, and one of our tensors.  A rank of a run also has float32 gradients
@@ -38,7 +38,7 @@ FIELDS: dict[str, Any] = {
     **{"norm_topk_prob": True, "max_position_embeddings": 2048, "tie_word_embeddings": False},
 }
 SMALL_MB, LARGE_MB = 100, 400  # of a shard
-LAYOUTS = {1: [], 4: ["parallel.tp=2", "parallel.ep=2"]}
+LAYOUTS = {1: [], 4: ["parallel.tp=2", "parallel.ep=2", "parallel.zero=1"]}
 MB = 1e6
 
 
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     parser.add_argument("--layers", type=int, default=8, help="of the model (default 8)")
-    parser.add_argument("--scratch", type=Path, help="where 4 GB are written for a while (default: the system's folder)")
+    parser.add_argument("--scratch", type=Path, help="where 3 GB are written for a while (default: the system's folder)")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.scratch, prefix="megalina-import-"))
     try:
