@@ -14,6 +14,8 @@ from megalina.checkpoint.hugging_face.importing import import_folder
 from megalina.checkpoint.hugging_face.linked import Linked
 from megalina.checkpoint.hugging_face.proof import prove
 from megalina.checkpoint.inspection import faults
+from megalina.checkpoint.stored import Stored
+from megalina.checkpoint.streaming_writer import from_stored, write_checkpoint
 from megalina.families.table import FAMILIES, family_for, family_of
 from tests.checkpoint.hugging_face.plain import CONFIGS as PLAIN
 from tests.checkpoint.hugging_face.plain import config_of, write
@@ -115,6 +117,27 @@ def test_what_transformers_wrote_is_the_same_here(tmp_path: Path, name: str) -> 
     written_by_transformers(tmp_path / "hf", config.pop("model_type"), config)
     proof = prove(tmp_path / "hf", scratch=tmp_path)
     assert proof.holds, proof.table()
+
+
+@needs_transformers
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_goes_out_as_the_same_model(tmp_path: Path, name: str) -> None:
+    """Its config.json is written from settings alone, as of a run that began anew."""
+    import transformers
+
+    config = dict(CONFIGS[name])
+    family = family_of(config)
+    written_by_transformers(tmp_path / "hf", config.pop("model_type"), config)
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    stored = Stored(tmp_path / "start")
+    values = {key: value for key, value in stored.values.items() if key != "hugging_face"}
+    write_checkpoint(tmp_path / "run", values, stored.listing, from_stored(stored))
+    export_checkpoint(tmp_path / "run", tmp_path / "back", family=family.name)
+    token_BS = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        one, other = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f)(token_BS).logits for f in ("hf", "back"))
+    assert torch.equal(one, other)
 
 
 def random_config(name: str, seed: int) -> dict[str, Any]:
