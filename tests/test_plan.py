@@ -87,6 +87,27 @@ def test_a_layout_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFix
     assert "python pretrain_gpt_moe.py" in capsys.readouterr().out
 
 
+def test_a_model_that_fits_nowhere_is_told_what_a_rank_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LAYOUT, "cluster.hardware.memory_gib=0.5", "--loads", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing up to 64 times as many nodes fits; " in text and "no pipeline stages" in text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=gpt_oss_20b", "nodes=1"], "9 of 320 candidates fit"),
+        (["model=deepseek_v3", "nodes=32"], "of 76.0 GiB are weights, gradients and optimizer of a rank, which has all layers"),
+    ],
+)
+def test_published_models_are_planned(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As docs/models.md has it."""
+    assert main([*words, "cluster=h100_400g", "train.seq_len=4096", "--search"]) == 0
+    text = capsys.readouterr().out
+    assert said in text and "master weights" in text
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -78,7 +78,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     give = commands.add_parser("export", help="a folder in Hugging Face's format from a checkpoint")
     give.add_argument("source", type=Path, metavar="CHECKPOINT", help=f"{place}: its newest checkpoint")
     give.add_argument("target", type=Path, metavar="HF_FOLDER", help="the folder to write; not there yet")
-    give.add_argument("--family", default="", help="mixtral, say (default: the one it came from, or the first that fits)")
+    give.add_argument(
+        "--family", default="", help="mixtral, say (default: the one it came from, that of --like, or the first that fits)"
+    )
     give.add_argument(
         "--like",
         type=Path,

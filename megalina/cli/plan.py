@@ -183,13 +183,20 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
 
 
 def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
+    from megalina.perfmodel.forecast.forecast import memory_limit_bytes
+    from megalina.perfmodel.forecast.priced_step import PricedStep
     from megalina.perfmodel.forecast.search import MOST_NODES, what_fits
 
     config, plan = smallest.config, smallest.plan
     words = what_fits(config, plan, world, vocab_size=vocab_size)
     layout = f"parallel.tp={config.parallel.tp} parallel.ep={config.parallel.ep}, {plan}"
     if not words:
-        return f"{layout}: nothing up to {MOST_NODES} times as many nodes fits: take devices with more memory, or a smaller model"
+        state_bytes = PricedStep(config, world, plan, vocab_size=vocab_size).state_bytes
+        state = f"{state_bytes / 2**30:.1f} of {memory_limit_bytes(config.cluster) / 2**30:.1f} GiB are"
+        return (
+            f"{layout}: nothing up to {MOST_NODES} times as many nodes fits; {state} weights, gradients and optimizer of a rank, "
+            "which has all layers (there are no pipeline stages): take devices with more memory, or a smaller model"
+        )
     return f"fits with {' '.join(words)} (else as {layout})"
 
 

@@ -3,14 +3,16 @@
 Shapes: V words, D model width, F hidden width of an MLP, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megalina.blocks.heads import attention_bias
-from megalina.config import ModelConfig
+from megalina.config import ModelConfig, RouterConfig
 from megalina.families.family import Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link, View, same
+
+LayerLinks = Callable[[int, Settings], Iterator[Link]]  # of a layer's number
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
@@ -88,25 +90,6 @@ def rope_fields(model: ModelConfig) -> dict[str, Any]:
     return out if model.rope_scaling == "none" else out | {"rope_scaling": {**scaled, "type": model.rope_scaling}}
 
 
-def window(fields: Fields, *, switch: str = "") -> int:
-    """Tokens that a token sees in every layer; 0: all before it.  `switch`: a field without which there is no window; with it,
-    some layers would have one, which is refused."""
-    fields.passes("max_window_layers", "sliding_window")
-    if switch:
-        if fields.flag(switch, False):
-            raise ValueError(f"{switch} is true: only layers that see all of a sequence can be taken")
-        return 0
-    longest = fields.whole("max_position_embeddings")
-    found = fields.whole("sliding_window", longest, least=1)
-    return 0 if found >= longest else found
-
-
-def refuse_layer_types(fields: Fields) -> None:
-    kinds = fields.words("layer_types")
-    if other := sorted({*kinds} - {"full_attention"}):
-        raise ValueError(f"layer_types has {', '.join(other)}: only full_attention can be taken")
-
-
 def decoder_config(settings: Settings) -> dict[str, Any]:
     """What `decoder_model` reads, in the spelling of transformers 5 and, of RoPE, of 4 too."""
     model = settings.model
@@ -126,32 +109,24 @@ def decoder_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def sparse_layers(fields: Fields, experts: int) -> dict[str, int]:
-    """`dense_layers_first` and `moe_every` of `decoder_sparse_step` and `mlp_only_layers`.  ValueError for an order of dense and
-    MoE layers that these two can't say."""
-    step, layers = fields.whole("decoder_sparse_step", 1), fields.whole("num_hidden_layers")
-    dense = fields.numbers("mlp_only_layers")
-    if step < 1:
-        raise ValueError(f"decoder_sparse_step is {step}: 1 or more is needed")
-    moe = [layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(layers)]
-    for every in range(1, layers + 1):
-        for first in range(layers + 1):
-            if moe == [layer >= first and (layer - first) % every == every - 1 for layer in range(layers)]:
-                return {"dense_layers_first": first, "moe_every": every}
-    raise ValueError(
-        f"of {layers} layers {[i for i, one in enumerate(moe) if one]} are MoE (decoder_sparse_step {step}, mlp_only_layers "
-        f"{dense}): only dense layers at the bottom, then every n-th layer MoE, can be taken"
+def softmax_router(fields: Fields, *, top_k: int, balance_loss: float) -> RouterConfig:
+    """Softmax over all experts; weights of the chosen sum to one where `norm_topk_prob` says so.  The numbers: where config.json
+    has none."""
+    return RouterConfig(
+        top_k=fields.whole("num_experts_per_tok", top_k),
+        renormalize=fields.flag("norm_topk_prob", False),
+        balance_loss=fields.number("router_aux_loss_coef", balance_loss),
     )
 
 
-def sparse_fields(settings: Settings) -> dict[str, Any]:
-    """What `sparse_layers` reads."""
-    model = settings.model
-    if model.dense_layers_first % model.moe_every == 0 and settings.moe == [
-        (layer + 1) % model.moe_every == 0 for layer in range(model.num_layers)
-    ]:
-        return {"decoder_sparse_step": model.moe_every, "mlp_only_layers": []}
-    return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, moe in enumerate(settings.moe) if not moe]}
+def softmax_fields(settings: Settings) -> dict[str, Any]:
+    """What `softmax_router` reads."""
+    router = settings.router
+    return {
+        "num_experts_per_tok": router.top_k,
+        "norm_topk_prob": router.renormalize,
+        "router_aux_loss_coef": router.balance_loss,
+    }
 
 
 def layer_prefix(layer: int) -> tuple[str, str]:
@@ -159,20 +134,20 @@ def layer_prefix(layer: int) -> tuple[str, str]:
     return f"model.layers.{layer}.", f"layers.{layer}."
 
 
-def end_links(settings: Settings) -> Iterator[Link]:
-    """Embedding, last norm, output matrix."""
+def decoder_links(settings: Settings, *parts: LayerLinks) -> Iterator[Link]:
+    """Embedding, last norm, output matrix; of each layer, also those of multi-token prediction, its two norms and what the parts
+    link."""
     model = settings.model
     yield same("model.embed_tokens.weight", "embedding", model.vocab_size, model.d_model)
     yield same("model.norm.weight", "final_norm.weight", model.d_model)
     if not model.tie_embeddings:
         yield same("lm_head.weight", "head", model.vocab_size, model.d_model)
-
-
-def norm_links(layer: int, settings: Settings) -> Iterator[Link]:
-    """The two norms of a layer."""
-    theirs, ours = layer_prefix(layer)
-    yield same(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", settings.model.d_model)
-    yield same(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", settings.model.d_model)
+    for layer in range(model.num_layers + model.mtp_layers):
+        theirs, ours = layer_prefix(layer)
+        yield same(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", model.d_model)
+        yield same(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", model.d_model)
+        for part in parts:
+            yield from part(layer, settings)
 
 
 def attention_links(layer: int, settings: Settings) -> Iterator[Link]:
@@ -196,6 +171,18 @@ def attention_links(layer: int, settings: Settings) -> Iterator[Link]:
             yield same(f"{theirs}{name}_norm.weight", f"{ours}{name}_norm.weight", size)
     if model.attention_sinks:
         yield same(f"{theirs}sinks", f"{ours}sinks", model.num_heads)
+
+
+def feed_links(layer: int, settings: Settings, *, at: str = "mlp.", names: Sequence[str] = GATE_UP_DOWN) -> Iterator[Link]:
+    """A dense MLP, or a router and its experts.  `at`: where they are in their layer."""
+    theirs, ours = layer_prefix(layer)
+    theirs += at
+    model = settings.model
+    if settings.is_moe(layer):
+        yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
+        yield from experts_links(f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff, names)
+    else:
+        yield from mlp_links(theirs, f"{ours}mlp", model.d_model, settings.dense_d_ff, names)
 
 
 def mlp_links(theirs: str, ours: str, width: int, d_ff: int, names: Sequence[str] = GATE_UP_DOWN) -> Iterator[Link]:

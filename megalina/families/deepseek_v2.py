@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalina.config import RouterConfig
-from megalina.families.decoder import decoder_config, decoder_model, end_links, norm_links
+from megalina.families.decoder import decoder_config, decoder_links, decoder_model, feed_links
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link
 from megalina.families.shared_experts import (
     expert_fields,
     expert_settings,
-    feed_links,
     latent_fields,
     latent_links,
     latent_settings,
+    shared_links,
 )
 
 GREEDY, LIMITED = "greedy", "group_limited_greedy"
@@ -58,8 +58,4 @@ class DeepseekV2(Family):
         )
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        yield from end_links(settings)
-        for layer, moe in enumerate(settings.moe):
-            yield from norm_links(layer, settings)
-            yield from latent_links(layer, settings)
-            yield from feed_links(layer, moe, settings, biased=False)
+        return decoder_links(settings, latent_links, feed_links, shared_links)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from megalina.blocks.attention import head_dim
+from megalina.blocks.heads import attention_bias, head_dim
 from megalina.config import ModelConfig, RouterConfig, is_moe_layer
 from megalina.families.fields import Fields
 from megalina.families.links import Link
@@ -35,6 +35,10 @@ class Settings:
         """Of each layer: MoE or dense."""
         return [is_moe_layer(self.model, layer) for layer in range(self.model.num_layers)]
 
+    def is_moe(self, layer: int) -> bool:
+        """Layers of multi-token prediction, behind the model's, are as its last one."""
+        return self.moe[min(layer, len(self.moe) - 1)]
+
     @property
     def head_dim(self) -> int:
         return head_dim(self.model)
@@ -50,7 +54,7 @@ class Settings:
             del model[name]
         for name in TRAINING_ROUTER:
             del router[name]
-        model |= {"head_dim": self.head_dim, "dense_d_ff": self.dense_d_ff}
+        model |= {"head_dim": self.head_dim, "dense_d_ff": self.dense_d_ff, "attention_bias": attention_bias(self.model)}
         del model["dense_layers_first"], model["moe_every"]
         model["moe_layers"] = [layer for layer, moe in enumerate(self.moe) if moe]
         if self.model.positions != "rope":

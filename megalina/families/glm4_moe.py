@@ -1,28 +1,27 @@
 """GLM-4.5 (arXiv:2508.06471; Glm4MoeForCausalLM of transformers): grouped queries of which half the numbers turn, sigmoid scores
 with a selection bias, shared experts, multi-token prediction."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from megalina.families import shared_experts
-from megalina.families.decoder import attention_links, decoder_config, decoder_model, end_links, norm_links
-from megalina.families.family import Family, Settings
+from megalina.families.decoder import attention_links, decoder_config, decoder_links, decoder_model, feed_links
+from megalina.families.family import Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link
 from megalina.families.shared_experts import (
+    MtpFamily,
+    bias_links,
     expert_fields,
     expert_settings,
-    feed_links,
-    mtp_copies,
     mtp_layers,
     mtp_links,
+    shared_links,
     sigmoid_fields,
     sigmoid_router,
-    training_layers,
 )
 
 
-class Glm4Moe(Family):
+class Glm4Moe(MtpFamily):
     name = "glm4_moe"
     model_types = ("glm4_moe",)
     architecture = "Glm4MoeForCausalLM"
@@ -35,14 +34,8 @@ class Glm4Moe(Family):
             "mtp_layers": mtp_layers(fields),
             **expert_settings(fields, experts=128, shared=1, dense=1, d_ff=1408),
         }
-        router = sigmoid_router(fields, top_k=8, scale=1.0, groups=1, groups_per_token=1)
+        router = sigmoid_router(fields, top_k=8, scale=1.0, groups=1, groups_per_token=1, renormalize=True)
         return Settings(decoder_model(fields, eps=1e-5, theta=1e4, rotary_fraction=0.5, **own), router)
-
-    def present(self, settings: Settings, keys: Collection[str]) -> Settings:
-        return shared_experts.present(settings, keys)
-
-    def copies(self, settings: Settings) -> Mapping[str, str]:
-        return {**super().copies(settings), **mtp_copies(settings)}
 
     def config(self, settings: Settings) -> dict[str, Any]:
         model = settings.model
@@ -56,9 +49,4 @@ class Glm4Moe(Family):
         return fields
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        yield from end_links(settings)
-        for layer, moe in training_layers(settings):
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            yield from feed_links(layer, moe, settings, biased=True)
-            yield from mtp_links(layer, settings)
+        return decoder_links(settings, attention_links, feed_links, shared_links, bias_links, mtp_links)

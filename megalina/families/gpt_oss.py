@@ -4,13 +4,13 @@ layer, YaRN; experts' matrices the other way round, gate and up in turn.  The pu
 from collections.abc import Iterator
 from typing import Any
 
-from megalina.config import ModelConfig, RouterConfig
-from megalina.families.decoder import attention_links, decoder_config, decoder_model, end_links, layer_prefix, norm_links
+from megalina.config import RouterConfig
+from megalina.families.decoder import attention_links, decoder_config, decoder_links, decoder_model, layer_prefix
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link, View, same
+from megalina.families.windows import FULL, SLIDING, layer_windows, window_fields
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -31,6 +31,7 @@ class GptOss(Family):
         fields.needs("swiglu_alpha", 1.702, why="the gate's sigmoid is of 1.702 times it")
         fields.passes("experts_per_token", "initial_context_length")
         fields.defaults("rope_parameters", YARN, unless="rope_scaling")
+        kinds = [FULL if layer % 2 else SLIDING for layer in range(fields.whole("num_hidden_layers"))]
         own: dict[str, Any] = {
             "head_dim": fields.whole("head_dim", 64),
             "num_kv_heads": fields.whole("num_key_value_heads", 8),
@@ -40,7 +41,7 @@ class GptOss(Family):
             "activation_limit": fields.number("swiglu_limit", 7.0),
             "num_experts": fields.whole("num_local_experts", 128, also="num_experts"),
             "d_ff": fields.whole("intermediate_size"),
-            **_windows(fields),
+            **layer_windows(fields, fields.whole("sliding_window", 128, least=1), kinds),
         }
         router = RouterConfig(
             top_k=fields.whole("num_experts_per_tok", 4),
@@ -58,52 +59,31 @@ class GptOss(Family):
             "num_local_experts": model.num_experts,
             "num_experts_per_tok": settings.router.top_k,
             "router_aux_loss_coef": settings.router.balance_loss,
-            "sliding_window": model.window or model.max_positions,
-            "layer_types": [SLIDING if _has_window(model, layer) else FULL for layer in range(model.num_layers)],
+            **window_fields(settings),
         }
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        model = settings.model
-        experts, width, d_ff = model.num_experts, model.d_model, model.d_ff
-        yield from end_links(settings)
-        for layer in range(model.num_layers):
-            theirs, ours = layer_prefix(layer)
-            theirs += "mlp."
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            yield same(f"{theirs}router.weight", f"{ours}router.weight", experts, width)
-            yield same(f"{theirs}router.bias", f"{ours}router.bias", experts)
-            yield Link(
-                View(f"{theirs}experts.gate_up_proj", (experts, width, 2 * d_ff), (experts, width, d_ff, 2), order=(0, 3, 2, 1)),
-                View(f"{ours}experts.w1", (experts, 2 * d_ff, width), (experts, 2, d_ff, width)),
-            )
-            yield Link(
-                View(f"{theirs}experts.gate_up_proj_bias", (experts, 2 * d_ff), (experts, d_ff, 2), order=(0, 2, 1)),
-                View(f"{ours}experts.b1", (experts, 2 * d_ff), (experts, 2, d_ff)),
-            )
-            yield Link(
-                View(f"{theirs}experts.down_proj", (experts, d_ff, width), order=(0, 2, 1)),
-                View(f"{ours}experts.w2", (experts, width, d_ff)),
-            )
-            yield same(f"{theirs}experts.down_proj_bias", f"{ours}experts.b2", experts, width)
+        return decoder_links(settings, attention_links, experts_links)
 
 
-def _windows(fields: Fields) -> dict[str, int]:
-    """`window` and `full_attention_every`.  ValueError for an order of layers that these two can't say."""
-    layers, longest = fields.whole("num_hidden_layers"), fields.whole("max_position_embeddings")
-    kinds = fields.words("layer_types") or [FULL if layer % 2 else SLIDING for layer in range(layers)]
-    size = fields.whole("sliding_window", 128, least=1)
-    full = [kind == FULL for kind in kinds]
-    if len(kinds) != layers or {*kinds} - {FULL, SLIDING}:
-        raise ValueError(f"layer_types is {kinds}: {layers} words are needed, each {FULL} or {SLIDING}")
-    if all(full) or size >= longest:
-        return {"window": 0, "full_attention_every": 0}
-    for every in (0, *range(2, layers + 1)):
-        if full == [every > 0 and layer % every == every - 1 for layer in range(layers)]:
-            return {"window": size, "full_attention_every": every}
-    raise ValueError(f"layer_types has {FULL} in layers {[i for i, one in enumerate(full) if one]}: only every n-th can be taken")
-
-
-def _has_window(model: ModelConfig, layer: int) -> bool:
-    every = model.full_attention_every
-    return model.window > 0 and not (every > 0 and layer % every == every - 1)
+def experts_links(layer: int, settings: Settings) -> Iterator[Link]:
+    """The router and the experts, all in one tensor on both sides."""
+    model = settings.model
+    experts, width, d_ff = model.num_experts, model.d_model, model.d_ff
+    theirs, ours = layer_prefix(layer)
+    theirs += "mlp."
+    yield same(f"{theirs}router.weight", f"{ours}router.weight", experts, width)
+    yield same(f"{theirs}router.bias", f"{ours}router.bias", experts)
+    yield Link(
+        View(f"{theirs}experts.gate_up_proj", (experts, width, 2 * d_ff), (experts, width, d_ff, 2), order=(0, 3, 2, 1)),
+        View(f"{ours}experts.w1", (experts, 2 * d_ff, width), (experts, 2, d_ff, width)),
+    )
+    yield Link(
+        View(f"{theirs}experts.gate_up_proj_bias", (experts, 2 * d_ff), (experts, d_ff, 2), order=(0, 2, 1)),
+        View(f"{ours}experts.b1", (experts, 2 * d_ff), (experts, 2, d_ff)),
+    )
+    yield Link(
+        View(f"{theirs}experts.down_proj", (experts, d_ff, width), order=(0, 2, 1)),
+        View(f"{ours}experts.w2", (experts, width, d_ff)),
+    )
+    yield same(f"{theirs}experts.down_proj_bias", f"{ours}experts.b2", experts, width)

@@ -1,22 +1,15 @@
 """Mixtral (arXiv:2401.04088; MixtralForCausalLM of transformers): softmax over all experts, the best of them renormalised."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from megalina.config import RouterConfig
-from megalina.families.decoder import (
-    attention_links,
-    decoder_config,
-    decoder_model,
-    end_links,
-    experts_links,
-    layer_prefix,
-    norm_links,
-    window,
-)
+from megalina.families.decoder import attention_links, decoder_config, decoder_links, decoder_model, feed_links
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
-from megalina.families.links import Link, same
+from megalina.families.links import Link
+from megalina.families.windows import window
 
 
 class Mixtral(Family):
@@ -47,14 +40,5 @@ class Mixtral(Family):
         }
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        model = settings.model
-        yield from end_links(settings)
-        for layer in range(model.num_layers):
-            theirs, ours = layer_prefix(layer)
-            theirs += "block_sparse_moe."
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
-            yield from experts_links(
-                f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff, ("w1", "w3", "w2")
-            )
+        feed = partial(feed_links, at="block_sparse_moe.", names=("w1", "w3", "w2"))
+        return decoder_links(settings, attention_links, feed)

@@ -4,19 +4,18 @@ keys are normed before they are cut into heads."""
 from collections.abc import Iterator
 from typing import Any
 
-from megalina.config import RouterConfig
 from megalina.families.decoder import (
     attention_links,
     decoder_config,
+    decoder_links,
     decoder_model,
-    end_links,
-    experts_links,
-    layer_prefix,
-    norm_links,
+    feed_links,
+    softmax_fields,
+    softmax_router,
 )
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
-from megalina.families.links import Link, same
+from megalina.families.links import Link
 
 
 class Olmoe(Family):
@@ -32,31 +31,13 @@ class Olmoe(Family):
             "num_experts": fields.whole("num_experts", 64, also="num_local_experts"),
             "d_ff": fields.whole("intermediate_size"),
         }
-        router = RouterConfig(
-            top_k=fields.whole("num_experts_per_tok", 8),
-            renormalize=fields.flag("norm_topk_prob", False),
-            balance_loss=fields.number("router_aux_loss_coef", 0.01),
-        )
+        router = softmax_router(fields, top_k=8, balance_loss=0.01)
         return Settings(decoder_model(fields, eps=1e-5, theta=1e4, **own), router)
 
     def config(self, settings: Settings) -> dict[str, Any]:
-        return decoder_config(settings) | {
-            "attention_bias": False,
-            "clip_qkv": None,
-            "intermediate_size": settings.model.d_ff,
-            "num_experts": settings.model.num_experts,
-            "num_experts_per_tok": settings.router.top_k,
-            "norm_topk_prob": settings.router.renormalize,
-            "router_aux_loss_coef": settings.router.balance_loss,
-        }
+        own = {"attention_bias": False, "clip_qkv": None}
+        experts = {"intermediate_size": settings.model.d_ff, "num_experts": settings.model.num_experts}
+        return decoder_config(settings) | softmax_fields(settings) | own | experts
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        model = settings.model
-        yield from end_links(settings)
-        for layer in range(model.num_layers):
-            theirs, ours = layer_prefix(layer)
-            theirs += "mlp."
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
-            yield from experts_links(f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff)
+        return decoder_links(settings, attention_links, feed_links)

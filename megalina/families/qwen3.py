@@ -4,20 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalina.config import RouterConfig
-from megalina.families.decoder import (
-    attention_links,
-    decoder_config,
-    decoder_model,
-    end_links,
-    layer_prefix,
-    mlp_links,
-    norm_links,
-    refuse_layer_types,
-    window,
-)
+from megalina.families.decoder import attention_links, decoder_config, decoder_links, decoder_model, feed_links
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link
+from megalina.families.windows import refuse_layer_types, window
 
 
 class Qwen3(Family):
@@ -43,9 +34,4 @@ class Qwen3(Family):
         return decoder_config(settings) | own
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        yield from end_links(settings)
-        for layer in range(settings.model.num_layers):
-            theirs, ours = layer_prefix(layer)
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            yield from mlp_links(f"{theirs}mlp.", f"{ours}mlp", settings.model.d_model, settings.dense_d_ff)
+        return decoder_links(settings, attention_links, feed_links)

@@ -4,23 +4,20 @@ where `norm_topk_prob` says so; some layers may be dense."""
 from collections.abc import Iterator
 from typing import Any
 
-from megalina.config import RouterConfig
 from megalina.families.decoder import (
     attention_links,
     decoder_config,
+    decoder_links,
     decoder_model,
-    end_links,
-    experts_links,
-    layer_prefix,
-    mlp_links,
-    norm_links,
-    sparse_fields,
-    sparse_layers,
-    window,
+    feed_links,
+    softmax_fields,
+    softmax_router,
 )
 from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
-from megalina.families.links import Link, same
+from megalina.families.links import Link
+from megalina.families.sparse_layers import sparse_fields, sparse_settings
+from megalina.families.windows import window
 
 
 class Qwen3Moe(Family):
@@ -30,46 +27,18 @@ class Qwen3Moe(Family):
 
     def settings(self, fields: Fields) -> Settings:
         fields.needs("attention_bias", False, why="queries, keys and values have no biases")
-        experts = fields.whole("num_experts", 128, also="num_local_experts")
         own: dict[str, Any] = {
             "num_kv_heads": fields.whole("num_key_value_heads", 4),
             "qk_norm": "head",
             "window": window(fields, switch="use_sliding_window"),
-            "num_experts": max(experts, 1),
-            "d_ff": fields.whole("moe_intermediate_size", 768),
-            "dense_d_ff": fields.whole("intermediate_size"),
-            **sparse_layers(fields, experts),
+            **sparse_settings(fields, experts=128, d_ff=768),
         }
-        router = RouterConfig(
-            top_k=fields.whole("num_experts_per_tok", 8),
-            renormalize=fields.flag("norm_topk_prob", False),
-            balance_loss=fields.number("router_aux_loss_coef", 0.001),
-        )
+        router = softmax_router(fields, top_k=8, balance_loss=0.001)
         return Settings(decoder_model(fields, eps=1e-6, theta=1e4, **own), router)
 
     def config(self, settings: Settings) -> dict[str, Any]:
-        return decoder_config(settings) | {
-            "attention_bias": False,
-            "use_sliding_window": False,
-            "intermediate_size": settings.dense_d_ff,
-            "moe_intermediate_size": settings.model.d_ff,
-            "num_experts": settings.model.num_experts,
-            "num_experts_per_tok": settings.router.top_k,
-            "norm_topk_prob": settings.router.renormalize,
-            "router_aux_loss_coef": settings.router.balance_loss,
-            **sparse_fields(settings),
-        }
+        own = {"attention_bias": False, "use_sliding_window": False}
+        return decoder_config(settings) | sparse_fields(settings) | softmax_fields(settings) | own
 
     def links(self, settings: Settings) -> Iterator[Link]:
-        model = settings.model
-        yield from end_links(settings)
-        for layer, moe in enumerate(settings.moe):
-            theirs, ours = layer_prefix(layer)
-            theirs += "mlp."
-            yield from norm_links(layer, settings)
-            yield from attention_links(layer, settings)
-            if moe:
-                yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
-                yield from experts_links(f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff)
-            else:
-                yield from mlp_links(theirs, f"{ours}mlp", model.d_model, settings.dense_d_ff)
+        return decoder_links(settings, attention_links, feed_links)

@@ -1,19 +1,19 @@
 """A decoder whose first layers are dense and whose others have shared experts: what the DeepSeek models and GLM-4.5 have in
 common, layers of multi-token prediction (arXiv:2412.19437, section 2.2) among it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from megalina.config import RouterConfig
-from megalina.families.decoder import experts_links, layer_prefix, mlp_links
-from megalina.families.family import Settings
+from megalina.families.decoder import layer_prefix, mlp_links
+from megalina.families.family import Family, Settings
 from megalina.families.fields import Fields
 from megalina.families.links import Link, View, same
 
 
-def expert_settings(fields: Fields, *, experts: int, shared: int, dense: int, d_ff: int) -> dict[str, int]:
-    """The numbers: where config.json has none."""
+def expert_settings(fields: Fields, *, experts: int | None, shared: int | None, dense: int, d_ff: int) -> dict[str, int]:
+    """The numbers: where config.json has none; None: it must have one."""
     fields.needs("moe_layer_freq", 1, why="every layer above the dense ones is a mixture of experts")
     fields.passes("aux_loss_alpha", "seq_aux", "ep_size", "num_local_experts")
     d_ff = fields.whole("moe_intermediate_size", d_ff)
@@ -41,9 +41,11 @@ def expert_fields(settings: Settings) -> dict[str, Any]:
     }
 
 
-def sigmoid_router(fields: Fields, *, top_k: int, scale: float, groups: int, groups_per_token: int) -> RouterConfig:
-    """Sigmoid scores with a selection bias, within groups where there are several (DeepSeek-V3).  The numbers: where config.json
-    has none."""
+def sigmoid_router(
+    fields: Fields, *, top_k: int | None, scale: float, groups: int, groups_per_token: int, renormalize: bool
+) -> RouterConfig:
+    """Sigmoid scores with a selection bias, within groups where there are several (DeepSeek-V3).  The values: where config.json
+    has none; None: it must have one."""
     fields.needs("scoring_func", "sigmoid", why="the router's scores are sigmoids")
     fields.needs("topk_method", "noaux_tc", why="experts are chosen by score and bias")
     groups = fields.whole("n_group", groups)
@@ -51,7 +53,7 @@ def sigmoid_router(fields: Fields, *, top_k: int, scale: float, groups: int, gro
     return RouterConfig(
         kind="group_limited" if groups > 1 else "sigmoid",
         top_k=fields.whole("num_experts_per_tok", top_k),
-        renormalize=fields.flag("norm_topk_prob", True),
+        renormalize=fields.flag("norm_topk_prob", renormalize),
         scale=fields.number("routed_scaling_factor", scale),
         balance_loss=0.0,
         bias_update_rate=0.001,
@@ -65,32 +67,28 @@ def sigmoid_fields(settings: Settings) -> dict[str, Any]:
     return {"n_group": router.num_groups, "topk_group": router.groups_per_token}
 
 
+class MtpFamily(Family):
+    """One whose files may have layers of multi-token prediction."""
+
+    def present(self, settings: Settings, keys: Collection[str]) -> Settings:
+        """Without these layers where the files have none: transformers leaves them out when it writes."""
+        at, _ = layer_prefix(settings.model.num_layers)
+        there = any(key.startswith(at) for key in keys)
+        return settings if there else replace(settings, model=replace(settings.model, mtp_layers=0))
+
+    def copies(self, settings: Settings) -> Mapping[str, str]:
+        """Each of these layers has the embedding and the output matrix once more."""
+        model = settings.model
+        output = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
+        out = {**super().copies(settings)}
+        for layer in range(model.num_layers, model.num_layers + model.mtp_layers):
+            at, _ = layer_prefix(layer)
+            out |= {f"{at}embed_tokens.weight": "model.embed_tokens.weight", f"{at}shared_head.head.weight": output}
+        return out
+
+
 def mtp_layers(fields: Fields) -> int:
     return fields.whole("num_nextn_predict_layers", 0, also="num_mtp_layers")
-
-
-def present(settings: Settings, keys: Collection[str]) -> Settings:
-    """Without layers of multi-token prediction where the files have none: transformers leaves them out when it writes."""
-    at, _ = layer_prefix(settings.model.num_layers)
-    there = any(key.startswith(at) for key in keys)
-    return settings if there else replace(settings, model=replace(settings.model, mtp_layers=0))
-
-
-def mtp_copies(settings: Settings) -> dict[str, str]:
-    """What a layer of multi-token prediction has once more: the embedding and the output matrix."""
-    model = settings.model
-    output = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
-    out: dict[str, str] = {}
-    for layer in range(model.num_layers, model.num_layers + model.mtp_layers):
-        at, _ = layer_prefix(layer)
-        out |= {f"{at}embed_tokens.weight": "model.embed_tokens.weight", f"{at}shared_head.head.weight": output}
-    return out
-
-
-def training_layers(settings: Settings) -> Iterator[tuple[int, bool]]:
-    """Each layer and whether it is MoE; behind the model's those of multi-token prediction, which are as its last one."""
-    moe = settings.moe
-    yield from enumerate([*moe, *[moe[-1]] * settings.model.mtp_layers])
 
 
 def mtp_links(layer: int, settings: Settings) -> Iterator[Link]:
@@ -105,20 +103,18 @@ def mtp_links(layer: int, settings: Settings) -> Iterator[Link]:
         yield same(f"{theirs}shared_head.norm.weight", f"{ours}mtp.norm.weight", width)
 
 
-def feed_links(layer: int, moe: bool, settings: Settings, *, biased: bool) -> Iterator[Link]:
-    """A dense MLP, or router, routed experts and shared ones; `biased`: with a selection bias."""
+def shared_links(layer: int, settings: Settings) -> Iterator[Link]:
+    """Shared experts, as one MLP."""
     theirs, ours = layer_prefix(layer)
-    theirs += "mlp."
-    model = settings.model
-    if not moe:
-        yield from mlp_links(theirs, f"{ours}mlp", model.d_model, settings.dense_d_ff)
-        return
-    yield same(f"{theirs}gate.weight", f"{ours}router.weight", model.num_experts, model.d_model)
-    if biased:
-        yield same(f"{theirs}gate.e_score_correction_bias", f"{ours}router.bias_E", model.num_experts)
-    yield from experts_links(f"{theirs}experts.", f"{ours}experts", model.num_experts, model.d_model, model.d_ff)
-    if model.shared_d_ff:
-        yield from mlp_links(f"{theirs}shared_experts.", f"{ours}shared", model.d_model, model.shared_d_ff)
+    if settings.is_moe(layer) and settings.model.shared_d_ff:
+        yield from mlp_links(f"{theirs}mlp.shared_experts.", f"{ours}shared", settings.model.d_model, settings.model.shared_d_ff)
+
+
+def bias_links(layer: int, settings: Settings) -> Iterator[Link]:
+    """The selection bias of `sigmoid_router`."""
+    theirs, ours = layer_prefix(layer)
+    if settings.is_moe(layer):
+        yield same(f"{theirs}mlp.gate.e_score_correction_bias", f"{ours}router.bias_E", settings.model.num_experts)
 
 
 def latent_settings(fields: Fields, *, q_lora_rank: int = 1536) -> dict[str, Any]:

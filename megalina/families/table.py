@@ -5,6 +5,7 @@ from typing import Any
 
 from megalina.families.deepseek_v2 import DeepseekV2
 from megalina.families.deepseek_v3 import DeepseekV3
+from megalina.families.dots1 import Dots1
 from megalina.families.family import Family, Settings
 from megalina.families.glm4_moe import Glm4Moe
 from megalina.families.gpt_oss import GptOss
@@ -18,6 +19,7 @@ from megalina.families.qwen3_moe import Qwen3Moe
 # Dense ones first: a model without experts is one of theirs.
 FAMILIES: tuple[Family, ...] = (
     *(Llama(), Qwen3(), Mixtral(), Qwen3Moe(), Olmoe(), Qwen2Moe(), DeepseekV2(), DeepseekV3(), Glm4Moe(), GptOss()),
+    Dots1(),
 )
 
 

@@ -178,3 +178,4 @@ def test_training_settings_change_no_model() -> None:
     router = replace(settings.router, capacity_factor=1.5, z_loss=0.1, group="micro_batch", noise_std=0.5, kind="noisy_topk")
     other = Settings(replace(settings.model, dropout=0.1, head_dim=8, init_std=0.5, name="mine"), router)
     assert other.math() == settings.math()
+    assert replace(settings, model=replace(settings.model, attention_bias="none")).math() == settings.math()  # as auto is, here

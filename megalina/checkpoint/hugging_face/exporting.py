@@ -21,7 +21,7 @@ from megalina.checkpoint.safetensors_file import DTYPE_NAMES, write_file
 from megalina.checkpoint.stored import Stored
 from megalina.checkpoint.streaming_writer import published
 from megalina.families.family import Family, Settings
-from megalina.families.table import family_for, family_named
+from megalina.families.table import family_for, family_named, family_of
 
 REPORT = "export_report.json"
 SHARD_BYTES = 5_000_000_000
@@ -52,20 +52,21 @@ def export_checkpoint(
 ) -> Exported:
     """Write the Hugging Face folder `target`: sharded safetensors, their index, config.json.
 
-    `family`: its name; "": the one that the checkpoint was imported from, or the first that has this model.  `like`: a Hugging
-    Face folder whose tokenizer, and fields of config.json that change no logit, go along; None: what the checkpoint carries.
+    `family`: its name; "": the one that the checkpoint was imported from, else that of `like`, else the first that has the model.
+    `like`: a Hugging Face folder whose tokenizer, and fields of config.json that change no logit, go along; None: what the
+    checkpoint carries.
     ValueError before anything is written where no family has this model, a tensor has no place in it, or the disk has no room.
     Nothing stays then, and a kill leaves nothing that looks like a model."""
     stored = Stored(checkpoint)
     settings = settings_of(stored.values["config"], stored.values["vocab_size"])
     came = stored.values.get("hugging_face") or {}
-    chosen = _family(family or came.get("family", ""), settings, checkpoint)
+    along = (checkpoint / carried.FOLDER) if like is None else like / carried.FOLDER if (like / carried.FOLDER).is_dir() else like
+    chosen = _family(family or came.get("family", "") or _named_by(along, settings), settings, checkpoint)
     linked = Linked(chosen, settings)
     names = {name.removeprefix(MODEL): shape for name, (shape, _) in stored.listing.items() if name.startswith(MODEL)}
     check_keys(names, {name: links[0].ours.shape for name, links in linked.ours.items()}, str(checkpoint))
     listing = {key: (linked.theirs[key][0].theirs.shape, _dtype_of(stored, linked, key)) for key in linked.keys_by_tensor()}
     num_bytes = sum(_bytes(entry) for entry in listing.values())
-    along = (checkpoint / carried.FOLDER) if like is None else like / carried.FOLDER if (like / carried.FOLDER).is_dir() else like
     config, notes = _config(chosen, settings, along, listing)
     if settings.router.has_capacity:
         notes.append("the model was trained with a capacity; Hugging Face's experts take all tokens that choose them")
@@ -99,6 +100,16 @@ def _family(name: str, settings: Settings, checkpoint: Path) -> Family:
         return family
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def _named_by(along: Path, settings: Settings) -> str:
+    """The family of the config.json in `along` that has this model; "" where there is none."""
+    try:
+        found = family_of(json.loads((along / CONFIG).read_bytes()))
+        found.written(settings)
+        return found.name
+    except (OSError, ValueError, AttributeError):  # no such file, no JSON, no object; another model
+        return ""
 
 
 def _config(

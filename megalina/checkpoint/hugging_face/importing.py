@@ -1,6 +1,7 @@
 """The way in: a Hugging Face folder becomes a checkpoint that any layout loads, with one tensor in memory at a time."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,9 +75,11 @@ def import_folder(
     along = sum(path.stat().st_size for path in carried.carried(folder))
     check_room(target, num_bytes + boxes * BOX_OVERHEAD + along)
     sums, line = ExpertSums(), Progress(f"import {folder.name}", num_bytes) if progress else None
-    fetch = _fetch(source, linked, listing, sums, line)
+    read: Counter[str] = Counter()  # how often each key was
+    fetch = _fetch(source, linked, listing, read, sums, line)
 
     def beside(hidden: Path) -> None:
+        check_read(linked, read)
         copied = carried.copy_all(folder, hidden / carried.FOLDER)
         (hidden / carried.FOLDER).mkdir(exist_ok=True)
         (hidden / carried.FOLDER / CONFIG).write_bytes((folder / CONFIG).read_bytes())
@@ -84,7 +87,7 @@ def import_folder(
             Imported(
                 family=family.name,
                 parameters=numel({name: shape for name, (shape, _) in listing.items()}),
-                keys=len(linked.theirs),
+                keys=len(read),
                 ignored=ignored,
                 tensors=len(listing),
                 num_bytes=num_bytes,
@@ -111,6 +114,13 @@ def import_folder(
     return done[0]
 
 
+def check_read(linked: Linked, read: Mapping[str, int]) -> None:
+    """AssertionError unless each key was read once for each of its links: else numbers of ours are whatever was in memory."""
+    wanted = {key: len(links) for key, links in linked.theirs.items()}
+    wrong = [f"{key} ({read.get(key, 0)} of {count} times)" for key, count in wanted.items() if read.get(key, 0) != count]
+    assert not wrong, f"{linked.family.name}: not read as linked: {', '.join(wrong[:3])}, {len(wrong)} of {len(wanted)} tensors"
+
+
 def left_out(source: Source, linked: Linked) -> list[str]:
     """Keys that are not taken, since nothing in them is learned, or they are copies.  ValueError for copies that are none."""
     copies = linked.family.copies(linked.settings)
@@ -134,10 +144,16 @@ def _fetch(
     source: Source,
     linked: Linked,
     listing: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Counter[str],
     sums: ExpertSums,
     line: Progress | None,
 ) -> Callable[[str, Box], Tensor]:
     """The data of boxes of whole rows, asked for tensor by tensor."""
+
+    def theirs(key: str) -> Tensor:
+        read[key] += 1
+        return source.tensor(key)
+
     links: dict[str, Mapping[int, Sequence[Link]] | None] = {}  # of the last tensor, by row
     held: dict[str, Tensor] = {}  # the last one that can't be made row by row
 
@@ -150,10 +166,10 @@ def _fetch(
         by_row, first = links[name], box.offsets[0] if box.offsets else 0
         if by_row is not None:
             rows = range(first, first + box.data.shape[0])
-            found = ours_from([link for row in rows for link in by_row[row]], dtype, source.tensor, rows)
+            found = ours_from([link for row in rows for link in by_row[row]], dtype, theirs, rows)
         else:
             if name not in held:
-                held[name] = ours_from(linked.ours[name], dtype, source.tensor)
+                held[name] = ours_from(linked.ours[name], dtype, theirs)
             found = held[name]
             if found.shape != box.data.shape:
                 found = found[first : first + box.data.shape[0]].clone()

@@ -19,7 +19,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Linked:
-    """AssertionError for a family whose links leave out, or name twice, a number of a tensor, or a tensor of the model."""
+    """AssertionError for a family whose links leave out, or name twice, a number of a tensor, or a tensor of the model: it names
+    the tensor, and the expert where it is one's."""
 
     def __init__(self, family: Family, settings: Settings) -> None:
         self.family, self.settings = family, settings
@@ -30,10 +31,19 @@ class Linked:
             self.ours.setdefault(link.ours.name, []).append(link)
         for links, side in ((self.theirs, "theirs"), (self.ours, "ours")):
             left = uncovered(getattr(link, side) for of in links.values() for link in of)
-            assert not left, f"{family.name}: {left} elements of {side} are not linked once"
+            assert not left, f"{family.name}: elements of {side} are not linked once: {self._said(left)}"
         declared = our_shapes(settings)
         shapes = {name: links[0].ours.shape for name, links in self.ours.items()}
         assert declared == shapes, f"{family.name}: {sorted(declared.items() ^ shapes.items())}"
+
+    def _said(self, left: Mapping[str, int]) -> str:
+        said = []
+        for name, count in left.items():
+            by_row = self.by_row(name) if name in self.ours else None
+            rows = range(self.ours[name][0].ours.shape[0]) if by_row is not None else ()
+            lost = [row for row in rows if by_row is not None and row not in by_row]
+            said.append(f"{count:,} of {name}" + (f", all of {lost[:SHOWN]}" if lost else ""))
+        return "; ".join(said[:SHOWN])
 
     def by_row(self, name: str) -> Mapping[int, Sequence[Link]] | None:
         """The links of each index of our tensor's first dim; None where one is of several."""

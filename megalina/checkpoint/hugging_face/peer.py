@@ -3,7 +3,7 @@
 Needs the extra `hf`.  Gradients are written as a checkpoint of their own, so they come back by the keys of the files, however the
 model holds its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megalina.checkpoint.hugging_face.source import Source
+from megalina.checkpoint.hugging_face.streams import watched_streams
 
 INSTALL = "pip install 'megalina[hf]'"
 
@@ -26,6 +27,7 @@ class Answers:
     loss: float  # mean cross entropy of tokens 1 to S - 1 of each sequence, in nats
     gradients: Mapping[str, Tensor]  # of the loss, by Hugging Face key
     choice_LTK: list[Tensor]  # int64, of each MoE layer in order, experts rising
+    streams: Sequence[Tensor] = ()  # as `watched_streams` has them
 
 
 def check_installed() -> None:
@@ -50,8 +52,9 @@ def ask_transformers(folder: Path, token_BS: Tensor, scratch: Path) -> Answers:
             model.config.output_router_logits = False  # with them the loss has a balance loss in it
         model.get_input_embeddings().padding_idx = None  # whose row gets no gradient, though it is learned like any other
         choices, hooks = _watched(model)
+        streams, more_hooks = watched_streams(model)
         out = model(input_ids=token_BS, labels=token_BS, use_cache=False)
-        for hook in hooks:
+        for hook in hooks + more_hooks:
             hook.remove()
         out.loss.backward()
         with torch.no_grad():
@@ -62,7 +65,7 @@ def ask_transformers(folder: Path, token_BS: Tensor, scratch: Path) -> Answers:
         transformers.logging.set_verbosity(before)
     source = Source(scratch)
     gradients = {key: source.tensor(key).clone() for key in source.listing}
-    return Answers(out.logits.detach(), float(out.loss.detach()), gradients, choices)
+    return Answers(out.logits.detach(), float(out.loss.detach()), gradients, choices, streams)
 
 
 def _watched(model: nn.Module) -> tuple[list[Tensor], list[Any]]:

@@ -16,6 +16,7 @@ from megalina.checkpoint.hugging_face.importing import import_folder, left_out, 
 from megalina.checkpoint.hugging_face.linked import Linked, settings_of
 from megalina.checkpoint.hugging_face.peer import Answers, ask_transformers, check_installed
 from megalina.checkpoint.hugging_face.source import Source
+from megalina.checkpoint.hugging_face.streams import first_apart, our_streams
 from megalina.checkpoint.hugging_face.views import theirs_from
 from megalina.checkpoint.loaded_model import load_model
 from megalina.checkpoint.stored import Stored
@@ -41,6 +42,9 @@ class Proof:
     tensors: int
     bytes_equal: bool
     differing_keys: list[str]  # of bytes
+    experts: int
+    differing_experts: list[str]  # whose SHA-256 is another one when they go out
+    first_apart: str  # the block behind which the two models differ first by more than rounding; "": none
 
     @property
     def logit_bar(self) -> float:
@@ -58,6 +62,10 @@ class Proof:
             lines.append(f"the gradient of {self.worst_gradient} differs most")
         if self.differing_keys:
             lines.append("other bytes: " + ", ".join(self.differing_keys[:3]))
+        if self.differing_experts:
+            lines.append("other experts: " + ", ".join(self.differing_experts[:3]))
+        if self.first_apart:
+            lines.append(f"the two models part in {self.first_apart}")
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, str, str, bool]]:
@@ -70,6 +78,7 @@ class Proof:
             ("gradients, largest relative difference", f"{gradients:.1e}", f"{GRADIENT_BAR:.1e}", gradients <= GRADIENT_BAR),
             ("router choices", f"{self.router_choices:,}", "equal", self.router_choices_equal),
             ("tensors back in Hugging Face's format", f"{self.tensors:,}", "equal bytes", self.bytes_equal),
+            ("experts' SHA-256, in and out", f"{self.experts:,}", "equal", not self.differing_experts),
         ]
 
 
@@ -79,8 +88,8 @@ def prove(folder: Path, *, scratch: Path | None = None, seed: int = 0) -> Proof:
     check_installed()
     with tempfile.TemporaryDirectory(dir=scratch, prefix="megalina-prove-") as made:
         place = Path(made)
-        import_folder(folder, place / "checkpoint")
-        export_checkpoint(place / "checkpoint", place / "back")
+        came_in = import_folder(folder, place / "checkpoint").experts
+        went_out = export_checkpoint(place / "checkpoint", place / "back").experts
         loaded = load_model(place / "checkpoint")
         vocab, length = loaded.gpt.vocab_size, min(LENGTH, loaded.max_positions)
         token_BS = torch.randint(vocab, (SEQUENCES, length), generator=torch.Generator().manual_seed(seed))
@@ -88,6 +97,7 @@ def prove(folder: Path, *, scratch: Path | None = None, seed: int = 0) -> Proof:
         linked = Linked(family_named(came["hugging_face"]["family"]), settings_of(came["config"], vocab))
         differing, tensors = _differing(folder, place / "back", linked)
         ours = ask_gpt(loaded.gpt, token_BS, linked)
+        streams = our_streams(loaded.gpt, Batch.whole(token_BS))
         del loaded
         theirs = ask_transformers(folder, token_BS, place / "gradients")
         gradient, worst = gradient_difference(ours.gradients, theirs.gradients)
@@ -104,6 +114,9 @@ def prove(folder: Path, *, scratch: Path | None = None, seed: int = 0) -> Proof:
             tensors=tensors,
             bytes_equal=not differing,
             differing_keys=differing,
+            experts=len(came_in),
+            differing_experts=[name for name in came_in | went_out if came_in.get(name) != went_out.get(name)],
+            first_apart=first_apart(streams, theirs.streams),
         )
 
 

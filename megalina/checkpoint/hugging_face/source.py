@@ -12,6 +12,9 @@ from megalina.checkpoint.safetensors_file import DTYPE_NAMES
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, and older ones
+REWRITE = "write it again where you trust it, with transformers' save_pretrained, or take the model's safetensors files"
+LFS = b"version https://git-lfs.github.com"
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -102,8 +105,7 @@ def _named_files(folder: Path) -> dict[str, str]:
         found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if found:
             raise ValueError(
-                f"{folder} has {found[0]}, a pickle, which can run code when it is read, and no safetensors file: write it again "
-                "where you trust it, with transformers' save_pretrained, or take the model's safetensors files"
+                f"{folder} has {found[0]}, a pickle, which can run code when it is read, and no safetensors file: {REWRITE}"
             )
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: take the whole model")
     try:
@@ -117,6 +119,12 @@ def _named_files(folder: Path) -> dict[str, str]:
 
 
 def _damaged(file: Path, error: Exception) -> str:
+    with file.open("rb") as opened:
+        start = opened.read(len(LFS))
+    if start == LFS:
+        return f"{file} is a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
+    if start.startswith(PICKLED) and any(start[4:8]):  # there a safetensors file has zeros: its header has less than 4 GB
+        return f"{file} is a pickle, which can run code when it is read, whatever its name: {REWRITE}"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     size = f"{file.stat().st_size:,} bytes"
     return f"{file} can't be read as a safetensors file ({size}): {reason}; it is cut off or damaged, take it again"

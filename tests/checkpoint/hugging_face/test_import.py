@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,28 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def pickle_by_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()  # not written over: its tensors are mapped
+    torch.save({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors")
+
+
+def second_shard(folder: Path, change_file: Callable[[Path], None]) -> None:
+    """A folder of two shards, of which the second is changed."""
+    config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    write(folder, config, state, shards=2)
+    change_file(folder / "model-00002-of-00002.safetensors")
+
+
+def cut_in_half(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+
+
+def pointer(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4976698672\n")
+
+
 def index(folder: Path, **weight_map: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -282,6 +306,12 @@ BAD = {
     ),
     "model.safetensors can't be read as a safetensors file .*cut off or damaged": cut_off,
     "pytorch_model.bin, a pickle, which can run code": pickled,
+    "model.safetensors is a pickle, which can run code": pickle_by_another_name,
+    r"model-00002-of-00002.safetensors can't be read .*cut off": lambda f: second_shard(f, cut_in_half),
+    r"model-00002-of-00002.safetensors can't be read .*0 bytes": lambda f: second_shard(f, lambda file: file.write_bytes(b"")),
+    "has no model-00002-of-00002.safetensors: take the whole model": lambda f: second_shard(f, Path.unlink),
+    "model-00002-of-00002.safetensors is a pointer of Git LFS": lambda f: second_shard(f, pointer),
+    "tokenizer.json is no Hugging Face tokenizer file": lambda f: (f / "tokenizer.json").write_text("{}"),
     "has neither model.safetensors nor model.safetensors.index.json": lambda f: (f / "model.safetensors").unlink(),
     "has no model-00002-of-00002.safetensors: take the whole": lambda f: index(f, a="model-00002-of-00002.safetensors"),
     "says that a is in model.safetensors: it has no such tensor": lambda f: index(f, a="model.safetensors"),

@@ -1,9 +1,9 @@
-"""OLMoE, Qwen2-MoE, DeepSeek-V2 and V3, Moonlight, Kimi-K2, GLM-4.5, gpt-oss: bytes come back, and what transformers has written
-is the same here."""
+"""Models of tiny/*.json, of every family that there is: bytes come back, and what transformers has written is the same here."""
 
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -14,60 +14,19 @@ from megalina.checkpoint.hugging_face.importing import import_folder
 from megalina.checkpoint.hugging_face.linked import Linked
 from megalina.checkpoint.hugging_face.proof import prove
 from megalina.checkpoint.inspection import faults
+from megalina.checkpoint.stored import Stored
+from megalina.checkpoint.streaming_writer import from_stored, write_checkpoint
 from megalina.families.table import FAMILIES, family_for, family_of
-from tests.checkpoint.hugging_face.plain import TINY, write
+from tests.checkpoint.hugging_face.plain import CONFIGS as PLAIN
+from tests.checkpoint.hugging_face.plain import config_of, write
 from tests.checkpoint.hugging_face.test_import import same_bytes
 from tests.checkpoint.hugging_face.test_prove import needs_transformers, written_by_transformers
 
-YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5,
-}  # fmt: skip
-EXPERTS = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
-LATENT = {
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 12, "intermediate_size": 48,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-V3 = {**TINY, **LATENT, **EXPERTS, "n_shared_experts": 1, "num_nextn_predict_layers": 0}
+# A config.json of each, as small as can be; a new family's file brings it into all tests here.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "olmoe": {**TINY, "model_type": "olmoe", "intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        **TINY, "model_type": "qwen2_moe", "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
-        "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0],
-    },
-    "deepseek_v2": {
-        **TINY, **LATENT, **EXPERTS, "model_type": "deepseek_v2", "n_shared_experts": 2, "q_lora_rank": None, "n_group": 4,
-        "topk_method": "group_limited_greedy", "topk_group": 2, "routed_scaling_factor": 16.0,
-        "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.7},
-    },
-    "deepseek_v2 lite": {
-        **TINY, **LATENT, **EXPERTS, "model_type": "deepseek_v2", "n_shared_experts": 2, "q_lora_rank": None,
-        "topk_method": "greedy",
-    },
-    "deepseek_v3": {
-        **V3, "model_type": "deepseek_v3", "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
-        "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.5},
-    },
-    "moonlight": {
-        **V3, "model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
-    },
-    "glm4_moe": {
-        **TINY, **EXPERTS, "model_type": "glm4_moe", "intermediate_size": 48, "head_dim": 8, "n_shared_experts": 1,
-        "use_qk_norm": True, "attention_bias": True, "num_nextn_predict_layers": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    },
-    "gpt_oss": {
-        **TINY, "model_type": "gpt_oss", "head_dim": 8, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "sliding_window": 8, "num_hidden_layers": 3, "rope_parameters": {**YARN, "rope_theta": 1.5e5, "truncate": False},
-    },
-    "mixtral with a window": {
-        **TINY, "model_type": "mixtral", "intermediate_size": 48, "num_local_experts": 4, "sliding_window": 8,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-    },
-    "llama with yarn": {
-        **TINY, "model_type": "llama", "intermediate_size": 48, "rope_parameters": {**YARN, "rope_theta": 1e4},
-    },
-}  # fmt: skip
+    path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "tiny").glob("*.json"))
+}
+SEEDS = 4  # random models of each
 
 
 def random_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -76,6 +35,11 @@ def random_state(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = Linked(family, family.read(config)).key_shapes()
     return {key: torch.randn(shape, generator=random) for key, shape in shapes.items()}
+
+
+def test_every_family_is_tried() -> None:
+    kinds = {config["model_type"] for config in (*CONFIGS.values(), *map(config_of, PLAIN))}
+    assert {family.model_types[0] for family in FAMILIES} <= kinds
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -135,12 +99,8 @@ def test_layers_of_multi_token_prediction_come_and_go(tmp_path: Path, name: str)
             "full_attention in layers .0.",
         ),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window is true"),
-        ("llama with yarn", {"rope_parameters": {**YARN, "rope_type": "longrope"}}, "rope_type is 'longrope'"),
-        (
-            "llama with yarn",
-            {"rope_parameters": {**YARN, "short_factor": [1]}},
-            "rope_parameters: llama knows no field short_factor",
-        ),
+        ("llama_with_yarn", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_type is 'longrope'"),
+        ("llama_with_yarn", {"rope_parameters": {"short_factor": [1]}}, "rope_parameters: llama knows no field short_factor"),
     ],
 )
 def test_what_is_not_there_is_named(name: str, changes: dict[str, Any], problem: str) -> None:
@@ -159,13 +119,33 @@ def test_what_transformers_wrote_is_the_same_here(tmp_path: Path, name: str) -> 
     assert proof.holds, proof.table()
 
 
-def random_config(seed: int) -> dict[str, Any]:
-    random = torch.Generator().manual_seed(seed)
+@needs_transformers
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_goes_out_as_the_same_model(tmp_path: Path, name: str) -> None:
+    """Its config.json is written from settings alone, as of a run that began anew."""
+    import transformers
+
+    config = dict(CONFIGS[name])
+    family = family_of(config)
+    written_by_transformers(tmp_path / "hf", config.pop("model_type"), config)
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    stored = Stored(tmp_path / "start")
+    values = {key: value for key, value in stored.values.items() if key != "hugging_face"}
+    write_checkpoint(tmp_path / "run", values, stored.listing, from_stored(stored))
+    export_checkpoint(tmp_path / "run", tmp_path / "back", family=family.name)
+    token_BS = torch.arange(48).view(2, 24)
+    with torch.no_grad():
+        one, other = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f)(token_BS).logits for f in ("hf", "back"))
+    assert torch.equal(one, other)
+
+
+def random_config(name: str, seed: int) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(SEEDS * crc32(name.encode()) + seed)
 
     def one(*choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), (1,), generator=random))]
 
-    name = list(CONFIGS)[seed % len(CONFIGS)]
     config = dict(CONFIGS[name])
     config |= {
         "num_hidden_layers": one(1, 2, 4),
@@ -179,7 +159,7 @@ def random_config(seed: int) -> dict[str, Any]:
         config |= {"first_k_dense_replace": one(0, 1), "n_shared_experts": one(1, 2), "num_experts_per_tok": one(1, 2, 3)}
     if config.get("routed_scaling_factor", 1) > 4:  # 16 in four layers: float32 is 5e-6 off float64 here, and 3e-6 there
         config["routed_scaling_factor"] = 1.0
-    if "norm_topk_prob" not in config and config["model_type"] in ("olmoe", "qwen2_moe", "deepseek_v3", "glm4_moe"):
+    if "norm_topk_prob" in config:
         config["norm_topk_prob"] = one(True, False)
     if "qk_rope_head_dim" in config:
         config |= {"qk_rope_head_dim": one(2, 4, 8), "qk_nope_head_dim": one(4, 8), "v_head_dim": one(6, 12)}
@@ -188,9 +168,10 @@ def random_config(seed: int) -> dict[str, Any]:
 
 @needs_transformers
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(40))
-def test_random_configurations(tmp_path: Path, seed: int) -> None:
-    config = random_config(seed)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_configurations(tmp_path: Path, name: str, seed: int) -> None:
+    config = random_config(name, seed)
     written_by_transformers(tmp_path / "hf", config.pop("model_type"), config, seed=seed)
     proof = prove(tmp_path / "hf", scratch=tmp_path, seed=seed)
     assert proof.holds, f"{config}\n{proof.table()}"

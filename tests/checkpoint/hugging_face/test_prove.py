@@ -152,7 +152,7 @@ def test_the_command_prints_one_table_and_writes_the_numbers(tmp_path: Path, cap
     capsys.readouterr()
     assert tool.main(["prove", str(tmp_path / "hf"), "--json", str(tmp_path / "proof.json")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tmp_path}/hf: mixtral, against transformers in float32\n") and out.count("  ok\n") == 5
+    assert out.startswith(f"{tmp_path}/hf: mixtral, against transformers in float32\n") and out.count("  ok\n") == 6
     found = json.loads((tmp_path / "proof.json").read_text())
     assert found["router_choices_equal"] is True and found["bytes_equal"] is True
     assert found["max_logit_difference"] <= 2e-6 * max(1, found["max_logit"]) and found["max_gradient_difference"] <= 1e-5
@@ -178,7 +178,11 @@ def test_a_difference_of_gradients_is_relative_to_their_tensor() -> None:
 
 
 def test_a_table_says_what_fails() -> None:
-    proof = Proof("mixtral", 3e-6, 2.0, 1e-9, 2e-5, "model.x", 100, False, 41, False, ["model.y"])
+    proof = Proof(
+        *("mixtral", 3e-6, 2.0, 1e-9, 2e-5, "model.x", 100, False, 41, False, ["model.y"]),
+        *(8, ["layers.0.experts.3"], "experts of layer 0"),
+    )
     assert not proof.holds and proof.logit_bar == 4e-6
     text = proof.table()
-    assert text.count("FAILS") == 3 and "the gradient of model.x differs most" in text and "other bytes: model.y" in text
+    assert text.count("FAILS") == 4 and "the gradient of model.x differs most" in text and "other bytes: model.y" in text
+    assert text.endswith("other experts: layers.0.experts.3\nthe two models part in experts of layer 0")
