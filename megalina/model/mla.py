@@ -89,7 +89,7 @@ class LatentHeads(nn.Module):
         turned_BSr: Tensor,
         document_BS: Tensor | None,
         later: Later | None,
-        logits: list[Tensor] | None,
+        logits: list[Tensor] | None = None,
     ) -> Tensor:
         """What the heads give, [B, S, H*e], with keys and values made."""
         up_BSHy = linear(c_BSc, self.kv_up, later=later).view(*c_BSc.shape[:2], -1, self.still + self.value)

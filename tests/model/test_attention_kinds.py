@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.heads import numbers_kept
+from megalina.blocks.heads import numbers_kept, numbers_of_room
 from megalina.compose import compose
 from megalina.config import ModelConfig
 from megalina.model.attention import KeyValues
@@ -141,7 +141,7 @@ def test_tokens_one_by_one_are_all_at_once(kind: str) -> None:
     batch = batch_of(tokens_of(0, sequences=2))
     length = batch.tokens_BS.shape[1]
     for documents in (None, torch.tensor([[0] * 2 + [1] * (length - 2), [1] * length])):
-        past = [KeyValues() for _ in gpt.layers]
+        past = gpt.key_values(length)
         with torch.inference_mode():
             whole = gpt.hidden(replace(batch, document_BS=documents))[0].view(2, length, -1)
             for begin, end in ((0, 3), (3, 4), (4, 5), (5, 8), (8, length)):
@@ -149,6 +149,7 @@ def test_tokens_one_by_one_are_all_at_once(kind: str) -> None:
                 part = replace(tokens_at(batch, slice(begin, end)), document_BS=so_far)
                 found = gpt.hidden(part, past)[0].view(2, end - begin, -1)
                 torch.testing.assert_close(found, whole[:, begin:end], rtol=1e-12, atol=1e-12)
+        assert sum(of.numbers * of.room for of in past) == numbers_of_room(gpt.config, length)
 
 
 def half_of(gpt: GPT, rank: int) -> GPT:
