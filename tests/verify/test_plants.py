@@ -112,6 +112,16 @@ def test_every_plant_acts_somewhere() -> None:
     assert [name for name in PLANTS if not rows_of(name)] == []
 
 
+def test_a_partition_that_is_yet_to_be_found_cuts_nothing() -> None:
+    """A verification walks the list that a run begins with."""
+    row = next(row for row in ROWS if row[:2] == ("modern", "capacity"))
+    config, layout = config_of(*row), row[-1]
+    auto, none = (replace(config, strategy=replace(config.strategy, partition=text)) for text in ("auto", "none"))
+    for plant in PLANTS.values():
+        assert plant.applies(layout, auto) == plant.applies(layout, none)
+    assert PLANTS["capacity_not_passed"].applies(layout, config) and not PLANTS["capacity_not_passed"].applies(layout, auto)
+
+
 @pytest.mark.parametrize("row", range(len(ROWS)))
 def test_without_a_plant_nothing_is_named(pool: Pool, row: int) -> None:
     assert named(pool, row) == ""
