@@ -111,9 +111,10 @@ def _grouped_logits(heads: Heads, n_TD: Tensor, batch: Batch) -> Tensor:
 def _latent_logits(heads: LatentHeads, n_TD: Tensor, batch: Batch) -> Tensor:
     """The part without positions and the turned part each by itself (DeepSeek-V2, arXiv:2405.04434, equations 37 to 47)."""
     shape, still, latent = batch.tokens_BS.shape, heads.still, heads.latent
-    if heads.q_norm is None:
+    if heads.q is not None:
         q_TX = n_TD @ heads.q.T
     else:
+        assert heads.q_norm is not None and heads.q_down is not None and heads.q_up is not None
         q_TX = heads.q_norm(n_TD @ heads.q_down.T) @ heads.q_up.T
     q_BSHx, down_TX = q_TX.view(*shape, -1, still + heads.turned), n_TD @ heads.kv_down.T
     key_BSHn = (heads.kv_norm(down_TX[:, :latent]) @ heads.kv_up.T).view(*shape, -1, still + heads.value)[..., :still]
@@ -134,7 +135,7 @@ def clip_heads(gpt: GPT, optim: OptimConfig, logits_LH: Sequence[Tensor]) -> Non
         for group, logit in enumerate(logit_H.view(groups, -1).amax(dim=1).tolist()):
             factor = min(1.0, optim.qk_clip / logit) if logit > 0 else 1.0
             if latent:
-                own_XR = (heads.q if heads.q_norm is None else heads.q_up).data.chunk(groups)[group]
+                own_XR = (heads.q_up if heads.q is None else heads.q).data.chunk(groups)[group]
                 own_XR[: heads.still].mul_(factor**of_queries)
                 own_XR[heads.still :].mul_(factor)
                 heads.kv_up.data.chunk(groups)[group][: heads.still].mul_(factor**of_keys)
