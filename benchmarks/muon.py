@@ -1,32 +1,39 @@
 """Muon against AdamW: held-out loss at equal tokens, bytes of state, and what Newton-Schulz adds to the tail of a step.
 
-    python benchmarks/muon.py --json muon.json                              (some minutes on two cores)
-    python benchmarks/muon.py --lrs 0.001,0.003,0.01 --steps 480
-    python benchmarks/muon.py --seeds 1 --steps 4 model.d_model=64          (a look at it)
+    python benchmarks/muon.py --parts train --json muon.json                (hours on two cores)
+    python benchmarks/muon.py --parts train --lrs 0.003 --seeds 1 --steps 4 model.d_model=64          (a look at it)
     python benchmarks/muon.py --parts tail                                  (virtual time alone; trains nothing)
+    sudo python benchmarks/muon.py --parts wire --json wire.json            (a quarter of an hour, idle; root, iproute2)
 
-- train: each optimizer with each learning rate from the same seeds, on model and text of experiment=laptop, in one process.
-  Losses are of the validation text, nats a token; state is what the optimizer keeps, main weights aside.
+- train: on model and text of experiment=laptop, in one process.  First each optimizer with each learning rate from one seed,
+  then each with its own best one from other seeds, the same for both.  Losses are of the validation text, nats a token; state is
+  what the optimizer keeps, main weights aside.
 - tail: OLMoE-1B-7B on 4 nodes of 8 H100 in virtual time, without and with ZeRO-1; Newton-Schulz in bfloat16.  A tail is what
   comes after the last backward instruction.  AdamW; Muon at the end; Muon under tokens, behind so many all-to-alls
   (`strategy.newton_schulz_after`), in steps that are not clipped: those that are make all directions again at the end.
+- wire: the same lists on emulated devices and links, measured in turns (benchmarks/newton_schulz_wire.py).
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import newton_schulz_wire
 from benchmarks.dense_training import Quiet, held_out
-from megalina.arguments import Parser, new_file, whole
+from benchmarks.newton_schulz_wire import OnTheWire
+from megalina.arguments import Parser, new_file, number, whole
+from megalina.cli.compare import exit_code
 from megalina.compose import compose
 from megalina.config import CheckpointConfig, PretrainConfig, RunConfig
 from megalina.console import command
@@ -38,8 +45,8 @@ from megalina.timeline.recorder import COMPUTE
 from megalina.train.trainer import Trainer
 from megalina.validate import check_config
 
-BAD_INPUT = 2  # exit code
-PARTS = ("train", "tail")
+PARTS = ("train", "tail", "wire")
+SWEEP_SEED = 0  # those that follow are of the runs that count
 OPTIMIZERS = ("adamw", "muon")
 JOB = (  # of experiment=laptop
     *("experiment=laptop", "launch.ranks=1", "parallel.ep=1", "train.eval_interval=0"),
@@ -52,6 +59,7 @@ CLUSTER = (
     "optim.muon_dtype=bfloat16",
 )
 AFTERS = (1, 2, 4, 8)  # all-to-alls
+LRS = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,51 +86,107 @@ class Tail:
     peak_gb: float
 
 
+@dataclass(slots=True)
+class Found:
+    """So far."""
+
+    sweep: list[Trained] = field(default_factory=list)
+    trained: list[Trained] = field(default_factory=list)
+    tails: list[Tail] = field(default_factory=list)
+    wire: list[OnTheWire] = field(default_factory=list)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     torch.set_num_threads(args.threads)
+    return exit_code(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    parts, found = args.parts.split(","), Found()
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"--parts {args.parts}: {unknown[0]} is none of {', '.join(PARTS)}")
     try:
-        parts = args.parts.split(",")
-        if unknown := [part for part in parts if part not in PARTS]:
-            raise ValueError(f"--parts {args.parts}: {unknown[0]} is none of {', '.join(PARTS)}")
-        trained = train(args) if "train" in parts else []
-        tails = [tail for zero in (0, 1) for tail in tails_of(zero)] if "tail" in parts else []
+        if "train" in parts:
+            train(args, found)
+        if "tail" in parts:
+            found.tails = [tail for zero in (0, 1) for tail in tails_of(zero)]
+        if "wire" in parts:
+            setting = newton_schulz_wire.setting_of(args.only, args.slow_motion)
+            found.wire = newton_schulz_wire.measure(setting, rounds=args.rounds, steps=args.timed_steps)
     except (ValueError, OSError) as error:
-        print(explain(error, args.overrides), file=sys.stderr)
-        return BAD_INPUT
-    print("\n\n".join(filter(None, (table_of_training(trained), table_of_tails(tails)))))
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used, torch {torch.__version__}",
-        "steps": args.steps,
-        "overrides": args.overrides,
-        "trained": [asdict(run) for run in trained],
-        "tails": [asdict(tail) for tail in tails],
-    }
-    print(json.dumps(result))
+        raise ValueError(explain(error, args.overrides)) from error
+    training = [table_of_training(found.sweep), table_of_training(found.trained), difference_of(found)]
+    print("\n\n".join(filter(None, (*training, table_of_tails(found.tails), newton_schulz_wire.table(found.wire)))))
+    print(json.dumps(as_json(args, found)))
+    keep(args, found)
+
+
+def as_json(args: argparse.Namespace, found: Found) -> dict[str, Any]:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used, torch {torch.__version__}"
+    return {"machine": machine, "steps": args.steps, "overrides": args.overrides, **asdict(found)}
+
+
+def keep(args: argparse.Namespace, found: Found) -> None:
+    """In the file, if one was asked for: after each run, as they take long."""
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+        args.json.write_text(json.dumps(as_json(args, found), indent=1) + "\n")
 
 
 # training
-def train(args: argparse.Namespace) -> list[Trained]:
-    """All configurations are checked before the first is trained."""
+def train(args: argparse.Namespace, found: Found) -> None:
+    """A sweep with one seed, if there is more than one learning rate; then each optimizer with its best one and `args.seeds`
+    seeds.  All configurations are checked before the first is trained."""
+    lrs = args.lrs if len(args.lrs) > 1 else []
+    sweep = [(name, lr, SWEEP_SEED) for lr in lrs for name in OPTIMIZERS]
+    seeds = range(SWEEP_SEED + 1, SWEEP_SEED + 1 + args.seeds)
     with tempfile.TemporaryDirectory(prefix="megalina_muon_") as folder:
-        jobs = []
-        for seed in range(args.seeds):
-            for lr in args.lrs:
-                for name in OPTIMIZERS:
-                    own = (f"optim={name}", f"optim.lr={lr}", f"train.steps={args.steps}", f"train.seed={seed}")
-                    config = compose([*JOB, *own, *args.overrides])
-                    config = replace(config, checkpoint=CheckpointConfig(interval=0))
-                    config = replace(config, run=RunConfig(dir=f"{folder}/{name} {lr} {seed}"))
-                    check_config(config, 1)
-                    jobs.append((name, lr, seed, config))
-        out = []
-        for number, (name, lr, seed, config) in enumerate(jobs):
-            print(f"{number + 1}/{len(jobs)}: {name}, learning rate {lr:g}, seed {seed}", file=sys.stderr)
-            out.append(trained_of(name, lr, seed, config))
-        return out
+        for name, lr, seed in [*sweep, *((name, args.lrs[0], seed) for name in OPTIMIZERS for seed in seeds)]:
+            check_config(config_of(args, name, lr, seed, folder), 1)
+        total = len(sweep) + len(OPTIMIZERS) * len(seeds)
+
+        def run(into: list[Trained], name: str, lr: float, seed: int) -> None:
+            done = len(found.sweep) + len(found.trained)
+            print(f"{done + 1}/{total}: {name}, learning rate {lr:g}, seed {seed}", file=sys.stderr)
+            into.append(trained_of(name, lr, seed, config_of(args, name, lr, seed, folder)))
+            keep(args, found)
+
+        for job in sweep:
+            run(found.sweep, *job)
+        for seed in seeds:  # both in turn: what else the machine does hits both
+            for name in OPTIMIZERS:
+                run(found.trained, name, best_lr(found.sweep, name) if lrs else args.lrs[0], seed)
+
+
+def config_of(args: argparse.Namespace, name: str, lr: float, seed: int, folder: str) -> PretrainConfig:
+    own = (f"optim={name}", f"optim.lr={lr}", f"train.steps={args.steps}", f"train.seed={seed}")
+    config = compose([*JOB, *own, *args.overrides])
+    run = RunConfig(dir=f"{folder}/{name} {lr} {seed}")
+    return replace(config, checkpoint=CheckpointConfig(interval=0), run=run)
+
+
+def best_lr(sweep: Sequence[Trained], optimizer: str) -> float:
+    """With the least loss.  What has diverged is no candidate."""
+    own = [run for run in sweep if run.optimizer == optimizer and math.isfinite(run.loss)]
+    if not own:
+        raise ValueError(f"{optimizer} diverged with every learning rate of --lrs: give smaller ones")
+    return min(own, key=lambda run: run.loss).lr
+
+
+def difference_of(found: Found) -> str:
+    """Of both optimizers, seed by seed; and whether the sweep was wide enough."""
+    if not found.trained:
+        return ""
+    by_seed: dict[int, dict[str, float]] = {}
+    for run in found.trained:
+        by_seed.setdefault(run.seed, {})[run.optimizer] = run.loss
+    less = [of["muon"] - of["adamw"] for of in by_seed.values()]
+    lines = [f"Muon's held-out loss less AdamW's, seed by seed: {', '.join(f'{d:+.4f}' for d in less)}"]
+    lrs = sorted({run.lr for run in found.sweep})
+    for name in OPTIMIZERS if lrs else ():
+        if (best := best_lr(found.sweep, name)) in (lrs[0], lrs[-1]):
+            lines.append(f"{name} is best at {best:g}, the end of --lrs: go further")
+    return "\n".join(lines)
 
 
 def trained_of(name: str, lr: float, seed: int, config: PretrainConfig) -> Trained:
@@ -198,10 +262,17 @@ def _numbers(text: str) -> list[float]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py, for all runs of train")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: both)")
+    parser.add_argument("--parts", default="train,tail", metavar="A,B", help=f"of {', '.join(PARTS)} (default: train,tail)")
     parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="so many runs of each (default 3)")
     parser.add_argument("--steps", type=whole(2, 1_000_000), default=240, help="of training (default 240)")
-    parser.add_argument("--lrs", type=_numbers, default=[3e-3], metavar="A,B", help="peak learning rates (default 0.003)")
+    parser.add_argument(
+        "--lrs", type=_numbers, default=LRS, metavar="A,B", help="peak learning rates of the sweep; one: no sweep"
+    )
+    parser.add_argument("--only", default="4x1 light", metavar="NAME", help="of the ladder, for wire (default: 4x1 light)")
+    parser.add_argument("--slow-motion", type=number(0, 1e6, above=True), default=newton_schulz_wire.SLOW_MOTION, metavar="F",
+                        help=f"of wire (default: {newton_schulz_wire.SLOW_MOTION:g})")  # fmt: skip
+    parser.add_argument("--rounds", type=whole(1, 1_000_000), default=5, help="of wire: turns of each list (default 5)")
+    parser.add_argument("--timed-steps", type=whole(1, 1_000_000), default=2, help="of a turn of wire (default 2)")
     parser.add_argument("--threads", type=whole(1, 1024), default=min(2, os.cpu_count() or 1), help="of this process (default 2)")
     parser.add_argument("--json", type=new_file, help="write the results here too")
     return parser

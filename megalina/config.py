@@ -6,15 +6,13 @@ Not frozen: Hydra writes into structured configs while it composes.  `OmegaConf.
 config into these once, in main; nothing below main sees a Hydra object.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
-Value = TypeVar("Value", int, float, str)
-POSITIVE = 5e-324  # the smallest float above zero
-BELOW_ONE = 1 - 2**-53
-LARGEST_FLOAT = 3e38  # float32 holds no more
+from megalina.setting import BELOW_ONE, LARGEST_COUNT, LARGEST_SIZE, POSITIVE, setting
+from megalina.setting import LARGEST_FACTOR as LARGEST_FACTOR
+from megalina.setting import choices_of as choices_of
+from megalina.setting import settings as settings
+
 ROUTERS = (
     "topk",
     "sigmoid",
@@ -28,41 +26,6 @@ ROUTERS = (
     "locmoe_plus_learned",
     "dense",
 )
-LARGEST_FACTOR = 1e12  # of what gets into weights or activations: float32 can still sum up a million million of its squares
-LARGEST_SIZE = 2**31 - 1  # of a dimension
-LARGEST_COUNT = 2**53  # metrics are floats, which count no further
-
-
-def setting(
-    default: Value, *, low: float = 0, high: float | None = None, choices: tuple[str, ...] = (), own: bool = False
-) -> Value:
-    """A field of a schema that is a number from `low` to `high` (None: the largest there may be), or one of `choices`; `own`: or
-    code of one's own, as folder/file.py:Name."""
-    if choices:
-        return field(default=default, metadata={"choices": choices, "own": own})
-    largest = LARGEST_FLOAT if isinstance(default, float) else LARGEST_SIZE
-    return field(default=default, metadata={"low": low, "high": largest if high is None else high})
-
-
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be."""
-    for name, may_be in _fields(config.__class__):
-        value = getattr(config, name)
-        if hasattr(value, "__dataclass_fields__"):
-            yield from settings(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value, may_be
-
-
-@cache
-def _fields(schema: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    return tuple((f.name, f.metadata) for f in fields(schema))
-
-
-def choices_of(schema: type, name: str) -> tuple[str, ...]:
-    """What a field may be."""
-    found: tuple[str, ...] = next(f for f in fields(schema) if f.name == name).metadata["choices"]
-    return found
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.model.attention import KeyValues
 from megalina.model.gpt import GPT
 
 SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
@@ -51,7 +50,7 @@ def generate(gpt: GPT, prompt: Sequence[int], sampling: Sampling) -> Iterator[in
     refuse_looking_ahead(gpt)
     random = torch.Generator().manual_seed(sampling.seed)
     length = min(sampling.max_tokens, most - len(prompt))
-    past = [KeyValues(len(prompt) + length - 1) for _ in gpt.layers]  # the last token is not read
+    past = gpt.key_values(len(prompt) + length - 1)  # the last token is not read
     tokens, position = list(prompt), 0
     limit = sampling.limit(gpt.vocab_size)
     gpt.eval()

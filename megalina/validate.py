@@ -84,11 +84,6 @@ def _check_optimizer(config: PretrainConfig) -> None:
             "model.qk_norm=none, "
             "or take optim=muon, as norms bound the logits already"
         )
-    if kind.clips_heads and model.mtp_layers:
-        raise ValueError(
-            f"optim={name} and model.mtp_layers={model.mtp_layers} exclude each other, as logits are told of the model's own "
-            "layers alone: set model.mtp_layers=0, or take optim=muon"
-        )
     if kind.clips_heads and not blocks_of(model, config.router).clipped_groups:
         raise ValueError(f"optim={name} needs attention that declares which rows of queries and keys it clips: take optim=muon")
 

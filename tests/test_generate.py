@@ -43,6 +43,7 @@ def whole_forward(gpt: GPT, tokens: list[int]) -> torch.Tensor:
         {"positions": "learned", "norm": "layernorm", "bias": True},
         {"shared_d_ff": 8, "qk_norm": "head"},
         {"attention_sinks": True, "window": 5, "full_attention_every": 2},
+        {"window": 2},
         {"attention": "mla", "num_kv_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
         {"layer": ["attention", GATE, "ffn"]},
         {"mtp_layers": 1, "shared_d_ff": 8, "shared_gate": True, "activation": "swiglu_clamped"},

@@ -71,10 +71,15 @@ class VirtualJob:
     @property
     def seconds(self) -> "Callable[[Instruction], float]":
         """Of an emulated device; hosts take no time."""
+        from megalina.perfmodel.cost.instruction_bytes import bucket_specs
         from megalina.perfmodel.cost.instruction_seconds import emulated_seconds
         from megalina.step.program import Kind
+        from megalina.train.packing import allowed_packings
 
-        computed = emulated_seconds(self.config)
+        config, ranks = self.config, self.cluster.ranks
+        packing = allowed_packings(config, ranks)[0]
+        buckets = bucket_specs(config, ranks, vocab_size=config.model.vocab_size or config.data.vocab_size, packing=packing)
+        computed = emulated_seconds(self.config, buckets)
         assert computed is not None
         return lambda instruction: computed(instruction) if instruction.kind is Kind.COMPUTE else 0.0
 

@@ -46,10 +46,10 @@ def simulate_emulated(
 ) -> Timeline:
     """One step of `nodes` emulated nodes.  `tokens_first`: links, which the emulated ones can't, let all-to-alls pass everything
     else.  ValueError where the configuration emulates no device."""
-    seconds = emulated_seconds(config)
+    step = PricedStep(config, nodes * ranks_per_node, plan, vocab_size=vocab_size)
+    seconds = emulated_seconds(config, step.held.buckets)
     if seconds is None:
         raise ValueError("no device is emulated: give cluster.attention_ms and cluster.experts_ms, or cluster.device_gflops")
-    step = PricedStep(config, nodes * ranks_per_node, plan, vocab_size=vocab_size)
     network = Network(
         nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
         ranks_per_node=ranks_per_node,

@@ -131,6 +131,23 @@ class Attention(Block):
         kept = t // s * heads * seen * rank.element + sums * self.model.attention_sinks
         return QUERIES_A_BLOCK * most * heads * rank.element, kept
 
+    def logits_work(self, at: At, size: int, numbers: float) -> Piece:
+        """For QK-clip, logits once more, in blocks, which see little of what the mask hides; `size`: of a head's query, `numbers`
+        of a token's queries and keys here."""
+        rank, tokens, length = at.rank, at.tokens, at.rank.seq_len
+        heads, seen = self.model.num_heads / rank.tp, _seen(length) / length  # keys, on average
+        seen_bytes = 4 * tokens * heads * seen * rank.element
+        again = Product(length, seen, size, tokens / length * heads, tokens * numbers * rank.element + seen_bytes / 2)
+        return Piece(Work((again,), seen_bytes, 6 * math.ceil(length / QUERIES_A_BLOCK)))
+
+    def logits_memory(self, at: At, size: int) -> int:
+        """For QK-clip, where the optimizer has it: logits of a block of queries, and the queries; `size` numbers of a head."""
+        rank = at.rank
+        if not optimizer_of(rank.config.optim).clips_heads:
+            return 0
+        queries, heads = min(QUERIES_A_BLOCK, rank.seq_len), int(at.tokens) * self.heads_here(at)
+        return heads * queries * rank.element + heads * size * rank.element * queries // rank.seq_len
+
     def rotation_work(self, at: At, turned: float, passed: float) -> Piece:
         """Rotation of so many numbers of a token, and the others beside them, which are copied."""
         turned_bytes, passed_bytes = 5 * at.tokens * turned * at.rank.element, 2 * at.tokens * passed * at.rank.element
@@ -245,18 +262,8 @@ class GroupedQueryAttention(Attention):
             scaled_bytes = tokens * q * rank.element
             out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
         if optimizer_of(rank.config.optim).clips_heads:
-            out += self._logits_work(at, q + kv)
+            out += self.logits_work(at, size, q + kv)
         return out + self.core_work(at, size, size, 2 * (q + kv))
-
-    def _logits_work(self, at: At, numbers: float) -> Piece:
-        """Logits once more, in blocks, which see little of what the mask hides; `numbers` of a token's queries and keys here."""
-        rank, tokens, length = at.rank, at.tokens, at.rank.seq_len
-        heads, seen = self.model.num_heads / rank.tp, _seen(length) / length  # keys, on average
-        seen_bytes = 4 * tokens * heads * seen * rank.element
-        again = Product(
-            length, seen, head_dim(self.model), tokens / length * heads, tokens * numbers * rank.element + seen_bytes / 2
-        )
-        return Piece(Work((again,), seen_bytes, 6 * math.ceil(length / QUERIES_A_BLOCK)))
 
     def heads_memory(self, at: At, *, whole: bool) -> Inside:
         match at.name:
@@ -271,10 +278,7 @@ class GroupedQueryAttention(Attention):
         if whole:
             before, after = memory.norm(rank, t), memory.residual(rank, t, bias=self.bias == "all")
         block, weights = self.scores(at)
-        told = 0  # logits of a block of queries, and the queries
-        if optimizer_of(rank.config.optim).clips_heads:
-            queries = min(QUERIES_A_BLOCK, rank.seq_len)
-            told = t * self.heads_here(at) * queries * rank.element + q * queries // rank.seq_len
+        told = self.logits_memory(at, head_dim(model))
         normed = before.kept + x * whole
         cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
         turned = model.positions == "rope" or model.qk_norm != "none"

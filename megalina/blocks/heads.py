@@ -30,6 +30,23 @@ def numbers_kept(model: ModelConfig) -> int:
     return 2 * model.num_kv_heads * head_dim(model)
 
 
+def tokens_seen(window: int, before: int) -> int:
+    """Of so many earlier tokens, those that a token sees where a layer has this window (0: none)."""
+    return min(before, window - 1) if window else before
+
+
+def tokens_of_room(window: int, tokens: int) -> int:
+    """Of a text that may grow to so many tokens, those for which generation has room in a layer with this window (0: none).  A
+    window has room for a quarter more than it sees, so that it moves once in so many tokens."""
+    return min(tokens, window - 1 + max(1, window // 4)) if window else tokens
+
+
+def numbers_of_room(model: ModelConfig, tokens: int) -> int:
+    """What generation has room for in all layers, of a text of so many tokens."""
+    windows = (model_of_layer(model, layer).window for layer in range(model.num_layers))
+    return sum(numbers_kept(model) * tokens_of_room(window, tokens) for window in windows)
+
+
 def attention_bias(model: ModelConfig) -> Literal["none", "qkv", "all"]:
     """Which of attention's matrices have biases."""
     match model.attention_bias:

@@ -13,6 +13,7 @@ from megalina.blocks.attention import Attention
 from megalina.blocks.block import norm_parameters, output_std
 from megalina.blocks.heads import attention_bias, numbers_kept, query_size
 from megalina.blocks.memory import Deferred, Inside
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
 from megalina.blocks.work import Piece, Work, linear, norm
@@ -47,14 +48,18 @@ class LatentAttention(Attention):
         model, width, std, tp = self.model, self.model.d_model, self.model.init_std, {"tp": 0}
         heads, compressed = model.num_heads, model.q_lora_rank
         q, up = heads * query_size(model), heads * (model.qk_nope_head_dim + model.v_head_dim)
+        # QK-clip: the turned part of the key is of all heads, so what it would be scaled by goes on the queries' turned part
+        clip_q = (model.qk_nope_head_dim, "q"), (model.qk_rope_head_dim, "both")
+        clip_kv = (model.qk_nope_head_dim, "k"), (model.v_head_dim, "none")
         out = norm_parameters("attention_norm", model)
         if compressed:
             out.append(Parameter("attention.q_down", (compressed, width), std))
-            out.append(Parameter("attention.q_up", (q, compressed), std, tp))
+            out.append(Parameter("attention.q_up", (q, compressed), std, tp, clip=clip_q))
         else:
-            out.append(Parameter("attention.q", (q, width), std, tp))
+            out.append(Parameter("attention.q", (q, width), std, tp, clip=clip_q))
         out.append(Parameter("attention.kv_down", (numbers_kept(model), width), std))
-        out.append(Parameter("attention.kv_up", (up, model.kv_lora_rank), std, tp))  # of each head the key's, then the value's
+        # of each head the key's, then the value's
+        out.append(Parameter("attention.kv_up", (up, model.kv_lora_rank), std, tp, clip=clip_kv))
         out.append(Parameter("attention.proj", (width, heads * model.v_head_dim), output_std(model), {"tp": 1}))
         if compressed:
             out.append(Parameter("attention.q_norm.weight", (compressed,), None))
@@ -74,13 +79,16 @@ class LatentAttention(Attention):
         keys_bytes = 2 * tokens * heads * size * rank.element  # both parts, side by side
         out += Piece(Work((), keys_bytes, 2), Work((), 2 * keys_bytes, 4))
         out += linear(rank, tokens, d, heads * value)
+        if optimizer_of(rank.config.optim).clips_heads:
+            out += self.logits_work(at, size, 2 * heads * size)
         return out + self.core_work(at, size, value, 2 * heads * (size + value))
 
     def heads_memory(self, at: At, *, whole: bool) -> Inside:
         rank, model, t, heads = at.rank, self.model, int(at.tokens), self.heads_here(at)
         token = t * rank.element
         x, compressed, latent = token * rank.width, token * model.q_lora_rank, token * model.kv_lora_rank
-        q, v = token * heads * query_size(model), token * heads * model.v_head_dim
+        size = query_size(model)
+        q, v = token * heads * size, token * heads * model.v_head_dim
         up = token * heads * (model.qk_nope_head_dim + model.v_head_dim)
         before, after = memory.Inside(), memory.Inside()
         if whole:
@@ -95,7 +103,7 @@ class LatentAttention(Attention):
         forward = max(
             before.forward + before.kept,
             normed + down + 2 * q,
-            normed + down + 2 * q + up,
+            normed + down + 2 * q + up + self.logits_memory(at, size),
             kept + block,
             kept + x + after.forward,
         )

@@ -14,7 +14,7 @@ from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Program
 from megalina.timeline.contention import AllToAll, Alone, all_to_alls, class_of, quantile, summary
-from megalina.timeline.recorder import SEND, WAIT, Event
+from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 
 EAGER = "eager"
 VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
@@ -117,6 +117,7 @@ class Measured:
     search_steps: int
     largest_loss_difference: float  # to eager, relative, over all steps that both took
     step_s: list[float]
+    tail_s: list[float]  # of each step, after the last backward instruction
 
 
 def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[str, Any]:
@@ -124,6 +125,7 @@ def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[
     found = [summary(events, known) for events in competitor.events]
     return {
         "step_s": competitor.step_s,
+        "tail": list(map(tail_of, competitor.events)),
         "a2a": [c.traffic["a2a"].exposed_s for c in found],
         **{f"a2a {phase}": [_waited_for_tokens(events, phase) for events in competitor.events] for phase in "FB"},
         "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
@@ -134,6 +136,12 @@ def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[
         "peak": competitor.peak_bytes,
         "losses": competitor.losses,
     }
+
+
+def tail_of(events: Sequence[Event]) -> float:
+    """Seconds of a step from the end of its last backward instruction to its own."""
+    here = [e for e in events if e.kind in (COMPUTE, WAIT)]
+    return max(e.end_s for e in here) - max(e.end_s for e in here if e.kind == COMPUTE and e.phase in ("B", "W"))
 
 
 def _waited_for_tokens(events: Sequence[Event], phase: str) -> float:
@@ -199,6 +207,7 @@ def measure(
             search_steps=competitor.search_steps,
             largest_loss_difference=difference(losses, numbers[base][0]["losses"]),
             step_s=step_s[name],
+            tail_s=slowest([n["tail"] for n in by_rank]),
         )
     return out
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.block import Block
-from megalina.blocks.heads import head_dim
+from megalina.blocks.heads import head_dim, tokens_of_room, tokens_seen
 from megalina.config import ModelConfig
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
@@ -103,11 +103,13 @@ class Heads(nn.Module):
         if (rotary := self.rotary[0]) is not None:
             cos_BSi, sin_BSi = batch.once(rotary.rows, q_BSHd.dtype)
             q_BSHd, k_BSGd = rotate(q_BSHd, cos_BSi, sin_BSi), rotate(k_BSGd, cos_BSi, sin_BSi)
+        document_BL = batch.document_BS
         if past is not None:
             k_BSGd, v_BSGd = past.extended(k_BSGd, v_BSGd)
+            document_BL = None if document_BL is None else document_BL[:, document_BL.shape[1] - k_BSGd.shape[1] :]
         if logits is not None:
-            logits.append(largest_logits(q_BSHd, k_BSGd, batch.document_BS, window=self.window))
-        mixed_BSX = attend(q_BSHd, k_BSGd, v_BSGd, batch.document_BS, window=self.window, sink_H=self.sinks)
+            logits.append(largest_logits(q_BSHd, k_BSGd, document_BL, window=self.window))
+        mixed_BSX = attend(q_BSHd, k_BSGd, v_BSGd, document_BL, window=self.window, sink_H=self.sinks)
         return mixed_BSX.reshape(q_TX.shape)
 
     def _scaled(self, mixed_TX: Tensor, n_TD: Tensor, later: Later | None) -> Tensor:
@@ -124,32 +126,56 @@ class Heads(nn.Module):
 class KeyValues:
     """What generation keeps of one layer's tokens so far: keys and values, or fewer tensors that they are made of.
 
-    Room for C tokens is taken once, for `capacity` if that is known; twice as much whenever it is too little."""
+    Room for C tokens is taken once, for `capacity` if that is known; twice as much whenever it is too little.  With a `window`
+    it is at most for what the next token sees and a quarter of the window (`tokens_of_room`): once it is full, what can still be
+    seen moves into other room."""
 
-    def __init__(self, capacity: int = 0):
+    def __init__(self, capacity: int = 0, window: int = 0):
         self.length = 0  # tokens so far
-        self._capacity = capacity
+        self._capacity, self._window = capacity, window
         self._room: tuple[Tensor, ...] = ()  # each [B, C, ...]
+        self._end = 0  # so many places of it are taken, by the last tokens
 
     @property
     def numbers(self) -> int:
         """That are kept of a token."""
         return sum(room[0, 0].numel() for room in self._room)
 
-    def extended(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Of each tensor [B, S, ...] all so far, with these behind, [B, L, ...]: views that the next call leaves as they are."""
-        before, self.length = self.length, self.length + new[0].shape[1]
-        if not self._room or self.length > self._room[0].shape[1]:
-            self._grow(new, before)
-        for room, x in zip(self._room, new, strict=True):
-            room[:, before : self.length] = x
-        return tuple(room[:, : self.length] for room in self._room)
+    @property
+    def room(self) -> int:
+        """Tokens."""
+        return self._room[0].shape[1] if self._room else 0
 
-    def _grow(self, new: tuple[Tensor, ...], before: int) -> None:
-        old, self._capacity = self._room, max(self._capacity, self.length, 2 * before)
-        self._room = tuple(x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in new)
+    def extended(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Of each tensor [B, S, ...] what the first of these tokens sees of those so far, with these behind, [B, L, ...]; the
+        next call leaves it as it is."""
+        seen, count = tokens_seen(self._window, self.length), new[0].shape[1]
+        self.length += count
+        if self._end + count > self.room:
+            self._move(new, seen)
+        if self._end + count > self.room:
+            return self._passed(new, seen)
+        begin, self._end = self._end, self._end + count
+        for room, x in zip(self._room, new, strict=True):
+            room[:, begin : self._end] = x
+        return tuple(room[:, begin - seen : self._end] for room in self._room)
+
+    def _move(self, new: tuple[Tensor, ...], seen: int) -> None:
+        """Into other room, with what is still seen."""
+        old, begin, before = self._room, self._end - seen, self.length - new[0].shape[1]
+        self._capacity = max(self._capacity, self.length, 2 * before)
+        tokens = tokens_of_room(self._window, self._capacity)
+        self._room, self._end = tuple(x.new_empty(x.shape[0], tokens, *x.shape[2:]) for x in new), seen
         for room, x in zip(self._room, old, strict=False):  # at first there is no old one
-            room[:, :before] = x[:, :before]
+            room[:, :seen] = x[:, begin : begin + seen]
+
+    def _passed(self, new: tuple[Tensor, ...], seen: int) -> tuple[Tensor, ...]:
+        """More tokens at once than a window has room for, as those of a long prompt: all are read, and the last ones kept."""
+        out = tuple(torch.cat([room[:, :seen], x], 1) if seen else x for room, x in zip(self._room, new, strict=True))
+        self._end = tokens_seen(self._window, self.length)
+        for room, x in zip(self._room, out, strict=True):
+            room[:, : self._end] = x[:, x.shape[1] - self._end :]
+        return out
 
 
 class Attention(BlockFunctions):

@@ -210,6 +210,11 @@ class GPT(nn.Module):
             elif selection is not None:
                 raise ValueError(f"router={self.router.kind} selects by itself: only a model of router=dense may be told")
 
+    def key_values(self, capacity: int = 0) -> list[KeyValues]:
+        """For each layer what generation keeps of a text, of which there is nothing yet.  `capacity`: tokens that it may have, 0:
+        unknown."""
+        return [KeyValues(capacity, layer.functions["attention"].block.model.window) for layer in self.layers]
+
     def logits(self, n_TD: Tensor) -> Tensor:
         """[T, V] of the words that are here, padding included."""
         return self.output.all_logits(n_TD)

@@ -11,9 +11,11 @@ from megalina.blocks.attention import QUERIES_A_BLOCK
 
 
 @torch.no_grad()
-def largest_logits(q_BSHd: Tensor, k_BSGd: Tensor, document_BS: Tensor | None = None, *, window: int = 0) -> Tensor:
+def largest_logits(
+    q_BSHd: Tensor, k_BSGd: Tensor, document_BS: Tensor | None = None, *, scale: float | None = None, window: int = 0
+) -> Tensor:
     """[G], of what a query sees: keys at its own and earlier positions, of the same document if `document_BS` is given, and no
-    more than `window` if that is above 0."""
+    more than `window` if that is above 0.  `scale`: of scores, None: d^-1/2."""
     batch, length, heads, size = q_BSHd.shape
     groups = k_BSGd.shape[2]
     largest_G = q_BSHd.new_full((groups,), float("-inf"))
@@ -33,4 +35,4 @@ def largest_logits(q_BSHd: Tensor, k_BSGd: Tensor, document_BS: Tensor | None = 
             hidden_Bql = hidden_Bql | (document_BS[:, begin:end, None] != document_BS[:, None, :end])
         logit_BGrql.masked_fill_(hidden_Bql[:, None, None], float("-inf"))
         largest_G = torch.maximum(largest_G, logit_BGrql.amax(dim=(0, 2, 3, 4)))
-    return largest_G * size**-0.5
+    return largest_G * (size**-0.5 if scale is None else scale)

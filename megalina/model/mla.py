@@ -19,6 +19,7 @@ from megalina.config import ModelConfig
 from megalina.model.attend import attend, attention_mask
 from megalina.model.attention import Attention, KeyValues
 from megalina.model.block_functions import no_parameters
+from megalina.model.largest_logits import largest_logits
 from megalina.model.late_gradients import Later
 from megalina.model.linear import linear, linears
 from megalina.model.norm import Norm
@@ -46,13 +47,21 @@ class LatentHeads(nn.Module):
         self.q_norm = Norm(COMPRESSED_EPS) if model.q_lora_rank else None
         self.kv_norm = Norm(COMPRESSED_EPS)
 
-    def forward(self, n_TD: Tensor, batch: Batch, past: KeyValues | None = None, *, later: Later | None = None) -> Tensor:
-        """What these heads add, [T, D]."""
+    def forward(
+        self,
+        n_TD: Tensor,
+        batch: Batch,
+        past: KeyValues | None = None,
+        *,
+        later: Later | None = None,
+        logits: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What these heads add, [T, D].  `logits` gets the largest of each head, [H]."""
         q_BSHx, c_BSc, turned_BSr = self.read(n_TD, batch, later)
         if past is None or past.length == 0:
             if past is not None:
                 past.extended(torch.cat([c_BSc, turned_BSr], -1))
-            mixed_BSX = self.attended(q_BSHx, c_BSc, turned_BSr, batch.document_BS, later)
+            mixed_BSX = self.attended(q_BSHx, c_BSc, turned_BSr, batch.document_BS, later, logits)
         else:
             (kept_BLx,) = past.extended(torch.cat([c_BSc, turned_BSr], -1))
             mixed_BSX = self.absorbed(q_BSHx, kept_BLx, batch.document_BS)
@@ -74,13 +83,22 @@ class LatentHeads(nn.Module):
         return q_BSHx, self.kv_norm(c_Tc).view(*shape, -1), turned_BSr
 
     def attended(
-        self, q_BSHx: Tensor, c_BSc: Tensor, turned_BSr: Tensor, document_BS: Tensor | None, later: Later | None
+        self,
+        q_BSHx: Tensor,
+        c_BSc: Tensor,
+        turned_BSr: Tensor,
+        document_BS: Tensor | None,
+        later: Later | None,
+        logits: list[Tensor] | None = None,
     ) -> Tensor:
         """What the heads give, [B, S, H*e], with keys and values made."""
         up_BSHy = linear(c_BSc, self.kv_up, later=later).view(*c_BSc.shape[:2], -1, self.still + self.value)
         key_BSHn, value_BSHe = up_BSHy.split((self.still, self.value), dim=-1)
         shared_BSHr = turned_BSr.unsqueeze(2).expand(-1, -1, key_BSHn.shape[2], -1)
-        return attend(q_BSHx, torch.cat([key_BSHn, shared_BSHr], -1), value_BSHe, document_BS, scale=self.scale)
+        key_BSHx = torch.cat([key_BSHn, shared_BSHr], -1)
+        if logits is not None:
+            logits.append(largest_logits(q_BSHx, key_BSHx, document_BS, scale=self.scale))
+        return attend(q_BSHx, key_BSHx, value_BSHe, document_BS, scale=self.scale)
 
     def absorbed(self, q_BSHx: Tensor, kept_BLx: Tensor, document_BL: Tensor | None) -> Tensor:
         """What the heads give, [B, S, H*e], of the last S tokens' queries, with neither keys nor values: `kept_BLx` has c and the

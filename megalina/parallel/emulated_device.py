@@ -6,12 +6,12 @@ ranks fit on few cores, and an idle device's time is not given to a busy one.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megalina.config import PretrainConfig
 from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE as SMALLEST_SHARE
 from megalina.perfmodel.cost.instruction_seconds import emulated_seconds
-from megalina.step.program import Instruction
+from megalina.step.program import BucketSpec, Instruction
 
 
 class EmulatedDevice:
@@ -40,9 +40,10 @@ class EmulatedDevice:
             time.sleep(early_s)
 
 
-def emulated_device(config: PretrainConfig) -> EmulatedDevice | None:
-    """The device that `cluster` asks for; None where it asks for none."""
-    seconds = emulated_seconds(config)
+def emulated_device(config: PretrainConfig, buckets: Mapping[str, BucketSpec] | None = None) -> EmulatedDevice | None:
+    """The device that `cluster` asks for; None where it asks for none.  `buckets`: of a training step, for the time that
+    directions of their matrices take."""
+    seconds = emulated_seconds(config, buckets)
     return None if seconds is None else EmulatedDevice(seconds)
 
 

@@ -121,7 +121,7 @@ class InstructionFunctions:
     def _head_logits(self, names: Sequence[str], *logits_G: Tensor) -> Tensor:
         """float64 [layers, groups of heads of all tp ranks]: the largest of all parts, -inf of heads that are elsewhere."""
         tp, here, groups = self.mesh.tp, len(logits_G[0]), self.gpt.blocks.clipped_groups
-        out_LG = logits_G[0].new_full((self.gpt.config.num_layers, groups), float("-inf"), dtype=torch.float64)
+        out_LG = logits_G[0].new_full((len(self.gpt.layers), groups), float("-inf"), dtype=torch.float64)
         for name, logit_G in zip(names, logits_G, strict=True):
             own_G = out_LG[int(name.split(".")[1]), tp.rank * here : (tp.rank + 1) * here]
             torch.maximum(own_G, logit_G.double(), out=own_G)

@@ -100,7 +100,7 @@ class Trainable:
         )
         self.setting = setting.under(self.plan)
         self.program = training_step(self.plan.strategy, self.setting)
-        self.device = emulated_device(config)
+        self.device = emulated_device(config, specs)
         token_bytes = TokenBytes(ranks_per_node or mesh.world.size)
         self._unsettled = False  # weights that the last step updated have yet to be gathered
         self.instruction_functions = InstructionFunctions(
@@ -137,6 +137,8 @@ class Trainable:
     def take_over(self, before: "Trainable") -> None:
         """Go on in the place of another one, which ends: with its plan and its emulated device.  The functions of an observer
         (`run_with`) don't come along."""
+        if self.device is not None and before.device is not None:
+            before.device.seconds = self.device.seconds  # of this one's matrices
         self.device = before.device
         self.adopt(replace(before.plan, packing=self.mesh.packing))
         before.close()

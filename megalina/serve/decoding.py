@@ -14,7 +14,6 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.generate import Sampling, choose, refuse_looking_ahead
 from megalina.mesh import all_gather_object
-from megalina.model.attention import KeyValues
 from megalina.serve.engine import Engine
 
 PADDING, TEXT = 0, 1  # documents
@@ -46,7 +45,7 @@ def write_on(
     token_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, own, strict=True)])
     length, written, passes = 0, [list[int]() for _ in own], 0
     most = min(sampling.max_tokens, sampling.max_positions - min(map(len, own)))
-    past = [KeyValues(longest + most - 1) for _ in engine.gpt.layers]  # the last token is not read
+    past = engine.gpt.key_values(longest + most - 1)  # the last token is not read
     limit = sampling.limit(engine.gpt.vocab_size)
     while True:
         batch = padded_batch(token_BS, padding, alive, length, engine.gpt.embedding.device)

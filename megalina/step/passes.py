@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from megalina.step.program import (
+    VERDICT,
     BucketSpec,
     Instruction,
     Kind,
@@ -20,6 +21,7 @@ from megalina.step.program import (
     joined_weights,
     weights_of,
 )
+from megalina.step.whole_matrices import gathered_momentum, orthogonal
 
 GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire after it
     "combine": "experts",  # between the two all-to-alls of a layer
@@ -386,7 +388,6 @@ def gap_after(instruction: Instruction) -> str:
     return GAPS.get(instruction.name, "") if arrives else ""
 
 
-VERDICT = "#verdict.-.0"
 ROUTER_STATE = "router_state"  # selection biases, and what capacity follows: state, as a bucket's parameters are
 
 
@@ -416,7 +417,7 @@ def finish(
     if router_state:
         out.append(Instruction("U", compute, ROUTER_STATE, reads=(VERDICT, ROUTER_STATE), writes=(f"new {ROUTER_STATE}",)))
     waits: list[Instruction] = []
-    gathered = [_gathered_momentum(name) for name, bucket in buckets.items() if bucket.is_gathered]
+    gathered = [gathered_momentum(name) for name, bucket in buckets.items() if bucket.is_gathered]
     out += [s for momentum in gathered[:1] for s in momentum[:2]]
     for name, bucket in buckets.items():
         if bucket.is_gathered:
@@ -424,7 +425,7 @@ def finish(
             out += [s for momentum in gathered[:1] for s in momentum[:2]]  # travels while these are made orthogonal
             out.append(arrival)
         if bucket.matrices:
-            out.append(_orthogonal(name, bucket))
+            out.append(orthogonal(name, bucket))
         direction = (direction_of(name),) if bucket.matrices else ()
         reads = (f"{gradient(name)}sum", VERDICT, *direction)
         out.append(Instruction("U", compute, f"update {name}", reads=reads, writes=(f"new {name}",)))
@@ -433,20 +434,6 @@ def finish(
             out += starts
             waits += map(_awaited, starts)
     return tuple(out + waits)
-
-
-def _gathered_momentum(name: str) -> tuple[Instruction, Instruction, Instruction]:
-    """What the directions of matrices that tp cuts are made of: found, sent, there."""
-    own, wire = f"#momentum {name}", f"#momentum> {name}"
-    found = Instruction("U", Kind.COMPUTE, f"momentum {name}", reads=(f"{gradient(name)}sum", VERDICT), writes=(own,))
-    start = Instruction("U", Kind.START, f"momentum {name}", reads=(own,), writes=(wire,), op=Op.GATHER, axis="tp")
-    return found, start, replace(start, kind=Kind.WAIT, reads=(wire,), writes=(f"#whole {name}",))
-
-
-def _orthogonal(name: str, bucket: BucketSpec) -> Instruction:
-    whole = (f"#whole {name}",) if bucket.is_gathered else ()
-    reads = (f"{gradient(name)}sum", VERDICT, *whole)
-    return Instruction("U", Kind.COMPUTE, f"newton_schulz {name}", reads=reads, writes=(direction_of(name),))
 
 
 def _logits_sent(program: Program) -> tuple[Program, Program]:
@@ -461,40 +448,6 @@ def _logits_sent(program: Program) -> tuple[Program, Program]:
     start = Instruction("U", Kind.START, "head_logits", reads=(own,), writes=(wire,), op=Op.MAX, axis="world")
     wait = replace(start, kind=Kind.WAIT, reads=(wire,), writes=("#logits.-.0",))
     return (*program[: places[-1] + 1], found, start, *program[places[-1] + 1 :]), (wait,)
-
-
-def place_newton_schulz(program: Program, buckets: Mapping[str, BucketSpec], after: int) -> Program:
-    """Directions of whole matrices before the verdict: those of a bucket are made once its gradients are summed.
-
-    A bucket's gradients are awaited, and its matrices made orthogonal, under the `after`-th START of tokens behind the last of
-    its gradients; where so many don't come any more, one bucket's are made while the next ones' gradients are on the wire.
-    Nobody knows yet by what clipping multiplies gradients, so directions are those of gradients as they are: an update makes them
-    again where clipping acts.  No number changes.  What is sent with other buckets is awaited with them, at the end."""
-    names = {name for name, bucket in buckets.items() if bucket.matrices}
-    making = {f"newton_schulz {name}": name for name in names} | {f"momentum {name}": name for name in names}
-    groups: dict[str, list[Instruction]] = {name: [] for name in names}
-    awaited: dict[str, list[Instruction]] = {name: [] for name in names}
-    base: list[Instruction] = []
-    for instruction in program:
-        if instruction.phase == "U" and (name := making.get(instruction.name)) is not None:
-            groups[name].append(replace(instruction, reads=tuple(v for v in instruction.reads if v != VERDICT)))
-        elif instruction.op is Op.GRADS and instruction.kind is Kind.WAIT and len(instruction.buckets) == 1:
-            if instruction.name in names:
-                awaited[instruction.name].append(instruction)
-            else:
-                base.append(instruction)
-        else:
-            base.append(instruction)
-    last = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.START for b in s.buckets if b in names}
-    tokens = [i for i, s in enumerate(base) if s.kind is Kind.START and s.carries_tokens]
-    merged = {b: i for i, s in enumerate(base) if s.op is Op.GRADS and s.kind is Kind.WAIT for b in s.buckets}
-    measure = next(i for i, s in enumerate(base) if s.name == "measure")
-    placed: dict[int, list[Instruction]] = {}
-    for name in sorted(names, key=last.__getitem__):
-        later = [i for i in tokens if i > last[name]]
-        place = later[after - 1] if len(later) >= after else measure - 1
-        placed.setdefault(merged.get(name, place), []).extend([*awaited[name], *groups[name]])
-    return tuple(s for i, instruction in enumerate(base) for s in (instruction, *placed.get(i, ())))
 
 
 def place_params(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import lru_cache
 
+VERDICT = "#verdict.-.0"  # what all ranks know before they update
+
 
 class Kind(Enum):
     __hash__ = object.__hash__  # instructions are hashed often, and Enum's own is slow

@@ -17,7 +17,6 @@ from megalina.step.passes import (
     defer_weights,
     finish,
     place_gradients,
-    place_newton_schulz,
     place_weights,
     recompute,
     shard_of,
@@ -25,6 +24,7 @@ from megalina.step.passes import (
 )
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
+from megalina.step.whole_matrices import place_newton_schulz
 
 DDP_FIRST_BYTES = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.blocks.optimizers import optimizer_of
 from megalina.config import OptimConfig
+from megalina.model.attention import Heads
 from megalina.model.gpt import GPT, Layer
 from megalina.model.init import spec_of
+from megalina.model.mla import LatentHeads
 from megalina.model.rope import rotate
 
 
@@ -80,7 +82,21 @@ def largest_logits(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
     block reads."""
     heads, n_TD = layer.attention, layer.attention_norm(x_TD)
     sequences, length = batch.tokens_BS.shape
-    shape = (sequences, length, -1, heads.head_dim)
+    if isinstance(heads, LatentHeads):
+        logit_BHSL, window = _latent_logits(heads, n_TD, batch), 0
+    else:
+        logit_BHSL, window = _grouped_logits(heads, n_TD, batch), heads.window
+    seen_BSL = torch.ones(length, length, dtype=torch.bool).tril().expand(sequences, -1, -1)
+    if window:
+        place_S = torch.arange(length)
+        seen_BSL = seen_BSL & (place_S[:, None] - place_S[None, :] < window)
+    if batch.document_BS is not None:
+        seen_BSL = seen_BSL & (batch.document_BS[:, :, None] == batch.document_BS[:, None, :])
+    return logit_BHSL.where(seen_BSL[:, None], float("-inf")).amax(dim=(2, 3))
+
+
+def _grouped_logits(heads: Heads, n_TD: Tensor, batch: Batch) -> Tensor:
+    shape = (*batch.tokens_BS.shape, -1, heads.head_dim)
     q_BSHd, k_BSGd = (
         (n_TD @ w.T + (0.0 if bias is None else bias)).view(shape)
         for w, bias in ((heads.q, heads.q_bias), (heads.k, heads.k_bias))
@@ -89,29 +105,43 @@ def largest_logits(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
         cos, sin = heads.rotary[0].rows(batch, q_BSHd.dtype)
         q_BSHd, k_BSGd = rotate(q_BSHd, cos, sin), rotate(k_BSGd, cos, sin)
     k_BSHd = k_BSGd.repeat_interleave(q_BSHd.shape[2] // k_BSGd.shape[2], dim=2)
-    logit_BHSL = torch.einsum("bshd,blhd->bhsl", q_BSHd, k_BSHd) / heads.head_dim**0.5
-    seen_BSL = torch.ones(length, length, dtype=torch.bool).tril().expand(sequences, -1, -1)
-    if heads.window:
-        place_S = torch.arange(length)
-        seen_BSL = seen_BSL & (place_S[:, None] - place_S[None, :] < heads.window)
-    if batch.document_BS is not None:
-        seen_BSL = seen_BSL & (batch.document_BS[:, :, None] == batch.document_BS[:, None, :])
-    return logit_BHSL.where(seen_BSL[:, None], float("-inf")).amax(dim=(2, 3))
+    return torch.einsum("bshd,blhd->bhsl", q_BSHd, k_BSHd) / heads.head_dim**0.5
+
+
+def _latent_logits(heads: LatentHeads, n_TD: Tensor, batch: Batch) -> Tensor:
+    """The part without positions and the turned part each by itself (DeepSeek-V2, arXiv:2405.04434, equations 37 to 47)."""
+    shape, still, latent = batch.tokens_BS.shape, heads.still, heads.latent
+    if heads.q is not None:
+        q_TX = n_TD @ heads.q.T
+    else:
+        assert heads.q_norm is not None and heads.q_down is not None and heads.q_up is not None
+        q_TX = heads.q_norm(n_TD @ heads.q_down.T) @ heads.q_up.T
+    q_BSHx, down_TX = q_TX.view(*shape, -1, still + heads.turned), n_TD @ heads.kv_down.T
+    key_BSHn = (heads.kv_norm(down_TX[:, :latent]) @ heads.kv_up.T).view(*shape, -1, still + heads.value)[..., :still]
+    cos, sin = heads.rotary[0].rows(batch, q_TX.dtype)
+    q_BSHr, key_BS1r = rotate(q_BSHx[..., still:], cos, sin), rotate(down_TX[:, latent:].view(*shape, 1, -1), cos, sin)
+    logit_BHSL = torch.einsum("bshn,blhn->bhsl", q_BSHx[..., :still], key_BSHn)
+    return heads.scale * (logit_BHSL + torch.einsum("bshr,blr->bhsl", q_BSHr, key_BS1r[:, :, 0]))
 
 
 @torch.no_grad()
 def clip_heads(gpt: GPT, optim: OptimConfig, logits_LH: Sequence[Tensor]) -> None:
     """Queries and keys of heads whose logits are too large, one group of heads after another."""
+    of_queries, of_keys = optim.qk_clip_alpha, 1 - optim.qk_clip_alpha
     for layer, logit_H in zip(gpt.layers, logits_LH, strict=True):
-        heads, size = layer.attention, layer.attention.head_dim
-        groups = len(heads.k) // size
+        heads = layer.attention
+        latent = isinstance(heads, LatentHeads)
+        groups = len(logit_H) if latent else len(heads.k) // heads.head_dim
         for group, logit in enumerate(logit_H.view(groups, -1).amax(dim=1).tolist()):
             factor = min(1.0, optim.qk_clip / logit) if logit > 0 else 1.0
+            if latent:
+                own_XR = (heads.q_up if heads.q is None else heads.q).data.chunk(groups)[group]
+                own_XR[: heads.still].mul_(factor**of_queries)
+                own_XR[heads.still :].mul_(factor)
+                heads.kv_up.data.chunk(groups)[group][: heads.still].mul_(factor**of_keys)
+                continue
             for values, power in (
-                (heads.q, optim.qk_clip_alpha),
-                (heads.q_bias, optim.qk_clip_alpha),
-                (heads.k, 1 - optim.qk_clip_alpha),
-                (heads.k_bias, 1 - optim.qk_clip_alpha),
-            ):
+                (heads.q, of_queries), (heads.q_bias, of_queries), (heads.k, of_keys), (heads.k_bias, of_keys),
+            ):  # fmt: skip
                 if values is not None:
                     values.data.chunk(groups)[group].mul_(factor**power)

@@ -12,6 +12,7 @@ from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
+from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
 from megalina.verify.bugs import attention, forward, gradients, losses, whole_matrices
 from megalina.verify.recording import SEQUENCES, Layout
@@ -66,7 +67,8 @@ def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
 
 def _parts(config: PretrainConfig) -> int:
     """In which a micro-batch is routed."""
-    return max(config.strategy.parts, most_parts(config.strategy.partition))
+    plan = plan_of(config.strategy)
+    return max(plan.parts, most_parts(plan.partition))
 
 
 def _passes_capacity(layout: Layout, config: PretrainConfig) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from megalina.blocks.heads import numbers_kept
+from megalina.blocks.heads import model_of_layer, numbers_kept, tokens_seen
 from megalina.blocks.work import Work
 from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE, device_of
@@ -55,15 +55,17 @@ class RooflineSeconds:
     """Of a device of `config.cluster`, for `config.model` and `config.router` in `config.train.dtype`.
 
     `context`: 0: prefill of sequences of `config.train.seq_len` tokens; else decoding, a token of each sequence, which attends to
-    so many before it: their keys and values are read from the device's memory.  ValueError where the cluster's file lacks
-    figures, and for less than no context."""
+    so many before it: their keys and values are read from the device's memory, a window of them where a layer has one.
+    ValueError where the cluster's file lacks figures, and for less than no context."""
 
     def __init__(self, config: PretrainConfig, *, context: int = 0):
         if context < 0:
             raise ValueError(f"a context of {context} tokens: give 0 for prefill, or the tokens that are decoded from")
         self._device = device_of(config.cluster, config.train.dtype)
         model = config.model
-        self._cache_bytes = context * numbers_kept(model) * BYTES[config.train.dtype]  # of a token
+        self._context, self._layers = context, dict[int, list[int]]()  # by the window that they have
+        for layer in range(model.num_layers):
+            self._layers.setdefault(model_of_layer(model, layer).window, []).append(layer)
         train = replace(config.train, micro_batch_size=1, seq_len=1 if context else config.train.seq_len)
         self._config = replace(config, train=train)
         self._work = InstructionWork(self._config, world=1, vocab_rows=model.vocab_size, buckets={})
@@ -75,11 +77,21 @@ class RooflineSeconds:
             return 0.0
         key = name, tokens, 0
         if key not in self._known:
-            work = self._work(_stage(twin, tokens / self._config.train.seq_len))
-            if name == "attention":
-                work = work + Work((), tokens * self._cache_bytes)
-            self._known[key] = self._device.seconds(work)
+            share = tokens / self._config.train.seq_len
+            whole_s = self._attention_s if name == "attention" else lambda s: self._device.seconds(self._work(_stage(twin, s)))
+            self._known[key] = whole_s(share)
         return self._known[key]
+
+    def _attention_s(self, share: float) -> float:
+        """The mean over layers, which may have windows."""
+        config, total_s = self._config, 0.0
+        token_bytes = numbers_kept(config.model) * BYTES[config.train.dtype]
+        for window, layers in self._layers.items():
+            read_bytes = share * config.train.seq_len * tokens_seen(window, self._context) * token_bytes
+            total_s += len(layers) * self._device.seconds(
+                self._work(_stage("attention", share, layers[0])) + Work((), read_bytes)
+            )
+        return total_s / config.model.num_layers
 
     def experts_s(self, rows_S: Sequence[int]) -> float:
         """One kernel for all slots that have rows, in bfloat16, else a kernel for each.
@@ -108,5 +120,5 @@ def row_s(device: DeviceSeconds, even_rows: int, slots: int) -> float:
     return (device.experts_s([2 * part] * slots) - device.experts_s([part] * slots)) / (part * slots)
 
 
-def _stage(name: str, share: float) -> Instruction:
-    return Instruction("F", Kind.COMPUTE, name, 0, share=share)
+def _stage(name: str, share: float, layer: int = 0) -> Instruction:
+    return Instruction("F", Kind.COMPUTE, name, layer, share=share)

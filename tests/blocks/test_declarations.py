@@ -54,6 +54,7 @@ OVERRIDES: dict[str, Sequence[str]] = {
     ),
     "ahead": ("model.mtp_layers=2", "model.tie_embeddings=false"),
     "QK-clip": ("optim=muon_clip",),
+    "QK-clip, latent, ahead": (*LATENT, "model.mtp_layers=1", "optim=muon_clip"),
 }
 
 

@@ -29,6 +29,7 @@ PLAIN = Measured(
     search_steps=0,
     largest_loss_difference=0.0,
     step_s=[1.0, 1.0],
+    tail_s=[0.1, 0.1],
 )
 
 

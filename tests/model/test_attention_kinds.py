@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.heads import numbers_kept
+from megalina.blocks.heads import numbers_kept, numbers_of_room
 from megalina.compose import compose
 from megalina.config import ModelConfig
 from megalina.model.attention import KeyValues
@@ -141,7 +141,7 @@ def test_tokens_one_by_one_are_all_at_once(kind: str) -> None:
     batch = batch_of(tokens_of(0, sequences=2))
     length = batch.tokens_BS.shape[1]
     for documents in (None, torch.tensor([[0] * 2 + [1] * (length - 2), [1] * length])):
-        past = [KeyValues() for _ in gpt.layers]
+        past = gpt.key_values(length)
         with torch.inference_mode():
             whole = gpt.hidden(replace(batch, document_BS=documents))[0].view(2, length, -1)
             for begin, end in ((0, 3), (3, 4), (4, 5), (5, 8), (8, length)):
@@ -149,6 +149,7 @@ def test_tokens_one_by_one_are_all_at_once(kind: str) -> None:
                 part = replace(tokens_at(batch, slice(begin, end)), document_BS=so_far)
                 found = gpt.hidden(part, past)[0].view(2, end - begin, -1)
                 torch.testing.assert_close(found, whole[:, begin:end], rtol=1e-12, atol=1e-12)
+        assert sum(of.numbers * of.room for of in past) == numbers_of_room(gpt.config, length)
 
 
 def half_of(gpt: GPT, rank: int) -> GPT:
@@ -166,29 +167,32 @@ def half_of(gpt: GPT, rank: int) -> GPT:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_halves_of_the_heads_give_the_whole_and_its_gradients(kind: str) -> None:
-    """As under tensor parallelism: what is copied has a part of its gradient on each rank."""
+    """As under tensor parallelism: what is copied has a part of its gradient on each rank.  So do their largest logits."""
     gpt = gpt_of(kind)
     halves = [half_of(gpt, rank) for rank in range(2)]
     batch, random = batch_of(tokens_of(0, sequences=2)), torch.Generator().manual_seed(0)
     x_TD, dy_TD = (torch.randn(batch.tokens_BS.numel(), 32, dtype=torch.float64, generator=random) for _ in range(2))
     inputs = [x_TD.clone().requires_grad_() for _ in range(3)]
-    whole_TD = gpt.layers[0].attention(inputs[0], batch)
+    logits: list[Tensor] = []
+    parts: list[Tensor] = []
+    whole_TD = gpt.layers[0].attention(inputs[0], batch, logits=logits)
     functions = [half.layers[0].functions["attention"] for half in halves]
     if gpt.config.qk_norm == "projection":
         projected = [f.attention_qkv(x) for f, x in zip(functions, inputs[1:], strict=True)]  # type: ignore[attr-defined]
         square_T2 = sum(squares for *_, squares in projected)
         added = [f.attention_core(*qkv, square_T2, batch) for f, (*qkv, _) in zip(functions, projected, strict=True)]  # type: ignore[attr-defined]
     else:
-        added = [f.attention_heads(x, batch) for f, x in zip(functions, inputs[1:], strict=True)]  # type: ignore[attr-defined]
+        added = [f.attention_heads(x, batch, logits=parts) for f, x in zip(functions, inputs[1:], strict=True)]  # type: ignore[attr-defined]
+        torch.testing.assert_close(torch.cat(parts), logits[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(sum(added), whole_TD, rtol=1e-12, atol=1e-12)
     torch.autograd.backward([whole_TD, *added], [dy_TD] * 3)
     torch.testing.assert_close(inputs[1].grad + inputs[2].grad, inputs[0].grad, rtol=1e-11, atol=1e-11)
     for name, p in gpt.layers[0].attention.named_parameters():
         if p.grad is None:  # the output's bias is added by the residual
             continue
-        parts = [dict(half.layers[0].attention.named_parameters())[name].grad for half in halves]
+        of_halves = [dict(half.layers[0].attention.named_parameters())[name].grad for half in halves]
         cut_at = spec_of(p).sharded.get("tp")
-        found = sum(parts) if cut_at is None else torch.cat(parts, cut_at)
+        found = sum(of_halves) if cut_at is None else torch.cat(of_halves, cut_at)
         torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-11)
 
 

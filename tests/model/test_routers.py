@@ -13,14 +13,13 @@ from torch import Tensor
 from megalina.blocks.routers import check_router
 from megalina.config import RouterConfig
 from megalina.model.balance import global_balance
-from megalina.model.noise import normal, uniform
 from megalina.model.routers import GroupSoFar, Router, Routing
 from megalina.model.selection import best_groups, groups_of_best
 from megalina.model.tokens import RouterTokens
 from tests.model.made_router import made_router
+from tests.model.slow_router import A, B, E, S, make_tokens, slow_route, some_padding
 
-B, S, E, D = 4, 6, 6, 5
-A = B * S
+D = 5
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 
 CONFIGS = {
@@ -52,24 +51,6 @@ CONFIGS = {
 }
 
 
-def make_tokens(valid_A: Tensor | None = None, sequences: int = B, length: int = S) -> RouterTokens:
-    count = sequences * length
-    random = torch.Generator().manual_seed(3)
-    return RouterTokens(
-        token_A=torch.randint(0, 1000, (count,), generator=random),
-        sample_A=torch.arange(40, 40 + sequences).repeat_interleave(length),
-        position_A=torch.arange(length).repeat(sequences),
-        valid_A=torch.ones(count, dtype=torch.bool) if valid_A is None else valid_A,
-        num_sequences=sequences,
-    )
-
-
-def some_padding() -> Tensor:
-    valid_A = torch.rand(A, generator=torch.Generator().manual_seed(5)) < 0.75
-    valid_A[S : 2 * S] = False  # a sequence of nothing but padding
-    return valid_A
-
-
 def make_router(config: RouterConfig, num_experts: int = E) -> Router:
     router = made_router(config, d_model=D, num_experts=num_experts, layer=2, seed=7)
     if router.bias_E is not None:
@@ -90,91 +71,6 @@ def loss_of(routing: Routing, own: slice) -> Tensor:
     factor_TE = torch.cos(torch.arange(1000, dtype=torch.float64)).view(-1, 1)[own] * torch.arange(1, E + 2)
     weighted = (routing.weight_TK * factor_TE.gather(1, routing.expert_TK)).sum()
     return weighted + 0.3 * routing.balance + 0.2 * routing.z + (routing.prob_E * torch.arange(E).sin()).sum()
-
-
-def best(scores: list[float], k: int) -> list[int]:
-    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
-
-
-def slow_route(config: RouterConfig, logits_AE: Tensor, tokens: RouterTokens, bias: list[float], training: bool) -> dict:
-    """Every token, group and expert in turn; `pairs` maps (token, expert) to a differentiable weight."""
-    k = config.top_k
-    noisy = logits_AE
-    if training and config.noise_std:
-        noise = normal(7, 2, "router", tokens.sample_A, tokens.position_A, E)
-        noisy = logits_AE + config.noise_std * noise
-    token_hash = uniform(0, 2, "hash", tokens.token_A, torch.zeros(A, dtype=torch.int64), E).tolist()
-    valid = [a for a in range(A) if tokens.valid_A[a]]
-    group_of = {a: a // S if config.group == "sequence" else 0 for a in valid}
-    members: dict[int, list[int]] = {g: [a for a in valid if group_of[a] == g] for g in set(group_of.values())}
-    sigmoid = config.kind in ("sigmoid", "group_limited")
-    score = {a: torch.sigmoid(noisy[a]) if sigmoid else torch.exp(noisy[a]) / torch.exp(noisy[a]).sum() for a in valid}
-
-    def limit(group: list[int], factor: float) -> int:
-        return math.ceil(Fraction(str(factor)) * len(group) * k / E)
-
-    chosen: dict[int, list[int]] = {}
-    for a in valid:
-        biased = [s + b for s, b in zip(score[a].tolist(), bias, strict=True)]
-        if config.kind == "hash":
-            chosen[a] = best(token_hash[a], k)
-        elif config.kind in ("group_limited", "group_limited_softmax"):
-            size, count = E // config.num_groups, 2 if config.kind == "group_limited" else 1
-            worth = [sum(sorted(biased[g * size : (g + 1) * size])[-count:]) for g in range(config.num_groups)]
-            groups = best(worth, config.groups_per_token)
-            chosen[a] = best([biased[e] if e // size in groups else -math.inf for e in range(E)], k)
-        elif config.kind != "expert_choice":
-            chosen[a] = best(biased, k)
-    if config.kind == "expert_choice":
-        chosen = {a: [] for a in valid}
-        for group in members.values():
-            for e in range(E):
-                ranked = sorted(group, key=lambda a: (-score[a][e].item(), a))
-                for a in ranked[: limit(group, config.capacity_factor or 1.0)]:
-                    chosen[a].append(e)
-
-    kept = {(a, e) for a in valid for e in chosen[a]}
-    if config.capacity_factor and config.kind != "expert_choice":
-        for group in members.values():
-            for e in range(E):
-                queue = [a for a in group if e in chosen[a]]
-                if config.drop == "probability" and config.kind != "hash":
-                    queue.sort(key=lambda a: (-score[a][e].item(), a))
-                kept -= {(a, e) for a in queue[limit(group, config.capacity_factor) :]}
-
-    pairs = {}
-    for a, e in kept:
-        if config.kind == "hash":
-            weight = torch.tensor(1.0 / k, dtype=torch.float64)
-        else:
-            total = sum(score[a][c] for c in chosen[a]) if config.renormalize else 1.0
-            weight = score[a][e] / total
-        pairs[a, e] = weight * config.scale
-
-    zero = torch.zeros((), dtype=torch.float64)
-    balance, z, prob_E = zero, zero, torch.zeros(E, dtype=torch.float64)
-    counted = config.kind not in ("hash", "expert_choice")
-    if counted:
-        prob_E = sum((score[a] / score[a].sum() for a in valid), prob_E)
-    if counted and config.group != "global":
-        for group in members.values():
-            n = len(group)
-            for e in range(E):
-                fraction = sum(e in chosen[a] for a in group) / n
-                mean_prob = sum(score[a][e] / score[a].sum() for a in group) / n
-                balance = balance + n * E / k * fraction * mean_prob
-    if config.kind != "hash":
-        z = sum((torch.log(torch.exp(logits_AE[a]).sum()) ** 2 for a in valid), zero)
-    counts = [sum(e in chosen[a] for a in valid) for e in range(E)]
-    return {
-        "pairs": pairs,
-        "balance": balance,
-        "z": z,
-        "prob_E": prob_E,
-        "chosen": counts,
-        "dropped": sum(counts) - len(kept),
-        "order": chosen,
-    }
 
 
 @pytest.mark.parametrize("padding", [False, True], ids=["full", "padded"])

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megalina.config import RouterConfig
 from megalina.generate import Sampling, generate
-from megalina.model.attention import KeyValues
 from megalina.parallel.emulated_device import ServingDevice
 from megalina.placement.controller import Policy, Split, Trigger
 from megalina.placement.placement import Placement
@@ -216,10 +215,10 @@ def broken_swaps(world_slots: int) -> dict[str, Any]:
     return out
 
 
-def write(prompts_of_ranks: list[list[list[int]]]) -> dict[str, Any]:
+def write(prompts_of_ranks: list[list[list[int]]], model: dict[str, Any]) -> dict[str, Any]:
     """Greedy text of ranks with few and no prompts of different lengths, under placements that move; and each alone."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    gpt = small_gpt(dtype=torch.float64)
+    gpt = small_gpt(dtype=torch.float64, **model)
     engine = small_engine(gpt, moving(load_aware, always), [static(world, 4)] * len(gpt.moe_layers))
     fed: list[int] = []
     own = prompts_of_ranks[rank]
@@ -239,7 +238,7 @@ def incremental(model: dict[str, Any]) -> float:
     engine = small_engine(gpt, Policy(None, None, even, never), [static(world, 4)] * len(gpt.moe_layers))
     tokens = tokens_of(dist.get_rank())
     whole = engine.hidden(batch_of(tokens)).view(3, 16, -1)
-    past = [KeyValues() for _ in gpt.layers]
+    past = gpt.key_values()
     parts = []
     for begin, end in ((0, 10), (10, 11), (11, 16)):
         batch = batch_of([s[begin:end] for s in tokens])
@@ -298,7 +297,7 @@ def jobs() -> dict[str, Any]:
         out["bad"] = {case: bad(case) for case in BAD}
     if world == 3:
         out["broken"] = broken_swaps(4)
-        out["text"] = write(PROMPTS)
+        out["text"] = {name: write(PROMPTS, ATTENTION[name]) for name in ("grouped queries", "windows, sinks")}
     return out
 
 
@@ -364,12 +363,14 @@ def test_plans_that_differ_between_ranks_are_not_followed(found: Found) -> None:
         assert all(rank["broken"]["apart"]) and not any(rank["broken"]["moved"])
 
 
-def test_text_is_that_of_each_prompt_alone_on_one_device(found: Found) -> None:
-    gpt = small_gpt(dtype=torch.float64)
+@pytest.mark.parametrize("name", ["grouped queries", "windows, sinks"])
+def test_text_is_that_of_each_prompt_alone_on_one_device(found: Found, name: str) -> None:
+    gpt = small_gpt(dtype=torch.float64, **ATTENTION[name])
     for prompts, rank in zip(PROMPTS, found[3], strict=True):
         alone = [list(generate(gpt, p, GREEDY)) for p in prompts]
-        assert rank["text"]["text"] == alone
-        assert len(rank["text"]["fed"]) == 9 and rank["text"]["fed"][0] == sum(map(len, prompts))
+        text = rank["text"][name]
+        assert text["text"] == alone
+        assert len(text["fed"]) == 9 and text["fed"][0] == sum(map(len, prompts))
 
 
 @pytest.mark.parametrize("name", ATTENTION)

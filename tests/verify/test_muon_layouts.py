@@ -26,7 +26,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 FEW = [
     Row(Layout(4, 2, 1, True, 1, 2, "selective", 0.002, "lina_nopack"), "topk", 0.8, "GPT-2", "muon_clip"),
-    Row(Layout(4, 2, 2, False, 0, 4, "none", 0.0, "flow"), "sigmoid", 0.0, "dense first, shared experts", "muon_clip"),
+    Row(Layout(4, 2, 2, False, 0, 4, "none", 0.0, "flow"), "sigmoid", 0.0, "DeepSeek-V3", "muon_clip"),
+    Row(Layout(4, 1, 2, True, 1, 1, "full", 0.0, "eager"), "topk", 0.0, "latent, ahead", "muon_clip"),
     Row(Layout(4, 1, 4, True, 1, 1, "none", 0.0, "lina_zero"), "topk", 0.0, "dropout", "muon of routers"),
     Row(Layout(4, 1, 2, True, 1, 2, "none", 0.0, "eager"), "topk", 0.0, "plain", "muon"),
     Row(Layout(4, 4, 1, True, 1, 4, "full", 0.0, "serial"), "topk", 0.0, "modern", "muon, never clipped"),
@@ -42,12 +43,14 @@ def muon_choices(*, after: int) -> Choices:
     """`after`: of `strategy.newton_schulz_after`."""
     choices = choices_of(RANKS)
     strategies = {name: replace(of, newton_schulz_after=after) for name, of in choices.strategies.items()}
-    return replace(choices, strategies=strategies, optimizers={name: optim_of(name) for name in OPTIMIZERS})
+    latent = replace(config_with(ranks=RANKS, model="DeepSeek-V3").model, num_layers=1, mtp_layers=2, mtp_loss=0.3)
+    models = {**choices.models, "latent, ahead": latent}
+    return replace(choices, strategies=strategies, models=models, optimizers={name: optim_of(name) for name in OPTIMIZERS})
 
 
 def test_whole_matrices_in_few_layouts_equal_one_process() -> None:
     """Under tokens; at the end they are in rows of `test_plants.py`, too."""
-    assert differences(muon_choices(after=1), FEW[:3], steps=2) == []
+    assert differences(muon_choices(after=1), FEW[:4], steps=2) == []
 
 
 @pytest.mark.full

@@ -32,6 +32,7 @@ MODELS = {
     },
     "ahead": {"num_layers": 1, "mtp_layers": 2},
 }
+MODELS["latent, ahead"] = MODELS["latent"] | MODELS["ahead"]
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
     "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
@@ -66,6 +67,7 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
+    ("latent, ahead", "topk", "muon_clip", Layout(WORLD, tp=2, ep=2, zero=1, micro_batch=2)),
 ]
 
 
@@ -110,6 +112,16 @@ def named(pool: Pool, row: int, plant: str = "") -> str:
 
 def test_every_plant_acts_somewhere() -> None:
     assert [name for name in PLANTS if not rows_of(name)] == []
+
+
+def test_a_partition_that_is_yet_to_be_found_cuts_nothing() -> None:
+    """A verification walks the list that a run begins with."""
+    row = next(row for row in ROWS if row[:2] == ("modern", "capacity"))
+    config, layout = config_of(*row), row[-1]
+    auto, none = (replace(config, strategy=replace(config.strategy, partition=text)) for text in ("auto", "none"))
+    for plant in PLANTS.values():
+        assert plant.applies(layout, auto) == plant.applies(layout, none)
+    assert PLANTS["capacity_not_passed"].applies(layout, config) and not PLANTS["capacity_not_passed"].applies(layout, auto)
 
 
 @pytest.mark.parametrize("row", range(len(ROWS)))

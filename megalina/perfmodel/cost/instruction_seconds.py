@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from megalina.blocks.work import Product, Work
 from megalina.config import ClusterConfig, PretrainConfig
-from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops, weight_shares
-from megalina.step.program import Instruction, Kind
+from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops, newton_schulz_flops, weight_shares
+from megalina.step.program import BucketSpec, Instruction, Kind
 from megalina.validate import check_hardware
 
 SMALLEST_SHARE = 0.02  # of the full time, whatever the share: half a batch never takes exactly half the time
@@ -107,7 +107,7 @@ def instruction_seconds(config: PretrainConfig, work: InstructionWork, *, load: 
 
     `load`: rows of the experts there as a multiple of the mean; an emulated device is as fast whatever it is.
     ValueError where the cluster's file lacks a figure."""
-    emulated = emulated_seconds(config)
+    emulated = emulated_seconds(config, work.buckets)
     if emulated is not None:
         check_hardware(config.cluster)
         return lambda instruction: emulated(instruction) if instruction.kind is Kind.COMPUTE else 0.0
@@ -133,16 +133,27 @@ def once_a_kind(
     return of
 
 
-def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] | None:
-    """The costs of compute instructions on the emulated device that `cluster` asks for; None where it asks for none."""
+def emulated_seconds(
+    config: PretrainConfig, buckets: Mapping[str, BucketSpec] | None = None
+) -> Callable[[Instruction], float] | None:
+    """The costs of compute instructions on the emulated device that `cluster` asks for; None where it asks for none.
+
+    `buckets`: those of the program, whose matrices an optimizer makes orthogonal; None: it has none to make.  Directions take
+    their FLOPs at the rate of the device, which is `device_gflops`, or what follows from the times of attention and experts."""
     cluster = config.cluster
+    if not (cluster.attention_ms or cluster.experts_ms or cluster.device_gflops):
+        return None
+    flops = forward_flops(config)
     if cluster.attention_ms or cluster.experts_ms:
         times = dict.fromkeys(("attention", "attention_heads", "attention_core"), cluster.attention_ms / 1e3)
         times |= dict.fromkeys(("experts", "mlp", "mlp_hidden"), cluster.experts_ms / 1e3)
-    elif cluster.device_gflops:
-        times = {name: flops / (cluster.device_gflops * 1e9) for name, flops in forward_flops(config).items()}
+        timed = [name for name in flops if times.get(name)]
+        flops_per_s = sum(flops[name] for name in timed) / sum(times[name] for name in timed) if timed else 0.0
     else:
-        return None
+        flops_per_s = cluster.device_gflops * 1e9
+        times = {name: of_name / flops_per_s for name, of_name in flops.items()}
+    if flops_per_s:
+        times |= {name: of_bucket / flops_per_s for name, of_bucket in newton_schulz_flops(config, buckets or {}).items()}
     return from_full_times(
         lambda name: times.get(name, 0.0), floor_s=cluster.kernel_floor_ms / 1e3, weight_shares=weight_shares(config)
     )
@@ -154,17 +165,18 @@ def from_full_times(
     """Costs of instructions from the forward times of whole micro-batches.
 
     `full_s(name)`: the time of an instruction for a whole micro-batch; 0: it isn't emulated and takes as long as here, which
-    holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time.
+    holds up what comes after it.  A part costs `floor_s` (0: 2% of the full time) and its share of the full time; what has no
+    parts, the directions of an optimizer, all of it.
     Backward is twice forward, and once more where activations are computed again.  Weights' gradients that are an instruction of
     their own take `weight_shares` of forward, and backward so much less.
     """
 
     def seconds(instruction: Instruction) -> float:
         full = full_s(instruction.name)
-        if instruction.phase == "U" or not full:
+        if not full:
             return 0.0
         weights = weight_shares[instruction.name] if instruction.late or instruction.phase == "W" else 0.0
-        times = {"F": 1.0, "W": weights}.get(instruction.phase, 2 + instruction.recompute - weights)
+        times = {"F": 1.0, "U": 1.0, "W": weights}.get(instruction.phase, 2 + instruction.recompute - weights)
         share = instruction.share / instruction.chunk[1]
         return times * ((floor_s or SMALLEST_SHARE * full) + share * full)
 

@@ -140,6 +140,13 @@ def weight_shares(config: PretrainConfig) -> dict[str, float]:
     return {name: weights / forward for name, (weights, forward) in sums.items() if forward}
 
 
+def newton_schulz_flops(config: PretrainConfig, buckets: Mapping[str, BucketSpec]) -> dict[str, float]:
+    """Of one rank's directions, by instruction: of the buckets that have matrices; as `InstructionWork` says."""
+    work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets=buckets)
+    names = [f"newton_schulz {bucket}" for bucket, spec in buckets.items() if spec.matrices]
+    return {name: work(Instruction("U", Kind.COMPUTE, name)).flops for name in names}
+
+
 def _emulated_pieces(config: PretrainConfig) -> dict[str, list[Piece]]:
     """Of each layer that has the instruction."""
     work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})

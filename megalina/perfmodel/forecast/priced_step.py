@@ -269,7 +269,7 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     bins = NEARNESS_BINS * (config.router.capacity_bound != "none")
     loads = moe_layers * (experts + 1 + bins + LIMBS)  # of each layer: rows of each expert, lost choices, cosines, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}
-    numbers["head_logits"] = config.model.num_layers * held.blocks.clipped_groups
+    numbers["head_logits"] = len(held.blocks.layers) * held.blocks.clipped_groups
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]

@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from megalina.blocks.heads import numbers_kept, query_size
-from megalina.config import PretrainConfig
+from megalina.blocks.heads import model_of_layer, numbers_kept, numbers_of_room, query_size
+from megalina.config import BYTES, PretrainConfig
 from megalina.perfmodel.forecast.forecast import Forecast, memory_limit_bytes
 from megalina.perfmodel.forecast.search import Candidate, UnderLoad
 from megalina.perfmodel.sim.memory import Memory
@@ -147,6 +148,12 @@ def heads(config: PretrainConfig) -> str:
     told = f"{model.num_heads} heads x {width}, {model.num_kv_heads} of keys and values"
     if model.attention == "mla":
         told += f", values of {model.v_head_dim}, made of {numbers_kept(model)} numbers a token"
+    if model.window:
+        layers, length, number_bytes = range(model.num_layers), config.train.seq_len, BYTES[config.train.dtype]
+        limited = sum(model_of_layer(model, layer).window > 0 for layer in layers)
+        kept, whole = (numbers_of_room(of, length) * number_bytes / 1e6 for of in (model, replace(model, window=0)))
+        told += f"; windows of {model.window} tokens in {limited} of {len(layers)} layers: generation keeps {kept:.3g} MB of a "
+        told += f"sequence of {length}, and {whole:.3g} without"
     if width > WIDEST_HEAD:
         told += f"; warning: heads wider than {WIDEST_HEAD} have no fast attention: set model.num_heads or model.head_dim"
     return told

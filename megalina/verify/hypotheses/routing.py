@@ -13,6 +13,7 @@ from torch import Tensor
 from megalina.blocks.routers import kind_of
 from megalina.model.routers import GroupSoFar, Routing
 from megalina.model.tokens import ALL, RouterTokens, router_tokens
+from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
 from megalina.verify.evidence import Cause, Evidence
 from megalina.verify.recording import widened
@@ -135,8 +136,8 @@ def load_counted_again(evidence: Evidence) -> Iterator[Cause]:
 
 def capacity_of_parts(evidence: Evidence) -> Iterator[Cause]:
     """Capacity is the micro-batch's, but each of the parts that it walks in has the experts' queues to itself."""
-    first, config = evidence.first, evidence.config
-    parts = max(config.strategy.parts, most_parts(config.strategy.partition))
+    first, config, plan = evidence.first, evidence.config, plan_of(evidence.config.strategy)
+    parts = max(plan.parts, most_parts(plan.partition))
     in_order = config.router.group == "micro_batch" and config.router.drop == "position" and evidence.layout.tp == 1
     if first is None or not first.name.endswith(".expert") or parts == 1 or not in_order:
         return

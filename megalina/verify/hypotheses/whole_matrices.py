@@ -11,6 +11,7 @@ from torch import Tensor
 from megalina.blocks.optimizers import optimizer_of
 from megalina.verify.evidence import Cause, Evidence, Pair, agrees, close, counted
 from megalina.verify.muon_by_hand import direction, largest_logits
+from megalina.verify.recording import stream_name
 
 
 def experts_flattened(evidence: Evidence) -> Iterator[Cause]:
@@ -112,7 +113,10 @@ def _apart(evidence: Evidence, pursued_RC: Tensor, row: int) -> Tensor:
 
 def _logits(evidence: Evidence, layer: int) -> Tensor:
     """[B, G]: the largest of each sequence."""
+    own = evidence.model.layers[layer]
     before = f"layers.{layer - 1}" if layer else "embedded"
+    if place := own.stream.index("attention"):
+        before = stream_name(evidence.model.blocks, layer, own.stream[place - 1])
     x_TD = evidence.pair("activation", before).want.value.flatten(0, 1)
-    logit_BH = largest_logits(evidence.model.layers[layer], x_TD, evidence.batch)
+    logit_BH = largest_logits(own, x_TD, evidence.batch)
     return logit_BH.view(len(logit_BH), evidence.config.model.num_kv_heads, -1).amax(dim=2)

@@ -12,17 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalina.blocks.model import shape_of
+from megalina.blocks.optimizers import matrix_flops
 from megalina.blocks.work import Product, Work
-from megalina.config import ClusterConfig, HardwareConfig, PretrainConfig
+from megalina.config import ClusterConfig, HardwareConfig, OptimConfig, PretrainConfig
 from megalina.parallel.emulated_device import emulated_device
-from megalina.perfmodel.cost.instruction_seconds import Device, device_of, instruction_seconds, share_at
-from megalina.perfmodel.cost.instruction_work import InstructionWork
+from megalina.perfmodel.cost.instruction_bytes import bucket_specs
+from megalina.perfmodel.cost.instruction_seconds import (
+    SMALLEST_SHARE,
+    Device,
+    device_of,
+    emulated_seconds,
+    instruction_seconds,
+    share_at,
+)
+from megalina.perfmodel.cost.instruction_work import InstructionWork, forward_flops
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import Setting, training_step
 from megalina.train.throughput import published_peak_flops
 from megalina.validate import check_hardware
-from tests.perfmodel.sim.schedules import buckets_of
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = {path.stem: path for path in sorted((ROOT / "conf" / "cluster").glob("*.yaml"))}
@@ -210,17 +218,37 @@ def test_a_small_instruction_waits_for_the_host_and_what_travels_costs_the_devic
 )
 def test_an_emulated_device_costs_here_what_it_costs_there(given: dict[str, float]) -> None:
     cluster = replace(cluster_of("emulated"), **{"attention_ms": 0.0, "experts_ms": 0.0, **given})
-    config = PretrainConfig(cluster=cluster)
+    config = PretrainConfig(cluster=cluster, optim=OptimConfig(name="muon"))
     config.model.vocab_size = 512
     shape = shape_of(config.model, config.router, tp=1, sequence=True)
-    buckets = buckets_of(shape)
+    buckets = bucket_specs(config, 4, vocab_size=512)
     setting = Setting(shape, buckets, Plan(chunks=(2, 1), late_layers=1), micro_batches=2, recompute_mode="full")
     seconds = instruction_seconds(config, InstructionWork(config, world=4, vocab_rows=512, buckets=buckets))
-    device = emulated_device(config)
+    device = emulated_device(config, buckets)
     assert device is not None
     program = training_step("lina", setting)
     assert sum(map(seconds, program)) > 0
+    assert all(seconds(s) > 0 for s in program if s.name.startswith("newton_schulz "))
     assert [seconds(s) for s in program] == [device.seconds(s) if s.kind is Kind.COMPUTE else 0.0 for s in program]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_directions_take_their_flops_on_an_emulated_device(zero: int) -> None:
+    """At the rate of attention and experts together, where these have times; with ZeRO-1 of the matrices that a rank has."""
+    config = PretrainConfig(cluster=cluster_of("emulated"), optim=OptimConfig(name="muon"))
+    config.parallel.zero, config.parallel.ep, config.model.vocab_size = zero, 2, 512
+    buckets = bucket_specs(config, 4, vocab_size=512)
+    flops, cluster = forward_flops(config), config.cluster
+    rate = (flops["attention"] + flops["experts"]) / (cluster.attention_ms + cluster.experts_ms) * 1e3
+    seconds = emulated_seconds(config, buckets)
+    assert seconds is not None
+    for name in ("dense.0", "experts.0"):
+        of_ranks = [
+            sum(m.count * matrix_flops(m.rows, m.columns, config.optim) for m in buckets[name].own_matrices(rank))
+            for rank in range(len(buckets[name].shares) or 1)
+        ]
+        assert seconds(instruction(f"newton_schulz {name}", "U")) == pytest.approx((1 + SMALLEST_SHARE) * max(of_ranks) / rate)
+    assert seconds(instruction("update dense.0", "U")) == seconds(instruction("newton_schulz embedding", "U")) == 0
 
 
 # files

@@ -8,7 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalina.blocks.optimizers import matrix_flops
-from megalina.config import OptimConfig, PretrainConfig
+from megalina.config import ClusterConfig, HardwareConfig, OptimConfig, PretrainConfig, training_layers
+from megalina.mesh import build_mesh
+from megalina.parallel.trainable import Trainable
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.priced_step import PricedStep
@@ -17,7 +19,10 @@ from megalina.perfmodel.sim.network import one_level
 from megalina.plan_settings import plan_of
 from megalina.step.program import Instruction, Kind, Op
 from megalina.step.strategy import STRATEGIES
+from megalina.timeline.recorder import COMPUTE, Recorder
+from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.muon import Muon
+from megalina.verify.start import random_batches
 from tests.verify.cases import config_with, strategy
 
 WORLD = 4
@@ -108,7 +113,25 @@ def test_every_list_has_a_price_and_a_peak(name: str, tp: int, after: int) -> No
     gathers = [s for s in step.program if s.phase == "U" and s.op is Op.GATHER and s.kind is Kind.START]
     assert all(step.sizes.bytes_of(s) > 0 for s in gathers) and bool(gathers) == (tp > 1)
     (logits,) = [s for s in step.program if s.op is Op.MAX and s.kind is Kind.START]
-    assert step.sizes.bytes_of(logits) == config.model.num_layers * config.model.num_kv_heads * 8
+    assert step.sizes.bytes_of(logits) == len(training_layers(config.model)) * config.model.num_kv_heads * 8
+
+
+def test_an_emulated_device_takes_in_a_step_what_the_simulator_says() -> None:
+    links = HardwareConfig(nics_per_node=1, oversubscription=1.0, collective_efficiency=1.0)
+    cluster = ClusterConfig(device_gflops=0.05, nodes=1, ranks_per_node=1, link_gbit=1.0, hardware=links)
+    config = replace(config_of(), cluster=cluster)
+    rows = config.model.vocab_size
+    trainable = Trainable(config, build_mesh(), vocab_size=rows, device=torch.device("cpu"), wish_to_stop=lambda: False)
+    optimizer = BucketOptimizer(config.optim, trainable.buckets)
+    (batch,), recorder = random_batches(config, 1), Recorder()
+    trainable.step(batch, optimizer.update, directions=optimizer, record=recorder)
+    priced = PricedStep(config, 1, trainable.plan, vocab_size=rows)
+    directions = [s for s in priced.program if s.name.startswith("newton_schulz ")]
+    took_s = {e.name: e.end_s - e.start_s for e in recorder.events() if e.kind == COMPUTE}
+    assert len(directions) == 5 and trainable.device is not None
+    for s in directions:
+        assert took_s[s.name] == pytest.approx(priced.seconds(s)) and priced.seconds(s) > 0.001
+        assert trainable.device.seconds(s) == priced.seconds(s)
 
 
 def test_a_search_of_lists_keeps_directions_before_the_verdict_movable() -> None:

@@ -333,6 +333,10 @@ def test_decoding_reads_keys_and_values_and_prefill_does_not() -> None:
     own = roofline(layer=["attention", f"{Path(__file__).resolve().parents[3]}/docs/examples/own_layer.py:Gate", "ffn"])
     assert own.instruction_s("gate", 2048) > own.instruction_s("gate", 1024) > 0 == roofline().instruction_s("gate", 1024)
     assert roofline().instruction_s("foresee", 64) == roofline().instruction_s("attention", 0) == 0.0
+    windowed = roofline(context=32768, window=1025, full_attention_every=2)  # half of the layers read as many as `short`
+    half_s = (long.instruction_s("attention", 256) + short.instruction_s("attention", 256)) / 2
+    assert windowed.instruction_s("attention", 256) == pytest.approx(half_s)
+    assert roofline(window=128).instruction_s("attention", 2048) < roofline().instruction_s("attention", 2048)
     with pytest.raises(ValueError, match="a context of -1 tokens"):
         roofline(context=-1)
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megalina.config import StrategyConfig
 from megalina.model.tokens import ALL, RouterTokens, router_tokens
 from megalina.verify.diagnosis import diagnose
+from megalina.verify.evidence import Evidence
+from megalina.verify.hypotheses.routing import capacity_of_parts
 from megalina.verify.recording import INITIAL, SEQUENCES, Layout
 from megalina.verify.reference import model_of, record
 from megalina.verify.start import random_batches
@@ -117,6 +120,14 @@ def unsorted_rows(right_experts: bool) -> Change:
 
 def test_rows_that_are_not_regrouped_by_expert_are_named() -> None:
     assert diagnosed("plain", TWO, unsorted_rows(False)).named == "rows_not_regrouped"
+
+
+def test_a_partition_that_is_yet_to_be_found_is_none() -> None:
+    reference = reference_of("plain", TWO)
+    recording = changed(reference, TWO, unsorted_rows(False))
+    strategy = StrategyConfig(name="lancet", partition="auto")
+    recording = replace(recording, config=replace(recording.config, strategy=strategy))
+    assert list(capacity_of_parts(Evidence(reference, recording))) == []
 
 
 def test_rows_with_their_own_experts_are_right() -> None:
