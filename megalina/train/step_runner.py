@@ -18,6 +18,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.links import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
+from megalina.data.replayed import replayed
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.plan_file import questions
@@ -81,7 +82,7 @@ class StepRunner:
     ):
         """`meshes`, `log`: those of other runners of the same layout, at least of this configuration's packings; they take
         turns."""
-        self.config, self.data, self.device = config, data, device
+        self.config, self.data, self.device = config, replayed(data, config), device
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
         made = meshes or build_meshes(
@@ -300,6 +301,12 @@ class StepRunner:
         if train.ledger:
             state.ledger.add(line)
         return result, line
+
+    def check_next(self) -> None:
+        """ValueError, on all ranks alike, where the next step has a sequence whose routing is to be replayed and isn't known."""
+        if self.config.router.replay:
+            count = self.config.train.global_batch_size
+            self.data.train.batch(after(self.state.consumed_samples, count, self.state.windows), count)
 
     def close(self) -> None:
         """End all threads; nothing more is computed."""

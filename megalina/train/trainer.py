@@ -120,8 +120,9 @@ class Trainer:
     """One run: its steps, and between them validation, checkpoints, metrics."""
 
     def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device, tracker: Tracker | None):
-        self.config, self.data, self.device, self.tracker = config, data, device, tracker
+        self.config, self.device, self.tracker = config, device, tracker
         self.runner = StepRunner(config, data, device=device)
+        self.data = self.runner.data
         self.built, self.state = self.runner.built, self.runner.state
         self.timing = Timing(config, self.built)
         vocab_size = self.built.trainable.gpt.vocab_size
@@ -143,6 +144,7 @@ class Trainer:
             self.state.load_weights(Path(self.config.train.init_from))
         if start is not None:
             self.runner.keep_plan(read_values(start))
+        self.runner.check_next()
         if self.runner.is_first and self.config.train.ledger:
             self.state.ledger.open(Path(self.config.run.dir), self.state.step)
         if self.runner.is_first:
