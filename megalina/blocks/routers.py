@@ -324,7 +324,7 @@ def _check_replay(config: RouterConfig, kind: type[RouterKind]) -> None:
             )
         if config.has_capacity:
             raise ValueError(
-                f"router.{name}={path} with {capacity_text(config)}: capacity would take given choices away, and servers drop none: "
+                f"router.{name}={path} with {capacity_text(config)}: capacity would take given choices away: "
                 "set router.capacity_factor=0 and router.capacity_bound=none"
             )
 

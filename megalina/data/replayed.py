@@ -51,7 +51,7 @@ def with_choices(batch: Batch, replay: RouterReplay, num_layers: int) -> Batch:
 
 
 def read_replays(config: PretrainConfig) -> dict[str, RouterReplay]:
-    """Those of the configuration, by the setting that names them.  ValueError, one line, for a file that doesn't fit the model."""
+    """Those of the configuration, by the setting that names them.  ValueError for a file that doesn't fit the model."""
     model, router = config.model, config.router
     layers = [layer for layer in range(model.num_layers) if is_moe_layer(model, layer)]
     named = {"router.replay": router.replay, "router.replay_validation": router.replay_validation}

@@ -210,7 +210,10 @@ def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
     """Those of the format; ValueError and much else where the bytes are damaged."""
     found: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(file) as archive:
-        for key in (*("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "samples", "ahead_ids"), *ARRAYS):
+        for key in (
+            *("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "samples", "ahead_ids"),
+            *ARRAYS,
+        ):
             if f"{key}.npy" not in archive.namelist():
                 continue
             # A damaged header may claim any shape: see that the bytes are there before memory is taken for them.
