@@ -1,10 +1,10 @@
 """Compare routing: where does a trainer choose other experts than a server did, what does it cost, and what does replay close?
 
-python tools/compare_routing.py CHECKPOINT server.npz                                  # the trainer in float32, the server by its file
+python tools/compare_routing.py CHECKPOINT server.npz                    # the trainer in float32, the server by its file
 python tools/compare_routing.py CHECKPOINT server.npz --server-dtype bfloat16 --json twin.json --png twin.png   # its model, too
 
-The file is one that tools/record_routing.py or import_routing.py writes.  With --server-dtype (and --server CHECKPOINT, where it is
-another model) the server's model runs here too, and distributions are compared.  docs/router-twin.md says what the numbers mean.
+The file is one that tools/record_routing.py or import_routing.py writes.  With --server-dtype (and --server CHECKPOINT, where it
+is another model) the server's model runs here too, and distributions are compared.  docs/router-twin.md says what they mean.
 """
 
 import argparse

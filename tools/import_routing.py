@@ -1,11 +1,11 @@
 """Bring routing that others have recorded into a file that routers replay (router.replay=FILE), and back; docs/router-twin.md.
 
 python tools/import_routing.py vllm COMPLETIONS.jsonl --model CHECKPOINT --out replay.npz
-python tools/import_routing.py vllm ROUTED.npz --model CHECKPOINT --out replay.npz             # routed_experts [B, S, L, K], tokens [B, S]
+python tools/import_routing.py vllm ROUTED.npz --model CHECKPOINT --out replay.npz    # routed_experts [B, S, L, K], tokens [B, S]
 python tools/import_routing.py megatron router_trace_rank0.jsonl --tokens TOKENS.npy --model CHECKPOINT --out replay.npz
-python tools/import_routing.py export replay.npz --out ROUTED.npz                              # vLLM's arrays
+python tools/import_routing.py export replay.npz --out ROUTED.npz                     # vLLM's arrays
 
-The model says how many experts there are and which layers have them; without one give --experts N [--layers 1,2,3 --all-layers N].
+The model says how many experts there are and which layers have them; else --experts N [--layers 1,2,3 --all-layers N] does.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> str:
     RouterReplay(trace)  # which refuses one sequence with two routes
     write_trace(options.out, trace)
     return (
-        f"{trace.num_tokens:,} tokens of {len(trace.sample_lengths_S)} sequences, {trace.num_layers} MoE layers, {trace.num_experts} "
-        f"experts top-{trace.top_k}; {options.out}"
+        f"{trace.num_tokens:,} tokens of {len(trace.sample_lengths_S)} sequences, {trace.num_layers} MoE layers, "
+        f"{trace.num_experts} experts top-{trace.top_k}; {options.out}"
     )
 
 
@@ -124,7 +124,7 @@ def from_megatron(options: argparse.Namespace) -> RoutingTrace:
     uneven = [int(n) for n in trace.sample_lengths_S if n % length]
     if uneven or trace.num_tokens != sequences * length:
         raise ValueError(
-            f"{options.file} has records of {trace.num_tokens} tokens in all, and {options.tokens} {sequences} sequences of {length}: "
+            f"{options.file} has records of {trace.num_tokens} tokens, and {options.tokens} {sequences} sequences of {length}: "
             "each record must have whole sequences (with sequence parallelism a rank has a part of them), and all must be there"
         )
     ends = np.cumsum(trace.sample_lengths_S)

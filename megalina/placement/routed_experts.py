@@ -3,15 +3,16 @@
     arrays        routed_experts [B, S, L, K] integers, tokens [B, S], and lengths [B] or attention_mask [B, S] where sequences
                   are padded, behind or in front; one sequence may come without B
     JSON lines    a completion each: {"prompt_token_ids": [...], "token_ids": [...], "routed_experts": ...}, or an answer of
-                  vLLM's server with "choices" of that kind.  routed_experts is a list [n, L, K], or an .npy file in base64, of all
-                  tokens; where there is "prompt_routed_experts", as in vLLM 0.21, it is of the generated tokens alone.  "logprobs"
-                  is a list, or has "token_logprobs": of the generated tokens
+                  vLLM's server with "choices" of that kind.  routed_experts is a list [n, L, K], or an .npy file in base64, of
+                  all tokens; where there is "prompt_routed_experts", as in vLLM 0.21, it is of the generated tokens alone.
+                  "logprobs" is a list, or has "token_logprobs": of the generated tokens
 
 A server never reads the last token that it has sampled, so n may be one less than the tokens: then that token is left out.  L is
 either the model's MoE layers or all of its layers, those without experts holding anything.  Rows of -1 stand for routes that are
 missing.  Ids are logical: where a server has moved or copied experts, vLLM records before it maps them to places.
 
-Sources: vLLM, docs/training/routed_experts.md and tests of its return_routed_experts (read in 2026), `CompletionOutput.routed_experts`.
+Sources: vLLM's `CompletionOutput.routed_experts`, docs/training/routed_experts_replay.md (0.21), docs/training/routed_experts and
+the tests of --enable-return-routed-experts (2026).
 
 Shapes: B sequences of up to S tokens, n of one, L layers, K experts a token, T tokens in all.
 """
@@ -69,16 +70,17 @@ def from_arrays(
     if tokens_BS.ndim == 1:
         tokens_BS = tokens_BS[None]
     if routed_BSLK.ndim != 4 or not np.issubdtype(routed_BSLK.dtype, np.integer):
-        raise ValueError(f"routed_experts must be integers [B, S, L, K], not {routed_BSLK.dtype} {list(routed_BSLK.shape)}")
+        raise ValueError(f"routed_experts must be integers [B, S, L, K], not {_kind(routed_BSLK)}")
     if tokens_BS.ndim != 2 or not np.issubdtype(tokens_BS.dtype, np.integer) or len(tokens_BS) != len(routed_BSLK):
         raise ValueError(
-            f"tokens must be integers [{len(routed_BSLK)}, S] beside routed_experts {list(routed_BSLK.shape)}, not {tokens_BS.dtype} "
-            f"{list(tokens_BS.shape)}"
+            f"tokens must be integers [{len(routed_BSLK)}, S] beside routed_experts {list(routed_BSLK.shape)}, not "
+            f"{_kind(tokens_BS)}"
         )
     sequences, length = tokens_BS.shape
     if routed_BSLK.shape[1] not in (length, length - 1):
         raise ValueError(
-            f"routed_experts are of {routed_BSLK.shape[1]} tokens a sequence, and tokens has {length}: they must be as many, or one less"
+            f"routed_experts are of {routed_BSLK.shape[1]} tokens a sequence, and tokens has {length}: they must be as many, or "
+            "one less"
         )
     if lengths_B is not None and mask_BS is not None:
         raise ValueError("lengths and attention_mask: give one of them")
@@ -133,7 +135,7 @@ def of_layers(routed_nLK: Array, model: Routed, where: str) -> Array:
 
 
 def _traced(sequences: Sequence[SentSequence], model: Routed, name: str) -> RoutingTrace:
-    ids, tokens, logprobs = [], [], []
+    ids, tokens, logprobs = list[Array](), list[Array](), list[Array]()
     for of in sequences:
         routed_nLK = of_layers(of.routed, model, of.where)
         there_n = (routed_nLK != NOBODY).any(axis=(1, 2))
@@ -142,12 +144,13 @@ def _traced(sequences: Sequence[SentSequence], model: Routed, name: str) -> Rout
             raise ValueError(f"{of.where} has no route: leave it out")
         if not there_n[:rows].all():
             raise ValueError(
-                f"{of.where} lacks the routes of token {int(np.argmin(there_n[:rows]))}, but has later ones: leave it out"
+                f"{of.where} lacks the routes of token {int(np.argmin(there_n[:rows]))}, but has later ones, as of a prompt "
+                "that was cached: leave it out"
             )
         if rows < len(of.tokens) - 1:
             raise ValueError(
-                f"{of.where} has routes of {rows} of {len(of.tokens)} tokens; only the last may lack them: leave it out, or give lengths "
-                "or attention_mask where sequences are padded"
+                f"{of.where} has routes of {rows} of {len(of.tokens)} tokens; only the last may lack them: leave it out, or give "
+                "lengths or attention_mask where sequences are padded"
             )
         _check(routed_nLK[:rows], model, of.where)
         if ids and routed_nLK.shape[2] != ids[0].shape[2]:
@@ -175,8 +178,8 @@ def _check(routed_nLK: Array, model: Routed, where: str) -> None:
     if bad_nLK.any():
         token, layer, k = (int(i) for i in np.argwhere(bad_nLK)[0])
         raise ValueError(
-            f"{where}: token {token} goes to expert {int(routed_nLK[token, layer, k])} in layer {model.layers[layer]}, and there are "
-            f"experts 0 to {model.num_experts - 1}: places of a server's copies must be mapped to experts before"
+            f"{where}: token {token} goes to expert {int(routed_nLK[token, layer, k])} in layer {model.layers[layer]}, and there "
+            f"are experts 0 to {model.num_experts - 1}: places of a server's copies must be mapped to experts before"
         )
     ordered = np.sort(routed_nLK, axis=2)
     if (twice_nL := (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)).any():
@@ -219,8 +222,8 @@ def _completion(where: str, record: dict[str, Any]) -> SentSequence:
     tokens = np.concatenate([prompt, made])
     if len(routed_nLK) not in (len(tokens), len(tokens) - 1):
         raise ValueError(
-            f"{where}: routed_experts has {len(routed_nLK)} rows for {len(prompt)} tokens of the prompt and {len(made)} after: there "
-            "must be as many, or one less"
+            f"{where}: routed_experts has {len(routed_nLK)} rows for {len(prompt)} tokens of the prompt and {len(made)} after: "
+            "there must be as many, or one less"
         )
     logprobs = record.get("logprobs")
     if isinstance(logprobs, dict):
@@ -251,3 +254,8 @@ def _numbers(where: str, key: str, value: Any, ndim: int) -> Array:
     if found.ndim != ndim or not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"{where}: {key} must be integers of {ndim} dimensions, not {found.dtype} {list(found.shape)}")
     return found
+
+
+def _kind(array: Array) -> str:
+    """For errors."""
+    return f"{array.dtype} {list(array.shape)}"

@@ -23,15 +23,16 @@ class RouterReplay:
         where = f"trace {trace.name}"
         if trace.text is None:
             raise ValueError(
-                f"{where} does not say which tokens it is of, so it can't be replayed: record it with tools/record_routing.py, or "
-                "import it with tools/import_routing.py"
+                f"{where} does not say which tokens it is of, so it can't be replayed: make one with tools/record_routing.py or "
+                "tools/import_routing.py"
             )
         self.trace, self._tokens_T = trace, trace.text.tokens_T.astype(np.int64)
         self._ends_S = np.cumsum(trace.sample_lengths_S.astype(np.int64))
         self._found: dict[bytes, int] = {}  # digest of a sequence's tokens -> its number in the trace
         for number in range(len(self._ends_S)):
             there = self._found.setdefault(_digest(self.tokens(number)), number)
-            if there != number and not np.array_equal(*(trace.expert_ids_TLK[self._span(s)] for s in (there, number))):
+            ids_TLK = trace.expert_ids_TLK
+            if there != number and not np.array_equal(ids_TLK[self._span(there)], ids_TLK[self._span(number)]):
                 raise ValueError(f"{where}: sequences {there} and {number} have the same tokens and other experts: leave one out")
 
     def tokens(self, number: int) -> Ids:
@@ -57,7 +58,7 @@ class RouterReplay:
             raise ValueError(f"it has {trace.top_k} experts a token, and router.top_k is {top_k}")
         if list(trace.layers) != list(layers):
             raise ValueError(
-                f"it has {trace.num_layers} MoE layers, {_listed(trace.layers)}, and the model has {len(layers)}, {_listed(layers)}"
+                f"it has {trace.num_layers} MoE layers, {_listed(trace.layers)}, and the model {len(layers)}, {_listed(layers)}"
             )
 
     def _span(self, number: int) -> slice:
@@ -73,8 +74,8 @@ class RouterReplay:
         else:
             differs = f"begins alike, but has {len(nearest)} tokens instead of {len(tokens)}"
         return (
-            f"{what} isn't among the {len(self._ends_S)} sequences of trace {self.trace.name}: the one nearest to it, number {number}, "
-            f"{differs}; record the routing of this text"
+            f"{what} isn't among the {len(self._ends_S)} sequences of trace {self.trace.name}: the one nearest to it, number "
+            f"{number}, {differs}; record the routing of this text"
         )
 
 

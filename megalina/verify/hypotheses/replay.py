@@ -59,8 +59,8 @@ def scores_zeroed(evidence: Evidence) -> Iterator[Cause]:
         lost = int((~is_own_AK & evidence.batch.valid_BS.flatten()[:, None]).sum())
         yield Cause(
             "replay_scores_zeroed",
-            f"{first.name}: {lost} replayed choices that the router would not have made weigh nothing, so neither their experts nor "
-            "their scores learn: weights must be looked up among the scores of all experts",
+            f"{first.name}: {lost} replayed choices that the router would not have made weigh nothing, so neither their experts "
+            "nor their scores learn: weights must be looked up among the scores of all experts",
         )
 
 
