@@ -23,6 +23,7 @@ class ReplayedSamples:
     replay: RouterReplay
     num_layers: int  # of the model, with and without experts
     setting: str  # where the file was named
+    until: int | None = None  # sequences from this number on are nobody's: their tokens count nowhere, and have no choices
 
     @property
     def num_sequences(self) -> int:
@@ -30,7 +31,11 @@ class ReplayedSamples:
 
     def batch(self, first: int, count: int, stride: int = 1) -> Batch:
         try:
-            return with_choices(self.samples.batch(first, count, stride), self.replay, self.num_layers)
+            batch = self.samples.batch(first, count, stride)
+            asked = batch
+            if self.until is not None:
+                asked = replace(batch, valid_BS=batch.valid_BS & (batch.sample_B < self.until)[:, None])
+            return replace(batch, replay_BSLK=with_choices(asked, self.replay, self.num_layers).replay_BSLK)
         except ValueError as error:
             raise ValueError(f"{self.setting}: {error}") from error
 
@@ -67,11 +72,10 @@ def replayed(data: TokenData, config: PretrainConfig) -> TokenData:
     if not (found := read_replays(config)):
         return data
 
-    def of(samples: Samples | None, setting: str) -> Samples | None:
-        if samples is None or setting not in found:
-            return samples
-        return ReplayedSamples(samples, found[setting], config.model.num_layers, setting)
-
-    train = of(data.train, "router.replay")
-    assert train is not None
-    return replace(data, train=train, valid=of(data.valid, "router.replay_validation"))
+    train, valid = data.train, data.valid
+    if (replay := found.get("router.replay")) is not None:
+        train = ReplayedSamples(train, replay, config.model.num_layers, "router.replay")
+    if valid is not None and (replay := found.get("router.replay_validation")) is not None:
+        until = min(config.train.eval_sequences, valid.num_sequences)
+        valid = ReplayedSamples(valid, replay, config.model.num_layers, "router.replay_validation", until)
+    return replace(data, train=train, valid=valid)
