@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> str:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         shape = " x ".join(map(str, arrays["routed_experts"].shape))
         return f"routed_experts {shape} (sequences, tokens, layers, experts a token); {options.out}"
+    check_model(options)
     trace = from_vllm(options) if options.command == "vllm" else from_megatron(options)
     RouterReplay(trace)  # which refuses one sequence with two routes
     write_trace(options.out, trace)
@@ -145,11 +146,17 @@ def from_megatron(options: argparse.Namespace) -> RoutingTrace:
     )
 
 
+def check_model(options: argparse.Namespace) -> None:
+    """ValueError unless something says of which model the file is, and one thing alone."""
+    if options.model is not None and (options.experts or options.layers or options.all_layers):
+        raise ValueError("--model says which experts and layers there are: leave out --experts, --layers and --all-layers")
+    if options.model is None and not options.experts:
+        raise ValueError("how many experts a layer has is not in the file: give --model CHECKPOINT, or --experts N")
+
+
 def model_of(options: argparse.Namespace, columns: int | None) -> Routed:
     """`columns`: layers that the file has, where that is known."""
     if options.model is not None:
-        if options.experts or options.layers or options.all_layers:
-            raise ValueError("--model says which experts and layers there are: leave out --experts, --layers and --all-layers")
         from megalina.checkpoint.files import read_values
         from megalina.config import ModelConfig, is_moe_layer
         from tools.record_routing import checkpoint_of
@@ -157,8 +164,6 @@ def model_of(options: argparse.Namespace, columns: int | None) -> Routed:
         model = ModelConfig(**read_values(checkpoint_of(options.model))["config"]["model"])
         layers = tuple(layer for layer in range(model.num_layers) if is_moe_layer(model, layer))
         return Routed(model.num_experts, layers, model.num_layers)
-    if not options.experts:
-        raise ValueError("how many experts a layer has is not in the file: give --model CHECKPOINT, or --experts N")
     layers = tuple(options.layers or range(columns or 0))
     if not layers:
         raise ValueError("which layers have experts is not known before JSON lines are read: give --layers or --model")

@@ -190,7 +190,7 @@ def _check(routed_nLK: Array, model: Routed, where: str) -> None:
 
 
 def _completions(path: Path) -> Iterator[SentSequence]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # what is no text is no JSON either
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -11,7 +11,7 @@ from megalina.blocks.routers import check_router
 from megalina.config import RouterConfig
 from megalina.model.routers import Router, Routing, TopK
 from megalina.model.tokens import RouterTokens
-from tests.model.test_routers import A, CONFIGS, E, S, loss_of, make_logits, make_router, make_tokens, route, some_padding
+from tests.model.test_routers import CONFIGS, A, E, S, loss_of, make_logits, make_router, make_tokens, route, some_padding
 
 LAYER = 2  # of `make_router`
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
@@ -111,7 +111,9 @@ def test_each_layer_has_choices_of_its_own() -> None:
     for layer in range(LAYER + 1):
         router = make_router(CONFIGS["topk"])
         router.layer = layer
-        assert torch.equal(route(router, make_logits(), replaying(make_tokens(), replay_ALK)).expert_TK, replay_ALK[:, layer].long())
+        assert torch.equal(
+            route(router, make_logits(), replaying(make_tokens(), replay_ALK)).expert_TK, replay_ALK[:, layer].long()
+        )
 
 
 class OwnRouting(TopK):

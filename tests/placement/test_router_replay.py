@@ -44,7 +44,9 @@ def test_the_last_token_may_be_unknown_and_no_other() -> None:
 def test_other_tokens_are_refused_with_the_first_that_differs() -> None:
     other = TOKENS[5:8].copy()
     other[2] = 99
-    message = rf"sequence 31 isn't among the 3 sequences of trace t: .* number 1, first differs in token 2, {TOKENS[7]} instead of 99"
+    message = (
+        rf"sequence 31 isn't among the 3 sequences of trace t: .* number 1, first differs in token 2, {TOKENS[7]} instead of 99"
+    )
     with pytest.raises(ValueError, match=message):
         RouterReplay(trace_of()).choices(other, "sequence 31")
 
