@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from megalina.data.source import TokenData
 
 BAD_INPUT = 2  # exit code
-MOST_SOUGHT = 16384  # sequences that are looked for in files of routing before a run starts
 WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
 register_schema()
 
@@ -128,18 +127,17 @@ def check_data(config: PretrainConfig) -> int:
 
 
 def check_sequences(config: PretrainConfig, data: "TokenData") -> None:
-    """ValueError if the run would meet a sequence whose routing is to be replayed and isn't in the file; of very many sequences
-    the first ones are looked for.  A run that goes on from a checkpoint looks for those of its next step when it starts."""
+    """ValueError if the run would meet a sequence whose routing is to be replayed and isn't in the file.  Where a run goes on
+    from a checkpoint, its ranks look for those of training once they know from where on."""
     from megalina.data.replayed import replayed
-    from megalina.train.sample_windows import after, pairs
+    from megalina.train.known_sequences import check_known
+    from megalina.train.sample_windows import pairs
 
     train, data = config.train, replayed(data, config)
     if config.router.replay and not _starts_from_checkpoint(config):
-        first, count = 0, train.global_batch_size
-        for _ in range(min(train.exit_step or train.steps, train.steps, -(-MOST_SOUGHT // count))):
-            first = after(first, count, pairs(config.data.skip_samples))
-            data.train.batch(first, count)
-            first += count
+        steps = min(train.exit_step or train.steps, train.steps)
+        windows = pairs(config.data.skip_samples)
+        check_known(data.train, first=0, count=train.global_batch_size, steps=steps, windows=windows)
     if config.router.replay_validation and data.valid is not None:
         data.valid.batch(0, min(train.eval_sequences, data.valid.num_sequences))
 

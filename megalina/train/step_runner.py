@@ -30,6 +30,7 @@ from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.guard import SpikeGuard
+from megalina.train.known_sequences import check_known
 from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.list_search import ListSearch
 from megalina.train.own_samples import own_samples
@@ -302,11 +303,17 @@ class StepRunner:
             state.ledger.add(line)
         return result, line
 
-    def check_next(self) -> None:
-        """ValueError, on all ranks alike, where the next step has a sequence whose routing is to be replayed and isn't known."""
+    def check_known(self, *, last_step: int) -> None:
+        """ValueError, on all ranks alike, where a step up to the last one has a sequence whose routing is to be replayed and
+        isn't known."""
         if self.config.router.replay:
-            count = self.config.train.global_batch_size
-            self.data.train.batch(after(self.state.consumed_samples, count, self.state.windows), count)
+            check_known(
+                self.data.train,
+                first=self.state.consumed_samples,
+                count=self.config.train.global_batch_size,
+                steps=last_step - self.state.step,
+                windows=self.state.windows,
+            )
 
     def close(self) -> None:
         """End all threads; nothing more is computed."""
