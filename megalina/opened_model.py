@@ -111,9 +111,8 @@ class OpenedModel:
         return seen
 
     def record(self, tokens: Tensor, *, logprobs: bool = False) -> RoutingTrace:
-        """As `routing`, for a file (`megalina.placement.routing_trace.write_trace`) that routers replay: with the tokens, and with
-        `logprobs` what the model gives the token after each.  ValueError as `routing`, and for experts that choose tokens.
-        """
+        """As `routing`, for a file (`megalina.placement.routing_trace.write_trace`) that routers replay: with tokens and
+        what the model gives the token after each (`logprobs`).  ValueError as `routing`, and where experts choose tokens."""
         batch, gpt = self._batch(tokens), self._loaded.gpt
         return record_routing(gpt, [batch], max_tokens=tokens.numel(), name=f"step {self.step}", logprobs=logprobs)
 

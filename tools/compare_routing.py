@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> "Comparison":
 def table(found: "Comparison") -> str:
     """For people."""
     lines = [
-        f"{found.num_tokens:,} tokens of {found.num_sequences} sequences, {len(found.layers)} MoE layers",
+        f"{found.num_tokens:,} tokens of {found.num_sequences} sequences, {len(found.layers)} MoE layers"
+        + (f"; the server's choices are known of {found.num_routed:,}" if found.num_routed < found.num_tokens else ""),
         "",
         "layer  tokens with other experts  other choices  under replay  router KL  under replay",
     ]

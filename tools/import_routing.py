@@ -39,6 +39,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--experts", type=whole(1, 1 << 20), metavar="N", help="of a layer, where there is no model here")
         command.add_argument("--layers", type=numbers, metavar="A,B", help="those with experts (default: all that the file has)")
         command.add_argument("--all-layers", type=whole(1, 1 << 20), metavar="N", help="of the model, with and without experts")
+    vllm.add_argument(
+        "--holes", action="store_true", help="tokens without a route (-1) may be anywhere: routers choose by themselves there"
+    )
     vllm.add_argument("--tokens", type=Path, metavar="FILE", help="tokens [B, S] beside an .npy of routed_experts")
     megatron.add_argument(
         "--tokens",
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace) -> str:
 
 def from_vllm(options: argparse.Namespace) -> RoutingTrace:
     if options.file.suffix not in (".npz", ".npy"):
-        return from_json_lines(options.file, model_of(options, None))
+        return from_json_lines(options.file, model_of(options, None), holes=options.holes)
     found = arrays_of(options.file)
     if options.tokens:
         found["tokens"] = array_of(options.tokens)
@@ -104,6 +107,7 @@ def from_vllm(options: argparse.Namespace) -> RoutingTrace:
             routed,
             found["tokens"],
             model_of(options, routed.shape[-2] if routed.ndim > 2 else 1),
+            holes=options.holes,
             lengths_B=found.get("lengths"),
             mask_BS=found.get("attention_mask"),
             name=options.file.stem,

@@ -54,6 +54,7 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     num_tokens: int
+    num_routed: int  # tokens whose choices by the server are known: of these are shares
     num_sequences: int
     num_scored: int  # tokens whose successor is known
     layers: list[LayerDifference]
@@ -88,6 +89,7 @@ class _Sums:
 
     layers: int
     tokens: int = 0
+    routed: int = 0  # of which the server's choices are known
     scored: int = 0
     compared: int = 0  # of the scored ones, those whose log-probability the server has told
     some_layer: int = 0
@@ -119,22 +121,28 @@ def compare(
         valid_T = batch.valid_BS.flatten()
         assert given.replay_BSLK is not None
         given_TLK = given.replay_BSLK.flatten(0, 1)[valid_T].long()
+        known_N = given_TLK[:, layers[0], 0] >= 0
         own, replayed = read(trainer, batch), read(trainer, given)
         other = None if server is None else read(server, batch)
         differs_NL = torch.zeros(len(given_TLK), len(layers), dtype=torch.bool)
         for place, layer in enumerate(layers):
-            given_NK = given_TLK[:, layer]
-            missed_N = top_k - _common(given_NK, own.own_LNK[place])
-            differs_NL[:, place] = missed_N > 0
+            given_NK = given_TLK[known_N, layer]
+
+            def missed(of: Read, given_NK: Tensor = given_NK, place: int = place, known_N: Tensor = known_N) -> Tensor:
+                return top_k - _common(given_NK, of.own_LNK[place][known_N])
+
+            missed_N = missed(own)
+            differs_NL[known_N, place] = missed_N > 0
             sums.add("tokens", place, int((missed_N > 0).sum()))
             sums.add("choices", place, int(missed_N.sum()))
-            sums.add("tokens_replayed", place, int((_common(given_NK, replayed.own_LNK[place]) < top_k).sum()))
+            sums.add("tokens_replayed", place, int((missed(replayed) > 0).sum()))
             if other is not None:
-                sums.add("server_tokens", place, int((_common(given_NK, other.own_LNK[place]) < top_k).sum()))
+                sums.add("server_tokens", place, int((missed(other) > 0).sum()))
                 for name, of in (("divergence", own), ("divergence_replayed", replayed)):
                     sums.add(name, place, _divergence(other.log_LNE[place], of.log_LNE[place]))
         sums.some_layer += int(differs_NL.any(1).sum())
         sums.tokens += len(given_TLK)
+        sums.routed += int(known_N.sum())
         server_N = told_N if other is None else other.logprob_N
         scored_N = ~own.logprob_N.isnan()
         sums.scored += int(scored_N.sum())
@@ -258,10 +266,10 @@ def _next_token_divergence(server: GPT, of_server: Read, trainer: GPT, of_traine
 
 
 def _result(sums: _Sums, layers: list[int], top_k: int, num_sequences: int, *, has_model: bool) -> Comparison:
-    tokens, compared = sums.tokens, sums.compared
+    tokens, routed, compared = sums.tokens, max(sums.routed, 1), sums.compared
 
-    def share(name: str, place: int, of: int = 1) -> float:
-        return float(sums.of_layers[name][place]) / (tokens * of)
+    def of_layer(name: str, place: int, number: int) -> float:
+        return float(sums.of_layers[name][place]) / number
 
     def prediction(i: int) -> Prediction:
         return Prediction(
@@ -273,22 +281,23 @@ def _result(sums: _Sums, layers: list[int], top_k: int, num_sequences: int, *, h
 
     return Comparison(
         num_tokens=tokens,
+        num_routed=sums.routed,
         num_sequences=num_sequences,
         num_scored=sums.scored,
         layers=[
             LayerDifference(
                 layer=layer,
-                tokens=share("tokens", place),
-                choices=share("choices", place, top_k),
-                tokens_replayed=share("tokens_replayed", place),
-                divergence=share("divergence", place) if has_model else None,
-                divergence_replayed=share("divergence_replayed", place) if has_model else None,
+                tokens=of_layer("tokens", place, routed),
+                choices=of_layer("choices", place, routed * top_k),
+                tokens_replayed=of_layer("tokens_replayed", place, routed),
+                divergence=of_layer("divergence", place, tokens) if has_model else None,
+                divergence_replayed=of_layer("divergence_replayed", place, tokens) if has_model else None,
             )
             for place, layer in enumerate(layers)
         ],
-        tokens_in_some_layer=sums.some_layer / tokens,
+        tokens_in_some_layer=sums.some_layer / routed,
         own=prediction(0),
         replayed=prediction(1),
         server_loss=sums.server_nats / compared if compared else None,
-        server_tokens=float(sums.of_layers["server_tokens"].sum()) / (tokens * len(layers)) if has_model else None,
+        server_tokens=float(sums.of_layers["server_tokens"].sum()) / (routed * len(layers)) if has_model else None,
     )

@@ -60,11 +60,14 @@ def from_arrays(
     tokens_BS: Array,
     model: Routed,
     *,
+    holes: bool = False,
     lengths_B: Array | None = None,
     mask_BS: Array | None = None,
     name: str = "",
 ) -> RoutingTrace:
-    """ValueError, naming sequence and token, for what doesn't fit."""
+    """`holes`: tokens without a route may be anywhere; the trace then says which they are, and has placeholders.
+
+    ValueError, naming sequence and token, for what doesn't fit."""
     if routed_BSLK.ndim == 3:
         routed_BSLK = routed_BSLK[None]
     if tokens_BS.ndim == 1:
@@ -98,12 +101,12 @@ def from_arrays(
     missing_BLK = np.full((sequences, length - routed_BSLK.shape[1], *routed_BSLK.shape[2:]), NOBODY)
     whole_BSLK = np.concatenate([routed_BSLK, missing_BLK], axis=1)
     found = [SentSequence(f"sequence {b}", tokens_BS[b][valid_BS[b]], whole_BSLK[b][valid_BS[b]]) for b in range(sequences)]
-    return _traced(found, model, name)
+    return _traced(found, model, name, holes)
 
 
-def from_json_lines(path: Path, model: Routed) -> RoutingTrace:
-    """ValueError, naming file and line, for what isn't that."""
-    return _traced(list(_completions(path)), model, path.stem)
+def from_json_lines(path: Path, model: Routed, *, holes: bool = False) -> RoutingTrace:
+    """`holes`: as of `from_arrays`.  ValueError, naming file and line, for what isn't that."""
+    return _traced(list(_completions(path)), model, path.stem, holes)
 
 
 def to_arrays(trace: RoutingTrace) -> dict[str, Array]:
@@ -116,7 +119,9 @@ def to_arrays(trace: RoutingTrace) -> dict[str, Array]:
     valid_BS = np.arange(int(lengths_B.max())) < lengths_B[:, None]
     dtype = np.int16 if trace.num_experts <= 1 << 15 else np.int32
     routed_BSLK = np.full((*valid_BS.shape, trace.num_layers, trace.top_k), NOBODY, dtype)
-    routed_BSLK[valid_BS] = trace.expert_ids_TLK
+    known_T = trace.text.known_T
+    ids_TLK = trace.expert_ids_TLK.astype(dtype)
+    routed_BSLK[valid_BS] = ids_TLK if known_T is None else np.where(known_T[:, None, None], ids_TLK, NOBODY)
     tokens_BS = np.zeros(valid_BS.shape, np.int64)
     tokens_BS[valid_BS] = trace.text.tokens_T
     return {"routed_experts": routed_BSLK, "tokens": tokens_BS, "lengths": lengths_B}
@@ -134,41 +139,49 @@ def of_layers(routed_nLK: Array, model: Routed, where: str) -> Array:
     )
 
 
-def _traced(sequences: Sequence[SentSequence], model: Routed, name: str) -> RoutingTrace:
-    ids, tokens, logprobs = list[Array](), list[Array](), list[Array]()
+def _traced(sequences: Sequence[SentSequence], model: Routed, name: str, holes: bool) -> RoutingTrace:
+    ids, tokens, logprobs, known = list[Array](), list[Array](), list[Array](), list[Array]()
     for of in sequences:
         routed_nLK = of_layers(of.routed, model, of.where)
         there_n = (routed_nLK != NOBODY).any(axis=(1, 2))
         rows = int(there_n.nonzero()[0].max(initial=-1)) + 1
         if rows == 0:
             raise ValueError(f"{of.where} has no route: leave it out")
-        if not there_n[:rows].all():
+        if not holes and not there_n[:rows].all():
             raise ValueError(
                 f"{of.where} lacks the routes of token {int(np.argmin(there_n[:rows]))}, but has later ones, as of a prompt "
                 "that was cached: leave it out"
             )
-        if rows < len(of.tokens) - 1:
+        if not holes and rows < len(of.tokens) - 1:
             raise ValueError(
                 f"{of.where} has routes of {rows} of {len(of.tokens)} tokens; only the last may lack them: leave it out, or give "
                 "lengths or attention_mask where sequences are padded"
             )
+        if holes:
+            rows = len(routed_nLK)
+            routed_nLK = np.where(there_n[:, None, None], routed_nLK, np.arange(routed_nLK.shape[2]))
         _check(routed_nLK[:rows], model, of.where)
         if ids and routed_nLK.shape[2] != ids[0].shape[2]:
             raise ValueError(f"{of.where} has {routed_nLK.shape[2]} experts a token, those before {ids[0].shape[2]}")
         ids.append(routed_nLK[:rows])
         tokens.append(of.tokens[:rows])
+        known.append(there_n[:rows])
         logprobs.append(np.full(rows, np.nan, np.float32) if of.logprobs is None else of.logprobs[:rows])
     if not ids:
         raise ValueError(f"{name} holds no sequence")
     told = any(of.logprobs is not None for of in sequences)
-    token_T = np.concatenate(tokens)
+    token_T, known_T = np.concatenate(tokens), np.concatenate(known)
     return traced(
         np.concatenate(ids).astype(np.min_scalar_type(model.num_experts - 1)),
         model.num_experts,
         sample_lengths_S=np.array([len(of) for of in tokens]),
         layers=model.layers,
         name=name,
-        text=TracedText(token_T.astype(np.int64), logprobs_T=np.concatenate(logprobs) if told else None),
+        text=TracedText(
+            token_T.astype(np.int64),
+            logprobs_T=np.concatenate(logprobs) if told else None,
+            known_T=None if known_T.all() else known_T,
+        ),
     )
 
 

@@ -26,13 +26,12 @@ class RouterReplay:
                 f"{where} does not say which tokens it is of, so it can't be replayed: make one with tools/record_routing.py or "
                 "tools/import_routing.py"
             )
-        self.trace, self._tokens_T = trace, trace.text.tokens_T.astype(np.int64)
+        self.trace, self._tokens_T, self._known_T = trace, trace.text.tokens_T.astype(np.int64), trace.text.known_T
         self._ends_S = np.cumsum(trace.sample_lengths_S.astype(np.int64))
         self._found: dict[bytes, int] = {}  # digest of a sequence's tokens -> its number in the trace
         for number in range(len(self._ends_S)):
             there = self._found.setdefault(_digest(self.tokens(number)), number)
-            ids_TLK = trace.expert_ids_TLK
-            if there != number and not np.array_equal(ids_TLK[self._span(there)], ids_TLK[self._span(number)]):
+            if there != number and not np.array_equal(self._choices(there), self._choices(number)):
                 raise ValueError(f"{where}: sequences {there} and {number} have the same tokens and other experts: leave one out")
 
     def tokens(self, number: int) -> Ids:
@@ -40,13 +39,13 @@ class RouterReplay:
         return self._tokens_T[self._span(number)]
 
     def choices(self, tokens: Ids, what: str) -> Ids:
-        """[n, L, K] or [n - 1, L, K]: the experts of a sequence's tokens, the last perhaps left out.
+        """[n, L, K] or [n - 1, L, K]: the experts of a sequence's tokens, -1 where nobody knows them; the last may be left out.
 
         ValueError, naming the sequence that is nearest to `what` and the first token that differs, where it isn't there."""
         for length in (len(tokens), len(tokens) - 1):
             number = self._found.get(_digest(tokens[:length])) if length else None
             if number is not None:
-                return self.trace.expert_ids_TLK[self._span(number)]
+                return self._choices(number)
         raise ValueError(self._missing(tokens, what))
 
     def check(self, *, num_experts: int, top_k: int, layers: Sequence[int]) -> None:
@@ -60,6 +59,12 @@ class RouterReplay:
             raise ValueError(
                 f"it has {trace.num_layers} MoE layers, {_listed(trace.layers)}, and the model {len(layers)}, {_listed(layers)}"
             )
+
+    def _choices(self, number: int) -> Ids:
+        ids_nLK = self.trace.expert_ids_TLK[self._span(number)]
+        if self._known_T is None:
+            return ids_nLK
+        return np.where(self._known_T[self._span(number), None, None], ids_nLK.astype(np.int32), -1)
 
     def _span(self, number: int) -> slice:
         end = int(self._ends_S[number])

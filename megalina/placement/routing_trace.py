@@ -11,7 +11,7 @@ The file is an npz without pickles:
     samples         [S]        integers, optional: the number of each sample since the start of training
     ahead_ids       [T, L, K]  integers, optional: what each router says one layer ahead (`megalina.placement.ahead_ids`)
     tokens          [T]        integers, optional: the token ids; with them a router can replay the choices (docs/router-twin.md)
-    positions, documents, logprobs    [T], optional, with tokens alone: see `megalina.placement.traced_text`
+    positions, documents, logprobs, known    [T], optional, beside tokens: see `megalina.placement.traced_text`
 
 What else is in the file is left alone.  Names of experts that never occur are what `num_experts` is for: models have a multiple
 of 4 experts as a rule, so the rounding is right for a trace in which only the last one, two or three were never chosen.

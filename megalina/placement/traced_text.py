@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megalina.placement.predictors.predictor import Ids
 
-ARRAYS = ("tokens", "positions", "documents", "logprobs")  # of the file, in the order of the fields
+ARRAYS = ("tokens", "positions", "documents", "logprobs", "known")  # of the file, in the order of the fields
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +23,7 @@ class TracedText:
     documents_T: Ids | None = None  # equal within a document of the sample, which tokens can't see beyond; None: there is one
     # what the reader gave the token behind each, in nats; NaN: nothing is known
     logprobs_T: NDArray[np.floating[Any]] | None = None
+    known_T: NDArray[np.bool_] | None = None  # False: the token's choices are made up, as nobody knows them; None: all are known
 
     def check(self, where: str, num_tokens: int) -> None:
         """ValueError, in one line, where it isn't the text of so many tokens."""
@@ -39,8 +40,11 @@ class TracedText:
         if logprobs is not None and (above := np.nan_to_num(logprobs, nan=0.0) > 1e-3).any():
             token = int(above.argmax())
             raise ValueError(f"{where}: logprobs must be at most 0, but that behind token {token} is {float(logprobs[token]):g}")
+        known = self.known_T
+        if known is not None and (known.shape != (num_tokens,) or known.dtype != np.bool_):
+            raise ValueError(f"{where}: known must be bool [{num_tokens}], not {known.dtype} {list(known.shape)}")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Those that there are, by their names in a file."""
-        there = (self.tokens_T, self.positions_T, self.documents_T, self.logprobs_T)
+        there = (self.tokens_T, self.positions_T, self.documents_T, self.logprobs_T, self.known_T)
         return {key: array for key, array in zip(ARRAYS, there, strict=True) if array is not None}

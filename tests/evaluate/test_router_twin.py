@@ -140,6 +140,19 @@ def test_a_server_that_is_known_by_its_choices_alone_has_no_distributions() -> N
     assert found.own.divergence is None and found.layers[0].divergence is None and found.own.loss > 0
 
 
+def test_tokens_whose_choices_nobody_knows_are_in_no_share() -> None:
+    server, trainer = model(seed=3), model(seed=4)
+    trace = recorded(server)
+    assert trace.text is not None
+    known_T = np.arange(trace.num_tokens) % 3 > 0
+    whole, some = compare(trainer, trace), compare(trainer, replace(trace, text=replace(trace.text, known_T=known_T)))
+    assert (some.num_tokens, some.num_routed, whole.num_routed) == (40, int(known_T.sum()), 40)
+    own = [read(trainer, batch).own_LNK[0] for batch, _ in batches_of(trace)]
+    apart = torch.cat(own).sort(1).values.numpy() != np.sort(trace.expert_ids_TLK[:, 0], axis=1)
+    assert some.layers[0].tokens == pytest.approx(apart.any(1)[known_T].mean())
+    assert some.replayed.loss != whole.replayed.loss and some.own.loss == pytest.approx(whole.own.loss)
+
+
 def test_a_file_that_the_model_cannot_read_is_refused() -> None:
     gpt, trace = model(), recorded(model())
     assert trace.text is not None

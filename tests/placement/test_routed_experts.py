@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megalina.placement.routed_experts import Routed, from_arrays, from_json_lines, to_arrays
+from megalina.placement.router_replay import RouterReplay
 from megalina.placement.routing_trace import RoutingTrace
 
 MODEL = Routed(num_experts=5, layers=(1, 2, 4), num_layers=5)
@@ -71,6 +72,18 @@ def test_arrays_that_go_out_come_back() -> None:
     assert np.array_equal(found["routed_experts"], padded(ROUTED, -1))
     again = from_arrays(found["routed_experts"], found["tokens"], MODEL, lengths_B=found["lengths"])
     assert same(again, ROUTED, TOKENS)
+
+
+def test_holes_are_left_to_the_router_where_that_is_asked_for() -> None:
+    holed = padded(ROUTED, -1)
+    holed[0, 1:3] = holed[0, 5] = -1
+    trace = from_arrays(holed, padded(TOKENS, 0), MODEL, lengths_B=np.array(LENGTHS), holes=True)
+    assert trace.text is not None and trace.text.known_T is not None
+    assert (~trace.text.known_T).nonzero()[0].tolist() == [1, 2, 5]
+    replay = RouterReplay(trace)
+    assert np.array_equal(replay.choices(TOKENS[0], "it"), holed[0])
+    assert np.array_equal(replay.choices(TOKENS[1], "it"), ROUTED[1])
+    assert np.array_equal(to_arrays(trace)["routed_experts"], holed)
 
 
 def changed(place: tuple[int, ...], value: int) -> np.ndarray[Any, Any]:

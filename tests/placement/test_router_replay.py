@@ -92,7 +92,11 @@ def test_a_file_that_is_cut_off_or_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_file_gives_back_the_text(tmp_path: Path) -> None:
     text = TracedText(
-        TOKENS.astype(np.uint16), np.arange(12, dtype=np.int32), np.ones(12, np.int32), np.linspace(-3, 0, 12, dtype=np.float32)
+        TOKENS.astype(np.uint16),
+        np.arange(12, dtype=np.int32),
+        np.ones(12, np.int32),
+        np.linspace(-3, 0, 12, dtype=np.float32),
+        TOKENS > 3,
     )
     write_trace(tmp_path / "a.npz", replace(trace_of(), text=text))
     found = read_trace(tmp_path / "a.npz").text
@@ -112,6 +116,7 @@ def test_a_file_gives_back_the_text(tmp_path: Path) -> None:
         (TracedText(TOKENS - 1), "tokens must be at least 0, but one is -1"),
         (TracedText(TOKENS, documents_T=TOKENS[:3]), r"documents must be integers \[12\], not int64 \[3\]"),
         (TracedText(TOKENS, logprobs_T=TOKENS), r"logprobs must be floats \[12\], not int64"),
+        (TracedText(TOKENS, known_T=TOKENS), r"known must be bool \[12\], not int64"),
         (TracedText(TOKENS, logprobs_T=TOKENS * 1.0), r"at most 0, but that behind token 1 is 7"),
     ],
 )  # fmt: skip
