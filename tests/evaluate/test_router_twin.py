@@ -1,5 +1,6 @@
 """A trainer held against a server: equal twins differ in nothing, and where they differ the numbers are those of a loop."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -94,10 +95,10 @@ def test_unequal_twins_differ_as_a_loop_says() -> None:
         of_server = read(server, batch)
         for which, given in enumerate((batch, with_choices(batch, replay, 3))):
             of = read(trainer, given)
+            logits_p, logits_q = server.logits(of_server.n_ND).detach(), trainer.logits(of.n_ND).detach()
             for n in range(len(of.logprob_N)):
-                log_p = server.logits(of_server.n_ND).detach()[n, :WORDS].double().log_softmax(0)
-                log_q = trainer.logits(of.n_ND).detach()[n, :WORDS].double().log_softmax(0)
-                divergence[which] += float(sum(p.exp() * (p - q) for p, q in zip(log_p, log_q, strict=True)))
+                p, q = logits_p[n, :WORDS].double().softmax(0).tolist(), logits_q[n, :WORDS].double().softmax(0).tolist()
+                divergence[which] += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 if not of.logprob_N[n].isnan():
                     apart[which].append(abs(float(of.logprob_N[n] - of_server.logprob_N[n])))
                     nats[which] -= float(of.logprob_N[n])
