@@ -33,7 +33,7 @@ WITHOUT_CAPACITY = ("global", "dense", "replayed")  # the second gives all exper
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     choices = choices_of(RANKS)
     rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
-    assert 15 <= len(rows) <= 80
+    assert 15 <= len(rows) <= 90
     for steps, names in ((2, OPTIMIZERS.keys() - {"sgd"}), (1, {"sgd"})):  # which has no state that a second step would see
         assert differences(choices, [row for row in rows if row.optimizer in names], steps=steps) == []
 
@@ -104,7 +104,7 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
     never |= {(("tp", 1), ("sequence", False)), (("world", 1), ("sequence", False)), (("ep", 4), ("sequence", False))}
     assert pairs_lacking(found, options) == never
-    assert len(found) < 140
+    assert len(found) < 150
 
 
 def pairs_lacking(found: Iterable[Values], options: dict[str, Sequence[Any]]) -> set[Pair]:
