@@ -91,11 +91,9 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
     """Everything but data and checkpoints that can be known before a rank starts: ValueError, or warnings."""
     validate.check_config(config, world)
     validate.check_paths(config)
+    check_replays(config)
     import torch  # seconds; --help and mistakes in the configuration don't need it
 
-    from megalina.data.replayed import read_replays
-
-    read_replays(config)
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
     if launch.joined(os.environ) and num_gpus == 1:
         local_ranks = 1  # srun --gpus-per-task=1 shows every rank its own GPU alone
@@ -126,9 +124,19 @@ def check_data(config: PretrainConfig) -> int:
     return config.model.vocab_size or vocab_size
 
 
+def check_replays(config: PretrainConfig) -> None:
+    """ValueError if a file of routing that is to be replayed can't be read, or is of another model."""
+    if config.router.replay or config.router.replay_validation:
+        from megalina.data.replayed import read_replays  # torch
+
+        read_replays(config)
+
+
 def check_sequences(config: PretrainConfig, data: "TokenData") -> None:
     """ValueError if the run would meet a sequence whose routing is to be replayed and isn't in the file.  Where a run goes on
     from a checkpoint, its ranks look for those of training once they know from where on."""
+    if not (config.router.replay or config.router.replay_validation):
+        return
     from megalina.data.replayed import replayed
     from megalina.train.known_sequences import check_known
     from megalina.train.sample_windows import pairs
@@ -168,9 +176,7 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
     world = member.world if member else config.launch.ranks
     validate.check_config(config, world)
     validate.check_paths(config)
-    from megalina.data.replayed import read_replays
-
-    read_replays(config)
+    check_replays(config)
     # Only data that needs no preparation is opened: nothing is written.
     vocab_size = check_data(config) if config.data.prefix else config.model.vocab_size or config.data.vocab_size
     check_order(config, world, vocab_size=vocab_size)
