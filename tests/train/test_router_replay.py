@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megalina.checkpoint.loaded_model import load_model
-from megalina.cli.train import check_sequences
+from megalina.cli.train import check_replays, check_sequences
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData, open_data
 from megalina.model.routing_recorder import record_routing
@@ -103,8 +103,11 @@ def test_a_run_whose_text_the_file_lacks_ends_before_its_first_step(folder: Path
 
 def test_a_file_of_another_model_ends_it_too(folder: Path) -> None:
     config = run_of(folder, "fresh", steps=STEPS, replay=str(folder / "next.npz"), num_layers=3)
-    with pytest.raises(ValueError, match=r"next.npz: it has 2 MoE layers, 0, 1, and the model 3, 0, 1, 2"):
-        start(config)
+    for begin in (start, check_replays):
+        with pytest.raises(ValueError, match=r"next.npz: it has 2 MoE layers, 0, 1, and the model 3, 0, 1, 2"):
+            begin(config)
+    with pytest.raises(ValueError, match=r"^router.replay_validation=none.npz can't be read: No such file"):
+        check_replays(run_of(folder, "fresh", steps=STEPS, replay_validation="none.npz"))
 
 
 def test_what_a_run_replays_may_change_when_it_goes_on(folder: Path) -> None:
