@@ -7,7 +7,7 @@ Shapes: B sequences, S tokens a sequence, T = B x S tokens, of which N are no pa
 V words, L MoE layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.routers import kind_of
 from megalina.data.replayed import with_choices
 from megalina.model.gpt import GPT
 from megalina.model.routers import Router, Routing
@@ -104,16 +105,18 @@ class _Sums:
         self.of_layers.setdefault(name, np.zeros(self.layers))[layer] += value
 
 
-def compare(
-    trainer: GPT, trace: RoutingTrace, *, server: GPT | None = None, progress: Callable[[int], None] = lambda tokens: None
-) -> Comparison:
-    """`server`: the model that the trace is of, if it is here.  `progress`: tokens done.
+def compare(trainer: GPT, trace: RoutingTrace, *, server: GPT | None = None) -> Comparison:
+    """`server`: the model that the trace is of, if it is here.
 
     ValueError where the trace has no tokens, is of another model, or has tokens or sequences that the model can't read."""
     replay = RouterReplay(trace)
     _check(trainer, replay)
     if server is not None:
         _check(server, replay)
+        if server.vocab_size != trainer.vocab_size:
+            raise ValueError(
+                f"the server has {server.vocab_size} ids and the trainer {trainer.vocab_size}: they must be of one model"
+            )
     layers, top_k = trainer.served_moe_layers, trace.top_k
     sums = _Sums(len(layers))
     for batch, told_N in batches_of(trace):
@@ -127,17 +130,13 @@ def compare(
         differs_NL = torch.zeros(len(given_TLK), len(layers), dtype=torch.bool)
         for place, layer in enumerate(layers):
             given_NK = given_TLK[known_N, layer]
-
-            def missed(of: Read, given_NK: Tensor = given_NK, place: int = place, known_N: Tensor = known_N) -> Tensor:
-                return top_k - _common(given_NK, of.own_LNK[place][known_N])
-
-            missed_N = missed(own)
+            missed_N = _missed(given_NK, own.own_LNK[place][known_N])
             differs_NL[known_N, place] = missed_N > 0
             sums.add("tokens", place, int((missed_N > 0).sum()))
             sums.add("choices", place, int(missed_N.sum()))
-            sums.add("tokens_replayed", place, int((missed(replayed) > 0).sum()))
+            sums.add("tokens_replayed", place, int((_missed(given_NK, replayed.own_LNK[place][known_N]) > 0).sum()))
             if other is not None:
-                sums.add("server_tokens", place, int((missed(other) > 0).sum()))
+                sums.add("server_tokens", place, int((_missed(given_NK, other.own_LNK[place][known_N]) > 0).sum()))
                 for name, of in (("divergence", own), ("divergence_replayed", replayed)):
                     sums.add(name, place, _divergence(other.log_LNE[place], of.log_LNE[place]))
         sums.some_layer += int(differs_NL.any(1).sum())
@@ -158,7 +157,6 @@ def compare(
                 sums.furthest[i] = max(sums.furthest[i], float(apart_N.max()))
             if server is not None and other is not None:
                 sums.divergence[i] += _next_token_divergence(server, other, trainer, of)
-        progress(sums.tokens)
     return _result(sums, layers, top_k, len(trace.sample_lengths_S), has_model=server is not None)
 
 
@@ -230,7 +228,9 @@ def read(gpt: GPT, batch: Batch) -> Read:
 
 
 def _check(gpt: GPT, replay: RouterReplay) -> None:
-    trace, text = replay.trace, replay.trace.text
+    trace, text, kind = replay.trace, replay.trace.text, kind_of(gpt.router)
+    if kind.experts_choose or kind.is_dense:
+        raise ValueError(f"router={gpt.router.kind}: tokens don't choose experts there, so there is nothing to compare")
     replay.check(num_experts=gpt.config.num_experts, top_k=gpt.router.top_k, layers=gpt.served_moe_layers)
     assert text is not None
     if (largest := int(text.tokens_T.max())) >= gpt.vocab_size:
@@ -240,9 +240,9 @@ def _check(gpt: GPT, replay: RouterReplay) -> None:
         raise ValueError(f"trace {trace.name} has a sequence of {longest} tokens, and the model reads {most}")
 
 
-def _common(a_NK: Tensor, b_NK: Tensor) -> Tensor:
-    """int64 [N]: experts that are in both sets."""
-    return (a_NK[:, :, None] == b_NK[:, None, :]).any(2).sum(1)
+def _missed(given_NK: Tensor, own_NK: Tensor) -> Tensor:
+    """int64 [N]: experts of the first set that aren't in the second."""
+    return (given_NK[:, :, None] != own_NK[:, None, :]).all(2).sum(1)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> float:

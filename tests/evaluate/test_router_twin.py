@@ -165,5 +165,7 @@ def test_a_file_that_the_model_cannot_read_is_refused() -> None:
         compare(model(router=RouterConfig(top_k=1)), trace)
     with pytest.raises(ValueError, match="a sequence of 40 tokens, and the model reads 10"):
         compare(gpt, replace(trace, sample_lengths_S=np.array([40]), samples_S=None))
+    with pytest.raises(ValueError, match="router=expert_choice: tokens don't choose experts there"):
+        compare(model(router=RouterConfig(kind="expert_choice")), trace)
     with pytest.raises(ValueError, match="does not say which tokens"):
         compare(gpt, replace(trace, text=None))
