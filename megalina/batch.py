@@ -1,4 +1,7 @@
-"""A batch: the tokens of some sequences and what must be known about each.  B sequences, S tokens a sequence."""
+"""A batch: the tokens of some sequences and what must be known about each.
+
+B sequences, S tokens a sequence, L layers of the model, K experts a token.
+"""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
@@ -20,6 +23,8 @@ class Batch:
     position_BS: Tensor  # int64, for RoPE or learned positions; starts anew at document ends if so configured
     document_BS: Tensor | None  # int64, equal within a document of the sequence; None: plain causal attention
     sample_B: Tensor  # int64, number of the sequence since the start of training: seeds dropout and noise
+    # integers, experts that routers send tokens to whatever they would choose; -1: they choose (padding, layers without experts)
+    replay_BSLK: Tensor | None = None
 
     @classmethod
     def whole(cls, token_BS: Tensor) -> "Batch":

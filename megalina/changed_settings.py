@@ -47,6 +47,8 @@ KINDS: Mapping[str, Kind] = {
     "router.kind": Kind.STATE,
     "router.bias": Kind.STATE,
     "router.capacity_bound": Kind.STATE,  # the delta that capacity follows
+    "router.replay": Kind.FREE,
+    "router.replay_validation": Kind.FREE,
     "parallel": Kind.FREE,
     "strategy": Kind.FREE,
     "optim": Kind.FREE,

@@ -150,6 +150,9 @@ class RouterConfig:
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
     losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
+    # FILE of tools/record_routing.py or import_routing.py: tokens of training go to the experts that it says; docs/router-twin.md
+    replay: str = ""
+    replay_validation: str = ""  # as well, of validation
 
     @property
     def has_capacity(self) -> bool:

@@ -20,9 +20,13 @@ from megalina.batch import Batch
 from megalina.blocks.routers import kind_of
 from megalina.checkpoint.files import newest_checkpoint
 from megalina.checkpoint.loaded_model import LoadedModel, load_model
+from megalina.data.replayed import with_choices
 from megalina.data.tokenizer import Tokenizer, open_tokenizer
 from megalina.generate import Sampling, generate
 from megalina.model.routers import Router, Routing
+from megalina.model.routing_recorder import record_routing
+from megalina.placement.router_replay import RouterReplay
+from megalina.placement.routing_trace import RoutingTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,13 @@ class OpenedModel:
             raise ValueError("the checkpoint names no tokenizer: open one with megalina.data.tokenizer.open_tokenizer")
         return open_tokenizer(self._loaded.tokenizer_path)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Of the token after each position.  `tokens`: int64 [B, S]; returns float32 [B, S, V] on the CPU.
+    def logits(self, tokens: Tensor, *, replay: RoutingTrace | None = None) -> Tensor:
+        """Of the token after each position.  `tokens`: int64 [B, S]; returns float32 [B, S, V] on the CPU.  `replay`: what
+        `record` has said of these tokens, or a file of it: they go to those experts.
 
-        ValueError for tokens of another shape or type, ids beyond the vocabulary, and sequences longer than `max_positions`."""
-        batch = self._batch(tokens)
+        ValueError for tokens of another shape or type, ids beyond the vocabulary, and sequences longer than `max_positions`; and
+        where `replay` is of another model, or of other tokens."""
+        batch = self._batch(tokens, replay)
         with torch.inference_mode():
             logits_TV = self._loaded.gpt.logits(self._loaded.gpt.hidden(batch)[0])[:, : self.vocab_size]
         return logits_TV.view(*tokens.shape, -1).float().cpu().clone()
@@ -104,6 +110,12 @@ class OpenedModel:
                 hook.remove()
         return seen
 
+    def record(self, tokens: Tensor, *, logprobs: bool = False) -> RoutingTrace:
+        """As `routing`, for a file (`megalina.placement.routing_trace.write_trace`) that routers replay: with tokens and
+        what the model gives the token after each (`logprobs`).  ValueError as `routing`, and where experts choose tokens."""
+        batch, gpt = self._batch(tokens), self._loaded.gpt
+        return record_routing(gpt, [batch], max_tokens=tokens.numel(), name=f"step {self.step}", logprobs=logprobs)
+
     def generate(
         self,
         prompt: list[int],
@@ -130,7 +142,7 @@ class OpenedModel:
         )
         return list(generate(self._loaded.gpt, prompt, sampling))
 
-    def _batch(self, tokens: Tensor) -> Batch:
+    def _batch(self, tokens: Tensor, replay: RoutingTrace | None = None) -> Batch:
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
             raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: int64 [sequences, tokens] is needed, one at least")
         if tokens.shape[1] > self.max_positions:
@@ -138,7 +150,12 @@ class OpenedModel:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"token ids are from {low} to {high}, and the model has those from 0 to {self.vocab_size - 1}")
-        return Batch.whole(tokens.to(self._loaded.gpt.embedding.device))
+        batch, gpt = Batch.whole(tokens.cpu()), self._loaded.gpt
+        if replay is not None:
+            found = RouterReplay(replay)
+            found.check(num_experts=gpt.config.num_experts, top_k=gpt.router.top_k, layers=gpt.served_moe_layers)
+            batch = with_choices(batch, found, gpt.config.num_layers)
+        return batch.to(gpt.embedding.device)
 
 
 def open_checkpoint(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> OpenedModel:

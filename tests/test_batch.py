@@ -20,6 +20,7 @@ def batch_of(sequences: int, length: int = 5, *, documents: bool = True) -> Batc
         position_BS=torch.arange(length).repeat(sequences, 1),
         document_BS=mask.long().cumsum(1) if documents else None,
         sample_B=torch.arange(sequences) + 70,
+        replay_BSLK=torch.randint(-1, 4, (sequences, length, 3, 2), generator=generator).short(),
     )
 
 

@@ -27,6 +27,9 @@ COMMANDS = [command for path in (*DOCUMENTS, ROOT / "README.md") for command in 
 OWN = "cluster=this_machine"  # a file that tools/measure_cluster.py writes
 
 
+WITH_COMMANDS = ("tools/checkpoint.py", "tools/import_routing.py")  # each with flags of its own
+
+
 def of(*scripts: str) -> list[Command]:
     """Whole ones of these scripts."""
     return [c for c in COMMANDS if c.script in scripts and "..." not in c.words and OWN not in c.words]
@@ -43,7 +46,7 @@ def test_there_are_commands_and_lines_are_joined() -> None:
 def test_scripts_and_their_flags_exist(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert (ROOT / script).is_file()
     own = [c for c in COMMANDS if c.script == script]
-    flags = {(c.words[0] if script == "tools/checkpoint.py" else "", flag) for c in own for flag in c.flags}
+    flags = {(c.words[0] if script in WITH_COMMANDS else "", flag) for c in own for flag in c.flags}
     if script in ("pretrain_gpt_moe.py", "tools/simulate.py"):  # Hydra's
         assert {flag for _, flag in flags} <= {"--help", "--cfg", "--multirun"}
         return

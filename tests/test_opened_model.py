@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,25 @@ def test_logits_and_choices_are_those_of_plain_torch(checkpoint: Path) -> None:
     torch.testing.assert_close(routing[1].weight_BSK.sum(2), torch.ones(2, 20))
     assert bool((routing[1].weight_BSK.diff(dim=2) <= 0).all())  # best first
     assert (model.vocab_size, model.max_positions, model.step) == (64, 64, 0)
+
+
+def test_what_is_recorded_can_be_replayed(checkpoint: Path) -> None:
+    model = megalina.open_checkpoint(checkpoint)
+    trace = model.record(tokens(), logprobs=True)
+    routing = model.routing(tokens())
+    assert np.array_equal(trace.expert_ids_TLK[:, 0], routing[1].expert_BSK.flatten(0, 1)) and trace.layers == (1,)
+    assert torch.equal(model.logits(tokens(), replay=trace), model.logits(tokens()))
+    logprob = model.logits(tokens()).log_softmax(2)[:, :-1].gather(2, tokens()[:, 1:, None]).squeeze(2)
+    assert trace.text is not None and trace.text.logprobs_T is not None
+    np.testing.assert_allclose(trace.text.logprobs_T.reshape(2, 20)[:, :-1], logprob, atol=1e-5)
+    others = np.array([[sorted({0, 1, 2, 3} - set(ids)) for ids in layers] for layers in trace.expert_ids_TLK.tolist()], np.uint8)
+    moved = model.logits(tokens(), replay=replace(trace, expert_ids_TLK=others, weights_TLK=None, ahead_ids_TLK=None))
+    assert float((moved - model.logits(tokens())).abs().max()) > 1e-4
+    for given, problem in ((tokens()[:, 1:], "first differs in token 0"), (tokens()[:, :-1], "has 20 tokens instead of 19")):
+        with pytest.raises(ValueError, match=problem):
+            model.logits(given, replay=trace)
+    with pytest.raises(ValueError, match="it is of 8 experts, and model.num_experts is 4"):
+        model.logits(tokens(), replay=replace(trace, num_experts=8, ahead_ids_TLK=None))
 
 
 def test_text_goes_on_with_the_likeliest_token(checkpoint: Path) -> None:

@@ -2,11 +2,13 @@
 
 python tools/record_routing.py RUN                                    # its newest checkpoint, over the run's validation text
 python tools/record_routing.py RUN/checkpoints/step_00000200 --data TEXT --tokens 65536 --out trace.npz
+python tools/record_routing.py RUN --training 640 --dtype bfloat16 --logprobs --out server.npz      # docs/router-twin.md
 
 It writes CHECKPOINT/routing.npz unless --out says otherwise: of each token the experts that it chose in each MoE layer, best
 first (largest gate weight first), and their weights; and what each layer's router says when it is asked one MoE layer ahead, so
 that look-ahead predictors can be judged without the model.  That is always there, since it is little: a norm and a router more a
-layer, and a seventh more bytes.  The checkpoint stays whole, with or without the file.
+layer, and a seventh more bytes.  The tokens are there too, so that a router can replay the choices (router.replay=FILE); a
+sequence that --tokens cuts off can't be replayed.  The checkpoint stays whole, with or without the file.
 """
 
 import argparse
@@ -44,8 +46,9 @@ class Text:
     """What the model reads."""
 
     samples: "Samples"
-    num_sequences: int  # the first so many
+    num_sequences: int  # so many
     name: str
+    first: int = 0  # from this number on
 
 
 class Shown:
@@ -95,8 +98,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "(default: the run's validation text)",
     )
     parser.add_argument(
+        "--training", type=whole(0, 1 << 53), metavar="FIRST", help="instead: the run's training sequences from this number on"
+    )
+    parser.add_argument(
         "--tokens", type=whole(1, MOST_TOKENS), default=16384, metavar="N", help="at most so many (default 16384)"
     )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="in which the model computes (default float32)"
+    )
+    parser.add_argument("--logprobs", action="store_true", help="with the log-probability of each token's successor")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write it (default CHECKPOINT/{PROFILE})")
     parser.add_argument(
         "--devices", type=whole(1, 1 << 20), metavar="N", help=f"load of the busiest of so many is told (default {DEVICES})"
@@ -127,11 +137,12 @@ def run(options: argparse.Namespace) -> str:
 
     from megalina.checkpoint.loaded_model import load_model
     from megalina.model.routing_recorder import record_routing
+    from megalina.parallel.trainable import DTYPES
     from megalina.placement.routing_trace import write_trace
 
     with tempfile.TemporaryDirectory(prefix="megalina_record_") as folder:
         text = open_text(options, checkpoint, values, Path(folder))
-        gpt = load_model(checkpoint, device=options.device).gpt
+        gpt = load_model(checkpoint, device=options.device, dtype=DTYPES[options.dtype]).gpt
         seq_len = values["config"]["train"]["seq_len"]
         total = min(options.tokens, text.num_sequences * seq_len)
         with Shown(total) as shown:
@@ -140,6 +151,7 @@ def run(options: argparse.Namespace) -> str:
                 (batch.to(torch.device(options.device)) for batch in batches(text, max(1, BATCH_TOKENS // seq_len))),
                 max_tokens=total,
                 name=f"{values['config']['model']['name']}, step {values['step']}, {text.name}",
+                logprobs=options.logprobs,
                 each_batch=shown.update,
             )
     write_trace(out, trace)
@@ -148,6 +160,8 @@ def run(options: argparse.Namespace) -> str:
 
 def check(options: argparse.Namespace, values: dict[str, Any], out: Path) -> None:
     """ValueError for what can be seen before the weights are read."""
+    if options.training is not None and options.data:
+        raise ValueError(f"--training {options.training} and --data {options.data}: give one of them")
     if options.device == "cuda":
         import torch  # seconds, which a mistake need not wait for
 
@@ -189,6 +203,8 @@ def open_text(options: argparse.Namespace, checkpoint: Path, values: dict[str, A
 
     seq_len = values["config"]["train"]["seq_len"]
     wanted = -(-options.tokens // seq_len)
+    if options.training is not None:
+        return training_text(values, wanted, first=options.training, cache_dir=options.cache_dir)
     if not options.data:
         held_out = open_held_out(checkpoint, num_sequences=wanted, cache_dir=options.cache_dir)
         return Text(held_out.samples, held_out.num_sequences, "validation text")
@@ -210,6 +226,22 @@ def open_text(options: argparse.Namespace, checkpoint: Path, values: dict[str, A
         )
     samples = packed(dataset, values, tokenizer, folder)
     return Text(samples, min(wanted, samples.num_sequences), name)
+
+
+def training_text(values: dict[str, Any], num_sequences: int, *, first: int, cache_dir: str) -> Text:
+    """What a run of these settings trains on; ValueError where it isn't the text of the model."""
+    from dataclasses import replace
+
+    from megalina.config import DataConfig
+    from megalina.data.source import open_data
+
+    train, data = values["config"]["train"], DataConfig(**values["config"]["data"])
+    opened = open_data(replace(data, cache_dir=cache_dir) if cache_dir else data, seq_len=train["seq_len"], seed=train["seed"])
+    if opened.vocab_size > values["vocab_size"]:
+        raise ValueError(
+            f"the text now has {opened.vocab_size} ids, the model {values['vocab_size']}: it isn't what it learned from"
+        )
+    return Text(opened.train, num_sequences, f"training text from sequence {first} on", first)
 
 
 def check_ids(num_ids: int, values: dict[str, Any], tokenizer_path: str) -> None:
@@ -261,8 +293,8 @@ def packed(dataset: "IndexedDataset", values: dict[str, Any], tokenizer: "Tokeni
 
 
 def batches(text: Text, batch_sequences: int) -> "Iterator[Batch]":
-    for first in range(0, text.num_sequences, batch_sequences):
-        yield text.samples.batch(first, min(batch_sequences, text.num_sequences - first))
+    for done in range(0, text.num_sequences, batch_sequences):
+        yield text.samples.batch(text.first + done, min(batch_sequences, text.num_sequences - done))
 
 
 def devices_of(options: argparse.Namespace, num_experts: int) -> int:

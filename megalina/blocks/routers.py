@@ -253,6 +253,7 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
     _check_selection_bias(config)
     _check_bound(config, kind)
     _check_locality(config, kind, num_experts)
+    _check_replay(config, kind)
     if (weight := config.mutual_information_loss) and (not kind.has_scores or kind.experts_choose):
         raise ValueError(
             f"router.mutual_information_loss={weight:g} needs probabilities of a token's experts, and router={config.kind} has "
@@ -309,6 +310,23 @@ def _check_bound(config: RouterConfig, kind: type[RouterKind]) -> None:
             f"router.capacity_bound={config.capacity_bound} needs a group whose tokens are known before any is sent, and "
             "router.group=global is of all ranks: set router.group=sequence or micro_batch"
         )
+
+
+def _check_replay(config: RouterConfig, kind: type[RouterKind]) -> None:
+    for name in ("replay", "replay_validation"):
+        if not (path := getattr(config, name)):
+            continue
+        if kind.experts_choose or kind.is_dense:
+            why = "experts choose tokens there" if kind.experts_choose else "all experts get all tokens there"
+            raise ValueError(
+                f"router.{name}={path} gives each token its experts, and with router={config.kind} {why}: leave it out, or take "
+                "a router whose tokens choose"
+            )
+        if config.has_capacity:
+            raise ValueError(
+                f"router.{name}={path} with {capacity_text(config)}: capacity would take given choices away: "
+                "set router.capacity_factor=0 and router.capacity_bound=none"
+            )
 
 
 def _check_locality(config: RouterConfig, kind: type[RouterKind], num_experts: int) -> None:

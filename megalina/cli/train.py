@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -32,6 +32,9 @@ from megalina.launch import later_starts
 from megalina.parallel.plan_file import check_order, with_plan
 from megalina.plan_settings import AUTO
 from megalina.rank_files import Unsaved, tell_agent
+
+if TYPE_CHECKING:
+    from megalina.data.source import TokenData
 
 BAD_INPUT = 2  # exit code
 WORKER = (sys.executable, "-m", "megalina.worker")  # one a rank, with the path of config.yaml
@@ -88,6 +91,7 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
     """Everything but data and checkpoints that can be known before a rank starts: ValueError, or warnings."""
     validate.check_config(config, world)
     validate.check_paths(config)
+    check_replays(config)
     import torch  # seconds; --help and mistakes in the configuration don't need it
 
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
@@ -109,13 +113,41 @@ def check_data(config: PretrainConfig) -> int:
     """Prepares the data if that has to be done, and returns the size of its vocabulary; ValueError if the model's is smaller."""
     from megalina.data.source import open_data
 
-    vocab_size = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed).vocab_size
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    check_sequences(config, data)
+    vocab_size = data.vocab_size
     if config.model.vocab_size and vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size ({config.model.vocab_size}) is below the {vocab_size} pieces of the data: "
             "set model.vocab_size=0 to follow the data, or take the tokenizer that belongs to the model"
         )
     return config.model.vocab_size or vocab_size
+
+
+def check_replays(config: PretrainConfig) -> None:
+    """ValueError if a file of routing that is to be replayed can't be read, or is of another model."""
+    if config.router.replay or config.router.replay_validation:
+        from megalina.data.replayed import read_replays  # torch
+
+        read_replays(config)
+
+
+def check_sequences(config: PretrainConfig, data: "TokenData") -> None:
+    """ValueError if the run would meet a sequence whose routing is to be replayed and isn't in the file.  Where a run goes on
+    from a checkpoint, its ranks look for those of training once they know from where on."""
+    if not (config.router.replay or config.router.replay_validation):
+        return
+    from megalina.data.replayed import replayed
+    from megalina.train.known_sequences import check_known
+    from megalina.train.sample_windows import pairs
+
+    train, data = config.train, replayed(data, config)
+    if config.router.replay and not _starts_from_checkpoint(config):
+        steps = min(train.exit_step or train.steps, train.steps)
+        windows = pairs(config.data.skip_samples)
+        check_known(data.train, first=0, count=train.global_batch_size, steps=steps, windows=windows)
+    if config.router.replay_validation and data.valid is not None:
+        data.valid.batch(0, min(train.eval_sequences, data.valid.num_sequences))
 
 
 def check_changed(config: PretrainConfig) -> None:
@@ -144,6 +176,7 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
     world = member.world if member else config.launch.ranks
     validate.check_config(config, world)
     validate.check_paths(config)
+    check_replays(config)
     # Only data that needs no preparation is opened: nothing is written.
     vocab_size = check_data(config) if config.data.prefix else config.model.vocab_size or config.data.vocab_size
     check_order(config, world, vocab_size=vocab_size)

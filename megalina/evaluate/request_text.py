@@ -19,7 +19,7 @@ from megalina.evaluate.perplexity import HeldOut, windows_of
 from megalina.mesh import Axis
 
 LONGEST_PROMPT = 32
-PER_TOKEN = ("tokens_BS", "labels_BS", "loss_mask_BS", "valid_BS", "position_BS", "document_BS")
+PER_TOKEN = ("tokens_BS", "labels_BS", "loss_mask_BS", "valid_BS", "position_BS", "document_BS", "replay_BSLK")
 
 
 class Windows:

@@ -6,6 +6,9 @@ K columns of a routing, G groups of tokens that share capacity and balance, S to
 With tensor parallelism each rank owns a slice of the micro-batch.  What depends on several tokens (capacity, expert
 choice, the counts in the balance loss) is decided from all tokens' logits without gradient, alike on each rank;
 gradients flow through the own tokens' logits alone.  So slices give exactly what the whole gives.
+
+Choices may be given (`Batch.replay_BSLK`): then tokens go where these say, with the weights that the router's own scores give to
+the given experts, through which gradients flow as ever.  All else, losses and statistics, is of the router's own choices.
 """
 
 from dataclasses import dataclass
@@ -45,10 +48,11 @@ class Routing:
     weight_TK: Tensor  # at least float32, differentiable; exactly 0 where nobody
     balance: Tensor  # scalar: own part of the sum over groups of tokens x loss; 0 for global, expert_choice, hash, parts
     z: Tensor  # scalar: sum over own valid tokens of logsumexp(logits)^2 (ST-MoE); 0 for hash
-    chosen_E: Tensor  # int64, own tokens' choices before drops
+    chosen_E: Tensor  # int64, own tokens' choices before drops; the router's own ones where others are replayed
     dropped: Tensor  # int64 scalar, own tokens' assignments lost to capacity
     prob_E: Tensor  # sum over own valid tokens of the probabilities; 0 for expert_choice, hash
-    wanted_TK: Tensor | None = None  # int64, before drops; num_experts: padding; None for expert_choice
+    # int64, before drops, and the router's own where others are replayed; num_experts: padding; None for expert_choice
+    wanted_TK: Tensor | None = None
     locality: Tensor | None = None  # scalar: own part of the sum over sequences of tokens x loss; None without the loss
     information: Tensor | None = None  # scalar: own part of the sum over groups of tokens x loss; None without the loss
     so_far: GroupSoFar | None = None  # with these tokens; None unless they are part of a group
@@ -136,6 +140,11 @@ class Router(nn.Module):
         """
         whole = so_far is None or (self.config.group == "micro_batch" and not self.looks_ahead)
         assert whole, "this routing takes its whole group"
+        if tokens.replay_ALK is not None and (type(self).routed is not Router.routed or self.config.has_capacity):
+            raise ValueError(
+                f"router={self.config.kind} can't replay choices: it must let tokens choose, and have no capacity; leave out "
+                "router.replay and router.replay_validation"
+            )
         logits_AE = logits_AE.detach()
         if tokens.may_have_padding:
             # It may hold anything, also numbers that aren't finite: 0 x nan in a backward pass would spread.
@@ -185,6 +194,13 @@ class Router(nn.Module):
             return most_G
         return bounded(most_G, self.delta, width=self.width, num_experts=self.num_experts, least=config.capacity_min)
 
+    def given(self, tokens: RouterTokens) -> Tensor | None:
+        """int64 [A, K]: the experts to which this layer's tokens go whatever it would choose, -1: it chooses; None: for all."""
+        replay_ALK = tokens.replay_ALK
+        if replay_ALK is None or self.layer >= replay_ALK.shape[1]:  # of multi-token prediction: served models have no such layer
+            return None
+        return replay_ALK[:, self.layer].long()
+
     def routed(
         self,
         logits_TE: Tensor,
@@ -213,10 +229,13 @@ class Router(nn.Module):
             priority_AK = self.probabilities(logits_AE).gather(1, best_AK) if config.drop == "probability" else None
             kept_N = within_capacity(queue_AK.view(-1), capacity_Q, None if priority_AK is None else priority_AK.view(-1))
             expert_AK = expert_AK.masked_fill(~kept_N.view_as(expert_AK), num_experts)
+        dropped = (before_TK != expert_AK[own]).sum()
+        if (given_AK := self.given(tokens)) is not None:
+            best_AK = torch.where(given_AK >= 0, given_AK, best_AK)
+            expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts) if tokens.may_have_padding else best_AK
         expert_TK = expert_AK[own]
         all_tokens = len(logits_TE) == len(logits_AE)
         chosen_E = chosen_GE.sum(dim=0) if all_tokens else _count(before_TK, num_experts + 1)[:num_experts]
-        dropped = (before_TK != expert_TK).sum()
         nobody_TK = expert_TK == num_experts if tokens.may_have_padding or config.has_capacity else None
         so_far = None if before is None else GroupSoFar(before.tokens, before.chosen_E + chosen_GE[0])
         zero = logits_TE.new_zeros(())

@@ -12,7 +12,7 @@ width.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,9 @@ from megalina.model.gpt import GPT, Layer
 from megalina.model.routers import Router, Routing
 from megalina.model.tokens import ALL, RouterTokens
 from megalina.placement.routing_trace import RoutingTrace, traced
+from megalina.placement.traced_text import TracedText
+
+ROWS_AT_ONCE = 256  # tokens whose logits, [T, V], exist at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +163,7 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
 
     ValueError where capacity has taken choices away: a trace has all of a token's."""
     place_T2 = np.concatenate([part.place_T2 for part in decisions])
-    last_T = np.lexsort((place_T2[:, 1], place_T2[:, 0]))[-max_tokens:]
+    last_T = _in_order(place_T2)[-max_tokens:]
     ids_TLK = np.concatenate([part.expert_ids_TLK for part in decisions])[last_T]
     num_experts = gpt.config.num_experts
     if missing := int((ids_TLK == num_experts).sum()):
@@ -181,19 +184,67 @@ def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name:
 
 
 def record_routing(
-    gpt: GPT, batches: Iterable[Batch], *, max_tokens: int, name: str, each_batch: Callable[[int], None] = lambda tokens: None
+    gpt: GPT,
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int,
+    name: str,
+    logprobs: bool = False,
+    each_batch: Callable[[int], None] = lambda tokens: None,
 ) -> RoutingTrace:
-    """The trace of the first `max_tokens` tokens of the batches, or of all of them, with what routers say ahead; sequences must
-    have numbers of their own.
+    """The trace of the first `max_tokens` tokens of the batches, or of all of them, with what routers say ahead and the text;
+    sequences must have numbers of their own.
 
-    `each_batch` is told how many tokens of them have been through the model.  ValueError for a model that has no such
-    decisions."""
+    `logprobs`: with what the model gives the token behind each; `each_batch` is told how many tokens have been through it.
+    ValueError for a model that has no such decisions."""
     gpt.eval()
     recorder = RoutingRecorder(max_tokens, ahead=True)
+    texts: list[dict[str, Tensor]] = []
     with recorder.watching(gpt), torch.inference_mode():
         for batch in batches:
-            gpt.hidden(batch)
+            before = recorder.room
+            n_TD, _ = gpt.hidden(batch)
+            facts = _facts(batch) | ({"logprobs": label_logprobs(gpt, n_TD, batch)} if logprobs else {})
+            keep = torch.arange(batch.tokens_BS.numel(), device=n_TD.device) < before - recorder.room
+            texts.append({key: value[keep & batch.valid_BS.flatten()] for key, value in facts.items()})
             each_batch(max_tokens - recorder.room)
             if recorder.room == 0:
                 break
-    return trace_of([recorder.decisions()], gpt, max_tokens=max_tokens, name=name)
+    decisions = recorder.decisions()
+    trace = trace_of([decisions], gpt, max_tokens=max_tokens, name=name)
+    order_T = _in_order(decisions.place_T2)
+    whole = {key: torch.cat([text[key] for text in texts]).cpu().numpy()[order_T] for key in texts[0]}
+    return replace(trace, text=_text_of(whole, gpt.vocab_size, np.concatenate([np.arange(n) for n in trace.sample_lengths_S])))
+
+
+def label_logprobs(gpt: GPT, n_TD: Tensor, batch: Batch) -> Tensor:
+    """float32 [T], in nats: of each token's label, NaN where it doesn't count.  `n_TD`: as `GPT.hidden` gives them."""
+    label_T, out = batch.labels_BS.flatten(), []
+    for rows in range(0, len(n_TD), ROWS_AT_ONCE):
+        part = slice(rows, rows + ROWS_AT_ONCE)
+        log_TV = gpt.logits(n_TD[part])[:, : gpt.vocab_size].float().log_softmax(1)
+        out.append(log_TV.gather(1, label_T[part, None]).squeeze(1))
+    return torch.cat(out).masked_fill(~batch.loss_mask_BS.flatten(), float("nan"))
+
+
+def _facts(batch: Batch) -> dict[str, Tensor]:
+    """int64 [T] each."""
+    documents_BS = torch.zeros_like(batch.tokens_BS) if batch.document_BS is None else batch.document_BS
+    facts = {"tokens": batch.tokens_BS, "positions": batch.position_BS, "documents": documents_BS}
+    return {key: value_BS.flatten() for key, value_BS in facts.items()}
+
+
+def _text_of(facts: dict[str, NDArray[Any]], vocab_size: int, index_T: NDArray[np.int64]) -> TracedText:
+    """In small types; without what goes without saying.  `index_T`: of each token within its sample."""
+    positions_T, documents_T = facts["positions"], facts["documents"]
+    return TracedText(
+        facts["tokens"].astype(np.min_scalar_type(vocab_size - 1)),
+        None if np.array_equal(positions_T, index_T) else positions_T.astype(np.int32),
+        documents_T.astype(np.int32) if documents_T.any() else None,
+        facts.get("logprobs"),
+    )
+
+
+def _in_order(place_T2: NDArray[np.int64]) -> NDArray[np.int64]:
+    """By number of the sequence and place in it."""
+    return np.lexsort((place_T2[:, 1], place_T2[:, 0]))

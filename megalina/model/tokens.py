@@ -1,7 +1,7 @@
 """The tokens of a micro-batch, and which of them are this rank's.
 
 A tokens of the micro-batch, T of them this rank's own (with tensor parallelism a slice), G groups that share capacity and
-balance.
+balance, L layers of the model, K experts a token.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ class RouterTokens:
     valid_A: Tensor  # bool, False: padding
     num_sequences: int  # A = num_sequences x S
     may_have_padding: bool = True  # False: all are valid, and nothing need be masked
+    replay_ALK: Tensor | None = None  # integers, see `Batch.replay_BSLK`
 
     @cached_property
     def by_sequence(self) -> Groups:
@@ -89,4 +90,5 @@ def _tokens_of(batch: Batch) -> RouterTokens:
     sample_A = batch.sample_B.repeat_interleave(length)
     position_A = torch.arange(length, device=sample_A.device).repeat(batch_size)
     tokens_A, valid_A = batch.tokens_BS.flatten(), batch.valid_BS.flatten()
-    return RouterTokens(tokens_A, sample_A, position_A, valid_A, batch_size, batch.may_have_padding)
+    replay_ALK = None if batch.replay_BSLK is None else batch.replay_BSLK.flatten(0, 1)
+    return RouterTokens(tokens_A, sample_A, position_A, valid_A, batch_size, batch.may_have_padding, replay_ALK)

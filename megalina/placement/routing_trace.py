@@ -10,6 +10,8 @@ The file is an npz without pickles:
     name            []         text, optional; without it the file's name
     samples         [S]        integers, optional: the number of each sample since the start of training
     ahead_ids       [T, L, K]  integers, optional: what each router says one layer ahead (`megalina.placement.ahead_ids`)
+    tokens          [T]        integers, optional: the token ids; with them a router can replay the choices (docs/router-twin.md)
+    positions, documents, logprobs, known    [T], optional, beside tokens: see `megalina.placement.traced_text`
 
 What else is in the file is left alone.  Names of experts that never occur are what `num_experts` is for: models have a multiple
 of 4 experts as a rule, so the rounding is right for a trace in which only the last one, two or three were never chosen.
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 
 from megalina.placement.ahead_ids import check_ahead_ids
 from megalina.placement.predictors.predictor import Ids
+from megalina.placement.traced_text import ARRAYS, TracedText
 from megalina.whole_file import whole
 
 Weights = NDArray[np.floating[Any]]
@@ -56,6 +59,7 @@ class RoutingTrace:
     name: str = ""
     ahead_ids_TLK: Ids | None = None
     samples_S: Ids | None = None  # dropped where traces are cut or joined
+    text: TracedText | None = None  # as well, and where choices are made up
 
     def __post_init__(self) -> None:
         where = f"trace {self.name}" if self.name else "trace"
@@ -99,6 +103,8 @@ class RoutingTrace:
             raise ValueError(f"{where}: layers must be {num_layers} rising numbers from 0 on, not {list(self.layers)}")
         if self.ahead_ids_TLK is not None:
             check_ahead_ids(where, self.ahead_ids_TLK, ids.shape, self.num_experts)
+        if self.text is not None:
+            self.text.check(where, tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -123,6 +129,7 @@ def traced(
     name: str = "",
     ahead_ids_TLK: Ids | None = None,
     samples_S: Ids | None = None,
+    text: TracedText | None = None,
 ) -> RoutingTrace:
     """A trace; what isn't given is filled in as where a file lacks it.  ValueError where the parts don't fit."""
     tokens, num_layers = (expert_ids_TLK.shape + (0, 0))[:2]
@@ -138,6 +145,7 @@ def traced(
         name,
         ahead_ids_TLK,
         samples_S,
+        text,
     )
 
 
@@ -171,6 +179,7 @@ def read_trace(path: Path, *, num_experts: int | None = None) -> RoutingTrace:
             name=str(found["name"]) if "name" in found else path.stem,
             ahead_ids_TLK=found.get("ahead_ids"),
             samples_S=found.get("samples"),
+            text=TracedText(found["tokens"], *(found.get(key) for key in ARRAYS[1:])) if "tokens" in found else None,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -191,6 +200,8 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         arrays["ahead_ids"] = trace.ahead_ids_TLK
     if trace.samples_S is not None:
         arrays["samples"] = trace.samples_S
+    if trace.text is not None:
+        arrays |= trace.text.arrays()
     with whole(path, durable=True) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -199,7 +210,10 @@ def _arrays(file: IO[bytes]) -> dict[str, NDArray[Any]]:
     """Those of the format; ValueError and much else where the bytes are damaged."""
     found: dict[str, NDArray[Any]] = {}
     with zipfile.ZipFile(file) as archive:
-        for key in ("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "samples", "ahead_ids"):
+        for key in (
+            *("expert_ids", "weights", "sample_lengths", "num_experts", "layers", "name", "samples", "ahead_ids"),
+            *ARRAYS,
+        ):
             if f"{key}.npy" not in archive.namelist():
                 continue
             # A damaged header may claim any shape: see that the bytes are there before memory is taken for them.
@@ -267,6 +281,7 @@ def halves(trace: RoutingTrace) -> tuple[RoutingTrace, RoutingTrace]:
             weights_TLK=None if weights is None else weights[tokens],
             ahead_ids_TLK=None if ahead is None else ahead[tokens],
             samples_S=None,
+            text=None,
         )
         for tokens, of_samples in ((slice(cut), slice(samples)), (slice(cut, None), slice(samples, None)))
     )
@@ -285,6 +300,7 @@ def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         name="+".join(trace.name for trace in traces),
         ahead_ids_TLK=np.concatenate(ahead) if len(ahead) == len(traces) else None,
         samples_S=None,
+        text=None,
     )
 
 
@@ -351,7 +367,7 @@ def rerouted_evenly(trace: RoutingTrace, probability: float, seed: int) -> Routi
         for other_TL in np.moveaxis(np.sort(np.delete(ids_TLK, k, axis=2), axis=2), 2, 0):
             drawn_TL += drawn_TL >= other_TL
         ids_TLK[..., k] = np.where(replaced_TL, drawn_TL, ids_TLK[..., k])
-    return replace(trace, expert_ids_TLK=ids_TLK, ahead_ids_TLK=None)
+    return replace(trace, expert_ids_TLK=ids_TLK, ahead_ids_TLK=None, text=None)
 
 
 def probability_for_skew(trace: RoutingTrace, most_over_least: float, *, seed: int = 0) -> float:

@@ -18,6 +18,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.links import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
+from megalina.data.replayed import replayed
 from megalina.data.source import TokenData
 from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.plan_file import questions
@@ -29,6 +30,7 @@ from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.guard import SpikeGuard
+from megalina.train.known_sequences import check_known
 from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.list_search import ListSearch
 from megalina.train.own_samples import own_samples
@@ -81,7 +83,7 @@ class StepRunner:
     ):
         """`meshes`, `log`: those of other runners of the same layout, at least of this configuration's packings; they take
         turns."""
-        self.config, self.data, self.device = config, data, device
+        self.config, self.data, self.device = config, replayed(data, config), device
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
         made = meshes or build_meshes(
@@ -300,6 +302,18 @@ class StepRunner:
         if train.ledger:
             state.ledger.add(line)
         return result, line
+
+    def check_known(self, *, last_step: int) -> None:
+        """ValueError, on all ranks alike, where a step up to the last one has a sequence whose routing is to be replayed and
+        isn't known."""
+        if self.config.router.replay:
+            check_known(
+                self.data.train,
+                first=self.state.consumed_samples,
+                count=self.config.train.global_batch_size,
+                steps=last_step - self.state.step,
+                windows=self.state.windows,
+            )
 
     def close(self) -> None:
         """End all threads; nothing more is computed."""

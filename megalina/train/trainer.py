@@ -120,8 +120,9 @@ class Trainer:
     """One run: its steps, and between them validation, checkpoints, metrics."""
 
     def __init__(self, config: PretrainConfig, data: TokenData, *, device: torch.device, tracker: Tracker | None):
-        self.config, self.data, self.device, self.tracker = config, data, device, tracker
+        self.config, self.device, self.tracker = config, device, tracker
         self.runner = StepRunner(config, data, device=device)
+        self.data = self.runner.data
         self.built, self.state = self.runner.built, self.runner.state
         self.timing = Timing(config, self.built)
         vocab_size = self.built.trainable.gpt.vocab_size
@@ -143,6 +144,7 @@ class Trainer:
             self.state.load_weights(Path(self.config.train.init_from))
         if start is not None:
             self.runner.keep_plan(read_values(start))
+        self.runner.check_known(last_step=self.last_step)
         if self.runner.is_first and self.config.train.ledger:
             self.state.ledger.open(Path(self.config.run.dir), self.state.step)
         if self.runner.is_first:
@@ -155,10 +157,15 @@ class Trainer:
             if self.runner.is_first:
                 logger.info("%s", change_line(self.state.step, pairs))
 
+    @property
+    def last_step(self) -> int:
+        """Of this start."""
+        return min(self.config.train.exit_step or self.config.train.steps, self.config.train.steps)
+
     def loop(self) -> None:
         """Steps until the end, `train.exit_step`, or a wish to stop."""
         train, state, runner = self.config.train, self.state, self.runner
-        last_step = min(train.exit_step or train.steps, train.steps)
+        last_step = self.last_step
         interval = self.config.checkpoint.interval
         progress = Progress(train.steps, state.step, self.config.tracker.progress if self.runner.is_first else "none")
         with progress:

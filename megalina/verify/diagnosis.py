@@ -16,6 +16,7 @@ from megalina.verify.hypotheses import (
     norms,
     reductions,
     regrouping,
+    replay,
     residuals,
     routing,
     scales,
@@ -39,12 +40,15 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         attention.no_sinks,
         regrouping.rows_in_arrival_order,
         dense_experts.left_out,
+        replay.scores_zeroed,
         residuals.noise_of_each_rank,
     ),
     "routing": (
         routing.capacity_of_pieces,
         routing.capacity_of_parts,
         routing.groups_by_other_rule,
+        replay.of_places,
+        replay.shifted,
         routing.load_counted_again,
     ),
     "loss": (

@@ -14,7 +14,7 @@ from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
-from megalina.verify.bugs import attention, forward, gradients, losses, whole_matrices
+from megalina.verify.bugs import attention, forward, gradients, losses, replay, whole_matrices
 from megalina.verify.recording import SEQUENCES, Layout
 
 
@@ -99,7 +99,16 @@ def _groups_decide(config: PretrainConfig) -> bool:
     """Whether a token's experts are of a few groups, whose worth depends on the rule."""
     router, grouped = config.router, "num_groups" in kind_of(config.router).settings
     several = router.groups_per_token < router.num_groups < config.model.num_experts
-    return _has_moe(config) and grouped and several and not router.capacity_factor
+    return _has_moe(config) and grouped and several and not router.capacity_factor and not router.replay
+
+
+def _replays(config: PretrainConfig) -> bool:
+    return _has_moe(config) and bool(config.router.replay)
+
+
+def _lies_elsewhere(layout: Layout, config: PretrainConfig) -> bool:
+    """Whether experts lie in another order than that of their numbers: on the ranks, or on those of a server that has as many."""
+    return bool(config.parallel.placement) or 1 < layout.ep < config.model.num_experts
 
 
 _ALL = (
@@ -266,6 +275,27 @@ _ALL = (
         lambda layout, config: _is_balanced(config),
         gradients.balance_loss_without_gradient,
         ("router.balance_loss=0.1",),
+    ),
+    Plant(
+        "replay_of_places",
+        "replayed experts are taken for places on the ranks, not for the experts' own numbers",
+        lambda layout, config: _replays(config) and _lies_elsewhere(layout, config),
+        replay.replay_of_places,
+        ("router.replay=drawn",),
+    ),
+    Plant(
+        "replay_shifted",
+        "each token gets the replayed experts of the token before it",
+        lambda layout, config: _replays(config),
+        replay.replay_shifted,
+        ("router.replay=drawn",),
+    ),
+    Plant(
+        "replay_scores_zeroed",
+        "replayed experts that the router would not have chosen get the weight zero, and no gradient",
+        lambda layout, config: _replays(config) and kind_of(config.router).has_scores,
+        replay.replay_scores_zeroed,
+        ("router.replay=drawn",),
     ),
     Plant(
         "mtp_across_documents",

@@ -1,4 +1,5 @@
-"""The start of a verification: a model in which no parameter is zero or one, and a text with every kind of hole in it."""
+"""The start of a verification: a model in which no parameter is zero or one, a text with every kind of hole in it, and with
+`router.replay` choices to go with it."""
 
 import zlib
 
@@ -50,8 +51,18 @@ def random_batches(config: PretrainConfig, steps: int) -> list[Batch]:
             position = position - position.where(starts, 0).cummax(1).values
         sample = torch.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
         documents = document if config.data.reset_attention else None
-        out.append(Batch(tokens[:, :-1], tokens[:, 1:], mask & valid, valid, position, documents, sample))
+        replay = _drawn_choices(config, generator) if config.router.replay else None
+        out.append(Batch(tokens[:, :-1], tokens[:, 1:], mask & valid, valid, position, documents, sample, replay))
     return out
+
+
+def _drawn_choices(config: PretrainConfig, generator: torch.Generator) -> torch.Tensor:
+    """What is replayed where the file is of a larger model: some experts for most tokens, in padding too, none for the others."""
+    model, length = config.model, config.train.seq_len
+    scores = torch.rand(SEQUENCES, length, model.num_layers, model.num_experts, generator=generator)
+    choices = scores.argsort(dim=3)[..., : config.router.top_k].short()
+    choices[torch.rand(SEQUENCES, length, generator=generator) < 0.2] = -1
+    return choices
 
 
 def _without_twins(tokens: torch.Tensor, starts: torch.Tensor, words: int, seed: int) -> None:

@@ -69,6 +69,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "mutual_information_loss": 0.1, "capacity_bound": "locmoe",
         "capacity_delta": "quantile", "capacity_quantile": 0.9, "capacity_ema": 0.5,
     },
+    "replayed": {
+        "kind": "sigmoid", "bias_update_rate": 0.01, "renormalize": False, "group": "micro_batch", "replay": "drawn",
+    },
     "dense": {"kind": "dense", "renormalize": False, "balance_loss": 0.0, "mutual_information_loss": 0.1},
 }  # fmt: skip
 OPTIMIZERS = {"sgd": OptimConfig(name="sgd", lr=0.1), "adamw": OptimConfig(name="adamw", lr=1e-3)}

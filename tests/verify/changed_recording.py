@@ -25,6 +25,7 @@ CONFIGS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "capacity": ({}, {"capacity_factor": 0.6, "group": "micro_batch"}),
     "global": ({}, {"group": "global"}),
+    "replayed": ({}, {"renormalize": False, "replay": "drawn"}),
     "dense": (
         {},
         {

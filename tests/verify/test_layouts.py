@@ -24,6 +24,8 @@ from megalina.verify.start import random_batches
 from tests.verify.cases import MODELS, OPTIMIZERS, ROUTERS, choices_of, config_with, with_router
 from tests.verify.star import RANKS, differences, options_by_size, pairs_by_size, with_place
 
+WITHOUT_CAPACITY = ("global", "dense", "replayed")  # the second gives all experts all tokens, the third says who gets which
+
 # the star test
 
 
@@ -31,7 +33,7 @@ from tests.verify.star import RANKS, differences, options_by_size, pairs_by_size
 def test_every_pair_of_choices_equals_one_process(world: int) -> None:
     choices = choices_of(RANKS)
     rows = [row_of(choices, with_place(values)) for values in pairs_by_size() if values["world"] == world]
-    assert 15 <= len(rows) <= 80
+    assert 15 <= len(rows) <= 90
     for steps, names in ((2, OPTIMIZERS.keys() - {"sgd"}), (1, {"sgd"})):  # which has no state that a second step would see
         assert differences(choices, [row for row in rows if row.optimizer in names], steps=steps) == []
 
@@ -76,7 +78,7 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     assert all(map(allowed, found))
     lacking = pairs_lacking(found, options)
     # statistics of all ranks can't be exact with accumulation, and need every rank's scores with capacity
-    never = {(("router", name), ("capacity", True)) for name in ("global", "dense")}  # all experts get all tokens of the second
+    never = {(("router", name), ("capacity", True)) for name in WITHOUT_CAPACITY}
     never |= {(("place", p), ("micro_batch", m)) for p in options["place"] for m in (2, 1, 0) if m > SEQUENCES * p[1] // p[0]}
     # weights are gathered ahead under ZeRO-1 alone; parts of a micro-batch have no statistics of all ranks
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
@@ -94,7 +96,7 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     assert all(with_place(values)["place"] in places for values in found)
     # statistics of all ranks can't be exact with accumulation, and need every rank's scores with capacity
     never: set[Pair] = {(("micro_batch", 1), ("router", "global"))}
-    never |= {(("router", name), ("capacity", True)) for name in ("global", "dense")}  # all experts get all tokens of the second
+    never |= {(("router", name), ("capacity", True)) for name in WITHOUT_CAPACITY}
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
     never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "lina_zero")}
     for size in ("tp", "ep"):
@@ -102,7 +104,7 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
     never |= {(("tp", 1), ("sequence", False)), (("world", 1), ("sequence", False)), (("ep", 4), ("sequence", False))}
     assert pairs_lacking(found, options) == never
-    assert len(found) < 140
+    assert len(found) < 150
 
 
 def pairs_lacking(found: Iterable[Values], options: dict[str, Sequence[Any]]) -> set[Pair]:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, TrainConfig
+from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.verify.diagnosis import diagnose
 from megalina.verify.on_ranks import Pool, layout_config
 from megalina.verify.plants import PLANTS
@@ -17,6 +18,7 @@ from megalina.verify.start import random_batches
 from tests.verify.cases import strategy
 
 WORLD = 4
+ORDER = Path(__file__).parent / "expert_order.json"  # of the experts on the ranks
 MODELS = {
     "GPT-2": {"tie_embeddings": False, "positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu"},
     "dropout": {"dropout": 0.2, "bias": True, "dense_layers_first": 1, "shared_d_ff": 12},
@@ -45,6 +47,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "groups": {"kind": "group_limited", "num_groups": 2, "top_k": 1, "bias_update_rate": 0.01},
     "groups of best": {"kind": "group_limited_softmax", "num_groups": 2, "top_k": 1, "renormalize": False},
     "local topk": {"group": "micro_batch", "locality_loss": 0.1, "locality_nodes": 2},
+    "replayed": {"renormalize": False, "replay": "drawn"},
+    "replayed, placed": {"kind": "sigmoid", "bias_update_rate": 0.01, "group": "micro_batch", "replay": "drawn"},
 }  # fmt: skip
 ROWS = [  # no two axes of a layout need have different sizes: causes that look alike there must still be told apart
     ("GPT-2", "topk", "sgd", Layout(WORLD, tp=2, ep=2, micro_batch=1)),
@@ -68,6 +72,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
     ("latent, ahead", "topk", "muon_clip", Layout(WORLD, tp=2, ep=2, zero=1, micro_batch=2)),
+    ("modern", "replayed", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
+    ("modern", "replayed, placed", "sgd", Layout(WORLD, tp=1, ep=4, zero=1, micro_batch=1)),
 ]
 
 
@@ -79,6 +85,7 @@ def config_of(model: str, router: str, optimizer: str, layout: Layout) -> Pretra
         router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
         optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3, qk_clip=0.5),
         strategy=replace(strategy(layout.strategy), partition="2" if lancet and router == "capacity" else "none"),
+        parallel=ParallelConfig(placement=str(ORDER) if router == "replayed, placed" else ""),
         train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
     )
     return layout_config(config, layout)
