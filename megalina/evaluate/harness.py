@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalina.data.tokenizer import Tokenizer
-from megalina.evaluate.likelihood import Continuation, check_tokenizer, continuation_of, log_likelihoods
+from megalina.evaluate.likelihood import check_tokenizer, log_likelihoods
 from megalina.generate import Sampling
 from megalina.mesh import all_gather_object
 from megalina.serve.decoding import write_on
 from megalina.serve.engine import Engine
+from megalina.tasks.continuation import Continuation, continuation_of
 
 try:
     from lm_eval.api.model import LM
