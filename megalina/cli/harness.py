@@ -73,7 +73,7 @@ def write_results(found: dict[str, Any], out: Path) -> Path:
     results = found["results"]
     folder = out / "lm_eval" / str(results["model_name_sanitized"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"results_{found['date']}.json"
+    path = folder / str(found["name"])
     write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return path
 

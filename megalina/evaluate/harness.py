@@ -68,11 +68,12 @@ class HarnessModel(LM):
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "HarnessModel":
         """Of `--model_args checkpoint=PATH` (or pretrained=PATH, after which the harness names its results), a run or a
-        checkpoint; batch_size, max_length and seed may be given, too.  Under torchrun the ranks share it."""
+        checkpoint; batch_size, max_length and seed may be given, too.  Under torchrun the ranks share it.
+
+        Checkpoints are served on the CPU, whatever `--device` is: the harness says cuda:0 where nobody has said anything."""
         given = {**arg_dict, **{key: value for key, value in (additional_config or {}).items() if value is not None}}
-        given.pop("max_batch_size", None)  # of automatic sizes
-        if str(device := given.pop("device", "cpu")) != "cpu":
-            raise ValueError(f"--device {device}: checkpoints are served on the CPU here, leave it out")
+        for name in ("device", "max_batch_size"):
+            given.pop(name, None)
         if unknown := [key for key in given if key not in MODEL_ARGUMENTS]:
             raise ValueError(f"--model_args {unknown[0]}=...: only {', '.join(MODEL_ARGUMENTS)} are known")
         paths = [str(given[key]) for key in ("checkpoint", "pretrained") if key in given]

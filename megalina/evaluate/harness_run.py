@@ -6,7 +6,7 @@ python -m megalina.evaluate.harness_run SPEC, with torchrun's variables.
 import json
 import os
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
+    from lm_eval.utils import make_table, sanitize_model_name
 except ImportError as error:
     raise ImportError("lm-evaluation-harness is not installed: pip install 'megalina[lm-eval]'") from error
 
@@ -67,33 +67,33 @@ def manager_of(tasks: Sequence[str], include_path: str) -> TaskManager:
 
 
 def run_harness(asked: HarnessRun) -> dict[str, Any]:
-    """`results`, as the harness writes them, and its `table`; on ranks that are not the first of their node, nothing.  All ranks
-    call it together."""
+    """`results`, as the harness writes them, the `name` that it gives the file, and its `table`.
+
+    All ranks call it together; those that are not the first of their node get nothing."""
     join_group()
     model = open_harness_model(Path(asked.checkpoint), batch_size=asked.batch_size, infer=asked.infer)
-    tracker = EvaluationTracker()
-    try:
-        results = simple_evaluate(
-            model=model,
-            tasks=list(asked.tasks),
-            task_manager=manager_of(asked.tasks, asked.include_path),
-            limit=asked.limit or None,
-            batch_size=asked.batch_size,
-            evaluation_tracker=tracker,
-            log_samples=False,
-        )
-    finally:
-        model.engine.close()
-    if results is None:
-        return {}
-    about = tracker.general_config_tracker
-    about.model_source, about.model_name = "megalina", asked.checkpoint
-    about.model_name_sanitized = sanitize_model_name(asked.checkpoint)
-    about.log_end_time()
-    results["config"] |= {"model": "megalina", "model_args": {"checkpoint": asked.checkpoint}}
-    results |= {"task_hashes": {}, **asdict(about)}
-    whole = json.loads(json.dumps(results, default=handle_non_serializable))
-    return {"results": whole, "table": make_table(results), "date": time.strftime("%Y-%m-%dT%H-%M-%S")}
+    with tempfile.TemporaryDirectory(prefix="megalina_results_") as folder:
+        tracker = EvaluationTracker(output_path=f"{folder}/results.json")
+        try:
+            results = simple_evaluate(
+                model=model,
+                tasks=list(asked.tasks),
+                task_manager=manager_of(asked.tasks, asked.include_path),
+                limit=asked.limit or None,
+                batch_size=asked.batch_size,
+                evaluation_tracker=tracker,
+            )
+        finally:
+            model.engine.close()
+        if results is None:
+            return {}
+        about = tracker.general_config_tracker
+        about.model_source, about.model_name = "megalina", asked.checkpoint
+        about.model_name_sanitized = sanitize_model_name(asked.checkpoint)
+        results["config"] |= {"model": "megalina", "model_args": {"checkpoint": asked.checkpoint}}
+        tracker.save_results_aggregated(results=results, samples=results.pop("samples"))
+        (written,) = Path(folder).glob("results_*.json")
+        return {"results": json.loads(written.read_text()), "name": written.name, "table": make_table(results)}
 
 
 def main(spec_path: str) -> int:

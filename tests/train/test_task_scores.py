@@ -100,9 +100,8 @@ def test_training_is_the_same_with_and_without(folder: Path) -> None:
 
 def of_layout(config: PretrainConfig) -> tuple[dict[str, float], list[float]]:
     recorder = records_of(config)
-    return {key: v for key, v in recorder.records[-1].items() if key.startswith("eval/") and key != "eval/seconds"}, recorder.of(
-        "loss"
-    )
+    scores = {key: value for key, value in recorder.records[-1].items() if key.startswith("eval/") and key != "eval/seconds"}
+    return scores, recorder.of("loss")
 
 
 @pytest.mark.full
