@@ -234,7 +234,6 @@ class Trainer:
             "steps": state.step,
             "finished": state.step >= train.steps,
             "val_loss": state.val_loss,
-            **self._task_scores,
             "unigram_loss": self.data.unigram_loss,
             "train_loss": self._record.get("loss"),
             "tokens": state.tokens,
@@ -249,6 +248,7 @@ class Trainer:
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
             "emulation": emulation_note(self.built.trainable),
+            **self._task_scores,
         }
         if self.runner.is_first and self._record:
             if missing := self.state.profile.missing(self.config.run.dir):
