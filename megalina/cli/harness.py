@@ -29,15 +29,19 @@ def evaluate(args: argparse.Namespace, checkpoint: Path, out: Path, member: "Mem
     include_path = str(args.include_path or "")
     if args.write_tasks or (not include_path and any(name.startswith("megalina_") for name in names)):
         folder = args.write_tasks or out / TASKS_FOLDER
-        if not quiet:
+        if member is None or member.local_rank == 0:  # nodes may have folders of their own
             written = write_local_tasks(checkpoint, folder, examples=args.examples)
-            print("\n".join(map(str, written)), file=sys.stderr)
+            if not quiet:
+                print("\n".join(map(str, written)), file=sys.stderr)
+        if names and member is not None:
+            _wait_for_all(member)
         include_path = include_path or str(folder)
     if not names:
         return
     asked = _asked(args, checkpoint, names, include_path)
     if args.dry_run:
-        print(f"{asked.checkpoint}: {', '.join(names)}; to {out}")
+        if not quiet:
+            print(f"{asked.checkpoint}: {', '.join(names)}; to {out}")
         return
     found = _join(asked, member) if member is not None else _run(asked, args.ranks or 1)
     if found and not quiet:
@@ -106,6 +110,18 @@ def _run(asked: "HarnessRun", ranks: int) -> dict[str, Any]:
         logs, found = Path(name) / "logs", Path(name) / "found.json"
         spec = replace(asked, logs=str(logs), out=str(found)).to_json()
         return on_ranks("megalina.evaluate.harness_run", spec, Path(name), ranks=ranks)
+
+
+def _wait_for_all(member: "Member") -> None:
+    """Until the ranks that write have written."""
+    import torch.distributed as dist
+
+    from megalina.evaluate.harness import join_group
+
+    os.environ.update(member.environment())
+    join_group()
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _join(asked: "HarnessRun", member: "Member") -> dict[str, Any]:

@@ -232,6 +232,11 @@ def join_group() -> None:
         dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=world, timeout=timedelta(seconds=600))
 
 
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _sampling_of(settings: Mapping[str, Any], most: int) -> tuple[int, float, float]:
     """Tokens to write (`most` where nothing is said), temperature, top_p."""
     if unknown := [name for name in settings if name not in KNOWN_SETTINGS]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megalina.config import InferConfig
-from megalina.evaluate.harness import join_group, open_harness_model
+from megalina.evaluate.harness import join_group, leave_group, open_harness_model
 from megalina.evaluate.worker import in_process
 from megalina.validate import nearest
 
@@ -85,6 +85,7 @@ def run_harness(asked: HarnessRun) -> dict[str, Any]:
             )
         finally:
             model.engine.close()
+            leave_group()
         if results is None:
             return {}
         about = tracker.general_config_tracker

@@ -10,8 +10,6 @@ its own and imports no others, so its script `lm_eval` can't be told of one; thi
 import sys
 from importlib.util import find_spec
 
-import torch.distributed as dist
-
 
 def main() -> int:
     if find_spec("lm_eval") is None:
@@ -19,16 +17,15 @@ def main() -> int:
         return 2
     from lm_eval.__main__ import cli_evaluate
 
-    import megalina.evaluate.harness  # noqa: F401  registers the model
+    from megalina.evaluate.harness import leave_group  # registers the model
 
     try:
         cli_evaluate()
     except ValueError as error:
-        print(f"{error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
     return 0
 
 
