@@ -153,6 +153,7 @@ def test_requests_at_the_edges(run: Path) -> None:
 
 
 @needs_harness
+@pytest.mark.full
 def test_an_unknown_task_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "--write-tasks", str(tmp_path)]) == 0
     capsys.readouterr()
