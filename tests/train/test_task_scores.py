@@ -15,13 +15,16 @@ from megalina.config import EvalConfig, PretrainConfig
 from megalina.data.indexed import IndexedWriter
 from megalina.data.source import open_data
 from megalina.data.tokenizer import ByteTokenizer
+from megalina.model.block_functions import Seen
 from megalina.model.gpt import GPT
+from megalina.model.tokens import TokenShare
+from megalina.model.vocabulary import head_stat
 from megalina.tasks.continuation import Continuation, continuation_of
 from megalina.tasks.scores import choice_scores
 from megalina.train.task_scores import batch_of, tasks_of
 from megalina.validate import check_config
 from tests.parallel.ranks import run_on_ranks
-from tests.train.small_run import config_of, records_of, start, weights_of
+from tests.train.small_run import config_of, random_batch, records_of, start, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"seq_len": 96, "steps": 2, "num_layers": 2, "d_model": 32, "dtype": "float64", "micro_batch_size": 2, "bias": True}
@@ -111,6 +114,28 @@ def test_scores_are_those_of_one_process_in_every_layout(folder: Path, layout: s
     scores, losses = of_layout(with_tasks(folder, "one"))
     for other, other_losses in run_on_ranks(world, of_layout, with_tasks(folder, layout, **parallel)):
         assert other == pytest.approx(scores, rel=1e-10) and other_losses == pytest.approx(losses, rel=1e-12)
+
+
+def test_losses_by_sequence_are_the_loss_and_tensor_parallel_ranks_have_a_part_each(folder: Path) -> None:
+    gpt = start(with_tasks(folder, "parts", interval=0)).built.trainable.gpt
+    gpt.eval()
+    batch, head = random_batch(3, length=8), gpt.output
+    batch = replace(batch, tokens_BS=batch.tokens_BS % 257, labels_BS=batch.labels_BS % 257, loss_mask_BS=batch.tokens_BS % 3 > 0)
+    with torch.inference_mode():
+        x_TD = gpt._stream(batch, Seen())
+        whole_B = head.sequence_losses(x_TD, batch)
+        assert float(whole_B.sum()) == pytest.approx(float(head.loss(x_TD, batch)), rel=1e-12)
+        assert whole_B[1:2].tolist() == pytest.approx([float(gpt(batch.split(1)[1]).loss)], rel=1e-12)
+        halves, n_TD = head.weight_VD.chunk(2), head.head_norm(x_TD)
+        words = [len(halves[0]), gpt.vocab_size - len(halves[0])]
+        labels_T = batch.labels_BS.flatten()
+        stats = [head_stat(n_TD, halves[r], labels_T - r * words[0], words[r]) for r in range(2)]
+        parts = []
+        for rank in range(2):
+            gpt.share = TokenShare(2, rank)
+            parts.append(head.sequence_losses(torch.cat(stats), batch))
+    assert (parts[0] + parts[1]).tolist() == pytest.approx(whole_B.tolist(), rel=1e-12)
+    assert parts[0][2] == 0 and parts[1][0] == 0  # each has half of the tokens
 
 
 def test_a_batch_is_padded_behind_and_beyond() -> None:
