@@ -75,6 +75,7 @@ KINDS: Mapping[str, Kind] = {
     "hang": Kind.FREE,
     "timeline": Kind.FREE,
     "profile": Kind.FREE,
+    "eval": Kind.FREE,
 }
 
 

@@ -26,6 +26,7 @@ ROUTERS = (
     "locmoe_plus_learned",
     "dense",
 )
+LOCAL_TASKS = ("cloze", "brackets", "next_line", "arithmetic")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -427,6 +428,16 @@ class ProfileConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    """Local tasks in training: docs/evaluation.md."""
+
+    interval: int = setting(0, high=LARGEST_COUNT)  # steps between scores, of which the last step has some, too; 0: none
+    tasks: list[str] = field(default_factory=lambda: list(LOCAL_TASKS))  # some of cloze, brackets, next_line, arithmetic
+    examples: int = setting(64, low=2, high=1 << 20)  # of a task, at most
+    seed: int = setting(0, high=2**63 - 1)  # which ones
+
+
+@dataclass(slots=True, kw_only=True)
 class TimelineConfig:
     metrics: bool = False  # per step: how long the device stood still for tokens and gradients, how much all-to-alls were slowed
     trace_steps: list[int] = field(default_factory=list)  # steps of which all ranks' timelines are written: RUN/trace.json.gz
@@ -451,6 +462,7 @@ class PretrainConfig:
     hang: HangConfig = field(default_factory=HangConfig)
     timeline: TimelineConfig = field(default_factory=TimelineConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # train.dtype -> of one number

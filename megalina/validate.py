@@ -20,6 +20,7 @@ from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import capacity_text, check_router, kind_of
 from megalina.config import (
     BELOW_ONE,
+    LOCAL_TASKS,
     POSITIVE,
     ClusterConfig,
     DataConfig,
@@ -74,6 +75,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_length(config)
     _check_data(config.data)
     _check_profile(config)
+    _check_eval(config)
 
 
 def _check_optimizer(config: PretrainConfig) -> None:
@@ -434,6 +436,24 @@ def _check_profile(config: PretrainConfig) -> None:
             f"profile.record, but none of {model.num_layers} layers is MoE (model.dense_layers_first={model.dense_layers_first}, "
             f"model.moe_every={model.moe_every}): set profile.record=false"
         )
+
+
+def _check_eval(config: PretrainConfig) -> None:
+    tasks = config.eval.tasks
+    if not config.eval.interval:
+        return
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"eval.tasks=[{','.join(tasks)}] must name tasks, each once: choose some of {', '.join(LOCAL_TASKS)}")
+    for name in tasks:
+        if name not in LOCAL_TASKS:
+            raise ValueError(f"eval.tasks: there is no task {name}{nearest(name, LOCAL_TASKS)}: choose {', '.join(LOCAL_TASKS)}")
+    if kind_of(config.router).experts_choose:
+        raise ValueError(
+            f"eval.interval={config.eval.interval} with router=expert_choice: it looks at later tokens, and so at the answers: "
+            "set eval.interval=0"
+        )
+    if config.data.kind == "indexed" and not config.data.tokenizer and not {"stdlib", "prose"} & set(config.data.blend):
+        raise ValueError(f"eval.interval={config.eval.interval} needs data.tokenizer, as tasks are text: give it, or set 0")
 
 
 def _check_skip(ends: list[int]) -> None:

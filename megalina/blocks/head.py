@@ -42,6 +42,7 @@ class Balance(Block):
 class Head(Block):
     name = "head"
     functions = "megalina.model.head:Head"
+    cheap = ("sequence_losses",)  # in place of `loss`, where no gradient is asked for
     prefix: ClassVar[str] = ""  # of the names of its instructions and values
 
     @property
@@ -95,7 +96,7 @@ class Head(Block):
         return linear(rank, at.tokens, rank.words, rank.width) + Piece(Work((), forward, 10), Work((), backward, 5))
 
     def memory(self, at: At) -> Inside:
-        name = at.name.removeprefix(self.prefix)
+        name = at.name.removeprefix(self.prefix).replace("sequence_losses", "loss")
         if name == "head_norm":
             return memory.norm(at.rank, int(at.held))
         if name == "loss" and at.rank.tp > 1:  # a few numbers a token

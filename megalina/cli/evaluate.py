@@ -5,6 +5,7 @@ python tools/evaluate_gpt_moe.py RUN/checkpoints/step_00000480 --ranks 2 --modes
 python tools/evaluate_gpt_moe.py RUN --ranks 2 --modes best infer.trigger=never infer.slots_per_device=6
 python tools/evaluate_gpt_moe.py RUN --ranks 2 infer.select=top_k infer.select_k=2         # a model of router=dense, sparse
 python tools/evaluate_gpt_moe.py RUN --ranks 2 cluster.attention_ms=20 cluster.experts_ms=40      # on emulated devices
+python tools/evaluate_gpt_moe.py RUN --lm-eval megalina_arithmetic,megalina_cloze                 # lm-evaluation-harness alone
 torchrun --nproc-per-node 4 tools/evaluate_gpt_moe.py RUN
 """
 
@@ -19,16 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalina.cli import harness
+from megalina.cli.on_ranks import RanksFailed, on_ranks
+
 if TYPE_CHECKING:
     from megalina.evaluate.worker import Evaluation
     from megalina.launch import Member
 
 MODES = ("static", "lina", "window", "lookahead", "best", "ideal")
 FAILED, BAD_INPUT = 1, 2  # exit codes
-
-
-class RanksFailed(RuntimeError):
-    """A rank ended badly; the message has which one, and its last lines."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     member = joined(os.environ)
     quiet = member is not None and member.rank > 0  # rank 0 says it
     try:
+        if args.lm_eval or args.write_tasks:
+            harness.evaluate(args, *_checkpoint_and_out(args, member), member)
+            return 0
         evaluation, out = checked(args, member, command=command_of(words, member, os.environ))
         for name, why in evaluation.settings["left_out"].items():
             if not quiet:
@@ -80,8 +83,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         raise ValueError(
             "--wandb online: this machine has no key; set WANDB_API_KEY or run `wandb login`, or give --wandb offline"
         )
-    if member is not None and args.ranks is not None:
-        raise ValueError(f"--ranks {args.ranks} under {member.launcher}, which has started {member.world}: leave it out")
+    _check_ranks(args, member)
     world = member.world if member is not None else args.ranks or 1
     names = [name for name in dict.fromkeys((args.modes or ",".join(MODES)).split(",")) if name]
     if names and "static" not in names:
@@ -153,9 +155,7 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
     find_profile(checkpoint)
     if not args.text:
         open_held_out(checkpoint)
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    out = args.out if args.out is not None else run / "evaluation"
-    check_folder(out)
+    run, out = _run_and_out(args, checkpoint)
     evaluation = Evaluation(
         checkpoint=str(checkpoint),
         modes=modes,
@@ -175,6 +175,25 @@ def checked(args: argparse.Namespace, member: "Member | None", *, command: str) 
         cluster=cluster,
     )
     return evaluation, out
+
+
+def _checkpoint_and_out(args: argparse.Namespace, member: "Member | None") -> tuple[Path, Path]:
+    _check_ranks(args, member)
+    checkpoint = checkpoint_of(args.checkpoint)
+    return checkpoint, _run_and_out(args, checkpoint)[1]
+
+
+def _check_ranks(args: argparse.Namespace, member: "Member | None") -> None:
+    if member is not None and args.ranks is not None:
+        raise ValueError(f"--ranks {args.ranks} under {member.launcher}, which has started {member.world}: leave it out")
+
+
+def _run_and_out(args: argparse.Namespace, checkpoint: Path) -> tuple[Path, Path]:
+    """The run of a checkpoint, and where results go."""
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    out = args.out if args.out is not None else run / "evaluation"
+    check_folder(out)
+    return run, out
 
 
 def command_of(words: Sequence[str], member: "Member | None", environ: Mapping[str, str]) -> str:
@@ -236,19 +255,10 @@ def run(evaluation: "Evaluation", ranks: int) -> dict[str, Any]:
     """Starts the ranks; returns what they found.  ValueError for what only they could see, RanksFailed."""
     from dataclasses import replace
 
-    from megalina import launch
-
     with tempfile.TemporaryDirectory(prefix="megalina_evaluate_") as name:
         folder = Path(name)
-        spec, found, logs = folder / "spec.json", folder / "found.json", folder / "logs"
-        spec.write_text(replace(evaluation, logs=str(logs), out=str(found)).to_json())
-        try:
-            launch.run_ranks([sys.executable, "-m", "megalina.evaluate.worker", str(spec)], ranks=ranks, logs=logs)
-        except launch.RankFailed as error:
-            if not error.again:  # refused; its last line says why
-                raise ValueError(str(error).splitlines()[-1].partition("] ")[2]) from error
-            raise RanksFailed(str(error)) from error
-        return dict(json.loads(found.read_text()))
+        spec = replace(evaluation, logs=str(folder / "logs"), out=str(folder / "found.json")).to_json()
+        return on_ranks("megalina.evaluate.worker", spec, folder, ranks=ranks)
 
 
 def _join(evaluation: "Evaluation", member: "Member") -> dict[str, Any]:
@@ -317,6 +327,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("--tasks", type=Path, metavar="FILE", help='JSON lines {"context", "choices", "answer"} or {"context", "target"}')
     option("--text", type=Path, metavar="FILE", help="instead of the run's held-out text: a text, a .jsonl or a folder")
+    option("--lm-eval", default="", metavar="A,B", help="run these tasks of lm-evaluation-harness and nothing else; "
+           "megalina_local and megalina_TASK are made of the run's held-out text")  # fmt: skip
+    option("--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: tasks of your own, as --write-tasks makes them")
+    option("--write-tasks", type=Path, metavar="FOLDER", help="write the run's local tasks as files of lm-evaluation-harness")
+    option("--examples", type=whole(0, 1 << 20), default=0, metavar="N", help="of a local task (default: eval.examples)")
+    option("--limit", type=whole(0, 2**31 - 1), default=0, metavar="N", help="with --lm-eval: examples of a task (default: all)")
+    option("--batch-size", type=whole(1, 1 << 20), default=8, metavar="N", help="with --lm-eval: texts of a rank at a time")
     option("--out", type=Path, metavar="FOLDER", help="for eval.json and eval.html (default: RUN/evaluation)")
     option("--wandb", default="", choices=("offline", "online"), help="log numbers, tables, plots and page to Weights & Biases "
            "too, to the project of the run; offline: to FOLDER/wandb")  # fmt: skip

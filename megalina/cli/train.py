@@ -110,12 +110,17 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
 
 
 def check_data(config: PretrainConfig) -> int:
-    """Prepares the data if that has to be done, and returns the size of its vocabulary; ValueError if the model's is smaller."""
+    """Prepares the data if that has to be done, and returns the size of its vocabulary; ValueError if the model's is smaller, or
+    the tasks of `eval` can't be made of them."""
     from megalina.data.source import open_data
 
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     check_sequences(config, data)
     vocab_size = data.vocab_size
+    if config.eval.interval:
+        from megalina.train.task_scores import tasks_of
+
+        tasks_of(config, data)
     if config.model.vocab_size and vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size ({config.model.vocab_size}) is below the {vocab_size} pieces of the data: "

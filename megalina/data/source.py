@@ -18,6 +18,7 @@ from megalina.config import DataConfig
 from megalina.data import corpus
 from megalina.data.blend import Blend
 from megalina.data.gpt_dataset import GPTDataset, Span, split_documents
+from megalina.data.held_out import HeldOutText
 from megalina.data.indexed import IndexedDataset, read_manifest, tokenizer_sha256
 from megalina.data.statistics import entropy, frequencies, max_id
 from megalina.data.tokenizer import MAX_VOCABULARY, Tokenizer, open_tokenizer
@@ -38,6 +39,7 @@ class Samples(Protocol):
 class TokenData:
     train: Samples
     valid: Samples | None  # None: the split leaves no text for validation
+    held_out: HeldOutText | None  # the same documents, read; None: there are none, or no tokenizer
     tokenizer: Tokenizer | None
     vocab_size: int  # of the tokenizer; without one, the largest id in the data + 1
     tokenizer_path: str  # the file it comes from; empty without one
@@ -154,6 +156,7 @@ def open_data(data: DataConfig, *, seq_len: int, seed: int) -> TokenData:
     return TokenData(
         train=samples(0, seed, True),
         valid=samples(1, _VALIDATION_SEED, False) if texts(1) else None,
+        held_out=HeldOutText([text[:2] for text in texts(1)], tokenizer) if texts(1) and tokenizer else None,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         tokenizer_path=tokenizer_path,

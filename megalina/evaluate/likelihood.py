@@ -16,16 +16,11 @@ from megalina.generate import refuse_looking_ahead
 from megalina.mesh import all_gather_object
 from megalina.serve.decoding import padded_batch
 from megalina.serve.engine import Engine
+from megalina.tasks.continuation import Continuation
 
 ROWS_AT_ONCE = 256  # scored tokens whose logits, float64 [N, V], exist at a time
 
 Progress = Callable[[int, int], None]  # batches done, of how many
-
-
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    context: tuple[int, ...]  # token ids, at least one
-    tokens: tuple[int, ...]  # what comes after, at least one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +41,6 @@ def check_tokenizer(engine: Engine, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the tokenizer has {ids} ids, the model {words}: give the tokenizer it was trained with")
 
 
-def continuation_of(tokenizer: Tokenizer, context: str, text: str) -> Continuation:
-    """`text` after `context`, both as the tokenizer cuts them together; after an empty context, at the start of a document.
-
-    As lm-evaluation-harness does it: spaces at the end of the context go to the text, and a token on the border is the text's.
-    """
-    begin = context.rstrip()
-    text, context = context[len(begin) :] + text, begin
-    context_ids = tokenizer.encode(context)
-    if not context_ids:
-        return Continuation((tokenizer.eod,), tuple(tokenizer.encode(text)))
-    tokens = tokenizer.encode(context + text)[len(context_ids) :] or tokenizer.encode(text)  # empty where the border vanished
-    return Continuation(tuple(context_ids), tuple(tokens))
-
-
 def log_likelihoods(
     engine: Engine,
     continuations: Sequence[Continuation],
@@ -77,7 +58,7 @@ def log_likelihoods(
     """
     _refuse(engine, continuations, batch_size, max_positions)
     world = engine.mesh.world
-    longest_first = sorted(range(len(continuations)), key=lambda i: (-_num_read(continuations[i], max_positions), i))
+    longest_first = sorted(range(len(continuations)), key=lambda i: (-len(continuations[i].read(max_positions)), i))
     batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
     own, found = batches[world.rank :: world.size], dict[int, Likelihood]()
     for step in range(-(-len(batches) // world.size)):
@@ -111,14 +92,9 @@ def _refuse(engine: Engine, continuations: Sequence[Continuation], batch_size: i
             )
 
 
-def _num_read(c: Continuation, max_positions: int) -> int:
-    """The last token is only a label."""
-    return min(len(c.context) + len(c.tokens) - 1, max_positions)
-
-
 def _scored(engine: Engine, continuations: Sequence[Continuation], max_positions: int, num_ids: int) -> list[Likelihood]:
     """Of this rank's next batch; without a continuation, of padding."""
-    read = [(c.context + c.tokens)[:-1][-max_positions:] for c in continuations] or [(0,)]
+    read = [c.read(max_positions) for c in continuations] or [(0,)]
     longest = max(map(len, read))
     padding = [longest - len(ids) for ids in read]
     token_BS = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, read, strict=True)])
@@ -132,7 +108,7 @@ def _scored(engine: Engine, continuations: Sequence[Continuation], max_positions
     log_N, greedy_N = _token_scores(engine, n_ND, label_N, num_ids)
     sizes = [len(c.tokens) for c in continuations]
     return [
-        Likelihood(float(logs.sum()), bool(greedy.all()), max(0, len(c.context) + len(c.tokens) - 1 - max_positions))
+        Likelihood(float(logs.sum()), bool(greedy.all()), c.cut_tokens(max_positions))
         for c, logs, greedy in zip(continuations, log_N.split(sizes), greedy_N.split(sizes), strict=True)
     ]
 

@@ -58,16 +58,18 @@ QUALITY: Sequence[Column] = (
     ("bits a byte", number("bits_per_byte", ".4f")),
     ("multiple choice", lambda mode: _task(mode, "multiple_choice", "accuracy")),
     ("by bytes", lambda mode: _task(mode, "multiple_choice", "accuracy_by_bytes")),
+    ("above chance", lambda mode: _task(mode, "multiple_choice", "centred_accuracy")),
+    ("answer, bits a byte", lambda mode: _task(mode, "multiple_choice", "bits_per_byte", ".4f")),
     ("cloze", lambda mode: _task(mode, "cloze", "accuracy")),
 )
 
 
-def _task(mode: Mapping[str, Any], kind: str, score: str) -> str:
+def _task(mode: Mapping[str, Any], kind: str, score: str, form: str = ".1%") -> str:
     of_kind = (mode["tasks"] or {}).get(kind)
     if not of_kind:
         return ""
     error = of_kind[score]["standard_error"]
-    return f"{of_kind[score]['value']:.1%}" + (f" ±{error:.1%}" if error is not None else "")
+    return f"{of_kind[score]['value']:{form}}" + (f" ±{error:{form}}" if error is not None else "")
 
 
 def judged(found: Mapping[str, Any]) -> dict[str, Any]:

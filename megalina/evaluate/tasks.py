@@ -7,54 +7,19 @@ A line is one task, with just these fields.  What is scored follows the context 
 """
 
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalina.data.tokenizer import Tokenizer
-from megalina.evaluate.likelihood import (
-    Likelihood,
-    Progress,
-    check_tokenizer,
-    continuation_of,
-    log_likelihoods,
-    no_progress,
-)
+from megalina.evaluate.likelihood import Likelihood, Progress, check_tokenizer, log_likelihoods, no_progress
 from megalina.serve.engine import Engine
+from megalina.tasks.continuation import continuation_of
+from megalina.tasks.scores import ChoiceScores, Mean, choice_scores, mean_of
+from megalina.tasks.task import Cloze, MultipleChoice, Task, texts_of
 
-
-@dataclass(frozen=True, slots=True)
-class MultipleChoice:
-    context: str  # "": the start of a document
-    choices: tuple[str, ...]
-    answer: int  # index of the right one
-
-
-@dataclass(frozen=True, slots=True)
-class Cloze:
-    context: str
-    target: str
-
-
-Task = MultipleChoice | Cloze
 FIELDS = {"choices": ("context", "choices", "answer"), "target": ("context", "target")}  # by the field that tells the kind
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    value: float
-    standard_error: float | None  # sample deviation over the root of the number of tasks; None of a single one
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceScores:
-    num_tasks: int
-    accuracy: Mean  # the likeliest choice is the right one; of equally likely ones the first counts
-    accuracy_by_bytes: Mean  # likeliest by log-likelihood a byte (UTF-8, spaces in front don't count)
-    log_likelihood: Mean  # of the right choice, nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +57,7 @@ def check_tasks(tasks: Sequence[Task], tokenizer: Tokenizer, *, num_ids: int, ma
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {num_ids}: give the tokenizer it was trained with"
         )
     for i, task in enumerate(tasks, start=1):
-        for text in _texts_of(task):
+        for text in texts_of(task):
             if (length := len(continuation_of(tokenizer, task.context, text).tokens)) > max_positions:
                 raise ValueError(
                     f"task {i} has a text of {length} tokens after its context ({_shown(text)}), the model reads at most "
@@ -114,7 +79,7 @@ def score_tasks(
     `batch_size`: texts of a rank at a time; `progress`: in batches of all ranks.  ValueError as `log_likelihoods`, and for a
     tokenizer of more ids than the model has."""
     check_tokenizer(engine, tokenizer)
-    texts = [(task.context, text) for task in tasks for text in _texts_of(task)]
+    texts = [(task.context, text) for task in tasks for text in texts_of(task)]
     continuations = [continuation_of(tokenizer, context, text) for context, text in texts]
     found = log_likelihoods(
         engine,
@@ -130,33 +95,16 @@ def score_tasks(
 def summed_up(tasks: Sequence[Task], found: Sequence[Likelihood]) -> TaskScores:
     """`found`: of each task's texts in turn, choices in their order."""
     rest = iter(found)
-    scored = [(task, [next(rest) for _ in _texts_of(task)]) for task in tasks]
-    choice = [_choice_scores(task, own) for task, own in scored if isinstance(task, MultipleChoice)]
+    scored = [(task, [next(rest) for _ in texts_of(task)]) for task in tasks]
+    choice = [(task, [found.log_likelihood for found in own]) for task, own in scored if isinstance(task, MultipleChoice)]
     cloze = [(float(own[0].greedy), own[0].log_likelihood) for task, own in scored if isinstance(task, Cloze)]
     cut = [max(likelihood.cut_tokens for likelihood in own) for _, own in scored]
     return TaskScores(
-        ChoiceScores(len(choice), *(_mean(column) for column in zip(*choice, strict=True))) if choice else None,
-        ClozeScores(len(cloze), *(_mean(column) for column in zip(*cloze, strict=True))) if cloze else None,
+        choice_scores(*zip(*choice, strict=True)) if choice else None,
+        ClozeScores(len(cloze), *(mean_of(column) for column in zip(*cloze, strict=True))) if cloze else None,
         cut_tasks=sum(tokens > 0 for tokens in cut),
         cut_tokens=max(cut, default=0),
     )
-
-
-def _texts_of(task: Task) -> tuple[str, ...]:
-    return task.choices if isinstance(task, MultipleChoice) else (task.target,)
-
-
-def _choice_scores(task: MultipleChoice, found: Sequence[Likelihood]) -> tuple[float, float, float]:
-    """Whether the likeliest is right, and by bytes; the right one's log-likelihood."""
-    nats = [likelihood.log_likelihood for likelihood in found]
-    by_bytes = [n / len(text.lstrip().encode()) for n, text in zip(nats, task.choices, strict=True)]
-    right, right_by_bytes = (values.index(max(values)) == task.answer for values in (nats, by_bytes))
-    return float(right), float(right_by_bytes), nats[task.answer]
-
-
-def _mean(values: Sequence[float]) -> Mean:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Mean(statistics.fmean(values), error)
 
 
 def _task_of(raw: bytes, place: str) -> Task:

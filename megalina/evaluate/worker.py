@@ -272,15 +272,21 @@ def work(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def main(spec_path: str) -> int:
-    """The rank's process under our own launcher, which shows why the rank ended that failed first."""
-    evaluation, rank = Evaluation.from_json(Path(spec_path).read_text()), int(os.environ["RANK"])
+    evaluation = Evaluation.from_json(Path(spec_path).read_text())
+    return in_process(lambda: work(evaluation), logs=Path(evaluation.logs), out=Path(evaluation.out))
+
+
+def in_process(find: Callable[[], dict[str, Any]], *, logs: Path, out: Path) -> int:
+    """The rank's process under our own launcher, which shows why the rank ended that failed first; rank 0 writes what it has
+    found to `out`."""
+    rank = int(os.environ["RANK"])
     try:
-        found = work(evaluation)
+        found = find()
         if rank == 0:
-            Path(evaluation.out).write_text(json.dumps(found, allow_nan=False))
+            out.write_text(json.dumps(found, allow_nan=False))
     except Exception as error:  # noqa: BLE001  the launcher shows it
         refused = isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError)
-        traceback_path(Path(evaluation.logs), rank).write_text(str(error) if refused else traceback.format_exc())
+        traceback_path(logs, rank).write_text(str(error) if refused else traceback.format_exc())
         return REFUSED if refused else 1
     return 0
 

@@ -1,6 +1,6 @@
 """The head in torch, and the balance loss over all layers.
 
-Shapes: T tokens, D width, V words here, L MoE layers, E experts, R tensor-parallel ranks.
+Shapes: B sequences, T tokens, A tokens of all R tensor-parallel ranks, D width, V words here, L MoE layers, E experts.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,14 @@ class Head(BlockFunctions):
             return self.sum_of(self.stat(norm(x), batch, later=later).unsqueeze(0), batch)
         return self.sum_of(x.view(self.share.ranks, -1, 2), batch, self.share.own(batch))
 
+    def sequence_losses(self, x: Tensor, batch: Batch) -> Tensor:
+        """float64 [B]: of `loss`, what each sequence's own tokens give; `x` as there."""
+        stat_RA2 = self.stat(self.holder.final_norm(x), batch)[None] if self.share.ranks == 1 else x.view(self.share.ranks, -1, 2)
+        own = self.share.own(batch)
+        loss_A = stat_RA2.new_zeros(batch.tokens_BS.numel(), dtype=torch.float64)
+        loss_A[own] = self._counted(stat_RA2, batch, own).double()
+        return loss_A.view(batch.tokens_BS.shape).sum(1)
+
     @property
     def weight_VD(self) -> Tensor:
         return self.holder.embedding if self.holder.head is None else self.holder.head
@@ -80,5 +88,9 @@ class Head(BlockFunctions):
 
     def sum_of(self, stat_RA2: Tensor, batch: Batch, own: slice = ALL) -> Tensor:
         """Scalar: the sum of the own tokens' cross entropies, from each rank's statistics of all tokens."""
+        return self._counted(stat_RA2, batch, own).sum()
+
+    def _counted(self, stat_RA2: Tensor, batch: Batch, own: slice) -> Tensor:
+        """[T]: the own tokens' cross entropies, 0 where they don't count."""
         counts_T = batch.loss_mask_BS.flatten()[own]
-        return cross_entropy(stat_RA2[:, own]).where(counts_T, 0.0).sum()
+        return cross_entropy(stat_RA2[:, own]).where(counts_T, 0.0)

@@ -197,6 +197,12 @@ class InstructionFunctions:
         """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
         return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
 
+    def _scored(self, loss_B: Tensor, batch: Batch) -> Tensor:
+        """[sequences of all data-parallel ranks]: the losses of this rank's, 0 for those of others."""
+        out = loss_B.new_zeros(self.mesh.dp.size, len(loss_B))
+        out[self.mesh.dp.rank] = loss_B
+        return out.flatten()
+
 
 def _head(value: str) -> str:
     return value.partition(".")[0]

@@ -27,7 +27,7 @@ from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.plan import Plan
 from megalina.step.program import Program
-from megalina.step.strategy import Setting, evaluation, settling, training_step
+from megalina.step.strategy import Setting, evaluation, scoring, settling, training_step
 from megalina.timeline.recorder import Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -119,6 +119,7 @@ class Trainable:
         self._training = self._executor(self.program, self.device)
         self.evaluation_program = evaluation(shape, specs)
         self._evaluation = self._executor(self.evaluation_program, None)
+        self._scoring: Executor | None = None  # few runs ask for it
 
     def run_with(self, program: Program, functions: Functions) -> None:
         """From now on a training step is this program with these functions: an observer of values, another schedule.
@@ -143,6 +144,8 @@ class Trainable:
         self.adopt(replace(before.plan, packing=self.mesh.packing))
         before.close()
         before._evaluation.close()
+        if before._scoring is not None:
+            before._scoring.close()
 
     def close(self) -> None:
         """End the threads of the step's lanes; `run_with` begins anew."""
@@ -189,6 +192,16 @@ class Trainable:
         self.settle()
         self.gpt.eval()
         out: Tensor = self._evaluation.run({"#batch.-.0": batch})["#loss.-.0"]
+        return out
+
+    def score(self, batch: Batch) -> Tensor:
+        """float64 [dp x B]: the sum of losses in nats of each sequence, of all data-parallel ranks in turn, which have B each."""
+        self.settle()
+        self.gpt.eval()
+        if self._scoring is None:
+            specs = {name: bucket.spec for name, bucket in self.buckets.items()}
+            self._scoring = self._executor(scoring(self.setting.shape, specs), None)
+        out: Tensor = self._scoring.run({"#batch.-.0": batch})["#loss.-.0"]
         return out
 
     def compare_collectives(self) -> None:

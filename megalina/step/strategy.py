@@ -164,16 +164,27 @@ def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
     """The checked program of one forward pass without gradients, and the sum of its losses over the world.
 
     Multi-token prediction is left out, with the weights of its layers."""
+    return _forward_alone(shape, buckets, "evaluated", by_sequence=False)
+
+
+def scoring(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
+    """As `evaluation`, but each sequence's loss by itself."""
+    return _forward_alone(shape, buckets, "scored", by_sequence=True)
+
+
+def _forward_alone(shape: Shape, buckets: Mapping[str, BucketSpec], name: str, *, by_sequence: bool) -> Program:
     left_out = {group for layer in range(shape.num_layers, len(shape.layers)) for group in shape.groups(layer)}
     shape = replace(shape.without_mtp, head_logits=False)
-    buckets = {name: spec for name, spec in buckets.items() if name not in left_out}
-    forward = plain(shape)
-    losses = tuple(v for s in forward for v in s.writes if v.startswith("loss."))
+    buckets = {bucket: spec for bucket, spec in buckets.items() if bucket not in left_out}
+    forward, value = plain(shape), "loss.-.0"
+    if by_sequence:
+        value = "#losses.-.0"
+        forward = tuple(replace(s, name="sequence_losses", writes=(value,)) if s.key == ("loss", -1, "0") else s for s in forward)
     program = (
         *forward,
-        Instruction("U", Kind.COMPUTE, "evaluated", reads=(*losses, "#batch.-.0"), writes=("#own_loss.-.0",)),
-        Instruction("U", Kind.START, "evaluated", reads=("#own_loss.-.0",), writes=("#own_loss>.-.0",), op=Op.SUM, axis="world"),
-        Instruction("U", Kind.WAIT, "evaluated", reads=("#own_loss>.-.0",), writes=("#loss.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", Kind.COMPUTE, name, reads=(value, "#batch.-.0"), writes=("#own_loss.-.0",)),
+        Instruction("U", Kind.START, name, reads=("#own_loss.-.0",), writes=("#own_loss>.-.0",), op=Op.SUM, axis="world"),
+        Instruction("U", Kind.WAIT, name, reads=("#own_loss>.-.0",), writes=("#loss.-.0",), op=Op.SUM, axis="world"),
     )
     check(program, given(program, Setting(shape, buckets)), buckets)
     return program

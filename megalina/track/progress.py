@@ -35,6 +35,16 @@ def _stands_still(record: Mapping[str, Any]) -> str:
     return f"waits {a2a_ms} ms for all-to-alls{slowed}, {grads_ms} ms for gradients"
 
 
+def _task_scores(record: Mapping[str, Any]) -> str:
+    """ "tasks 0.21 (1.43 bits/byte)": means over tasks, of accuracy above chance and of the right answers' bits; "" where a step
+    has none."""
+    keys = [key.rpartition("/")[0] for key in record if key.startswith("eval/") and key.endswith("/bits_per_byte")]
+    if not keys:
+        return ""
+    centred, bits = (sum(record[f"{key}/{what}"] for key in keys) / len(keys) for what in ("centred_accuracy", "bits_per_byte"))
+    return f"tasks {_number(centred, '.2f')} ({_number(bits, '.2f')} bits/byte)"
+
+
 class Progress:
     """Use as a context manager, so that the terminal is given back whatever happens.
 
@@ -60,6 +70,7 @@ class Progress:
         self._start_s = clock()
         self._line_s = -math.inf
         self._val_loss: float | None = None
+        self._tasks = ""  # scores, newest
         self._plain = kind == "plain" or (kind == "auto" and not self._stream.isatty())
         self._bar: RichProgress | None = None
         if kind == "auto" and not self._plain:
@@ -79,6 +90,7 @@ class Progress:
         """A step's record, as it goes to the tracker."""
         if record.get("val_loss") is not None:
             self._val_loss = record["val_loss"]
+        self._tasks = _task_scores(record) or self._tasks
         step = record["step"]
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=self.numbers(record))
@@ -90,14 +102,15 @@ class Progress:
             print(f"step {step:{width}d}/{self._total_steps}  {self.numbers(record)}", file=self._stream, flush=True)
 
     def numbers(self, record: Mapping[str, Any]) -> str:
-        """loss, newest validation loss, gradient norm, tokens/s, what the device waited for if that is measured, time to go
-        (from this process's own pace)."""
+        """loss, newest validation loss and scores on tasks, gradient norm, tokens/s, what the device waited for if that is
+        measured, time to go (from this process's own pace)."""
         step = record["step"]
         done = step - self._start_step
         left_s = (self._clock() - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
         parts = [f"loss {_number(record.get('loss'), '.4f')}"]
         if self._val_loss is not None:
             parts.append(f"val {_number(self._val_loss, '.4f')}")
+        parts += [self._tasks] if self._tasks else []
         parts.append(f"norm {_number(record.get('grad_norm'), '.2f')}")
         parts.append(f"{_number(record.get('tokens_per_s'), ',.0f')} tokens/s")
         if record.get("a2a_exposed_s") is not None:

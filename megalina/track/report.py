@@ -104,6 +104,7 @@ def report_page(run: RunData) -> str:
             _tiles(run),
             '<div class="cards">',
             _loss_card(run),
+            _task_cards(run),
             _load_card(run),
             _charts(run),
             _timeline_card(run),
@@ -233,6 +234,34 @@ def _loss_card(run: RunData) -> str:
     charts = f'<div class="broad">{broad}</div><div class="narrow">{narrow}</div>'
     hint = "Cross entropy in nats a token, without auxiliary terms, over steps."
     return _card("Loss", legend(series) + charts, hint=hint, wide=True)
+
+
+def _task_cards(run: RunData) -> str:
+    """A curve a task, of what `eval.interval` has made."""
+    records = [record for record in run.records if any(key.startswith("eval/") for key in record)]
+    names = list(dict.fromkeys(key.split("/")[1] for record in records for key in record if key.count("/") == 2))
+    cards = []
+    for what, title, references, hint in (
+        (
+            "centred_accuracy",
+            "Tasks: accuracy above chance",
+            [Reference("chance", 0.0)],
+            "Multiple choice from held-out text: 0 is as by chance, 1 is all right.",
+        ),
+        ("bits_per_byte", "Tasks: bits a byte of the right answer", [], "Smoother than accuracy; lower is better."),
+    ):
+        series, last = [], []
+        for i, name in enumerate(names):
+            ys = [record.get(f"eval/{name}/{what}") for record in records]
+            if _finite(ys):
+                hue = 205 + 280 * i / len(names)
+                series.append(Series(name, [record["step"] for record in records], ys, f"hsl({hue:.0f} 68% 54%)", dots=True))
+                error = records[-1].get(f"eval/{name}/{what}_error")
+                last.append(f"{name} {ys[-1]:.3f}" + (f" ±{error:.3f}" if error is not None else "") if _finite(ys[-1:]) else "")
+        if series:
+            chart = line_chart(series, label=f"{title} over steps, a line a task", references=references)
+            cards.append(_card(title, legend(series) + chart, hint=f"{hint} Last: {', '.join(filter(None, last))}."))
+    return "\n".join(cards)
 
 
 def _load_card(run: RunData) -> str:

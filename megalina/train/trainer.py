@@ -34,6 +34,7 @@ from megalina.train.recovery import meet_spike, name_non_finite, saved_before
 from megalina.train.replay import replay
 from megalina.train.resume import agreed_resume_point, resume_point
 from megalina.train.step_runner import StepRunner
+from megalina.train.task_scores import TaskScores
 from megalina.train.throughput import mfu, peak_flops, peak_memory_bytes
 from megalina.train.timing import Timing, emulation_note
 
@@ -128,6 +129,8 @@ class Trainer:
         vocab_size = self.built.trainable.gpt.vocab_size
         self.flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=config.train.seq_len)
         self.peak = config.cluster.peak_tflops * 1e12 or peak_flops(device, DTYPES[config.train.dtype])
+        self._tasks = TaskScores(config, data, self.built.mesh) if config.eval.interval else None
+        self._task_scores: dict[str, float] = {}  # the newest
         self._dead_model = DeadModel(vocab_size)
         self._step_s: list[float] = []
         self._record: dict[str, Any] = {}
@@ -150,6 +153,8 @@ class Trainer:
         if self.runner.is_first:
             logger.info("data: %s", self.data.description)
             logger.info("%s", self._describe())
+            if self._tasks is not None:
+                logger.info("%s", self._tasks.description)
             if start is not None:
                 logger.info("resumed from %s after step %d", start, self.state.step)
         if start is not None and (pairs := as_json(changes(read_values(start)["config"], self.config))):
@@ -184,6 +189,9 @@ class Trainer:
                 record, stop = self._step_record(result, step_s) | contention, result.stop
                 if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                     state.val_loss = record["val_loss"] = self.validate()
+                if self._tasks is not None and (step == train.steps or step % self.config.eval.interval == 0):
+                    self._task_scores = self._tasks.record(self.built.trainable, self.device)
+                    record |= self._task_scores
                 if self.tracker is not None:
                     self.tracker.log(record)
                 progress.update(record)
@@ -247,6 +255,7 @@ class Trainer:
             "active_params": self.flops.active_params,
             "peak_memory_gb": peak_memory_bytes(self.device) / 1e9,
             "emulation": emulation_note(self.built.trainable),
+            **self._task_scores,
         }
         if self.runner.is_first and self._record:
             if missing := self.state.profile.missing(self.config.run.dir):

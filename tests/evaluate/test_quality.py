@@ -17,7 +17,7 @@ from megalina.batch import Batch
 from megalina.config import InferConfig, ModelConfig, RouterConfig
 from megalina.data.bpe import train_bpe
 from megalina.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, open_tokenizer
-from megalina.evaluate.likelihood import Continuation, Likelihood, continuation_of, log_likelihoods
+from megalina.evaluate.likelihood import Likelihood, log_likelihoods
 from megalina.evaluate.perplexity import (
     Quality,
     held_out_quality,
@@ -27,7 +27,7 @@ from megalina.evaluate.perplexity import (
     text_quality,
     windows_of,
 )
-from megalina.evaluate.tasks import Cloze, Mean, MultipleChoice, read_tasks, score_tasks, summed_up
+from megalina.evaluate.tasks import read_tasks, score_tasks, summed_up
 from megalina.generate import Sampling, generate
 from megalina.mesh import build_mesh
 from megalina.model.gpt import GPT
@@ -38,6 +38,9 @@ from megalina.placement.split import even
 from megalina.placement.triggers import never
 from megalina.serve.engine import Engine
 from megalina.serve.load_engine import open_checkpoint
+from megalina.tasks.continuation import Continuation, continuation_of
+from megalina.tasks.scores import Mean
+from megalina.tasks.task import Cloze, MultipleChoice
 from tests.parallel.ranks import run_on_ranks
 from tests.serve.small_engine import EXPERTS, POSITIONS, small_engine
 

@@ -12,7 +12,7 @@ from megalina.step.forward import Shape, plain
 from megalina.step.passes import cuts, losses_of
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check, reads_of, writes_of
-from megalina.step.strategy import STRATEGIES, Setting, evaluation, given, training_step
+from megalina.step.strategy import STRATEGIES, Setting, evaluation, given, scoring, training_step
 
 SHAPES = {
     "one device": plain_shape(moe=(True, True)),
@@ -76,6 +76,8 @@ def test_every_shape_has_a_complete_program(name: str, micro_batches: int, recom
     assert sum(s.name == "seed" for s in program) == micro_batches
     assert (recompute == "none") == (not any(s.recompute for s in program))
     evaluation(shape, buckets)
+    (losses,) = (s for s in scoring(shape, buckets) if "#losses.-.0" in s.writes)
+    assert losses.name == "sequence_losses" and not any(s.name == "loss" for s in scoring(shape, buckets))
 
 
 def test_each_dropped_instruction_is_refused() -> None:

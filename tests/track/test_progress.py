@@ -51,6 +51,16 @@ def test_the_newest_validation_loss_stays_on_the_line():
     assert "loss -" in progress.numbers({"step": 2, "loss": None, "grad_norm": float("nan")})
 
 
+def test_the_newest_scores_on_tasks_stay_on_the_line():
+    progress = Progress(100, 0, "none")
+    scores = {"eval/a/centred_accuracy": 0.25, "eval/a/bits_per_byte": 1.0, "eval/b/centred_accuracy": -0.05}
+    line = progress.numbers({"step": 1, "loss": 3.0, "grad_norm": 1.0})
+    assert "tasks" not in line
+    progress.update({"step": 1, **scores, "eval/b/bits_per_byte": 2.0, "eval/seconds": 9.0})
+    progress.update({"step": 2})
+    assert "tasks 0.10 (1.50 bits/byte)" in progress.numbers({"step": 3, "loss": 3.0, "grad_norm": 1.0})
+
+
 def test_what_the_device_waited_for_is_told_where_it_is_measured():
     progress = Progress(10, 0, "none")
     record = {"step": 1, "a2a_exposed_s": 0.1861, "grads_exposed_s": 0.0453, "a2a_slowdown": 1.83}

@@ -111,6 +111,22 @@ def test_the_overrides_are_those_that_the_run_folder_holds_and_their_lack_is_tol
     assert f"python pretrain_gpt_moe.py model=tiny optim.lr=1e-3 run.dir={run_dir}" in text and "add the overrides" not in text
 
 
+def test_tasks_have_a_curve_each_and_their_last_scores(tmp_path):
+    write_run(tmp_path / "run", steps=20)
+    assert "above chance" not in parsed(write_report(tmp_path / "run", samples=[], summary={})).text
+    path = tmp_path / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for step in (9, 19):
+        for name in ("cloze", "brackets"):
+            for key, value in (("centred_accuracy", 0.01 * step), ("centred_accuracy_error", 0.05), ("bits_per_byte", None)):
+                records[step][f"eval/{name}/{key}"] = value
+        records[step] |= {"eval/cloze/bits_per_byte": 2.5, "eval/seconds": 1.0}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = parsed(write_report(tmp_path / "run", samples=[], summary={}))
+    assert "Last: cloze 0.190 ±0.050, brackets 0.190 ±0.050." in page.text and "Last: cloze 2.500." in page.text
+    assert page.text.count("Tasks: ") == 2 and "chance" in page.text
+
+
 def test_an_unfinished_run_continues_with_its_own_number_of_steps(tmp_path):
     run_dir = write_run(tmp_path / "run", until=40)
     text = parsed(write_report(run_dir, samples=[], summary={"overrides": ["train.steps=60", "train.exit_step=40"]})).text
