@@ -3,7 +3,10 @@
 With `model.attention_experts` its query heads are cut into experts that share keys and values, and what each gives is scaled by
 its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too.
 
-A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`)."""
+A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`).
+
+Where context parallelism cuts sequences, a rank's queries meet the keys and values of all tokens, which are gathered while queries are
+made (`all_gather`), or ranks exchange heads for tokens, before and after (`all_to_all`): docs/long-context.md."""
 
 import math
 from abc import abstractmethod
@@ -26,6 +29,7 @@ from megalina.step.program import Instruction, Op
 SHORTEST_BLOCKED = 129  # at 64 the fused kernel takes half the time, at 192 it takes 1.1 times as long
 LONGEST_BLOCKED = 1024  # keys of a query: saved attention weights grow with their number
 QUERIES_A_BLOCK = 64
+QUERIES_A_TURN = 256  # of a part of a sequence, that go through the fused kernel at once
 
 
 def in_blocks(length: int, window: int) -> bool:
@@ -38,15 +42,21 @@ def _seen(length: int) -> int:
     return sum(min(b + QUERIES_A_BLOCK, length) * min(QUERIES_A_BLOCK, length - b) for b in range(0, length, QUERIES_A_BLOCK))
 
 
+IN_CONTEXT = (  # what computes with context parallelism
+    *("attention_keys", "attention_queries", "attention_gathered"),
+    *("attention_spread", "attention_of_heads", "attention_joined"),
+)
+
+
 class Attention(Block):
     """Any attention; a kind of it declares its own parameters, and what it does between norm and residual."""
 
     name = "attention"
-    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads")
+    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads", *IN_CONTEXT)
 
     @property
     def deferrable(self) -> Sequence[str]:
-        return self.heavy
+        return [name for name in self.heavy if name != "attention_of_heads"]  # which has no products with weights
 
     @staticmethod
     @abstractmethod
@@ -66,6 +76,8 @@ class Attention(Block):
         return attention_bias(self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        if shape.context:
+            return self._lines_in_context(shape, layer, reads, writes)
         logit = " #logit" if shape.head_logits else ""
         if not shape.tp:
             return [compute("attention", layer, f"{reads} #batch", writes + logit, shape.dense(layer))]
@@ -74,6 +86,37 @@ class Attention(Block):
             *between(shape, layer, "attention", "heads", reads, "n", "a", uses, logit),
             compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer)),
         ]
+
+    def _lines_in_context(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        """With tp between norm and sum, as without context parallelism."""
+        uses, logit = (shape.dense(layer), shape.copied(layer)), " #logit" if shape.head_logits else ""
+        n = "n_all" if shape.tp and shape.sequence else "n"
+        experts = f"{n} " if self.model.attention_experts else ""
+        first, own, stream, out = (n, "", "", "a_part") if shape.tp else (reads, "n ", f"{reads} ", writes)
+        if shape.context == "all_gather":
+            start, wait = exchange("attention_kv", layer, Op.GATHER, "cp", "kv", "kv_all")
+            inner = [
+                compute("attention_keys", layer, f"{first} #batch", f"{own}kv", *uses),
+                start,
+                compute("attention_queries", layer, f"{n} #batch", "q", *uses),  # while keys and values travel
+                wait,
+                compute("attention_gathered", layer, f"q kv_all {experts}{stream}#batch", out + logit, *uses),
+            ]
+        else:
+            sinks = uses[:1] if self.model.attention_sinks else ()
+            inner = [
+                compute("attention_spread", layer, f"{first} #batch", f"{own if experts else ''}qkv", *uses),
+                *exchange("attention_out", layer, Op.EVEN, "cp", "qkv", "qkv_all"),
+                compute("attention_of_heads", layer, "qkv_all #batch", f"mixed_part{logit}", *sinks),
+                *exchange("attention_back", layer, Op.EVEN, "cp", "mixed_part", "mixed_all"),
+                compute("attention_joined", layer, f"mixed_all {experts}{stream}#batch", out, *uses),
+            ]
+        if not shape.tp:
+            return inner
+        around = between(shape, layer, "attention", "heads", reads, "n", "a", uses)
+        place = next(i for i, line in enumerate(around) if line.name == "attention_heads")
+        residual = compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer))
+        return [*around[:place], *inner, *around[place + 1 :], residual]
 
     def work(self, at: At) -> Piece:
         match at.name:
@@ -142,7 +185,7 @@ class GroupedQueryAttention(Attention):
     """Several query heads share the keys and values of one."""
 
     functions = "megalina.model.attention:GroupedQueryAttention"
-    heavy = ("attention", "attention_heads", "attention_qkv", "attention_core")
+    heavy = (*Attention.heavy, "attention_qkv", "attention_core")
 
     @staticmethod
     def check(model: ModelConfig) -> None:
@@ -205,7 +248,7 @@ class GroupedQueryAttention(Attention):
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
         """Where tp cuts what is normed together, the squares of all heads are summed before they are attended with."""
         lines = super().lines(shape, layer, reads, writes)
-        if not shape.tp or not self._normed_together:
+        if not shape.tp or not self._normed_together or shape.context:
             return lines
         at = next(i for i, line in enumerate(lines) if line.name == "attention_heads")
         (normed, _), own = lines[at].reads, shape.dense(layer)

@@ -92,7 +92,7 @@ class InstructionFunctions:
 
     def _sizes_of_group(self, *batches: Batch) -> GroupSoFar:
         """Of a micro-batch, before the first of its parts is routed in any layer."""
-        tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
+        tokens = torch.stack([b.uncut.valid_BS.sum() for b in batches]).sum()
         return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
 
     def _seed(self, names: Sequence[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ class Candidate:
         return (
             f"parallel.tp={parallel.tp}",
             f"parallel.ep={parallel.ep}",
+            *([f"parallel.cp={parallel.cp}", f"parallel.cp_kind={parallel.cp_kind}"] if parallel.cp > 1 else []),
             f"parallel.zero={parallel.zero}",
             f"train.micro_batch_size={train.micro_batch_size}",
             f"train.recompute={train.recompute}",
