@@ -45,9 +45,12 @@ class Batch:
         if contexts == 1:
             return self
         assert self.cut_from is None, "it is a part already"
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sample_B", "cut_from", "contexts", "context")}
-        own = {n: None if v is None else zigzag.own_part(v, contexts, context) for n, v in values.items()}
-        out = Batch(**own, sample_B=self.sample_B, cut_from=self, contexts=contexts, context=context)
+        alike = {"sample_B": self.sample_B, "cut_from": self, "contexts": contexts, "context": context}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in values.keys() - alike.keys():
+            if values[name] is not None:
+                values[name] = zigzag.own_part(values[name], contexts, context)
+        out = Batch(**(values | alike))
         if not self.may_have_padding:
             out.__dict__["may_have_padding"] = False
         return out

@@ -1,7 +1,7 @@
 """The mesh: the ranks of a job cut along named axes.
 
-world = edp x ep x cp x tp, tp innermost (the fastest links).  The ranks of cp and tp have the same sequences: each rank of cp a part
-of them, and each rank of tp a share of that.  Dense parameters are copied over dp = edp x ep x cp.  An expert sits on one ep
+world = edp x ep x cp x tp, tp innermost (the fastest links).  The ranks of cp and tp have the same sequences: each rank of cp a
+part of them, and each rank of tp a share of that.  Dense parameters are copied over dp = edp x ep x cp.  An expert sits on one ep
 coordinate and is copied over edp x cp x tp, since every rank of cp and tp dispatches its own share of the tokens.
 Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
 keep one order.  `group` None means nobody to talk to.

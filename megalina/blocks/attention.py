@@ -5,16 +5,17 @@ its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 
 
 A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`).
 
-Where context parallelism cuts sequences, a rank's queries meet the keys and values of all tokens, which are gathered while queries are
-made (`all_gather`), or ranks exchange heads for tokens, before and after (`all_to_all`): docs/long-context.md."""
+Where context parallelism cuts sequences, a rank's queries meet the keys and values of all tokens, which are gathered while
+queries are made (`all_gather`), or ranks exchange heads for tokens, before and after (`all_to_all`): docs/long-context.md."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from megalina.blocks import memory
+from megalina.blocks import context, memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
+from megalina.blocks.context import HeadSizes
 from megalina.blocks.heads import attention_bias, head_dim, rotary_width
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.optimizers import optimizer_of
@@ -29,7 +30,6 @@ from megalina.step.program import Instruction, Op
 SHORTEST_BLOCKED = 129  # at 64 the fused kernel takes half the time, at 192 it takes 1.1 times as long
 LONGEST_BLOCKED = 1024  # keys of a query: saved attention weights grow with their number
 QUERIES_A_BLOCK = 64
-QUERIES_A_TURN = 256  # of a part of a sequence, that go through the fused kernel at once
 
 
 def in_blocks(length: int, window: int) -> bool:
@@ -42,17 +42,11 @@ def _seen(length: int) -> int:
     return sum(min(b + QUERIES_A_BLOCK, length) * min(QUERIES_A_BLOCK, length - b) for b in range(0, length, QUERIES_A_BLOCK))
 
 
-IN_CONTEXT = (  # what computes with context parallelism
-    *("attention_keys", "attention_queries", "attention_gathered"),
-    *("attention_spread", "attention_of_heads", "attention_joined"),
-)
-
-
 class Attention(Block):
     """Any attention; a kind of it declares its own parameters, and what it does between norm and residual."""
 
     name = "attention"
-    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads", *IN_CONTEXT)
+    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads", *context.NAMES)
 
     @property
     def deferrable(self) -> Sequence[str]:
@@ -119,6 +113,8 @@ class Attention(Block):
         return [*around[:place], *inner, *around[place + 1 :], residual]
 
     def work(self, at: At) -> Piece:
+        if at.name in context.NAMES:
+            return context.work(self, at)
         match at.name:
             case "attention_norm":
                 return norm(at.rank, at.held)
@@ -129,6 +125,8 @@ class Attention(Block):
         return self.heads_work(at)
 
     def memory(self, at: At) -> Inside:
+        if at.name in context.NAMES:
+            return context.inside(self, at)
         match at.name:
             case "attention_norm":
                 return memory.norm(at.rank, int(at.held))
@@ -139,7 +137,51 @@ class Attention(Block):
     def value_bytes(self, at: At) -> Mapping[str, int]:
         number = at.rank.width * at.rank.element
         held, tokens = int(at.held) * number, int(at.tokens) * number
-        return {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+        found = {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+        return found if at.rank.cp == 1 else {**found, **context.value_bytes(self, at)}
+
+    def keeps(self, at: At) -> Sequence[str]:
+        """Where keys or what is spread come of the norm, it is a value, of which keys are a product."""
+        norms = at.name in ("attention_keys", "attention_spread")
+        return [v for v in at.instruction.writes if norms and v.startswith("n.")]
+
+    # with context parallelism
+    @abstractmethod
+    def head_sizes(self, rank: Rank) -> HeadSizes:
+        """Of one rank of tensor parallelism; this and what follows as in `InContext`."""
+
+    @abstractmethod
+    def queries_work(self, at: At) -> Piece: ...
+
+    @abstractmethod
+    def keys_work(self, at: At) -> Piece: ...
+
+    def making_work(self, at: At, tokens: float) -> Piece:
+        return Piece()
+
+    def core_of(self, at: At) -> Piece:
+        sizes = self.head_sizes(at.rank)
+        read = sizes.heads * (sizes.query + sizes.value) + sizes.groups * (sizes.query + sizes.value)
+        return self.core_work(at, sizes.query, sizes.value, read)
+
+    @abstractmethod
+    def out_work(self, at: At) -> Piece: ...
+
+    @abstractmethod
+    def queries_memory(self, at: At) -> Inside: ...
+
+    @abstractmethod
+    def keys_memory(self, at: At) -> Inside: ...
+
+    def made_bytes(self, rank: Rank, tokens: int) -> int:
+        return 0
+
+    def scaled_bytes(self, at: At) -> int:
+        return 0
+
+    @property
+    def output_bias(self) -> bool:
+        return self.bias == "all"
 
     # pieces of which a kind is made
     def heads_here(self, at: At) -> int:
@@ -161,8 +203,11 @@ class Attention(Block):
 
     def scores(self, at: At) -> tuple[int, int]:
         """Of attention's core: what one block needs, and what is kept beside queries, keys, values and result."""
-        rank, t, s = at.rank, int(at.tokens), at.rank.seq_len
-        heads = self.heads_here(at)
+        return self.scores_of(at.rank, int(at.tokens), self.heads_here(at))
+
+    def scores_of(self, rank: Rank, tokens: int, heads: int) -> tuple[int, int]:
+        """The same of so many heads, and tokens of whole sequences."""
+        t, s = tokens, rank.seq_len
         sums = t * heads * rank.main  # log-sum-exps
         if not self.is_blocked(rank):
             return 0, sums
@@ -283,13 +328,18 @@ class GroupedQueryAttention(Attention):
             out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
         if self._normed_together:
             out += norm(rank, tokens, q) + norm(rank, tokens, kv)
-        if experts := model.attention_experts:
-            router = linear(rank, tokens, experts, d, wide=rank.mixed)
-            scaled_bytes = tokens * q * rank.element
-            out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
+        if model.attention_experts:
+            out += self._experts_work(at)
         if optimizer_of(rank.config.optim).clips_heads:
             out += self._logits_work(at, q + kv)
         return out + self.core_work(at, size, size, 2 * (q + kv))
+
+    def _experts_work(self, at: At) -> Piece:
+        """Where heads are experts: their router, and what they give times their probabilities."""
+        rank = at.rank
+        router = linear(rank, at.tokens, self.model.attention_experts, rank.width, wide=rank.mixed)
+        scaled_bytes = at.tokens * self._q() / rank.tp * rank.element
+        return router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
 
     def _logits_work(self, at: At, numbers: float) -> Piece:
         """Logits once more, in blocks, which see little of what the mask hides; `numbers` of a token's queries and keys here."""
@@ -365,11 +415,13 @@ class GroupedQueryAttention(Attention):
     def keeps(self, at: At) -> Sequence[str]:
         """Gradients of squares need what they are of."""
         if at.name != "attention_qkv" or at.rank.mixed:
-            return ()
+            return super().keeps(at)
         return [v for v in at.instruction.writes if v.startswith(("q.", "k."))]
 
     def deferred(self, at: At) -> Deferred:
         """The products' inputs, what attention gave among them, and the gradients of queries, keys and values."""
+        if at.name in context.NAMES:
+            return context.deferred(self, at)
         rank, t, whole = at.rank, int(at.tokens), at.rank.tp == 1
         q, g = self._q() // rank.tp, self._kv() // rank.tp
         rise = memory.outer(rank, rank.width, q)
@@ -387,3 +439,61 @@ class GroupedQueryAttention(Attention):
         q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
         squares = 2 * t * rank.main
         return {**super().value_bytes(at), "q": q, "k": g, "v": g, "square_part": squares, "square": squares}
+
+    # with context parallelism
+    def head_sizes(self, rank: Rank) -> HeadSizes:
+        size, groups = head_dim(self.model), self.model.num_kv_heads // rank.tp
+        return HeadSizes(self.model.num_heads // rank.tp, groups, size, size, 2 * groups * size)
+
+    def queries_work(self, at: At) -> Piece:
+        heads = self.model.num_heads / at.rank.tp
+        return linear(at.rank, at.tokens, heads * head_dim(self.model), at.rank.width) + self._turning_work(at, heads)
+
+    def keys_work(self, at: At) -> Piece:
+        groups = self.model.num_kv_heads / at.rank.tp
+        numbers = groups * head_dim(self.model)
+        one = linear(at.rank, at.tokens, numbers, at.rank.width)
+        joined = Work((), 4 * at.tokens * numbers * at.rank.element, 1)
+        return one + one + self._turning_work(at, groups) + Piece(joined, joined)
+
+    def _turning_work(self, at: At, heads: float) -> Piece:
+        """Norm and rotation of so many heads."""
+        out, size = Piece(), head_dim(self.model)
+        if turned := rotary_width(self.model):
+            out += self.rotation_work(at, heads * turned, heads * (size - turned))
+        if self.model.qk_norm == "head":
+            out += norm(at.rank, at.tokens * heads, size)
+        if self._normed_together:
+            out += norm(at.rank, at.tokens, heads * size)
+        return out
+
+    def core_of(self, at: At) -> Piece:
+        out = super().core_of(at)
+        if optimizer_of(at.rank.config.optim).clips_heads:
+            out += self._logits_work(at, (self._q() + self._kv()) / at.rank.tp)
+        return out
+
+    def out_work(self, at: At) -> Piece:
+        out = linear(at.rank, at.tokens, at.rank.width, self._q() / at.rank.tp)
+        return out + self._experts_work(at) if self.model.attention_experts else out
+
+    def queries_memory(self, at: At) -> Inside:
+        q = int(at.tokens) * self._q() // at.rank.tp * at.rank.element
+        return self._turning_memory(q, q)
+
+    def keys_memory(self, at: At) -> Inside:
+        g = int(at.tokens) * self._kv() // at.rank.tp * at.rank.element
+        return self._turning_memory(g, 4 * g)
+
+    def _turning_memory(self, turned: int, made: int) -> Inside:
+        """Norm and rotation of so many bytes; `made`: of all that is made."""
+        normed, turns = self.model.qk_norm != "none", self.model.positions == "rope"
+        kept = turned * normed
+        return Inside(kept, kept + made + turned * turns, made + turned * (1 + normed))
+
+    def scaled_bytes(self, at: At) -> int:
+        rank, t, model = at.rank, int(at.tokens), self.model
+        if not model.attention_experts:
+            return 0
+        scores = t * (model.attention_experts * rank.main + self.heads_here(at) * rank.element)
+        return t * self._q() // rank.tp * rank.element + scores + (t * rank.width * rank.main if rank.mixed else 0)

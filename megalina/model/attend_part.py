@@ -1,7 +1,7 @@
 """The attention core of a piece of a sequence: S queries, the last of L tokens, over the keys of them all.
 
-On CPU a few queries at a time go through torch's fused kernel: no mask is larger than theirs, and what is kept for backward is the
-result and a number for each query and head.  Letters as in `megalina/model/attend.py`.
+On CPU a few queries at a time go through torch's fused kernel: no mask is larger than theirs, and what is kept for backward is
+the result and a number for each query and head.  Letters as in `megalina/model/attend.py`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
-from megalina.blocks.attention import QUERIES_A_TURN
+from megalina.blocks.context import QUERIES_A_TURN
 from megalina.model.attend import attend, of_one_width, of_sinks
 
 

@@ -25,6 +25,7 @@ from megalina.model.norm import Norm, rms_norm_by, row_squares
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
 from megalina.step.program import Instruction
+from megalina.zigzag import pieces_of
 
 
 class Heads(nn.Module):
@@ -234,8 +235,14 @@ class Attention(BlockFunctions):
     def attention_gathered(
         self, q_TX: Tensor, kv_Ny: Tensor, *rest: Any, later: Later | None = None, logits: list[Tensor] | None = None
     ) -> Tensor:
-        mixed_TX = attend_gathered(self.holder.attention, q_TX, kv_Ny, rest[-1], later=later, logits=logits)
+        batch, heads = rest[-1], self.holder.attention
+        mixed_TX = attend_gathered(heads, q_TX, kv_Ny, batch, self.piece_ends(batch), later=later, logits=logits)
         return self._added(mixed_TX, *rest, later=later)
+
+    def piece_ends(self, batch: Batch) -> list[int]:
+        """Where in their sequences this rank's pieces end: its queries see the keys up to their own."""
+        piece = batch.tokens_BS.shape[1] // 2
+        return [(number + 1) * piece for number in pieces_of(batch.contexts, batch.context)]
 
     def attention_spread(self, x_TD: Tensor, batch: Batch, *, later: Later | None = None) -> tuple[Tensor, ...]:
         """For each rank its heads of this one's tokens; where heads are experts the normed stream before it."""
@@ -260,10 +267,10 @@ class Attention(BlockFunctions):
     def _added(self, mixed_TX: Tensor, *rest: Any, later: Later | None) -> Tensor:
         """What these heads add, without tensor parallelism to the stream.  `rest`: the normed stream where heads are experts, the
         stream, the batch."""
-        *rest, batch = rest
-        n_TD = rest.pop(0) if self.block.model.attention_experts else None
-        added_TD = self.holder.attention.out(mixed_TX, n_TD, later)
-        return self._residual(rest[0], added_TD, batch, ALL) if rest else added_TD
+        *values, batch = rest
+        n_TD = values.pop(0) if self.block.model.attention_experts else None
+        added_TD: Tensor = self.holder.attention.out(mixed_TX, n_TD, later)
+        return self._residual(values[0], added_TD, batch, ALL) if values else added_TD
 
     def forward(self, x_TD: Tensor, batch: Batch, seen: Seen, past: KeyValues | None = None) -> Tensor:
         return self.attention(x_TD, batch, past)

@@ -1,7 +1,7 @@
 """Attention where each sequence is cut over the ranks of context parallelism, in torch.
 
-`all_gather`: a rank gets the keys and values of all tokens (what a kind of attention makes them of, if that is less) and attends with
-the queries of its own tokens.  `all_to_all`: ranks exchange heads for tokens (DeepSpeed-Ulysses, Jacobs et al. 2023,
+`all_gather`: a rank gets the keys and values of all tokens (what a kind of attention makes them of, if that is less) and attends
+with the queries of its own tokens.  `all_to_all`: ranks exchange heads for tokens (DeepSpeed-Ulysses, Jacobs et al. 2023,
 arXiv:2309.14509), attend with their heads over whole sequences, and exchange back.  Either way what is told of a token's place
 and document is of its sequence, so masks are those of one process.
 
@@ -9,6 +9,7 @@ Shapes: B sequences, S tokens a sequence here, L = C x S tokens a sequence, C ra
 G key heads, d numbers of a query or key, e of a value, y of what keys and values are made of, X = H x e.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from megalina.model.attend import attend
 from megalina.model.attend_part import attend_part
 from megalina.model.largest_logits import largest_logits
 from megalina.model.late_gradients import Later
-from megalina.zigzag import by_rank, in_order, pieces_of
+from megalina.zigzag import by_rank, in_order
 
 
 class HeadsInContext(Protocol):
@@ -43,17 +44,22 @@ class HeadsInContext(Protocol):
 
 
 def attend_gathered(
-    heads: HeadsInContext, q_TX: Tensor, kv_Ny: Tensor, batch: Batch, *, later: Later | None, logits: list[Tensor] | None
+    heads: HeadsInContext,
+    q_TX: Tensor,
+    kv_Ny: Tensor,
+    batch: Batch,
+    ends: Sequence[int],
+    *,
+    later: Later | None,
+    logits: list[Tensor] | None,
 ) -> Tensor:
-    """What the heads give of this rank's tokens, [T, X].  `kv_Ny`: of all ranks' tokens, rank after rank.  `logits` gets the
-    largest of each group of heads, [G]."""
+    """What the heads give of this rank's tokens, [T, X].  `kv_Ny`: of all ranks' tokens, rank after rank; `ends`: where in their
+    sequences this rank's pieces end.  `logits` gets the largest of each group of heads, [G]."""
     sequences, length = batch.tokens_BS.shape
-    piece = length // 2
-    ends = [(number + 1) * piece for number in pieces_of(batch.contexts, batch.context)]  # of this rank's pieces
     kv_BLy = in_order(kv_Ny, batch.contexts, sequences)[:, : max(ends)]
     k_BLGd, v_BLGe = heads.keys_and_values(kv_BLy, later)
     q_BSHd, document_BL, out = q_TX.view(sequences, length, -1, k_BLGd.shape[-1]), batch.uncut.document_BS, []
-    for q_BPHd, end in zip(q_BSHd.split(piece, dim=1), ends, strict=True):
+    for q_BPHd, end in zip(q_BSHd.chunk(2, dim=1), ends, strict=True):
         seen = k_BLGd[:, :end], v_BLGe[:, :end], None if document_BL is None else document_BL[:, :end]
         if logits is not None:
             logits.append(largest_logits(q_BPHd, seen[0], seen[2], window=heads.window))
@@ -72,8 +78,8 @@ def spread_heads(heads: HeadsInContext, n_TD: Tensor, batch: Batch, *, later: La
 
 
 def key_heads(groups: int, ranks: int, device: torch.device | None = None) -> Tensor:
-    """int64 [C, groups of a rank]: the key heads that a rank's query heads share; where there are fewer than ranks, several have the
-    same one."""
+    """int64 [C, groups of a rank]: the key heads that a rank's query heads share; where there are fewer than ranks, several have
+    the same one."""
     if groups % ranks == 0:
         return torch.arange(groups, device=device).view(ranks, -1)
     return torch.arange(ranks, device=device).view(ranks, 1) * groups // ranks
@@ -108,5 +114,3 @@ def attend_with_heads(
 def joined_heads(mixed_Nx: Tensor, contexts: int) -> Tensor:
     """[T, X]: what all heads give of this rank's tokens, from each rank's heads, rank after rank."""
     return mixed_Nx.view(contexts, -1, mixed_Nx.shape[1]).transpose(0, 1).flatten(1)
-
-

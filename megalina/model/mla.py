@@ -109,7 +109,8 @@ class LatentHeads(nn.Module):
         return torch.cat(self._positioned_keys(linear(n_TD, self.kv_down, later=later), batch), dim=2)
 
     def keys_and_values(self, kv_BLy: Tensor, later: Later | None) -> tuple[Tensor, Tensor]:
-        return self._made(*kv_BLy.split((self.latent, self.turned), dim=2), later)
+        c_BLc, turned_BLr = kv_BLy.split((self.latent, self.turned), dim=2)
+        return self._made(c_BLc, turned_BLr, later)
 
     def out(self, mixed_TX: Tensor, n_TD: Tensor | None, later: Later | None) -> Tensor:
         """What these heads add, from what they give."""

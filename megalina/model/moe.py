@@ -168,7 +168,7 @@ class MoE(BlockFunctions):
         shared_TD: Tensor | None,
         order: RowOrder,
         batch: Batch,
-        own: slice = ALL,
+        own: OwnTokens = ALL,
     ) -> Tensor:
         """The residual plus each token's experts by weight, plus the shared experts."""
         layer = self.holder

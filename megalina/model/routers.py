@@ -3,8 +3,8 @@
 T own tokens, A all tokens of the micro-batch (T = A / (cp x tp)), D model width, E experts,
 K columns of a routing, G groups of tokens that share capacity and balance, S tokens a sequence.
 
-With tensor and context parallelism each rank owns a part of the micro-batch's tokens.  What depends on several tokens (capacity, expert
-choice, the counts in the balance loss) is decided from all tokens' logits without gradient, alike on each rank;
+With tensor and context parallelism each rank owns a part of the micro-batch's tokens.  What depends on several tokens (capacity,
+expert choice, the counts in the balance loss) is decided from all tokens' logits without gradient, alike on each rank;
 gradients flow through the own tokens' logits alone.  So parts give exactly what the whole gives.
 """
 

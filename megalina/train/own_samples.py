@@ -35,8 +35,8 @@ def own_samples(config: PretrainConfig, *, world: int, rank: int, ranks_per_node
 
 
 def at_home(config: PretrainConfig, *, world: int, ranks_per_node: int) -> bool:
-    """Whether sequences can be computed where they are at home: as many nodes, whole groups of ranks that take the same sequences,
-    and equally many sequences on each."""
+    """Whether sequences can be computed where they are at home: as many nodes, whole groups of ranks that take the same ones, and
+    equally many sequences on each."""
     nodes = config.router.locality_nodes
     whole = nodes > 1 and nodes * ranks_per_node == world and ranks_per_node % (config.parallel.tp * config.parallel.cp) == 0
     return whole and config.train.global_batch_size % nodes == 0

@@ -35,9 +35,7 @@ def test_a_piece_gives_what_the_whole_gives(
     wanted = [q, k, v, *([sink] if sinks else [])]
     gradient = torch.randn_like(part)
     padded = torch.cat([torch.zeros_like(whole[:, : L - S]), gradient], 1)
-    for got, want in zip(
-        torch.autograd.grad(part, wanted, gradient), torch.autograd.grad(whole, wanted, padded), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(part, wanted, gradient), torch.autograd.grad(whole, wanted, padded), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
 
 

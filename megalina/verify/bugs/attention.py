@@ -7,13 +7,14 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
-from megalina.model.attention import Heads
+from megalina.model.attention import Attention, Heads
 from megalina.model.late_gradients import Later
 from megalina.model.mla import LatentHeads
 from megalina.model.rope import rotate
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, around
+from megalina.zigzag import by_rank
 
 
 def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
@@ -54,6 +55,42 @@ def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
     for layer in trainable.gpt.layers:
         if isinstance(layer.attention, Heads) and layer.attention.window:
             layer.attention.window += 1
+
+
+def zigzag_undone_wrongly(trainable: Trainable, config: PretrainConfig) -> None:
+    """What ranks have is put together rank after rank, as if each had one run of tokens."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        place = {"attention_gathered": 1, "attention_of_heads": 0}.get(instruction.name)
+        if place is None:
+            return function
+
+        def joined(*values: Any, **asked: Any) -> Any:
+            batch: Batch = values[-1]
+            rows = values[place].unflatten(0, (batch.contexts, len(batch.sample_B), -1)).transpose(0, 1).flatten(1, 2)
+            return function(*values[:place], by_rank(rows, batch.contexts), *values[place + 1 :], **asked)
+
+        return joined
+
+    around(trainable, of)
+
+
+def mask_of_another_piece(trainable: Trainable, config: PretrainConfig) -> None:
+    """The mask of a rank's second piece is that of the piece right behind its first."""
+    for layer in trainable.gpt.layers:
+        functions = layer.functions["attention"]
+        assert isinstance(functions, Attention)
+        functions.piece_ends = _neighbours(functions)  # type: ignore[method-assign]
+
+
+def _neighbours(functions: Attention) -> Function:
+    right = functions.piece_ends
+
+    def ends(batch: Batch) -> list[int]:
+        first, _ = right(batch)
+        return [first, first + batch.tokens_BS.shape[1] // 2]
+
+    return ends
 
 
 def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:
