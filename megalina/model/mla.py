@@ -63,9 +63,9 @@ class LatentHeads(nn.Module):
         first = self.q if self.q_norm is None else self.q_down
         assert first is not None
         q_Tx, down_Tx = linears(n_TD, (first, self.kv_down), (None, None), later=later)
-        return self._positioned_queries(q_Tx, batch, later), *self._positioned_keys(down_Tx, batch)
+        return self.positioned_queries(q_Tx, batch, later), *self._positioned_keys(down_Tx, batch)
 
-    def _positioned_queries(self, q_Tx: Tensor, batch: Batch, later: Later | None) -> Tensor:
+    def positioned_queries(self, q_Tx: Tensor, batch: Batch, later: Later | None) -> Tensor:
         """`q_Tx`: compressed, if they are."""
         if self.q_norm is not None and self.q_up is not None:
             q_Tx = linear(self.q_norm(q_Tx), self.q_up, later=later)
@@ -102,7 +102,7 @@ class LatentHeads(nn.Module):
     def queries(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
         first = self.q if self.q_norm is None else self.q_down
         assert first is not None
-        return self._positioned_queries(linear(n_TD, first, later=later), batch, later)
+        return self.positioned_queries(linear(n_TD, first, later=later), batch, later)
 
     def compact_keys(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
         """The compressed token and the key's turned part."""

@@ -20,7 +20,7 @@ def inputs(width: int = D) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize(("window", "documents", "sinks"), itertools.product((0, 3), (False, True), (False, True)))
+@pytest.mark.parametrize(("window", "documents", "sinks"), list(itertools.product((0, 3), (False, True), (False, True))))
 @pytest.mark.parametrize("turn", [256, 3])
 def test_a_piece_gives_what_the_whole_gives(
     window: int, documents: bool, sinks: bool, turn: int, monkeypatch: pytest.MonkeyPatch

@@ -21,21 +21,21 @@ def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
     """Queries' pairs are neighbours; the keys' are not."""
     for layer in trainable.gpt.layers:
         if isinstance(layer.attention, LatentHeads):
-            layer.attention.read = _with_neighbours(layer.attention)  # type: ignore[method-assign]
+            layer.attention.positioned_queries = _with_neighbours(layer.attention)  # type: ignore[method-assign]
 
 
 def _with_neighbours(heads: LatentHeads) -> Function:
-    right = heads.read
+    right = heads.positioned_queries
 
-    def read(n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHx, c_BSc, turned_BSr = right(n_TD, batch, later)
+    def queries(q_Tx: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        q_BSHx = right(q_Tx, batch, later)
         cos_BSi, sin_BSi = heads.rotary[0].rows(batch, q_BSHx.dtype)
         still, turned = rotate(q_BSHx, cos_BSi, -sin_BSi, heads.still).split((heads.still, heads.turned), -1)
         halves = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
         first, second = rotate(halves, cos_BSi, sin_BSi).chunk(2, -1)
-        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), c_BSc, turned_BSr
+        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1)
 
-    return read
+    return queries
 
 
 def norm_of_own_heads(trainable: Trainable, config: PretrainConfig) -> None:
