@@ -1,10 +1,12 @@
 """Zigzag: which tokens of a sequence each rank of a context-parallel group has.
 
-A sequence is cut in 2C pieces of equal length, and rank c of C has the pieces c and 2C-1-c: behind it in causal attention lie as
-many tokens as behind any other rank's (Megatron-Core, Transformer Engine and torch cut likewise).
+A sequence is cut in 2C pieces of equal length, and rank c of C has the pieces c and 2C-1-c: before its tokens lie as many as
+before any other rank's (Megatron-Core, Transformer Engine and torch cut likewise).
 
-B sequences, S tokens a sequence, C ranks.
+B sequences, S tokens a sequence, C ranks, P tokens a piece.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +30,45 @@ def own_part(x_BS: Tensor, ranks: int, rank: int) -> Tensor:
 
 def in_order(x_N: Tensor, ranks: int, sequences: int) -> Tensor:
     """What all ranks have, rank after rank, [C x B x S / C, ...] -> in the order of the sequences, [B, S, ...]."""
-    of_rank = x_N.view(ranks, sequences, 2, -1, *x_N.shape[1:])
-    pieces = torch.cat([of_rank[:, :, 0], of_rank[:, :, 1].flip(0)])
-    return pieces.transpose(0, 1).flatten(1, 2)
+    out: Tensor = _InOrder.apply(x_N, ranks, sequences)
+    return out
 
 
 def by_rank(x_BS: Tensor, ranks: int) -> Tensor:
     """What `in_order` undoes: [B, S, ...] -> [C x B x S / C, ...]."""
-    pieces = x_BS.unflatten(1, (2 * ranks, -1)).transpose(0, 1)
-    return torch.stack([pieces[:ranks], pieces[ranks:].flip(0)], dim=2).flatten(0, 3)
+    out: Tensor = _ByRank.apply(x_BS, ranks)
+    return out
+
+
+class _InOrder(torch.autograd.Function):
+    """Each is a copy, and the other's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, ranks: int, sequences: int) -> Tensor:
+        ctx.ranks = ranks
+        x_CB2P = x_N.view(ranks, sequences, 2, -1, *x_N.shape[1:])
+        pieces = x_N.new_empty(sequences, 2 * ranks, *x_CB2P.shape[3:])
+        for rank in range(ranks):
+            for half, piece in enumerate(pieces_of(ranks, rank)):
+                pieces[:, piece] = x_CB2P[rank, :, half]
+        return pieces.flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dx_BS: Tensor) -> tuple[Tensor, None, None]:
+        return by_rank(dx_BS, ctx.ranks), None, None
+
+
+class _ByRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BS: Tensor, ranks: int) -> Tensor:
+        ctx.ranks, ctx.sequences = ranks, len(x_BS)
+        pieces = x_BS.unflatten(1, (2 * ranks, -1))
+        x_CB2P = x_BS.new_empty(ranks, len(x_BS), 2, *pieces.shape[2:])
+        for rank in range(ranks):
+            for half, piece in enumerate(pieces_of(ranks, rank)):
+                x_CB2P[rank, :, half] = pieces[:, piece]
+        return x_CB2P.flatten(0, 3)
+
+    @staticmethod
+    def backward(ctx: Any, dx_N: Tensor) -> tuple[Tensor, None]:
+        return in_order(dx_N.contiguous(), ctx.ranks, ctx.sequences), None

@@ -17,7 +17,6 @@ NAMES = (
     *("attention_keys", "attention_queries", "attention_gathered"),  # of all_gather
     *("attention_spread", "attention_of_heads", "attention_joined"),  # of all_to_all
 )
-QUERIES_A_TURN = 256  # of a part of a sequence, that go through the fused kernel at once on CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class InContext(Protocol):
     def keys_memory(self, at: At) -> Inside: ...
 
     def made_bytes(self, rank: Rank, tokens: int) -> int:
-        """Kept of the keys and values of so many tokens, besides what they are made of."""
+        """Of the keys and values of so many tokens, besides what they are made of."""
         ...
 
     def scaled_bytes(self, at: At) -> int:
@@ -160,15 +159,20 @@ def _with_output(kind: InContext, at: At, of: Inside) -> Inside:
 
 
 def _gathered(kind: InContext, at: At) -> Inside:
-    """Of a rank whose last piece is the sequence's."""
+    """Of a rank whose last piece is the sequence's.  Keys and values are made anew in backward, where a turn's gradients of them
+    are added to those so far."""
     rank, sizes, t, everybody = at.rank, kind.head_sizes(at.rank), int(at.tokens), int(at.all_tokens)
     widest = max(sizes.query, sizes.value)
-    q, out, given = (t * sizes.heads * n * rank.element for n in (sizes.query, widest, sizes.value))
+    q, given = (t * sizes.heads * n * rank.element for n in (sizes.query, sizes.value))
     compact, made = everybody * sizes.compact * rank.element, kind.made_bytes(rank, everybody)
-    keys = everybody * sizes.groups * 2 * widest * rank.element  # and values, as their gradients are
-    turn = min(QUERIES_A_TURN, rank.seq_len) * rank.seq_len * (rank.element + 1)  # its mask
-    kept = compact + made + out + given + t * sizes.heads * rank.main
-    return _with_output(kind, at, Inside(kept, max(2 * compact, kept) + turn, q + 3 * keys + turn))
+    gradients = everybody * sizes.groups * 2 * widest * rank.element
+    wide = 0  # copies of what is narrower, where the kernel has one width for all
+    if not rank.cuda and sizes.query != sizes.value:
+        narrow = 2 if sizes.value < sizes.query else 1  # results and their gradients, or queries
+        wide = (everybody * sizes.groups + narrow * t * sizes.heads) * widest * rank.element
+    kept = given + t * sizes.heads * rank.main
+    backward = q + max(compact + made + wide + 2 * gradients, 2 * compact + 2 * made + gradients, 3 * compact + gradients)
+    return _with_output(kind, at, Inside(kept, kept + compact + made + wide, backward))
 
 
 def _spread(kind: InContext, at: At) -> Inside:

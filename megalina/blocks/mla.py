@@ -161,8 +161,7 @@ class LatentAttention(Attention):
         return Inside(kept, kept + 2 * down, 3 * down)
 
     def made_bytes(self, rank: Rank, tokens: int) -> int:
-        """Keys, and values: where the kernel has one width for all, what is narrower has a wide copy."""
+        """Keys, both parts side by side, and what values are parts of."""
         model, heads = self.model, self.model.num_heads // rank.tp
-        size, value, up = query_size(model), model.v_head_dim, model.qk_nope_head_dim + model.v_head_dim
-        numbers = size + up if rank.cuda or size == value else 2 * size if value < size else value + up
+        numbers = query_size(model) + model.qk_nope_head_dim + model.v_head_dim
         return tokens * heads * numbers * rank.element

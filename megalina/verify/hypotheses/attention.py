@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megalina.model.attend import attend
-from megalina.model.attend_part import attend_part
 from megalina.model.attention import Heads
 from megalina.model.gpt import Layer
 from megalina.model.mla import LatentHeads
@@ -144,7 +143,7 @@ def another_piece(evidence: Evidence) -> Iterator[Cause]:
             for place in (piece, *range(pieces)):  # the right one first
                 end = (place + 1) * length
                 document = None if batch.document_BS is None else batch.document_BS[:, :end]
-                own = attend_part(q_piece, k[:, :end], v[:, :end], document, **how)
+                own = attend(q_piece, k[:, :end], v[:, :end], document, **how)
                 mixed = torch.zeros(*batch.tokens_BS.shape, own.shape[-1], dtype=own.dtype)
                 here = slice(piece * length, (piece + 1) * length)
                 mixed[:, here] = own
