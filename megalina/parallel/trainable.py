@@ -167,7 +167,7 @@ class Trainable:
         self.gpt.train()
         self.instruction_functions.update, self.instruction_functions.loss_factors = update, loss_factors or {}
         self.instruction_functions.directions = directions
-        parts = self._own_part(batch).split(self.micro_batch_size // self.setting.cut)
+        parts = self.own_part(batch).split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
         result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
@@ -186,10 +186,10 @@ class Trainable:
         """float64 [2]: sum of losses in nats and number of tokens they are of, over the world."""
         self.settle()
         self.gpt.eval()
-        out: Tensor = self._evaluation.run({"#batch.-.0": self._own_part(batch)})["#loss.-.0"]
+        out: Tensor = self._evaluation.run({"#batch.-.0": self.own_part(batch)})["#loss.-.0"]
         return out
 
-    def _own_part(self, batch: Batch) -> Batch:
+    def own_part(self, batch: Batch) -> Batch:
         """Of each sequence what this rank of cp has."""
         return batch.part_of(self.mesh.cp.size, self.mesh.cp.rank)
 
