@@ -75,6 +75,10 @@ class InContext(Protocol):
         """Kept where heads are experts, beside what they give."""
         ...
 
+    def is_blocked(self, rank: Rank) -> bool:
+        """Whether whole sequences are attended to by blocks of queries."""
+        ...
+
     def scores_of(self, rank: Rank, tokens: int, heads: int) -> tuple[int, int]:
         """Of the core over whole sequences: what one block needs, and what is kept beside queries, keys, values and result."""
         ...
@@ -196,6 +200,9 @@ def _of_heads(kind: InContext, at: At) -> Inside:
     sent, given = everybody * sizes.spread(rank.cp) * rank.element, everybody * heads * sizes.value * rank.element
     block, weights = kind.scores_of(rank, everybody, heads)
     kept = sent + given + weights
+    if not (rank.cuda or kind.is_blocked(rank) or sizes.query == sizes.value):  # the kernel has one width for all
+        widest, narrow = max(sizes.query, sizes.value), sizes.of_rank(rank.cp) + heads
+        kept += everybody * narrow * widest * rank.element - given * (sizes.value < sizes.query)
     return Inside(kept, max(2 * sent, kept + block, kept + 2 * given), 2 * given + 3 * sent + 2 * block)
 
 
