@@ -371,11 +371,6 @@ def _check_context(config: PretrainConfig) -> None:
             f"parallel.tp ({tp}) must divide the {length // cp} tokens that a rank of parallel.cp ({cp}) has of train.seq_len "
             f"({length}): take a multiple of {2 * cp * tp}"
         )
-    if tp > 1 and model.qk_norm == "projection":
-        raise ValueError(
-            f"model.qk_norm=projection sums squares over parallel.tp ({tp}) before keys are sent along parallel.cp ({cp}), which "
-            "isn't there: set parallel.tp=1 or parallel.cp=1"
-        )
     if mixing := [block.name for _, block in blocks_of(model, config.router).all() if block.mixes_tokens]:
         raise ValueError(
             f"block {mixing[0]} mixes tokens, and with parallel.cp ({cp}) a rank has a part of each sequence: set parallel.cp=1"

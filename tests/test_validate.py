@@ -121,10 +121,6 @@ GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
             r"x 1 data-parallel ranks \(2 ranks / parallel.tp 1 / parallel.cp 2\)",
         ),
         (
-            *(4, {"parallel__cp": 2, "parallel__tp": 2, "model__qk_norm": "projection"}),
-            r"model.qk_norm=projection sums squares over parallel.tp \(2\).*set parallel.tp=1 or parallel.cp=1",
-        ),
-        (
             *(8, {"parallel__cp": 8, "parallel__cp_kind": "all_to_all", "train__global_batch_size": 8}),
             r"parallel.cp \(8\) must divide model.num_heads \(4\) = 4; set parallel.cp_kind=all_gather",
         ),

@@ -11,6 +11,7 @@ queries are made (`all_gather`), or ranks exchange heads for tokens, before and 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from megalina.blocks import context, memory
@@ -23,7 +24,7 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At, Rank
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
 from megalina.config import ModelConfig
-from megalina.step.forward import Shape, compute, exchange
+from megalina.step.forward import Shape, compute, exchange, names
 from megalina.step.program import Instruction, Op
 
 # On CPU: tokens of a sequence that is attended to by blocks of queries.
@@ -226,11 +227,18 @@ class Attention(Block):
         return Piece(*(Work((), turned_bytes + passed_bytes, kernels),) * 2)
 
 
+TURNED = ("attention_turned", "attention_turned_heads")  # norms and positions of what was projected before
+
+
 class GroupedQueryAttention(Attention):
     """Several query heads share the keys and values of one."""
 
     functions = "megalina.model.attention:GroupedQueryAttention"
-    heavy = (*Attention.heavy, "attention_qkv", "attention_core")
+    heavy = (*Attention.heavy, "attention_qkv", "attention_core", *TURNED)
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return [name for name in super().deferrable if name not in TURNED]
 
     @staticmethod
     def check(model: ModelConfig) -> None:
@@ -293,8 +301,10 @@ class GroupedQueryAttention(Attention):
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
         """Where tp cuts what is normed together, the squares of all heads are summed before they are attended with."""
         lines = super().lines(shape, layer, reads, writes)
-        if not shape.tp or not self._normed_together or shape.context:
+        if not shape.tp or not self._normed_together:
             return lines
+        if shape.context:
+            return self._summed_in_context(lines, shape, layer)
         at = next(i for i, line in enumerate(lines) if line.name == "attention_heads")
         (normed, _), own = lines[at].reads, shape.dense(layer)
         lines[at : at + 1] = [
@@ -304,8 +314,26 @@ class GroupedQueryAttention(Attention):
         ]
         return lines
 
+    def _summed_in_context(self, lines: list[Instruction], shape: Shape, layer: int) -> list[Instruction]:
+        """Queries, keys and values first, then squares, and what is sent once they are normed."""
+        making, own = ("attention_keys", "attention_queries", "attention_spread"), shape.dense(layer)
+        turned, sent = ("attention_turned", "q_turned kv") if shape.context == "all_gather" else ("attention_turned_heads", "qkv")
+        place = next(i for i, line in enumerate(lines) if line.name in making)
+        squares = [
+            compute("attention_qkv", layer, lines[place].reads[0], "q k v square_part", own),
+            *exchange("attention_square", layer, Op.SUM, "tp", "square_part", "square"),
+            compute(turned, layer, "q k v square #batch", sent, own),
+        ]
+        (q,), (q_turned,) = names("q", layer), names("q_turned", layer)
+        rest = [
+            replace(line, reads=tuple(q_turned if v == q else v for v in line.reads)) for line in lines if line.name not in making
+        ]
+        return [*rest[:place], *squares, *rest[place:]]
+
     def heads_work(self, at: At) -> Piece:
         match at.name:
+            case name if name in TURNED:
+                return self._turned_work(at)
             case "attention_qkv":
                 return self._qkv_work(at)
             case "attention_core":
@@ -353,6 +381,8 @@ class GroupedQueryAttention(Attention):
 
     def heads_memory(self, at: At, *, whole: bool) -> Inside:
         match at.name:
+            case name if name in TURNED:
+                return self._turned_memory(at)
             case "attention_qkv":
                 return self._qkv_memory(at)
             case "attention_core":
@@ -438,7 +468,7 @@ class GroupedQueryAttention(Attention):
         rank, t = at.rank, int(at.tokens)
         q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
         squares = 2 * t * rank.main
-        return {**super().value_bytes(at), "q": q, "k": g, "v": g, "square_part": squares, "square": squares}
+        return {**super().value_bytes(at), "q": q, "q_turned": q, "k": g, "v": g, "square_part": squares, "square": squares}
 
     # with context parallelism
     def head_sizes(self, rank: Rank) -> HeadSizes:
@@ -490,6 +520,22 @@ class GroupedQueryAttention(Attention):
         normed, turns = self.model.qk_norm != "none", self.model.positions == "rope"
         kept = turned * normed
         return Inside(kept, kept + made + turned * turns, made + turned * (1 + normed))
+
+    def _turned_work(self, at: At) -> Piece:
+        """Of what is normed together: norms, rotation, and what is sent."""
+        rank, heads, groups = at.rank, self.model.num_heads / at.rank.tp, self.model.num_kv_heads / at.rank.tp
+        size, sizes = head_dim(self.model), self.head_sizes(at.rank)
+        spread = at.all_tokens * sizes.spread(rank.cp) if at.name == "attention_turned_heads" else 0
+        moved_bytes = (4 * at.tokens * groups * size + 8 * spread) * rank.element
+        return self._turning_work(at, heads) + self._turning_work(at, groups) + Piece(*(Work((), moved_bytes, 4),) * 2)
+
+    def _turned_memory(self, at: At) -> Inside:
+        """Norms keep what they read, and a number for each token."""
+        rank, t = at.rank, int(at.tokens)
+        q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
+        sent = int(at.all_tokens) * self.head_sizes(rank).spread(rank.cp) * rank.element
+        copies = 3 * sent - q if at.name == "attention_turned_heads" else 0
+        return Inside(2 * t * rank.main, 2 * (q + g) + 2 * g + copies, 2 * (q + g) + 2 * g + copies)
 
     def scaled_bytes(self, at: At) -> int:
         rank, t, model = at.rank, int(at.tokens), self.model

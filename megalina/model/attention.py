@@ -82,10 +82,7 @@ class Heads(nn.Module):
         self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None
     ) -> Tensor:
         """What `forward` gives of `projected`, with the squares of all ranks."""
-        assert self.q_norm is not None and self.k_norm is not None
-        q_T, k_T = square_T2.unbind(1)
-        q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
-        k_TY = rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
+        q_TX, k_TY = self.normed_by(q_TX, k_TY, square_T2)
         return linear(self.mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
 
     def mixed(
@@ -133,6 +130,19 @@ class Heads(nn.Module):
     def out(self, mixed_TX: Tensor, n_TD: Tensor | None, later: Later | None) -> Tensor:
         """What these heads add, from what they give; `n_TD` where they are experts."""
         return linear(mixed_TX if n_TD is None else self._scaled(mixed_TX, n_TD, later), self.proj, later=later)
+
+    def normed_by(self, q_TX: Tensor, k_TY: Tensor, square_T2: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the norm of all heads together, with the squares of all ranks."""
+        assert self.q_norm is not None and self.k_norm is not None
+        q_T, k_T = square_T2.unbind(1)
+        q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
+        return q_TX, rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
+
+    def placed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `queries` and `compact_keys`, of `projected`, with the squares of all ranks."""
+        q_TX, k_TY = self.normed_by(q_TX, k_TY, square_T2)
+        k_BSGd = self._turned(k_TY, None, batch)
+        return self._turned(q_TX, None, batch), torch.cat([k_BSGd.flatten(2), v_TY.view(*batch.tokens_BS.shape, -1)], dim=2)
 
     def _turned(self, x_TY: Tensor, norm: Norm | None, batch: Batch) -> Tensor:
         """[B, S, heads, d]: queries or keys, normed, by their positions."""
@@ -247,7 +257,9 @@ class Attention(BlockFunctions):
     def attention_spread(self, x_TD: Tensor, batch: Batch, *, later: Later | None = None) -> tuple[Tensor, ...]:
         """For each rank its heads of this one's tokens; where heads are experts the normed stream before it."""
         n_TD, normed = self._normed(x_TD)
-        spread = spread_heads(self.holder.attention, n_TD, batch, later=later)
+        heads = self.holder.attention
+        queries, keys = heads.queries(n_TD, batch, later), heads.compact_keys(n_TD, batch, later)
+        spread = spread_heads(heads, queries, keys, batch.contexts, later=later)
         return (*normed, spread) if self.block.model.attention_experts else (spread,)
 
     def attention_of_heads(self, qkv_Nx: Tensor, batch: Batch, *, logits: list[Tensor] | None = None) -> Tensor:
@@ -287,6 +299,17 @@ class GroupedQueryAttention(Attention):
         """Queries, keys, values, and this rank's squares of the first two."""
         q_TX, k_TY, v_TY = self.holder.attention.projected(n_TD, later=later)
         return q_TX, k_TY, v_TY, self.holder.attention.squares(q_TX, k_TY)
+
+    def attention_turned(self, *values: Any) -> tuple[Tensor, Tensor]:
+        """With context parallelism: queries, and what keys and values are made of, from `attention_qkv` and all squares."""
+        q_BSHd, kv_BSy = self.holder.attention.placed(*values)
+        return q_BSHd.flatten(2).flatten(0, 1), kv_BSy.flatten(0, 1)
+
+    def attention_turned_heads(self, *values: Any) -> Tensor:
+        """The same for each rank, its heads."""
+        heads = self.holder.attention
+        q_BSHd, kv_BSy = heads.placed(*values)
+        return spread_heads(heads, q_BSHd, kv_BSy, self.share.contexts, later=None)
 
     def attention_core(
         self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None

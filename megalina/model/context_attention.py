@@ -90,7 +90,8 @@ class _AttendGathered(torch.autograd.Function):
             if logits is not None:
                 logits.append(largest_logits(q, k, document, window=heads.window))
             if q.is_cpu:
-                out_BPHd, sum_BHP = part_forward(*of_one_width(q, k, v), document, seen)
+                q, k, v = of_one_width(q, k, v)
+                out_BPHd, sum_BHP = part_forward(q, k, v, document, seen)
                 sums.append(sum_BHP)
             else:
                 out_BPHd = _by_torch(q, k, v, document, seen)
@@ -169,8 +170,8 @@ def _again(
 def _by_torch(q_BPHd: Tensor, k_BLGd: Tensor, v_BLGe: Tensor, document_BL: Tensor | None, seen: Seen) -> Tensor:
     """[B, P, H, e], of the last P of L tokens."""
     if document_BL is not None or seen.window or seen.sink_H is not None:
-        how = {"scale": seen.scale, "window": seen.window, "sink_H": seen.sink_H}
-        return attend(q_BPHd, k_BLGd, v_BLGe, document_BL, **how).unflatten(2, (q_BPHd.shape[2], -1))
+        out_BPX = attend(q_BPHd, k_BLGd, v_BLGe, document_BL, scale=seen.scale, window=seen.window, sink_H=seen.sink_H)
+        return out_BPX.unflatten(2, (q_BPHd.shape[2], -1))
     q, k, v = (x.transpose(1, 2) for x in (q_BPHd, k_BLGd, v_BLGe))
     mask, grouped = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=seen.scale, enable_gqa=grouped).transpose(1, 2)
@@ -188,12 +189,11 @@ def _until(end: int, document_BL: Tensor | None) -> Tensor | None:
     return None if document_BL is None else document_BL[:, :end]
 
 
-def spread_heads(heads: HeadsInContext, n_TD: Tensor, batch: Batch, *, later: Later | None) -> Tensor:
+def spread_heads(heads: HeadsInContext, q_BSHd: Tensor, kv_BSy: Tensor, contexts: int, *, later: Later | None) -> Tensor:
     """[N, ...]: for each rank the queries, keys and values of its heads, of this rank's tokens."""
-    q_BSHd = heads.queries(n_TD, batch, later)
-    k_BSGd, v_BSGe = heads.keys_and_values(heads.compact_keys(n_TD, batch, later), later)
-    groups_C = key_heads(k_BSGd.shape[2], batch.contexts, device=n_TD.device)
-    q_TCx = q_BSHd.flatten(0, 1).unflatten(1, (batch.contexts, -1)).flatten(2)
+    k_BSGd, v_BSGe = heads.keys_and_values(kv_BSy, later)
+    groups_C = key_heads(k_BSGd.shape[2], contexts, device=q_BSHd.device)
+    q_TCx = q_BSHd.flatten(0, 1).unflatten(1, (contexts, -1)).flatten(2)
     k_TCx, v_TCx = (x.flatten(0, 1)[:, groups_C].flatten(2) for x in (k_BSGd, v_BSGe))
     return torch.cat([q_TCx, k_TCx, v_TCx], dim=2).transpose(0, 1).flatten(0, 1)
 

@@ -20,7 +20,7 @@ from megalina.step.program import Instruction
 
 SLICED = ("own", "moe_n", "weight", "rows")  # values of the tokens that a rank routes
 # of all tensor-parallel ranks' tokens, in any layout ...
-GATHERED = ("n_all", "m_all", "a_part", "o_part", "q", "k", "v", "square_part", "square", "kv")
+GATHERED = ("n_all", "m_all", "a_part", "o_part", "q", "k", "v", "square_part", "square", "kv", "q_turned")
 EVERYBODYS = ("kv_all", "qkv", "qkv_all", "mixed_part", "mixed_all")  # ... and of all context-parallel ones
 
 
