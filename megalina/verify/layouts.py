@@ -132,6 +132,8 @@ def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterat
     options = axes(choices, ranks)
     crossed = crossed or list(options)
     drawn = [axis for axis in options if axis not in crossed]
+    if "context" in drawn:
+        options["context"] = options["context"][:1]  # others fit few places
     random = Random(0)  # not in turns: their periods would tie choices together
     seen: set[Row] = set()
     for chosen in itertools.product(*(options[axis] for axis in crossed)):

@@ -23,7 +23,7 @@ NOBODY = -1  # in an integer `by_rank`: the rank does not hold this
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to run the work on ranks: world = edp x ep x tp, tp innermost."""
+    """A way to run the work on ranks: world = edp x ep x cp x tp, tp innermost."""
 
     world: int = 1
     tp: int = 1

@@ -26,7 +26,7 @@ CUT: list[dict[str, Any]] = [
     {"world": 4, "cp": 4, "recompute": "full"},
     {"world": 4, "tp": 2, "cp": 2, "cp_kind": EXCHANGE, "sequence": False, "micro_batch": 4},
     {"world": 4, "cp": 2, "zero": 1, "recompute": "selective"},
-    {"world": 4, "cp": 4, "cp_kind": EXCHANGE},
+    {"world": 4, "cp": 4, "cp_kind": EXCHANGE, "zero": 1},
 ]
 
 

@@ -107,15 +107,17 @@ def _parameters(function: Any) -> list[Tensor]:
     return list(holder.parameters())
 
 
+@pytest.mark.parametrize(("tp", "model"), [(1, {}), (2, {"qk_norm": "projection"}), (2, LATENT)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_strategy_is_priced(kind: str) -> None:
+def test_every_strategy_is_priced(kind: str, tp: int, model: dict[str, Any]) -> None:
     for name in STRATEGIES:
-        config = config_of({}, kind, global_batch_size=4)
-        config = replace(config, strategy=strategy(name), parallel=replace(config.parallel, zero=int(name == "lina_zero")))
-        held = InstructionBytes(config, WORLD, vocab_size=VOCABULARY)
+        config = config_of(model, kind, global_batch_size=4)
+        parallel = replace(config.parallel, tp=tp, zero=int(name == "lina_zero"))
+        config = replace(config, strategy=strategy(name), parallel=parallel)
+        held = InstructionBytes(config, tp * WORLD, vocab_size=VOCABULARY)
         setting = Setting(step_shape(config), held.buckets, micro_batches=2, kept_bytes=held.kept_back)
         program = training_step(name, setting.under(plan_of(config.strategy)))
-        work = InstructionWork(config, world=WORLD, vocab_rows=VOCABULARY, buckets=held.buckets)
+        work = InstructionWork(config, world=tp * WORLD, vocab_rows=VOCABULARY, buckets=held.buckets)
         assert all(work(s).kernels >= 0 for s in program if s.kind is Kind.COMPUTE)
         assert peak_of(held, program)[0] > sum(held.state.values())
 
