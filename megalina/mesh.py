@@ -64,7 +64,9 @@ class Mesh:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"edp": self.edp.size, "ep": self.ep.size, "cp": self.cp.size, "tp": self.tp.size}
+        """cp only where there is some."""
+        of_cp = {"cp": self.cp.size} if self.cp.size > 1 else {}
+        return {"edp": self.edp.size, "ep": self.ep.size, **of_cp, "tp": self.tp.size}
 
     @property
     def unpacked(self) -> dict[str, int]:

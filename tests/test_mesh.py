@@ -60,7 +60,7 @@ def test_sizes_are_those_of_the_rows(shape: dict[str, int]) -> None:
 
 def test_a_single_process_has_nobody_to_talk_to() -> None:
     mesh = build_mesh()
-    assert mesh.shape == {"edp": 1, "ep": 1, "cp": 1, "tp": 1}
+    assert mesh.shape == {"edp": 1, "ep": 1, "tp": 1}
     for name in ("world", "tp", "cp", "ep", "counts", "edp", "dp", "copies"):
         assert getattr(mesh, name) == Axis(name)
     assert mesh.cp_tp == mesh.tp and (mesh.readers, mesh.reader) == (1, 0)
