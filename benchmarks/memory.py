@@ -101,6 +101,15 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
         {"name": "lancet", "deferred_weights": "all"},
     ),
     "ep 2, tp 2": (4, FEW, {"micro_batch_size": 4}, {"ep": 2, "tp": 2}, {}),
+    "cp 2": (2, ATTENTION_ALONE, {"seq_len": 1024, "micro_batch_size": 2, "global_batch_size": 4}, {"cp": 2}, {}),
+    "cp 2, heads exchanged": (
+        *(2, ATTENTION_ALONE, {"seq_len": 1024, "micro_batch_size": 2, "global_batch_size": 4}),
+        *({"cp": 2, "cp_kind": "all_to_all"}, {}),
+    ),
+    "cp 2, latent": (
+        *(2, {**LATENT, **ATTENTION_ALONE}, {"seq_len": 1024, "micro_batch_size": 2, "global_batch_size": 4}),
+        *({"cp": 2}, {}),
+    ),
     "edp 2, ep 2, ddp, bfloat16": (
         4,
         {},
@@ -134,11 +143,7 @@ def batch_of(sequences: int, length: int, words_known: int, seed: int) -> Batch:
 
 def predicted_and_measured(names: Sequence[str]) -> list[dict[str, Any]]:
     """Of this rank, in bytes; all ranks call it together."""
-    os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}  # read when the first product is computed
-    libc = ctypes.CDLL(None)
-    for setting, size in ((M_MMAP_THRESHOLD, 2**16), (M_TRIM_THRESHOLD, 0)):
-        if libc.mallopt(setting, size) != 1:
-            raise OSError("malloc can't be told to give memory back at once; this needs glibc")
+    libc = returning_memory_at_once()
     configs = [config_of(name) for name in names]
     for config in {c.train.dtype: c for c in configs}.values():  # libraries and connections come with the first step
         model = replace(config.model, num_layers=2, d_model=64, d_ff=32, shared_d_ff=0)
@@ -146,22 +151,42 @@ def predicted_and_measured(names: Sequence[str]) -> list[dict[str, Any]]:
     return [_one(config, libc) for config in configs]
 
 
+def returning_memory_at_once() -> ctypes.CDLL:
+    """From now on this process holds on to no memory that it does not use; the C library."""
+    os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}  # read when the first product is computed
+    libc = ctypes.CDLL(None)
+    for setting, size in ((M_MMAP_THRESHOLD, 2**16), (M_TRIM_THRESHOLD, 0)):
+        if libc.mallopt(setting, size) != 1:
+            raise OSError("malloc can't be told to give memory back at once; this needs glibc")
+    return libc
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return _status("VmRSS")
+
+
+def high_water_bytes() -> int:
+    """The most since the mark was reset."""
+    return _status("VmHWM")
+
+
 def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
-    mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep)
-    own, length, vocab_size = config.train.global_batch_size // mesh.dp.size, config.train.seq_len, config.model.vocab_size
+    mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep, cp=config.parallel.cp)
+    own, length, vocab_size = config.train.global_batch_size // mesh.readers, config.train.seq_len, config.model.vocab_size
     gc.collect()
     libc.malloc_trim(0)
-    before = _status("VmRSS")
+    before = resident_bytes()
     trainable = Trainable(config, mesh, vocab_size=vocab_size, device=torch.device("cpu"), wish_to_stop=lambda: False)
     optimizer = BucketOptimizer(config.optim, trainable.buckets)
-    first = batch_of(own, length, vocab_size, mesh.dp.rank)
+    first = batch_of(own, length, vocab_size, mesh.reader)
     trainable.step(first, optimizer.update, directions=optimizer)  # moments get their memory
-    batch = batch_of(own, length, vocab_size, mesh.world.size + mesh.dp.rank)
+    batch = batch_of(own, length, vocab_size, mesh.world.size + mesh.reader)
     gc.collect()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     result = trainable.step(batch, optimizer.update, directions=optimizer)
-    measured = _status("VmHWM") - before
+    measured = high_water_bytes() - before
     layers, moe_layers = config.model.num_layers, trainable.gpt.moe_layers
     skews = skews_of(result, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)
     sizes = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, piece_bytes=trainable.plan.piece_bytes, **skews)

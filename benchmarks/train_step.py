@@ -69,7 +69,7 @@ class Ours:
     """A training step of this rank."""
 
     def __init__(self, config: PretrainConfig):
-        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep)
+        self.mesh = build_mesh(tp=config.parallel.tp, ep=config.parallel.ep, cp=config.parallel.cp)
         device = torch.device("cpu")
         self.config, self.vocab_size = config, config.model.vocab_size
         self.trainable = Trainable(config, self.mesh, vocab_size=self.vocab_size, device=device, wish_to_stop=lambda: False)
@@ -77,8 +77,8 @@ class Ours:
         self.load_max_over_mean = 0.0
 
     def step(self, number: int) -> float:
-        own = SEQUENCES // self.mesh.dp.size
-        batch = batch_of(number, self.vocab_size).split(own)[self.mesh.dp.rank]
+        own = SEQUENCES // self.mesh.readers
+        batch = batch_of(number, self.vocab_size).split(own)[self.mesh.reader]
         verdict = self.trainable.step(batch, self.optimizer.update, directions=self.optimizer)
         chosen_LE = verdict.loads[:, :-1].double()
         self.load_max_over_mean = (chosen_LE.amax(1) / chosen_LE.mean(1)).mean().item()

@@ -1,7 +1,9 @@
 """A batch: the tokens of some sequences and what must be known about each.
 
 B sequences, S tokens a sequence, L layers of the model, K experts a token.
-"""
+
+With context parallelism a rank has a part of each sequence (`megalina/zigzag.py`) and knows whole ones: what a token is told
+of its sequence follows from these."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
@@ -10,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from megalina import zigzag
 
 Fact = TypeVar("Fact")
 
@@ -25,6 +29,9 @@ class Batch:
     sample_B: Tensor  # int64, number of the sequence since the start of training: seeds dropout and noise
     # integers, experts that routers send tokens to whatever they would choose; -1: they choose (padding, layers without experts)
     replay_BSLK: Tensor | None = None
+    cut_from: "Batch | None" = None  # the same sequences, whole; None: these are
+    contexts: int = 1  # ranks that have a part of each sequence ...
+    context: int = 0  # ... and which of them this is
 
     @classmethod
     def whole(cls, token_BS: Tensor) -> "Batch":
@@ -36,6 +43,33 @@ class Batch:
         position_BS = torch.arange(length, device=token_BS.device).expand(sequences, length)
         sample_B = torch.arange(sequences, device=token_BS.device)
         return cls(token_BS, token_BS.roll(-1, 1), counts_BS, valid_BS, position_BS, None, sample_B)
+
+    def part_of(self, contexts: int, context: int) -> "Batch":
+        """This rank's part of each sequence.  2 x contexts must divide their length."""
+        if contexts == 1:
+            return self
+        assert self.cut_from is None, "it is a part already"
+        alike = {"sample_B": self.sample_B, "cut_from": self, "contexts": contexts, "context": context}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in values.keys() - alike.keys():
+            if values[name] is not None:
+                values[name] = zigzag.own_part(values[name], contexts, context)
+        out = Batch(**(values | alike))
+        if not self.may_have_padding:
+            out.__dict__["may_have_padding"] = False
+        return out
+
+    @property
+    def uncut(self) -> "Batch":
+        """Of whole sequences."""
+        return self if self.cut_from is None else self.cut_from
+
+    @cached_property
+    def place_S(self) -> Tensor:
+        """int64 [S]: where in its sequence each token is."""
+        if self.cut_from is None:
+            return torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
+        return zigzag.places(self.cut_from.tokens_BS.shape[1], self.contexts, self.context, self.tokens_BS.device)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda v: v.to(device, non_blocking=True))
@@ -74,9 +108,13 @@ class Batch:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-        out = Batch(**changed)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Batch):
+                values[name] = value._map(change)
+            elif isinstance(value, Tensor):
+                values[name] = change(value)
+        out = Batch(**values)
         if not self.may_have_padding:
             out.__dict__["may_have_padding"] = False  # as a cached property keeps it
         return out

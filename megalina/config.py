@@ -164,7 +164,10 @@ class RouterConfig:
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     tp: int = setting(1, low=1)  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
-    ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x tp
+    ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x cp x tp
+    cp: int = setting(1, low=1)  # context parallel: each sequence is cut this many ways, docs/long-context.md
+    # with cp, how a token sees its sequence: keys and values are gathered | heads are exchanged for tokens
+    cp_kind: str = setting("all_gather", choices=("all_gather", "all_to_all"))
     placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)

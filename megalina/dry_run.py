@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from megalina.blocks.counts import count_parameters
 from megalina.config import PretrainConfig, padded_vocab_size
-from megalina.layout import rows
+from megalina.layout import readers, rows
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 
-SHOWN_AXES = ("tp", "ep", "edp", "dp")
+SHOWN_AXES = ("tp", "cp", "ep", "edp", "dp")
 SHOWN_GROUPS = 4  # of each axis
 STATE = ("gradients", "master weights", "moments")  # of a rank, besides its weights
 
@@ -17,10 +17,11 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     packing = 1 if config.strategy.packing == "auto" else int(config.strategy.packing)
     train, router = config.train, config.router
     held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
-    tp, ep, edp, dp = (held.axes[name] for name in ("tp", "ep", "edp", "dp"))
+    tp, cp, ep, edp, dp = (held.axes[name] for name in SHOWN_AXES)
+    ways, of_cp, cut = readers(held.axes), f"cp {cp} x " if cp > 1 else "", f", each cut over cp {cp}" if cp > 1 else ""
     words = padded_vocab_size(vocab_size, tp)
     counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)
-    micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * ways)
     tokens = train.global_batch_size * train.seq_len
     ahead = f" and {config.model.mtp_layers} of multi-token prediction" if config.model.mtp_layers else ""
     lines = [
@@ -28,18 +29,18 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {words:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
-        f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
-        f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
+        f"layout     {world} ranks = edp {edp} x ep {ep} x {of_cp}tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
+        f"dense parameters are reduced over dp {dp}, experts over edp x {'cp x ' if cp > 1 else ''}tp {edp * cp * tp}",
     ]
     groups_of = rows(held.axes)
-    for name in SHOWN_AXES:
+    for name in (name for name in SHOWN_AXES if name != "cp" or cp > 1):
         groups = groups_of[name]
         lines.append(f"  {name:<8} {len(groups)} x {len(groups[0])} ranks: {_some(groups)}")
     lines += [
         f"a rank     {counts.num_experts // ep} experts a layer; {_size(held.state['weights'])} of weights, "
         f"{_size(sum(held.state[what] for what in STATE))} of gradients and optimizer, activations come on top",
         f"a step     {train.global_batch_size} sequences x {train.seq_len} = {tokens:,} tokens: "
-        f"{micro_batches} x {train.micro_batch_size} sequences on each of {dp} data-parallel ranks",
+        f"{micro_batches} x {train.micro_batch_size} sequences on each of {ways} data-parallel ranks{cut}",
         f"the run    {train.steps:,} steps = {train.steps * tokens:,} tokens, "
         f"{train.steps * tokens / counts.active:.2g} for each active parameter",
         f"strategy   {config.strategy.name}; zero {config.parallel.zero}; recompute {train.recompute}; {train.dtype}",

@@ -1,7 +1,8 @@
 """The mesh: the ranks of a job cut along named axes.
 
-world = edp x ep x tp, tp innermost (the fastest links).  Dense parameters are copied over dp = edp x ep.  An expert
-sits on one ep coordinate and is copied over edp x tp, since every tp rank dispatches its own share of the tokens.
+world = edp x ep x cp x tp, tp innermost (the fastest links).  The ranks of cp and tp have the same sequences: each rank of cp a
+part of them, and each rank of tp a share of that.  Dense parameters are copied over dp = edp x ep x cp.  An expert sits on one ep
+coordinate and is copied over edp x cp x tp, since every rank of cp and tp dispatches its own share of the tokens.
 Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
 keep one order.  `group` None means nobody to talk to.
 
@@ -48,11 +49,13 @@ class Mesh:
 
     world: Axis  # all ranks: norms, statistics, gradients of what is copied over tp too
     tp: Axis
+    cp: Axis  # parts of the same sequences: keys and values, or heads
+    cp_tp: Axis  # what routers must know of whole sequences
     ep: Axis  # tokens
     counts: Axis  # the ranks of ep again: split sizes travel apart from tokens
     edp: Axis
     dp: Axis  # dense gradients
-    copies: Axis  # edp x tp, the ranks that hold the same experts: expert gradients
+    copies: Axis  # edp x cp x tp, the ranks that hold the same experts: expert gradients
 
     @property
     def packing(self) -> int:
@@ -61,29 +64,43 @@ class Mesh:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"edp": self.edp.size, "ep": self.ep.size, "tp": self.tp.size}
+        """cp only where there is some."""
+        of_cp = {"cp": self.cp.size} if self.cp.size > 1 else {}
+        return {"edp": self.edp.size, "ep": self.ep.size, **of_cp, "tp": self.tp.size}
 
     @property
     def unpacked(self) -> dict[str, int]:
         """The shape without packing."""
-        return {"edp": self.edp.size // self.packing, "ep": self.ep.size * self.packing, "tp": self.tp.size}
+        return {**self.shape, "edp": self.edp.size // self.packing, "ep": self.ep.size * self.packing}
+
+    @property
+    def readers(self) -> int:
+        """Ways in which a step's sequences are shared out."""
+        return self.dp.size // self.cp.size
+
+    @property
+    def reader(self) -> int:
+        """Which share of them this rank has, as all ranks of its cp and tp."""
+        return self.dp.rank // self.cp.size
 
 
-def build_mesh(*, tp: int = 1, ep: int = 1, timeout_s: float | None = None) -> Mesh:
+def build_mesh(*, tp: int = 1, ep: int = 1, cp: int = 1, timeout_s: float | None = None) -> Mesh:
     """Cut the world that `torch.distributed` was initialised with (or the single process, if it was not).
 
     `timeout_s`: a collective that takes longer is an error.  Groups don't inherit the world's; None is torch's default.
-    ValueError where tp x ep does not divide the world size.
+    ValueError where tp x cp x ep does not divide the world size.
     """
-    return build_meshes(tp=tp, ep=ep, timeout_s=timeout_s)[1]
+    return build_meshes(tp=tp, ep=ep, cp=cp, timeout_s=timeout_s)[1]
 
 
-def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), timeout_s: float | None = None) -> dict[int, Mesh]:
+def build_meshes(
+    *, tp: int = 1, ep: int = 1, cp: int = 1, packings: Sequence[int] = (1,), timeout_s: float | None = None
+) -> dict[int, Mesh]:
     """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
     ValueError, too, where a packing does not divide ep."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    tables = {packing: rows(axis_sizes(world, tp=tp, ep=ep, packing=packing)) for packing in packings}
+    tables = {packing: rows(axis_sizes(world, tp=tp, ep=ep, cp=cp, packing=packing)) for packing in packings}
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     shared: dict[str, Axis] = {}
@@ -98,8 +115,10 @@ def build_meshes(*, tp: int = 1, ep: int = 1, packings: Sequence[int] = (1,), ti
 
     meshes = {}
     for packing, found in tables.items():
-        for name in ("world", "tp", "dp"):  # no packing changes them
+        for name in ("world", "tp", "cp", "dp"):  # no packing changes them
             shared[name] = shared.get(name) or axis(name, found[name], 1)
+        # lists that gather along it have cp
+        shared["cp_tp"] = shared.get("cp_tp") or (axis("cp_tp", found["cp_tp"], 1) if cp > 1 else shared["tp"])
         meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in found.items()})
     return meshes
 

@@ -25,6 +25,7 @@ from megalina.config import (
     ClusterConfig,
     DataConfig,
     ModelConfig,
+    ParallelConfig,
     PretrainConfig,
     ScheduleConfig,
     is_moe_layer,
@@ -322,11 +323,12 @@ def _check_mtp(config: PretrainConfig) -> None:
 
 
 def _check_layout(config: PretrainConfig, world: int) -> None:
-    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
-    if world % (tp * ep):
+    model, tp, ep, cp = config.model, config.parallel.tp, config.parallel.ep, config.parallel.cp
+    if world % (tp * ep * cp):
+        named, smaller = (f" x parallel.cp ({cp})", ", parallel.cp") if cp > 1 else ("", "")
         raise ValueError(
-            f"parallel.tp ({tp}) x parallel.ep ({ep}) must divide the number of ranks ({world}): "
-            f"use a multiple of {tp * ep} ranks, or smaller parallel.tp or parallel.ep"
+            f"parallel.tp ({tp}){named} x parallel.ep ({ep}) must divide the number of ranks ({world}): "
+            f"use a multiple of {tp * cp * ep} ranks, or smaller parallel.tp{smaller} or parallel.ep"
         )
     if model.num_experts % ep:
         raise ValueError(f"parallel.ep ({ep}) must divide model.num_experts ({model.num_experts})")
@@ -341,11 +343,53 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
     for name, size in cut.items():
         if size % tp:
             raise ValueError(f"parallel.tp ({tp}) must divide {name} ({size})")
+    _check_context(config)
+
+
+def _check_context(config: PretrainConfig) -> None:
+    """What cutting sequences over parallel.cp needs."""
+    model, parallel, length = config.model, config.parallel, config.train.seq_len
+    cp, tp = parallel.cp, parallel.tp
+    if cp == 1:
+        if parallel.cp_kind != ParallelConfig().cp_kind:
+            raise ValueError(
+                f"parallel.cp_kind={parallel.cp_kind} does nothing with parallel.cp=1: set that to 2, or leave "
+                f"parallel.cp_kind at {ParallelConfig().cp_kind}"
+            )
+        return
+    if length % (2 * cp):
+        below, above = length // (2 * cp) * 2 * cp, -(-length // (2 * cp)) * 2 * cp
+        raise ValueError(
+            f"train.seq_len ({length}) must be a multiple of 2 x parallel.cp ({cp}) = {2 * cp}, as a sequence is cut in so many "
+            f"pieces: set it to {f'{below} or ' if below else ''}{above}"
+        )
+    if length // cp % tp:
+        raise ValueError(
+            f"parallel.tp ({tp}) must divide the {length // cp} tokens that a rank of parallel.cp ({cp}) has of train.seq_len "
+            f"({length}): take a multiple of {2 * cp * tp}"
+        )
+    if mixing := [block.name for _, block in blocks_of(model, config.router).all() if block.mixes_tokens]:
+        raise ValueError(
+            f"block {mixing[0]} mixes tokens, and with parallel.cp ({cp}) a rank has a part of each sequence: set parallel.cp=1"
+        )
+    if parallel.cp_kind == "all_to_all":
+        heads, groups = model.num_heads // tp, model.num_kv_heads // tp
+        of_rank = f" / parallel.tp ({tp})" if tp > 1 else ""
+        if heads % cp:
+            raise ValueError(
+                f"parallel.cp_kind=all_to_all exchanges heads: parallel.cp ({cp}) must divide model.num_heads "
+                f"({model.num_heads}){of_rank} = {heads}; set parallel.cp_kind=all_gather, or a smaller parallel.cp"
+            )
+        if groups % cp and cp % groups:
+            raise ValueError(
+                f"parallel.cp_kind=all_to_all: model.num_kv_heads ({model.num_kv_heads}){of_rank} = {groups} must be a multiple "
+                f"of parallel.cp ({cp}), or divide it (ranks then hold copies): set parallel.cp_kind=all_gather"
+            )
 
 
 def _check_batch(config: PretrainConfig, world: int) -> None:
-    tp, batch, micro = config.parallel.tp, config.train.global_batch_size, config.train.micro_batch_size
-    dp = world // tp
+    tp, cp, batch, micro = config.parallel.tp, config.parallel.cp, config.train.global_batch_size, config.train.micro_batch_size
+    dp, alike = world // (tp * cp), f"parallel.tp {tp}{f' / parallel.cp {cp}' if cp > 1 else ''}"
     if batch % (micro * dp):
         below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
         near = f"{below} or {above}" if below else f"{above}"
@@ -353,7 +397,7 @@ def _check_batch(config: PretrainConfig, world: int) -> None:
         smaller = f", or train.micro_batch_size to {fits}" if fits else ""
         raise ValueError(
             f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro}) x {dp} data-parallel "
-            f"ranks ({world} ranks / parallel.tp {tp}) = {micro * dp}: set it to {near}{smaller}"
+            f"ranks ({world} ranks / {alike}) = {micro * dp}: set it to {near}{smaller}"
         )
     if config.router.group == "global" and batch > micro * dp:
         raise ValueError(

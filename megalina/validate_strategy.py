@@ -1,7 +1,7 @@
 """The check of `strategy`: what its mechanisms need of the model, the layout and the batch, and numbers that would do nothing."""
 
 from megalina.blocks.counts import expert_bytes_on_rank
-from megalina.blocks.model import shape_of
+from megalina.blocks.model import context_of, shape_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.routers import capacity_text, kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer, training_layers
@@ -151,10 +151,10 @@ def _does_nothing(key: str, value: object, name: str) -> ValueError:
 
 def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
     """What its mechanisms need of the model, the layout and the batch, packing aside."""
-    train, tp = config.train, config.parallel.tp
+    train, shares = config.train, config.parallel.tp * config.parallel.cp
     if plan.strategy == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
-    micro_batches = train.global_batch_size * tp // (train.micro_batch_size * world)
+    micro_batches = train.global_batch_size * shares // (train.micro_batch_size * world)
     cut = 1 if micro_batches % plan.parts == 0 else plan.parts
     if train.micro_batch_size % cut:
         raise ValueError(
@@ -170,7 +170,7 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
             f"strategy.partition_backward={plan.partition_backward} is about what goes forward in parts, and "
             "strategy.partition=none cuts nothing: give strategy.partition=2, say"
         )
-    tokens = train.micro_batch_size // cut * train.seq_len // tp
+    tokens = train.micro_batch_size // cut * train.seq_len // shares
     moe = tuple(is_moe_layer(config.model, i) for i in training_layers(config.model))
     if (most := max(plan.chunks_of(moe).values(), default=1)) > tokens:
         text = chunks_text(plan.chunks)
@@ -188,7 +188,8 @@ def _check_partition(config: PretrainConfig, plan: Plan) -> None:
         raise ValueError(
             f"strategy.partition={plan.partition} and strategy.parts={plan.parts} both cut micro-batches: set strategy.parts=1"
         )
-    shape = shape_of(config.model, config.router, tp=tp, sequence=config.parallel.sequence)
+    context = context_of(config.parallel)
+    shape = shape_of(config.model, config.router, tp=tp, sequence=config.parallel.sequence, context=context)
     forward = with_own_counts(plain(shape))
     ranges = ranges_of(plan.partition, forward, whole_routers=shape.whole_routers)
     for r in ranges:

@@ -27,7 +27,7 @@ LINES = {"own_layer": 75, "own_router": 50, "own_optimizer": 50}
 def _checked(printed: str) -> dict[str, Any]:
     """What the last line of a file that was run says."""
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    assert len(found["layouts"]["rows"]) == 4 and found["layouts"]["largest_error"] < 1e-11
+    assert len(found["layouts"]["rows"]) == 5 and found["layouts"]["largest_error"] < 1e-11
     assert found["checkpoint"]["largest_error"] < 1e-11
     return found
 

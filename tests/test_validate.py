@@ -100,6 +100,43 @@ GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
         (4, {"parallel__tp": 4, "train__seq_len": 130}, r"parallel.tp \(4\) must divide train.seq_len \(130\)"),
         (2, {"parallel__tp": 2, "model__shared_d_ff": 33}, r"parallel.tp \(2\) must divide model.shared_d_ff \(33\)"),
         (2, {"parallel__tp": 2, "model__moe_every": 2, "model__dense_d_ff": 33}, r"must divide model.dense_d_ff \(33\)"),
+        (
+            2,
+            {"parallel__cp": 4},
+            r"parallel.tp \(1\) x parallel.cp \(4\) x parallel.ep \(1\) must divide .* \(2\): use a multiple of 4",
+        ),
+        (1, {"parallel__cp_kind": "all_to_all"}, "parallel.cp_kind=all_to_all does nothing with parallel.cp=1"),
+        (
+            2,
+            {"parallel__cp": 2, "train__seq_len": 130},
+            r"train.seq_len \(130\) must be a multiple of .* = 4, .*: set it to 128 or 132",
+        ),
+        (
+            *(8, {"parallel__cp": 2, "parallel__tp": 4, "train__seq_len": 12}),
+            r"parallel.tp \(4\) must divide the 6 tokens that a rank of parallel.cp \(2\) has .* take a multiple of 16",
+        ),
+        (
+            2,
+            {"parallel__cp": 2, "train__global_batch_size": 3},
+            r"x 1 data-parallel ranks \(2 ranks / parallel.tp 1 / parallel.cp 2\)",
+        ),
+        (
+            *(8, {"parallel__cp": 8, "parallel__cp_kind": "all_to_all", "train__global_batch_size": 8}),
+            r"parallel.cp \(8\) must divide model.num_heads \(4\) = 4; set parallel.cp_kind=all_gather",
+        ),
+        (
+            *(
+                4,
+                {
+                    "parallel__cp": 4,
+                    "parallel__cp_kind": "all_to_all",
+                    "model__num_heads": 12,
+                    "model__num_kv_heads": 6,
+                    "model__head_dim": 8,
+                },
+            ),
+            r"model.num_kv_heads \(6\) = 6 must be a multiple of parallel.cp \(4\), or divide it",
+        ),
         (1, {"model__num_heads": 5}, r"model.num_heads \(5\) must divide model.d_model \(64\)"),
         (1, {"model__num_kv_heads": 3}, r"model.num_kv_heads \(3\) must divide model.num_heads \(4\)"),
         (1, {"model__head_dim": 17}, "needs an even head size, not 17"),

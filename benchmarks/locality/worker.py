@@ -221,11 +221,11 @@ def trained(spec: Mapping[str, Any], configs: Mapping[str, PretrainConfig], data
 
 def validation_loss(runner: StepRunner, data: TokenData, sequences: int) -> float:
     """Nats, over the first sequences of the validation text."""
-    trainable, dp, size = runner.trainable, runner.mesh.dp, runner.config.train.micro_batch_size
-    assert data.valid is not None and sequences % (size * dp.size) == 0
+    trainable, mesh, size = runner.trainable, runner.mesh, runner.config.train.micro_batch_size
+    assert data.valid is not None and sequences % (size * mesh.readers) == 0
     total = torch.zeros(2, dtype=torch.float64)
-    for first in range(0, sequences, size * dp.size):
-        total += trainable.evaluate(data.valid.batch(first + dp.rank * size, size))
+    for first in range(0, sequences, size * mesh.readers):
+        total += trainable.evaluate(data.valid.batch(first + mesh.reader * size, size))
     return (total[0] / total[1]).item()
 
 

@@ -3,15 +3,20 @@
 With `model.attention_experts` its query heads are cut into experts that share keys and values, and what each gives is scaled by
 its probability (mixture of attention heads; DS-MoE, Pan et al. 2024, equations 7 and 8).  All compute, in inference too.
 
-A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`)."""
+A block is of layers that have the same window: its model's `window` is theirs (`model_of_layer`).
+
+Where context parallelism cuts sequences, a rank's queries meet the keys and values of all tokens, which are gathered while
+queries are made (`all_gather`), or ranks exchange heads for tokens, before and after (`all_to_all`): docs/long-context.md."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from megalina.blocks import memory
+from megalina.blocks import context, memory
 from megalina.blocks.block import Block, between, norm_parameters, output_std
+from megalina.blocks.context import HeadSizes
 from megalina.blocks.heads import attention_bias, head_dim, rotary_width
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.optimizers import optimizer_of
@@ -19,7 +24,7 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At, Rank
 from megalina.blocks.work import Piece, Product, Work, linear, norm, residual
 from megalina.config import ModelConfig
-from megalina.step.forward import Shape, compute, exchange
+from megalina.step.forward import Shape, compute, exchange, names
 from megalina.step.program import Instruction, Op
 
 # On CPU: tokens of a sequence that is attended to by blocks of queries.
@@ -42,11 +47,11 @@ class Attention(Block):
     """Any attention; a kind of it declares its own parameters, and what it does between norm and residual."""
 
     name = "attention"
-    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads")
+    heavy: ClassVar[tuple[str, ...]] = ("attention", "attention_heads", *context.NAMES)
 
     @property
     def deferrable(self) -> Sequence[str]:
-        return self.heavy
+        return [name for name in self.heavy if name != "attention_of_heads"]  # which has no products with weights
 
     @staticmethod
     @abstractmethod
@@ -66,6 +71,8 @@ class Attention(Block):
         return attention_bias(self.model)
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        if shape.context:
+            return self._lines_in_context(shape, layer, reads, writes)
         logit = " #logit" if shape.head_logits else ""
         if not shape.tp:
             return [compute("attention", layer, f"{reads} #batch", writes + logit, shape.dense(layer))]
@@ -75,7 +82,40 @@ class Attention(Block):
             compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer)),
         ]
 
+    def _lines_in_context(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        """With tp between norm and sum, as without context parallelism."""
+        uses, logit = (shape.dense(layer), shape.copied(layer)), " #logit" if shape.head_logits else ""
+        n = "n_all" if shape.tp and shape.sequence else "n"
+        experts = f"{n} " if self.model.attention_experts else ""
+        first, own, stream, out = (n, "", "", "a_part") if shape.tp else (reads, "n ", f"{reads} ", writes)
+        if shape.context == "all_gather":
+            start, wait = exchange("attention_kv", layer, Op.GATHER, "cp", "kv", "kv_all")
+            inner = [
+                compute("attention_keys", layer, f"{first} #batch", f"{own}kv", *uses),
+                start,
+                compute("attention_queries", layer, f"{n} #batch", "q", *uses),  # while keys and values travel
+                wait,
+                compute("attention_gathered", layer, f"q kv_all {experts}{stream}#batch", out + logit, *uses),
+            ]
+        else:
+            sinks = uses[:1] if self.model.attention_sinks else ()
+            inner = [
+                compute("attention_spread", layer, f"{first} #batch", f"{own if experts else ''}qkv", *uses),
+                *exchange("attention_out", layer, Op.EVEN, "cp", "qkv", "qkv_all"),
+                compute("attention_of_heads", layer, "qkv_all #batch", f"mixed_part{logit}", *sinks),
+                *exchange("attention_back", layer, Op.EVEN, "cp", "mixed_part", "mixed_all"),
+                compute("attention_joined", layer, f"mixed_all {experts}{stream}#batch", out, *uses),
+            ]
+        if not shape.tp:
+            return inner
+        around = between(shape, layer, "attention", "heads", reads, "n", "a", uses)
+        place = next(i for i, line in enumerate(around) if line.name == "attention_heads")
+        residual = compute("attention_residual", layer, f"{reads} a #batch", writes, shape.copied(layer))
+        return [*around[:place], *inner, *around[place + 1 :], residual]
+
     def work(self, at: At) -> Piece:
+        if at.name in context.NAMES:
+            return context.work(self, at)
         match at.name:
             case "attention_norm":
                 return norm(at.rank, at.held)
@@ -86,6 +126,8 @@ class Attention(Block):
         return self.heads_work(at)
 
     def memory(self, at: At) -> Inside:
+        if at.name in context.NAMES:
+            return context.inside(self, at)
         match at.name:
             case "attention_norm":
                 return memory.norm(at.rank, int(at.held))
@@ -96,7 +138,51 @@ class Attention(Block):
     def value_bytes(self, at: At) -> Mapping[str, int]:
         number = at.rank.width * at.rank.element
         held, tokens = int(at.held) * number, int(at.tokens) * number
-        return {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+        found = {"n": held, "n_all": tokens, "a_part": tokens, "a": held}
+        return found if at.rank.cp == 1 else {**found, **context.value_bytes(self, at)}
+
+    def keeps(self, at: At) -> Sequence[str]:
+        """Where keys or what is spread come of the norm, it is a value, of which keys are a product."""
+        norms = at.name in ("attention_keys", "attention_spread")
+        return [v for v in at.instruction.writes if norms and v.startswith("n.")]
+
+    # with context parallelism
+    @abstractmethod
+    def head_sizes(self, rank: Rank) -> HeadSizes:
+        """Of one rank of tensor parallelism; this and what follows as in `InContext`."""
+
+    @abstractmethod
+    def queries_work(self, at: At) -> Piece: ...
+
+    @abstractmethod
+    def keys_work(self, at: At) -> Piece: ...
+
+    def making_work(self, at: At, tokens: float) -> Piece:
+        return Piece()
+
+    def core_of(self, at: At) -> Piece:
+        sizes = self.head_sizes(at.rank)
+        read = sizes.heads * (sizes.query + sizes.value) + sizes.groups * (sizes.query + sizes.value)
+        return self.core_work(at, sizes.query, sizes.value, read)
+
+    @abstractmethod
+    def out_work(self, at: At) -> Piece: ...
+
+    @abstractmethod
+    def queries_memory(self, at: At) -> Inside: ...
+
+    @abstractmethod
+    def keys_memory(self, at: At) -> Inside: ...
+
+    def made_bytes(self, rank: Rank, tokens: int) -> int:
+        return 0
+
+    def scaled_bytes(self, at: At) -> int:
+        return 0
+
+    @property
+    def output_bias(self) -> bool:
+        return self.bias == "all"
 
     # pieces of which a kind is made
     def heads_here(self, at: At) -> int:
@@ -118,8 +204,11 @@ class Attention(Block):
 
     def scores(self, at: At) -> tuple[int, int]:
         """Of attention's core: what one block needs, and what is kept beside queries, keys, values and result."""
-        rank, t, s = at.rank, int(at.tokens), at.rank.seq_len
-        heads = self.heads_here(at)
+        return self.scores_of(at.rank, int(at.tokens), self.heads_here(at))
+
+    def scores_of(self, rank: Rank, tokens: int, heads: int) -> tuple[int, int]:
+        """The same of so many heads, and tokens of whole sequences."""
+        t, s = tokens, rank.seq_len
         sums = t * heads * rank.main  # log-sum-exps
         if not self.is_blocked(rank):
             return 0, sums
@@ -155,11 +244,18 @@ class Attention(Block):
         return Piece(*(Work((), turned_bytes + passed_bytes, kernels),) * 2)
 
 
+TURNED = ("attention_turned", "attention_turned_heads")  # norms and positions of what was projected before
+
+
 class GroupedQueryAttention(Attention):
     """Several query heads share the keys and values of one."""
 
     functions = "megalina.model.attention:GroupedQueryAttention"
-    heavy = ("attention", "attention_heads", "attention_qkv", "attention_core")
+    heavy = (*Attention.heavy, "attention_qkv", "attention_core", *TURNED)
+
+    @property
+    def deferrable(self) -> Sequence[str]:
+        return [name for name in super().deferrable if name not in TURNED]
 
     @staticmethod
     def check(model: ModelConfig) -> None:
@@ -224,6 +320,8 @@ class GroupedQueryAttention(Attention):
         lines = super().lines(shape, layer, reads, writes)
         if not shape.tp or not self._normed_together:
             return lines
+        if shape.context:
+            return self._summed_in_context(lines, shape, layer)
         at = next(i for i, line in enumerate(lines) if line.name == "attention_heads")
         (normed, _), own = lines[at].reads, shape.dense(layer)
         lines[at : at + 1] = [
@@ -233,8 +331,26 @@ class GroupedQueryAttention(Attention):
         ]
         return lines
 
+    def _summed_in_context(self, lines: list[Instruction], shape: Shape, layer: int) -> list[Instruction]:
+        """Queries, keys and values first, then squares, and what is sent once they are normed."""
+        making, own = ("attention_keys", "attention_queries", "attention_spread"), shape.dense(layer)
+        turned, sent = ("attention_turned", "q_turned kv") if shape.context == "all_gather" else ("attention_turned_heads", "qkv")
+        place = next(i for i, line in enumerate(lines) if line.name in making)
+        squares = [
+            compute("attention_qkv", layer, lines[place].reads[0], "q k v square_part", own),
+            *exchange("attention_square", layer, Op.SUM, "tp", "square_part", "square"),
+            compute(turned, layer, "q k v square #batch", sent, own),
+        ]
+        (q,), (q_turned,) = names("q", layer), names("q_turned", layer)
+        rest = [
+            replace(line, reads=tuple(q_turned if v == q else v for v in line.reads)) for line in lines if line.name not in making
+        ]
+        return [*rest[:place], *squares, *rest[place:]]
+
     def heads_work(self, at: At) -> Piece:
         match at.name:
+            case name if name in TURNED:
+                return self._turned_work(at)
             case "attention_qkv":
                 return self._qkv_work(at)
             case "attention_core":
@@ -257,16 +373,23 @@ class GroupedQueryAttention(Attention):
             out += norm(rank, tokens * heads, size) + norm(rank, tokens * groups, size)
         if self._normed_together:
             out += norm(rank, tokens, q) + norm(rank, tokens, kv)
-        if experts := model.attention_experts:
-            router = linear(rank, tokens, experts, d, wide=rank.mixed)
-            scaled_bytes = tokens * q * rank.element
-            out += router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
+        if model.attention_experts:
+            out += self._experts_work(at)
         if optimizer_of(rank.config.optim).clips_heads:
             out += self.logits_work(at, size, q + kv)
         return out + self.core_work(at, size, size, 2 * (q + kv))
 
+    def _experts_work(self, at: At) -> Piece:
+        """Where heads are experts: their router, and what they give times their probabilities."""
+        rank = at.rank
+        router = linear(rank, at.tokens, self.model.attention_experts, rank.width, wide=rank.mixed)
+        scaled_bytes = at.tokens * self._q() / rank.tp * rank.element
+        return router + Piece(Work((), 3 * scaled_bytes, 6), Work((), 6 * scaled_bytes, 8))
+
     def heads_memory(self, at: At, *, whole: bool) -> Inside:
         match at.name:
+            case name if name in TURNED:
+                return self._turned_memory(at)
             case "attention_qkv":
                 return self._qkv_memory(at)
             case "attention_core":
@@ -326,11 +449,13 @@ class GroupedQueryAttention(Attention):
     def keeps(self, at: At) -> Sequence[str]:
         """Gradients of squares need what they are of."""
         if at.name != "attention_qkv" or at.rank.mixed:
-            return ()
+            return super().keeps(at)
         return [v for v in at.instruction.writes if v.startswith(("q.", "k."))]
 
     def deferred(self, at: At) -> Deferred:
         """The products' inputs, what attention gave among them, and the gradients of queries, keys and values."""
+        if at.name in context.NAMES:
+            return context.deferred(self, at)
         rank, t, whole = at.rank, int(at.tokens), at.rank.tp == 1
         q, g = self._q() // rank.tp, self._kv() // rank.tp
         rise = memory.outer(rank, rank.width, q)
@@ -347,4 +472,78 @@ class GroupedQueryAttention(Attention):
         rank, t = at.rank, int(at.tokens)
         q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
         squares = 2 * t * rank.main
-        return {**super().value_bytes(at), "q": q, "k": g, "v": g, "square_part": squares, "square": squares}
+        return {**super().value_bytes(at), "q": q, "q_turned": q, "k": g, "v": g, "square_part": squares, "square": squares}
+
+    # with context parallelism
+    def head_sizes(self, rank: Rank) -> HeadSizes:
+        size, groups = head_dim(self.model), self.model.num_kv_heads // rank.tp
+        return HeadSizes(self.model.num_heads // rank.tp, groups, size, size, 2 * groups * size)
+
+    def queries_work(self, at: At) -> Piece:
+        heads = self.model.num_heads / at.rank.tp
+        return linear(at.rank, at.tokens, heads * head_dim(self.model), at.rank.width) + self._turning_work(at, heads)
+
+    def keys_work(self, at: At) -> Piece:
+        groups = self.model.num_kv_heads / at.rank.tp
+        numbers = groups * head_dim(self.model)
+        one = linear(at.rank, at.tokens, numbers, at.rank.width)
+        joined = Work((), 4 * at.tokens * numbers * at.rank.element, 1)
+        return one + one + self._turning_work(at, groups) + Piece(joined, joined)
+
+    def _turning_work(self, at: At, heads: float) -> Piece:
+        """Norm and rotation of so many heads."""
+        out, size = Piece(), head_dim(self.model)
+        if turned := rotary_width(self.model):
+            out += self.rotation_work(at, heads * turned, heads * (size - turned))
+        if self.model.qk_norm == "head":
+            out += norm(at.rank, at.tokens * heads, size)
+        if self._normed_together:
+            out += norm(at.rank, at.tokens, heads * size)
+        return out
+
+    def core_of(self, at: At) -> Piece:
+        out = super().core_of(at)
+        if optimizer_of(at.rank.config.optim).clips_heads:
+            out += self._logits_work(at, (self._q() + self._kv()) / at.rank.tp)
+        return out
+
+    def out_work(self, at: At) -> Piece:
+        out = linear(at.rank, at.tokens, at.rank.width, self._q() / at.rank.tp)
+        return out + self._experts_work(at) if self.model.attention_experts else out
+
+    def queries_memory(self, at: At) -> Inside:
+        q = int(at.tokens) * self._q() // at.rank.tp * at.rank.element
+        return self._turning_memory(q, q)
+
+    def keys_memory(self, at: At) -> Inside:
+        g = int(at.tokens) * self._kv() // at.rank.tp * at.rank.element
+        return self._turning_memory(g, 4 * g)
+
+    def _turning_memory(self, turned: int, made: int) -> Inside:
+        """Norm and rotation of so many bytes; `made`: of all that is made."""
+        normed, turns = self.model.qk_norm != "none", self.model.positions == "rope"
+        kept = turned * normed
+        return Inside(kept, kept + made + turned * turns, made + turned * (1 + normed))
+
+    def _turned_work(self, at: At) -> Piece:
+        """Of what is normed together: norms, rotation, and what is sent."""
+        rank, heads, groups = at.rank, self.model.num_heads / at.rank.tp, self.model.num_kv_heads / at.rank.tp
+        size, sizes = head_dim(self.model), self.head_sizes(at.rank)
+        spread = at.all_tokens * sizes.spread(rank.cp) if at.name == "attention_turned_heads" else 0
+        moved_bytes = (4 * at.tokens * groups * size + 8 * spread) * rank.element
+        return self._turning_work(at, heads) + self._turning_work(at, groups) + Piece(*(Work((), moved_bytes, 4),) * 2)
+
+    def _turned_memory(self, at: At) -> Inside:
+        """Norms keep what they read, and a number for each token."""
+        rank, t = at.rank, int(at.tokens)
+        q, g = (t * number // rank.tp * rank.element for number in (self._q(), self._kv()))
+        sent = int(at.all_tokens) * self.head_sizes(rank).spread(rank.cp) * rank.element
+        copies = 3 * sent - q if at.name == "attention_turned_heads" else 0
+        return Inside(2 * t * rank.main, 2 * (q + g) + 2 * g + copies, 2 * (q + g) + 2 * g + copies)
+
+    def scaled_bytes(self, at: At) -> int:
+        rank, t, model = at.rank, int(at.tokens), self.model
+        if not model.attention_experts:
+            return 0
+        scores = t * (model.attention_experts * rank.main + self.heads_here(at) * rank.element)
+        return t * self._q() // rank.tp * rank.element + scores + (t * rank.width * rank.main if rank.mixed else 0)

@@ -8,14 +8,15 @@ Under tensor parallelism heads are cut; what compresses, and its norms, every ra
 
 from collections.abc import Sequence
 
-from megalina.blocks import memory
+from megalina.blocks import context, memory
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import norm_parameters, output_std
+from megalina.blocks.context import HeadSizes
 from megalina.blocks.heads import attention_bias, numbers_kept, query_size
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
-from megalina.blocks.sizes import At
+from megalina.blocks.sizes import At, Rank
 from megalina.blocks.work import Piece, Work, linear, norm
 from megalina.config import ModelConfig
 
@@ -116,9 +117,59 @@ class LatentAttention(Attention):
 
     def deferred(self, at: At) -> Deferred:
         """The products' inputs and the gradients of what they gave."""
+        if at.name in context.NAMES:
+            return context.deferred(self, at)
         rank, model, t, whole = at.rank, self.model, int(at.tokens), at.rank.tp == 1
         heads = self.heads_here(at)
         q, v = heads * query_size(model), heads * model.v_head_dim
         numbers = rank.width * whole + q + 2 * model.q_lora_rank + numbers_kept(model) + model.kv_lora_rank
         numbers += heads * (model.qk_nope_head_dim + model.v_head_dim) + v
         return Deferred(t * numbers * rank.element, reads=not whole, gradients=True, rise=memory.outer(rank, rank.width, v))
+
+    # with context parallelism
+    def head_sizes(self, rank: Rank) -> HeadSizes:
+        heads = self.model.num_heads // rank.tp
+        return HeadSizes(heads, heads, query_size(self.model), self.model.v_head_dim, numbers_kept(self.model))
+
+    def queries_work(self, at: At) -> Piece:
+        rank, model, d, tokens = at.rank, self.model, at.rank.width, at.tokens
+        heads, size, compressed = model.num_heads / rank.tp, query_size(model), model.q_lora_rank
+        out = linear(rank, tokens, compressed or heads * size, d)
+        if compressed:
+            out += norm(rank, tokens, compressed) + linear(rank, tokens, heads * size, compressed)
+        return out + self.rotation_work(at, heads * model.qk_rope_head_dim, heads * model.qk_nope_head_dim)
+
+    def keys_work(self, at: At) -> Piece:
+        rank, model, tokens = at.rank, self.model, at.tokens
+        joined = Work((), 2 * tokens * numbers_kept(model) * rank.element, 1)
+        out = linear(rank, tokens, numbers_kept(model), rank.width) + norm(rank, tokens, model.kv_lora_rank)
+        return out + self.rotation_work(at, model.qk_rope_head_dim, 0) + Piece(joined, joined)
+
+    def making_work(self, at: At, tokens: float) -> Piece:
+        rank, model = at.rank, self.model
+        heads = model.num_heads / rank.tp
+        keys_bytes = 2 * tokens * heads * query_size(model) * rank.element  # both parts, side by side
+        joined = Piece(Work((), keys_bytes, 2), Work((), 2 * keys_bytes, 4))
+        return linear(rank, tokens, heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank) + joined
+
+    def out_work(self, at: At) -> Piece:
+        return linear(at.rank, at.tokens, at.rank.width, self.model.num_heads / at.rank.tp * self.model.v_head_dim)
+
+    def queries_memory(self, at: At) -> Inside:
+        rank, t = at.rank, int(at.tokens)
+        compressed = t * self.model.q_lora_rank * rank.element
+        q = t * self.heads_here(at) * query_size(self.model) * rank.element
+        kept = 2 * compressed + t * rank.main * bool(compressed)
+        return Inside(kept, kept + 2 * q, 2 * q + 2 * compressed)
+
+    def keys_memory(self, at: At) -> Inside:
+        rank, t = at.rank, int(at.tokens)
+        down = t * numbers_kept(self.model) * rank.element
+        kept = down + t * rank.main
+        return Inside(kept, kept + 2 * down, 3 * down)
+
+    def made_bytes(self, rank: Rank, tokens: int) -> int:
+        """Keys, both parts side by side, and what values are parts of."""
+        model, heads = self.model, self.model.num_heads // rank.tp
+        numbers = query_size(model) + model.qk_nope_head_dim + model.v_head_dim
+        return tokens * heads * numbers * rank.element

@@ -19,11 +19,13 @@ from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.reference import is_reference, load
 from megalina.blocks.routers import has_state, kind_of, takes_whole_micro_batch
-from megalina.config import ModelConfig, PretrainConfig, RouterConfig, is_moe_layer
+from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
 
 ATTENTION, FFN = "attention", "ffn"  # of `model.layer`; the second is a dense MLP or a mixture of experts, layer by layer
+
+CONTEXTS = ("", "all_gather", "all_to_all")  # of `Shape.context`
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Blocks:
     def _owner(self) -> dict[tuple[int, str], Block]:
         """Which block an instruction is of, in every layout."""
         out: dict[tuple[int, str], Block] = {}
-        for layout in (self.shape(tp=1, sequence=True), self.shape(tp=2, sequence=True), self.shape(tp=2, sequence=False)):
+        cut = [(tp, sequence, context) for tp, sequence in ((1, True), (2, True), (2, False)) for context in CONTEXTS]
+        for layout in (self.shape(tp=tp, sequence=sequence, context=context) for tp, sequence, context in cut):
             for layer, lines, reads, writes in layout.placed():
                 assert isinstance(lines, Block)
                 for instruction in lines.lines(layout, layer, reads, writes):
@@ -112,8 +115,8 @@ class Blocks:
         declared = (p.shape[0] // sum(rows for rows, _ in p.clip) for _, p in self.parameters() if p.clip)
         return next(declared, 0)
 
-    def shape(self, *, tp: int, sequence: bool, head_logits: bool = False) -> Shape:
-        """What a program must know of the model in a layout."""
+    def shape(self, *, tp: int, sequence: bool, context: str = "", head_logits: bool = False) -> Shape:
+        """What a program must know of the model in a layout; `context`: as in `Shape`."""
         return Shape(
             first=self.embedding,
             layers=self.layers,
@@ -123,6 +126,7 @@ class Blocks:
             mtp_head=self.mtp_head,
             tp=tp > 1,
             sequence=sequence,
+            context=context,
             shared_experts=self.whole.model.shared_d_ff > 0,
             micro_batch_groups=self.whole.router.group == "micro_batch",
             whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
@@ -180,15 +184,25 @@ def blocks_of(
     return Blocks(whole, Embedding(whole), tuple(layers), last, model.mtp_layers, head)
 
 
-def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool) -> Shape:
+def context_of(parallel: ParallelConfig) -> str:
+    """As in `Shape`."""
+    return parallel.cp_kind if parallel.cp > 1 else ""
+
+
+def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: bool, context: str = "") -> Shape:
     """What a program must know of the model and the layout."""
-    return blocks_of(model, router).shape(tp=tp, sequence=sequence)
+    return blocks_of(model, router).shape(tp=tp, sequence=sequence, context=context)
 
 
 def step_shape(config: PretrainConfig) -> Shape:
     """What the program of a training step must know of the model and the layout."""
     blocks, parallel = blocks_of(config.model, config.router), config.parallel
-    return blocks.shape(tp=parallel.tp, sequence=parallel.sequence, head_logits=optimizer_of(config.optim).clips_heads)
+    return blocks.shape(
+        tp=parallel.tp,
+        sequence=parallel.sequence,
+        context=context_of(parallel),
+        head_logits=optimizer_of(config.optim).clips_heads,
+    )
 
 
 def plain_shape(

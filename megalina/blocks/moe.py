@@ -110,15 +110,16 @@ class MoE(Block):
 
     # lines
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
-        """With tp each rank routes its own 1/tp of the tokens."""
+        """With tp each rank routes its own 1/tp of the tokens, with cp those of its part of each sequence."""
         copied = shape.copied(layer)
         slices = shape.tp and not shape.sequence  # activations are copied over tp: cut here, gather at the end
         h = "own" if slices else reads
         shared = bool(self.model.shared_d_ff)
         out = [compute("slice", layer, reads, "own")] if slices else []
         out += self._routing(shape, layer, h, "rows weight", "#order #load")
-        # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp, not as many.
-        counted = shape.moe_layers[0] if self.kind.experts_choose and not shape.tp else layer
+        # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp or cp, not as
+        # many.
+        counted = shape.moe_layers[0] if self.kind.experts_choose and not shape.sharers else layer
         counts = exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes") if counted == layer else []
         (sizes,) = names("#sizes", counted)
         dispatch = exchange("dispatch", layer, Op.TOKENS, "ep", "rows", "got", (sizes,))
@@ -140,10 +141,10 @@ class MoE(Block):
         copied = shape.copied(layer)
         losses = " ".join(v for loss in self.losses for v in loss.values).replace("global_aux", "prob")
         routed = f"{first} {losses} {last}"
-        if shape.tp:  # decisions about a group of tokens need the scores of all of them
+        if shape.sharers:  # decisions about a group of tokens need the scores of all of them
             return [
                 compute("score", layer, h, "moe_n score #score", copied),
-                *exchange("scores", layer, Op.GATHER, "tp", "#score", "#scores"),
+                *exchange("scores", layer, Op.GATHER, shape.sharers, "#score", "#scores"),
                 compute("select", layer, "moe_n score #scores #batch", routed),
             ]
         written = "moe_n " if self.model.shared_d_ff else ""
@@ -206,7 +207,7 @@ class MoE(Block):
         """Choices of experts, losses, the rows' order, and the rows."""
         rows, logit_bytes = at.own * at.top_k, self.model.num_experts * at.rank.main
         forward, backward = (at.own * passes * logit_bytes for passes in SELECT_PASSES)
-        forward += 2 * at.tokens * logit_bytes + rows * 8 * 10  # the best of all tokens' logits; sorted int64
+        forward += 2 * at.all_tokens * logit_bytes + rows * 8 * 10  # the best of all tokens' logits; sorted int64
         order = Piece(Work((), forward, SELECT_KERNELS), Work((), backward, SELECT_KERNELS / 2))
         return order + moved(at.rank, 2 * rows, rows + at.own, 1, 1)
 
@@ -341,7 +342,7 @@ class MoE(Block):
 
     def _is_value(self, rank: Rank) -> bool:
         """The normed tokens are a value themselves."""
-        return self.model.shared_d_ff > 0 or rank.tp > 1
+        return self.model.shared_d_ff > 0 or rank.shares_tokens
 
     def _mix_memory(self, at: At, sent: int) -> Inside:
         rank, o = at.rank, int(at.own)
@@ -361,7 +362,7 @@ class MoE(Block):
         return [v for v in at.instruction.writes if same and v.startswith("moe_n.")]
 
     def value_bytes(self, at: At) -> Mapping[str, int]:
-        rank, own, tokens = at.rank, int(at.own), int(at.tokens)
+        rank, own, tokens = at.rank, int(at.own), int(at.all_tokens)
         number, scores = rank.width * rank.element, self.model.num_experts * rank.main
         sent, got = self.sent(at), self.got(at)
         return {

@@ -27,13 +27,15 @@ class Rank:
     expert_skew_L: Sequence[float] = ()  # rows of its fullest expert over the mean of its experts
     cuda: bool = False  # kernels of a GPU and not of a CPU
     tp: int = field(init=False)
+    cp: int = field(init=False)
     element: int = field(init=False)  # bytes of a number
     main: int = field(init=False)  # bytes of gradients, master weights and moments, and of what routers compute with
     words: float = field(init=False)
 
     def __post_init__(self) -> None:
-        tp, element = self.config.parallel.tp, BYTES[self.config.train.dtype]
-        for name, value in (("tp", tp), ("element", element), ("main", max(element, 4)), ("words", self.vocab_rows / tp)):
+        tp, cp, element = self.config.parallel.tp, self.config.parallel.cp, BYTES[self.config.train.dtype]
+        found = {"tp": tp, "cp": cp, "element": element, "main": max(element, 4), "words": self.vocab_rows / tp}
+        for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -47,7 +49,13 @@ class Rank:
         return self.config.model.d_model
 
     @property
+    def shares_tokens(self) -> bool:
+        """Whether other ranks have tokens of the same micro-batch."""
+        return self.tp * self.cp > 1
+
+    @property
     def seq_len(self) -> int:
+        """Of whole sequences."""
         return self.config.train.seq_len
 
     def at(self, instruction: Instruction, *, load: float = 1.0) -> "At":
@@ -77,10 +85,15 @@ class At:
         return self.instruction.layer
 
     @property
-    def tokens(self) -> float:
-        """Of the part of a micro-batch."""
+    def all_tokens(self) -> float:
+        """Of the part of a micro-batch, those that other ranks of cp have, too."""
         train = self.rank.config.train
         return self.whole(self.instruction.share * train.micro_batch_size * train.seq_len)
+
+    @property
+    def tokens(self) -> float:
+        """Of the part of a micro-batch, with cp of this rank's part of its sequences."""
+        return self.all_tokens // self.rank.cp if self.whole is round else self.all_tokens / self.rank.cp
 
     @property
     def held(self) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megalina.config import PretrainConfig
+    from megalina.config import ParallelConfig, PretrainConfig
     from megalina.perfmodel.forecast.priced_step import Shared
     from megalina.perfmodel.forecast.search import Candidate
 
@@ -123,12 +123,18 @@ def print_skewed(candidates: "Sequence[Candidate]", world: int, vocab_size: int,
         print(f"\nat a skew of {SKEW:g} it does not fit, nor does any other that is shown here")
         return
     layout = other.config.parallel
-    where = f"parallel.tp={layout.tp} parallel.ep={layout.ep} parallel.zero={layout.zero}"
+    where = f"{layout_words(layout)} parallel.zero={layout.zero}"
     train = f"train.micro_batch_size={other.config.train.micro_batch_size} train.recompute={other.config.train.recompute}"
     print(
         f"\nat a skew of {SKEW:g} it does not fit; the fastest that does: {other.found.step_s * 1e3:.1f} ms with {where} "
         f"{train}, {other.plan}"
     )
+
+
+def layout_words(parallel: "ParallelConfig") -> str:
+    """As overrides."""
+    words = f"parallel.tp={parallel.tp} parallel.ep={parallel.ep}"
+    return words if parallel.cp == 1 else f"{words} parallel.cp={parallel.cp} parallel.cp_kind={parallel.cp_kind}"
 
 
 def of_one_layout(
@@ -189,7 +195,7 @@ def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
 
     config, plan = smallest.config, smallest.plan
     words = what_fits(config, plan, world, vocab_size=vocab_size)
-    layout = f"parallel.tp={config.parallel.tp} parallel.ep={config.parallel.ep}, {plan}"
+    layout = f"{layout_words(config.parallel)}, {plan}"
     if not words:
         state_bytes = PricedStep(config, world, plan, vocab_size=vocab_size).state_bytes
         state = f"{state_bytes / 2**30:.1f} of {memory_limit_bytes(config.cluster) / 2**30:.1f} GiB are"

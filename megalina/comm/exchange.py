@@ -53,6 +53,12 @@ def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis,
     return Pending(work, lambda keep=x: out, num_bytes)  # type: ignore[misc]
 
 
+def start_even(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
+    """[size x n, ...]: the r-th [n, ...] goes to rank r of the axis; arrives as [size x n, ...], from rank after rank."""
+    even = [len(x) // axis.size] * axis.size
+    return start_all_to_all(x, even, even, axis, log)
+
+
 def start_gather(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """[n, ...] of each rank, arrives as [size x n, ...]."""
     if axis.group is None:

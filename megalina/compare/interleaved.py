@@ -71,7 +71,7 @@ def run_interleaved(
     meshes, log = _shared_meshes(list(configs.values())), CollectiveLog(dist.get_rank() if dist.is_initialized() else 0)
 
     def runner_of(config: PretrainConfig) -> StepRunner:
-        shared = meshes[config.parallel.tp, config.parallel.ep]
+        shared = meshes[_layout_of(config)]
         return StepRunner(config, data, device=torch.device("cpu"), meshes=shared, log=log)
 
     competitors = [Competitor(name, runner_of(config)) for name, config in configs.items()]
@@ -97,16 +97,24 @@ def run_interleaved(
     return competitors
 
 
-def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int], Mapping[int, Mesh]]:
-    """By tp and ep, with all packings that any of these may take.
+def _layout_of(config: PretrainConfig) -> tuple[int, int, int]:
+    parallel = config.parallel
+    return parallel.tp, parallel.ep, parallel.cp
+
+
+def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int, int], Mapping[int, Mesh]]:
+    """By tp, ep and cp, with all packings that any of these may take.
 
     A group of its own for each competitor would be dozens more, with their connections and threads."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packings: dict[tuple[int, int], set[int]] = {}
+    packings: dict[tuple[int, int, int], set[int]] = {}
     for config in configs:
-        packings.setdefault((config.parallel.tp, config.parallel.ep), set()).update(allowed_packings(config, world))
+        packings.setdefault(_layout_of(config), set()).update(allowed_packings(config, world))
     timeout_s = max(config.cluster.timeout_s for config in configs)
-    return {(tp, ep): build_meshes(tp=tp, ep=ep, packings=sorted(k), timeout_s=timeout_s) for (tp, ep), k in packings.items()}
+    return {
+        (tp, ep, cp): build_meshes(tp=tp, ep=ep, cp=cp, packings=sorted(of), timeout_s=timeout_s)
+        for (tp, ep, cp), of in packings.items()
+    }
 
 
 def alone(competitors: Sequence[Competitor]) -> dict[int, dict[str, Alone]]:

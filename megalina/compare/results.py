@@ -76,7 +76,11 @@ def bounds_of(
 
     def whole_bytes(instruction: Instruction) -> float:
         size = sent.get(instruction.tag, 0)
-        return size * ranks / (ranks - 1) if instruction.op is not None and instruction.op.name in ("TOKENS", "COUNTS") else size
+        return (
+            size * ranks / (ranks - 1)
+            if instruction.op is not None and instruction.op.name in ("TOKENS", "COUNTS", "EVEN")
+            else size
+        )
 
     found = lower_bound(
         [program],

@@ -59,7 +59,7 @@ def attend(
         return _by_definition(q_BSHd, k_BLGd, v_BLGe, mask, factor, sink_H, causal=plain and num_queries > 1)
     width = v_BLGe.shape[-1]
     if on_cpu and width != q_BSHd.shape[-1]:  # its kernel has one width for all
-        q_BSHd, k_BLGd, v_BLGe = _of_one_width(q_BSHd, k_BLGd, v_BLGe)
+        q_BSHd, k_BLGd, v_BLGe = of_one_width(q_BSHd, k_BLGd, v_BLGe)
         scale = factor
     q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BLGd, v_BLGe))
     causal = plain and num_queries > 1
@@ -84,7 +84,7 @@ def attention_mask(num_queries: int, num_keys: int, document_BL: Tensor | None, 
     return ((query_BS[:, :, None] == document_BL[:, None, :]) & seen_SL).unsqueeze(1)
 
 
-def _of_one_width(*tensors: Tensor) -> Iterator[Tensor]:
+def of_one_width(*tensors: Tensor) -> Iterator[Tensor]:
     """With zeros behind those that are narrower, which add nothing to scores, and to results only what is cut off again."""
     width = max(x.shape[-1] for x in tensors)
     return (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
@@ -129,10 +129,10 @@ class _AttendWithSinks(torch.autograd.Function):
         of_qkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout_BHSd, q, k, v, out_BHSd, all_BHS, **ctx.how
         )
-        return *of_qkv, _of_sinks(dout_BHSd, out_BHSd, sink_H, all_BHS), None, None, None
+        return *of_qkv, of_sinks(dout_BHSd, out_BHSd, sink_H, all_BHS), None, None, None
 
 
-def _of_sinks(dout_BHSd: Tensor, out_BHSd: Tensor, sink_H: Tensor, all_BHS: Tensor) -> Tensor:
+def of_sinks(dout_BHSd: Tensor, out_BHSd: Tensor, sink_H: Tensor, all_BHS: Tensor) -> Tensor:
     """The gradient of sinks' scores: a softmax's backward subtracts weight . d weight = out . d out, and a sink has no more."""
     wide = all_BHS.dtype
     inner_BHS = torch.linalg.vecdot(dout_BHSd.to(wide), out_BHSd.to(wide))
@@ -202,7 +202,7 @@ class _AttendInBlocks(torch.autograd.Function):
             _ungroup(torch.bmm(dscore_Gnl, k_Gld).mul_(scale), dq_BSHd[b, begin:end])
         dsink_H = None
         if sink_H is not None:
-            dsink_H = _of_sinks(dout_BSHe.transpose(1, 2), out_BSHe.transpose(1, 2), sink_H, all_BHS)
+            dsink_H = of_sinks(dout_BSHe.transpose(1, 2), out_BSHe.transpose(1, 2), sink_H, all_BHS)
         return dq_BSHd, dk_BSGd, dv_BSGe, dsink_H, None, None, None
 
 

@@ -17,6 +17,7 @@ from megalina.blocks.heads import head_dim, tokens_of_room, tokens_seen
 from megalina.config import ModelConfig
 from megalina.model.attend import attend
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
+from megalina.model.context_attention import attend_gathered, attend_with_heads, joined_heads, spread_heads
 from megalina.model.largest_logits import largest_logits
 from megalina.model.late_gradients import Later
 from megalina.model.linear import linear, linears, wide_linear
@@ -24,6 +25,7 @@ from megalina.model.norm import Norm, rms_norm_by, row_squares
 from megalina.model.rope import Rotary, rotate
 from megalina.model.tokens import ALL
 from megalina.step.program import Instruction
+from megalina.zigzag import pieces_of
 
 
 class Heads(nn.Module):
@@ -44,7 +46,7 @@ class Heads(nn.Module):
         """`model`: of this layer; `rank`: which of the tensor-parallel ranks this is."""
         super().__init__()
         self.head_dim, self.num_heads, self.num_kv_heads, self.rank = head_dim(model), model.num_heads, model.num_kv_heads, rank
-        self.window, self.normed = model.window, model.qk_norm
+        self.window, self.normed, self.scale = model.window, model.qk_norm, None
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
         no_parameters(self, "q", "k", "v", "proj", "router", "sinks", "q_bias", "k_bias", "v_bias", "proj_bias")
         self.q_norm = Norm(model.norm_eps) if model.qk_norm != "none" else None
@@ -80,10 +82,7 @@ class Heads(nn.Module):
         self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None
     ) -> Tensor:
         """What `forward` gives of `projected`, with the squares of all ranks."""
-        assert self.q_norm is not None and self.k_norm is not None
-        q_T, k_T = square_T2.unbind(1)
-        q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
-        k_TY = rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
+        q_TX, k_TY = self.normed_by(q_TX, k_TY, square_T2)
         return linear(self.mixed(q_TX, k_TY, v_TY, batch, None), self.proj, later=later)
 
     def mixed(
@@ -111,6 +110,49 @@ class Heads(nn.Module):
             logits.append(largest_logits(q_BSHd, k_BSGd, document_BL, window=self.window))
         mixed_BSX = attend(q_BSHd, k_BSGd, v_BSGd, document_BL, window=self.window, sink_H=self.sinks)
         return mixed_BSX.reshape(q_TX.shape)
+
+    # with context parallelism
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Query heads and key heads here, numbers of a query and of a value."""
+        return len(self.q) // self.head_dim, len(self.k) // self.head_dim, self.head_dim, self.head_dim
+
+    def queries(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        q_TX = linear(n_TD, self.q, self.q_bias, later=later)
+        return self._turned(q_TX, self.q_norm, batch)
+
+    def compact_keys(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        k_TY, v_TY = linears(n_TD, (self.k, self.v), (self.k_bias, self.v_bias), later=later)
+        return torch.cat([self._turned(k_TY, self.k_norm, batch).flatten(2), v_TY.view(*batch.tokens_BS.shape, -1)], dim=2)
+
+    def keys_and_values(self, kv_BLy: Tensor, later: Later | None) -> tuple[Tensor, Tensor]:
+        k_BLY, v_BLY = kv_BLy.chunk(2, dim=2)
+        return k_BLY.unflatten(2, (-1, self.head_dim)), v_BLY.unflatten(2, (-1, self.head_dim))
+
+    def out(self, mixed_TX: Tensor, n_TD: Tensor | None, later: Later | None) -> Tensor:
+        """What these heads add, from what they give; `n_TD` where they are experts."""
+        return linear(mixed_TX if n_TD is None else self._scaled(mixed_TX, n_TD, later), self.proj, later=later)
+
+    def normed_by(self, q_TX: Tensor, k_TY: Tensor, square_T2: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the norm of all heads together, with the squares of all ranks."""
+        assert self.q_norm is not None and self.k_norm is not None
+        q_T, k_T = square_T2.unbind(1)
+        q_TX = rms_norm_by(q_TX, q_T, self.num_heads * self.head_dim, self.q_norm.weight, self.q_norm.eps)
+        return q_TX, rms_norm_by(k_TY, k_T, self.num_kv_heads * self.head_dim, self.k_norm.weight, self.k_norm.eps)
+
+    def placed(self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `queries` and `compact_keys`, of `projected`, with the squares of all ranks."""
+        q_TX, k_TY = self.normed_by(q_TX, k_TY, square_T2)
+        k_BSGd = self._turned(k_TY, None, batch)
+        return self._turned(q_TX, None, batch), torch.cat([k_BSGd.flatten(2), v_TY.view(*batch.tokens_BS.shape, -1)], dim=2)
+
+    def _turned(self, x_TY: Tensor, norm: Norm | None, batch: Batch) -> Tensor:
+        """[B, S, heads, d]: queries or keys, normed, by their positions."""
+        x_TY = norm(x_TY) if norm is not None and self.normed == "projection" else x_TY
+        x_BSHd = x_TY.view(*batch.tokens_BS.shape, -1, self.head_dim)
+        x_BSHd = norm(x_BSHd) if norm is not None and self.normed == "head" else x_BSHd
+        rotary = self.rotary[0]
+        return x_BSHd if rotary is None else rotate(x_BSHd, *batch.once(rotary.rows, x_BSHd.dtype))
 
     def _scaled(self, mixed_TX: Tensor, n_TD: Tensor, later: Later | None) -> Tensor:
         """What each head gives, times the probability of its expert; the probabilities are at least float32, and are then of the
@@ -198,7 +240,7 @@ class Attention(BlockFunctions):
         def told(*values: Any) -> tuple[Tensor, Tensor]:
             logits: list[Tensor] = []
             out = function(*values, logits=logits)
-            return out, logits[0]
+            return out, torch.stack(logits).amax(0)
 
         return told
 
@@ -216,6 +258,58 @@ class Attention(BlockFunctions):
     def attention_residual(self, x_TD: Tensor, added_TD: Tensor, batch: Batch) -> Tensor:
         return self._residual(x_TD, added_TD, batch, self.share.held(batch))
 
+    # with context parallelism
+    def attention_keys(self, x_TD: Tensor, batch: Batch, *, later: Later | None = None) -> tuple[Tensor, ...]:
+        """What keys and values are made of; without tensor parallelism the normed stream before it."""
+        n_TD, normed = self._normed(x_TD)
+        kv_BSy = self.holder.attention.compact_keys(n_TD, batch, later)
+        return *normed, kv_BSy.flatten(0, 1)
+
+    def attention_queries(self, n_TD: Tensor, batch: Batch, *, later: Later | None = None) -> Tensor:
+        return self.holder.attention.queries(n_TD, batch, later).flatten(2).flatten(0, 1)
+
+    def attention_gathered(
+        self, q_TX: Tensor, kv_Ny: Tensor, *rest: Any, later: Later | None = None, logits: list[Tensor] | None = None
+    ) -> Tensor:
+        batch, heads = rest[-1], self.holder.attention
+        mixed_TX = attend_gathered(heads, q_TX, kv_Ny, batch, self.piece_ends(batch), later=later, logits=logits)
+        return self._added(mixed_TX, *rest, later=later)
+
+    def piece_ends(self, batch: Batch) -> list[int]:
+        """Where in their sequences this rank's pieces end: its queries see the keys up to their own."""
+        piece = batch.tokens_BS.shape[1] // 2
+        return [(number + 1) * piece for number in pieces_of(batch.contexts, batch.context)]
+
+    def attention_spread(self, x_TD: Tensor, batch: Batch, *, later: Later | None = None) -> tuple[Tensor, ...]:
+        """For each rank its heads of this one's tokens; where heads are experts the normed stream before it."""
+        n_TD, normed = self._normed(x_TD)
+        heads = self.holder.attention
+        queries, keys = heads.queries(n_TD, batch, later), heads.compact_keys(n_TD, batch, later)
+        spread = spread_heads(heads, queries, keys, batch.contexts, later=later)
+        return (*normed, spread) if self.block.model.attention_experts else (spread,)
+
+    def attention_of_heads(self, qkv_Nx: Tensor, batch: Batch, *, logits: list[Tensor] | None = None) -> Tensor:
+        heads = self.holder.attention
+        return attend_with_heads(heads, heads.sizes, qkv_Nx, batch, logits=logits)
+
+    def attention_joined(self, mixed_Nx: Tensor, *rest: Any, later: Later | None = None) -> Tensor:
+        return self._added(joined_heads(mixed_Nx, self.share.contexts), *rest, later=later)
+
+    def _normed(self, x_TD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The normed stream, and what of it the list does not have yet."""
+        if self.share.ranks > 1:
+            return x_TD, ()
+        n_TD = self.holder.attention_norm(x_TD)
+        return n_TD, (n_TD,)
+
+    def _added(self, mixed_TX: Tensor, *rest: Any, later: Later | None) -> Tensor:
+        """What these heads add, without tensor parallelism to the stream.  `rest`: the normed stream where heads are experts, the
+        stream, the batch."""
+        *values, batch = rest
+        n_TD = values.pop(0) if self.block.model.attention_experts else None
+        added_TD: Tensor = self.holder.attention.out(mixed_TX, n_TD, later)
+        return self._residual(values[0], added_TD, batch, ALL) if values else added_TD
+
     def forward(self, x_TD: Tensor, batch: Batch, seen: Seen, past: KeyValues | None = None) -> Tensor:
         return self.attention(x_TD, batch, past)
 
@@ -231,6 +325,17 @@ class GroupedQueryAttention(Attention):
         """Queries, keys, values, and this rank's squares of the first two."""
         q_TX, k_TY, v_TY = self.holder.attention.projected(n_TD, later=later)
         return q_TX, k_TY, v_TY, self.holder.attention.squares(q_TX, k_TY)
+
+    def attention_turned(self, *values: Any) -> tuple[Tensor, Tensor]:
+        """With context parallelism: queries, and what keys and values are made of, from `attention_qkv` and all squares."""
+        q_BSHd, kv_BSy = self.holder.attention.placed(*values)
+        return q_BSHd.flatten(2).flatten(0, 1), kv_BSy.flatten(0, 1)
+
+    def attention_turned_heads(self, *values: Any) -> Tensor:
+        """The same for each rank, its heads."""
+        heads = self.holder.attention
+        q_BSHd, kv_BSy = heads.placed(*values)
+        return spread_heads(heads, q_BSHd, kv_BSy, self.share.contexts, later=None)
 
     def attention_core(
         self, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, square_T2: Tensor, batch: Batch, *, later: Later | None = None

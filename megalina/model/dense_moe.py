@@ -24,7 +24,7 @@ from megalina.model.moe import MoE
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.routers import GroupSoFar, Router, Routing, z_loss
 from megalina.model.sparse_selection import selected
-from megalina.model.tokens import ALL, OwnTokens, RouterTokens, places, router_tokens
+from megalina.model.tokens import ALL, OwnTokens, RouterTokens, all_in_order, among_all, places, router_tokens
 
 
 class Dense(Router):
@@ -37,7 +37,7 @@ class Dense(Router):
         logits_TE: Tensor,
         tokens: RouterTokens,
         logits_AE: Tensor,
-        own: slice,
+        own: OwnTokens,
         clean_TE: Tensor,
         before: GroupSoFar | None,
     ) -> Routing:
@@ -84,7 +84,8 @@ class DenseMoE(MoE):
     ) -> tuple[Any, ...]:
         """The tokens that experts get, their weights [T, E], the losses, and the load as of any mixture of experts."""
         own = self.share.own(batch)
-        rows_TD, routing, losses = self.weighed(n_TD, logits_TE, logits_AE, batch, own)
+        logits_AE = all_in_order(logits_AE, batch)
+        rows_TD, routing, losses = self.weighed(n_TD, logits_TE, logits_AE, batch, among_all(batch, own))
         load = torch.cat([routing.chosen_E, routing.dropped.reshape(1)])
         digest = choices_digest(routing.expert_TK, *places(batch, own)) if self.holder.digests else load.new_zeros(LIMBS)
         return rows_TD, routing.weight_TK, *losses, torch.cat([load, digest])

@@ -17,9 +17,8 @@ _MASK = 0xFFFFFFFF
 def tokens_digest(batch: Batch) -> Tensor:
     """int64 [2]: of which tokens and labels stand where, and which of them count."""
     sample_B1 = batch.sample_B.unsqueeze(1)
-    position_S = torch.arange(batch.tokens_BS.shape[1], device=batch.tokens_BS.device)
     counts_BS = batch.loss_mask_BS.long() + 2 * batch.valid_BS
-    return _limbs(_mix(_mix(_mix(sample_B1 * 0x9E3779B1 + position_S, batch.tokens_BS), batch.labels_BS), counts_BS))
+    return _limbs(_mix(_mix(_mix(sample_B1 * 0x9E3779B1 + batch.place_S, batch.tokens_BS), batch.labels_BS), counts_BS))
 
 
 def routing_digest(order: RowOrder, sample_T: Tensor, position_T: Tensor) -> Tensor:

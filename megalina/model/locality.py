@@ -10,12 +10,12 @@ T own tokens, A all tokens of the micro-batch, B sequences, E experts, N nodes.
 import torch
 from torch import Tensor
 
-from megalina.model.tokens import RouterTokens
+from megalina.model.tokens import OwnTokens, RouterTokens
 
 ELSEWHERE = 0.01  # of the distribution that is aimed at, on the experts of other nodes: without it the divergence may be infinite
 
 
-def locality_loss(prob_TE: Tensor, prob_AE: Tensor, tokens: RouterTokens, own: slice, nodes: int) -> Tensor:
+def locality_loss(prob_TE: Tensor, prob_AE: Tensor, tokens: RouterTokens, own: OwnTokens, nodes: int) -> Tensor:
     """Scalar: these tokens' part of the sum over sequences of (valid tokens) x (divergence).
 
     The divergence is no sum over tokens.  But with the means of all tokens' probabilities, `prob_AE` without gradient, the sum

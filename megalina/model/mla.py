@@ -40,7 +40,7 @@ class LatentHeads(nn.Module):
     def __init__(self, model: ModelConfig, rotary: Rotary):
         super().__init__()
         self.still, self.turned, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-        self.latent = model.kv_lora_rank
+        self.latent, self.window, self.sinks = model.kv_lora_rank, 0, None
         self.scale = query_size(model) ** -0.5 * score_factor(model)
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
         no_parameters(self, "q", "q_down", "q_up", "kv_down", "kv_up", "proj", "proj_bias")
@@ -69,18 +69,24 @@ class LatentHeads(nn.Module):
 
     def read(self, n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, [B, S, H, n+r], compressed tokens, [B, S, c], and the key's turned part, [B, S, r]."""
-        shape = batch.tokens_BS.shape
         first = self.q if self.q_norm is None else self.q_down
         assert first is not None
-        q_TX, down_Tx = linears(n_TD, (first, self.kv_down), (None, None), later=later)
+        q_Tx, down_Tx = linears(n_TD, (first, self.kv_down), (None, None), later=later)
+        return self.positioned_queries(q_Tx, batch, later), *self._positioned_keys(down_Tx, batch)
+
+    def positioned_queries(self, q_Tx: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        """`q_Tx`: compressed, if they are."""
         if self.q_norm is not None and self.q_up is not None:
-            q_TX = linear(self.q_norm(q_TX), self.q_up, later=later)
-        rotary = self.rotary[0]
-        cos_BSi, sin_BSi = batch.once(rotary.rows, q_TX.dtype)
-        q_BSHx = rotate(q_TX.view(*shape, -1, self.still + self.turned), cos_BSi, sin_BSi, self.still)
+            q_Tx = linear(self.q_norm(q_Tx), self.q_up, later=later)
+        cos_BSi, sin_BSi = batch.once(self.rotary[0].rows, q_Tx.dtype)
+        return rotate(q_Tx.view(*batch.tokens_BS.shape, -1, self.still + self.turned), cos_BSi, sin_BSi, self.still)
+
+    def _positioned_keys(self, down_Tx: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        shape = batch.tokens_BS.shape
+        cos_BSi, sin_BSi = batch.once(self.rotary[0].rows, down_Tx.dtype)
         c_Tc, turned_Tr = down_Tx.split((self.latent, self.turned), dim=1)
         turned_BSr = rotate(turned_Tr.view(*shape, 1, -1), cos_BSi, sin_BSi).squeeze(2)
-        return q_BSHx, self.kv_norm(c_Tc).view(*shape, -1), turned_BSr
+        return self.kv_norm(c_Tc).view(*shape, -1), turned_BSr
 
     def attended(
         self,
@@ -92,13 +98,41 @@ class LatentHeads(nn.Module):
         logits: list[Tensor] | None = None,
     ) -> Tensor:
         """What the heads give, [B, S, H*e], with keys and values made."""
-        up_BSHy = linear(c_BSc, self.kv_up, later=later).view(*c_BSc.shape[:2], -1, self.still + self.value)
-        key_BSHn, value_BSHe = up_BSHy.split((self.still, self.value), dim=-1)
-        shared_BSHr = turned_BSr.unsqueeze(2).expand(-1, -1, key_BSHn.shape[2], -1)
-        key_BSHx = torch.cat([key_BSHn, shared_BSHr], -1)
+        key_BSHx, value_BSHe = self._made(c_BSc, turned_BSr, later)
         if logits is not None:
             logits.append(largest_logits(q_BSHx, key_BSHx, document_BS, scale=self.scale))
         return attend(q_BSHx, key_BSHx, value_BSHe, document_BS, scale=self.scale)
+
+    def _made(self, c_BSc: Tensor, turned_BSr: Tensor, later: Later | None) -> tuple[Tensor, Tensor]:
+        """Keys, [B, S, H, n+r], and values, [B, S, H, e]."""
+        up_BSHy = linear(c_BSc, self.kv_up, later=later).view(*c_BSc.shape[:2], -1, self.still + self.value)
+        key_BSHn, value_BSHe = up_BSHy.split((self.still, self.value), dim=-1)
+        shared_BSHr = turned_BSr.unsqueeze(2).expand(-1, -1, key_BSHn.shape[2], -1)
+        return torch.cat([key_BSHn, shared_BSHr], -1), value_BSHe
+
+    # with context parallelism
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Query heads and key heads here, numbers of a query and of a value."""
+        heads = len(self.kv_up) // (self.still + self.value)
+        return heads, heads, self.still + self.turned, self.value
+
+    def queries(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        first = self.q if self.q_norm is None else self.q_down
+        assert first is not None
+        return self.positioned_queries(linear(n_TD, first, later=later), batch, later)
+
+    def compact_keys(self, n_TD: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        """The compressed token and the key's turned part."""
+        return torch.cat(self._positioned_keys(linear(n_TD, self.kv_down, later=later), batch), dim=2)
+
+    def keys_and_values(self, kv_BLy: Tensor, later: Later | None) -> tuple[Tensor, Tensor]:
+        c_BLc, turned_BLr = kv_BLy.split((self.latent, self.turned), dim=2)
+        return self._made(c_BLc, turned_BLr, later)
+
+    def out(self, mixed_TX: Tensor, n_TD: Tensor | None, later: Later | None) -> Tensor:
+        """What these heads add, from what they give."""
+        return linear(mixed_TX, self.proj, later=later)
 
     def absorbed(self, q_BSHx: Tensor, kept_BLx: Tensor, document_BL: Tensor | None) -> Tensor:
         """What the heads give, [B, S, H*e], of the last S tokens' queries, with neither keys nor values: `kept_BLx` has c and the

@@ -27,7 +27,7 @@ from megalina.model.mlp import Mlp, TwoMatrices
 from megalina.model.norm import Norm
 from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute
 from megalina.model.routers import GroupSoFar, Router, Routing, router_class
-from megalina.model.tokens import ALL, OwnTokens, places, router_tokens
+from megalina.model.tokens import ALL, OwnTokens, all_in_order, among_all, places, router_tokens
 from megalina.step.program import Instruction
 
 
@@ -95,7 +95,8 @@ class MoE(BlockFunctions):
     ) -> tuple[Any, ...]:
         """As `selected`; the load ends with two numbers more, LIMBS, a digest of the choices or zeros."""
         own = self.share.own(batch)
-        *rest, order, load, passed = self.selected(n_TD, logits_TE, logits_AE, batch, own, so_far)
+        logits_AE = all_in_order(logits_AE, batch)
+        *rest, order, load, passed = self.selected(n_TD, logits_TE, logits_AE, batch, among_all(batch, own), so_far)
         digest = routing_digest(order, *places(batch, own)) if self.holder.digests else load.new_zeros(LIMBS)
         selected = (*rest, order, torch.cat([load, digest]))
         return selected if so_far is None else (*selected, passed)
@@ -143,7 +144,7 @@ class MoE(BlockFunctions):
         """Rows for the experts in the order of experts, their weights, the losses, the order, the load, and of a part of a
         micro-batch (`so_far`) what the part after it must know.
 
-        `logits_AE`: of all tokens of the micro-batch, without gradient; `own`: which of them are `n_TD`.
+        `logits_AE`: of all tokens of the micro-batch in order, without gradient; `own`: which of them are `n_TD`.
         The first loss is the balance loss; with `router.group=global`, and of a part of a micro-batch, the sums of probabilities
         [E] it is made of.  Load: int64 [E + 1], tokens that chose each expert, and choices lost to capacity; with a capacity
         bound NEARNESS_BINS more, how near tokens are to their experts' rows.

@@ -25,7 +25,13 @@ from megalina.model.norm import Norm
 def ahead(batch: Batch, depth: int) -> Batch:
     """The batch as a layer of multi-token prediction sees it: at each place the word `depth` places further on, its label, and
     whether this counts for the token of the place."""
+    if batch.cut_from is not None:  # words further on may be another rank's
+        return batch.once(_part_ahead, depth)
     return batch.once(_ahead, depth)
+
+
+def _part_ahead(batch: Batch, depth: int) -> Batch:
+    return ahead(batch.uncut, depth).part_of(batch.contexts, batch.context)
 
 
 def _ahead(batch: Batch, depth: int) -> Batch:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalina.model.tokens import Groups
+from megalina.model.tokens import Groups, OwnTokens
 
 
-def mutual_information_loss(log_TE: Tensor, log_AE: Tensor, groups: Groups, own: slice) -> Tensor:
+def mutual_information_loss(log_TE: Tensor, log_AE: Tensor, groups: Groups, own: OwnTokens) -> Tensor:
     """Scalar: these tokens' part of the sum over groups of (valid tokens) x (loss).
 
     `log_TE`: logarithms of probabilities, `log_AE` those of all tokens without gradient.  A token's part is the divergence of its

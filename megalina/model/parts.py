@@ -19,7 +19,9 @@ from megalina.model.permute import RowOrder, reorder, row_order
 from megalina.step.program import Instruction
 
 SLICED = ("own", "moe_n", "weight", "rows")  # values of the tokens that a rank routes
-GATHERED = ("n_all", "m_all", "a_part", "o_part", "q", "k", "v", "square_part", "square")  # of all ranks' tokens, in any layout
+# of all tensor-parallel ranks' tokens, in any layout ...
+GATHERED = ("n_all", "m_all", "a_part", "o_part", "q", "k", "v", "square_part", "square", "kv", "q_turned")
+EVERYBODYS = ("kv_all", "qkv", "qkv_all", "mixed_part", "mixed_all")  # ... and of all context-parallel ones
 
 
 class Parts(BlockFunctions):
@@ -37,6 +39,8 @@ class Parts(BlockFunctions):
     def _slices(self, value: str) -> int:
         """Of how many ranks a value has the tokens."""
         head = value.split(".")[0]
+        if head in EVERYBODYS:
+            return self.share.ranks * self.share.contexts
         return self.share.ranks if head in GATHERED else 1 if self.share.cut or head in SLICED else self.share.ranks
 
     def cut_batch(self, parts: int, batch: Batch) -> tuple[Batch, ...]:

@@ -1,11 +1,11 @@
 """A router: sends each token to a few experts and says how much each of their outputs counts.
 
-T own tokens, A all tokens of the micro-batch (T = A / tp, the own ones are a slice), D model width, E experts,
+T own tokens, A all tokens of the micro-batch (T = A / (cp x tp)), D model width, E experts,
 K columns of a routing, G groups of tokens that share capacity and balance, S tokens a sequence.
 
-With tensor parallelism each rank owns a slice of the micro-batch.  What depends on several tokens (capacity, expert
-choice, the counts in the balance loss) is decided from all tokens' logits without gradient, alike on each rank;
-gradients flow through the own tokens' logits alone.  So slices give exactly what the whole gives.
+With tensor and context parallelism each rank owns a part of the micro-batch's tokens.  What depends on several tokens (capacity,
+expert choice, the counts in the balance loss) is decided from all tokens' logits without gradient, alike on each rank;
+gradients flow through the own tokens' logits alone.  So parts give exactly what the whole gives.
 
 Choices may be given (`Batch.replay_BSLK`): then tokens go where these say, with the weights that the router's own scores give to
 the given experts, through which gradients flow as ever.  All else, losses and statistics, is of the router's own choices.
@@ -29,7 +29,7 @@ from megalina.model.locality import locality_loss
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal
 from megalina.model.selection import best_groups, capacity, groups_of_best, hashed, highest, taken_by_experts, within_capacity
-from megalina.model.tokens import RouterTokens
+from megalina.model.tokens import OwnTokens, RouterTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Router(nn.Module):
         return wide_linear(x_TD, self.weight, self.bias, later=later)
 
     def forward(
-        self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: slice, so_far: GroupSoFar | None = None
+        self, logits_TE: Tensor, tokens: RouterTokens, logits_AE: Tensor, own: OwnTokens, so_far: GroupSoFar | None = None
     ) -> Routing:
         """`logits_AE`: all tokens' logits, no gradient flows into them; `own`: where the T own tokens are among them.
 
@@ -206,7 +206,7 @@ class Router(nn.Module):
         logits_TE: Tensor,
         tokens: RouterTokens,
         logits_AE: Tensor,
-        own: slice,
+        own: OwnTokens,
         clean_TE: Tensor,
         before: GroupSoFar | None,
     ) -> Routing:
@@ -342,7 +342,7 @@ class ExpertChoice(Router):
         logits_TE: Tensor,
         tokens: RouterTokens,
         logits_AE: Tensor,
-        own: slice,
+        own: OwnTokens,
         clean_TE: Tensor,
         before: GroupSoFar | None,
     ) -> Routing:

@@ -192,6 +192,7 @@ class Executor:
             Op.SCATTER: exchange.start_scatter,
             Op.SUM: exchange.start_sum,
             Op.MAX: exchange.start_max,
+            Op.EVEN: exchange.start_even,
         }[instruction.op]
         return send(lambda: start(value, axis, self._log))
 

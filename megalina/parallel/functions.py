@@ -92,7 +92,7 @@ class InstructionFunctions:
 
     def _sizes_of_group(self, *batches: Batch) -> GroupSoFar:
         """Of a micro-batch, before the first of its parts is routed in any layer."""
-        tokens = torch.stack([b.valid_BS.sum() for b in batches]).sum()
+        tokens = torch.stack([b.uncut.valid_BS.sum() for b in batches]).sum()
         return GroupSoFar(tokens, tokens.new_zeros(self.gpt.config.num_experts))
 
     def _seed(self, names: Sequence[str], divisor: Tensor, *losses: Tensor) -> tuple[Tensor, ...]:
@@ -198,9 +198,9 @@ class InstructionFunctions:
         return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
 
     def _scored(self, loss_B: Tensor, batch: Batch) -> Tensor:
-        """[sequences of all data-parallel ranks]: the losses of this rank's, 0 for those of others."""
-        out = loss_B.new_zeros(self.mesh.dp.size, len(loss_B))
-        out[self.mesh.dp.rank] = loss_B
+        """[sequences of all ranks that read different ones]: the losses of this rank's part of its own, 0 for those of others."""
+        out = loss_B.new_zeros(self.mesh.readers, len(loss_B))
+        out[self.mesh.reader] = loss_B
         return out.flatten()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megalina.blocks.model import step_shape
 from megalina.config import BYTES, PretrainConfig
+from megalina.layout import readers
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.plan_settings import AUTO, SEARCH, plan_of, strategy_of
 from megalina.step import candidates
@@ -77,7 +78,7 @@ def setting_of(config: PretrainConfig, world: int, vocab_size: int) -> Setting:
     setting = Setting(
         step_shape(config),
         held.buckets,
-        micro_batches=train.global_batch_size // (train.micro_batch_size * held.axes["dp"]),
+        micro_batches=train.global_batch_size // (train.micro_batch_size * readers(held.axes)),
         recompute_mode=train.recompute,
         element_bytes=max(BYTES[train.dtype], 4),
     )

@@ -42,7 +42,7 @@ def build_shard(
         max_positions=max_positions,
         seed=seed,
         padded_vocab=padded_vocab_size(vocab_size, mesh.tp.size),
-        share=TokenShare(mesh.tp.size, mesh.tp.rank, cut=sequence),
+        share=TokenShare(mesh.tp.size, mesh.tp.rank, cut=sequence, contexts=mesh.cp.size, context=mesh.cp.rank),
         first_expert=model.num_experts // mesh.ep.size * mesh.ep.rank,
         digests=digests,
         expert_orders=expert_orders,

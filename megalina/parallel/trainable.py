@@ -88,7 +88,7 @@ class Trainable:
         used = dict.fromkeys(group for instruction in plain(shape) for group in instruction.uses)
         lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
-        self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.dp.size)
+        self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.readers)
         held = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, packing=mesh.packing)
         setting = Setting(
             shape,
@@ -165,14 +165,14 @@ class Trainable:
         record: Recorder | None = None,
         loss_factors: Mapping[str, float] | None = None,
     ) -> StepResult:
-        """One training step on this rank's sequences; `update(bucket, result)` is called for each bucket.
+        """One training step on this rank's sequences, which are whole here; `update(bucket, result)` is called for each bucket.
 
         `directions`: where the program has instructions for whole matrices, the optimizer; `record` gets the step's events;
         `loss_factors`: of losses' weights in this step, by name, alike on all ranks."""
         self.gpt.train()
         self.instruction_functions.update, self.instruction_functions.loss_factors = update, loss_factors or {}
         self.instruction_functions.directions = directions
-        parts = batch.split(self.micro_batch_size // self.setting.cut)
+        parts = self.own_part(batch).split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
         result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
@@ -191,18 +191,23 @@ class Trainable:
         """float64 [2]: sum of losses in nats and number of tokens they are of, over the world."""
         self.settle()
         self.gpt.eval()
-        out: Tensor = self._evaluation.run({"#batch.-.0": batch})["#loss.-.0"]
+        out: Tensor = self._evaluation.run({"#batch.-.0": self.own_part(batch)})["#loss.-.0"]
         return out
 
     def score(self, batch: Batch) -> Tensor:
-        """float64 [dp x B]: the sum of losses in nats of each sequence, of all data-parallel ranks in turn, which have B each."""
+        """float64 [readers x B]: the sum of losses in nats of each sequence, of all ranks that read different ones in turn, which have
+        B each."""
         self.settle()
         self.gpt.eval()
         if self._scoring is None:
             specs = {name: bucket.spec for name, bucket in self.buckets.items()}
             self._scoring = self._executor(scoring(self.setting.shape, specs), None)
-        out: Tensor = self._scoring.run({"#batch.-.0": batch})["#loss.-.0"]
+        out: Tensor = self._scoring.run({"#batch.-.0": self.own_part(batch)})["#loss.-.0"]
         return out
+
+    def own_part(self, batch: Batch) -> Batch:
+        """Of each sequence what this rank of cp has."""
+        return batch.part_of(self.mesh.cp.size, self.mesh.cp.rank)
 
     def compare_collectives(self) -> None:
         """All ranks together, between two steps.  CollectivesDiffer, on all of them, where they have mixed up what came after

@@ -78,6 +78,7 @@ class Shape:
     mtp_head: Lines | None = None  # reads what each of them gives
     tp: bool = False  # more than one tensor-parallel rank
     sequence: bool = True  # with tp: activations between attention and MLP are cut along the tokens
+    context: str = ""  # each sequence is cut over cp: all_gather or all_to_all, of `parallel.cp_kind`; "": it is not
     shared_experts: bool = False
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
     whole_routers: bool = False  # a router must see the whole micro-batch at once
@@ -92,6 +93,11 @@ class Shape:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(i for i, is_moe in enumerate(self.moe) if is_moe)
+
+    @property
+    def sharers(self) -> str:
+        """The axis of the ranks that share out the tokens of a micro-batch; "": each has all of its own."""
+        return "cp_tp" if self.context else "tp" if self.tp else ""
 
     def dense(self, layer: int) -> str:
         """The parameter group of what tp cuts."""

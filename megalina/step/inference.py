@@ -27,8 +27,8 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
     """The checked program: prefill or decode of this rank's sequences; leaves `#out.-.0`, the last norm's output.
 
     Given: `given_of(shape)`.  With `learns` a predictor learns at the end from what was heard.  A device's slots in a layer are
-    cut into `chunks` groups, and each group's rows go back by themselves.  ValueError with tensor parallelism: ranks are
-    devices of experts here; and for less than one chunk.
+    cut into `chunks` groups, and each group's rows go back by themselves.  ValueError with tensor or context
+    parallelism: ranks are devices of experts here; and for less than one chunk.
 
     Of MoE layer i, besides rows: `#plan.i` is what is expected and where experts should sit, `#seen.i` what tokens chose in the
     MoE layers up to i, `#told.i` what a rank tells of its tokens and `#heard.i` what all told, `#evidence.i` which part of that
@@ -38,6 +38,8 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
         raise ValueError(f"{chunks} chunks of slots: choose 1 or more")
     if shape.tp:
         raise ValueError("inference has no tensor parallelism: its ranks share out experts and sequences; leave parallel.tp at 1")
+    if shape.context:
+        raise ValueError("inference has no context parallelism: each rank has whole sequences; leave parallel.cp at 1")
     shape = shape.without_mtp
     moe = [layer for layer, is_moe in enumerate(shape.moe) if is_moe]
     before, following = dict(zip(moe[1:], moe, strict=False)), dict(zip(moe, moe[1:], strict=False))

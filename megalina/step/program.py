@@ -36,6 +36,7 @@ class Op(Enum):
 
     TOKENS = auto()  # uneven all-to-all of rows; its mirror is the same with the sizes swapped
     COUNTS = auto()  # all-to-all of split sizes; the host needs the result
+    EVEN = auto()  # all-to-all of equal parts along the first dimension; its mirror is the same
     GATHER = auto()  # all-gather along the first dimension; mirror: SCATTER
     SCATTER = auto()  # reduce-scatter along the first dimension; mirror: GATHER
     SUM = auto()  # all-reduce of a value; mirror: SUM

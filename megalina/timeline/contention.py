@@ -15,7 +15,7 @@ from megalina.timeline.spans import Span, length_s, overlaps, shared_s, union
 
 CLASSES = {"tokens": "a2a", "grads": "grads", "params": "params"}  # by what is sent; all else is OTHER
 GATHERED = ("gather", "scatter")  # along ep: of tokens that go to all experts
-OTHER = "other"  # split sizes, sums, gathers and scatters of tensor parallelism
+OTHER = "other"  # split sizes; sums, gathers, scatters and exchanges of tensor and context parallelism
 CALIBRATED_AXIS = {"tokens": "ep", "grads": "dp", "params": "dp"}  # the axis of the mesh that an `Alone` is of
 
 

@@ -129,7 +129,8 @@ def _header(run: RunData, name: str) -> str:
     kind, told = ("state", f"{step:,} steps") if done else ("state open", f"step {step:,} of {total:,}")
     state = f'<span class="{kind}">{told}</span>'
     parallel = run.config.get("parallel") or {}
-    layout = ", ".join(f"{key} {parallel[key]}" for key in ("tp", "ep") if key in parallel)
+    shown = ("tp", "ep", "cp") if parallel.get("cp", 1) > 1 else ("tp", "ep")
+    layout = ", ".join(f"{key} {parallel[key]}" for key in shown if key in parallel)
     about = [
         f"model {run.setting('model', 'name')}",
         f"{run.setting('model', 'num_experts')} experts, {run.setting('router', 'kind')} top-{run.setting('router', 'top_k')}",

@@ -76,7 +76,7 @@ def _share(instruction: Instruction) -> float:
 
 def _whole(instruction: Instruction, num_bytes: float, ranks: int) -> float:
     """The tensor of which a rank counts `num_bytes` (`megalina.perfmodel.sim.sizes.own_bytes`)."""
-    if instruction.op in (Op.TOKENS, Op.COUNTS):
+    if instruction.op in (Op.TOKENS, Op.COUNTS, Op.EVEN):
         return num_bytes * ranks / (ranks - 1)
     return num_bytes * ranks if instruction.op in (Op.GATHER, Op.PARAMS) else num_bytes
 

@@ -26,17 +26,17 @@ class OwnSamples:
 
 def own_samples(config: PretrainConfig, *, world: int, rank: int, ranks_per_node: int) -> OwnSamples:
     """Of a rank of the world."""
-    tp, nodes = config.parallel.tp, config.router.locality_nodes
-    dp, place = world // tp, rank // tp
-    count = config.train.global_batch_size // dp
+    alike, nodes = config.parallel.tp * config.parallel.cp, config.router.locality_nodes  # ranks that take the same sequences
+    readers, place = world // alike, rank // alike
+    count = config.train.global_batch_size // readers
     if not at_home(config, world=world, ranks_per_node=ranks_per_node):
         return OwnSamples(count, 1, 0, place)
-    return OwnSamples(count, nodes, rank // ranks_per_node, place % (dp // nodes))
+    return OwnSamples(count, nodes, rank // ranks_per_node, place % (readers // nodes))
 
 
 def at_home(config: PretrainConfig, *, world: int, ranks_per_node: int) -> bool:
-    """Whether sequences can be computed where they are at home: as many nodes, whole tp groups and equally many sequences on
-    each."""
+    """Whether sequences can be computed where they are at home: as many nodes, whole groups of ranks that take the same ones, and
+    equally many sequences on each."""
     nodes = config.router.locality_nodes
-    whole = nodes > 1 and nodes * ranks_per_node == world and ranks_per_node % config.parallel.tp == 0
+    whole = nodes > 1 and nodes * ranks_per_node == world and ranks_per_node % (config.parallel.tp * config.parallel.cp) == 0
     return whole and config.train.global_batch_size % nodes == 0

@@ -35,7 +35,7 @@ def wire_bytes(config: PretrainConfig, world: int, packing: int, *, ranks_per_no
 
     Of what stays inside a node nothing counts, unless all ranks are on one."""
     train, model, parallel = config.train, config.model, config.parallel
-    groups = rows(axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=packing))
+    groups = rows(axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing))
     node = range(world) if ranks_per_node >= world else [rank // ranks_per_node for rank in range(world)]
     layers = sum(is_moe_layer(model, i) for i in training_layers(model))
     tokens = train.global_batch_size * train.seq_len / world

@@ -129,6 +129,6 @@ def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]
     executor = Executor(trainable.evaluation_program, watched, trainable.mesh, trainable.buckets, log=trainable.log)
     trainable.gpt.train()
     with torch.no_grad():
-        for part in batch.split(trainable.micro_batch_size):
+        for part in trainable.own_part(batch).split(trainable.micro_batch_size):
             executor.run({"#batch.-.0": part})
     return found

@@ -87,7 +87,11 @@ class StepRunner:
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
         made = meshes or build_meshes(
-            tp=config.parallel.tp, ep=config.parallel.ep, packings=packings, timeout_s=config.cluster.timeout_s
+            tp=config.parallel.tp,
+            ep=config.parallel.ep,
+            cp=config.parallel.cp,
+            packings=packings,
+            timeout_s=config.cluster.timeout_s,
         )
         self.meshes = {packing: made[packing] for packing in packings}
         mesh = self.meshes[packings[0]]

@@ -5,6 +5,7 @@ Choices of all tasks are sequences of their own, cut in front where they are lon
 B sequences of a rank at a time, S tokens a sequence.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ import torch
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
-from megalina.mesh import Axis, Mesh, all_gather_object
+from megalina.mesh import Mesh, all_gather_object
 from megalina.parallel.trainable import Trainable
 from megalina.tasks.continuation import Continuation, continuation_of
 from megalina.tasks.local import OF_NO_TEXT, LocalTask, make_tasks
@@ -91,22 +92,23 @@ class TaskScores:
 
     def _nats(self, trainable: Trainable, device: torch.device) -> list[float]:
         """Log-likelihood of each continuation."""
-        given, dp, tp, size = self._continuations, trainable.mesh.dp, trainable.mesh.tp, self._sequences
+        given, mesh, size = self._continuations, trainable.mesh, self._sequences
+        unit = math.lcm(ROUNDED_TO, 2 * mesh.cp.size) * mesh.tp.size
         order = sorted(range(len(given)), key=lambda i: (-len(given[i].read(self._length)), i))
         nats = [0.0] * len(given)
-        for first in range(0, len(order), size * dp.size):
-            numbers = order[first : first + size * dp.size]
+        for first in range(0, len(order), size * mesh.readers):
+            numbers = order[first : first + size * mesh.readers]
             longest = len(given[numbers[0]].read(self._length))
-            length = min(self._length, -(-longest // (ROUNDED_TO * tp.size)) * ROUNDED_TO * tp.size)
-            batch = batch_of([given[i] for i in _own(numbers, dp, size)], size, length)
+            length = min(self._length, -(-longest // unit) * unit)
+            batch = batch_of([given[i] for i in _own(numbers, mesh, size)], size, length)
             losses = trainable.score(batch.to(device)).tolist()
             for i, loss in zip(numbers, losses, strict=False):  # behind the last one is padding
                 nats[i] = -loss
         return nats
 
 
-def _own(numbers: Sequence[int], dp: Axis, size: int) -> Sequence[int]:
-    return numbers[dp.rank * size : (dp.rank + 1) * size]
+def _own(numbers: Sequence[int], mesh: Mesh, size: int) -> Sequence[int]:
+    return numbers[mesh.reader * size : (mesh.reader + 1) * size]
 
 
 def batch_of(continuations: Sequence[Continuation], sequences: int, length: int) -> Batch:

@@ -216,13 +216,13 @@ class Trainer:
 
     def validate(self) -> float | None:
         """Mean loss in nats over the first `train.eval_sequences` of the validation text; None without such text."""
-        valid, train, dp = self.data.valid, self.config.train, self.built.mesh.dp
+        valid, train, mesh = self.data.valid, self.config.train, self.built.mesh
         if valid is None:
             return None
         total = torch.zeros(2, dtype=torch.float64)
         count = min(train.eval_sequences, valid.num_sequences)
-        for first in range(0, count, train.micro_batch_size * dp.size):
-            own = first + dp.rank * train.micro_batch_size
+        for first in range(0, count, train.micro_batch_size * mesh.readers):
+            own = first + mesh.reader * train.micro_batch_size
             batch = valid.batch(own, train.micro_batch_size)
             beyond = torch.arange(own, own + train.micro_batch_size) >= count  # all ranks take part to the end
             nothing = batch.valid_BS & ~beyond.unsqueeze(1)

@@ -38,6 +38,8 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         attention.norm_of_own_heads,
         attention.another_window,
         attention.no_sinks,
+        attention.out_of_order,
+        attention.another_piece,
         regrouping.rows_in_arrival_order,
         dense_experts.left_out,
         replay.scores_zeroed,

@@ -121,7 +121,7 @@ class Evidence:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"edp": self.layout.edp, "ep": self.layout.ep, "tp": self.layout.tp}
+        return {"edp": self.layout.edp, "ep": self.layout.ep, "cp": self.layout.cp, "tp": self.layout.tp}
 
     @cached_property
     def rows(self) -> dict[str, list[list[int]]]:
@@ -130,13 +130,14 @@ class Evidence:
 
     def place(self, rank: int) -> tuple[int, int, int]:
         """(edp, ep, tp) of a rank."""
-        layout = self.layout
-        return rank // (layout.ep * layout.tp), rank // layout.tp % layout.ep, rank % layout.tp
+        layout, reader = self.layout, rank // (self.layout.cp * self.layout.tp)
+        return reader // layout.ep, reader % layout.ep, rank % layout.tp
 
     def sizes(self) -> dict[str, int]:
         """Group sizes by which a number may be too large or too small, those of more than one alone."""
         layout = self.layout
-        named = {"edp": layout.edp, "ep": layout.ep, "tp": layout.tp, "dp": layout.dp, "edp x tp": layout.copies}
+        copies = "edp x tp" if layout.cp == 1 else "edp x cp x tp"
+        named = {"edp": layout.edp, "ep": layout.ep, "cp": layout.cp, "tp": layout.tp, "dp": layout.dp, copies: layout.copies}
         named |= {"the number of ranks": layout.world, "the number of micro-batches": layout.micro_batches}
         return {name: size for name, size in named.items() if size > 1}
 

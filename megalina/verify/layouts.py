@@ -72,10 +72,17 @@ def places(ranks: int) -> list[tuple[int, int, int, bool]]:
     ]
 
 
+def contexts(ranks: int) -> list[tuple[int, str]]:
+    """(cp, how) for every power of two up to `ranks`."""
+    powers = [1 << i for i in range(1, power_below(ranks).bit_length())]
+    return [(1, "all_gather"), *((cp, how) for cp in powers for how in ("all_gather", "all_to_all"))]
+
+
 def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     """What varies: axis -> its choices."""
     return {
         "place": places(ranks),
+        "context": contexts(ranks),
         "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
         "recompute": ["none", "selective", "full"],
@@ -90,8 +97,10 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
 def row_of(choices: Choices, values: Mapping[str, Any]) -> Row:
     world, tp, ep, sequence = values["place"]
     zero, piece_mb = values["zero"]
-    micro_batch = values["micro_batch"] or max(1, SEQUENCES * tp // world)
-    layout = Layout(world, tp, ep, sequence, zero, micro_batch, values["recompute"], piece_mb, values["strategy"])
+    cp, cp_kind = values["context"]
+    micro_batch = values["micro_batch"] or max(1, SEQUENCES * tp * cp // world)
+    recompute, strategy = values["recompute"], values["strategy"]
+    layout = Layout(world, tp, ep, sequence, zero, micro_batch, recompute, piece_mb, strategy, cp, cp_kind)
     router = str(values["router"])
     capacity = (choices.routers[router].capacity_factor or CAPACITY) if values["capacity"] else 0.0
     return Row(layout, router, capacity, str(values["model"]), str(values["optimizer"]))
@@ -123,6 +132,8 @@ def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterat
     options = axes(choices, ranks)
     crossed = crossed or list(options)
     drawn = [axis for axis in options if axis not in crossed]
+    if "context" in drawn:
+        options["context"] = options["context"][:1]  # others fit few places
     random = Random(0)  # not in turns: their periods would tie choices together
     seen: set[Row] = set()
     for chosen in itertools.product(*(options[axis] for axis in crossed)):

@@ -64,7 +64,15 @@ def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
     return replace(
         config,
         launch=replace(config.launch, ranks=layout.world),
-        parallel=replace(config.parallel, tp=layout.tp, ep=layout.ep, sequence=layout.sequence, zero=layout.zero),
+        parallel=replace(
+            config.parallel,
+            tp=layout.tp,
+            ep=layout.ep,
+            cp=layout.cp,
+            cp_kind=layout.cp_kind,
+            sequence=layout.sequence,
+            zero=layout.zero,
+        ),
         strategy=replace(config.strategy, name=layout.strategy, partition_bytes=str(int(layout.piece_mb * 2**20))),
         train=replace(config.train, micro_batch_size=layout.micro_batch, recompute=layout.recompute),
     )
@@ -87,7 +95,7 @@ def record_rank(
     trainable.run_with(trainable.program, observer.observed(trainable.functions))
     optimizer = BucketOptimizer(config.optim, trainable.buckets)
     held = {(INITIAL, "weight", name): Held(value.cpu(), "") for name, value in _weights(trainable, mesh).items()}
-    own, gpt = SEQUENCES // mesh.dp.size, trainable.gpt
+    own, gpt = SEQUENCES // mesh.readers, trainable.gpt
     for step, batch in enumerate(batches):
         observer.begin(step)
         gradients: dict[str, Tensor] = {}
@@ -96,7 +104,7 @@ def record_rank(
             gradients.update(_gradients(trainable.buckets[name], mesh))
             optimizer.update(name, result)
 
-        result = trainable.step(batch.split(own)[mesh.dp.rank].to(device), update, directions=optimizer)
+        result = trainable.step(batch.split(own)[mesh.reader].to(device), update, directions=optimizer)
         trainable.settle()
         seen = observer.seen
         loads = result.loads[:, : config.model.num_experts + 1]
@@ -216,10 +224,7 @@ class _Observer:
         if (kind, name) not in self.seen:
             whole = _nothing((SEQUENCES, self._length, width), value_TA)
             self.seen[kind, name] = Held(whole, instruction.tag)
-        place = (batch.sample_B[:, None] - self._first) * self._length + torch.arange(
-            self._length, device=value_TA.device
-        )  # of each token in the global batch
-        place_T = place.flatten()
+        place_T = ((batch.sample_B[:, None] - self._first) * self._length + batch.place_S).flatten()  # in the global batch
         if len(value_TA) != tokens:
             own = tokens // self._tp.size
             assert len(value_TA) == own, (name, value_TA.shape, tokens)
@@ -284,13 +289,13 @@ def _recorded(
     device: str, time_limit_s: float, config: PretrainConfig, layout: Layout, batches: Sequence[Batch], plant: str
 ) -> dict[Key, tuple[NDArray, str]]:
     """On a rank: what it holds, as arrays, which pickle faster than tensors."""
-    mesh = _mesh(layout.tp, layout.ep, time_limit_s)
+    mesh = _mesh(layout.tp, layout.ep, layout.cp, time_limit_s)
     here = torch.device("cuda", mesh.world.rank) if device == "cuda" else torch.device("cpu")
     held = record_rank(config, layout, batches, mesh, device=here, plant=plant)
     return {key: (h.value.numpy(), h.note) for key, h in held.items()}
 
 
 @cache
-def _mesh(tp: int, ep: int, timeout_s: float) -> Mesh:
+def _mesh(tp: int, ep: int, cp: int, timeout_s: float) -> Mesh:
     """Of this process's world.  Communicators take longer than a row, so they stay."""
-    return build_mesh(tp=tp, ep=ep, timeout_s=timeout_s)
+    return build_mesh(tp=tp, ep=ep, cp=cp, timeout_s=timeout_s)

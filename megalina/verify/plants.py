@@ -61,6 +61,8 @@ def _groups_are_cut(layout: Layout, config: PretrainConfig) -> bool:
     their choices on to each other: these bugs don't."""
     if _parts(config) > 1 and config.router.group == "micro_batch":
         return False
+    if layout.cp > 1:  # these bugs are of tp's slices
+        return False
     part_of_sequence = layout.tp > layout.micro_batch and layout.tp % layout.micro_batch == 0
     return layout.tp > 1 and (config.router.group == "micro_batch" or part_of_sequence)
 
@@ -84,7 +86,7 @@ def _balance_is_per_rank(layout: Layout, config: PretrainConfig) -> bool:
     if not _has_moe(config) or not kind.has_gate or kind.experts_choose or kind.is_dense:
         return False
     if router.group == "global":
-        return layout.world > 1
+        return layout.world > 1 and layout.cp == 1
     return _groups_are_cut(layout, config) and router.kind != "noisy_topk" and not router.capacity_factor
 
 
@@ -92,7 +94,7 @@ def _locality_is_of_numbers(layout: Layout, config: PretrainConfig) -> bool:
     """Whether ranks have sequences that are at home elsewhere.  Noise is of their numbers, too."""
     router = config.router
     local = _has_moe(config) and router.locality_loss > 0 and router.locality_nodes > 1 and router.kind != "noisy_topk"
-    return local and layout.dp < SEQUENCES
+    return local and layout.dp < SEQUENCES and layout.cp == 1
 
 
 def _groups_decide(config: PretrainConfig) -> bool:
@@ -241,9 +243,21 @@ _ALL = (
         ("model.window=4",),
     ),
     Plant(
+        "zigzag_undone_wrongly",
+        "with context parallelism ranks' tokens are put together rank after rank, not in the order of the sequence",
+        lambda layout, config: layout.cp > 1,
+        attention.zigzag_undone_wrongly,
+    ),
+    Plant(
+        "mask_of_another_piece",
+        "with context parallelism the second piece of a rank is masked as if it followed its first",
+        lambda layout, config: layout.cp > 1 and layout.cp_kind == "all_gather",
+        attention.mask_of_another_piece,
+    ),
+    Plant(
         "sinks_left_out",
         "attention's sinks are in nobody's softmax",
-        lambda layout, config: config.model.attention_sinks,
+        lambda layout, config: config.model.attention_sinks and layout.cp == 1,
         attention.sinks_left_out,
         ("model.attention_sinks=true",),
     ),
@@ -395,7 +409,7 @@ _ALL = (
     Plant(
         "qk_clip_per_rank",
         "queries and keys are clipped by the largest logit of the rank's own sequences",
-        lambda layout, config: optimizer_of(config.optim).clips_heads and layout.dp > 1,
+        lambda layout, config: optimizer_of(config.optim).clips_heads and layout.dp > 1 and layout.cp == 1,
         whole_matrices.qk_clip_per_rank,
         ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=false"),
     ),

@@ -23,7 +23,7 @@ NOBODY = -1  # in an integer `by_rank`: the rank does not hold this
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to run the work on ranks: world = edp x ep x tp, tp innermost."""
+    """A way to run the work on ranks: world = edp x ep x cp x tp, tp innermost."""
 
     world: int = 1
     tp: int = 1
@@ -34,33 +34,42 @@ class Layout:
     recompute: str = "none"
     piece_mb: float = 0.0
     strategy: str = "eager"
+    cp: int = 1
+    cp_kind: str = "all_gather"
 
     @property
     def dp(self) -> int:
+        """Ranks over which dense gradients are summed, those of cp among them."""
         return self.world // self.tp
 
     @property
+    def readers(self) -> int:
+        """Ways in which sequences are shared out."""
+        return self.dp // self.cp
+
+    @property
     def edp(self) -> int:
-        return self.world // (self.tp * self.ep)
+        return self.world // (self.tp * self.ep * self.cp)
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same experts: edp x tp."""
+        """Ranks that hold the same experts: edp x cp x tp."""
         return self.world // self.ep
 
     @property
     def micro_batches(self) -> int:
-        return SEQUENCES // (self.micro_batch * self.dp)
+        return SEQUENCES // (self.micro_batch * self.readers)
 
     def sequences(self, rank: int) -> list[range]:
         """The sequences of the global batch in each of a rank's micro-batches."""
-        own = SEQUENCES // self.dp
-        first = rank // self.tp * own
+        own = SEQUENCES // self.readers
+        first = rank // (self.tp * self.cp) * own
         return [range(i, i + self.micro_batch) for i in range(first, first + own, self.micro_batch)]
 
     def __str__(self) -> str:
         """For tables: `4 ranks: tp 2 ep 2 edp 1, zero 1, 2 x 2 sequences, recompute full`."""
         text = f"{self.world} rank{'s' * (self.world > 1)}: tp {self.tp} ep {self.ep} edp {self.edp}"
+        text += f", cp {self.cp} by {self.cp_kind}" * (self.cp > 1)
         text += ", no sequence" * (self.tp > 1 and not self.sequence)
         text += f", zero {self.zero}, {self.micro_batches} x {self.micro_batch} sequences"
         text += f", recompute {self.recompute}" * (self.recompute != "none")

@@ -10,7 +10,7 @@ from megalina.checkpoint.checksums import SUMS, sum_of, write_sums
 from megalina.comm.slice import Slice
 from megalina.mesh import Axis, Mesh
 
-ONE = Mesh(**{name: Axis(name) for name in ("world", "tp", "ep", "counts", "edp", "dp", "copies")})
+ONE = Mesh(**{name: Axis(name) for name in ("world", "tp", "cp", "cp_tp", "ep", "counts", "edp", "dp", "copies")})
 WEIGHTS = {
     "model/a": torch.arange(60, dtype=torch.float32).view(3, 4, 5) / 7,
     "model/b": torch.linspace(-1, 1, 7, dtype=torch.float64),

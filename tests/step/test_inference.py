@@ -1,5 +1,8 @@
 """The list of an inference step: complete, in order, for any layers; what may be hidden is."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +92,9 @@ def test_no_chunks_are_refused() -> None:
 def test_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="leave parallel.tp at 1"):
         inference_step(plain_shape(moe=(True,), tp=True), learns=False)
+
+
+@pytest.mark.parametrize("cut", [{"tp": True}, {"context": "all_gather"}])
+def test_ranks_that_cut_heads_or_sequences_are_refused(cut: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"inference has no {'tensor' if 'tp' in cut else 'context'} parallelism"):
+        inference_step(replace(plain_shape(moe=(True,)), **cut), learns=False)

@@ -12,22 +12,30 @@ from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import config_of, records_of, write_tokens
 
 
-def config(nodes: int, *, tp: int = 1, batch: int = 16) -> PretrainConfig:
+def config(nodes: int, *, tp: int = 1, cp: int = 1, batch: int = 16) -> PretrainConfig:
     return PretrainConfig(
-        router=RouterConfig(locality_nodes=nodes), parallel=ParallelConfig(tp=tp), train=TrainConfig(global_batch_size=batch)
+        router=RouterConfig(locality_nodes=nodes),
+        parallel=ParallelConfig(tp=tp, cp=cp),
+        train=TrainConfig(global_batch_size=batch),
     )
 
 
-@pytest.mark.parametrize(("world", "tp", "nodes"), [(1, 1, 0), (4, 1, 0), (4, 1, 2), (8, 2, 2), (8, 1, 4), (6, 1, 3)])
+@pytest.mark.parametrize(
+    ("world", "tp", "cp", "nodes"),
+    [(1, 1, 1, 0), (4, 1, 1, 0), (4, 1, 1, 2), (8, 2, 1, 2), (8, 1, 1, 4), (6, 1, 1, 3), (8, 1, 2, 2), (8, 2, 2, 0)],
+)
 @pytest.mark.parametrize("first", [0, 7, 48])
-def test_each_sequence_is_taken_once_and_at_home(world: int, tp: int, nodes: int, first: int) -> None:
-    own = config(nodes, tp=tp, batch=24)
+def test_each_sequence_is_taken_once_and_at_home(world: int, tp: int, cp: int, nodes: int, first: int) -> None:
+    """By all ranks of tp and cp."""
+    own = config(nodes, tp=tp, cp=cp, batch=24)
     per_node = world // max(nodes, 1)
     taken = []
-    for rank in range(0, world, tp):
+    for rank in range(0, world, tp * cp):
         found = own_samples(own, world=world, rank=rank, ranks_per_node=per_node)
+        alike = [own_samples(own, world=world, rank=r, ranks_per_node=per_node) for r in range(rank, rank + tp * cp)]
+        assert set(alike) == {found}
         samples = [found.first(first) + i * found.stride for i in range(found.count)]
-        assert len(samples) == 24 * tp // world
+        assert len(samples) == 24 * tp * cp // world
         if nodes > 1:
             assert {s % nodes for s in samples} == {rank // per_node}
         taken += samples

@@ -68,6 +68,8 @@ def test_the_same_layout_is_equal_to_the_last_bit_and_others_up_to_rounding(fold
     assert "another mesh, parallel, batch" in first[0] and second == []
     first, second = run_on_ranks(2, _ep_two, folder)
     assert "another mesh, parallel" in first[0] and second == []
+    first, second = run_on_ranks(2, _cp_two, folder)
+    assert "another mesh, parallel" in first[0] and "allowed: 1e-10" in first[0] and second == []
 
 
 def _micro_batch_one(folder: Path) -> list[str]:
@@ -76,6 +78,10 @@ def _micro_batch_one(folder: Path) -> list[str]:
 
 def _tp_two(folder: Path) -> list[str]:
     return ends_with(folder, "tp", tp=2, micro_batch_size=4)
+
+
+def _cp_two(folder: Path) -> list[str]:
+    return ends_with(folder, "cp", cp=2)
 
 
 def _ep_two(folder: Path) -> list[str]:

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "experts": {"ep": 4, "micro_batch_size": 1},  # balance and capacity are a sequence's: the micro-batch is free
     "heads": {"tp": 4, "zero": 1, "recompute": "full"},
     "data": {"zero": 1, "micro_batch_size": 1},
+    "sequences": {"cp": 2, "ep": 2, "zero": 1, "micro_batch_size": 1},
 }
 FLOAT64 = list(KINDS)[:2]
 CASES = [
@@ -42,7 +43,10 @@ QUICK = [(FLOAT64[0], "heads"), (FLOAT64[1], "mixed")]
 every_case = pytest.mark.parametrize(
     ("kind", "layout"), [pytest.param(*case, marks=[pytest.mark.full] * (case not in QUICK)) for case in CASES]
 )
-CHANGES = [(FLOAT64[0], "heads", "mixed"), (FLOAT64[1], "mixed", "experts"), (FLOAT64[1], "data", "heads")]
+CHANGES = [
+    *((FLOAT64[0], "heads", "mixed"), (FLOAT64[1], "mixed", "experts")),
+    *((FLOAT64[1], "data", "heads"), (FLOAT64[1], "mixed", "sequences"), (FLOAT64[0], "sequences", "heads")),
+]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-3}  # of a loss of about 5.7, relative
 
 
@@ -123,7 +127,9 @@ def test_a_run_of_one_rank_goes_on_in_any_layout(
     assert close(cut[f"{kind} {layout}"], whole[kind][SAVED:], kind)
 
 
-@pytest.mark.parametrize(("kind", "layout", "other"), [*CHANGES[:2], pytest.param(*CHANGES[2], marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("kind", "layout", "other"), [*CHANGES[:2], *(pytest.param(*change, marks=pytest.mark.full) for change in CHANGES[2:])]
+)
 def test_a_run_goes_from_layout_to_layout(
     kind: str, layout: str, other: str, whole: dict[str, list[float]], cut: dict[str, Any]
 ) -> None:

@@ -42,6 +42,8 @@ VALIDATION: dict[str, dict[str, Any]] = {
     "experts cut, large micro-batch": {"ep": 2, "micro_batch_size": 4},
     "heads cut": {"tp": 2, "micro_batch_size": 4},
     "heads cut, activations copied": {"tp": 2, "sequence": False, "micro_batch_size": 1},
+    "sequences cut": {"cp": 2, "micro_batch_size": 4},
+    "sequences cut, heads exchanged": {"cp": 2, "cp_kind": "all_to_all", "micro_batch_size": 1},
 }
 CAPACITY = {"dtype": "float64", "capacity_factor": 1.0, "steps": 2}
 

@@ -17,7 +17,7 @@ COSTS = {("world", 4): 8.0, ("world", 2): 3.0, ("micro_batch", 1): 3.0, ("micro_
 
 def options_by_size() -> dict[str, Sequence[Any]]:
     """The axes of rows, but the sizes of a layout each an axis of its own: far fewer pairs than with layouts as choices."""
-    options = axes(choices_of(RANKS), RANKS)
+    options = axes(choices_of(RANKS), RANKS) | {"context": [(1, "all_gather")]}  # others: test_context_layouts.py
     return SIZES | {axis: options[axis] for axis in options if axis != "place"}
 
 
@@ -47,6 +47,6 @@ def product_equals_one_process(world: int, tp: int, at_least: int) -> None:
     """Of layouts, ZeRO, accumulation and routers, in a world cut by `tp`."""
     crossed = ("place", "zero", "micro_batch", "router")
     choices = choices_of(RANKS)
-    rows = [row for row in product(choices, RANKS, crossed) if (row.layout.world, row.layout.tp) == (world, tp)]
+    rows = [row for row in product(choices, RANKS, crossed) if (row.layout.world, row.layout.tp, row.layout.cp) == (world, tp, 1)]
     assert len(rows) >= at_least
     assert differences(choices, rows, steps=2) == []

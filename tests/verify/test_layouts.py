@@ -72,7 +72,7 @@ def test_places_are_all_ways_to_cut_a_world() -> None:
 @pytest.mark.full
 def test_all_pairs_of_choices_that_can_run_occur() -> None:
     choices = choices_of(RANKS)
-    options = axes(choices, RANKS)
+    options = axes(choices, RANKS) | {"context": [(1, "all_gather")]}  # others: test_context_layouts.py
     allowed = lambda values: runs(choices, row_of(choices, values))  # noqa: E731
     found = list(pairs(options, allowed))
     assert all(map(allowed, found))
@@ -144,8 +144,9 @@ def test_the_product_has_every_combination_once_or_draws_what_is_not_crossed() -
         optimizers={"sgd": choices.optimizers["sgd"]}, strategies=dict(list(choices.strategies.items())[:1]),
     )  # fmt: skip
     whole = list(product(choices, 2))
-    # micro-batches of 2, 1 or all sequences; a capacity or none; recompute; ZeRO and pieces
-    assert len(whole) == len(set(whole)) == 5 * 3 * 2 * 3 * 4
+    # places, and both ways to cut sequences over two ranks; micro-batches of 2, 1 or all sequences; a capacity or none;
+    # recompute; ZeRO and pieces
+    assert len(whole) == len(set(whole)) == (5 + 2) * 3 * 2 * 3 * 4
     drawn = list(product(choices, 2, ("place", "zero")))
     assert drawn == list(product(choices, 2, ("place", "zero")))
     assert {(r.layout.world, r.layout.tp, r.layout.zero, r.layout.piece_mb) for r in drawn} == {

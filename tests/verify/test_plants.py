@@ -74,6 +74,9 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("latent, ahead", "topk", "muon_clip", Layout(WORLD, tp=2, ep=2, zero=1, micro_batch=2)),
     ("modern", "replayed", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
     ("modern", "replayed, placed", "sgd", Layout(WORLD, tp=1, ep=4, zero=1, micro_batch=1)),
+    ("modern", "capacity", "sgd", Layout(WORLD, tp=1, ep=2, micro_batch=2, cp=2)),
+    ("latent", "topk", "sgd", Layout(WORLD, tp=2, ep=1, micro_batch=4, cp=2, cp_kind="all_to_all")),
+    ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=1, ep=1, micro_batch=4, cp=4)),
 ]
 
 

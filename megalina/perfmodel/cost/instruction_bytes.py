@@ -18,7 +18,7 @@ from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
-from megalina.layout import axis_of_group, axis_sizes
+from megalina.layout import axis_of_group, axis_sizes, readers
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient, most_matrices
@@ -39,7 +39,7 @@ def bucket_specs(
     """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
     `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
     tp = config.parallel.tp
-    sizes = axis_sizes(world, tp=tp, ep=config.parallel.ep // packing)
+    sizes = axis_sizes(world, tp=tp, ep=config.parallel.ep // packing, cp=config.parallel.cp)
     blocks = blocks_of(
         config.model,
         config.router,
@@ -91,7 +91,8 @@ class InstructionBytes:
         `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo.  ValueError for a skew that is none, and where the layout
         does not fit the world."""
         self._config, self._cuda = config, cuda
-        self.axes = axis_sizes(world, tp=config.parallel.tp, ep=config.parallel.ep, packing=packing)
+        parallel = config.parallel
+        self.axes = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing)
         self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
         layers = len(training_layers(config.model))
         skew_L = _of_layers("skew", skew, layers)
@@ -124,7 +125,7 @@ class InstructionBytes:
         train, rank = self._config.train, self.rank
         numel = sum(spec.numel for spec in self.buckets.values())
         own, moments = self._owned()
-        tokens = train.global_batch_size // self.axes["dp"] * train.seq_len
+        tokens = train.global_batch_size // readers(self.axes) * train.seq_len  # each rank of cp knows whole sequences
         rope = rotary_width(self._config.model)  # cosines and sines, half each
         table = (self._config.model.max_positions or train.seq_len) * rope * 8
         return {

@@ -9,7 +9,7 @@ and so is each product of all experts in bfloat16.  Biases, dropout and padding 
 from collections.abc import Mapping
 
 from megalina.blocks.heads import model_of_layer
-from megalina.blocks.model import Blocks, blocks_of
+from megalina.blocks.model import Blocks, blocks_of, context_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Product, Work, small
@@ -150,7 +150,8 @@ def newton_schulz_flops(config: PretrainConfig, buckets: Mapping[str, BucketSpec
 def _emulated_pieces(config: PretrainConfig) -> dict[str, list[Piece]]:
     """Of each layer that has the instruction."""
     work = InstructionWork(config, world=1, vocab_rows=config.model.vocab_size, buckets={})
-    shape = work.blocks.shape(tp=config.parallel.tp, sequence=config.parallel.sequence)
+    parallel = config.parallel
+    shape = work.blocks.shape(tp=parallel.tp, sequence=parallel.sequence, context=context_of(parallel))
     out: dict[str, list[Piece]] = {}
     for instruction in plain(shape):
         if instruction.kind is Kind.COMPUTE and instruction.name in work.blocks.block_of(instruction).emulated:

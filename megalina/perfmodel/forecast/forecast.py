@@ -155,8 +155,8 @@ def check_work(config: PretrainConfig, world: int) -> None:
             f"cluster.nodes ({config.cluster.nodes}) x cluster.ranks_per_node ({config.cluster.ranks_per_node}) = {world} ranks: "
             f"a forecast takes at most {MOST_RANKS}: lower cluster.nodes"
         )
-    dp = max(1, world // config.parallel.tp)
-    micro_batches = max(1, config.train.global_batch_size // (config.train.micro_batch_size * dp))
+    readers = max(1, world // (config.parallel.tp * config.parallel.cp))
+    micro_batches = max(1, config.train.global_batch_size // (config.train.micro_batch_size * readers))
     walked = min(WALKED, micro_batches) * config.strategy.parts
     if len(training_layers(config.model)) * walked > MOST_LAYERS:
         raise ValueError(

@@ -15,7 +15,7 @@ from megalina.blocks.model import step_shape
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.collective_log import NUM_RIDERS
 from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size, training_layers
-from megalina.layout import ranks_of
+from megalina.layout import ranks_of, readers
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
@@ -101,7 +101,7 @@ class PricedStep:
             piece_bytes=plan.piece_bytes,
             cuda=on_cuda(config.cluster),
         )
-        micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * self.held.axes["dp"])
+        micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * readers(self.held.axes))
         self._together = plan.parts if micro_batches % plan.parts == 0 else 1
         self.rounds = micro_batches // self._together  # of micro-batches that walk together
 

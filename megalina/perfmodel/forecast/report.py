@@ -69,10 +69,12 @@ def _bar(spans: Sequence[tuple[float, float]], step_s: float, width: int) -> str
 def strategy_table(candidates: Sequence[Candidate], *, layouts: bool) -> str:
     """The fastest first.  `layouts`: say them, too."""
     head = ["strategy", "step ms", "tokens/s", "MFU", *(f"waits for {what} ms" for what in CLASSES.values()), "GiB"]
-    rows = [[*(["tp ep zero micro recompute"] if layouts else []), *head]]
+    cut = any(c.config.parallel.cp > 1 for c in candidates)
+    rows = [[*([f"tp ep {'cp ' if cut else ''}zero micro recompute"] if layouts else []), *head]]
     for c in candidates:
         train, parallel, found = c.config.train, c.config.parallel, c.found
-        layout = f"{parallel.tp} {parallel.ep} {parallel.zero} {train.micro_batch_size} {train.recompute}"
+        context = f"{parallel.cp}{f' by {parallel.cp_kind}' if parallel.cp > 1 else ''} " if cut else ""
+        layout = f"{parallel.tp} {parallel.ep} {context}{parallel.zero} {train.micro_batch_size} {train.recompute}"
         figures = ["does not fit", *[""] * 6] if found is None else figures_of(found)
         rows.append([*([layout] if layouts else []), str(c.plan), *figures, f"{c.memory_bytes / GIB:.1f}"])
     return _aligned(rows)

@@ -8,6 +8,7 @@ What if: memory of a layout by recompute mode and by skew of the routing, and th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megalina.config import BYTES, PretrainConfig, training_layers
 from megalina.perfmodel.cost.instruction_bytes import bucket_specs
@@ -24,6 +25,8 @@ RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 12  # layouts that go to the second round
 PIECES_A_LAYER = 8
+CONTEXTS = ("all_gather", "all_to_all")  # parallel.cp_kind
+LEAST_TOKENS = 4096  # of a sequence that a rank keeps where the search cuts some
 MOST_NODES = 64  # times as many: further is no small change
 
 
@@ -46,6 +49,7 @@ class Candidate:
         return (
             f"parallel.tp={parallel.tp}",
             f"parallel.ep={parallel.ep}",
+            *([f"parallel.cp={parallel.cp}", f"parallel.cp_kind={parallel.cp_kind}"] if parallel.cp > 1 else []),
             f"parallel.zero={parallel.zero}",
             f"train.micro_batch_size={train.micro_batch_size}",
             f"train.recompute={train.recompute}",
@@ -95,15 +99,22 @@ def plans_of(config: PretrainConfig, world: int, *, vocab_size: int) -> list[Pla
 
 
 def layouts_of(config: PretrainConfig, world: int) -> Iterator[PretrainConfig]:
-    """Every combination of tp, ep, ZeRO and micro-batch, accepted or not, under a plain strategy."""
-    plain = strategy_of(EAGER, config.strategy)
+    """Every combination of tp, ep, cp, ZeRO and micro-batch, accepted or not, under a plain strategy."""
+    plain, contexts = strategy_of(EAGER, config.strategy), contexts_of(config, world)
     for tp in divisors(min(world, config.cluster.ranks_per_node or world)):
         for ep in divisors(config.model.num_experts):
-            for zero in (0, 1):
+            for (cp, cp_kind), zero in product(contexts, (0, 1)):
                 for micro in MICRO_BATCHES:
-                    parallel = replace(config.parallel, tp=tp, ep=ep, zero=zero)
+                    parallel = replace(config.parallel, tp=tp, ep=ep, cp=cp, cp_kind=cp_kind, zero=zero)
                     train = replace(config.train, micro_batch_size=micro)
                     yield replace(config, parallel=parallel, train=train, strategy=plain)
+
+
+def contexts_of(config: PretrainConfig, world: int) -> list[tuple[int, str]]:
+    """(parallel.cp, parallel.cp_kind): the configuration's, and both kinds where each rank keeps many tokens of a sequence."""
+    parallel, length = config.parallel, config.train.seq_len
+    cut = [cp for cp in divisors(world) if cp > 1 and length // cp >= LEAST_TOKENS]
+    return list(dict.fromkeys([(parallel.cp, parallel.cp_kind), *product(cut, CONTEXTS)]))
 
 
 def with_recompute(config: PretrainConfig, mode: str) -> PretrainConfig:

@@ -42,7 +42,7 @@ def weak_scaling(config: PretrainConfig, world: int, sequences_per_rank: int) ->
     """With so many sequences a step for each data-parallel rank; 0: as it is."""
     if not sequences_per_rank:
         return config
-    batch = sequences_per_rank * world // config.parallel.tp
+    batch = sequences_per_rank * world // (config.parallel.tp * config.parallel.cp)
     return replace(config, train=replace(config.train, global_batch_size=batch))
 
 
@@ -120,7 +120,7 @@ def trace(path: Path, found: Candidate, world: int) -> None:
     assert found.found is not None
     timeline, parallel = found.found.timeline, found.config.parallel
     walked = len(timeline.recorders)
-    shape = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, packing=found.plan.packing)
+    shape = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=found.plan.packing)
     groups = rows(shape) if walked == world else {}  # of a rank that walks for all the others have no lanes
     path.parent.mkdir(parents=True, exist_ok=True)
     write_trace(path, {1: TracedStep([timeline.events(rank) for rank in range(walked)], groups)}, note=TRACE_NOTE)

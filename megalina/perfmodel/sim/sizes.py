@@ -18,7 +18,7 @@ class Sizes:
     matrix_of: Callable[[Instruction, tuple[int, ...]], Floats | None] | None = None
 
     def collective(self, instruction: Instruction) -> Collective:
-        if instruction.op in (Op.TOKENS, Op.COUNTS):
+        if instruction.op in (Op.TOKENS, Op.COUNTS, Op.EVEN):
             return Collective.ALL_TO_ALL
         if instruction.op in (Op.GATHER, Op.PARAMS):
             return Collective.ALL_GATHER

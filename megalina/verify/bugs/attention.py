@@ -7,34 +7,35 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
-from megalina.model.attention import Heads
+from megalina.model.attention import Attention, Heads
 from megalina.model.late_gradients import Later
 from megalina.model.mla import LatentHeads
 from megalina.model.rope import rotate
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction
 from megalina.verify.bugs.change import Function, around
+from megalina.zigzag import by_rank
 
 
 def rope_interleaved(trainable: Trainable, config: PretrainConfig) -> None:
     """Queries' pairs are neighbours; the keys' are not."""
     for layer in trainable.gpt.layers:
         if isinstance(layer.attention, LatentHeads):
-            layer.attention.read = _with_neighbours(layer.attention)  # type: ignore[method-assign]
+            layer.attention.positioned_queries = _with_neighbours(layer.attention)  # type: ignore[method-assign]
 
 
 def _with_neighbours(heads: LatentHeads) -> Function:
-    right = heads.read
+    right = heads.positioned_queries
 
-    def read(n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHx, c_BSc, turned_BSr = right(n_TD, batch, later)
+    def queries(q_Tx: Tensor, batch: Batch, later: Later | None) -> Tensor:
+        q_BSHx = right(q_Tx, batch, later)
         cos_BSi, sin_BSi = heads.rotary[0].rows(batch, q_BSHx.dtype)
         still, turned = rotate(q_BSHx, cos_BSi, -sin_BSi, heads.still).split((heads.still, heads.turned), -1)
         halves = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
         first, second = rotate(halves, cos_BSi, sin_BSi).chunk(2, -1)
-        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1), c_BSc, turned_BSr
+        return torch.cat([still, torch.stack([first, second], -1).flatten(-2)], -1)
 
-    return read
+    return queries
 
 
 def norm_of_own_heads(trainable: Trainable, config: PretrainConfig) -> None:
@@ -54,6 +55,42 @@ def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
     for layer in trainable.gpt.layers:
         if isinstance(layer.attention, Heads) and layer.attention.window:
             layer.attention.window += 1
+
+
+def zigzag_undone_wrongly(trainable: Trainable, config: PretrainConfig) -> None:
+    """What ranks have is put together rank after rank, as if each had one run of tokens."""
+
+    def of(instruction: Instruction, function: Function) -> Function:
+        place = {"attention_gathered": 1, "attention_of_heads": 0}.get(instruction.name)
+        if place is None:
+            return function
+
+        def joined(*values: Any, **asked: Any) -> Any:
+            batch: Batch = values[-1]
+            rows = values[place].unflatten(0, (batch.contexts, len(batch.sample_B), -1)).transpose(0, 1).flatten(1, 2)
+            return function(*values[:place], by_rank(rows, batch.contexts), *values[place + 1 :], **asked)
+
+        return joined
+
+    around(trainable, of)
+
+
+def mask_of_another_piece(trainable: Trainable, config: PretrainConfig) -> None:
+    """The mask of a rank's second piece is that of the piece right behind its first."""
+    for layer in trainable.gpt.layers:
+        functions = layer.functions["attention"]
+        assert isinstance(functions, Attention)
+        functions.piece_ends = _neighbours(functions)  # type: ignore[method-assign]
+
+
+def _neighbours(functions: Attention) -> Function:
+    right = functions.piece_ends
+
+    def ends(batch: Batch) -> list[int]:
+        first, _ = right(batch)
+        return [first, first + batch.tokens_BS.shape[1] // 2]
+
+    return ends
 
 
 def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:

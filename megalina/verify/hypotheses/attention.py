@@ -4,14 +4,17 @@ T tokens of the global batch, D width.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalina.model.attend import attend
 from megalina.model.attention import Heads
 from megalina.model.gpt import Layer
 from megalina.model.mla import LatentHeads
 from megalina.verify.evidence import Cause, Evidence, close
+from megalina.zigzag import places
 
 
 def other_pairs(evidence: Evidence) -> Iterator[Cause]:
@@ -97,6 +100,71 @@ def another_window(evidence: Evidence) -> Iterator[Cause]:
                     return
     finally:
         heads.window = right
+
+
+def out_of_order(evidence: Evidence) -> Iterator[Cause]:
+    """Context parallelism: keys, or all that is exchanged, lie rank after rank in place of the order of the sequence."""
+    site, layout = _site(evidence), evidence.layout
+    if site is None or layout.cp == 1:
+        return
+    layer, before, got, name = site
+    heads, batch, length = layer.attention, evidence.batch, evidence.batch.tokens_BS.shape[1]
+    order = torch.cat([places(length, layout.cp, rank) for rank in range(layout.cp)])  # of tokens, where they lie
+    with torch.no_grad():
+        n_TD = layer.attention_norm(before)
+        k, v = heads.keys_and_values(heads.compact_keys(n_TD, batch, None), None)
+        q = heads.queries(n_TD, batch, None)
+        q = q[:, order] if layout.cp_kind == "all_to_all" else q
+        how = {"scale": heads.scale, "window": heads.window, "sink_H": heads.sinks}
+        mixed = attend(q, k[:, order], v[:, order], batch.document_BS, **how).flatten(0, 1)
+        if close(_after(evidence, layer, before, _out(heads, mixed, n_TD)), got):
+            yield Cause(
+                "zigzag_undone_wrongly",
+                f"{name}: tokens of {layout.cp} = cp ranks are attended to in the order of ranks, and each rank has two pieces "
+                "from far apart: they must be put in the order of the sequence first",
+            )
+
+
+def another_piece(evidence: Evidence) -> Iterator[Cause]:
+    """Context parallelism: a piece of each sequence is masked as if it lay where another one does."""
+    site, layout = _site(evidence), evidence.layout
+    if site is None or layout.cp == 1:
+        return
+    layer, before, got, name = site
+    heads, batch, pieces = layer.attention, evidence.batch, 2 * layout.cp
+    length = batch.tokens_BS.shape[1] // pieces
+    masked = []
+    with torch.no_grad():
+        n_TD = layer.attention_norm(before)
+        k, v = heads.keys_and_values(heads.compact_keys(n_TD, batch, None), None)
+        q, how = heads.queries(n_TD, batch, None), {"scale": heads.scale, "window": heads.window, "sink_H": heads.sinks}
+        recorded = got.view(*batch.tokens_BS.shape, -1)
+        for piece, q_piece in enumerate(q.chunk(pieces, 1)):
+            for place in (piece, *range(pieces)):  # the right one first
+                end = (place + 1) * length
+                document = None if batch.document_BS is None else batch.document_BS[:, :end]
+                own = attend(q_piece, k[:, :end], v[:, :end], document, **how)
+                mixed = torch.zeros(*batch.tokens_BS.shape, own.shape[-1], dtype=own.dtype)
+                here = slice(piece * length, (piece + 1) * length)
+                mixed[:, here] = own
+                after = _after(evidence, layer, before, _out(heads, mixed.flatten(0, 1), n_TD)).view_as(recorded)
+                if close(after[:, here], recorded[:, here]):
+                    masked.append(place)
+                    break
+    wrong = {piece: place for piece, place in enumerate(masked) if piece != place}
+    if len(masked) == pieces and wrong:
+        piece, place = next(iter(wrong.items()))
+        yield Cause(
+            "mask_of_another_piece",
+            f"{name}: piece {piece} of the {pieces} of a sequence sees keys as if it were piece {place} ({len(wrong)} pieces are "
+            "masked wrongly): a piece sees the keys up to its own",
+        )
+
+
+def _out(heads: Any, mixed_TX: Tensor, n_TD: Tensor) -> Tensor:
+    """What heads add, from what they give."""
+    out: Tensor = heads.out(mixed_TX, n_TD if getattr(heads, "router", None) is not None else None, None)
+    return out
 
 
 def no_sinks(evidence: Evidence) -> Iterator[Cause]:

@@ -97,7 +97,7 @@ def information_of_pieces(evidence: Evidence) -> Iterator[Cause]:
 def homes_of_ranks(evidence: Evidence) -> Iterator[Cause]:
     """The locality loss is that of sequences which are at home where the rank is that computes them."""
     router, layout = evidence.config.router, evidence.layout
-    if not router.locality_loss or evidence.pair("loss", "locality_loss").equal:
+    if not router.locality_loss or layout.cp > 1 or evidence.pair("loss", "locality_loss").equal:
         return
     pair, known = evidence.pair("loss", "locality_loss"), router_tokens(evidence.batch)
     length = evidence.batch.tokens_BS.shape[1]

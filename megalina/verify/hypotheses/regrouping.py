@@ -26,7 +26,13 @@ VARIANTS = {  # (rows are regrouped on arrival, and on the way back) -> what tha
 def rows_in_arrival_order(evidence: Evidence) -> Iterator[Cause]:
     """The first layer whose output differs gives what it would without regrouping."""
     first = evidence.first
-    if first is None or first.got.kind != "activation" or evidence.layout.ep == 1 or kind_of(evidence.config.router).is_dense:
+    if (
+        first is None
+        or first.got.kind != "activation"
+        or evidence.layout.ep == 1
+        or evidence.layout.cp > 1
+        or kind_of(evidence.config.router).is_dense
+    ):
         return
     _, _, index = first.name.partition("layers.")
     if not index.isdigit() or not evidence.model.layers[int(index)].is_moe:

@@ -1,7 +1,7 @@
 """Hypotheses about a layer's routing, its scores being right.
 
-Pieces are what tokens a tensor-parallel rank has of a group that shares capacity and balance.  A micro-batch's tokens, sequence
-after sequence, are cut evenly over tp; a sequence, or the micro-batch, is a group.
+Pieces are what tokens a rank of cp and tp has of a group that shares capacity and balance.  Each sequence of a micro-batch is cut
+over cp, and what a rank has of them, sequence after sequence, evenly over tp; a sequence, or the micro-batch, is a group.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
 from megalina.verify.evidence import Cause, Evidence
 from megalina.verify.recording import widened
+from megalina.zigzag import own_part
 
 Group = list[Tensor]  # of indices into the tokens of the global batch, a piece each
 
@@ -26,15 +27,15 @@ def groups(evidence: Evidence) -> list[Group]:
     layout, length = evidence.layout, evidence.batch.tokens_BS.shape[1]
     per_sequence = evidence.config.router.group == "sequence"
     out: list[Group] = []
-    for place in range(layout.dp):
-        for sequences in layout.sequences(place * layout.tp):
-            token_A = torch.arange(sequences.start * length, sequences.stop * length)
-            width = len(token_A) // layout.tp
-            slice_A = torch.arange(len(token_A)) // width
-            group_A = torch.arange(len(token_A)) // (length if per_sequence else len(token_A))
-            for g in range(int(group_A[-1]) + 1):
-                inside = group_A == g
-                cuts = [token_A[inside & (slice_A == t)] for t in range(layout.tp)]
+    for place in range(layout.readers):
+        for sequences in layout.sequences(place * layout.tp * layout.cp):
+            token_BS = torch.arange(sequences.start * length, sequences.stop * length).view(-1, length)
+            parts = (
+                [own_part(token_BS, layout.cp, c).flatten() for c in range(layout.cp)] if layout.cp > 1 else [token_BS.flatten()]
+            )
+            slices = [own for part in parts for own in part.chunk(layout.tp)]
+            for group in token_BS if per_sequence else [token_BS.flatten()]:
+                cuts = [own[(own >= group[0]) & (own <= group[-1])] for own in slices]
                 out.append([c for c in cuts if len(c)])
     if evidence.config.router.group == "global":
         return [[piece for group in out for piece in group]]
@@ -67,7 +68,8 @@ def routings(evidence: Evidence, layer: int) -> Iterator[list[tuple[Tensor, Rout
 def capacity_of_pieces(evidence: Evidence) -> Iterator[Cause]:
     """Capacity is that of each tp rank's piece of a group, and who comes first is decided within the piece."""
     first = evidence.first
-    if first is None or not first.name.endswith(".expert") or evidence.layout.tp == 1:
+    ways = evidence.layout.tp * evidence.layout.cp
+    if first is None or not first.name.endswith(".expert") or ways == 1:
         return
     layer = int(first.name.split(".")[1])
     want, got = first.want.value.flatten(0, 1), first.got.value.flatten(0, 1)
@@ -81,7 +83,7 @@ def capacity_of_pieces(evidence: Evidence) -> Iterator[Cause]:
         yield Cause(
             "capacity_per_chunk",
             f"{first.name}: {lost} choices go to nobody instead of {right}: capacity is that of each tp rank's "
-            f"1/{evidence.layout.tp} of a micro-batch, not of the group of tokens that shares it",
+            f"1/{ways} of a micro-batch, not of the group of tokens that shares it",
         )
 
 

@@ -43,7 +43,7 @@ def micro_batches(evidence: Evidence) -> Iterator[Cause]:
     if units is None or layout.micro_batches == 1:
         return
     for m in range(layout.micro_batches):
-        chosen = [_unit(evidence, place, m) for place in range(layout.dp)]
+        chosen = [_unit(evidence, place, m) for place in range(layout.readers)]
         times = _times(evidence, {p: u[chosen].sum((0, 1)) for p, u in units.items()})
         if times is None:
             continue
@@ -106,7 +106,7 @@ def router_without_main_loss(evidence: Evidence) -> Iterator[Cause]:
 def reduced_early(evidence: Evidence) -> Iterator[Cause]:
     """Ranks share the first micro-batches' gradients, and each keeps its own of the later ones (or shares none at all)."""
     wrong, units, layout = evidence.wrong("gradient"), _units(evidence), evidence.layout
-    if units is None or layout.world == 1 or not wrong:
+    if units is None or layout.world == 1 or layout.cp > 1 or not wrong:  # a unit is of whole sequences
         return
     for shared in range(layout.micro_batches):
         if not all(_is_early(evidence, pair, units[pair.name], shared) for pair in wrong):

@@ -54,7 +54,7 @@ def cut_by_shards(evidence: Evidence) -> Iterator[Cause]:
 def clip_of_each_rank(evidence: Evidence) -> Iterator[Cause]:
     """Rows are scaled by the largest logit of some data-parallel rank's sequences, not of all."""
     optim, layout, wrong = evidence.config.optim, evidence.layout, evidence.wrong("weight")
-    if not optimizer_of(optim).clips_heads or not wrong or not all(evidence.specs[p.name].clip for p in wrong):
+    if not optimizer_of(optim).clips_heads or layout.cp > 1 or not wrong or not all(evidence.specs[p.name].clip for p in wrong):
         return
     powers = {"q": optim.qk_clip_alpha, "k": 1 - optim.qk_clip_alpha, "both": 1.0, "none": 0.0}
     for pair in wrong:
