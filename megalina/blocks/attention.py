@@ -163,7 +163,10 @@ class Attention(Block):
     def core_of(self, at: At) -> Piece:
         sizes = self.head_sizes(at.rank)
         read = sizes.heads * (sizes.query + sizes.value) + sizes.groups * (sizes.query + sizes.value)
-        return self.core_work(at, sizes.query, sizes.value, read)
+        out = self.core_work(at, sizes.query, sizes.value, read)
+        if optimizer_of(at.rank.config.optim).clips_heads:
+            out += self.logits_work(at, sizes.query, (sizes.heads + sizes.groups) * sizes.query)
+        return out
 
     @abstractmethod
     def out_work(self, at: At) -> Piece: ...
@@ -499,12 +502,6 @@ class GroupedQueryAttention(Attention):
             out += norm(at.rank, at.tokens * heads, size)
         if self._normed_together:
             out += norm(at.rank, at.tokens, heads * size)
-        return out
-
-    def core_of(self, at: At) -> Piece:
-        out = super().core_of(at)
-        if optimizer_of(at.rank.config.optim).clips_heads:
-            out += self._logits_work(at, (self._q() + self._kv()) / at.rank.tp)
         return out
 
     def out_work(self, at: At) -> Piece:

@@ -195,8 +195,8 @@ class Trainable:
         return out
 
     def score(self, batch: Batch) -> Tensor:
-        """float64 [readers x B]: the sum of losses in nats of each sequence, of all ranks that read different ones in turn, which have
-        B each."""
+        """float64 [readers x B]: the sum of losses in nats of each sequence: B of each rank that reads sequences of its own, in
+        turn."""
         self.settle()
         self.gpt.eval()
         if self._scoring is None:
