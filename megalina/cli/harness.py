@@ -29,6 +29,10 @@ def evaluate(args: argparse.Namespace, checkpoint: Path, out: Path, member: "Mem
     include_path = str(args.include_path or "")
     if args.write_tasks or (not include_path and any(name.startswith("megalina_") for name in names)):
         folder = args.write_tasks or out / TASKS_FOLDER
+        if args.dry_run:
+            if not quiet:
+                print(f"{checkpoint}: {', '.join(names) or 'no task'}, after local tasks are written to {folder}")
+            return
         if member is None or member.local_rank == 0:  # nodes may have folders of their own
             written = write_local_tasks(checkpoint, folder, examples=args.examples)
             if not quiet:
