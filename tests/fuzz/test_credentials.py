@@ -141,7 +141,10 @@ def test_every_text_of_the_configuration_is_looked_at() -> None:
     assert masked("x a long secret, hf_" + "a" * 34, {"a long secret": ""}) == "x ***, ***"
 
 
-RANKS_ARE_SHELLS = ("tests/cluster_tools.py", "tests/test_namespaces.py")  # any command can be a rank, there one of a fixed text
+SHELLS_OF_FIXED_TEXT = (
+    *("tests/cluster_tools.py", "tests/test_namespaces.py"),  # any command can be a rank
+    "tests/checkpoint/hugging_face/test_continued_training.py",  # a page's commands, as its reader pastes them
+)
 
 
 def shell_uses(source: str) -> list[str]:
@@ -181,7 +184,7 @@ def test_no_program_of_the_repository_uses_a_shell() -> None:
     ]
     assert len(files) > 100
     found = {str(p.relative_to(ROOT)): uses for p in files if (uses := shell_uses(p.read_text(encoding="utf-8")))}
-    for name in RANKS_ARE_SHELLS:
+    for name in SHELLS_OF_FIXED_TEXT:
         assert all(use.endswith(": a shell") for use in found.pop(name)), name
     assert found == {}
 

@@ -50,7 +50,7 @@ def muon_choices(*, after: int) -> Choices:
 
 def test_whole_matrices_in_few_layouts_equal_one_process() -> None:
     """Under tokens; at the end they are in rows of `test_plants.py`, too."""
-    assert differences(muon_choices(after=1), FEW[:4], steps=2) == []
+    assert differences(muon_choices(after=1), FEW[:3], steps=2) == []
 
 
 @pytest.mark.full

@@ -34,7 +34,6 @@ MODELS = {
     },
     "ahead": {"num_layers": 1, "mtp_layers": 2},
 }
-MODELS["latent, ahead"] = MODELS["latent"] | MODELS["ahead"]
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
     "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
@@ -71,7 +70,6 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
-    ("latent, ahead", "topk", "muon_clip", Layout(WORLD, tp=2, ep=2, zero=1, micro_batch=2)),
     ("modern", "replayed", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
     ("modern", "replayed, placed", "sgd", Layout(WORLD, tp=1, ep=4, zero=1, micro_batch=1)),
     ("modern", "capacity", "sgd", Layout(WORLD, tp=1, ep=2, micro_batch=2, cp=2)),
