@@ -137,7 +137,8 @@ def emulated_seconds(config: PretrainConfig) -> Callable[[Instruction], float] |
     """The costs of compute instructions on the emulated device that `cluster` asks for; None where it asks for none."""
     cluster = config.cluster
     if cluster.attention_ms or cluster.experts_ms:
-        times = dict.fromkeys(("attention", "attention_heads", "attention_core"), cluster.attention_ms / 1e3)
+        cores = ("attention", "attention_heads", "attention_core", "attention_gathered", "attention_of_heads")
+        times = dict.fromkeys(cores, cluster.attention_ms / 1e3)
         times |= dict.fromkeys(("experts", "mlp", "mlp_hidden"), cluster.experts_ms / 1e3)
     elif cluster.device_gflops:
         times = {name: flops / (cluster.device_gflops * 1e9) for name, flops in forward_flops(config).items()}
