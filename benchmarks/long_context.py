@@ -12,6 +12,7 @@ so step times say what is computed twice, not what several machines would gain. 
 import argparse
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmarks`, of which this is a program
 
 from benchmarks.memory import batch_of, high_water_bytes, resident_bytes, returning_memory_at_once
 from megalina.compose import compose
@@ -36,6 +39,7 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.validate import check_config
 
 KINDS = ("all_gather", "all_to_all")
+SHORT = 256  # tokens
 
 
 def config_of(overrides: Sequence[str], *, length: int, cp: int, kind: str) -> PretrainConfig:
@@ -85,6 +89,7 @@ def _rank(rank: int, world: int, port: int, folder: str, config: PretrainConfig,
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
+    measured(replace(config, train=replace(config.train, seq_len=SHORT)), 1)  # libraries and connections come with the first step
     Path(folder, str(rank)).write_text(json.dumps(measured(config, steps)))
     dist.barrier()
     dist.destroy_process_group()

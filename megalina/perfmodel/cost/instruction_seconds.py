@@ -145,7 +145,8 @@ def emulated_seconds(
         return None
     flops = forward_flops(config)
     if cluster.attention_ms or cluster.experts_ms:
-        times = dict.fromkeys(("attention", "attention_heads", "attention_core"), cluster.attention_ms / 1e3)
+        cores = ("attention", "attention_heads", "attention_core", "attention_gathered", "attention_of_heads")
+        times = dict.fromkeys(cores, cluster.attention_ms / 1e3)
         times |= dict.fromkeys(("experts", "mlp", "mlp_hidden"), cluster.experts_ms / 1e3)
         timed = [name for name in flops if times.get(name)]
         flops_per_s = sum(flops[name] for name in timed) / sum(times[name] for name in timed) if timed else 0.0
