@@ -112,7 +112,7 @@ class Blocks:
         declared = (p.shape[0] // sum(rows for rows, _ in p.clip) for _, p in self.parameters() if p.clip)
         return next(declared, 0)
 
-    def shape(self, *, tp: int, sequence: bool, head_logits: bool = False) -> Shape:
+    def shape(self, *, tp: int, sequence: bool, head_logits: bool = False, pp: int = 1) -> Shape:
         """What a program must know of the model in a layout."""
         return Shape(
             first=self.embedding,
@@ -128,6 +128,7 @@ class Blocks:
             whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
             router_state=has_state(self.whole.router) and any(self.moe),
             head_logits=head_logits,
+            pipeline=pp > 1,
         )
 
 
@@ -188,7 +189,8 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
 def step_shape(config: PretrainConfig) -> Shape:
     """What the program of a training step must know of the model and the layout."""
     blocks, parallel = blocks_of(config.model, config.router), config.parallel
-    return blocks.shape(tp=parallel.tp, sequence=parallel.sequence, head_logits=optimizer_of(config.optim).clips_heads)
+    clips = optimizer_of(config.optim).clips_heads
+    return blocks.shape(tp=parallel.tp, sequence=parallel.sequence, head_logits=clips, pp=parallel.pp)
 
 
 def plain_shape(

@@ -104,7 +104,7 @@ class InstructionFunctions:
 
     def _measure(self, names: Sequence[str], *values: Any) -> Tensor:
         """float64: sums of losses and squares over this rank, and its loads."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.gpt.device)
         sums = {loss.name: zero for loss in self.losses}
         loads: dict[int, list[Tensor]] = {layer: [] for layer in self.gpt.moe_layers}
         for name, value in zip(names, values, strict=True):
@@ -113,7 +113,8 @@ class InstructionFunctions:
             if (loss := self._loss_of.get(_head(name))) is not None:
                 sums[loss] = sums[loss] + value.double()
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
-        of_layers = [torch.stack(of_parts).sum(0) for of_parts in loads.values()]
+        width = self.gpt.load_width
+        of_layers = [torch.stack(parts).sum(0) if parts else zero.new_zeros(width) for parts in loads.values()]
         load = torch.cat(of_layers).double() if of_layers else squares.new_zeros(0)
         own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
@@ -168,9 +169,11 @@ class InstructionFunctions:
     def _router_state(self, result: StepResult, _: None) -> None:
         if result.updates:
             for layer, load, near in zip(self.gpt.moe_layers, result.loads, result.nearness, strict=True):
+                if layer not in self.gpt.layers:  # it is in another stage
+                    continue
                 router = self.gpt.layers[layer].router
                 if router.bias_E is not None:
-                    router.update_bias(load[:-1].to(self.gpt.embedding.device))
+                    router.update_bias(load[:-1].to(self.gpt.device))
                 if router.delta is not None:
                     router.update_delta(near)
 
@@ -193,9 +196,11 @@ class InstructionFunctions:
     def _update(self, name: str, gradient: Tensor, result: StepResult, direction: None = None) -> None:
         self.update(name, result)
 
-    def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
-        """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
-        return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
+    def _evaluated(self, *loss_and_batch: Any) -> Tensor:
+        """[2]: this rank's sum of losses, and its share of the number of tokens they are of; nothing where no losses are."""
+        *losses, batch = loss_and_batch
+        tokens = batch.loss_mask_BS.sum().double() / self.mesh.tp.size
+        return torch.stack([losses[0].double(), tokens]) if losses else tokens.new_zeros(2)
 
 
 def _head(value: str) -> str:

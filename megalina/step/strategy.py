@@ -86,10 +86,7 @@ def eager(setting: Setting) -> Program:
 def ddp(setting: Setting) -> Program:
     """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MiB, the first ones
     of 1 MiB."""
-    size = setting.plan.merge_bytes
-    merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
-    placed = place_gradients(_plain_step(setting), setting.buckets, merge=merge, merge_first=merge_first)
-    return _finish(placed, setting)
+    return _finish(_merged(_plain_step(setting), setting, setting.buckets), setting)
 
 
 def serial(setting: Setting) -> Program:
@@ -203,6 +200,26 @@ def _placed(program: Program, setting: Setting) -> Program:
     return place_gradients(
         program, setting.buckets, place="ready" if gaps is None else "gap", yields=setting.plan.yields, gaps=gaps
     )
+
+
+def _merged(program: Program, setting: Setting, buckets: Mapping[str, BucketSpec]) -> Program:
+    size = setting.plan.merge_bytes
+    merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
+    return place_gradients(program, buckets, merge=merge, merge_first=merge_first)
+
+
+def place_of_rank(program: Program, buckets: Mapping[str, BucketSpec], setting: Setting) -> Program:
+    """Gradients of one pipeline rank's list put on the wire where the plan's strategy has them; `buckets`: those of the rank."""
+    strategy = setting.plan.strategy
+    if strategy == "ddp":
+        return _merged(program, setting, buckets)
+    if strategy in ("serial", "fixed"):
+        return place_gradients(program, buckets, place="tail" if strategy == "serial" else "pair")
+    return place_gradients(program, buckets, yields=setting.plan.yields and strategy != "eager")
+
+
+# whose numbers all act inside of a pipeline's cells, or on where gradients go
+PIPELINED = ("eager", "ddp", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina")
 
 
 def _plain_step(setting: Setting) -> Program:

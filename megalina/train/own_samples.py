@@ -27,7 +27,8 @@ class OwnSamples:
 def own_samples(config: PretrainConfig, *, world: int, rank: int, ranks_per_node: int) -> OwnSamples:
     """Of a rank of the world."""
     tp, nodes = config.parallel.tp, config.router.locality_nodes
-    dp, place = world // tp, rank // tp
+    stage = world // config.parallel.pp  # ranks of one: those at one place in all of them have the same sequences
+    dp, place = stage // tp, rank % stage // tp
     count = config.train.global_batch_size // dp
     if not at_home(config, world=world, ranks_per_node=ranks_per_node):
         return OwnSamples(count, 1, 0, place)
@@ -38,5 +39,5 @@ def at_home(config: PretrainConfig, *, world: int, ranks_per_node: int) -> bool:
     """Whether sequences can be computed where they are at home: as many nodes, whole tp groups and equally many sequences on
     each."""
     nodes = config.router.locality_nodes
-    whole = nodes > 1 and nodes * ranks_per_node == world and ranks_per_node % config.parallel.tp == 0
+    whole = nodes > 1 and nodes * ranks_per_node == world and config.parallel.pp == 1 and ranks_per_node % config.parallel.tp == 0
     return whole and config.train.global_batch_size % nodes == 0

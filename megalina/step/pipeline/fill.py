@@ -4,7 +4,7 @@ Only the residual stream goes from stage to stage, along an axis of two ranks, `
 side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -36,9 +36,11 @@ def programs(
     *,
     late: frozenset[str] = frozenset(),
     router_state: bool = False,
+    placed: Callable[[Program, Mapping[str, BucketSpec]], Program] = place_gradients,
 ) -> tuple[Program, ...]:
     """The checked program of each rank: its cells in order, gradients on the wire as soon as they are there, norm and update.
 
+    `placed`: puts gradients on the wire.
     `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: instructions
     whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what other instructions add to weights'
     gradients stays in the cells I.  `buckets`: of the whole model; a rank gets those that its instructions use.  One that several
@@ -46,13 +48,13 @@ def programs(
 
     ValueError for another number of stages, where a stage reads more than the stream of the stage before, and for what `check`
     refuses."""
-    filling = _Filling(pipeline, stages, forward, late)
+    filling = Filling(pipeline, stages, forward, late)
     out = []
     for rank in range(pipeline.ranks):
         program = filling.cells(rank)
         own = {name: spec for name, spec in buckets.items() if any(name in s.uses for s in program)}
         state = router_state and any(map(decides, program))
-        program = finish(place_gradients(program, own), own, router_state=state)
+        program = finish(placed(program, own), own, router_state=state)
         batches = {f"#batch.-.{i}" for i in range(pipeline.micro_batches)}
         try:
             check(program, batches | set(own) | ({ROUTER_STATE} if state else set()), own)
@@ -71,7 +73,9 @@ def shared_buckets(of_ranks: Sequence[Program]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ranks) for name, ranks in users.items() if len(ranks) > 1}
 
 
-class _Filling:
+class Filling:
+    """Cells as instructions.  ValueError as `programs`."""
+
     def __init__(self, pipeline: Pipeline, stages: Sequence[StageLayers], forward: Program, late: frozenset[str]):
         if len(stages) != pipeline.stages:
             raise ValueError(f"layers are cut into {len(stages)} stages, and the schedule has {pipeline.stages}: cut them alike")
