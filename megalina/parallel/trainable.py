@@ -28,7 +28,7 @@ from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.pipeline.job import Pipelined, evaluations, training_steps
 from megalina.step.plan import Plan
-from megalina.step.program import BucketSpec, Program
+from megalina.step.program import BucketSpec, Op, Program
 from megalina.step.strategy import Setting, evaluation, settling, training_step
 from megalina.timeline.recorder import Recorder
 
@@ -91,7 +91,8 @@ class Trainable:
             for name, members in parameter_groups(self.gpt, shape).items()
         }
         used = dict.fromkeys(group for instruction in plain(shape) for group in instruction.uses)
-        lay_out([self.buckets[group] for group in reversed(used) if group in self.buckets])  # as backward is done with them
+        if self.pipelined is None:
+            lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
         if self.pipelined is not None:
             specs = _of_all_stages(config, mesh, self.pipelined, vocab_size, self.plan) | specs
@@ -108,6 +109,9 @@ class Trainable:
         self.setting = setting.under(self.plan)
         self.stream = (self.micro_batch_size * train.seq_len // (mesh.tp.size if parallel.sequence else 1), config.model.d_model)
         self.program = self._step_of(self.plan)
+        if self.pipelined is not None:  # stages take turns: in the order in which they go on the wire
+            sent = dict.fromkeys(b for s in self.program if s.op is Op.GRADS for b in s.buckets)
+            lay_out([self.buckets[group] for group in sent])
         self.device = emulated_device(config)
         token_bytes = TokenBytes(ranks_per_node or mesh.world.size)
         self._unsettled = False  # weights that the last step updated have yet to be gathered

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megalina.layout import EMBEDDING
 from megalina.step.forward import plain
+from megalina.step.partition import with_own_counts
 from megalina.step.passes import place_newton_schulz
 from megalina.step.pipeline.cell import Cell, Pipeline, Work
 from megalina.step.pipeline.cell import forward as forward_cell
@@ -70,7 +71,7 @@ def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
     """The checked program of each pipeline rank.  `setting`: with the buckets of the whole model.
 
     ValueError for what `check` and `check_together` refuse."""
-    forward, plan = forward_pass(setting), setting.plan
+    forward, plan = with_own_counts(forward_pass(setting)), setting.plan
 
     def placed(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
         return place_of_rank(program, buckets, setting)
@@ -96,7 +97,7 @@ def evaluations(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
     Multi-token prediction is left out, as in `megalina.step.strategy.evaluation`."""
     shape = replace(setting.shape.without_mtp, head_logits=False)
     stages = [replace(stage, layers=tuple(i for i in stage.layers if i < shape.num_layers)) for stage in job.stages]
-    forward = plain(shape)
+    forward = with_own_counts(plain(shape))
     lists = tuple(tuple(forward_cell(stage, 0) for stage in job.pipeline.stages_of(rank)) for rank in range(job.ranks))
     pipeline = with_messages(Pipeline(lists, job.pipeline.rank_of, 1))
     filling = Filling(pipeline, stages, forward, frozenset())
