@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from megalina.blocks.counts import count_parameters
+from megalina.blocks.pipelined import pipelined
 from megalina.config import PretrainConfig, padded_vocab_size
-from megalina.layout import rows
+from megalina.layout import rows, rows_of_stages
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 
 SHOWN_AXES = ("tp", "ep", "edp", "dp")
 SHOWN_GROUPS = 4  # of each axis
+SHOWN_STAGES = 16  # pipeline ranks
 STATE = ("gradients", "master weights", "moments")  # of a rank, besides its weights
 
 
@@ -16,7 +18,7 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     """`vocab_size`: pieces of the tokenizer, before padding."""
     packing = 1 if config.strategy.packing == "auto" else int(config.strategy.packing)
     train, router = config.train, config.router
-    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
+    held, pp = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing), config.parallel.pp
     tp, ep, edp, dp = (held.axes[name] for name in ("tp", "ep", "edp", "dp"))
     words = padded_vocab_size(vocab_size, tp)
     counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)
@@ -28,16 +30,22 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {words:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
-        f"layout     {world} ranks = edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
+        f"layout     {world} ranks = {f'pp {pp} x ' if pp > 1 else ''}edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
         f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
     ]
-    groups_of = rows(held.axes)
+    groups_of = rows_of_stages(held.axes, pp) if pp > 1 else rows(held.axes)
     for name in SHOWN_AXES:
         groups = groups_of[name]
         lines.append(f"  {name:<8} {len(groups)} x {len(groups[0])} ranks: {_some(groups)}")
+    lines += (
+        _stages(config, world, vocab_size)
+        if pp > 1
+        else [
+            f"a rank     {counts.num_experts // ep} experts a layer; {_size(held.state['weights'])} of weights, "
+            f"{_size(sum(held.state[what] for what in STATE))} of gradients and optimizer, activations come on top",
+        ]
+    )
     lines += [
-        f"a rank     {counts.num_experts // ep} experts a layer; {_size(held.state['weights'])} of weights, "
-        f"{_size(sum(held.state[what] for what in STATE))} of gradients and optimizer, activations come on top",
         f"a step     {train.global_batch_size} sequences x {train.seq_len} = {tokens:,} tokens: "
         f"{micro_batches} x {train.micro_batch_size} sequences on each of {dp} data-parallel ranks",
         f"the run    {train.steps:,} steps = {train.steps * tokens:,} tokens, "
@@ -46,6 +54,18 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
         f"run.dir    {config.run.dir}",
     ]
     return "\n".join(lines)
+
+
+def _stages(config: PretrainConfig, world: int, vocab_size: int) -> list[str]:
+    """Of each pipeline rank the layers of its stages; what a stage needs of memory isn't forecast."""
+    found = pipelined(config, world, vocab_size=vocab_size)
+    first = f"pipeline   {config.strategy.pipeline}, {len(found.stages)} stages on {found.ranks} ranks"
+    of_ranks = [[str(found.stages[stage]) for stage in found.pipeline.stages_of(rank)] for rank in range(found.ranks)]
+    return [
+        f"{first}; layers, E embedding, L head; what a rank holds isn't forecast",
+        *(f"  rank {rank:<3} {' | '.join(stages)}" for rank, stages in enumerate(of_ranks[:SHOWN_STAGES])),
+        *(["  ..."] if len(of_ranks) > SHOWN_STAGES else []),
+    ]
 
 
 def _some(groups: Sequence[Sequence[int]]) -> str:

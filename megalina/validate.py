@@ -31,6 +31,7 @@ from megalina.config import (
 )
 from megalina.placement.expert_order import ExpertOrders, read_orders
 from megalina.step.strategy import STRATEGIES
+from megalina.validate_pipeline import check_pipeline
 from megalina.validate_strategy import check_strategy
 
 MAX_RANKS_A_CORE = 64
@@ -70,6 +71,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_layout(config, world)
     _check_batch(config, world)
     check_strategy(config, world)
+    check_pipeline(config, world)
     _check_emulation(config)
     _check_length(config)
     _check_data(config.data)
@@ -325,7 +327,12 @@ def _check_mtp(config: PretrainConfig) -> None:
 
 
 def _check_layout(config: PretrainConfig, world: int) -> None:
-    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
+    model, tp, ep, pp = config.model, config.parallel.tp, config.parallel.ep, config.parallel.pp
+    if pp > 1 and world % (tp * ep * pp):
+        raise ValueError(
+            f"parallel.pp ({pp}) x parallel.tp ({tp}) x parallel.ep ({ep}) must divide the number of ranks ({world}): "
+            f"use a multiple of {tp * ep * pp} ranks, or smaller parallel.pp, parallel.tp or parallel.ep"
+        )
     if world % (tp * ep):
         raise ValueError(
             f"parallel.tp ({tp}) x parallel.ep ({ep}) must divide the number of ranks ({world}): "
@@ -348,15 +355,16 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
 
 def _check_batch(config: PretrainConfig, world: int) -> None:
     tp, batch, micro = config.parallel.tp, config.train.global_batch_size, config.train.micro_batch_size
-    dp = world // tp
+    dp = world // (tp * config.parallel.pp)
     if batch % (micro * dp):
         below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
         near = f"{below} or {above}" if below else f"{above}"
         fits = next((m for m in range(min(micro, batch // dp), 0, -1) if batch % (m * dp) == 0), 0)
         smaller = f", or train.micro_batch_size to {fits}" if fits else ""
+        stages = f" / parallel.pp {config.parallel.pp}" if config.parallel.pp > 1 else ""
         raise ValueError(
             f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro}) x {dp} data-parallel "
-            f"ranks ({world} ranks / parallel.tp {tp}) = {micro * dp}: set it to {near}{smaller}"
+            f"ranks ({world} ranks / parallel.tp {tp}{stages}) = {micro * dp}: set it to {near}{smaller}"
         )
     if config.router.group == "global" and batch > micro * dp:
         raise ValueError(

@@ -107,7 +107,10 @@ class Trainable:
             kept_bytes=held.kept_back,
         )
         self.setting = setting.under(self.plan)
-        self.stream = (self.micro_batch_size * train.seq_len // (mesh.tp.size if parallel.sequence else 1), config.model.d_model)
+        self._stream_shape = (
+            self.micro_batch_size * train.seq_len // (mesh.tp.size if parallel.sequence else 1),
+            config.model.d_model,
+        )
         self.program = self._step_of(self.plan)
         if self.pipelined is not None:  # stages take turns: in the order in which they go on the wire
             sent = dict.fromkeys(b for s in self.program if s.op is Op.GRADS for b in s.buckets)
@@ -178,8 +181,12 @@ class Trainable:
             log=self.log,
             device=device,
             token_bytes=token_bytes,
-            stream=lambda: next(self.gpt.parameters()).new_empty(self.stream),
+            stream=self.new_stream,
         )
+
+    def new_stream(self) -> Tensor:
+        """Memory for what this rank gets of another stage of a pipeline, for one micro-batch."""
+        return next(self.gpt.parameters()).new_empty(self._stream_shape)
 
     def step(
         self,

@@ -160,7 +160,11 @@ def meshes(world: int, *, tp: int, ep: int, pp: int, across: Mapping[str, tuple[
     for rank in range(world):
         along = {name: axis(name, rank, of) for name, of in more.items()}
         along |= {"stage": axis("stage", rank, table["stage"])} if pp > 1 else {}
-        own = {"along_stages": {name: a for name, a in along.items() if a is not None}, "pp": pp, "pp_rank": rank // (world // pp)}
+        own = {
+            "along_stages": {name: a for name, a in along.items() if a is not None},
+            "pp": pp,
+            "pp_rank": rank // (world // pp),
+        }
         axes = {name: axis(name, rank, of) for name, of in table.items() if name != "stage"}
         out.append(Mesh(**axes, **own))  # type: ignore[arg-type]
     return out
