@@ -1,5 +1,6 @@
 """The check of pipelines: that layers and micro-batches can be cut so, and what a pipeline can't have yet."""
 
+from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.pipelined import pipelined
 from megalina.config import ParallelConfig, PretrainConfig, StrategyConfig
 from megalina.plan_settings import AUTO
@@ -53,7 +54,13 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
         )
     if config.parallel.placement:
         raise ValueError(f"parallel.placement and {where} exclude each other yet: leave parallel.placement out")
-    pipelined(config, world)
+    job = pipelined(config, world)
+    empty = [rank for rank in range(job.ranks) if not job.held(rank).layers]
+    if optimizer_of(config.optim).clips_heads and empty:
+        raise ValueError(
+            f"optim={config.optim.name} and parallel.pp_layout={parallel.pp_layout} exclude each other, as pipeline rank {empty[0]} "
+            "has no layer whose logits it could tell: give each rank a layer, or take optim=muon"
+        )
 
 
 def _check_numbers(strategy: StrategyConfig, where: str) -> None:

@@ -45,7 +45,12 @@ def pipelined(config: PretrainConfig, world: int, *, vocab_size: int = 0) -> Pip
             f"strategy.pipeline={config.strategy.pipeline} has lists of {table.ranks} ranks, and parallel.pp is {parallel.pp}: "
             f"set parallel.pp={table.ranks}, or give a table of {parallel.pp} rows"
         )
-    number = parallel.pp * parallel.pp_chunks if table is None else table.stages
+    number = parallel.pp * parallel.pp_chunks
+    if table is not None and table.stages != number:
+        raise ValueError(
+            f"strategy.pipeline={config.strategy.pipeline} has {table.stages} stages, and parallel.pp ({parallel.pp}) x "
+            f"parallel.pp_chunks ({parallel.pp_chunks}) is {number}: set parallel.pp_chunks to as many as a rank has"
+        )
     costs = _costs(config.model, config.router, train.seq_len, vocab_size or config.model.vocab_size or 1)
     stages = _stages(config, number, costs)
     shares = _shares(stages, costs, parallel.pp)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.parameter import Parameter
-from megalina.layout import rows
+from megalina.layout import rows, rows_of_stages
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording
@@ -126,17 +126,19 @@ class Evidence:
     @cached_property
     def rows(self) -> dict[str, list[list[int]]]:
         """The rows of ranks along each axis of the mesh."""
-        return rows(self.shape)
+        return rows_of_stages(self.shape, self.layout.pp) if self.layout.pp > 1 else rows(self.shape)
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(edp, ep, tp) of a rank."""
+        """(edp, ep, tp) of a rank, in its stage of a pipeline."""
         layout = self.layout
+        rank %= layout.world // layout.pp
         return rank // (layout.ep * layout.tp), rank // layout.tp % layout.ep, rank % layout.tp
 
     def sizes(self) -> dict[str, int]:
         """Group sizes by which a number may be too large or too small, those of more than one alone."""
         layout = self.layout
         named = {"edp": layout.edp, "ep": layout.ep, "tp": layout.tp, "dp": layout.dp, "edp x tp": layout.copies}
+        named |= {"pp": layout.pp} if layout.pp > 1 else {}
         named |= {"the number of ranks": layout.world, "the number of micro-batches": layout.micro_batches}
         return {name: size for name, size in named.items() if size > 1}
 

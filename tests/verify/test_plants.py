@@ -66,6 +66,7 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
+    ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=1, pp=2, pipeline="zb_h1")),
 ]
 
 
