@@ -214,8 +214,7 @@ class StrategyConfig:
     name: str = "eager"
     partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
     bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
-    # parallel.pp: in which order each rank computes its stages' micro-batches: gpipe | 1f1b | interleaved | zb_h1 | zbv |
-    # dualpipev | greedy | FILE.csv, a table as torch.distributed.pipelining writes it
+    # with parallel.pp: gpipe | 1f1b | interleaved | zb_h1 | zbv | dualpipev | greedy | FILE.csv, which docs/pipelines.md explains
     pipeline: str = "1f1b"
     # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
     parts: int = setting(1, low=1, high=1024)

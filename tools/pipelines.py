@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stage {stage} on rank {pipeline.rank_of[stage]}: {layers}")
     if stages:
         print(f"as Megatron's layout: {layout_of(stages)}")
-    told: dict[str, Any] = {"schedule": title, "check": said, "lists": [list(map(entry_text, own)) for own in pipeline.lists]}
+    told: dict[str, Any] = {"schedule": title, "check": said, "lists": [" ".join(map(entry_text, own)) for own in pipeline.lists]}
     try:
         walked = walk(pipeline, times)
     except Stuck:
@@ -74,7 +74,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     times = Times(forward, inputs, weights, message, args.pair)
     if args.from_csv is not None:
         if args.stages or args.chunks or args.micro_batches:
-            raise ValueError("--from-csv: the table says how many stages, chunks and micro-batches there are; leave them out")
+            raise ValueError("--from-csv: the table says how many ranks, chunks and micro-batches there are; leave them out")
         pipeline = from_csv(args.from_csv.read_text())
         chunks = pipeline.stages // pipeline.ranks
         schedule, name = None, args.from_csv.name
@@ -93,7 +93,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if schedule is not None:
         pipeline = schedule.pipeline(size)
     size = replace(size, micro_batches=pipeline.micro_batches)
-    title = f"{name}: {ranks} stages, {chunks} {'chunk' if chunks == 1 else 'chunks'} each, {size.micro_batches} micro-batches"
+    title = f"{name}: {ranks} ranks, {chunks} {'chunk' if chunks == 1 else 'chunks'} each, {size.micro_batches} micro-batches"
     return title, schedule, size, pipeline, stages
 
 
@@ -101,7 +101,9 @@ def _schedule(name: str) -> Schedule:
     if name in SCHEDULES:
         return SCHEDULES[name]
     if not is_reference(name):
-        raise ValueError(f"there is no schedule {name}: choose one of {', '.join(SCHEDULES)}, or yours as folder/file.py:SCHEDULE")
+        raise ValueError(
+            f"there is no schedule {name}: choose one of {', '.join(SCHEDULES)}, or yours as folder/file.py:SCHEDULE"
+        )
     found = load(name)
     if not isinstance(found, Schedule):
         raise ValueError(f"{name} is no Schedule (megalina/step/pipeline/schedules/schedule.py)")
@@ -117,7 +119,7 @@ def _layers(args: argparse.Namespace, stages: int) -> tuple[StageLayers, ...]:
         return ()
     found = stages_from(args.layout)
     if len(found) != stages:
-        raise ValueError(f"--layout has {len(found)} stages, and the schedule {stages}, of --stages x --chunks")
+        raise ValueError(f"--layout has {len(found)} stages, and the schedule {stages}: P x V of --stages P --chunks V")
     return found
 
 
@@ -128,14 +130,19 @@ def _checked(pipeline: Pipeline, times: Times) -> tuple[list[str], Pipeline]:
             check(pipeline)
             sent = with_messages(pipeline, times if min(times.shares, default=1.0) > 0 else replace(times, shares=()))
             check(sent)
-            return [f"legal: complete, in order; {_messages(sent)} put in, and no circle where every SEND waits for its RECV"], sent
+            return [
+                f"legal: complete, in order; {_messages(sent)} put in, and no circle where every SEND waits for its RECV"
+            ], sent
         check(pipeline, meet=False)
     except ValueError as error:
         return [str(error)], pipeline
     try:
         check(pipeline)
     except Stuck as error:
-        return [f"where every SEND waits for its RECV, {error}", "legal where a SEND waits for nobody"], pipeline
+        return [
+            f"where every SEND waits for its RECV, {error}",
+            "legal where only the cell that reads a message waits for it",
+        ], pipeline
     return [f"legal: complete, in order; {_messages(pipeline)}, and no circle where every SEND waits for its RECV"], pipeline
 
 
@@ -227,8 +234,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("schedule", nargs="?", metavar="SCHEDULE", help=f"{', '.join(SCHEDULES)}, or folder/file.py:SCHEDULE")
-    parser.add_argument("--stages", type=whole(1, 1024), metavar="P", help="ranks of the pipeline")
-    parser.add_argument("--chunks", type=whole(1, 64), metavar="V", help="stages that each rank holds (default: the schedule's, else 1)")
+    parser.add_argument(
+        "--stages", type=whole(1, 1024), metavar="P", help="ranks of the pipeline, its stages as Megatron counts them"
+    )
+    parser.add_argument(
+        "--chunks", type=whole(1, 64), metavar="V", help="stages that each rank holds (default: the schedule's, else 1)"
+    )
     parser.add_argument("--micro-batches", type=whole(1, 65536), metavar="M")
     parser.add_argument(
         "--times",
@@ -238,19 +249,29 @@ def _parser() -> argparse.ArgumentParser:
         help="of a rank's layers and a micro-batch: forward, gradients of inputs, of weights; of a message (default: 1,1,1,0)",
     )
     parser.add_argument(
-        "--pair", type=number(0, 1, above=True), default=1.0, metavar="X", help="a pair takes so much of its two cells (default: 1)"
+        "--pair",
+        type=number(0, 1, above=True),
+        default=1.0,
+        metavar="X",
+        help="a pair takes so much of its two cells (default: 1)",
     )
     parser.add_argument(
-        "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: stages)"
+        "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: P)"
     )
     parser.add_argument("--layers", type=whole(1, 65536), default=0, metavar="N", help="cut so many layers into stages")
     parser.add_argument("--layout", default="", metavar="TEXT", help="stages as Megatron writes them, 'Et*3|(tt|)*5,tL'")
     parser.add_argument(
-        "--ends", type=_numbers(2), default=(0.0, 0.0), metavar="E,L", help="what embedding and head cost, in layers (default: 0,0)"
+        "--ends",
+        type=_numbers(2),
+        default=(0.0, 0.0),
+        metavar="E,L",
+        help="what embedding and head cost, in layers (default: 0,0)",
     )
     parser.add_argument("--messages", action="store_true", help="print, and write to --csv, SEND and RECV too")
     parser.add_argument("--all", action="store_true", help="print lists to their ends, however long")
-    parser.add_argument("--from-csv", type=Path, metavar="FILE", help="a table of torch.distributed.pipelining in place of a schedule")
+    parser.add_argument(
+        "--from-csv", type=Path, metavar="FILE", help="a table of torch.distributed.pipelining in place of a schedule"
+    )
     parser.add_argument("--csv", type=new_file, metavar="FILE", help="write such a table")
     parser.add_argument("--picture", type=new_file, metavar="FILE", help="PNG or SVG")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all that is printed, as numbers")

@@ -29,7 +29,7 @@ def check(pipeline: Pipeline, *, meet: bool = True, most_live: float = float("in
     weights.  If any list has messages, each neighbour's result that a rank takes is sent and received once, behind the cell that
     gives it and before the one that takes it, and the messages from one rank to another are received in the order in which they
     are sent.  Then all lists are walked: with `meet` a rank stands still at its messages until they have been sent (rendezvous),
-    else a SEND waits for nobody.  `most_live`: micro-batches of activations that a rank has room for."""
+    else only the cell that reads a message waits for it.  `most_live`: micro-batches of activations that a rank has room for."""
     places = _places(pipeline)
     _check_complete(pipeline, places)
     _check_order(pipeline, places)
@@ -93,7 +93,9 @@ def _check_complete(pipeline: Pipeline, places: Places) -> None:
                 raise ValueError(f"rank {rank} has neither {whole} nor {inputs}: micro-batch {number} has no backward there")
             elif weights not in places:
                 at = f"rank {rank} has no {weights}"
-                raise ValueError(f"{at}: nobody adds the gradients of weights that {inputs} at position {places[inputs][1]} leaves")
+                raise ValueError(
+                    f"{at}: nobody adds the gradients of weights that {inputs} at position {places[inputs][1]} leaves"
+                )
 
 
 def _check_order(pipeline: Pipeline, places: Places) -> None:
@@ -147,8 +149,8 @@ def _check_lanes(pipeline: Pipeline) -> None:
         for (sent_at, send), (received_at, expected) in zip(sent, received, strict=True):
             if send != expected:
                 raise ValueError(
-                    f"{_at(sender, sent_at, send)} meets {_at(receiver, received_at, expected.other_end)}: rank {receiver} receives "
-                    f"in another order than rank {sender} sends"
+                    f"{_at(sender, sent_at, send)} meets {_at(receiver, received_at, expected.other_end)}: rank {receiver} "
+                    f"receives in another order than rank {sender} sends"
                 )
 
 
@@ -166,6 +168,8 @@ def _check_weights_of_fsdp(pipeline: Pipeline) -> None:
                 there.discard(cell.stage)
             elif cell.work is Work.REDUCE_GRAD:
                 if last[cell.stage] > position:
-                    raise ValueError(f"{_at(rank, position, cell)}: gradients of weights still come, at position {last[cell.stage]}")
+                    raise ValueError(
+                        f"{_at(rank, position, cell)}: gradients of weights still come, at position {last[cell.stage]}"
+                    )
             elif cell.work in COMPUTED and cell.stage in gathers - there:
                 raise ValueError(f"{_at(rank, position, cell)}: the weights of stage {cell.stage} are not gathered then")

@@ -38,13 +38,12 @@ def programs(
     router_state: bool = False,
     placed: Callable[[Program, Mapping[str, BucketSpec]], Program] = place_gradients,
 ) -> tuple[Program, ...]:
-    """The checked program of each rank: its cells in order, gradients on the wire as soon as they are there, norm and update.
+    """The checked program of each rank: its cells in order, gradients where `placed` puts them, norm and update.
 
-    `placed`: puts gradients on the wire.
-    `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: instructions
-    whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what other instructions add to weights'
-    gradients stays in the cells I.  `buckets`: of the whole model; a rank gets those that its instructions use.  One that several
-    ranks use (`shared_buckets`) must have an axis that spans them.
+    `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: the
+    instructions whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what others add to
+    weights' gradients stays in the cells I.  `buckets`: of the whole model; a rank gets those that its instructions use.  One
+    that several ranks use (`shared_buckets`) must have an axis that spans them.
 
     ValueError for another number of stages, where a stage reads more than the stream of the stage before, and for what `check`
     refuses."""
@@ -103,8 +102,8 @@ class Filling:
                     at = writer.get(value, stage)
                     if at != stage and (at, value) != (stage - 1, f"x.{self.border[stage]}.0"):
                         raise ValueError(
-                            f"{instruction.tag} in stage {stage} reads {value} of stage {at}: only the stream goes from a stage to "
-                            "the next, so what else a layer reads of another must be in its stage"
+                            f"{instruction.tag} in stage {stage} reads {value} of stage {at}: only the stream goes from a stage "
+                            "to the next, so what else a layer reads of another must be in its stage"
                         )
 
     def forward(self, stage: int, number: int) -> Program:
@@ -180,27 +179,23 @@ class Filling:
 
     def message(self, cell: Cell, rank: int, kind: Kind) -> Instruction:
         """The START or WAIT of one end of a message.  Gradients' are the mirrors of activations'."""
-        axis = axis_of(rank, self.pipeline.peer(cell))
-        before = cell.work in (Work.RECV_ACTIVATIONS, Work.SEND_GRADIENTS)  # its stage
-        border = self.border[cell.stage if before else cell.stage + 1]
-        value, wire = f"x.{border}.{cell.micro_batch}", f"x{'<' if before else '>'}.{border}.{cell.micro_batch}"
+        here = cell.work in (Work.RECV_ACTIVATIONS, Work.SEND_GRADIENTS)  # at the border before its stage
+        border = self.border[cell.stage + (0 if here else 1)]
+        value, wire = f"x.{border}.{cell.micro_batch}", f"x{'<' if here else '>'}.{border}.{cell.micro_batch}"
         mirrored = cell.work in (Work.SEND_GRADIENTS, Work.RECV_GRADIENTS)
-        starts = (kind is Kind.START) != mirrored  # of the forward instruction
-        reads, writes = ((), (wire,)) if before else ((value,), (wire,))
-        if not starts:
-            reads, writes = (wire,), (value,) if before else ()
-        plain = Instruction(
+        starts = (kind is Kind.START) != mirrored  # the forward instruction of which this one is the mirror, or which it is
+        forward = Instruction(
             "F",
             Kind.START if starts else Kind.WAIT,
             NAME,
             border,
             str(cell.micro_batch),
-            reads,
-            writes,
-            op=Op.RECV if before else Op.SEND,
-            axis=axis,
+            reads=(wire,) if not starts else () if here else (value,),
+            writes=(wire,) if starts else (value,) if here else (),
+            op=Op.RECV if here else Op.SEND,
+            axis=axis_of(rank, self.pipeline.peer(cell)),
         )
-        return mirror(plain) if mirrored else plain
+        return mirror(forward) if mirrored else forward
 
 
 def _turns(instructions: Iterable[Instruction]) -> list[list[Instruction]]:

@@ -3,20 +3,20 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, RECEIVES, SENDS, Cell, CellList, Entry, Pipeline, Work
-from megalina.step.pipeline.walk import Span, Times, gives_of, walk
+from megalina.step.pipeline.cell import COMPUTED, RECEIVES, SENDS, Cell, CellList, Entry, Pipeline, Work
+from megalina.step.pipeline.walk import UNIT, Span, Times, gives_of, walk
 
 Placed = tuple[float, int, str, Cell]  # when it goes, its sender's rank, its sender's text, the end that a rank has of it
 
 
-def with_messages(pipeline: Pipeline, times: Times = Times()) -> Pipeline:
+def with_messages(pipeline: Pipeline, times: Times = UNIT) -> Pipeline:
     """The lists with what neighbours on different ranks send one another.
 
     A message goes when its cell is done in a walk of the lists with `times`: the sender has it behind that cell, the receiver
     before the first cell that it begins from then on, its reader or an earlier one.  So the lists of all ranks are sorted by one
-    clock, and nothing can close a circle, not even where every SEND stands still until its RECV is there.  (A SEND behind its cell
-    and a RECV right before its reader do close one in 1F1B: two neighbours both send first.)  What a rank has between two of its
-    cells goes as one batch, both ways at once.  The messages between two ranks have the same order on both.
+    clock, and nothing can close a circle, not even where every SEND stands still until its RECV is there.  (A SEND behind its
+    cell and a RECV right before its reader do close one in 1F1B: two neighbours both send first.)  What a rank has between two of
+    its cells goes as one batch, both ways at once.  The messages between two ranks have the same order on both.
 
     ValueError for lists that have messages already, and for times that are not above 0; Stuck for lists that can't be walked."""
     if pipeline.has_messages:
@@ -65,6 +65,7 @@ def send_of(cell: Cell, pipeline: Pipeline) -> Cell | None:
 def without_messages(pipeline: Pipeline) -> Pipeline:
     """The cells alone."""
     lists = tuple(
-        tuple(entry for entry in cells if entry[0].work not in SENDS and entry[0].work not in RECEIVES) for cells in pipeline.lists
+        tuple(entry for entry in cells if entry[0].work not in SENDS and entry[0].work not in RECEIVES)
+        for cells in pipeline.lists
     )
     return Pipeline(lists, pipeline.rank_of, pipeline.micro_batches)

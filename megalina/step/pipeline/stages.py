@@ -25,8 +25,8 @@ def stages_from(layout: str, *, num_layers: int = 0, mtp_layers: int = 0) -> tup
     """The stages of a string of Megatron's `--pipeline-model-parallel-layout`, first stage first: stage s is on rank s mod P.
 
     `E` embedding, `t` a layer, `m` a layer of multi-token prediction, `L` head and loss; `|` ends a stage, `x*3` is `xxx`,
-    `(ab|)*2` is `ab|ab|`, commas mean nothing (megatron/core/transformer/pipeline_parallel_layer_layout.py).  `num_layers`: of the
-    model, 0: any number.  ValueError for a string that isn't one, and for a model that it isn't of."""
+    `(ab|)*2` is `ab|ab|`, commas mean nothing (megatron/core/transformer/pipeline_parallel_layer_layout.py).  `num_layers`: of
+    the model, 0: any number.  ValueError for a string that isn't one, and for a model that it isn't of."""
     text = re.sub(r"\s", "", layout).replace(",", "")
     for repeated in (r"\(([^()]+)\)\*(\d+)", r"([A-Za-z])\*(\d+)"):
         text = re.sub(repeated, lambda match: match[1] * int(match[2]), text)
@@ -81,7 +81,7 @@ def cut(costs: Sequence[float], stages: int, *, embedding: float = 0.0, head: fl
         return sums[stop] - sums[start] + ends
 
     def least(limit: float, power: int) -> list[list[tuple[float, int]]]:
-        """Of the first s stages with the first n layers: the least maximum (power 0), or sum of powers, and where the last begins."""
+        """Of the first s stages with the first n layers: the least maximum (power 0) or sum of powers; where the last begins."""
         table = [[(0.0 if n == 0 else float("inf"), 0) for n in range(number + 1)]]
         for stage in range(stages):
             smallest = 0 if stage in (0, stages - 1) else 1
@@ -103,6 +103,4 @@ def cut(costs: Sequence[float], stages: int, *, embedding: float = 0.0, head: fl
     for stage in reversed(range(stages)):
         bounds.append(table[stage + 1][bounds[-1]][1])
     bounds.reverse()
-    return tuple(
-        StageLayers(tuple(range(bounds[s], bounds[s + 1])), s == 0, s == stages - 1) for s in range(stages)
-    )
+    return tuple(StageLayers(tuple(range(bounds[s], bounds[s + 1])), s == 0, s == stages - 1) for s in range(stages))

@@ -13,9 +13,9 @@ POINT_TO_POINT = (Op.SEND, Op.RECV)
 def check_together(of_ranks: Sequence[Program], axes: Mapping[str, Sequence[int]] = {}) -> None:
     """Raise ValueError, with pipeline rank, position and instruction, unless the programs fit together.
 
-    Each is one that `megalina.step.program.check` accepts.  `axes`: further axes that span pipeline ranks, such as that of a bucket
-    which several of them use, with these ranks; "world" spans all, and an axis between two ranks those two.  Any other axis is of
-    ranks that hold one and the same program, so its order is one.
+    Each is one that `megalina.step.program.check` accepts.  `axes`: further axes that span pipeline ranks, such as that of a
+    bucket which several of them use, with these ranks; "world" spans all, and an axis between two ranks those two.  Any other
+    axis is of ranks that hold one and the same program, so its order is one.
 
     A WAIT ends once all ranks of its axis have started what it waits for, so a SEND is one for its RECV too (rendezvous)."""
     members = {WORLD: tuple(range(len(of_ranks))), **{axis: tuple(ranks) for axis, ranks in axes.items()}}
@@ -38,8 +38,8 @@ def _check_axis(axis: str, ranks: Sequence[int], of_ranks: Sequence[Program]) ->
         for (position, own), (there, met) in zip(started, theirs):
             if _met_by(own) != _sent(met):
                 raise ValueError(
-                    f"rank {first} at position {position}, {_text(own)}, meets {_text(met)} of rank {other} at position {there}: along "
-                    f"axis {axis} they start things in different orders"
+                    f"rank {first} at position {position}, {_text(own)}, meets {_text(met)} of rank {other} at position {there}: "
+                    f"along axis {axis} they start things in different orders"
                 )
         if len(started) != len(theirs):
             longer, extra = (first, started) if len(started) > len(theirs) else (other, theirs)
@@ -66,7 +66,7 @@ def _text(instruction: Instruction) -> str:
 
 
 def _check_end(of_ranks: Sequence[Program], members: Mapping[str, Sequence[int]]) -> None:
-    """Walk all programs; a rank stands still at a WAIT until every rank of the axis has started so many things as it waits for."""
+    """Walk all programs; a rank stands still at a WAIT until every rank of the axis has started what it waits for."""
     numbers = [_numbers(program, members) for program in of_ranks]
     started = [dict.fromkeys(members, 0) for _ in of_ranks]
     at = [0] * len(of_ranks)
@@ -93,13 +93,14 @@ def _check_end(of_ranks: Sequence[Program], members: Mapping[str, Sequence[int]]
     if not standing:
         return
     way: list[int] = []
-    rank: int | None = standing[0]
-    while rank is not None and rank not in way:
-        way.append(rank)
-        rank = late(rank)
-    assert rank is not None, "orders along axes are the same, so what is waited for comes"
+    waiting: int | None = standing[0]
+    while waiting is not None and waiting not in way:
+        way.append(waiting)
+        waiting = late(waiting)
+    assert waiting is not None, "orders along axes are the same, so what is waited for comes"
+    ring = way[way.index(waiting) :]
     lines = [
-        f"rank {r} at position {at[r]}, {_text(of_ranks[r][at[r]])}, waits for rank {late(r)}" for r in way[way.index(rank) :]
+        f"rank {rank} at position {at[rank]}, {_text(of_ranks[rank][at[rank]])}, waits for rank {late(rank)}" for rank in ring
     ]
     raise ValueError(f"the programs never end: {'; '.join(lines)}")
 

@@ -1,8 +1,8 @@
 """Tables as torch.distributed.pipelining reads and writes them: a CSV file with a row a rank, in two formats: "compute_only", and
 "compute_comms" with messages and FSDP's gathers.
 
-`_PipelineScheduleRuntime._load_csv` and `_dump_csv` are torch's side (torch 2.13).  A cell is `2F0`, `1SEND_F3` or `0UNSHARD`; a pair
-is `(0F4;7B1)OVERLAP_F_B`; an empty one is a time in which a rank does nothing in torch's own drawing, and means nothing here.
+`_PipelineScheduleRuntime._load_csv` and `_dump_csv` are torch's side (torch 2.13).  A cell is `2F0`, `1SEND_F3` or `0UNSHARD`; a
+pair is `(0F4;7B1)OVERLAP_F_B`; an empty one is a time in which a rank does nothing in torch's drawing, and means nothing here.
 """
 
 import csv
@@ -20,7 +20,7 @@ ALONE = (Work.UNSHARD, Work.RESHARD, Work.REDUCE_GRAD)  # of a stage, not of a m
 def from_csv(text: str) -> Pipeline:
     """The lists of a table.  Where stages are follows from who computes them, and how many micro-batches there are from the most
     forwards of a stage.  ValueError, with row and column, for what is no table."""
-    rows = [row for row in csv.reader(io.StringIO(text))]
+    rows = list(csv.reader(io.StringIO(text)))
     lists = tuple(
         tuple(_entry(word.strip(), f"row {rank + 1}, column {column + 1}") for column, word in enumerate(row) if word.strip())
         for rank, row in enumerate(rows)
@@ -47,7 +47,9 @@ def _entry(word: str, where: str) -> Entry:
 def _cell(word: str, where: str) -> Cell:
     match = CELL.fullmatch(word)
     if match is None:
-        raise ValueError(f"{where}: {word!r} is no cell; write 2F0, 2B0, 2I0, 2W0, 2SEND_F0, 2RECV_B0, 2UNSHARD, (0F4;7B1)OVERLAP_F_B")
+        raise ValueError(
+            f"{where}: {word!r} is no cell; write 2F0, 2B0, 2I0, 2W0, 2SEND_F0, 2RECV_B0, 2UNSHARD, (0F4;7B1)OVERLAP_F_B"
+        )
     work = Work(match[2])
     if (work in ALONE) == bool(match[3]):
         raise ValueError(f"{where}: {word!r} {'is of a stage alone' if work in ALONE else 'says no micro-batch'}")

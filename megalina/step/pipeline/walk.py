@@ -1,4 +1,4 @@
-"""The lists of all ranks walked together in virtual time, a clock of numbers alone: how long a step takes, who stands idle when."""
+"""The lists of all ranks walked together in virtual time, a clock of numbers alone: how long a step takes, who is idle when."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +34,9 @@ class Times:
 
     def of_entry(self, entry: Entry, chunks: int) -> float:
         return sum(self.of(cell, chunks) for cell in entry) * (self.pair if len(entry) > 1 else 1.0)
+
+
+UNIT = Times()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,8 @@ def message_of(result: Cell, to_stage: int) -> Cell:
 
 
 def asked_before(cells: CellList, position: int) -> Entry:
-    """The RECVs that a rank asks for before it begins an entry, though they stand behind it: they may come meanwhile.  Those behind
-    a SEND of the same batch don't, as both ranks would have the two in different orders then."""
+    """The RECVs that a rank asks for before it begins an entry, though they stand behind it: they may come meanwhile.  Not those
+    behind a SEND of the same batch, since both ranks would have the two in different orders then."""
     following = cells[position + 1] if position + 1 < len(cells) else ()
     return tuple(takewhile(lambda cell: cell.work in RECEIVES, following))
 
@@ -121,8 +124,8 @@ class _Walk:
 
     def arrival(self, message: Cell) -> float | None:
         """When both ends have come to a message, and it has been sent; None: they haven't."""
-        both = self.posted.get(message), self.posted.get(message.other_end)
-        return max(both) + self.times.message if both[0] is not None and both[1] is not None else None
+        here, there = self.posted.get(message), self.posted.get(message.other_end)
+        return max(here, there) + self.times.message if here is not None and there is not None else None
 
     def ready(self, rank: int, need: Cell, cell: Cell) -> float | None:
         """When a rank has what one of its cells needs."""
@@ -172,12 +175,13 @@ class _Walk:
         raise AssertionError(f"rank {rank} could go on")
 
 
-def walk(pipeline: Pipeline, times: Times = Times(), *, meet: bool = False) -> Walked:
+def walk(pipeline: Pipeline, times: Times = UNIT, *, meet: bool = False) -> Walked:
     """Every rank goes through its list in order; a cell begins when its rank is free and has what it needs.
 
     A message is sent when both ranks have come to it (to its end alone where lists have no SEND and RECV), takes its time, and
-    holds up nobody but the cell that reads it; a RECV is asked for before the cell in front of it (`asked_before`).  `meet`: rendezvous, the strictest reading of a list: a rank stands still at its
-    messages until all of a batch have been sent.  Stuck, with the circle, where there is no end."""
+    holds up nobody but the cell that reads it; a RECV is asked for before the cell in front of it (`asked_before`).  `meet`:
+    rendezvous, the strictest reading of a list: a rank stands still at its messages until all of a batch have been sent.  Stuck,
+    with the circle, where there is no end."""
     ranks = pipeline.ranks
     state = _Walk(pipeline, times, meet, pipeline.has_messages, pipeline.stages // ranks)
     state.at, state.clock, state.spans = [0] * ranks, [0.0] * ranks, [[] for _ in range(ranks)]

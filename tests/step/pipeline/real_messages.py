@@ -61,6 +61,8 @@ def trains(pipeline: Pipeline) -> bool:
                         moved = True
                         continue
                     break
+                if any(pipeline.rank_of[cell.stage] != rank for cell in entry):
+                    return False  # it has no weights for that
                 before = dict(made[rank])  # cells of a pair can't take what the other gives
                 if not all(_compute(cell, made[rank], stages, before) for cell in entry):
                     return False

@@ -12,7 +12,11 @@ from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.walk import Times, walk
 
-TRIPLES = ((1.0, 1.0, 1.0), (1.0, 1.25, 0.75), (1.0, 1.0, 0.5))  # exact in binary: walks equal formulas to the last bit but for thirds
+TRIPLES = (
+    (1.0, 1.0, 1.0),
+    (1.0, 1.25, 0.75),
+    (1.0, 1.0, 0.5),
+)  # exact in binary: walks equal formulas to the last bit but for thirds
 ANY_CHUNKS = (1, 2, 3)
 
 
@@ -46,10 +50,10 @@ def held(name: str, ranks: int, most: int) -> None:
     assert seen or name == "greedy"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 5])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_walks_give_what_formulas_say(name: str, ranks: int) -> None:
-    held(name, ranks, 12)
+    held(name, ranks, 8)
 
 
 @pytest.mark.full
@@ -117,12 +121,12 @@ def test_stages_lie_on_a_loop_or_on_a_v() -> None:
     [
         ("1f1b", Size(4, 2, 8), "1f1b has one chunk on each rank, not 2: set chunks to 1"),
         ("zbv", Size(4, 1, 8), "zbv has 2 chunks on each rank, not 1: set chunks to 2"),
-        ("interleaved", Size(4, 2, 10), "10 of them must be a multiple of 4 stages: take 8 or 12"),
-        ("interleaved", Size(4, 2, 3), "3 of them must be a multiple of 4 stages: take 4"),
-        ("zb_h1", Size(4, 2, 6), "6 of them must be a multiple of 4 stages: take 4 or 8"),
-        ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 stages"),
+        ("interleaved", Size(4, 2, 10), "10 of them must be a multiple of 4 ranks: take 8 or 12"),
+        ("interleaved", Size(4, 2, 3), "3 of them must be a multiple of 4 ranks: take 4"),
+        ("zb_h1", Size(4, 2, 6), "6 of them must be a multiple of 4 ranks: take 4 or 8"),
+        ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 ranks"),
         ("greedy", Size(4, 2, 7, most_live=0.5), "room for 0.5 micro-batches of activations on a rank: .* give 1 or more"),
-        ("gpipe", Size(0, 1, 7), "stages 0, chunks 1, micro-batches 7: each must be at least 1"),
+        ("gpipe", Size(0, 1, 7), "ranks 0, chunks 1, micro-batches 7: each must be at least 1"),
     ],
 )
 def test_numbers_that_a_schedule_is_not_made_for_are_refused(name: str, size: Size, error: str) -> None:

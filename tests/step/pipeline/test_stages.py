@@ -11,7 +11,13 @@ LAYOUTS = ("Et*3|(tt|)*29,m|L", "Et*6|t*6|t*6|t*5|t*5|t*5|t*5|t*5L", "EtL", "E|(
 
 def test_a_layout_of_megatron_is_read() -> None:
     stages = stages_from("Et*3|(tt|)*2,m|L", num_layers=7, mtp_layers=1)
-    assert stages == (StageLayers((0, 1, 2), True), StageLayers((3, 4)), StageLayers((5, 6)), StageLayers((7,)), StageLayers((), head=True))
+    assert stages == (
+        StageLayers((0, 1, 2), True),
+        StageLayers((3, 4)),
+        StageLayers((5, 6)),
+        StageLayers((7,)),
+        StageLayers((), head=True),
+    )
     assert list(map(str, stages)) == ["E 0-2", "3-4", "5-6", "7", "L"]
     assert layout_of(stages, mtp_layers=1) == "Ettt|tt|tt|m|L"
 

@@ -69,7 +69,7 @@ def test_a_table_that_is_written_is_the_one_that_was_read(path: Path) -> None:
     pipeline = from_csv(path.read_text())
     assert from_csv(to_csv(pipeline)) == pipeline
     written = [[word for word in row if word] for row in csv.reader(path.read_text().splitlines())]
-    assert [row for row in csv.reader(to_csv(pipeline).splitlines())] == written
+    assert list(csv.reader(to_csv(pipeline).splitlines())) == written
 
 
 @pytest.mark.parametrize(

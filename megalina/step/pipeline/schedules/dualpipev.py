@@ -32,8 +32,8 @@ def dualpipev(size: Size) -> list[CellList]:
 def refuse(size: Size) -> None:
     if size.micro_batches < 2 * size.ranks:
         raise ValueError(
-            f"dualpipev needs twice as many micro-batches as stages, {2 * size.ranks}, to fill both halves of its V, and there are "
-            f"{size.micro_batches}: take {2 * size.ranks} or more, or at most {size.micro_batches // 2} stages"
+            f"dualpipev needs twice as many micro-batches as ranks, {2 * size.ranks}, to fill both halves of its V, and there "
+            f"are {size.micro_batches}: take {2 * size.ranks} or more, or at most {size.micro_batches // 2} ranks"
         )
 
 

@@ -2,14 +2,14 @@
 Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 3.1, and its zbv_greedy).  Stages may differ in what they take."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megalina.step.pipeline.cell import Cell, CellList, Entry, Pipeline, Work, v_shape
 from megalina.step.pipeline.schedules.schedule import Schedule, Size
 from megalina.step.pipeline.walk import walk
 
-F, I, W = Work.FORWARD, Work.INPUT_GRADIENTS, Work.WEIGHT_GRADIENTS
-PREFERRED = ({F: (I, F), I: (F, I)}, {F: (I, F), I: (I, F)}, {F: (F, I), I: (F, I)})  # by what a rank did last
+F, B, W = Work.FORWARD, Work.INPUT_GRADIENTS, Work.WEIGHT_GRADIENTS
+PREFERRED = ({F: (B, F), B: (F, B)}, {F: (B, F), B: (B, F)}, {F: (F, B), B: (F, B)})  # by what a rank did last
 
 
 def greedy(size: Size) -> list[CellList]:
@@ -23,11 +23,11 @@ class _Greedy:
     """Gradients of weights go where nothing else comes for half of their time.  A forward leaves room for one more in each later
     chunk of its rank, so the oldest micro-batch always comes through."""
 
-    def __init__(self, size: Size, preferred: dict[Work, Sequence[Work]]):
+    def __init__(self, size: Size, preferred: Mapping[Work, Sequence[Work]]):
         self.size, self.preferred, self.rank_of = size, preferred, v_shape(size.ranks, size.chunks)
         self.room = int((size.most_live or size.ranks) * size.chunks)  # in micro-batches of a chunk, until weights are done
         self.ready = {Cell(F, 0, i): 0.0 for i in range(size.micro_batches)}
-        self.free, self.live, self.last = [0.0] * size.ranks, [0] * size.ranks, [I] * size.ranks
+        self.free, self.live, self.last = [0.0] * size.ranks, [0] * size.ranks, [B] * size.ranks
         self.done = Counter[tuple[Work, int]]()
         self.owed: list[list[Cell]] = [[] for _ in range(size.ranks)]
 
@@ -39,10 +39,10 @@ class _Greedy:
             rank = self.rank_of[cell.stage]
             out[rank].append((cell,))
             self.take(rank, cell, self.free[rank] if cell.work is W else when)
-            stage = {F: cell.stage + 1, I: cell.stage - 1}.get(cell.work, -1)
+            stage = {F: cell.stage + 1, B: cell.stage - 1}.get(cell.work, -1)
             following = Cell(cell.work, stage, cell.micro_batch)
             if stage == self.size.stages:
-                following = Cell(I, cell.stage, cell.micro_batch)  # of the last forward
+                following = Cell(B, cell.stage, cell.micro_batch)  # of the last forward
             if stage >= 0:
                 there = self.rank_of[following.stage]
                 self.ready[following] = self.free[rank] + (self.size.times.message if there != rank else 0.0)
@@ -53,12 +53,12 @@ class _Greedy:
     def take(self, rank: int, cell: Cell, start: float) -> None:
         self.free[rank] = start + self.size.times.of(cell, self.size.chunks)
         self.done[cell.work, cell.stage] += 1
-        self.live[rank] += {F: 1, I: 0, W: -1}[cell.work]
+        self.live[rank] += {F: 1, B: 0, W: -1}[cell.work]
         if cell.work is W:
             self.owed[rank].pop(0)
             return
         self.last[rank] = cell.work
-        if cell.work is I:
+        if cell.work is B:
             self.owed[rank].append(Cell(W, cell.stage, cell.micro_batch))
 
     def best(self, rank: int) -> tuple[float, int, int, Cell] | None:
@@ -68,7 +68,7 @@ class _Greedy:
             later = self.size.chunks - 1 - stage // self.size.ranks
             for turn, work in enumerate(self.preferred[self.last[rank]]):
                 cell = Cell(work, stage, self.done[work, stage])
-                if cell in self.ready and (work is I or self.live[rank] + 1 + later <= self.room):
+                if cell in self.ready and (work is B or self.live[rank] + 1 + later <= self.room):
                     found.append((max(self.free[rank], self.ready[cell]), turn, -stage, cell))
         return min(found, key=lambda option: option[:3], default=None)
 
@@ -76,8 +76,8 @@ class _Greedy:
 def refuse(size: Size) -> None:
     if size.most_live and size.most_live < 1:
         raise ValueError(
-            f"room for {size.most_live:g} micro-batches of activations on a rank: one goes through all of its chunks at least, so "
-            "give 1 or more"
+            f"room for {size.most_live:g} micro-batches of activations on a rank: one goes through all of its chunks at least, "
+            "so give 1 or more"
         )
 
 

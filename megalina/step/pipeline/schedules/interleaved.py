@@ -32,8 +32,8 @@ def refuse(size: Size) -> None:
     if over := size.micro_batches % size.ranks:
         less, more = size.micro_batches - over, size.micro_batches - over + size.ranks
         raise ValueError(
-            f"micro-batches go through chunks in groups of as many as there are stages, so {size.micro_batches} of them must be "
-            f"a multiple of {size.ranks} stages: take {f'{less} or ' if less else ''}{more}"
+            f"micro-batches go through chunks in groups of as many as there are ranks, so {size.micro_batches} of them must be "
+            f"a multiple of {size.ranks} ranks: take {f'{less} or ' if less else ''}{more}"
         )
 
 

@@ -12,7 +12,7 @@ from megalina.step.pipeline.walk import Times
 class Size:
     """What a schedule is for."""
 
-    ranks: int  # P, the pipeline's stages as Megatron counts them
+    ranks: int  # P
     chunks: int  # V, stages that each rank holds
     micro_batches: int  # m
     times: Times = field(default_factory=Times)  # `greedy` alone goes by them, and
@@ -53,10 +53,12 @@ class Schedule:
         """The lists, without messages.  ValueError, with the numbers and what to change, for what the schedule isn't made for."""
         if size.ranks < 1 or size.chunks < 1 or size.micro_batches < 1:
             raise ValueError(
-                f"stages {size.ranks}, chunks {size.chunks}, micro-batches {size.micro_batches}: each must be at least 1"
+                f"ranks {size.ranks}, chunks {size.chunks}, micro-batches {size.micro_batches}: each must be at least 1"
             )
         if self.chunks and size.chunks != self.chunks:
-            raise ValueError(f"{self.name} has {_chunks(self.chunks)} on each rank, not {size.chunks}: set chunks to {self.chunks}")
+            raise ValueError(
+                f"{self.name} has {_chunks(self.chunks)} on each rank, not {size.chunks}: set chunks to {self.chunks}"
+            )
         self.refuse(size)
         return Pipeline(tuple(self.cells(size)), self.placement(size.ranks, size.chunks), size.micro_batches)
 

@@ -1,5 +1,5 @@
-"""ZB-V: two chunks a rank on a V, so that the first rank has the last stage and starts backward at once; gradients of weights fill
-what is left (Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 6)."""
+"""ZB-V: two chunks a rank on a V, so that the first rank has the last stage and starts backward at once; gradients of weights
+fill what is left (Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 6)."""
 
 from megalina.step.pipeline.cell import CellList, v_shape
 from megalina.step.pipeline.schedules.schedule import Schedule, Size
