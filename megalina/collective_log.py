@@ -1,10 +1,10 @@
 """The log of collectives: what this rank has put on the wire, per axis and in order, and where its program is.
 
 Every rank holds the same list, so on one axis all ranks must submit the same sequence: class, instruction, number, type, size of
-a row, and number of elements where that is equal by definition.  An all-to-all's sizes differ by rank, and a message's; there what
-i sends to j must be what j receives from i.  (The lists of a pipeline's stages differ: there it is the ranks of one row of an axis
-that must submit the same.)  Both go into a few numbers that ride on the reduction which closes a step, so a
-difference is known on all ranks before anything is updated.  (On gloo a wrong order mixes tensors of equal size without a word.)
+a row, and number of elements where that is equal by definition.  An all-to-all's sizes differ by rank, and a message's; there
+what i sends to j must be what j receives from i.  (The stages of a pipeline hold lists of their own: there the ranks of one row
+of an axis must submit the same.)  Both go into a few numbers that ride on the reduction which closes a step, so a difference is
+known on all ranks before anything is updated.  (On gloo a wrong order mixes tensors of equal size without a word.)
 """
 
 import mmap

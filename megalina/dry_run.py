@@ -24,13 +24,14 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
     counts = count_parameters(config.model, router, vocab_size=words, seq_len=train.seq_len)
     micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
     tokens = train.global_batch_size * train.seq_len
+    stages = f"pp {pp} x " if pp > 1 else ""
     ahead = f" and {config.model.mtp_layers} of multi-token prediction" if config.model.mtp_layers else ""
     lines = [
         f"model      {config.model.name}: {config.model.num_layers} layers{ahead}, {counts.num_moe_layers} of them MoE, "
         f"{counts.num_experts} experts, top-{counts.top_k} ({router.kind}), vocabulary {words:,}",
         f"parameters {counts.total:,} total, {counts.active:,} active for a token, "
         f"{counts.without_embeddings:,} without embeddings",
-        f"layout     {world} ranks = {f'pp {pp} x ' if pp > 1 else ''}edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
+        f"layout     {world} ranks = {stages}edp {edp} x ep {ep} x tp {tp}{f' (packing {packing})' if packing > 1 else ''}; "
         f"dense parameters are reduced over dp {dp}, experts over edp x tp {edp * tp}",
     ]
     groups_of = rows_of_stages(held.axes, pp) if pp > 1 else rows(held.axes)

@@ -106,8 +106,8 @@ def build_meshes(
 ) -> dict[int, Mesh]:
     """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
-    `pp`: stages of a pipeline, each of which tp and ep cut; `across`: axes between them, with the numbers of those that are on one.
-    ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
+    `pp`: stages of a pipeline, each of which tp and ep cut; `across`: axes between them, with the numbers of the stages that are
+    on one.  ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % pp:
         raise ValueError(f"pp ({pp}) must divide the world size ({world})")

@@ -35,8 +35,8 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
     where = f"parallel.pp={parallel.pp}"
     if strategy.name not in PIPELINED:
         raise ValueError(
-            f"strategy={strategy.name} makes a list that goes over all layers, and with {where} each rank has cells of some: choose "
-            f"{', '.join(PIPELINED)}, or parallel.pp=1"
+            f"strategy={strategy.name} makes a list that goes over all layers, and with {where} each rank has cells of some: "
+            f"choose {', '.join(PIPELINED)}, or parallel.pp=1"
         )
     _check_numbers(strategy, where)
     if config.router.group == "global":
@@ -46,11 +46,13 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
         )
     if config.profile.record:
         raise ValueError(
-            f"profile.record=true and {where} exclude each other, as a rank sees the choices of some layers alone: set it to false"
+            f"profile.record=true and {where} exclude each other, as a rank sees the choices of some layers alone: set it to "
+            "false"
         )
     if config.timeline.metrics or config.timeline.trace_steps:
         raise ValueError(
-            f"timeline.metrics and timeline.trace_steps aren't made for {where}, whose ranks hold lists of their own, yet: leave both out"
+            f"timeline.metrics and timeline.trace_steps aren't made for {where} yet, whose ranks hold lists of their own: leave "
+            "both out"
         )
     if config.parallel.placement:
         raise ValueError(f"parallel.placement and {where} exclude each other yet: leave parallel.placement out")
@@ -58,8 +60,8 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
     empty = [rank for rank in range(job.ranks) if not job.held(rank).layers]
     if optimizer_of(config.optim).clips_heads and empty:
         raise ValueError(
-            f"optim={config.optim.name} and parallel.pp_layout={parallel.pp_layout} exclude each other, as pipeline rank {empty[0]} "
-            "has no layer whose logits it could tell: give each rank a layer, or take optim=muon"
+            f"optim={config.optim.name} and parallel.pp_layout={parallel.pp_layout} exclude each other, as pipeline rank "
+            f"{empty[0]} has no layer whose logits it could tell: give each rank a layer, or take optim=muon"
         )
 
 

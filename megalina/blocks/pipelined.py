@@ -106,8 +106,8 @@ def _stages(config: PretrainConfig, number: int, costs: _Costs) -> tuple[StageLa
             )
         if early := [s for s, of in enumerate(stages[:-1]) if any(layer >= model.num_layers for layer in of.layers)]:
             raise ValueError(
-                f"parallel.pp_layout={layout} has a layer of multi-token prediction in stage {early[0]}, and these share the last "
-                "norm and the output matrix: put all m into the last stage, before its L"
+                f"parallel.pp_layout={layout} has a layer of multi-token prediction in stage {early[0]}, and these share the "
+                "last norm and the output matrix: put all m into the last stage, before its L"
             )
         return stages
     if number > model.num_layers:

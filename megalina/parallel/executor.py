@@ -35,8 +35,8 @@ Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of th
 
 class Executor:
     """One program, ready to run.  `log`: where collectives are noted, and the program's place; None: one of its own.
-    `device`: an emulated one, or None; `token_bytes`: counts what is sent; `stream`: memory for what a stage of a pipeline gets of
-    another."""
+    `device`: an emulated one, or None; `token_bytes`: counts what is sent; `stream`: memory for what a stage of a pipeline gets
+    of another."""
 
     def __init__(
         self,

@@ -107,7 +107,8 @@ def _backward_order(runner: StepRunner) -> Callable[[str], int]:
 def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]:
     """Run the forward passes of `batch` again, with the weights as they are; all ranks together.
 
-    Returns the place in the model's order of this rank's first instruction whose output is not finite, and its tag; (NOWHERE, "") if all are.
+    Returns the place, in the model's order, of this rank's first instruction whose output is not finite, and its tag; (NOWHERE,
+    "") if all are.
     """
     found, number = (NOWHERE, ""), 0  # of the micro-batch
     order = {s.key: i for i, s in enumerate(plain(trainable.setting.shape))}  # over all stages of a pipeline
@@ -130,6 +131,6 @@ def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]
     executor = Executor(program, watched, mesh, buckets, log=trainable.log, stream=trainable.new_stream)
     trainable.gpt.train()
     with torch.no_grad():
-        for number, part in enumerate(batch.split(trainable.micro_batch_size)):
+        for number, part in enumerate(batch.split(trainable.micro_batch_size)):  # noqa: B007  `run` reads it
             executor.run({"#batch.-.0": part})
     return found

@@ -14,9 +14,22 @@ from megalina.config import PretrainConfig
 from tests.parallel.ranks import run_on_ranks
 from tests.train.small_run import checkpoint, config_of, records_of, same_checkpoints, write_tokens
 
-RUN: dict[str, Any] = {"num_layers": 4, "steps": 6, "interval": 2, "eval_interval": 3, "dtype": "float64", "dense_layers_first": 1}
+RUN: dict[str, Any] = {
+    "num_layers": 4,
+    "dense_layers_first": 1,
+    "steps": 6,
+    "interval": 2,
+    "eval_interval": 3,
+    "dtype": "float64",
+}
 LEFT_OUT = (  # clocks, and what one of several runs alone has
-    "changed_settings", "step_s", "tokens_per_s", "mfu", "memory_gb", "token_bytes_between_nodes", "token_bytes_within_nodes",
+    "changed_settings",
+    "step_s",
+    "tokens_per_s",
+    "mfu",
+    "memory_gb",
+    "token_bytes_between_nodes",
+    "token_bytes_within_nodes",
 )
 
 

@@ -38,7 +38,7 @@ def test_a_schedule_gives_the_numbers_of_one_process(schedule: str) -> None:
 
 ROWS: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(4, tp=2, pp=2, micro_batch=1, zero=1, pipeline="zb_h1"), {"num_layers": 3, "optimizer": "muon"}),
-    (Layout(4, ep=2, pp=2, micro_batch=1, recompute="full"), {"num_layers": 3, "tie_embeddings": False, "router": "expert choice"}),
+    (Layout(4, ep=2, pp=2, micro_batch=1, recompute="full"), {"num_layers": 3, "router": "expert choice"}),
     (Layout(4, pp=2, micro_batch=1, chunks=2, pipeline="zbv", zero=1), {"num_layers": 4, "model": "ahead"}),
     (Layout(4, pp=4, stages="E|tt|tt|L", strategy="ddp"), {"num_layers": 4, "model": "GPT-2", "optimizer": "sgd"}),
     (Layout(2, pp=2, stages="Ettt|tmmL"), {"num_layers": 4, "model": "ahead", "router": "sigmoid"}),

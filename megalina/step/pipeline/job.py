@@ -7,7 +7,7 @@ from megalina.layout import EMBEDDING
 from megalina.step.forward import plain
 from megalina.step.partition import with_own_counts
 from megalina.step.passes import place_newton_schulz
-from megalina.step.pipeline.cell import Cell, Pipeline, Work
+from megalina.step.pipeline.cell import Pipeline
 from megalina.step.pipeline.cell import forward as forward_cell
 from megalina.step.pipeline.fill import Filling, axis_of, programs
 from megalina.step.pipeline.messages import with_messages
