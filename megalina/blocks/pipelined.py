@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalina.blocks.model import blocks_of
+from megalina.blocks.reference import is_reference, load
 from megalina.blocks.sizes import Rank
 from megalina.config import ModelConfig, PretrainConfig, RouterConfig
 from megalina.step.forward import plain
@@ -12,7 +13,7 @@ from megalina.step.pipeline.cell import Pipeline, Work
 from megalina.step.pipeline.check import check
 from megalina.step.pipeline.job import Pipelined
 from megalina.step.pipeline.messages import with_messages
-from megalina.step.pipeline.schedules.schedule import Size
+from megalina.step.pipeline.schedules.schedule import Schedule, Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.stages import StageLayers, cut, stages_from
 from megalina.step.pipeline.torch_table import from_csv
@@ -56,23 +57,35 @@ def pipelined(config: PretrainConfig, world: int, *, vocab_size: int = 0) -> Pip
     shares = _shares(stages, costs, parallel.pp)
     if table is not None:
         pipeline = table
-    elif config.strategy.pipeline in SCHEDULES:
+    else:
         size = Size(parallel.pp, parallel.pp_chunks, micro_batches, Times(shares=shares))
         try:
-            pipeline = SCHEDULES[config.strategy.pipeline].pipeline(size)
+            pipeline = schedule_of(config.strategy.pipeline).pipeline(size)
+            if config.strategy.pipeline not in SCHEDULES:  # those that are there are known to be right
+                check(pipeline)
         except ValueError as error:
             raise ValueError(
                 f"strategy.pipeline={config.strategy.pipeline} with parallel.pp={parallel.pp}, parallel.pp_chunks="
                 f"{parallel.pp_chunks} and {micro_batches} micro-batches a step on each of {dp} data-parallel ranks: {error}"
             ) from None
-    else:
-        raise ValueError(
-            f"strategy.pipeline={config.strategy.pipeline} is not one of {', '.join(SCHEDULES)}, nor a table, FILE{TABLE}"
-        )
     with_all = pipeline if pipeline.has_messages else with_messages(pipeline, Times(shares=shares))
     words = [s for s, of in enumerate(stages) if of.embedding]
     words += [s for s, of in enumerate(stages) if of.head and (config.model.tie_embeddings or config.model.mtp_layers)]
     return Pipelined(with_all, stages, tuple(dict.fromkeys(words)))
+
+
+def schedule_of(name: str) -> Schedule:
+    """By its name, or one's own by a reference.  ValueError where there is none."""
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    if not is_reference(name):
+        raise ValueError(
+            f"there is no such schedule: choose one of {', '.join(SCHEDULES)}, FILE{TABLE} or folder/file.py:SCHEDULE"
+        )
+    found = load(name)
+    if not isinstance(found, Schedule):
+        raise ValueError(f"{name} is no Schedule: make one as docs/pipelines.md shows")
+    return found
 
 
 def read_table(path: str, micro_batches: int) -> Pipeline:
