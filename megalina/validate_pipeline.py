@@ -60,8 +60,8 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
     empty = [rank for rank in range(job.ranks) if not job.held(rank).layers]
     if optimizer_of(config.optim).clips_heads and empty:
         raise ValueError(
-            f"optim={config.optim.name} and parallel.pp_layout={parallel.pp_layout} exclude each other, as pipeline rank "
-            f"{empty[0]} has no layer whose logits it could tell: give each rank a layer, or take optim=muon"
+            f"optim={config.optim.name} clips by what every pipeline rank's attention tells, and rank {empty[0]} has no layer: give "
+            "each rank one with parallel.pp_layout, or take optim=muon"
         )
 
 
