@@ -54,14 +54,12 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
             f"timeline.metrics and timeline.trace_steps aren't made for {where} yet, whose ranks hold lists of their own: leave "
             "both out"
         )
-    if config.parallel.placement:
-        raise ValueError(f"parallel.placement and {where} exclude each other yet: leave parallel.placement out")
     job = pipelined(config, world)
     empty = [rank for rank in range(job.ranks) if not job.held(rank).layers]
     if optimizer_of(config.optim).clips_heads and empty:
         raise ValueError(
-            f"optim={config.optim.name} clips by what every pipeline rank's attention tells, and rank {empty[0]} has no layer: give "
-            "each rank one with parallel.pp_layout, or take optim=muon"
+            f"optim={config.optim.name} clips by what every pipeline rank's attention tells, and rank {empty[0]} has no layer: "
+            "give each rank one with parallel.pp_layout, or take optim=muon"
         )
 
 
