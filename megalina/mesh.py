@@ -2,7 +2,7 @@
 
 world = edp x ep x tp, tp innermost (the fastest links).  Dense parameters are copied over dp = edp x ep.  An expert
 sits on one ep coordinate and is copied over edp x tp, since every tp rank dispatches its own share of the tokens.
-With pipelines the world is a row of stages, each cut so: what lies along them are axes of their own (`stages`).
+With pipelines the world is a row of stages, each cut so: what lies along them are axes of their own (`along_stages`).
 Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
 keep one order.  `group` None means nobody to talk to.
 

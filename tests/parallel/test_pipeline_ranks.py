@@ -15,6 +15,7 @@ from megalina.layout import axis_of_group, axis_sizes, rows_across, rows_of_stag
 from megalina.parallel.trainable import Trainable
 from megalina.step.pipeline.together import check_together
 from megalina.step.program import Kind, Op, Program, check
+from megalina.train.recovery import first_bad_instruction
 from megalina.verify.recording import SEQUENCES, Layout
 from megalina.verify.start import random_batches
 from tests.parallel.thread_ranks import meshes, on_threads
@@ -83,6 +84,29 @@ def test_evaluation_goes_through_all_stages() -> None:
     (alone,) = trainables(replace(config, parallel=replace(config.parallel, pp=1, ep=1, pp_chunks=1)), 1)
     wanted = torch.stack([alone.evaluate(part) for part in batch.split(config.train.micro_batch_size)]).sum(0)
     assert all(torch.allclose(value, wanted, rtol=1e-12) for value in found)
+
+
+def test_one_rank_that_wishes_to_stop_stops_all_after_the_same_step() -> None:
+    config = config_of(Layout(2, pp=2, micro_batch=2), num_layers=2)
+    ranks = trainables(config, 2)
+    ranks[1].instruction_functions.wish_to_stop = lambda: True
+    batch = random_batches(config, 1)[0]
+    results = on_threads(2, lambda rank: ranks[rank].step(batch, lambda name, result: None))
+    assert [result.stop for result in results] == [True, True]
+    assert results[0].loads.equal(results[1].loads) and (results[0].loads[:, :-1].sum(1) > 0).all()  # of both layers, on both
+    assert results[0].loss == results[1].loss and results[0].grad_norm == results[1].grad_norm
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_first_value_that_is_not_finite_is_looked_for_over_all_stages(stage: int) -> None:
+    config = config_of(Layout(2, pp=2, micro_batch=2), num_layers=2)
+    ranks = trainables(config, 2)
+    with torch.no_grad():
+        ranks[stage].gpt.layers[stage].attention_norm.weight.fill_(float("nan"))
+    batch = random_batches(config, 1)[0]
+    found = on_threads(2, lambda rank: first_bad_instruction(ranks[rank], batch))
+    _, rank, tag = min((place, rank, tag) for rank, (place, tag) in enumerate(found))
+    assert (rank, tag) == (stage, f"F:attention.{stage}.0")
 
 
 # mix-ups

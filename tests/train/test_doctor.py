@@ -410,3 +410,10 @@ def test_messages_of_a_pipeline_that_change_places_are_caught_before_the_update(
 def test_a_message_that_never_leaves_its_stage_is_named(job: Callable[..., Outcome]) -> None:
     text = explained(job(loses_a_message, **PIPELINE), "no rank has made progress", "on axis pp0-1 is not the same on all ranks")
     assert "rank 1 waits in instruction F:stream<.2.1 of step 2" in text
+
+
+@pytest.mark.full
+def test_a_killed_stage_is_named_and_the_other_changes_nothing(job: Callable[..., Outcome], folder: Path) -> None:
+    outcome = job(signals_itself, 0, int(signal.SIGKILL), **PIPELINE)
+    explained(outcome, "rank 0 of 2 was ended by SIGKILL (out of memory?) in step 2, instruction F:experts.0.0")
+    assert (folder / "signals_itself_0_9" / "weights.1").read_text() == "same"

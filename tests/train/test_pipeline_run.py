@@ -65,7 +65,13 @@ def with_schedule(config: PretrainConfig, name: str) -> PretrainConfig:
     return replace(config, strategy=replace(config.strategy, pipeline=name))
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": False, "zero": 1, "pp_chunks": 2, "mtp_layers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="1f1b"),
+        pytest.param({"tie_embeddings": False, "zero": 1, "pp_chunks": 2, "mtp_layers": 1}, id="zbv", marks=pytest.mark.full),
+    ],
+)
 def test_two_stages_run_as_one_process_and_take_up_its_checkpoints(settings: dict[str, Any], tmp_path: Path) -> None:
     model = {key: value for key, value in settings.items() if key in ("tie_embeddings", "mtp_layers")}
     write_tokens(tmp_path / "tokens")

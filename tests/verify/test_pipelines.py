@@ -47,11 +47,14 @@ ROWS: list[tuple[Layout, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "settings"), ROWS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("layout", "settings"), [pytest.param(*row, id=str(i), marks=[pytest.mark.full] * (i < 3)) for i, row in enumerate(ROWS)]
+)
 def test_stages_that_differ_and_ranks_beside_them(layout: Layout, settings: dict[str, Any]) -> None:
     assert difference(config_of(layout, **settings), layout) == ""
 
 
+@pytest.mark.full
 def test_a_table_of_torch_is_a_schedule(tmp_path: Path) -> None:
     for with_sends in (False, True):
         pipeline = SCHEDULES["dualpipev"].pipeline(Size(2, 2, 8))
