@@ -13,7 +13,7 @@ from typing import Any
 
 from megalina.arguments import Parser, new_file, number, whole
 from megalina.blocks.reference import is_reference, load
-from megalina.step.pipeline.cell import COMPUTED, WEIGHTS_DONE, Pipeline, entry_text
+from megalina.step.pipeline.cell import COMPUTED, WEIGHTS_DONE, Pipeline, entry_text, loop
 from megalina.step.pipeline.check import check
 from megalina.step.pipeline.live import live_peaks
 from megalina.step.pipeline.messages import with_messages
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}  {text if len(text) <= SHOWN or args.all else text[:SHOWN].rpartition(' ')[0] + ' ...'}")
     for stage, layers in enumerate(stages):
         print(f"stage {stage} on rank {pipeline.rank_of[stage]}: {layers}")
-    if stages:
+    if stages and pipeline.rank_of == loop(pipeline.ranks, pipeline.stages // pipeline.ranks):
         print(f"as Megatron's layout: {layout_of(stages)}")
     told: dict[str, Any] = {"schedule": title, "check": said, "lists": [" ".join(map(entry_text, own)) for own in pipeline.lists]}
     try:

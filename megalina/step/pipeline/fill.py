@@ -78,6 +78,13 @@ class Filling:
     def __init__(self, pipeline: Pipeline, stages: Sequence[StageLayers], forward: Program, late: frozenset[str]):
         if len(stages) != pipeline.stages:
             raise ValueError(f"layers are cut into {len(stages)} stages, and the schedule has {pipeline.stages}: cut them alike")
+        cells = [cell for rank in range(pipeline.ranks) for _, cell in pipeline.cells(rank)]
+        if of_fsdp := [cell for cell in cells if cell.micro_batch is None]:
+            raise ValueError(
+                f"the lists have {of_fsdp[0]}: programs place gathers and sums of gradients themselves, leave it out"
+            )
+        if not pipeline.has_messages and pipeline.ranks > 1:
+            raise ValueError("the lists have no SEND and RECV: put them in by with_messages")
         self.pipeline, self.late = pipeline, late
         self.border = [0]  # the stream's number before each stage, and behind the last
         for stage in stages:
@@ -91,7 +98,6 @@ class Filling:
             ends = 0 if not layered or i < layered[0] else len(stages) - 1
             self.of_stage[stage_of.get(instruction.layer, ends)].append(instruction)
         self._check_borders(forward)
-        cells = [cell for rank in range(pipeline.ranks) for _, cell in pipeline.cells(rank)]
         self.split = {(c.stage, c.micro_batch) for c in cells if c.work is Work.WEIGHT_GRADIENTS}
 
     def _check_borders(self, forward: Program) -> None:

@@ -185,12 +185,13 @@ def walk(pipeline: Pipeline, times: Times = UNIT, *, meet: bool = False) -> Walk
     ranks = pipeline.ranks
     state = _Walk(pipeline, times, meet, pipeline.has_messages, pipeline.stages // ranks)
     state.at, state.clock, state.spans = [0] * ranks, [0.0] * ranks, [[] for _ in range(ranks)]
-    moved = True
-    while moved:
-        moved = False
+    before, now = -1, 0
+    while now > before:
+        before = now
         for rank in range(ranks):
             while state.at[rank] < len(pipeline.lists[rank]) and state.go(rank):
-                moved = True
+                pass
+        now = sum(state.at) + len(state.posted)
     standing = [rank for rank in range(ranks) if state.at[rank] < len(pipeline.lists[rank])]
     if standing:
         raise Stuck(_circle(state, standing))

@@ -15,6 +15,7 @@ from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.stages import StageLayers, cut, stages_from
 from megalina.step.pipeline.together import check_together
+from megalina.step.pipeline.torch_table import from_csv
 from megalina.step.precedence import Precedence
 from megalina.step.program import BucketSpec, Kind, Op, Program
 
@@ -129,6 +130,14 @@ def test_stages_that_do_not_fit_are_refused() -> None:
         filled("1f1b", SHAPES["MoE"], cut([1.0] * 8, 3), chunks=1)
     with pytest.raises(ValueError, match="layer 4 is in no stage: stages have 4 layers"):
         filled("1f1b", SHAPES["MoE"], cut([1.0] * 4, 2), chunks=1)
+
+
+def test_lists_that_programs_are_not_made_of_are_refused() -> None:
+    forward, pipeline = plain(SHAPES["MoE"]), SCHEDULES["1f1b"].pipeline(Size(2, 1, 2))
+    with pytest.raises(ValueError, match="no SEND and RECV: put them in by with_messages"):
+        programs(pipeline, cut([1.0] * 8, 2), forward, {})
+    with pytest.raises(ValueError, match="have 0UNSHARD: programs place gathers"):
+        programs(from_csv("0UNSHARD,0F0,0B0\n"), cut([1.0] * 8, 1), forward, {})
 
 
 def moved(program: Program, tag: str, op: Op | None, to: int) -> Program:

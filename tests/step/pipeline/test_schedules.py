@@ -78,8 +78,17 @@ def test_zbv_has_no_bubble_between_a_ranks_first_cell_and_its_last_where_all_thr
     assert max(walked.shifted_idle) == 0 and max(walked.idle) == 1.5
 
 
-def test_zb_h1_keeps_as_many_micro_batches_on_every_rank_until_weights_are_done() -> None:
-    assert set(live_peaks(SCHEDULES["zb_h1"].pipeline(Size(6, 1, 12)), WEIGHTS_DONE)) == {6.0}
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_what_is_kept_until_weights_are_done(ranks: int) -> None:
+    """As docs/pipelines.md has it."""
+    m = 2 * ranks
+    for chunks in ANY_CHUNKS:
+        assert set(live_peaks(SCHEDULES["zb_h1"].pipeline(Size(ranks, chunks, m)), WEIGHTS_DONE)) == {float(ranks)}
+    assert set(live_peaks(SCHEDULES["zbv"].pipeline(Size(ranks, 2, m)), WEIGHTS_DONE)) == {float(ranks)}
+    assert set(live_peaks(SCHEDULES["dualpipev"].pipeline(Size(ranks, 2, m)), WEIGHTS_DONE)) == {ranks + 0.5}
+    for name in ("gpipe", "1f1b", "interleaved"):
+        pipeline = SCHEDULES[name].pipeline(Size(ranks, 1, m))
+        assert live_peaks(pipeline, WEIGHTS_DONE) == live_peaks(pipeline)
 
 
 @pytest.mark.parametrize("room", [1.0, 1.5, 2.0, 4.0])
@@ -126,6 +135,7 @@ def test_stages_lie_on_a_loop_or_on_a_v() -> None:
         ("zb_h1", Size(4, 2, 6), "6 of them must be a multiple of 4 ranks: take 4 or 8"),
         ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 ranks"),
         ("greedy", Size(4, 2, 7, most_live=0.5), "room for 0.5 micro-batches of activations on a rank: .* give 1 or more"),
+        ("gpipe", Size(2, 1, 7, Times(shares=(1.0,))), "times have shares of 1 stages, and there are 2: give one for each"),
         ("gpipe", Size(0, 1, 7), "ranks 0, chunks 1, micro-batches 7: each must be at least 1"),
     ],
 )

@@ -59,6 +59,10 @@ class Schedule:
             raise ValueError(
                 f"{self.name} has {_chunks(self.chunks)} on each rank, not {size.chunks}: set chunks to {self.chunks}"
             )
+        if size.times.shares and len(size.times.shares) != size.stages:
+            raise ValueError(
+                f"times have shares of {len(size.times.shares)} stages, and there are {size.stages}: give one for each"
+            )
         self.refuse(size)
         return Pipeline(tuple(self.cells(size)), self.placement(size.ranks, size.chunks), size.micro_batches)
 
