@@ -1,9 +1,10 @@
 """The log of collectives: what this rank has put on the wire, per axis and in order, and where its program is.
 
 Every rank holds the same list, so on one axis all ranks must submit the same sequence: class, instruction, number, type, size of
-a row, and number of elements where that is equal by definition.  An all-to-all's sizes differ by rank; there what i sends
-to j must be what j receives from i.  Both go into a few numbers that ride on the reduction which closes a step, so a
-difference is known on all ranks before anything is updated.  (On gloo a wrong order mixes tensors of equal size without a word.)
+a row, and number of elements where that is equal by definition.  An all-to-all's sizes differ by rank, and a message's; there
+what i sends to j must be what j receives from i.  (The stages of a pipeline hold lists of their own: there the ranks of one row
+of an axis must submit the same.)  Both go into a few numbers that ride on the reduction which closes a step, so a difference is
+known on all ranks before anything is updated.  (On gloo a wrong order mixes tensors of equal size without a word.)
 """
 
 import mmap
@@ -32,7 +33,7 @@ class Entry:
     axis: str
     number: int  # of this axis, from 0
     step: int
-    kind: str  # all-to-all | gather | scatter | sum | max
+    kind: str  # all-to-all | gather | scatter | sum | max | message
     tag: str  # the instruction that started it
     dtype: str
     row: tuple[int, ...]  # shape of a row
@@ -93,10 +94,12 @@ def read_mirror(path: Path) -> str:
 
 
 class CollectiveLog:
-    """One a rank, shared by the axes of its mesh."""
+    """One a rank, shared by the axes of its mesh.  `alike`: all ranks hold one list; else those of a row hold what is the same
+    along its axis."""
 
-    def __init__(self, rank: int):
-        self.rank = rank
+    def __init__(self, rank: int, *, alike: bool = True):
+        self.rank, self.alike = rank, alike
+        self._row: dict[str, tuple[int, ...]] = {}  # of each axis: its ranks
         self.position = Position()
         self._hash: dict[str, int] = {}
         self._kept: dict[str, deque[tuple[Any, ...]]] = {}  # fields of entries, which are made when somebody asks
@@ -131,7 +134,7 @@ class CollectiveLog:
             number = self._counts.get(axis, 0)
             self._counts[axis] = number + 1
             if number == 0:
-                self._kept[axis] = deque(maxlen=KEPT)
+                self._kept[axis], self._row[axis] = deque(maxlen=KEPT), ranks
             self._kept[axis].append((axis, number, step, kind, tag, dtype, row, count, send, receive, ranks, file, line))
             self._hash[axis] = hash((self._hash.get(axis, 0), number, code))
             if count is None:
@@ -144,7 +147,13 @@ class CollectiveLog:
 
     def riders(self) -> list[float]:
         """Numbers to be summed over all ranks; `agree` reads the sums.  What the last ones covered is forgotten."""
-        whole = hash(tuple(sorted((crc32(axis.encode()), value) for axis, value in self._hash.items())))
+        whole = 0
+        if self.alike:
+            whole = hash(tuple(sorted((crc32(axis.encode()), value) for axis, value in self._hash.items())))
+        else:  # what ranks of a row add sums to nothing, if they have submitted the same
+            for axis, value in self._hash.items():
+                row = self._row[axis]
+                self._balance += hash((crc32(axis.encode()), value)) * (len(row) - 1 if self.rank == row[0] else -1)
         low, high = whole & (2**_BITS - 1), (whole >> _BITS) & (2**_BITS - 1)
         balance, self._balance = self._balance & 0xFFFFFFFF, 0
         for axis, kept in self._kept.items():
@@ -205,12 +214,13 @@ def first_difference(logs: Mapping[int, Sequence[Entry]]) -> str:
     """What the first collective is that ranks don't agree on, with both sides' instructions and call sites; "" if they do.
 
     `logs`: rank -> its entries.  A rank that is merely behind does not differ."""
-    by_place: dict[tuple[str, int], dict[int, Entry]] = {}
+    by_row = any(entry.kind == "message" for entries in logs.values() for entry in entries)  # pipelines: lists differ
+    by_place: dict[tuple[str, int, tuple[int, ...]], dict[int, Entry]] = {}
     for rank, entries in sorted(logs.items()):
         for entry in entries:
-            by_place.setdefault((entry.axis, entry.number), {})[rank] = entry
+            by_place.setdefault((entry.axis, entry.number, entry.ranks if by_row else ()), {})[rank] = entry
     found = []
-    for (axis, number), theirs in by_place.items():
+    for (axis, number, _), theirs in by_place.items():
         step = min(e.step for e in theirs.values())
         kinds: dict[str, list[int]] = {}
         for rank, entry in theirs.items():

@@ -164,10 +164,15 @@ class RouterConfig:
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     tp: int = setting(1, low=1)  # tensor parallel: attention, dense MLP and vocabulary are cut this many ways
-    ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = edp x ep x cp x tp
+    ep: int = setting(1, low=1)  # expert parallel: experts are cut this many ways; world = pp x edp x ep x cp x tp
     cp: int = setting(1, low=1)  # context parallel: each sequence is cut this many ways, docs/long-context.md
     # with cp, how a token sees its sequence: keys and values are gathered | heads are exchanged for tokens
     cp_kind: str = setting("all_gather", choices=("all_gather", "all_to_all"))
+    # pipeline parallel: the model's layers are cut into stages on so many ranks, in the order of strategy.pipeline
+    pp: int = setting(1, low=1, high=10_000)
+    pp_chunks: int = setting(1, low=1, high=1000)  # stages on each of them
+    # which layers are in each stage, as Megatron writes it, Et*3|t*3L say; empty: so that the dearest stage has fewest FLOPs
+    pp_layout: str = ""
     placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
@@ -179,6 +184,8 @@ class StrategyConfig:
     name: str = "eager"
     partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
     bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
+    # with parallel.pp: gpipe | 1f1b | interleaved | zb_h1 | zbv | dualpipev | greedy | FILE.csv, which docs/pipelines.md explains
+    pipeline: str = "1f1b"
     # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
     parts: int = setting(1, low=1, high=1024)
     chunks: str = "1"  # pipelining: a MoE layer's rows travel in so many chunks | one number a MoE layer: 1,2,2 | auto

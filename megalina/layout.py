@@ -1,14 +1,19 @@
 """The layout: how the ranks of a job are cut along named axes, and along which a gradient is summed.  Arithmetic alone.
 
 world = edp x ep x cp x tp, tp innermost (the fastest links).  Packing k cuts ep to ep / k and makes edp k times as large.
+With pipelines the world is pp such stages, pp outermost (the slowest links); all other axes stay inside of a stage.
 `megalina/mesh.py` makes process groups of this.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+EMBEDDING = "embedding"  # the axis of its gradients, where several stages hold it
 
 
 def axis_sizes(world: int, *, tp: int, ep: int, cp: int = 1, packing: int = 1) -> dict[str, int]:
-    """Ranks along each axis; `ep` is without packing.  ValueError where tp x cp x ep does not divide the world, or packing ep."""
+    """Ranks along each axis; `ep` is without packing.  With pipelines of one stage, which is a world in itself.
+
+    ValueError where tp x cp x ep does not divide the world, or packing ep."""
     if world % (tp * cp * ep):
         product = f"tp ({tp}) x {f'cp ({cp}) x ' if cp > 1 else ''}ep ({ep}) = {tp * cp * ep}"
         raise ValueError(f"{product} must divide the world size ({world})")
@@ -47,6 +52,21 @@ def rows(shape: Mapping[str, int]) -> dict[str, list[list[int]]]:
     }
 
 
+def rows_of_stages(shape: Mapping[str, int], stages: int) -> dict[str, list[list[int]]]:
+    """As `rows`, of a world of several stages, each of this shape: "world" is of all, "stage" of one."""
+    table, size = rows(shape), len(rows(shape)["world"][0])
+    shifted = {axis: [[size * p + rank for rank in row] for p in range(stages) for row in of] for axis, of in table.items()}
+    return {**shifted, "world": [list(range(size * stages))], "stage": shifted["world"]}
+
+
+def rows_across(shape: Mapping[str, int], stages: Sequence[int], axis: str = "") -> list[list[int]]:
+    """Rows that some stages, each of this shape, have together: of each its row along `axis`; "": a rank of each, which have the
+    same place in them."""
+    table = rows(shape)
+    of_one, size = table[axis] if axis else [[rank] for rank in table["world"][0]], len(table["world"][0])
+    return [[size * p + rank for p in stages for rank in row] for row in of_one]
+
+
 def ranks_of(shape: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
     """(axis, rank) -> the ranks of its row, of the axes of `rows`."""
     table = rows(shape)
@@ -60,6 +80,10 @@ def ranks_of(shape: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
     return row
 
 
-def axis_of_group(group: str) -> str:
-    """The axis along which a parameter group's gradients are summed: all ranks that hold copies of it."""
-    return {"experts": "copies", "copied": "world", "ends": "world"}.get(group.split(".")[0], "dp")
+def axis_of_group(group: str, *, pipeline: bool = False, shared_embedding: bool = False) -> str:
+    """The axis along which a parameter group's gradients are summed: all ranks that hold copies of it.
+
+    `pipeline`: the world has several stages; `shared_embedding`: several of them hold the embedding."""
+    whole = "stage" if pipeline else "world"
+    axes = {"experts": "copies", "copied": whole, "ends": whole, "positions": whole}
+    return (axes | ({"embedding": EMBEDDING} if shared_embedding else {})).get(group.split(".")[0], "dp")

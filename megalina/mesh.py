@@ -3,6 +3,7 @@
 world = edp x ep x cp x tp, tp innermost (the fastest links).  The ranks of cp and tp have the same sequences: each rank of cp a
 part of them, and each rank of tp a share of that.  Dense parameters are copied over dp = edp x ep x cp.  An expert sits on one ep
 coordinate and is copied over edp x cp x tp, since every rank of cp and tp dispatches its own share of the tokens.
+With pipelines the world is a row of stages, each cut so: what lies along them are axes of their own (`along_stages`).
 Axes over the same ranks still have communicators of their own: two collectives on one communicator would have to
 keep one order.  `group` None means nobody to talk to.
 
@@ -10,15 +11,15 @@ Packing k gives each rank k times the experts: ep is cut to ep / k, edp grows to
 of an ep group are neighbours, so a group that is small enough lies inside a node.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megalina.groups import new_group
-from megalina.layout import axis_sizes, rows
+from megalina.layout import EMBEDDING, axis_sizes, rows, rows_across, rows_of_stages
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Axis:
 class Mesh:
     """All axes of one job, as this rank sees them."""
 
-    world: Axis  # all ranks: norms, statistics, gradients of what is copied over tp too
+    world: Axis  # all ranks: norms, statistics, gradients of what is copied over tp too (with pipelines along "stage")
     tp: Axis
     cp: Axis  # parts of the same sequences: keys and values, or heads
     cp_tp: Axis  # what routers must know of whole sequences
@@ -56,17 +57,32 @@ class Mesh:
     edp: Axis
     dp: Axis  # dense gradients
     copies: Axis  # edp x cp x tp, the ranks that hold the same experts: expert gradients
+    pp: int = 1  # stages in which the world is cut
+    pp_rank: int = 0  # this rank's
+    # axes that pipelines alone have: "stage", all ranks of one; "pp0-1", this rank and the one at its place in another stage;
+    # "embedding".  Those that this rank is on
+    along_stages: Mapping[str, Axis] = field(default_factory=dict)
 
     @property
     def packing(self) -> int:
         """How many times as many experts as without packing a rank holds."""
         return self.ep.packing
 
+    def axis(self, name: str) -> Axis:
+        """The axis that a program calls so."""
+        found: Axis = self.along_stages[name] if name in self.along_stages else getattr(self, name)
+        return found
+
     @property
     def shape(self) -> dict[str, int]:
-        """cp only where there is some."""
+        """cp only where there is some; with pipelines of a stage."""
         of_cp = {"cp": self.cp.size} if self.cp.size > 1 else {}
         return {"edp": self.edp.size, "ep": self.ep.size, **of_cp, "tp": self.tp.size}
+
+    @property
+    def pipeline(self) -> dict[str, int]:
+        """The stages, if there are several."""
+        return {"pp": self.pp} if self.pp > 1 else {}
 
     @property
     def unpacked(self) -> dict[str, int]:
@@ -94,13 +110,24 @@ def build_mesh(*, tp: int = 1, ep: int = 1, cp: int = 1, timeout_s: float | None
 
 
 def build_meshes(
-    *, tp: int = 1, ep: int = 1, cp: int = 1, packings: Sequence[int] = (1,), timeout_s: float | None = None
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    cp: int = 1,
+    packings: Sequence[int] = (1,),
+    pp: int = 1,
+    across: Mapping[str, tuple[int, ...]] | None = None,
+    timeout_s: float | None = None,
 ) -> dict[int, Mesh]:
     """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
-    ValueError, too, where a packing does not divide ep."""
+    `pp`: stages of a pipeline, each of which tp and ep cut; `across`: axes between them, with the numbers of the stages that are
+    on one.  ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    tables = {packing: rows(axis_sizes(world, tp=tp, ep=ep, cp=cp, packing=packing)) for packing in packings}
+    if world % pp:
+        raise ValueError(f"pp ({pp}) must divide the world size ({world})")
+    shapes = {packing: axis_sizes(world // pp, tp=tp, ep=ep, cp=cp, packing=packing) for packing in packings}
+    tables = {packing: rows_of_stages(shape, pp) if pp > 1 else rows(shape) for packing, shape in shapes.items()}
     me = dist.get_rank() if dist.is_initialized() else 0
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     shared: dict[str, Axis] = {}
@@ -113,13 +140,22 @@ def build_meshes(
                 mine = Axis(name, tuple(row), row.index(me), group, packing)
         return mine
 
-    meshes = {}
-    for packing, found in tables.items():
+    meshes, along = {}, dict[str, Axis]()
+    if pp > 1:
+        along["stage"] = axis("stage", tables[packings[0]]["stage"], 1)
+        for name, members in (across or {}).items():
+            found_rows = rows_across(shapes[packings[0]], members, "dp" if name == EMBEDDING else "")
+            mine = axis(name, found_rows, 1)
+            along |= {name: mine} if any(me in row for row in found_rows) else {}
+    own = {"pp": pp, "pp_rank": me // (world // pp), "along_stages": along} if pp > 1 else {}
+    for packing, table in tables.items():
+        found = {name: row for name, row in table.items() if name != "stage"}
         for name in ("world", "tp", "cp", "dp"):  # no packing changes them
             shared[name] = shared.get(name) or axis(name, found[name], 1)
         # lists that gather along it have cp
         shared["cp_tp"] = shared.get("cp_tp") or (axis("cp_tp", found["cp_tp"], 1) if cp > 1 else shared["tp"])
-        meshes[packing] = Mesh(**{name: shared.get(name) or axis(name, table, packing) for name, table in found.items()})
+        axes = {name: shared.get(name) or axis(name, row, packing) for name, row in found.items()}
+        meshes[packing] = Mesh(**axes, **own)  # type: ignore[arg-type]
     return meshes
 
 

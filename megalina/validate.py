@@ -33,6 +33,7 @@ from megalina.config import (
 )
 from megalina.placement.expert_order import ExpertOrders, read_orders
 from megalina.step.strategy import STRATEGIES
+from megalina.validate_pipeline import check_pipeline
 from megalina.validate_strategy import check_strategy
 
 MAX_RANKS_A_CORE = 64
@@ -72,6 +73,7 @@ def check_config(config: PretrainConfig, world: int) -> None:
     _check_layout(config, world)
     _check_batch(config, world)
     check_strategy(config, world)
+    check_pipeline(config, world)
     _check_emulation(config)
     _check_length(config)
     _check_data(config.data)
@@ -323,9 +325,15 @@ def _check_mtp(config: PretrainConfig) -> None:
 
 
 def _check_layout(config: PretrainConfig, world: int) -> None:
-    model, tp, ep, cp = config.model, config.parallel.tp, config.parallel.ep, config.parallel.cp
+    parallel = config.parallel
+    model, tp, ep, cp, pp = config.model, parallel.tp, parallel.ep, parallel.cp, parallel.pp
+    named, smaller = (f" x parallel.cp ({cp})", ", parallel.cp") if cp > 1 else ("", "")
+    if pp > 1 and world % (tp * ep * cp * pp):
+        raise ValueError(
+            f"parallel.pp ({pp}) x parallel.tp ({tp}){named} x parallel.ep ({ep}) must divide the number of ranks ({world}): "
+            f"use a multiple of {tp * cp * ep * pp} ranks, or smaller parallel.pp, parallel.tp{smaller} or parallel.ep"
+        )
     if world % (tp * ep * cp):
-        named, smaller = (f" x parallel.cp ({cp})", ", parallel.cp") if cp > 1 else ("", "")
         raise ValueError(
             f"parallel.tp ({tp}){named} x parallel.ep ({ep}) must divide the number of ranks ({world}): "
             f"use a multiple of {tp * cp * ep} ranks, or smaller parallel.tp{smaller} or parallel.ep"
@@ -388,13 +396,16 @@ def _check_context(config: PretrainConfig) -> None:
 
 
 def _check_batch(config: PretrainConfig, world: int) -> None:
-    tp, cp, batch, micro = config.parallel.tp, config.parallel.cp, config.train.global_batch_size, config.train.micro_batch_size
-    dp, alike = world // (tp * cp), f"parallel.tp {tp}{f' / parallel.cp {cp}' if cp > 1 else ''}"
+    parallel, batch, micro = config.parallel, config.train.global_batch_size, config.train.micro_batch_size
+    cp, stages = parallel.cp, f" / parallel.pp {parallel.pp}" if parallel.pp > 1 else ""
+    dp = world // (parallel.tp * cp * parallel.pp)
+    alike = f"parallel.tp {parallel.tp}{f' / parallel.cp {cp}' if cp > 1 else ''}{stages}"
     if batch % (micro * dp):
         below, above = batch // (micro * dp) * micro * dp, -(-batch // (micro * dp)) * micro * dp
         near = f"{below} or {above}" if below else f"{above}"
         fits = next((m for m in range(min(micro, batch // dp), 0, -1) if batch % (m * dp) == 0), 0)
         smaller = f", or train.micro_batch_size to {fits}" if fits else ""
+        stages = f" / parallel.pp {config.parallel.pp}" if config.parallel.pp > 1 else ""
         raise ValueError(
             f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro}) x {dp} data-parallel "
             f"ranks ({world} ranks / {alike}) = {micro * dp}: set it to {near}{smaller}"

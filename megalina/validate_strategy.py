@@ -154,7 +154,7 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
     train, shares = config.train, config.parallel.tp * config.parallel.cp
     if plan.strategy == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
-    micro_batches = train.global_batch_size * shares // (train.micro_batch_size * world)
+    micro_batches = train.global_batch_size * shares * config.parallel.pp // (train.micro_batch_size * world)
     cut = 1 if micro_batches % plan.parts == 0 else plan.parts
     if train.micro_batch_size % cut:
         raise ValueError(

@@ -88,7 +88,7 @@ class Block:
 
     def groups(self, shape: Shape, layer: int) -> Sequence[str]:
         """The buckets that its parameters are in."""
-        return [p.group(layer, tp=shape.tp) for p in self.parameters()]
+        return [p.group(layer, tp=shape.tp, pipeline=shape.pipeline) for p in self.parameters()]
 
     def work(self, at: At) -> Piece:
         """What one of its compute instructions asks of a device."""

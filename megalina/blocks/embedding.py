@@ -31,13 +31,14 @@ class Embedding(Block):
         return out
 
     def lines(self, shape: Shape, layer: int, reads: str, writes: str) -> list[Instruction]:
+        placed = [shape.positions] if self.learned or not shape.pipeline else []
         if not shape.tp:
-            return [compute("embed", layer, "#batch", writes, "embedding")]
+            return [compute("embed", layer, "#batch", writes, "embedding", *placed)]
         op = Op.SCATTER if shape.sequence else Op.SUM
         return [
             compute("embed", layer, "#batch", "e", "embedding"),
             *exchange("embed_sum", layer, op, "tp", "e", "embedded"),
-            compute("positions", layer, "embedded #batch", writes, shape.ends),
+            compute("positions", layer, "embedded #batch", writes, *placed),
         ]
 
     def work(self, at: At) -> Piece:

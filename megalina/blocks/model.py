@@ -115,7 +115,7 @@ class Blocks:
         declared = (p.shape[0] // sum(rows for rows, _ in p.clip) for _, p in self.parameters() if p.clip)
         return next(declared, 0)
 
-    def shape(self, *, tp: int, sequence: bool, context: str = "", head_logits: bool = False) -> Shape:
+    def shape(self, *, tp: int, sequence: bool, context: str = "", head_logits: bool = False, pp: int = 1) -> Shape:
         """What a program must know of the model in a layout; `context`: as in `Shape`."""
         return Shape(
             first=self.embedding,
@@ -132,6 +132,7 @@ class Blocks:
             whole_routers=takes_whole_micro_batch(self.whole.router, tp=tp),
             router_state=has_state(self.whole.router) and any(self.moe),
             head_logits=head_logits,
+            pipeline=pp > 1,
         )
 
 
@@ -202,6 +203,7 @@ def step_shape(config: PretrainConfig) -> Shape:
         sequence=parallel.sequence,
         context=context_of(parallel),
         head_logits=optimizer_of(config.optim).clips_heads,
+        pp=parallel.pp,
     )
 
 

@@ -36,11 +36,13 @@ class Parameter:
             shape[dim] //= sizes.get(axis, 1)
         return tuple(shape)
 
-    def group(self, layer: int, *, tp: bool) -> str:
+    def group(self, layer: int, *, tp: bool, pipeline: bool = False) -> str:
         """The bucket that its gradient travels in, as `Shape` names groups: what is summed along one axis of the mesh, and
-        ready at one time."""
+        ready at one time; in a pipeline on one rank, too, but for the embedding."""
         if self.name in ("embedding", "head"):
             return self.name
+        if layer < 0 and pipeline:
+            return "positions" if self.name == "positions" else "ends"
         if layer < 0:
             return "ends" if tp else "embedding"
         if "ep" in self.sharded:

@@ -140,7 +140,7 @@ class Checkpoints:
         self._good = None
         stored = Stored(path, checked=True)
         saved = {name: shape for name, (shape, _) in stored.listing.items() if name.startswith(prefix)}
-        check_same(path, saved, {name: whole_shape(_list(part)[0], self._mesh) for name, part in tensors.items()})
+        check_same(path, saved, self._everywhere({n: whole_shape(_list(part)[0], self._mesh) for n, part in tensors.items()}))
         stored.read_into({name: self._part(part, copy=False) for name, part in tensors.items()})
         return stored.values
 
@@ -234,6 +234,14 @@ class Checkpoints:
         if self._group is not None:
             dist.broadcast_object_list(found, src=self._mesh.world.ranks[0], group=self._group)
         return found[0]
+
+    def _everywhere(self, own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The tensors of all ranks: each has some of all of them, but in a pipeline."""
+        if self._group is None or self._mesh.pp == 1:
+            return own
+        everyone = [own] * self._mesh.world.size
+        dist.all_gather_object(everyone, own, group=self._group)
+        return {name: shape for theirs in everyone for name, shape in theirs.items()}
 
     def _gathered(self, own: Mapping[str, Sum]) -> dict[str, Sum]:
         """The sums of all ranks' files."""

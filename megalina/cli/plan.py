@@ -147,7 +147,9 @@ def of_one_layout(
     from megalina.plan_settings import strategy_of
     from megalina.step.candidates import EAGER
     from megalina.validate import check_config
+    from megalina.validate_pipeline import refuse_pipelines
 
+    refuse_pipelines(config, "pipelines aren't forecast yet")
     check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)
     plans = plans_of(config, world, vocab_size=vocab_size)
     found = []

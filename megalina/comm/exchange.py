@@ -6,6 +6,7 @@ it is awaited, and drops them then.  Each collective enters the caller's log as 
 
 import math
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megalina.mesh import Axis
 # Gloo gathers in a ring, rank by rank.  What is as small as this is sent to everybody at once: the same bytes, one way's time
 # instead of as many as there are other ranks.
 DIRECT_BYTES = 16 * 1024
+MESSAGE = "message"  # from one of an axis's two ranks to the other
 
 
 class Pending:
@@ -88,6 +90,36 @@ def start_scatter(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     out = x.new_empty(len(x) // axis.size, *x.shape[1:])
     work = _reduce_scatter(out, x, group=axis.group, async_op=True)
     return Pending(work, lambda keep=x: out, x.nbytes)  # type: ignore[misc]
+
+
+def start_send(x: Tensor, name: str, axis: Axis, log: CollectiveLog) -> Pending:
+    """`x` [n, ...] to the other of the axis's two ranks, which calls `start_receive` with the same name of a wire."""
+    x = x.contiguous()
+    other = _other(axis)
+    rows = [0, 0]
+    rows[1 - axis.rank] = len(x)
+    _enter(log, MESSAGE, x, axis, rows, [0, 0])
+    work = dist.isend(x, other, group=axis.group, tag=_tag(name))
+    return Pending(work, lambda keep=x: keep, x.nbytes)  # type: ignore[misc]
+
+
+def start_receive(out: Tensor, name: str, axis: Axis, log: CollectiveLog) -> Pending:
+    """[n, ...] of the other of the axis's two ranks, into `out`."""
+    rows = [0, 0]
+    rows[1 - axis.rank] = len(out)
+    _enter(log, MESSAGE, out, axis, [0, 0], rows)
+    work = dist.irecv(out, _other(axis), group=axis.group, tag=_tag(name))
+    return Pending(work, lambda: out)
+
+
+def _other(axis: Axis) -> int:
+    return axis.ranks[1 - axis.rank]
+
+
+def _tag(name: str) -> int:
+    """Of a wire, `x>.3.0` where it begins and `x<.3.0` where it ends: gloo gives a message to nobody who asks for another, so a
+    mix-up stands still instead of going unnoticed.  (NCCL has no tags.)"""
+    return crc32(name.replace(">", "").replace("<", "").encode()) & 0x7FFFFFFF
 
 
 def start_sum(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
@@ -185,8 +217,8 @@ def _to_everybody(x: Tensor, sizes: list[int], out: Tensor, axis: Axis, log: Col
 
 
 def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:
-    """All-to-alls have sizes of their own on each rank, all else has equal ones."""
-    count = None if kind == "all-to-all" else len(x)
+    """All-to-alls and messages have sizes of their own on each rank, all else has equal ones."""
+    count = None if kind in ("all-to-all", MESSAGE) else len(x)
     log.submit(axis.log_name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send, receive)
 
 

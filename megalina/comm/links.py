@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Sent:
         "after",
         "at_s",
         "begun",
+        "end",
         "enqueued_s",
         "error",
         "instruction",
@@ -60,6 +62,7 @@ class Sent:
         self.instruction, self.at_s, self.after, self.place, self.recorder = instruction, at_s, after, place, recorder
         self.launch: Callable[[], Pending] | None = launch
         self.begun: threading.Event | None = None  # where a lane's thread begins it
+        self.end: Callable[[], None] | None = None  # notes its end, where nobody but who waits for it can tell
         self.pending: Pending | None = None
         self.error: BaseException | None = None
         self.enqueued_s = time.perf_counter()
@@ -72,7 +75,11 @@ class Sent:
         if self.error is not None:
             raise self.error
         assert self.pending is not None
-        return self.pending.wait()
+        arrived = self.pending.wait()
+        if self.end is not None:
+            self.end()
+            self.end = None
+        return arrived
 
 
 class Later:
@@ -218,6 +225,8 @@ class Links:
         if watched:
             if work is None:  # nobody to talk to: nothing was on the wire
                 self._ended(sent, lane, on_wire=False)
+            elif sent.instruction.op in (Op.SEND, Op.RECV):  # gloo has no future of them
+                sent.end = partial(self._ended, sent, lane, on_wire=True)
             else:
                 work.get_future().add_done_callback(lambda _: self._ended(sent, lane, on_wire=True))
         if sent.begun is not None:

@@ -6,7 +6,7 @@ instructions are made.  It is used for generation and is the oracle against whic
 Shapes: B sequences, S tokens a sequence, T = B x S tokens, D width, V words, L layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from megalina.blocks.heads import rotary_width
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import load
 from megalina.blocks.selection import Selection
+from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.config import ModelConfig, RouterConfig
 from megalina.model.attention import KeyValues
 from megalina.model.block_functions import BlockFunctions, Seen, no_parameters
@@ -34,6 +35,7 @@ from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, attention_factor, frequencies, rope_table
 from megalina.model.routers import Router
 from megalina.model.tokens import WHOLE, TokenShare, places
+from megalina.step.pipeline.job import Held
 from megalina.step.program import Instruction
 
 
@@ -114,10 +116,33 @@ class Layer(nn.Module):
         return x_TD + added_TD
 
 
+class Layers(nn.Module):
+    """A model's layers by number: those that are on this rank."""
+
+    def __init__(self, layers: Mapping[int, Layer]):
+        super().__init__()
+        for number, layer in layers.items():
+            self.add_module(str(number), layer)
+
+    def __getitem__(self, number: int) -> Layer:
+        found = self._modules[str(number)]
+        assert isinstance(found, Layer)
+        return found
+
+    def __contains__(self, number: int) -> bool:
+        return str(number) in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Layer]:
+        yield from self._modules.values()  # type: ignore[misc]
+
+
 class GPT(nn.Module):
     """Parameters are on the meta device until `megalina.model.init.initialize` (or a checkpoint) fills them."""
 
-    layers: Sequence[Layer]  # an nn.ModuleList; those of multi-token prediction come last
+    layers: "Layers"  # those of multi-token prediction come last
     embedding: nn.Parameter
     head: nn.Parameter | None
     positions: nn.Parameter | None
@@ -136,9 +161,11 @@ class GPT(nn.Module):
         first_expert: int = 0,
         digests: bool = False,
         expert_orders: Mapping[int, tuple[int, ...]] | None = None,
+        held: Held | None = None,
     ):
         """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger;
-        `expert_orders`: layer -> the expert in each place, where it isn't expert i in place i."""
+        `expert_orders`: layer -> the expert in each place, where it isn't expert i in place i; `held`: the parts that are on this
+        rank of a pipeline, which can't go forward by itself; None: all."""
         super().__init__()
         blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
@@ -151,9 +178,10 @@ class GPT(nn.Module):
             table = Rotary(*rope_table(whole.max_positions, frequency_i, attention_factor(whole.model)))
         self.rotary = table
         orders = expert_orders or {}
-        layers = (
-            Layer(
-                (*of, *blocks.ends(i)),
+        numbers = range(len(blocks.layers)) if held is None else held.layers
+        layers = {
+            i: Layer(
+                (*blocks.layers[i], *blocks.ends(i)),
                 index=i,
                 seed=seed,
                 rotary=table,
@@ -162,9 +190,9 @@ class GPT(nn.Module):
                 digests=digests,
                 expert_order=orders.get(i, ()),
             )
-            for i, of in enumerate(blocks.layers)
-        )
-        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+            for i in numbers
+        }
+        self.layers = Layers(layers)
         balancer, parts, output = (functions_of(block, self) for block in blocks.last)
         assert isinstance(embedder, Embedding) and isinstance(balancer, Balance) and isinstance(output, Head)
         self.embedder, self.balancer, self.output = embedder, balancer, output
@@ -176,15 +204,30 @@ class GPT(nn.Module):
             entry.attach(embedder, before)
             end.attach(output)
             before = layer.mtp.norm
+        if held is not None:
+            for parameter in [p for layer, p in blocks.parameters() if layer < 0 and not held.has(p.name.partition(".")[0])]:
+                where, _, last = parameter.name.rpartition(".")
+                self.get_submodule(where).register_parameter(last, None)
 
     @property
     def mtp_layers(self) -> Sequence[Layer]:
         """Those of multi-token prediction."""
-        return self.layers[len(self.layers) - self.blocks.mtp_layers :]
+        return [layer for layer in self.layers if layer.index >= self.config.num_layers]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     def moe_layers(self) -> list[int]:
-        return [i for i, layer in enumerate(self.layers) if layer.is_moe]
+        """Of the whole model."""
+        return [i for i, is_moe in enumerate(self.blocks.moe) if is_moe]
+
+    @property
+    def load_width(self) -> int:
+        """Numbers in a MoE layer's load: of each expert, of lost choices, of cosines, of a digest."""
+        bins = NEARNESS_BINS * (self.router.capacity_bound != "none")
+        return self.config.num_experts + 1 + bins + LIMBS
 
     @property
     def served_moe_layers(self) -> list[int]:
@@ -193,7 +236,7 @@ class GPT(nn.Module):
 
     def router_state(self) -> dict[str, Tensor]:
         """What routers keep besides weights, by name: state that steps move, alike on all ranks."""
-        layers = ((i, self.layers[i].router) for i in self.moe_layers)
+        layers = ((i, self.layers[i].router) for i in self.moe_layers if i in self.layers)
         return {f"layers.{i}.router.{name}": value for i, router in layers for name, value in router.named_buffers()}
 
     def functions_of(self, instruction: Instruction) -> BlockFunctions:
@@ -240,8 +283,8 @@ class GPT(nn.Module):
     def _stream(self, batch: Batch, seen: Seen, past: Sequence[KeyValues] | None = None) -> Tensor:
         """The last layer's output."""
         x_TD = self.embedder.placed(self.embedder.looked_up(batch), batch)
-        for i, layer in enumerate(self.layers[: self.config.num_layers]):
-            x_TD = layer.through(x_TD, batch, seen, past[i] if past else None)
+        for i in range(self.config.num_layers):
+            x_TD = self.layers[i].through(x_TD, batch, seen, past[i] if past else None)
         return x_TD
 
     def auxiliary(self, losses_L: Sequence[Sequence[Tensor]], loads: Sequence[Tensor], zero: Tensor) -> dict[str, Tensor]:

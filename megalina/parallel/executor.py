@@ -35,7 +35,8 @@ Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of th
 
 class Executor:
     """One program, ready to run.  `log`: where collectives are noted, and the program's place; None: one of its own.
-    `device`: an emulated one, or None; `token_bytes`: counts what is sent."""
+    `device`: an emulated one, or None; `token_bytes`: counts what is sent; `stream`: memory for what a stage of a pipeline gets
+    of another."""
 
     def __init__(
         self,
@@ -47,7 +48,9 @@ class Executor:
         log: CollectiveLog | None = None,
         device: EmulatedDevice | None = None,
         token_bytes: TokenBytes | None = None,
+        stream: Callable[[], Tensor] | None = None,
     ):
+        self._stream = stream
         self.program, self.mesh, self.buckets, self.device = program, mesh, buckets, device
         self._token_bytes = token_bytes
         self._log = log or CollectiveLog(mesh.world.rank)
@@ -157,7 +160,7 @@ class Executor:
 
     # exchanges
     def _start(self, instruction: Instruction, _: None) -> None:
-        self._values[instruction.writes[0]] = self._send(instruction, getattr(self.mesh, instruction.axis))
+        self._values[instruction.writes[0]] = self._send(instruction, self.mesh.axis(instruction.axis))
 
     def _send(self, instruction: Instruction, axis: Axis) -> Any:
         assert instruction.op is not None
@@ -166,7 +169,14 @@ class Executor:
         )
         if instruction.op in (Op.GRADS, Op.PARAMS):
             return send(lambda: self._start_piece(instruction, axis))
+        if instruction.op is Op.RECV:
+            assert self._stream is not None
+            name, out = instruction.writes[0], self._stream()
+            return send(lambda: exchange.start_receive(out, name, axis, self._log))
         value = self._values[instruction.reads[0]]
+        if instruction.op is Op.SEND:
+            name = instruction.writes[0]
+            return send(lambda: exchange.start_send(value, name, axis, self._log))
         if instruction.op is Op.COUNTS:
             assert isinstance(value, RowOrder)
             even = [value.count_E.numel() // axis.size] * axis.size
@@ -216,10 +226,13 @@ class Executor:
 
     def _wait(self, instruction: Instruction, _: None) -> None:
         sent = self._values[instruction.reads[0]]
+        if instruction.op is Op.SEND:
+            sent.wait()
+            return
         name = instruction.writes[0]
         if instruction.op is Op.COUNTS:
             count_E, counted = sent
-            ranks = getattr(self.mesh, instruction.axis).size
+            ranks = self.mesh.axis(instruction.axis).size
 
             def counts() -> Counts:
                 return Counts(count_E, counted.wait(), ranks)

@@ -104,7 +104,7 @@ class InstructionFunctions:
 
     def _measure(self, names: Sequence[str], *values: Any) -> Tensor:
         """float64: sums of losses and squares over this rank, and its loads."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.gpt.embedding.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.gpt.device)
         sums = {loss.name: zero for loss in self.losses}
         loads: dict[int, list[Tensor]] = {layer: [] for layer in self.gpt.moe_layers}
         for name, value in zip(names, values, strict=True):
@@ -113,7 +113,8 @@ class InstructionFunctions:
             if (loss := self._loss_of.get(_head(name))) is not None:
                 sums[loss] = sums[loss] + value.double()
         squares = torch.stack([b.square_sum() for b in self.buckets.values()]).sum()
-        of_layers = [torch.stack(of_parts).sum(0) for of_parts in loads.values()]
+        width = self.gpt.load_width
+        of_layers = [torch.stack(parts).sum(0) if parts else zero.new_zeros(width) for parts in loads.values()]
         load = torch.cat(of_layers).double() if of_layers else squares.new_zeros(0)
         own = squares.new_tensor([float(self.wish_to_stop()), *self.log.riders(), *self.token_bytes.take()])
         return torch.cat([torch.stack([*sums.values(), squares]), own, load])
@@ -121,7 +122,7 @@ class InstructionFunctions:
     def _head_logits(self, names: Sequence[str], *logits_G: Tensor) -> Tensor:
         """float64 [layers, groups of heads of all tp ranks]: the largest of all parts, -inf of heads that are elsewhere."""
         tp, here, groups = self.mesh.tp, len(logits_G[0]), self.gpt.blocks.clipped_groups
-        out_LG = logits_G[0].new_full((len(self.gpt.layers), groups), float("-inf"), dtype=torch.float64)
+        out_LG = logits_G[0].new_full((len(self.gpt.blocks.layers), groups), float("-inf"), dtype=torch.float64)
         for name, logit_G in zip(names, logits_G, strict=True):
             own_G = out_LG[int(name.split(".")[1]), tp.rank * here : (tp.rank + 1) * here]
             torch.maximum(own_G, logit_G.double(), out=own_G)
@@ -168,9 +169,11 @@ class InstructionFunctions:
     def _router_state(self, result: StepResult, _: None) -> None:
         if result.updates:
             for layer, load, near in zip(self.gpt.moe_layers, result.loads, result.nearness, strict=True):
+                if layer not in self.gpt.layers:  # it is in another stage
+                    continue
                 router = self.gpt.layers[layer].router
                 if router.bias_E is not None:
-                    router.update_bias(load[:-1].to(self.gpt.embedding.device))
+                    router.update_bias(load[:-1].to(self.gpt.device))
                 if router.delta is not None:
                     router.update_delta(near)
 
@@ -193,14 +196,19 @@ class InstructionFunctions:
     def _update(self, name: str, gradient: Tensor, result: StepResult, direction: None = None) -> None:
         self.update(name, result)
 
-    def _evaluated(self, loss: Tensor, batch: Batch) -> Tensor:
-        """[2]: this rank's sum of losses, and its share of the number of tokens they are of."""
-        return torch.stack([loss.double(), batch.loss_mask_BS.sum().double() / self.mesh.tp.size])
+    def _evaluated(self, *loss_and_batch: Any) -> Tensor:
+        """[2]: this rank's sum of losses, and its share of the number of tokens they are of; nothing where no losses are."""
+        *losses, batch = loss_and_batch
+        tokens = batch.loss_mask_BS.sum().double() / self.mesh.tp.size
+        return torch.stack([losses[0].double(), tokens]) if losses else tokens.new_zeros(2)
 
-    def _scored(self, loss_B: Tensor, batch: Batch) -> Tensor:
-        """[sequences of all ranks that read different ones]: the losses of this rank's part of its own, 0 for those of others."""
-        out = loss_B.new_zeros(self.mesh.readers, len(loss_B))
-        out[self.mesh.reader] = loss_B
+    def _scored(self, *losses_and_batch: Any) -> Tensor:
+        """[sequences of all ranks that read different ones]: the losses of this rank's part of its own, 0 for those of others, and
+        where no losses are."""
+        *losses, batch = losses_and_batch
+        out = torch.zeros(self.mesh.readers, len(batch.sample_B), dtype=torch.float64, device=batch.sample_B.device)
+        if losses:
+            out[self.mesh.reader] = losses[0]
         return out.flatten()
 
 

@@ -11,6 +11,7 @@ from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.tokens import TokenShare
 from megalina.step.forward import Shape
+from megalina.step.pipeline.job import Held
 
 
 def cut_of(mesh: Mesh) -> Cut:
@@ -30,11 +31,13 @@ def build_shard(
     sequence: bool = True,
     digests: bool = False,
     expert_orders: Mapping[int, tuple[int, ...]] | None = None,
+    held: Held | None = None,
 ) -> GPT:
     """This rank's part of the model, with initial values that don't depend on the layout.
 
     `sequence`: with tp activations between attention and MLP are cut along the tokens; `digests`: routing is digested;
-    `expert_orders`: layer -> which expert lies in each place, of which each rank of ep holds a block."""
+    `expert_orders`: layer -> which expert lies in each place, of which each rank of ep holds a block; `held`: the layers, and
+    what is outside of them, that are on this rank of a pipeline, None: all."""
     gpt = GPT(
         model,
         router,
@@ -46,6 +49,7 @@ def build_shard(
         first_expert=model.num_experts // mesh.ep.size * mesh.ep.rank,
         digests=digests,
         expert_orders=expert_orders,
+        held=held,
     )
     initialize(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))
     return gpt
@@ -59,5 +63,5 @@ def parameter_groups(gpt: nn.Module, shape: Shape) -> dict[str, list[tuple[str, 
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, p in reversed(list(gpt.named_parameters())):
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        groups.setdefault(spec_of(p).group(layer, tp=shape.tp), []).append((name, p))
+        groups.setdefault(spec_of(p).group(layer, tp=shape.tp, pipeline=shape.pipeline), []).append((name, p))
     return groups

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.model import step_shape
+from megalina.blocks.pipelined import pipelined
 from megalina.collective_log import CollectiveLog, agree
 from megalina.config import PretrainConfig
 from megalina.layout import axis_of_group
@@ -21,12 +22,13 @@ from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, Directions, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
-from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
+from megalina.perfmodel.cost.instruction_bytes import InstructionBytes, bucket_specs
 from megalina.placement.expert_order import read_orders
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
+from megalina.step.pipeline.job import Pipelined, evaluations, training_steps
 from megalina.step.plan import Plan
-from megalina.step.program import Program
+from megalina.step.program import BucketSpec, Op, Program
 from megalina.step.strategy import Setting, evaluation, scoring, settling, training_step
 from megalina.timeline.recorder import Recorder
 
@@ -55,7 +57,8 @@ class Trainable:
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
         self.mesh, self.micro_batch_size = mesh, train.micro_batch_size
-        self.log = log or CollectiveLog(mesh.world.rank)
+        self.log = log or CollectiveLog(mesh.world.rank, alike=mesh.pp == 1)
+        self.pipelined = pipelined(config, mesh.world.size, vocab_size=vocab_size) if mesh.pp > 1 else None
         self.gpt: GPT = build_shard(
             config.model,
             config.router,
@@ -68,16 +71,18 @@ class Trainable:
             sequence=parallel.sequence,
             digests=train.ledger,
             expert_orders=_orders(parallel.placement, mesh),
+            held=self.pipelined.held(mesh.pp_rank) if self.pipelined is not None else None,
         )
         shape = step_shape(config)
         main_bytes = 8 if dtype == torch.float64 else 4
         self.plan = plan_of(config.strategy, packing=mesh.packing)
         piece = self.plan.piece_bytes // main_bytes or None
+        shared = self.pipelined is not None and len(self.pipelined.words_ranks) > 1
         self.buckets = {
             name: Bucket(
                 name,
                 members,
-                getattr(mesh, axis_of_group(name)),
+                mesh.axis(axis_of_group(name, pipeline=mesh.pp > 1, shared_embedding=shared)),
                 sharded=parallel.zero == 1,
                 piece=piece,
                 optim=config.optim,
@@ -86,8 +91,11 @@ class Trainable:
             for name, members in parameter_groups(self.gpt, shape).items()
         }
         used = dict.fromkeys(group for instruction in plain(shape) for group in instruction.uses)
-        lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
+        if self.pipelined is None:
+            lay_out([self.buckets[group] for group in reversed(used)])  # as backward is done with them
         specs = {name: bucket.spec for name, bucket in self.buckets.items()}
+        if self.pipelined is not None:
+            specs = _of_all_stages(config, mesh, self.pipelined, vocab_size, self.plan) | specs
         self.micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.readers)
         held = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, packing=mesh.packing)
         setting = Setting(
@@ -99,9 +107,13 @@ class Trainable:
             kept_bytes=held.kept_back,
         )
         self.setting = setting.under(self.plan)
-        self.program = training_step(self.plan.strategy, self.setting)
+        self.program = self._step_of(self.plan)
+        if self.pipelined is not None:  # stages take turns: in the order in which they go on the wire
+            sent = dict.fromkeys(b for s in self.program if s.op is Op.GRADS for b in s.buckets)
+            lay_out([self.buckets[group] for group in sent])
         self.device = emulated_device(config, specs)
         token_bytes = TokenBytes(ranks_per_node or mesh.world.size)
+        self._stream_shape = (0, config.model.d_model)  # until a step or an evaluation says
         self._unsettled = False  # weights that the last step updated have yet to be gathered
         self.instruction_functions = InstructionFunctions(
             self.gpt,
@@ -117,9 +129,18 @@ class Trainable:
         )
         self.functions: Functions = self.instruction_functions
         self._training = self._executor(self.program, self.device)
-        self.evaluation_program = evaluation(shape, specs)
+        if self.pipelined is None:
+            self.evaluation_program = evaluation(shape, specs)
+        else:
+            self.evaluation_program = evaluations(self.setting, self.pipelined)[mesh.pp_rank]
         self._evaluation = self._executor(self.evaluation_program, None)
         self._scoring: Executor | None = None  # few runs ask for it
+
+    def _step_of(self, plan: Plan) -> Program:
+        """This rank's list: all ranks' the same one, but in a pipeline."""
+        if self.pipelined is None:
+            return training_step(plan.strategy, self.setting)
+        return training_steps(self.setting, self.pipelined)[self.mesh.pp_rank]
 
     def run_with(self, program: Program, functions: Functions) -> None:
         """From now on a training step is this program with these functions: an observer of values, another schedule.
@@ -133,7 +154,7 @@ class Trainable:
     def adopt(self, plan: Plan) -> None:
         """From now on a training step follows this plan, the same on every rank.  Its packing is the mesh's."""
         self.plan, self.setting = plan, self.setting.under(plan)
-        self.run_with(training_step(plan.strategy, self.setting), self.functions)
+        self.run_with(self._step_of(plan), self.functions)
 
     def take_over(self, before: "Trainable") -> None:
         """Go on in the place of another one, which ends: with its plan and its emulated device.  The functions of an observer
@@ -154,7 +175,25 @@ class Trainable:
     def _executor(self, program: Program, device: EmulatedDevice | None) -> Executor:
         training = any(s.phase == "B" for s in program)  # evaluations' tokens are not a step's
         token_bytes = self.instruction_functions.token_bytes if training else None
-        return Executor(program, self.functions, self.mesh, self.buckets, log=self.log, device=device, token_bytes=token_bytes)
+        return Executor(
+            program,
+            self.functions,
+            self.mesh,
+            self.buckets,
+            log=self.log,
+            device=device,
+            token_bytes=token_bytes,
+            stream=self.new_stream,
+        )
+
+    def new_stream(self) -> Tensor:
+        """Memory for what this rank gets of another stage of a pipeline, for a micro-batch of the step or the batch that runs."""
+        return next(self.gpt.parameters()).new_empty(self._stream_shape)
+
+    def _stream_of(self, own: Batch) -> None:
+        """From now on streams are those of such a batch, cut over cp."""
+        share = self.gpt.share
+        self._stream_shape = (own.tokens_BS.numel() // (share.ranks if share.cut else 1), self.gpt.config.d_model)
 
     def step(
         self,
@@ -174,6 +213,7 @@ class Trainable:
         self.instruction_functions.directions = directions
         parts = self.own_part(batch).split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
+        self._stream_of(parts[0])
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
         result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
         self._unsettled = bool(settling(self.program))
@@ -191,8 +231,7 @@ class Trainable:
         """float64 [2]: sum of losses in nats and number of tokens they are of, over the world."""
         self.settle()
         self.gpt.eval()
-        out: Tensor = self._evaluation.run({"#batch.-.0": self.own_part(batch)})["#loss.-.0"]
-        return out
+        return self._forward(self._evaluation, batch)
 
     def score(self, batch: Batch) -> Tensor:
         """float64 [readers x B]: the sum of losses in nats of each sequence: B of each rank that reads sequences of its own, in
@@ -200,9 +239,18 @@ class Trainable:
         self.settle()
         self.gpt.eval()
         if self._scoring is None:
-            specs = {name: bucket.spec for name, bucket in self.buckets.items()}
-            self._scoring = self._executor(scoring(self.setting.shape, specs), None)
-        out: Tensor = self._scoring.run({"#batch.-.0": self.own_part(batch)})["#loss.-.0"]
+            self._scoring = self._executor(self._scores_of(), None)
+        return self._forward(self._scoring, batch)
+
+    def _scores_of(self) -> Program:
+        if self.pipelined is None:
+            return scoring(self.setting.shape, {name: bucket.spec for name, bucket in self.buckets.items()})
+        return evaluations(self.setting, self.pipelined, by_sequence=True)[self.mesh.pp_rank]
+
+    def _forward(self, executor: Executor, batch: Batch) -> Tensor:
+        own = self.own_part(batch)
+        self._stream_of(own)
+        out: Tensor = executor.run({"#batch.-.0": own})["#loss.-.0"]
         return out
 
     def own_part(self, batch: Batch) -> Batch:
@@ -215,6 +263,18 @@ class Trainable:
         everywhere = zip(*all_gather_object(self.mesh, self.log.riders()), strict=True)
         if not agree([sum(column) for column in everywhere], self.mesh.world.size):
             raise CollectivesDiffer(self.instruction_functions.explain())
+
+
+def _of_all_stages(config: PretrainConfig, mesh: Mesh, job: Pipelined, vocab_size: int, plan: Plan) -> dict[str, BucketSpec]:
+    """What each pipeline rank has to know of the others' buckets, to check their lists with its own."""
+    return bucket_specs(
+        config,
+        mesh.world.size,
+        vocab_size=vocab_size,
+        packing=plan.packing,
+        piece_bytes=plan.piece_bytes,
+        embedding_ranks=len(job.words_ranks),
+    )
 
 
 def _orders(path: str, mesh: Mesh) -> Mapping[int, tuple[int, ...]]:

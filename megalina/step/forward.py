@@ -83,6 +83,7 @@ class Shape:
     micro_batch_groups: bool = False  # capacity and balance are of whole micro-batches: parts of one must know of each other
     whole_routers: bool = False  # a router must see the whole micro-batch at once
     router_state: bool = False  # routers have state that a step's loads move: a selection bias, a capacity
+    pipeline: bool = False  # layers, and what is outside of them, are on several pipeline ranks
     head_logits: bool = False  # attention tells the largest logit of each group of heads: an update goes by it
 
     @property
@@ -113,8 +114,13 @@ class Shape:
 
     @property
     def ends(self) -> str:
-        """The parameter group of what is copied outside the layers: learned positions, the last norm."""
-        return "ends" if self.tp else "embedding"
+        """The parameter group of what is copied outside the layers: the last norm, and learned positions, but in a pipeline."""
+        return "ends" if self.tp or self.pipeline else "embedding"
+
+    @property
+    def positions(self) -> str:
+        """The parameter group of learned positions, which a pipeline has where the last norm isn't."""
+        return "positions" if self.pipeline else self.ends
 
     @property
     def without_mtp(self) -> "Shape":

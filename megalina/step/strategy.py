@@ -26,6 +26,7 @@ from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 from megalina.step.whole_matrices import place_newton_schulz
 
+LOSSES = "#losses.-.0"  # of each sequence
 DDP_FIRST_BYTES = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 
 
@@ -86,10 +87,7 @@ def eager(setting: Setting) -> Program:
 def ddp(setting: Setting) -> Program:
     """What PyTorch's DistributedDataParallel does beside expert parallelism: neighbours share buckets of 25 MiB, the first ones
     of 1 MiB."""
-    size = setting.plan.merge_bytes
-    merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
-    placed = place_gradients(_plain_step(setting), setting.buckets, merge=merge, merge_first=merge_first)
-    return _finish(placed, setting)
+    return _finish(_merged(_plain_step(setting), setting, setting.buckets), setting)
 
 
 def serial(setting: Setting) -> Program:
@@ -164,30 +162,42 @@ def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
     """The checked program of one forward pass without gradients, and the sum of its losses over the world.
 
     Multi-token prediction is left out, with the weights of its layers."""
-    return _forward_alone(shape, buckets, "evaluated", by_sequence=False)
+    return _forward_alone(shape, buckets, by_sequence=False)
 
 
 def scoring(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:
     """As `evaluation`, but each sequence's loss by itself."""
-    return _forward_alone(shape, buckets, "scored", by_sequence=True)
+    return _forward_alone(shape, buckets, by_sequence=True)
 
 
-def _forward_alone(shape: Shape, buckets: Mapping[str, BucketSpec], name: str, *, by_sequence: bool) -> Program:
+def _forward_alone(shape: Shape, buckets: Mapping[str, BucketSpec], *, by_sequence: bool) -> Program:
     left_out = {group for layer in range(shape.num_layers, len(shape.layers)) for group in shape.groups(layer)}
-    shape = replace(shape.without_mtp, head_logits=False)
     buckets = {bucket: spec for bucket, spec in buckets.items() if bucket not in left_out}
-    forward, value = plain(shape), "loss.-.0"
-    if by_sequence:
-        value = "#losses.-.0"
-        forward = tuple(replace(s, name="sequence_losses", writes=(value,)) if s.key == ("loss", -1, "0") else s for s in forward)
-    program = (
-        *forward,
-        Instruction("U", Kind.COMPUTE, name, reads=(value, "#batch.-.0"), writes=("#own_loss.-.0",)),
-        Instruction("U", Kind.START, name, reads=("#own_loss.-.0",), writes=("#own_loss>.-.0",), op=Op.SUM, axis="world"),
-        Instruction("U", Kind.WAIT, name, reads=("#own_loss>.-.0",), writes=("#loss.-.0",), op=Op.SUM, axis="world"),
-    )
+    forward, shape = forward_alone(shape, by_sequence=by_sequence), shape.without_mtp
+    program = (*forward, *loss_of_world(forward, by_sequence=by_sequence))
     check(program, given(program, Setting(shape, buckets)), buckets)
     return program
+
+
+def forward_alone(shape: Shape, *, by_sequence: bool) -> Program:
+    """A forward pass that nothing follows; its loss, or with `by_sequence` each sequence's."""
+    forward = plain(replace(shape.without_mtp, head_logits=False))
+    if not by_sequence:
+        return forward
+    return tuple(replace(s, name="sequence_losses", writes=(LOSSES,)) if s.key == ("loss", -1, "0") else s for s in forward)
+
+
+def loss_of_world(forward: Program, *, by_sequence: bool) -> Program:
+    """What closes a forward pass: the sum of its losses over the world.  A rank whose program gives none adds nothing."""
+    name, value = ("scored", LOSSES) if by_sequence else ("evaluated", "loss.-.0")
+    losses = tuple(v for s in forward for v in s.writes if v == value)
+    own, wire = "#own_loss.-.0", "#own_loss>.-.0"
+    start = Instruction("U", Kind.START, name, reads=(own,), writes=(wire,), op=Op.SUM, axis="world")
+    return (
+        Instruction("U", Kind.COMPUTE, name, reads=(*losses, "#batch.-.0"), writes=(own,)),
+        start,
+        replace(start, kind=Kind.WAIT, reads=(wire,), writes=("#loss.-.0",)),
+    )
 
 
 def settling(program: Program) -> Program:
@@ -214,6 +224,26 @@ def _placed(program: Program, setting: Setting) -> Program:
     return place_gradients(
         program, setting.buckets, place="ready" if gaps is None else "gap", yields=setting.plan.yields, gaps=gaps
     )
+
+
+def _merged(program: Program, setting: Setting, buckets: Mapping[str, BucketSpec]) -> Program:
+    size = setting.plan.merge_bytes
+    merge, merge_first = size // setting.element_bytes, min(DDP_FIRST_BYTES, size) // setting.element_bytes
+    return place_gradients(program, buckets, merge=merge, merge_first=merge_first)
+
+
+def place_of_rank(program: Program, buckets: Mapping[str, BucketSpec], setting: Setting) -> Program:
+    """Gradients of one pipeline rank's list put on the wire where the plan's strategy has them; `buckets`: those of the rank."""
+    strategy = setting.plan.strategy
+    if strategy == "ddp":
+        return _merged(program, setting, buckets)
+    if strategy in ("serial", "fixed"):
+        return place_gradients(program, buckets, place="tail" if strategy == "serial" else "pair")
+    return place_gradients(program, buckets, yields=setting.plan.yields and strategy != "eager")
+
+
+# whose numbers all act inside of a pipeline's cells, or on where gradients go
+PIPELINED = ("eager", "ddp", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina")
 
 
 def _plain_step(setting: Setting) -> Program:

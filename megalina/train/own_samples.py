@@ -27,7 +27,8 @@ class OwnSamples:
 def own_samples(config: PretrainConfig, *, world: int, rank: int, ranks_per_node: int) -> OwnSamples:
     """Of a rank of the world."""
     alike, nodes = config.parallel.tp * config.parallel.cp, config.router.locality_nodes  # ranks that take the same sequences
-    readers, place = world // alike, rank // alike
+    stage = world // config.parallel.pp  # ranks of one: those at one place in all of them have the same sequences
+    readers, place = stage // alike, rank % stage // alike
     count = config.train.global_batch_size // readers
     if not at_home(config, world=world, ranks_per_node=ranks_per_node):
         return OwnSamples(count, 1, 0, place)
@@ -38,5 +39,8 @@ def at_home(config: PretrainConfig, *, world: int, ranks_per_node: int) -> bool:
     """Whether sequences can be computed where they are at home: as many nodes, whole groups of ranks that take the same ones, and
     equally many sequences on each."""
     nodes = config.router.locality_nodes
-    whole = nodes > 1 and nodes * ranks_per_node == world and ranks_per_node % (config.parallel.tp * config.parallel.cp) == 0
+    parallel = config.parallel
+    whole = (
+        nodes > 1 and nodes * ranks_per_node == world and parallel.pp == 1 and ranks_per_node % (parallel.tp * parallel.cp) == 0
+    )
     return whole and config.train.global_batch_size % nodes == 0

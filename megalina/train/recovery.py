@@ -14,6 +14,7 @@ from megalina.mesh import all_gather_object
 from megalina.parallel.executor import Executor
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
+from megalina.step.forward import plain
 from megalina.step.program import Instruction
 from megalina.track.tracker import Tracker
 from megalina.train.step_runner import StepRunner
@@ -106,29 +107,30 @@ def _backward_order(runner: StepRunner) -> Callable[[str], int]:
 def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]:
     """Run the forward passes of `batch` again, with the weights as they are; all ranks together.
 
-    Returns the place in order of this rank's first instruction whose output is not finite, and its tag; (NOWHERE, "") if all are.
+    Returns the place, in the model's order, of this rank's first instruction whose output is not finite, and its tag; (NOWHERE,
+    "") if all are.
     """
-    found = (NOWHERE, "")
-    place = 0
+    found, number = (NOWHERE, ""), 0  # of the micro-batch
+    order = {s.key: i for i, s in enumerate(plain(trainable.setting.shape))}  # over all stages of a pipeline
 
     def watched(instruction: Instruction) -> Callable[..., Any]:
         function = trainable.functions(instruction)
 
         def run(*arguments: Any) -> Any:
-            nonlocal found, place
-            place += 1
+            nonlocal found
             out = function(*arguments)
             values = out if isinstance(out, tuple) else (out,)
             bad = any(isinstance(v, Tensor) and v.is_floating_point() and not v.isfinite().all() for v in values)
             if bad and found[0] == NOWHERE:
-                found = place, instruction.tag
+                found = number * (len(order) + 1) + order.get(instruction.key, len(order)), instruction.tag
             return out
 
         return run
 
-    executor = Executor(trainable.evaluation_program, watched, trainable.mesh, trainable.buckets, log=trainable.log)
+    program, mesh, buckets = trainable.evaluation_program, trainable.mesh, trainable.buckets
+    executor = Executor(program, watched, mesh, buckets, log=trainable.log, stream=trainable.new_stream)
     trainable.gpt.train()
     with torch.no_grad():
-        for part in trainable.own_part(batch).split(trainable.micro_batch_size):
+        for number, part in enumerate(trainable.own_part(batch).split(trainable.micro_batch_size)):  # noqa: B007  `run` reads it
             executor.run({"#batch.-.0": part})
     return found

@@ -137,9 +137,9 @@ class RunState:
 
     def arithmetic(self) -> dict[str, Any]:
         """What rounding depends on: where all of it is equal, two runs are equal to the last bit."""
-        train, device = self.config.train, self.built.trainable.gpt.embedding.device
+        train, device = self.config.train, self.built.trainable.gpt.device
         return {
-            "mesh": self.built.mesh.unpacked,  # each line of the ledger has its plan
+            "mesh": self.built.mesh.unpacked | self.built.mesh.pipeline,  # each line of the ledger has its plan
             "parallel": asdict(self.config.parallel),
             "strategy": asdict(self.config.strategy),
             "batch": [train.global_batch_size, train.micro_batch_size],

@@ -20,7 +20,8 @@ from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.replayed import replayed
 from megalina.data.source import TokenData
-from megalina.mesh import Mesh, all_gather_object, build_meshes
+from megalina.mesh import Mesh, all_gather_object
+from megalina.parallel.meshes import meshes_of
 from megalina.parallel.plan_file import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -86,16 +87,11 @@ class StepRunner:
         self.config, self.data, self.device = config, replayed(data, config), device
         world = dist.get_world_size() if dist.is_initialized() else 1
         packings = allowed_packings(config, world)
-        made = meshes or build_meshes(
-            tp=config.parallel.tp,
-            ep=config.parallel.ep,
-            cp=config.parallel.cp,
-            packings=packings,
-            timeout_s=config.cluster.timeout_s,
-        )
+        vocab_size = config.model.vocab_size or data.vocab_size
+        made = meshes or meshes_of(config, world, packings=packings, vocab_size=vocab_size)
         self.meshes = {packing: made[packing] for packing in packings}
         mesh = self.meshes[packings[0]]
-        self.log = log or CollectiveLog(mesh.world.rank)
+        self.log = log or CollectiveLog(mesh.world.rank, alike=mesh.pp == 1)
         self.is_first = mesh.world.rank == 0
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         self._guard = SpikeGuard(config.guard)

@@ -317,7 +317,7 @@ class Trainer:
 
     def _describe(self) -> str:
         train, trainable, mesh = self.config.train, self.built.trainable, self.built.mesh
-        shape = " x ".join(f"{n} {k}" for k, n in mesh.shape.items())
+        shape = " x ".join(f"{n} {k}" for k, n in (mesh.pipeline | mesh.shape).items())
         note = emulation_note(trainable)
         return (
             f"model: {self.config.model.name}, {self.flops.total_params / 1e6:,.1f} M parameters, "

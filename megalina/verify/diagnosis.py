@@ -14,6 +14,7 @@ from megalina.verify.hypotheses import (
     dense_experts,
     losses,
     norms,
+    pipelines,
     reductions,
     regrouping,
     replay,
@@ -63,6 +64,10 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
     ),
     "gradient": (
         deferred.not_once,
+        pipelines.divided,
+        pipelines.weights_cell,
+        pipelines.balance_unseeded,
+        pipelines.embedding_apart,
         units.terms,
         units.micro_batches,
         units.router_without_main_loss,
@@ -75,7 +80,7 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         scales.group_scaled,
         reductions.copies_disagree,
     ),
-    "norm": (norms.without_experts, norms.of_each_rank, norms.counted_often),
+    "norm": (pipelines.norm_of_stages, norms.without_experts, norms.of_each_rank, norms.counted_often),
     "weight": (
         whole_matrices.experts_flattened,
         whole_matrices.cut_by_shards,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.parameter import Parameter
-from megalina.layout import rows
+from megalina.layout import rows, rows_of_stages
 from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.verify.recording import NOBODY, Entry, Recording
@@ -126,11 +126,13 @@ class Evidence:
     @cached_property
     def rows(self) -> dict[str, list[list[int]]]:
         """The rows of ranks along each axis of the mesh."""
-        return rows(self.shape)
+        return rows_of_stages(self.shape, self.layout.pp) if self.layout.pp > 1 else rows(self.shape)
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(edp, ep, tp) of a rank."""
-        layout, reader = self.layout, rank // (self.layout.cp * self.layout.tp)
+        """(edp, ep, tp) of a rank, in its stage of a pipeline."""
+        layout = self.layout
+        rank %= layout.world // layout.pp
+        reader = rank // (layout.cp * layout.tp)
         return reader // layout.ep, reader % layout.ep, rank % layout.tp
 
     def sizes(self) -> dict[str, int]:
@@ -138,6 +140,7 @@ class Evidence:
         layout = self.layout
         copies = "edp x tp" if layout.cp == 1 else "edp x cp x tp"
         named = {"edp": layout.edp, "ep": layout.ep, "cp": layout.cp, "tp": layout.tp, "dp": layout.dp, copies: layout.copies}
+        named |= {"pp": layout.pp} if layout.pp > 1 else {}
         named |= {"the number of ranks": layout.world, "the number of micro-batches": layout.micro_batches}
         return {name: size for name, size in named.items() if size > 1}
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.blocks.model import blocks_of
 from megalina.blocks.parameter import Parameter
+from megalina.blocks.pipelined import pipelined
 from megalina.config import PretrainConfig
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Mesh, build_meshes
+from megalina.model.gpt import GPT
 from megalina.model.init import spec_of
 from megalina.model.permute import RowOrder
 from megalina.parallel.buckets import Bucket
@@ -72,8 +74,16 @@ def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
             cp_kind=layout.cp_kind,
             sequence=layout.sequence,
             zero=layout.zero,
+            pp=layout.pp,
+            pp_chunks=layout.chunks,
+            pp_layout=layout.stages,
         ),
-        strategy=replace(config.strategy, name=layout.strategy, partition_bytes=str(int(layout.piece_mb * 2**20))),
+        strategy=replace(
+            config.strategy,
+            name=layout.strategy,
+            partition_bytes=str(int(layout.piece_mb * 2**20)),
+            pipeline=layout.pipeline,
+        ),
         train=replace(config.train, micro_batch_size=layout.micro_batch, recompute=layout.recompute),
     )
 
@@ -110,7 +120,7 @@ def record_rank(
         loads = result.loads[:, : config.model.num_experts + 1]
         for layer, load in zip(gpt.moe_layers, loads, strict=True):
             seen["routing", f"layers.{layer}.load"] = Held(load, "U:verdict.-.0")
-            if (bias_E := gpt.layers[layer].router.bias_E) is not None:
+            if layer in gpt.layers and (bias_E := gpt.layers[layer].router.bias_E) is not None:
                 seen["routing", bias_name(layer)] = Held(bits_of(bias_E), f"U:{ROUTER_STATE}.-.0")
         for name, value in {"loss": result.loss, **result.auxiliary}.items():
             seen["loss", name] = _scalar(value)
@@ -126,20 +136,30 @@ def record_rank(
 
 
 def together(config: PretrainConfig, layout: Layout, batches: Sequence[Batch], ranks: Sequence[dict[Key, Held]]) -> Recording:
-    """A recording from what each rank has; the first rank that has an element gives it to the whole."""
-    weights = [name for step, _, name in ranks[0] if step == INITIAL]
+    """A recording from what each rank has; the first rank that has an element gives it to the whole.  Of what is in another stage
+    of a pipeline a rank has nothing."""
+    there = {name for held in ranks for step, _, name in held if step == INITIAL}
     blocks = blocks_of(config.model, config.router)
+    weights = [name for name in _names(config) if name in there]
     keys = [(INITIAL, "weight", name) for name in weights]
     keys += [(step, *key) for step in range(len(batches)) for key in order_of(blocks, weights)]
     entries = []
     for key in keys:
-        by_rank = [held[key].value for held in ranks]
+        first = next(held[key] for held in ranks if key in held)
+        by_rank = [held[key].value if key in held else _nothing(tuple(first.value.shape), first.value) for held in ranks]
         whole = by_rank[0].clone()
         for value in by_rank[1:]:
             missing = whole.isnan() if whole.is_floating_point() else whole == NOBODY
             whole = torch.where(missing, value, whole)
-        entries.append(Entry(*key, whole, by_rank if layout.world > 1 else None, ranks[0][key].note))
+        entries.append(Entry(*key, whole, by_rank if layout.world > 1 else None, first.note))
     return Recording(layout, layout_config(config, layout), list(batches), entries)
+
+
+def _names(config: PretrainConfig) -> list[str]:
+    """Of all parameters, in the model's order."""
+    model, seed = config.model, config.train.seed
+    gpt = GPT(model, config.router, vocab_size=model.vocab_size, max_positions=config.train.seq_len, seed=seed)  # on no device
+    return [name for name, _ in gpt.named_parameters()]
 
 
 class _Observer:
@@ -160,7 +180,8 @@ class _Observer:
                 (value,) = names(writes, layer)
                 self._streams[value.rpartition(".")[0]] = stream_name(blocks, layer, block.name)
         for i in trainable.gpt.moe_layers:
-            trainable.gpt.layers[i].router.register_forward_pre_hook(self._logits)
+            if i in trainable.gpt.layers:
+                trainable.gpt.layers[i].router.register_forward_pre_hook(self._logits)
 
     def begin(self, step: int) -> None:
         self.seen, self._first = {}, step * SEQUENCES
@@ -171,6 +192,14 @@ class _Observer:
 
         def of(instruction: Instruction) -> Callable[..., Any]:
             function = functions(instruction)
+            if instruction.name == "sizes":  # before all else: a later stage of a pipeline reads a stream before a batch
+
+                def sizes(*batches: Batch) -> Any:
+                    parts = (name.rpartition(".")[2] for name in instruction.reads)
+                    self._batches |= dict(zip(parts, batches, strict=True))
+                    return function(*batches)
+
+                return sizes
             if instruction.phase != "F":
                 return function
 
@@ -289,13 +318,19 @@ def _recorded(
     device: str, time_limit_s: float, config: PretrainConfig, layout: Layout, batches: Sequence[Batch], plant: str
 ) -> dict[Key, tuple[NDArray, str]]:
     """On a rank: what it holds, as arrays, which pickle faster than tensors."""
-    mesh = _mesh(layout.tp, layout.ep, layout.cp, time_limit_s)
+    mesh = _mesh_of(config, layout, time_limit_s)
     here = torch.device("cuda", mesh.world.rank) if device == "cuda" else torch.device("cpu")
     held = record_rank(config, layout, batches, mesh, device=here, plant=plant)
     return {key: (h.value.numpy(), h.note) for key, h in held.items()}
 
 
+def _mesh_of(config: PretrainConfig, layout: Layout, timeout_s: float) -> Mesh:
+    config = layout_config(config, layout)
+    across = pipelined(config, layout.world).across if layout.pp > 1 else {}
+    return _mesh(layout.tp, layout.ep, layout.cp, layout.pp, tuple(across.items()), timeout_s)
+
+
 @cache
-def _mesh(tp: int, ep: int, cp: int, timeout_s: float) -> Mesh:
+def _mesh(tp: int, ep: int, cp: int, pp: int, across: tuple[tuple[str, tuple[int, ...]], ...], timeout_s: float) -> Mesh:
     """Of this process's world.  Communicators take longer than a row, so they stay."""
-    return build_mesh(tp=tp, ep=ep, cp=cp, timeout_s=timeout_s)
+    return build_meshes(tp=tp, ep=ep, cp=cp, pp=pp, across=dict(across), timeout_s=timeout_s)[1]

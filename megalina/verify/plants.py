@@ -14,7 +14,7 @@ from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
-from megalina.verify.bugs import attention, forward, gradients, losses, replay, whole_matrices
+from megalina.verify.bugs import attention, forward, gradients, losses, pipelines, replay, whole_matrices
 from megalina.verify.recording import SEQUENCES, Layout
 
 
@@ -159,7 +159,7 @@ _ALL = (
     Plant(
         "bucket_reduced_early",
         "a bucket of gradients is summed over the ranks before the last micro-batch",
-        lambda layout, config: layout.micro_batches > 1 and layout.dp > 1,
+        lambda layout, config: layout.micro_batches > 1 and layout.dp > 1 and layout.pp == 1,
         gradients.bucket_reduced_early,
     ),
     Plant(
@@ -412,6 +412,36 @@ _ALL = (
         lambda layout, config: optimizer_of(config.optim).clips_heads and layout.dp > 1 and layout.cp == 1,
         whole_matrices.qk_clip_per_rank,
         ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=false"),
+    ),
+    Plant(
+        "divided_by_micro_batches",
+        "in a pipeline losses are divided by the number of micro-batches, too",
+        lambda layout, config: layout.pp > 1 and layout.micro_batches > 1,
+        pipelines.divided_by_micro_batches,
+    ),
+    Plant(
+        "weights_cell_left_out",
+        "a stage leaves out the gradients of weights of a micro-batch",
+        lambda layout, config: layout.pp > 1 and layout.micro_batches > 1 and layout.pipeline == "zb_h1",
+        pipelines.weights_cell_left_out,
+    ),
+    Plant(
+        "balance_of_first_stages_unseeded",
+        "the balance losses of layers that are in another stage than the main loss have no gradient",
+        lambda layout, config: layout.pp > 1 and _is_balanced(config) and is_moe_layer(config.model, 0),
+        pipelines.balance_of_first_stages_unseeded,
+    ),
+    Plant(
+        "embedding_summed_by_stages",
+        "the gradient of a tied embedding is not summed over the first stage and the last",
+        lambda layout, config: layout.pp > 1 and config.model.tie_embeddings and layout.zero == 0,
+        pipelines.embedding_summed_by_stages,
+    ),
+    Plant(
+        "norm_of_own_stage",
+        "each stage clips by the norm of its own gradients",
+        lambda layout, config: layout.pp > 1,
+        pipelines.norm_of_own_stage,
     ),
 )
 PLANTS: Mapping[str, Plant] = {p.name: p for p in _ALL}

@@ -223,6 +223,35 @@ def sends_other_splits(rank: int, mark: Callable[[], None]) -> None:
     exchange.start_all_to_all = start
 
 
+def swaps_messages(rank: int, mark: Callable[[], None]) -> None:
+    """The first stage sends the streams of two micro-batches in the other order."""
+    make = Trainable.__init__
+
+    def init(self: Trainable, *arguments: Any, **settings: Any) -> None:
+        make(self, *arguments, **settings)
+        if rank == 0:
+            program = list(self.program)
+            sent = [i for i, s in enumerate(program) if s.op is Op.SEND and s.kind is Kind.START and s.part in ("0", "1")]
+            first = program.pop(sent[0])
+            wait = next(i for i, s in enumerate(program) if s.op is Op.SEND and s.kind is Kind.WAIT and s.part == "0")
+            program[sent[1] : sent[1]] = [first, program.pop(wait)]
+            self.run_with(tuple(program), self.functions)
+
+    Trainable.__init__ = init
+
+
+def loses_a_message(rank: int, mark: Callable[[], None]) -> None:
+    send = exchange.start_send
+
+    def start(x: torch.Tensor, name: str, axis: Any, log: Any) -> Any:
+        if rank == 0 and log.position.step == FAULT_STEP and name == "x>.2.1":
+            mark()
+            return exchange.Pending(None, lambda: x)
+        return send(x, name, axis, log)
+
+    exchange.start_send = start
+
+
 def waits_alone(rank: int, mark: Callable[[], None]) -> None:
     """Rank 1 waits for a sum that nobody else has asked for."""
     asked: list[int] = []
@@ -363,3 +392,28 @@ def test_a_lost_rank_changes_no_number_of_a_run_with_restarts(job: Callable[...,
     )
     for key in ("step", "loss", "grad_norm", "consumed_samples"):
         assert [record[key] for record in lost] == [record[key] for record in whole]
+
+
+PIPELINE = {"ep": 1, "pp": 2, "micro_batch_size": 2}
+
+
+@pytest.mark.full
+def test_messages_of_a_pipeline_that_change_places_are_caught_before_the_update(
+    job: Callable[..., Outcome], folder: Path
+) -> None:
+    found = explained(job(swaps_messages, **PIPELINE), "on axis pp0-1 is not the same on all ranks")
+    assert "rank 0: message in instruction F:stream>.2.1" in found and "rank 1: message in instruction F:stream>.2.0" in found
+    assert [(folder / "swaps_messages" / f"weights.{rank}").read_text() for rank in range(2)] == ["same", "same"]
+
+
+@pytest.mark.full
+def test_a_message_that_never_leaves_its_stage_is_named(job: Callable[..., Outcome]) -> None:
+    text = explained(job(loses_a_message, **PIPELINE), "no rank has made progress", "on axis pp0-1 is not the same on all ranks")
+    assert "rank 1 waits in instruction F:stream<.2.1 of step 2" in text
+
+
+@pytest.mark.full
+def test_a_killed_stage_is_named_and_the_other_changes_nothing(job: Callable[..., Outcome], folder: Path) -> None:
+    outcome = job(signals_itself, 0, int(signal.SIGKILL), **PIPELINE)
+    explained(outcome, "rank 0 of 2 was ended by SIGKILL (out of memory?) in step 2, instruction F:experts.0.0")
+    assert (folder / "signals_itself_0_9" / "weights.1").read_text() == "same"

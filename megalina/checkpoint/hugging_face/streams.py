@@ -20,7 +20,8 @@ def our_streams(gpt: GPT, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         x_TD = gpt.embedder.placed(gpt.embedder.looked_up(batch), batch)
         streams, seen = {"the embedding": x_TD}, Seen()
-        for i, layer in enumerate(gpt.layers[: gpt.config.num_layers]):
+        for i in range(gpt.config.num_layers):
+            layer = gpt.layers[i]
             for name in layer.stream:
                 x_TD = layer.functions[name].forward(x_TD, batch, seen)
                 streams[f"{'experts' if name == 'moe' else name} of layer {i}"] = x_TD

@@ -18,7 +18,7 @@ from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
-from megalina.layout import axis_of_group, axis_sizes, readers
+from megalina.layout import EMBEDDING, axis_of_group, axis_sizes, readers
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient, most_matrices
@@ -34,12 +34,13 @@ PART = re.compile(r"\.\d+p\d+/(\d+)")  # of a value's name: one of so many parts
 
 
 def bucket_specs(
-    config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0
+    config: PretrainConfig, world: int, *, vocab_size: int, packing: int = 1, piece_bytes: int = 0, embedding_ranks: int = 1
 ) -> dict[str, BucketSpec]:
     """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
-    `vocab_size`: before padding; `piece_bytes`: as in a `Plan`."""
-    tp = config.parallel.tp
-    sizes = axis_sizes(world, tp=tp, ep=config.parallel.ep // packing, cp=config.parallel.cp)
+    `vocab_size`: before padding; `piece_bytes`: as in a `Plan`; `embedding_ranks`: pipeline ranks that hold the embedding."""
+    tp, pipeline = config.parallel.tp, config.parallel.pp > 1
+    sizes = axis_sizes(world // config.parallel.pp, tp=tp, ep=config.parallel.ep // packing, cp=config.parallel.cp)
+    sizes |= {"stage": sizes["world"], EMBEDDING: sizes["dp"] * embedding_ranks}
     blocks = blocks_of(
         config.model,
         config.router,
@@ -50,12 +51,12 @@ def bucket_specs(
     kind, optim = optimizer_of(config.optim), config.optim
     members: dict[str, list[Member]] = {}
     for layer, parameter in blocks.parameters():
-        group = parameter.group(layer, tp=tp > 1)
+        group = parameter.group(layer, tp=tp > 1, pipeline=pipeline)
         whole = kind.takes_whole(parameter, optim)
         members[group] = [*members.pop(group, []), Member(parameter, parameter.local_shape(sizes), whole)]
     out = {}
     for group, of_group in reversed(members.items()):
-        axis = axis_of_group(group)
+        axis = axis_of_group(group, pipeline=pipeline, shared_embedding=embedding_ranks > 1)
         sharded = config.parallel.zero == 1 and sizes[axis] > 1
         layout = lay_out_bucket(
             group,
@@ -92,7 +93,7 @@ class InstructionBytes:
         does not fit the world."""
         self._config, self._cuda = config, cuda
         parallel = config.parallel
-        self.axes = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing)
+        self.axes = axis_sizes(world // parallel.pp, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing)
         self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
         layers = len(training_layers(config.model))
         skew_L = _of_layers("skew", skew, layers)

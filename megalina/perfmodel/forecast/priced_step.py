@@ -29,6 +29,7 @@ from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program, shares_of
 from megalina.step.strategy import Setting, training_step
 from megalina.timeline.instruction_times import times_of
+from megalina.validate_pipeline import refuse_pipelines
 
 KEPT_LISTS = 12
 NEW_OBJECTS = 100_000  # between two garbage collections
@@ -89,7 +90,8 @@ class PricedStep:
     ):
         """`vocab_size`: before padding; `load`: rows of the busiest rank's experts over the mean, which all ranks then compute;
         `shared`: what other steps have made; `network`, `seconds`: None: those of the configuration's cluster.  ValueError where
-        the layout does not fit the world."""
+        the layout does not fit the world, and for pipelines."""
+        refuse_pipelines(config, "pipelines aren't forecast yet, nor priced or drawn")
         self.config, self.world, self.plan, self.load = config, world, plan, load
         self.vocab_size, self._shared, self._network, self._seconds = vocab_size, shared or Shared(), network, seconds
         self.held = InstructionBytes(

@@ -47,7 +47,7 @@ def programs(
 
     ValueError for another number of stages, where a stage reads more than the stream of the stage before, and for what `check`
     refuses."""
-    filling = _Filling(pipeline, stages, forward, late)
+    filling = Filling(pipeline, stages, forward, late)
     out = []
     for rank in range(pipeline.ranks):
         program = filling.cells(rank)
@@ -72,7 +72,9 @@ def shared_buckets(of_ranks: Sequence[Program]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ranks) for name, ranks in users.items() if len(ranks) > 1}
 
 
-class _Filling:
+class Filling:
+    """Cells as instructions.  ValueError as `programs`."""
+
     def __init__(self, pipeline: Pipeline, stages: Sequence[StageLayers], forward: Program, late: frozenset[str]):
         if len(stages) != pipeline.stages:
             raise ValueError(f"layers are cut into {len(stages)} stages, and the schedule has {pipeline.stages}: cut them alike")

@@ -93,7 +93,7 @@ def expert_left_out(trainable: Trainable, config: PretrainConfig) -> None:
 
 def rows_not_regrouped(trainable: Trainable, config: PretrainConfig) -> None:
     def of(instruction: Instruction, function: Function) -> Function:
-        if instruction.name != "experts":
+        if instruction.name != "experts" or instruction.phase == "W":
             return function
         experts = trainable.gpt.layers[instruction.layer].experts
         return lambda got, counts: experts(got, counts.sizes(instruction.chunk).count_e)

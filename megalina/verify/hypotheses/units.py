@@ -136,7 +136,7 @@ def _is_early(evidence: Evidence, pair: Pair, units: Tensor, shared: int) -> boo
     early = by_unit[[_unit(evidence, place, m) for place in range(layout.dp) for m in range(shared)]].sum(0)
     cut = evidence.is_cut(pair.name) or layout.tp == 1
     for row in [[r] for r in range(layout.world)] if cut else evidence.rows["tp"]:
-        place = row[0] // layout.tp
+        place = row[0] % (layout.world // layout.pp) // layout.tp
         first = place // layout.ep * layout.ep
         own = range(first, first + layout.ep) if expert else [place]  # rows come to an expert from its whole ep row
         late = by_unit[[_unit(evidence, p, m) for p in own for m in range(shared, layout.micro_batches)]].sum(0)

@@ -1,0 +1,117 @@
+"""A step of a pipeline: the lists of all its ranks out of a setting, a schedule and a cut; and those of an evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megalina.layout import EMBEDDING
+from megalina.step.partition import with_own_counts
+from megalina.step.pipeline.cell import Pipeline
+from megalina.step.pipeline.cell import forward as forward_cell
+from megalina.step.pipeline.fill import Filling, axis_of, programs
+from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.stages import StageLayers
+from megalina.step.pipeline.together import check_together
+from megalina.step.program import BucketSpec, Program, check
+from megalina.step.strategy import Setting, forward_alone, forward_pass, loss_of_world, place_of_rank
+from megalina.step.whole_matrices import place_newton_schulz
+
+
+@dataclass(frozen=True, slots=True)
+class Pipelined:
+    """How a model is pipelined: which layers are in each stage, and when each rank computes them."""
+
+    pipeline: Pipeline  # of a training step, with messages
+    stages: tuple[StageLayers, ...]
+    words_stages: tuple[int, ...]  # those that use the embedding: to look words up, or as the output matrix
+
+    @property
+    def ranks(self) -> int:
+        return self.pipeline.ranks
+
+    @property
+    def words_ranks(self) -> tuple[int, ...]:
+        """The pipeline ranks that hold the embedding; of several each sums its gradients over all of them."""
+        return tuple(sorted({self.pipeline.rank_of[stage] for stage in self.words_stages}))
+
+    @property
+    def across(self) -> dict[str, tuple[int, ...]]:
+        """The axes that its lists need between pipeline ranks, with these."""
+        rank_of = self.pipeline.rank_of
+        pairs = sorted({tuple(sorted(pair)) for pair in zip(rank_of, rank_of[1:]) if pair[0] != pair[1]})
+        out: dict[str, tuple[int, ...]] = {axis_of(first, second): (first, second) for first, second in pairs}
+        return out | ({EMBEDDING: self.words_ranks} if len(self.words_ranks) > 1 else {})
+
+    def held(self, rank: int) -> "Held":
+        """What a pipeline rank holds."""
+        own = self.pipeline.stages_of(rank)
+        return Held(
+            layers=tuple(layer for stage in own for layer in self.stages[stage].layers),
+            first=any(self.stages[stage].embedding for stage in own),
+            last=any(self.stages[stage].head for stage in own),
+            words=rank in self.words_ranks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The parts of a model that are on a pipeline rank."""
+
+    layers: tuple[int, ...]  # by their numbers in the model, rising
+    first: bool  # what comes before the layers
+    last: bool  # what comes behind them
+    words: bool  # the embedding's matrix
+
+    def has(self, parameter: str) -> bool:
+        """Of a parameter outside of the layers, by its declared name."""
+        return {"embedding": self.words, "positions": self.first}.get(parameter, self.last)
+
+
+def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
+    """The checked program of each pipeline rank.  `setting`: with the buckets of the whole model.
+
+    ValueError for what `check` and `check_together` refuse."""
+    forward, plan = with_own_counts(forward_pass(setting)), setting.plan
+
+    def placed(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
+        return place_of_rank(program, buckets, setting)
+
+    out = programs(
+        job.pipeline,
+        job.stages,
+        forward,
+        setting.buckets,
+        late=setting.shape.deferred("all"),
+        router_state=setting.shape.router_state,
+        placed=placed,
+    )
+    if plan.newton_schulz_after:
+        out = tuple(place_newton_schulz(program, _own(program, setting), plan.newton_schulz_after) for program in out)
+    check_together(out, {axis: ranks for axis, ranks in job.across.items() if axis == EMBEDDING})
+    return out
+
+
+def evaluations(setting: Setting, job: Pipelined, *, by_sequence: bool = False) -> tuple[Program, ...]:
+    """The checked program of each pipeline rank for one forward pass without gradients, and the sum of its losses over the world,
+    or with `by_sequence` of each sequence's.
+
+    Multi-token prediction is left out, as in `megalina.step.strategy.evaluation`."""
+    number = setting.shape.num_layers
+    stages = [replace(stage, layers=tuple(i for i in stage.layers if i < number)) for stage in job.stages]
+    forward = with_own_counts(forward_alone(setting.shape, by_sequence=by_sequence))
+    lists = tuple(tuple(forward_cell(stage, 0) for stage in job.pipeline.stages_of(rank)) for rank in range(job.ranks))
+    pipeline = with_messages(Pipeline(lists, job.pipeline.rank_of, 1))
+    filling = Filling(pipeline, stages, forward, frozenset())
+    out = []
+    for rank in range(job.ranks):
+        cells = filling.cells(rank)[2:]  # without the step's sizes
+        program = (*cells, *loss_of_world(cells, by_sequence=by_sequence))
+        own = _own(program, setting)
+        check(program, {"#batch.-.0"} | set(own), own)
+        out.append(program)
+    check_together(out)
+    return tuple(out)
+
+
+def _own(program: Program, setting: Setting) -> dict[str, BucketSpec]:
+    used = {name for s in program for name in s.uses}
+    return {name: spec for name, spec in setting.buckets.items() if name in used}

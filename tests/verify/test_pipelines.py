@@ -1,0 +1,92 @@
+"""The star test for pipelines: every schedule gives the numbers of one process, in float64, in layouts of every kind.
+
+Ranks are threads here (tests/parallel/thread_ranks.py); tests/train/test_pipeline_run.py and test_plants.py have real ones."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalina.placement.expert_order import ExpertOrders, write_orders
+from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.schedules.schedule import Size
+from megalina.step.pipeline.schedules.table import SCHEDULES
+from megalina.step.pipeline.torch_table import to_csv
+from megalina.verify.compare import compare
+from megalina.verify.on_ranks import Pool
+from megalina.verify.recording import Layout
+from megalina.verify.reference import record
+from megalina.verify.start import random_batches
+from tests.verify.pipeline_rows import CHUNKS, config_of, difference, drawn, recorded
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_gives_the_numbers_of_one_process(schedule: str) -> None:
+    chunks = CHUNKS[schedule][-1]
+    layout = Layout(2, pp=2, micro_batch=2, chunks=chunks, pipeline=schedule)
+    assert difference(config_of(layout, model="dense first, shared experts", num_layers=2 * chunks + 1), layout) == ""
+
+
+ROWS: list[tuple[Layout, dict[str, Any]]] = [
+    (Layout(4, tp=2, pp=2, micro_batch=1, zero=1, pipeline="zb_h1"), {"num_layers": 3, "optimizer": "muon"}),
+    (Layout(4, ep=2, pp=2, micro_batch=1, recompute="full"), {"num_layers": 3, "router": "expert choice"}),
+    (Layout(4, pp=2, micro_batch=1, chunks=2, pipeline="zbv", zero=1), {"num_layers": 4, "model": "ahead"}),
+    (Layout(4, pp=4, stages="E|tt|tt|L", strategy="ddp"), {"num_layers": 4, "model": "GPT-2", "optimizer": "sgd"}),
+    (Layout(2, pp=2, stages="Ettt|tmmL"), {"num_layers": 4, "model": "ahead", "router": "sigmoid"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"), [pytest.param(*row, id=str(i), marks=[pytest.mark.full] * (i < 3)) for i, row in enumerate(ROWS)]
+)
+def test_stages_that_differ_and_ranks_beside_them(layout: Layout, settings: dict[str, Any]) -> None:
+    assert difference(config_of(layout, **settings), layout) == ""
+
+
+@pytest.mark.full
+def test_a_table_of_torch_is_a_schedule(tmp_path: Path) -> None:
+    for with_sends in (False, True):
+        pipeline = SCHEDULES["dualpipev"].pipeline(Size(2, 2, 8))
+        table = tmp_path / f"{with_sends}.csv"
+        table.write_text(to_csv(with_messages(pipeline) if with_sends else pipeline))
+        layout = Layout(2, pp=2, chunks=2, micro_batch=1, pipeline=str(table))
+        assert difference(config_of(layout, num_layers=4), layout) == ""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rows_of_all_kinds(schedule: str, part: int) -> None:
+    rows = drawn(schedule, 10, seed=part)
+    found = [f"{what}: {first}" for config, layout, what in rows if (first := difference(config, layout, steps=2))]
+    assert found == []
+
+
+@pytest.mark.full
+def test_on_real_ranks_too() -> None:
+    with Pool() as pool:
+        for schedule in SCHEDULES:
+            for config, layout, what in drawn(schedule, 3, seed=9, pp=(2,), most_ranks=4):
+                batches = random_batches(config, 2)
+                assert compare(record(config, batches), pool.record(config, layout, batches)).first is None, what
+
+
+def test_experts_may_lie_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalina.parallel.trainable.all_gather_object", lambda mesh, value: [value])
+    write_orders(tmp_path / "orders.json", ExpertOrders(4, 1, {0: (2, 0, 3, 1), 1: (3, 2, 1, 0)}))
+    layout = Layout(4, ep=2, pp=2, micro_batch=1, zero=1)
+    config = config_of(layout, num_layers=2)
+    reference = record(config, random_batches(config, 1))
+    config = replace(config, parallel=replace(config.parallel, placement=str(tmp_path / "orders.json")))
+    assert compare(reference, recorded(config, layout, 1)).first is None
