@@ -203,8 +203,8 @@ class InstructionFunctions:
         return torch.stack([losses[0].double(), tokens]) if losses else tokens.new_zeros(2)
 
     def _scored(self, *losses_and_batch: Any) -> Tensor:
-        """[sequences of all ranks that read different ones]: the losses of this rank's part of its own, 0 for those of others, and
-        where no losses are."""
+        """[sequences of all ranks that read different ones]: the losses of this rank's part of its own; 0 for those of others,
+        and where no losses are."""
         *losses, batch = losses_and_batch
         out = torch.zeros(self.mesh.readers, len(batch.sample_B), dtype=torch.float64, device=batch.sample_B.device)
         if losses:
