@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from megalina.batch import Batch
 from megalina.model.attend import attend, of_one_width, of_sinks
@@ -172,6 +171,8 @@ def _by_torch(q_BPHd: Tensor, k_BLGd: Tensor, v_BLGe: Tensor, document_BL: Tenso
     if document_BL is not None or seen.window or seen.sink_H is not None:
         out_BPX = attend(q_BPHd, k_BLGd, v_BLGe, document_BL, scale=seen.scale, window=seen.window, sink_H=seen.sink_H)
         return out_BPX.unflatten(2, (q_BPHd.shape[2], -1))
+    from torch.nn.attention.bias import causal_lower_right  # takes torch's compiler along: not where nobody cuts sequences
+
     q, k, v = (x.transpose(1, 2) for x in (q_BPHd, k_BLGd, v_BLGe))
     mask, grouped = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=seen.scale, enable_gqa=grouped).transpose(1, 2)

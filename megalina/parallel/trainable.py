@@ -190,8 +190,8 @@ class Trainable:
         """Memory for what this rank gets of another stage of a pipeline, for a micro-batch of the step or the batch that runs."""
         return next(self.gpt.parameters()).new_empty(self._stream_shape)
 
-    def _stream_of(self, own: Batch) -> None:
-        """From now on streams are those of such a batch, cut over cp."""
+    def expect_streams_of(self, own: Batch) -> None:
+        """From now on `new_stream` is of such a batch, cut over cp."""
         share = self.gpt.share
         self._stream_shape = (own.tokens_BS.numel() // (share.ranks if share.cut else 1), self.gpt.config.d_model)
 
@@ -213,7 +213,7 @@ class Trainable:
         self.instruction_functions.directions = directions
         parts = self.own_part(batch).split(self.micro_batch_size // self.setting.cut)
         assert len(parts) == self.setting.num_parts
-        self._stream_of(parts[0])
+        self.expect_streams_of(parts[0])
         given = {f"#batch.-.{i}": part for i, part in enumerate(parts)}
         result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
         self._unsettled = bool(settling(self.program))
@@ -249,7 +249,7 @@ class Trainable:
 
     def _forward(self, executor: Executor, batch: Batch) -> Tensor:
         own = self.own_part(batch)
-        self._stream_of(own)
+        self.expect_streams_of(own)
         out: Tensor = executor.run({"#batch.-.0": own})["#loss.-.0"]
         return out
 

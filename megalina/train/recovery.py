@@ -132,5 +132,6 @@ def first_bad_instruction(trainable: Trainable, batch: Batch) -> tuple[int, str]
     trainable.gpt.train()
     with torch.no_grad():
         for number, part in enumerate(trainable.own_part(batch).split(trainable.micro_batch_size)):  # noqa: B007  `run` reads it
+            trainable.expect_streams_of(part)
             executor.run({"#batch.-.0": part})
     return found

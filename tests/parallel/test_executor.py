@@ -198,9 +198,8 @@ def test_recompute_gives_the_same_gradients_and_holds_fewer_bytes(tmp_path: Path
 def calls_of(trainable: Trainable) -> dict[str, list[tuple[str, int]]]:
     """What a step asks of torch.distributed: per group (kind, elements sent), in order."""
     seen: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    names = {
-        id(axis.group): name for name in Mesh.__dataclass_fields__ if (axis := getattr(trainable.mesh, name)).group is not None
-    }
+    axes = [axis for name in Mesh.__dataclass_fields__ if isinstance(axis := getattr(trainable.mesh, name), Axis)]
+    names = {id(axis.group): axis.name for axis in axes if axis.group is not None}
 
     def spied(kind: str, call: Callable[..., Any], which: int) -> Callable[..., Any]:
         def spy(*arguments: Any, **options: Any) -> Any:
