@@ -114,8 +114,10 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
     from megalina.compose import CONF, compose
     from megalina.config import ParallelConfig
     from megalina.step.strategy import STRATEGIES
+    from megalina.validate_pipeline import refuse_pipelines
 
     own = compose(overrides)
+    refuse_pipelines(own, "rows have none, tests/verify/test_pipelines.py has")
     one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
     validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
     from megalina.verify.layouts import Choices  # torch, which a mistake need not wait for
@@ -276,15 +278,19 @@ def _plant(name: str) -> Any:
 
 
 def _planted_rows(choices: "Choices", ranks: int, plant: Any) -> "list[Row]":
-    """Some rows of the user's own router in which a bug acts, of different places and with different other choices."""
-    from megalina.verify.layouts import config_of, in_order, product
+    """Some rows of the user's own router in which a bug acts, of different places and with different other choices; in pipelines
+    where it acts nowhere else."""
+    from megalina.verify.layouts import config_of, in_order, in_pipelines, product
 
     name = next(iter(choices.routers))
     own = replace(choices, routers={name: choices.routers[name]}, strategies=dict(list(choices.strategies.items())[:1]))
     capacity = choices.routers[name].capacity_factor
     by_place: dict[tuple[int, int, int, bool], list[Row]] = {}
-    for row in product(own, ranks):
+    of_one_list = list(product(own, ranks))
+    for row in (*of_one_list, *in_pipelines(own, of_one_list)):
         at = row.layout
+        if at.pp > 1 and any(rows[0].layout.pp == 1 for rows in by_place.values()):
+            break
         if row.capacity == capacity and at.recompute == "none" and plant.applies(at, config_of(own, row)):
             by_place.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
     most = max(map(len, by_place.values()), default=0)

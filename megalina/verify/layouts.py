@@ -144,6 +144,14 @@ def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterat
             yield row
 
 
+def in_pipelines(choices: Choices, rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows with each half of their ranks a stage of a pipeline, as far as megalina accepts them."""
+    for row in rows:
+        cut = replace(row, layout=replace(row.layout, pp=2, pipeline="zb_h1"))
+        if row.layout.world > 1 and runs(choices, cut):
+            yield cut
+
+
 def pairwise(choices: Choices, ranks: int, *, only: bool = False) -> list[Row]:
     """Few rows, by world size, in which every pair of choices that megalina accepts together occurs.
 
