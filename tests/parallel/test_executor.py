@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalina.blocks.sizes import LIMBS
 from megalina.comm import exchange
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Axis, Mesh, build_mesh
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction, Kind, Op, Program, backward
