@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalina.blocks.sizes import LIMBS
 from megalina.comm import exchange
-from megalina.mesh import Mesh, build_mesh
+from megalina.mesh import Axis, Mesh, build_mesh
 from megalina.parallel.executor import Executor
 from megalina.parallel.trainable import Trainable
 from megalina.step.program import Instruction, Kind, Op, Program, backward
@@ -198,9 +198,8 @@ def test_recompute_gives_the_same_gradients_and_holds_fewer_bytes(tmp_path: Path
 def calls_of(trainable: Trainable) -> dict[str, list[tuple[str, int]]]:
     """What a step asks of torch.distributed: per group (kind, elements sent), in order."""
     seen: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    names = {
-        id(axis.group): name for name in Mesh.__dataclass_fields__ if (axis := getattr(trainable.mesh, name)).group is not None
-    }
+    axes = {name: getattr(trainable.mesh, name) for name in Mesh.__dataclass_fields__}
+    names = {id(axis.group): name for name, axis in axes.items() if isinstance(axis, Axis) and axis.group is not None}
 
     def spied(kind: str, call: Callable[..., Any], which: int) -> Callable[..., Any]:
         def spy(*arguments: Any, **options: Any) -> Any:
