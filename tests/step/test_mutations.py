@@ -18,8 +18,14 @@ from tests.perfmodel.sim.schedules import SHAPES, WALKING, buckets_of, order_of,
 PASSING = -1  # instead of a seed: parts of a micro-batch that is one group of its routers
 Mutants = Iterator[tuple[str, Program]]  # what was done, the list after it
 
+QUICK = ("ddp", "fixed", "lina", "lina_zero", "flow")  # the others are made by the same passes
+
 # every number of a setting is drawn
-cases = [pytest.param(name, seed, marks=[pytest.mark.full] * (seed > 0)) for name in STRATEGIES for seed in range(20)]
+cases = [
+    pytest.param(name, seed, marks=[pytest.mark.full] * (seed > 0 or name not in QUICK))
+    for name in STRATEGIES
+    for seed in range(20)
+]
 cases += [pytest.param(name, PASSING, marks=[pytest.mark.full] * (name != "flow")) for name in WALKING]
 every_list = pytest.mark.parametrize(("name", "seed"), cases)
 

@@ -46,7 +46,6 @@ def runs(folder: Path) -> dict[str, Any]:
     replayed.train.resume = "verify"
     records_of(replayed, saved)
     out["differ"] = same_checkpoints(*(checkpoint(c, steps) for c in (resumed, searching(folder, "whole"))))
-    out["packings"] = of_packings(folder)
     return out
 
 
@@ -93,8 +92,9 @@ def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -
     assert len(set(plans[MOST:])) == 1 and "order" in plans[-1]
 
 
-def test_lists_of_a_packing_that_is_about_as_fast_are_searched_too(ranks: list[dict[str, Any]]) -> None:
-    (losses, eager, plans, evidence), (*_, others, _) = (rank["packings"] for rank in ranks)
+@pytest.mark.full
+def test_lists_of_a_packing_that_is_about_as_fast_are_searched_too(folder: Path) -> None:
+    (losses, eager, plans, evidence), (*_, others, _) = run_on_ranks(RANKS, of_packings, folder)
     assert losses == pytest.approx(eager, rel=1e-12) and plans == others
     begun = plans.index("flow: 2 parts, packing 2")
     assert begun > SEARCHED and all("packing 2" in plan for plan in plans[begun : -1 - FINALS * (SETTLE + STEPS)])
