@@ -38,7 +38,7 @@ def pipelined(config: PretrainConfig, world: int, *, vocab_size: int = 0) -> Pip
     ValueError, with the numbers and what to change, for layers that can't be cut so, micro-batches that the schedule isn't made
     for, and a table that can't be read or isn't of so many ranks and micro-batches."""
     parallel, train = config.parallel, config.train
-    dp = world // (parallel.pp * parallel.tp)
+    dp = world // (parallel.pp * parallel.cp * parallel.tp)
     micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
     table = read_table(config.strategy.pipeline, micro_batches) if config.strategy.pipeline.endswith(TABLE) else None
     if table is not None and table.ranks != parallel.pp:

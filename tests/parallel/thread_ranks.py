@@ -142,9 +142,9 @@ class Wire:
         return Work(slot, finish)
 
 
-def meshes(world: int, *, tp: int, ep: int, pp: int, across: Mapping[str, tuple[int, ...]]) -> list[Mesh]:
+def meshes(world: int, *, tp: int, ep: int, cp: int = 1, pp: int, across: Mapping[str, tuple[int, ...]]) -> list[Mesh]:
     """Of each rank."""
-    shape = axis_sizes(world // pp, tp=tp, ep=ep)
+    shape = axis_sizes(world // pp, tp=tp, ep=ep, cp=cp)
     table = rows_of_stages(shape, pp) if pp > 1 else rows(shape)
     more = {name: rows_across(shape, members, "dp" if name == EMBEDDING else "") for name, members in across.items()}
     made = {(name, tuple(row)): Group(row) for name, of in (table | more).items() for row in of}

@@ -40,7 +40,7 @@ def config_of(
 
 def recorded(config: PretrainConfig, layout: Layout, steps: int, plant: str = "") -> Recording:
     across = pipelined(config, layout.world).across if layout.pp > 1 else {}
-    of_ranks = meshes(layout.world, tp=layout.tp, ep=layout.ep, pp=layout.pp, across=across)
+    of_ranks = meshes(layout.world, tp=layout.tp, ep=layout.ep, cp=layout.cp, pp=layout.pp, across=across)
     batches, cpu = random_batches(config, steps), torch.device("cpu")
     held = on_threads(layout.world, lambda rank: record_rank(config, layout, batches, of_ranks[rank], device=cpu, plant=plant))
     return together(config, layout, batches, held)
@@ -61,9 +61,9 @@ def drawn(
     found = 0
     while found < number:
         ranks, tp, ep, edp = random.choice(pp), random.choice([1, 1, 2]), random.choice([1, 1, 2]), random.choice([1, 1, 2])
-        chunks = random.choice(CHUNKS[schedule])
+        chunks, cp = random.choice(CHUNKS[schedule]), random.choice([1, 1, 2])
         layout = Layout(
-            ranks * tp * ep * edp,
+            ranks * tp * ep * edp * cp,
             tp,
             ep,
             sequence=random.choice([True, False]) if tp > 1 else True,
@@ -72,6 +72,8 @@ def drawn(
             recompute=random.choice(["none", "selective", "full"]),
             piece_mb=random.choice([0.0, 0.002]),
             strategy=random.choice(["eager", "ddp", "serial", "fixed", "priority_partition", "lina_nopack"]),
+            cp=cp,
+            cp_kind=random.choice(["all_gather", "all_to_all"]) if cp > 1 else "all_gather",
             pp=ranks,
             chunks=chunks,
             pipeline=schedule,
