@@ -13,16 +13,14 @@ import pytest
 
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program, check, is_mirrored, reads_of, writes_of
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
-from tests.perfmodel.sim.schedules import SHAPES, WALKING, buckets_of, order_of, setting_of
+from tests.perfmodel.sim.schedules import OF_OTHER_PASSES, SHAPES, WALKING, buckets_of, order_of, setting_of
 
 PASSING = -1  # instead of a seed: parts of a micro-batch that is one group of its routers
 Mutants = Iterator[tuple[str, Program]]  # what was done, the list after it
 
-QUICK = ("ddp", "fixed", "lina", "lina_zero", "flow")  # the others are made by the same passes
-
 # every number of a setting is drawn
 cases = [
-    pytest.param(name, seed, marks=[pytest.mark.full] * (seed > 0 or name not in QUICK))
+    pytest.param(name, seed, marks=[pytest.mark.full] * (seed > 0 or name not in OF_OTHER_PASSES))
     for name in STRATEGIES
     for seed in range(20)
 ]

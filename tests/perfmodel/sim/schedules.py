@@ -18,6 +18,7 @@ from megalina.step.plan import Plan
 from megalina.step.program import MOVABLE, BucketSpec, Instruction, Kind, Op, Program, reads_of, writes_of
 from megalina.step.strategy import Setting
 
+OF_OTHER_PASSES = ("ddp", "fixed", "lina", "lina_zero", "flow")  # strategies; what the others do is in these
 SHAPES = {
     "experts in every layer": plain_shape(moe=(True, True)),
     "dense first, shared experts": plain_shape(moe=(False, True), shared_experts=True),

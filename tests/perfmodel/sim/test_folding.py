@@ -50,6 +50,7 @@ NETWORKS = {  # nodes of 4 and of 2; rates so that the wire takes as long as the
         "oversubscription": 3.0,
     },
 }
+QUICK_NETWORKS = ("cards of ranks behind ports", "hierarchy, tokens first", "direct, hierarchical all-to-alls, a core")
 
 
 def network_of(name: str, per_node: int, rate: float = 2e4) -> Network:
@@ -65,7 +66,9 @@ def spans(timeline: Timeline, rank: int) -> dict[tuple[str, str, str], float]:
     return {(e.kind, e.tag, which): getattr(e, which) for e in events for which in ("enqueued_s", "start_s", "end_s")}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK_NETWORKS)) for name in NETWORKS]
+)
 @pytest.mark.parametrize(("nodes", "per_node"), [pytest.param(4, 2, marks=pytest.mark.full), (2, 4)])
 def test_one_rank_for_all_sees_what_all_see(name: str, nodes: int, per_node: int) -> None:
     for i, strategy in enumerate(STRATEGIES):

@@ -27,6 +27,7 @@ from tests.perfmodel.sim.schedules import (
     LAYOUTS,
     LITERAL,
     NAMED,
+    OF_OTHER_PASSES,
     SHAPES,
     WALKING,
     buckets_of,
@@ -40,6 +41,10 @@ from tests.perfmodel.sim.schedules import (
     wait,
 )
 from tests.profiles import examples
+
+every_strategy = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in OF_OTHER_PASSES)) for name in STRATEGIES]
+)
 
 C, START, WAIT = Kind.COMPUTE, Kind.START, Kind.WAIT
 SMALL = [layout for layout in LAYOUTS if layout != (2, 2, 2)]
@@ -330,7 +335,7 @@ def yields_are_kept(timeline: Timeline, starts: dict[str, Instruction], rank: in
             assert not instruction.credit or sum(o.axis == e.axis for o in under_way) < instruction.credit
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@every_strategy
 def test_no_delays_and_no_legal_order_deadlock_and_ranks_agree(name: str, tried: Counter[str]) -> None:
     explore(name, tried, times=0.4, schedules=4, layouts=SMALL)
 
@@ -391,7 +396,7 @@ def fluid(program: Program, seconds: dict[Instruction, float], bytes_of: dict[In
         now_s = next_s
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@every_strategy
 def test_ranks_that_are_alike_take_as_long_as_one_with_one_link(name: str) -> None:
     for seed in range(10):
         random = Random(seed)
