@@ -90,7 +90,7 @@ def test_a_layout_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFix
 def test_a_model_that_fits_nowhere_is_told_what_a_rank_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LAYOUT, "cluster.hardware.memory_gib=0.5", "--loads", "1"]) == 0
     text = capsys.readouterr().out
-    assert "nothing up to 64 times as many nodes fits; " in text and "no pipeline stages" in text
+    assert "nothing up to 64 times as many nodes fits; " in text and "not forecast yet" in text
 
 
 @pytest.mark.full

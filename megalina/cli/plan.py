@@ -203,7 +203,7 @@ def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
         state = f"{state_bytes / 2**30:.1f} of {memory_limit_bytes(config.cluster) / 2**30:.1f} GiB are"
         return (
             f"{layout}: nothing up to {MOST_NODES} times as many nodes fits; {state} weights, gradients and optimizer of a rank, "
-            "which has all layers (there are no pipeline stages): take devices with more memory, or a smaller model"
+            "which has all layers (stages of a pipeline are not forecast yet): take devices with more memory, or a smaller model"
         )
     return f"fits with {' '.join(words)} (else as {layout})"
 
