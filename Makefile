@@ -10,6 +10,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
 # Six workers fill two cores, as many of their tests wait for ranks; a module stays on one worker, for the ranks it keeps.
 # They come in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
 PYTEST := pytest -n 6 --dist loadscope --no-loadscope-reorder
+# pytest rewrites every test module before it imports it.  One process does so before six would, all at the same time.
+REWRITTEN := $(ONE_THREAD) pytest -q --collect-only -p no:xdist > /dev/null;
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
 .DEFAULT_GOAL := help
@@ -46,10 +48,10 @@ lint: $(READY)  ## style, import contracts, types
 	$(BIN)/mypy
 
 test: $(READY)  ## lint and the tests, side by side (about 7 minutes on 2 cores)
-	$(call beside,$(ONE_THREAD) $(PYTEST))
+	$(call beside,$(REWRITTEN) $(ONE_THREAD) $(PYTEST))
 
 test-full: $(READY)  ## lint and all tests, the slow ones and more examples included
-	$(call beside,$(ONE_THREAD) $(PYTEST) -m '' --hypothesis-profile full --timeout 1800)
+	$(call beside,$(REWRITTEN) $(ONE_THREAD) $(PYTEST) -m '' --hypothesis-profile full --timeout 1800)
 
 durations: $(READY)  ## run the tests and record what each module takes (on an idle machine with 2 cores)
 	$(ONE_THREAD) $(PYTEST) --record-durations

@@ -55,6 +55,7 @@ def test_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["added"]["state_bytes"] > 0
 
 
+@pytest.mark.full
 def test_a_router_and_a_loss(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "own_router.py"), run_name="__main__")
     found = _checked(capsys.readouterr().out)

@@ -130,6 +130,7 @@ def boxes(path: Path) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.full
 def test_a_simulated_trace_and_a_real_one_have_the_same_boxes(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     run_on_ranks(2, _traced, tmp_path)

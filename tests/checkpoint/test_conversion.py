@@ -127,6 +127,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert names(tmp_path) == ["step_00000001"]
 
 
+@pytest.mark.full
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 32 tensors of 8 MB; what is mapped from a file does not count.  The allocator keeps some that were freed: 40 to 64 MB,
     however many tensors there are."""

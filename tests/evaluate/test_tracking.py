@@ -20,6 +20,7 @@ def tracking() -> ModuleType:
     return importlib.import_module("megalina.evaluate.tracking")
 
 
+@pytest.mark.full
 def test_wandb_gets_numbers_tables_plots_and_the_page(tracking: ModuleType, tmp_path: Path) -> None:
     found = made(FAST)
     for _ in range(2):  # each evaluation is a run of its own

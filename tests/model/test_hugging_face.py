@@ -7,6 +7,7 @@ import pytest
 from benchmarks.train_step import HuggingFace, Ours, bench_config
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers isn't installed")  # it takes a second to import
 def test_losses_over_steps_equal_mixtral() -> None:
     config = bench_config()

@@ -152,7 +152,7 @@ def test_blocks_are_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_up_to_a_block_the_sum_is_one_dot_product() -> None:
     for dtype in (torch.float32, torch.float64):
-        grad = torch.randn(100_003, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        grad = torch.randn(30_011, dtype=dtype, generator=torch.Generator().manual_seed(0))
         assert flat_bucket(grad).square_sum().item() == torch.dot(grad, grad).item()
 
 

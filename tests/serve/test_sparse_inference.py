@@ -154,6 +154,7 @@ def test_rows_that_do_not_fit_are_refused_with_what_to_change() -> None:
         check_rows(dense, model, tokens=1000, local_ranks=4, free_bytes=needed // 2)
 
 
+@pytest.mark.full
 def test_one_checkpoint_is_judged_dense_and_by_every_rule(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     config = config_of(tmp_path, "run", steps=2, d_model=32, num_experts=4)

@@ -134,6 +134,7 @@ def rewound(folder: Path) -> tuple[int, list[float]]:
     return run.state.rewinds, recorder(run).of("loss")[-5:]
 
 
+@pytest.mark.full
 def test_all_ranks_go_back_alike(folder: Path) -> None:
     first, second = run_on_ranks(2, rewound, folder)
     assert first == second and first[0] == 2

@@ -58,6 +58,7 @@ def trunk_of(folder: Path) -> None:
     records_of(config_of(folder, "trunk", **SETTINGS))
 
 
+@pytest.mark.full
 def test_the_same_layout_is_equal_to_the_last_bit_and_others_up_to_rounding(folder: Path) -> None:
     run_on_ranks(1, trunk_of, folder)
     (same,) = run_on_ranks(1, ends_with, folder, "same")

@@ -53,7 +53,7 @@ def micro_batches(evidence: Evidence) -> Iterator[Cause]:
         elif abs(times - 2) < 1e-6:
             yield Cause("micro_batch_counted_twice", f"{text} is counted twice in all gradients")
         else:
-            yield Cause("unknown", f"{text} counts {times:.6g} times in all gradients")
+            yield Cause("unknown", f"{text} counts {round(times, 6) + 0.0:.6g} times in all gradients")
 
 
 def padding_in_divisor(evidence: Evidence) -> Iterator[Cause]:

@@ -69,6 +69,7 @@ def test_zero_saves_memory_and_more_so_on_more_ranks() -> None:
     assert sharded < 0.6 * whole
 
 
+@pytest.mark.full
 def test_a_search_gives_what_the_trainer_accepts_the_fastest_first() -> None:
     words = (
         "train.global_batch_size=64",

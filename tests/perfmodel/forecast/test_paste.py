@@ -30,7 +30,9 @@ def same_job(found: PretrainConfig, planned: PretrainConfig) -> bool:
     [
         (["nodes=2", "parallel.ep=4", "train.micro_batch_size=1", "--vocab-size", "5000"], 2),
         (["nodes=1", "strategy=lina", "strategy.packing=1", "parallel.ep=4"], 1),
-        (["nodes=2", "model.d_model=128", "model.num_heads=1", "model.num_kv_heads=1", "--search"], 2),
+        pytest.param(
+            ["nodes=2", "model.d_model=128", "model.num_heads=1", "model.num_kv_heads=1", "--search"], 2, marks=pytest.mark.full
+        ),
     ],
     ids=["two nodes", "one node", "search"],
 )
