@@ -143,6 +143,7 @@ def test_variants_are_contestants_with_overrides_of_their_own(no_ranks: None, mo
             variants_of([bad])
 
 
+@pytest.mark.full
 def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks on one node, with devices: every file, and numbers that fit together."""
     write_tokens(tmp_path / "tokens")

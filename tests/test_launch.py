@@ -368,6 +368,7 @@ def torchrun(folder: Path, *arguments: str, other: str = "False") -> "subprocess
     return subprocess.run([sys.executable, *command, *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.full
 def test_ranks_under_torchrun_share_one_run_folder(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "train.steps=3")
     assert done.returncode == 0, done.stderr

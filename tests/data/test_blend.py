@@ -44,6 +44,7 @@ def test_every_prefix_has_the_weights_to_within_a_sample(tmp_path: Path) -> None
         assert np.abs(counts - np.array([0.7, 0.2, 0.1]) * (n + 1)).max() < 1.5
 
 
+@pytest.mark.full
 def test_the_order_is_megatrons(tmp_path: Path) -> None:
     helpers = pytest.importorskip("megatron.core.datasets.helpers_cpp")
     for weights in ([0.7, 0.3], [0.5, 0.25, 0.125, 0.125], [0.9, 0.06, 0.04]):

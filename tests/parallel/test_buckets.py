@@ -163,6 +163,7 @@ def test_a_sum_over_many_blocks_is_as_exact_as_one_block() -> None:
     assert flat_bucket(grad).square_sum().item() == pytest.approx(exact, rel=3e-5)
 
 
+@pytest.mark.full
 def test_more_elements_than_blas_can_count_are_summed() -> None:
     grad = torch.ones(1).expand(2**31 + 5)
     assert flat_bucket(grad).square_sum().item() == 2**31 + 5

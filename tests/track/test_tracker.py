@@ -164,6 +164,7 @@ def test_figures_are_handed_on_as_pixels(tmp_path):
     assert backend.calls[0] == ("images", 7, {"a": (100, 150, 3), "b": (50, 50, 3)})
 
 
+@pytest.mark.full
 def test_an_offline_wandb_run_gives_the_loss_history_of_the_metrics_file_back(tmp_path, capfd):
     run_dir = write_run(tmp_path / "run", wandb="offline", image_interval=30)
     assert capfd.readouterr().out == ""  # stdout belongs to the summary

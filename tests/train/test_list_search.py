@@ -82,6 +82,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return run_on_ranks(RANKS, runs, folder)
 
 
+@pytest.mark.full
 def test_a_run_searches_and_its_losses_are_eagers(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["search"] == pytest.approx(rank["eager"], rel=1e-12)
@@ -103,18 +104,21 @@ def test_lists_of_a_packing_that_is_about_as_fast_are_searched_too(folder: Path)
     assert "order" in plans[-1] and plans[-1].split(", order")[0] in evidence
 
 
+@pytest.mark.full
 def test_a_resumed_run_goes_on_with_the_list_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["resumed"] == rank["search"][MOST + 1 :]
         assert rank["plans of resumed"] == rank["plans"][MOST + 1 :] and rank["differ"] == []
 
 
+@pytest.mark.full
 def test_the_ledger_has_an_order_once(folder: Path, ranks: list[dict[str, Any]]) -> None:
     lines = [json.loads(line) for line in (folder / "whole" / "ledger.jsonl").read_text().splitlines()]
     orders = [line["plan"]["order"] for line in lines if "order" in line["plan"]]
     assert len(orders) > STEPS and len({order["checksum"] for order in orders}) == sum("lines" in order for order in orders)
 
 
+@pytest.mark.full
 def test_another_run_takes_the_file_and_searches_nothing(folder: Path, ranks: list[dict[str, Any]]) -> None:
     config = searching(folder, "third")
     config.strategy.plan = str(folder / "whole" / PLAN_FILE)

@@ -98,6 +98,7 @@ def on_two_ranks(config: PretrainConfig) -> list[float]:
     return go_on(config).of("loss")
 
 
+@pytest.mark.full
 def test_ranks_fall_back_together_in_another_layout(run: PretrainConfig, made: tuple[Path, list[float]]) -> None:
     spoil(run, 6, SUMS, 10)
     spoil(run, 4, "__0_0.distcp", 5000)

@@ -80,6 +80,7 @@ def test_what_is_recorded_is_what_the_routers_choose_for_the_last_steps_tokens(f
     assert faults(checkpoint(still, LAST)) == []
 
 
+@pytest.mark.full
 def test_every_layout_records_the_same_tokens(folder: Path, still: PretrainConfig) -> None:
     run_on_ranks(2, jobs, folder)
     one = trace_at(still, LAST)

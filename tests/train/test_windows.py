@@ -88,6 +88,7 @@ def windowed(folder: Path) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.full
 def test_a_run_follows_windows_and_its_losses_are_the_same(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     ranks = run_on_ranks(2, windowed, tmp_path)

@@ -52,6 +52,7 @@ def test_equal_rows_end_with_exit_code_0_and_are_written_as_json(tmp_path: Path,
     assert row["seconds"] > 0
 
 
+@pytest.mark.full
 def test_a_planted_bug_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     assert verify_layouts.main(["--ranks", "1", "--plant", "last_micro_batch_dropped", "--json", str(file)]) == 1

@@ -51,6 +51,7 @@ def test_lists_that_were_not_seen_take_what_they_would(found: list[Network]) -> 
     assert late.nic_bytes_per_s > slow.nic_bytes_per_s and late.all_to_all_s > slow.all_to_all_s  # type: ignore[operator]
 
 
+@pytest.mark.full
 def test_the_better_of_two_topologies_is_taken() -> None:
     """A card for each two ranks, or one for each."""
     two = replace(BEGIN, ranks_per_node=2)
