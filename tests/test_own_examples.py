@@ -72,6 +72,7 @@ def test_an_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert -found["added"]["state_bytes"] > 4 * found["parameters"]
 
 
+@pytest.mark.full
 def test_a_rule_that_mixes_elements_of_a_slice_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = load(f"{EXAMPLES}/own_optimizer.py:LionRule")
     true = rule.update

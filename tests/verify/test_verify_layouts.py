@@ -82,7 +82,11 @@ def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["router.group=global", "router.capacity_factor=1"], "router.group=global works for the balance loss alone: "),
         (["--pairs", "some"], "--pairs some: choose one of auto, always, never"),
         (["--plant", "norm_per_ranc"], "--plant norm_per_ranc: there is no such bug (did you mean norm_per_rank?)"),
-        (["--plant", "norm_per_rank", "--ranks", "1"], "--plant norm_per_rank changes nothing in any layout of up to 1 ranks"),
+        pytest.param(
+            ["--plant", "norm_per_rank", "--ranks", "1"],
+            "--plant norm_per_rank changes nothing in any layout of up to 1 ranks",
+            marks=pytest.mark.full,
+        ),
         (["launch.device=cuda"], "launch.device=cuda, but torch sees no GPU"),
         (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: there is no folder "),
     ],
