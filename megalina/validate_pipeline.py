@@ -49,11 +49,6 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
             f"profile.record=true and {where} exclude each other, as a rank sees the choices of some layers alone: set it to "
             "false"
         )
-    if config.timeline.metrics or config.timeline.trace_steps:
-        raise ValueError(
-            f"timeline.metrics and timeline.trace_steps aren't made for {where} yet, whose ranks hold lists of their own: leave "
-            "both out"
-        )
     job = pipelined(config, world)
     empty = [rank for rank in range(job.ranks) if not job.held(rank).layers]
     if optimizer_of(config.optim).clips_heads and empty:

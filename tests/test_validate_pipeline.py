@@ -48,7 +48,6 @@ def test_pipelines_are_accepted_with_what_acts_inside_of_a_stage() -> None:
         (2, {"strategy__deferred_weights": "all"}, "strategy.deferred_weights=all and parallel.pp=2 exclude each other"),
         (2, {"strategy__partition_bytes": "auto"}, "strategy.partition_bytes=auto and parallel.pp=2 exclude each other"),
         (2, {"router__group": "global", "train__micro_batch_size": 8}, "router.group=global and parallel.pp=2 exclude"),
-        (2, {"timeline__trace_steps": [1]}, "timeline.metrics and timeline.trace_steps aren't made for parallel.pp=2 yet"),
         (2, {"profile__record": True}, "profile.record=true and parallel.pp=2 exclude each other"),
         (2, {"parallel__pp_layout": "Ettt|t|L"}, "has 3 stages, and parallel.pp"),
         (2, {"parallel__pp_layout": "Ett|L"}, "has 2 times t"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megalina.layout import EMBEDDING
 from megalina.step.partition import with_own_counts
-from megalina.step.pipeline.cell import Pipeline
+from megalina.step.pipeline.cell import COMPUTED, Pipeline
 from megalina.step.pipeline.cell import forward as forward_cell
 from megalina.step.pipeline.fill import Filling, axis_of, programs
 from megalina.step.pipeline.messages import with_messages
@@ -88,6 +88,14 @@ def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
         out = tuple(place_newton_schulz(program, _own(program, setting), plan.newton_schulz_after) for program in out)
     check_together(out, {axis: ranks for axis, ranks in job.across.items() if axis == EMBEDDING})
     return out
+
+
+def cells_by_tag(setting: Setting, job: Pipelined, rank: int) -> dict[str, str]:
+    """By an instruction of a rank's list the cell that it is in, `2F0`; norm, update, sums and messages' STARTs are in none."""
+    forward = with_own_counts(forward_pass(setting))
+    filling = Filling(job.pipeline, job.stages, forward, setting.shape.deferred("all"))
+    cells = (cell for _, cell in job.pipeline.cells(rank) if cell.work in COMPUTED)
+    return {instruction.tag: str(cell) for cell in cells for instruction in filling.instructions(cell, rank)}
 
 
 def evaluations(setting: Setting, job: Pipelined, *, by_sequence: bool = False) -> tuple[Program, ...]:
