@@ -80,6 +80,11 @@ class Mesh:
         return {"edp": self.edp.size, "ep": self.ep.size, **of_cp, "tp": self.tp.size}
 
     @property
+    def rows(self) -> dict[str, list[list[int]]]:
+        """The ranks of each row along each axis, of the whole world; of the axes between stages none but "stage"."""
+        return rows_of_stages(self.shape, self.pp) if self.pp > 1 else rows(self.shape)
+
+    @property
     def pipeline(self) -> dict[str, int]:
         """The stages, if there are several."""
         return {"pp": self.pp} if self.pp > 1 else {}

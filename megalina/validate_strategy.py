@@ -10,6 +10,7 @@ from megalina.step import candidates
 from megalina.step.forward import plain
 from megalina.step.partition import MOST_PARTS, NONE, most_parts, partition, ranges_from, ranges_of, with_own_counts
 from megalina.step.plan import Plan, chunks_text
+from megalina.step.strategy import PIPELINED
 
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
@@ -152,10 +153,18 @@ def _does_nothing(key: str, value: object, name: str) -> ValueError:
 def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
     """What its mechanisms need of the model, the layout and the batch, packing aside."""
     train, shares = config.train, config.parallel.tp * config.parallel.cp
+    if config.parallel.pp > 1 and plan.strategy not in PIPELINED:
+        raise ValueError(
+            f"strategy={plan.strategy} makes a list that goes over all layers, and with parallel.pp={config.parallel.pp} each "
+            f"rank has cells of some: choose {', '.join(PIPELINED)}, auto, or parallel.pp=1"
+        )
     if plan.strategy == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
     micro_batches = train.global_batch_size * shares * config.parallel.pp // (train.micro_batch_size * world)
     cut = 1 if micro_batches % plan.parts == 0 else plan.parts
+    if config.parallel.pp > 1 and plan.parts > 1:
+        cut = plan.parts
+        _check_parts_of_cells(config, cut)
     if train.micro_batch_size % cut:
         raise ValueError(
             f"strategy.parts ({plan.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
@@ -177,6 +186,18 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
         raise ValueError(f"strategy.chunks={text}: {most} chunks of {tokens} tokens a part are too many: lower it")
     if plan.late_layers > sum(moe):
         raise ValueError(f"strategy.late_layers={plan.late_layers} is more than the model's {sum(moe)} MoE layers: lower it")
+
+
+def _check_parts_of_cells(config: PretrainConfig, parts: int) -> None:
+    """A pipeline's cells are of one micro-batch each, and cut it themselves."""
+    tp, size = config.parallel.tp, config.train.micro_batch_size
+    if size % (parts * tp):
+        each = f" for each of parallel.tp={tp} ranks" if tp > 1 else ""
+        raise ValueError(
+            f"strategy.parts={parts} with parallel.pp={config.parallel.pp}: {parts} parts{each} must divide "
+            f"train.micro_batch_size ({size}), as cells cut their own micro-batch into whole sequences: make it a multiple of "
+            f"{parts * tp}, or take strategy=eager, say"
+        )
 
 
 def _check_partition(config: PretrainConfig, plan: Plan) -> None:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name != "infer")
 ALONE: dict[str, list[str]] = {}  # by group: files that change nothing else; the default model sets the vocabulary, too
 for file in FILES:
-    if file.parent.name not in ("model", "experiment"):
+    if file.parent.name not in ("model", "experiment", "pipeline"):
         ALONE.setdefault(file.parent.name, []).append(file.stem)
 MODELS = [path.stem for path in FILES if path.parent.name == "model"]
 
@@ -72,11 +72,16 @@ def test_every_file_composes_and_passes_the_checks(subtests: pytest.Subtests) ->
             group, name = path.parent.name, path.stem
             extra = ["data.prefix=PREFIX"] if "data: indexed" in (ROOT / "conf" / path).read_text() or name == "indexed" else []
             extra += ["parallel.zero=1"] if name == "lina_zero" else []
+            if group == "pipeline":
+                extra = ["launch.ranks=2", "parallel.pp=2", "model.num_layers=4", "train.micro_batch_size=1"]
             config = compose([f"{group}={name}", *extra]) if extra else with_setting(f"{group}={name}")
             check_config(config, config.launch.ranks)
             if group in ("model", "strategy", "optim", "schedule", "cluster"):
                 part = getattr(config, group)
                 assert part.name == name or (group, name) == ("cluster", "h100")
+            if group == "pipeline":
+                own = name == "paired_1f1b"
+                assert config.strategy.pipeline == ("docs/examples/own_pipeline.py:SCHEDULE" if own else name)
 
 
 def test_the_tiny_model_runs_on_1_to_4_ranks_with_every_router() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.pipelined import pipelined
 from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.priced_step import PricedStep
@@ -15,6 +16,7 @@ from megalina.step.pipeline.torch_table import to_csv
 from megalina.validate import check_config
 from tests.test_validate import changed
 
+ROOT = Path(__file__).resolve().parent.parent
 FOUR_LAYERS: dict[str, Any] = {
     "model__num_layers": 4, "parallel__pp": 2, "train__global_batch_size": 8, "train__micro_batch_size": 1,
 }  # fmt: skip
@@ -43,13 +45,20 @@ def test_pipelines_are_accepted_with_what_acts_inside_of_a_stage() -> None:
         (2, {"strategy__pipeline": "dualpipe"}, "there is no such schedule: choose one of gpipe, 1f1b"),
         (2, {"strategy__pipeline": "interleaved", "train__global_batch_size": 3}, "3 of them must be a multiple of 2"),
         (2, {"strategy__pipeline": "nowhere.csv"}, "strategy.pipeline=nowhere.csv can't be read"),
-        (2, {"strategy__name": "flow"}, "strategy=flow makes a list that goes over all layers, and with parallel.pp=2"),
-        (2, {"strategy__name": "lina", "strategy__packing": "auto"}, "strategy.packing=auto and parallel.pp=2 exclude"),
-        (2, {"strategy__deferred_weights": "all"}, "strategy.deferred_weights=all and parallel.pp=2 exclude each other"),
-        (2, {"strategy__partition_bytes": "auto"}, "strategy.partition_bytes=auto and parallel.pp=2 exclude each other"),
+        (2, {"strategy__name": "search"}, "strategy=search makes a list that goes over all layers, and with parallel.pp=2"),
+        (2, {"strategy__name": "flow", "strategy__parts": 2}, r"2 parts must divide train.micro_batch_size \(1\), as cells cut"),
+        (
+            4,
+            {"strategy__name": "flow", "strategy__parts": 2, "train__micro_batch_size": 2, "parallel__tp": 2},
+            "2 parts for each of parallel.tp=2 ranks must divide train.micro_batch_size",
+        ),
+        (
+            2,
+            {"strategy__name": "lancet", "strategy__partition": "attention.1..mix.2:2", "train__micro_batch_size": 2},
+            "begins in stage 0 of the pipeline, which has layers 0 to 1, and ends in stage 1: end it with layer 1",
+        ),
+        (2, {"strategy__name": "lancet", "strategy__partition": "auto"}, "strategy.partition=auto and parallel.pp=2 exclude"),
         (2, {"router__group": "global", "train__micro_batch_size": 8}, "router.group=global and parallel.pp=2 exclude"),
-        (2, {"timeline__trace_steps": [1]}, "timeline.metrics and timeline.trace_steps aren't made for parallel.pp=2 yet"),
-        (2, {"profile__record": True}, "profile.record=true and parallel.pp=2 exclude each other"),
         (2, {"parallel__pp_layout": "Ettt|t|L"}, "has 3 stages, and parallel.pp"),
         (2, {"parallel__pp_layout": "Ett|L"}, "has 2 times t"),
         (2, {"parallel__pp_layout": "Etttm|tL", "model__mtp_layers": 1}, "one E comes first, then t, then m"),
@@ -62,6 +71,28 @@ def test_pipelines_are_accepted_with_what_acts_inside_of_a_stage() -> None:
 def test_what_cannot_be_is_refused(world: int, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         check_config(piped(**settings), world)
+
+
+def test_what_is_measured_or_packed_is_accepted_too() -> None:
+    check_config(piped(strategy__name="auto", strategy__packing="auto", parallel__ep=2), 4)
+    check_config(piped(strategy__name="lina", strategy__packing="2", parallel__ep=2, strategy__yields=True), 4)
+    check_config(piped(strategy__name="lina_zero", strategy__parts=2, parallel__zero=1, train__micro_batch_size=2), 4)
+    check_config(piped(strategy__name="priority", strategy__windows="auto", strategy__chunks="auto"), 2)
+    check_config(piped(profile__record=True), 2)
+
+
+def test_the_memory_of_packed_experts_is_the_fullest_stages() -> None:
+    limit = {"strategy__name": "lina", "strategy__packing": "2", "parallel__ep": 2, "model__dense_layers_first": 1}
+    two_layers = expert_bytes_on_rank(
+        changed(**FOUR_LAYERS | {"parallel__pp": 1, "model__num_layers": 2, "parallel__ep": 2}), 2, 2
+    )
+    check_config(piped(**limit, strategy__packing_memory_gb=two_layers / 1e9), 4)
+    with pytest.raises(ValueError, match="needs at least"):
+        check_config(piped(**limit, strategy__packing_memory_gb=0.99 * two_layers / 1e9), 4)
+
+
+def test_the_documentation_shows_the_file_of_ones_own_schedule() -> None:
+    assert (ROOT / "conf/pipeline/paired_1f1b.yaml").read_text() in (ROOT / "docs/pipelines.md").read_text()
 
 
 def test_a_table_must_be_of_the_ranks_stages_and_micro_batches(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.model import Blocks, blocks_of
 from megalina.blocks.optimizers import optimizer_of
+from megalina.blocks.pipelined import most_moe_layers
 from megalina.blocks.routers import visited
 from megalina.blocks.sizes import Rank
 from megalina.config import BYTES, ModelConfig, PretrainConfig, RouterConfig
@@ -59,23 +60,26 @@ def _of_one_expert(blocks: Blocks) -> int:
     return sum(p.numel // p.shape[p.sharded["ep"]] for i, p in blocks.parameters() if i == layer and "ep" in p.sharded)
 
 
-def expert_params_on_rank(config: PretrainConfig, packing: int = 1) -> int:
-    """Parameters of the routed experts that one rank holds, if it holds `packing` times as many as parallel.ep says."""
+def expert_params_on_rank(config: PretrainConfig, packing: int = 1, *, layers: int | None = None) -> int:
+    """Parameters of the routed experts that one rank holds, if it holds `packing` times as many as parallel.ep says; `layers`: of
+    so many MoE layers, None: all."""
     counts = count_parameters(config.model, config.router, vocab_size=1, seq_len=1)
-    return counts.num_moe_layers * counts.num_experts * packing // config.parallel.ep * counts.expert
+    layers = counts.num_moe_layers if layers is None else layers
+    return layers * counts.num_experts * packing // config.parallel.ep * counts.expert
 
 
 def expert_bytes_on_rank(config: PretrainConfig, world: int, packing: int = 1) -> int:
     """Bytes of their weights, gradients, master weights and moments.  ZeRO-1 shards the last two over the ranks with the same
-    experts, of which there are `packing` times as many too."""
+    experts, of which there are `packing` times as many too.  In a pipeline of the rank with most MoE layers."""
     width = BYTES[config.train.dtype]
     main = max(width, 4)  # gradients, master weights and moments are never below float32
     kind = optimizer_of(config.optim)
     weights = [p for _, p in blocks_of(config.model, config.router).parameters() if "ep" in p.sharded and p.decay]
     states = kind.states_of(weights[0], config.optim) if weights else kind.states  # biases are next to nothing
     copies = len(states) + (1 if width < main else 0)
-    params = expert_params_on_rank(config, packing)
-    shards = world * packing // config.parallel.ep if config.parallel.zero else 1
+    pp = config.parallel.pp
+    params = expert_params_on_rank(config, packing, layers=most_moe_layers(config, world) if pp > 1 else None)
+    shards = world // pp * packing // config.parallel.ep if config.parallel.zero else 1
     return params * (width + main) + copies * main * params // shards
 
 

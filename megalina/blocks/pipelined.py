@@ -7,7 +7,7 @@ from pathlib import Path
 from megalina.blocks.model import blocks_of
 from megalina.blocks.reference import is_reference, load
 from megalina.blocks.sizes import Rank
-from megalina.config import ModelConfig, PretrainConfig, RouterConfig
+from megalina.config import ModelConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.step.forward import plain
 from megalina.step.pipeline.cell import Pipeline, Work
 from megalina.step.pipeline.check import check
@@ -72,6 +72,12 @@ def pipelined(config: PretrainConfig, world: int, *, vocab_size: int = 0) -> Pip
     words = [s for s, of in enumerate(stages) if of.embedding]
     words += [s for s, of in enumerate(stages) if of.head and (config.model.tie_embeddings or config.model.mtp_layers)]
     return Pipelined(with_all, stages, tuple(dict.fromkeys(words)))
+
+
+def most_moe_layers(config: PretrainConfig, world: int) -> int:
+    """Of the pipeline rank that has most, multi-token prediction's among them.  ValueError as `pipelined`."""
+    job = pipelined(config, world)
+    return max(sum(is_moe_layer(config.model, i) for i in job.held(rank).layers) for rank in range(job.ranks))
 
 
 def schedule_of(name: str) -> Schedule:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
 from megalina.comm.exchange import Pending
-from megalina.layout import rows
 from megalina.mesh import Axis, Mesh, all_gather_object
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone
 from megalina.timeline.recorder import SEND, Event
@@ -44,7 +43,7 @@ def calibrate(
     everybody = all_gather_object(mesh, own)
     out = {}
     for op, axis in axes.items():
-        groups = [[everybody[rank][op] for rank in row] for row in rows(mesh.shape)[axis.name]] if axis.group is not None else []
+        groups = [[everybody[rank][op] for rank in row] for row in mesh.rows[axis.name]] if axis.group is not None else []
         points = []
         for i in range(len(sizes_bytes[op]) if groups else 0):
             alone_s = [statistics.median(map(min, zip(*(of_rank[i][1] for of_rank in group), strict=True))) for group in groups]

@@ -13,7 +13,7 @@ width.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Decisions:
     expert_ids_TLK: NDArray[np.int32]  # best first; the number of experts where capacity has taken a choice away
     weights_TLK: NDArray[np.float16]
     ahead_ids_TLK: NDArray[np.int32] | None = None  # see `megalina.placement.ahead_ids`; None where nobody was asked
+    layers: tuple[int, ...] = ()  # which MoE layers they are of, counted from 0; in a pipeline those of some stages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,14 +82,13 @@ class RoutingRecorder:
             )
         if not gpt.served_moe_layers:
             raise ValueError("the model has no MoE layer, so there is no routing to be recorded")
-        layers = [gpt.layers[layer] for layer in gpt.served_moe_layers]
-        following = [*layers[1:], None]
+        layers = {n: gpt.layers[layer] for n, layer in enumerate(gpt.served_moe_layers) if layer in gpt.layers}
         hooks = [
-            layer.router.register_forward_hook(partial(self._see, number, following[number]))
-            for number, layer in enumerate(layers)
+            layer.router.register_forward_hook(partial(self._see, number, layers.get(number + 1)))
+            for number, layer in layers.items()
         ]
         if self.ahead:
-            hooks += [layer.mlp_norm.register_forward_pre_hook(partial(self._reads, n)) for n, layer in enumerate(layers)]
+            hooks += [layer.mlp_norm.register_forward_pre_hook(partial(self._reads, n)) for n, layer in layers.items()]
         try:
             yield
         finally:
@@ -111,7 +111,8 @@ class RoutingRecorder:
         if self.ahead:
             ahead = [torch.stack([part.ahead[number] for number in sorted(part.ahead)], 1) for part in parts]
             ahead_TLK = torch.cat(ahead)[valid_T].cpu().numpy()
-        return Decisions(place_T2.cpu().numpy(), ids_TLK.cpu().numpy(), weights_TLK.cpu().numpy(), ahead_TLK)
+        layers = tuple(sorted(next(iter(parts)).chosen))
+        return Decisions(place_T2.cpu().numpy(), ids_TLK.cpu().numpy(), weights_TLK.cpu().numpy(), ahead_TLK, layers)
 
     def _reads(self, number: int, norm: nn.Module, arguments: tuple[Tensor]) -> None:
         if not self._asking:
@@ -155,6 +156,24 @@ def _best_first(routing: Routing, count: int) -> tuple[Tensor, Tensor]:
     weight_TK = routing.weight_TK.detach()[:count]
     order_TK = weight_TK.argsort(dim=1, descending=True, stable=True)
     return routing.expert_TK[:count].gather(1, order_TK).int(), weight_TK.gather(1, order_TK).half()
+
+
+def over_stages(of_stages: Sequence[Decisions]) -> Decisions:
+    """What the ranks of a pipeline with the same tokens have recorded, each in layers of its own, of the tokens that all of them
+    have."""
+    if len(of_stages) == 1:
+        return of_stages[0]
+    keys = [part.place_T2[:, 0] << 32 | part.place_T2[:, 1] for part in of_stages]
+    common = reduce(np.intersect1d, keys)
+    rows = [np.argsort(key)[np.searchsorted(np.sort(key), common)] for key in keys]
+    layers = [layer for part in of_stages for layer in part.layers]
+    order = np.argsort(layers)
+
+    def whole(of_all: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([values[row] for values, row in zip(of_all, rows, strict=True)], axis=1)[:, order]
+
+    ids_TLK, weights_TLK = whole([part.expert_ids_TLK for part in of_stages]), whole([part.weights_TLK for part in of_stages])
+    return Decisions(of_stages[0].place_T2[rows[0]], ids_TLK, weights_TLK, layers=tuple(sorted(layers)))
 
 
 def trace_of(decisions: Sequence[Decisions], gpt: GPT, *, max_tokens: int, name: str) -> RoutingTrace:

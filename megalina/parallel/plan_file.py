@@ -120,6 +120,7 @@ def job_of(config: PretrainConfig, world: int) -> dict[str, Any]:
         values = getattr(config, group)
         assert is_dataclass(values) and not isinstance(values, type)
         out |= {f"{group}.{key}": value for key, value in asdict(values).items() if key not in FREE_OF_SPEED}
+    out |= {"strategy.pipeline": config.strategy.pipeline} if config.parallel.pp > 1 else {}
     return out | {f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seq_len", "dtype")}
 
 

@@ -38,23 +38,30 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: Collecti
     """Fill `new` with what the ranks hold in `old`; returns the bytes that this rank has sent.  All ranks call it alike.
 
     What a rank holds itself it copies.  What it lacks comes from one of the nearest ranks that hold it, in one all-to-all a
-    dtype.  ValueError where `old` and `new` are not the same tensors in name, shape and dtype, or nobody holds a part of one.
+    dtype.  Ranks of other stages of a pipeline hold other tensors.
+
+    ValueError where `old` and `new` are not the same tensors in name, shape and dtype, or nobody holds a part of one.
     """
     shapes = _same_shapes(old, old_mesh, new, new_mesh)
     held = {name: _by_place(parts, old_mesh) for name, parts in old.items()}
     wanted = {name: _by_place(parts, new_mesh) for name, parts in new.items()}
     missing = {name: _copy_own(shapes[name], held[name], wanted[name]) for name in new}  # elements
-    lacking = sorted(set().union(*all_gather_object(new_mesh, [name for name, count in missing.items() if count])))
-    everybody = all_gather_object(new_mesh, [(list(held[name]), list(wanted[name])) for name in lacking]) if lacking else []
+    own = {name: old[name][0].local.dtype for name, count in missing.items() if count}
+    dtype_of = {name: dtype for of_rank in all_gather_object(new_mesh, own) for name, dtype in of_rank.items()}
+    lacking = sorted(dtype_of)
+    here = [(list(held.get(name, ())), list(wanted.get(name, ()))) for name in lacking]
+    everybody = all_gather_object(new_mesh, here) if lacking else []
     by_dtype: dict[torch.dtype, list[int]] = defaultdict(list)
     for i, name in enumerate(lacking):
-        by_dtype[old[name][0].local.dtype].append(i)
+        by_dtype[dtype_of[name]].append(i)
     world, sent_bytes = new_mesh.world, 0
     for dtype in sorted(by_dtype, key=str):
         out: list[list[Tensor]] = [[] for _ in everybody]
         into: list[list[Tensor]] = [[] for _ in everybody]
         for i in by_dtype[dtype]:
             name = lacking[i]
+            if name not in new:
+                continue
             there, needed = zip(*(of_rank[i] for of_rank in everybody), strict=True)
             for parcel in parcels(shapes[name], there, needed, world.rank):
                 if parcel.sender == world.rank:
@@ -64,7 +71,8 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: Collecti
                     missing[name] -= math.prod(parcel.common[1])
             if missing[name]:
                 raise ValueError(f"{name}: no rank holds {missing[name]} of the elements that rank {world.rank} needs")
-        flat = torch.cat([old[lacking[by_dtype[dtype][0]]][0].local.new_empty(0), *(t for parts in out for t in parts)])
+        nothing = next(iter(old.values()))[0].local.new_empty(0, dtype=dtype)
+        flat = torch.cat([nothing, *(t for parts in out for t in parts)])
         send, receive = ([sum(t.numel() for t in parts) for parts in side] for side in (out, into))
         arrived = start_all_to_all(flat, send, receive, world, log).wait()
         targets = [t for parts in into for t in parts]

@@ -89,16 +89,28 @@ def _name(instruction: Instruction) -> str:
     return f"{instruction.name}.{instruction.layer}"
 
 
-def partition(forward: Program, ranges: Sequence[Range], *, one_group: bool = False, whole_routers: bool = False) -> Program:
+def partition(
+    forward: Program,
+    ranges: Sequence[Range],
+    *,
+    one_group: bool = False,
+    whole_routers: bool = False,
+    places: Sequence[tuple[int, int]] = (),
+) -> Program:
     """The forward pass of part "0" with these ranges in parts, in the order of the list.
 
     `one_group`: the micro-batch is one group of the routers, whose parts tell one another how full experts are; `whole_routers`:
-    they can't.  ValueError for a range that isn't there, overlaps the one before it, or holds a router that needs the whole."""
+    they can't; `places`: the stage of a pipeline in which each range is, and its pipeline rank.
+
+    ValueError for a range that isn't there, overlaps the one before it, or holds a router that needs the whole."""
     if not ranges:
         return forward
     out: list[Instruction] = []
-    done, known = 0, set[str]()  # parts of values
-    for r in ranges:
+    done, cut = 0, list[tuple[tuple[int, int], str]]()  # parts of values, and where they are
+    for i, r in enumerate(ranges):
+        stage, rank = places[i] if places else (0, 0)
+        near = (stage, stage - 1)  # farther stages have the stream in between
+        known = {v for (at, of), v in cut if of == rank and (at in near or not has_gradient(v))}
         start, stop = _bounds(forward, r)
         if start < done:
             raise ValueError(f"strategy.partition: {r} begins before the range before it ends")
@@ -110,9 +122,23 @@ def partition(forward: Program, ranges: Sequence[Range], *, one_group: bool = Fa
         out += forward[done:start]
         walked = in_parts(forward[start:stop], forward[stop:], r.parts, known, one_group=one_group)
         out += walked
-        known.update(v for s in walked for v in s.writes)
+        cut += (((stage, rank), v) for s in walked for v in s.writes)
         done = stop
-    return (*out, *forward[done:])
+    return _without_unread((*out, *forward[done:]))
+
+
+def _without_unread(forward: Program) -> Program:
+    """Without joining what nobody reads whole: the next range has as many parts, and goes on with them."""
+    read = {v for s in forward for v in s.reads}
+    out: list[Instruction] = []
+    for s in forward:
+        if s.name == "join_tokens" and (unread := [v for v in s.writes if v not in read]):
+            kept, parts = [v for v in s.writes if v in read], len(s.reads) // len(s.writes)
+            reads = [v for i, v in enumerate(s.reads) if s.writes[i // parts] not in unread]
+            out += [replace(s, reads=tuple(reads), writes=tuple(kept))] if kept else []
+        else:
+            out.append(s)
+    return tuple(out)
 
 
 def _bounds(forward: Program, r: Range) -> tuple[int, int]:
@@ -187,7 +213,7 @@ def in_parts(
     walking = [rename_part(body, name, 1 / parts) for name in names]
     out += interleave(share_group(walking, body[0].layer) if one_group else walking)
     out.append(Instruction("F", Kind.COMPUTE, "join_tokens", body[0].layer, reads=cut_up(leave), writes=tuple(leave)))
-    return out
+    return out if leave else out[:-1]
 
 
 def side_by_side(backward: Program) -> Program:

@@ -4,7 +4,7 @@ A strategy is a function from a `Setting` to a list.  To add one, write such a f
 a YAML in `conf/strategy/`; docs/strategies.md shows how.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from megalina.step.forward import Shape, plain
@@ -41,11 +41,13 @@ class Setting:
     recompute_mode: str = "none"
     element_bytes: int = 4  # of a gradient
     kept_bytes: Callable[[Instruction], int] = lambda instruction: 0  # by an instruction of backward, for its weights' gradients
+    stages: tuple[tuple[int, ...], ...] = ()  # of a pipeline, the layers of each; (): there is none
 
     @property
     def cut(self) -> int:
-        """Into how many parts a micro-batch is cut: micro-batches are parts already where there are enough of them."""
-        return 1 if self.micro_batches % self.plan.parts == 0 else self.plan.parts
+        """Into how many parts a micro-batch is cut: micro-batches are parts already where there are enough of them, and the cells
+        of a pipeline cut their own."""
+        return 1 if self.shape.pipeline or self.micro_batches % self.plan.parts == 0 else self.plan.parts
 
     @property
     def num_parts(self) -> int:
@@ -53,8 +55,10 @@ class Setting:
 
     @property
     def late_layers(self) -> tuple[int, ...]:
-        """MoE layers, the last ones of backward, whose experts' weights have their gradients computed after it."""
-        return tuple(self.shape.moe_layers[: self.plan.late_layers])
+        """MoE layers, the last ones of backward (in a pipeline of each stage's), whose experts' weights have their gradients
+        computed after it."""
+        stages, moe = self.stages or (range(len(self.shape.layers)),), self.shape.moe_layers
+        return tuple(layer for stage in stages for layer in [i for i in moe if i in stage][: self.plan.late_layers])
 
     @property
     def gaps(self) -> dict[str, int] | None:
@@ -239,11 +243,13 @@ def place_of_rank(program: Program, buckets: Mapping[str, BucketSpec], setting: 
         return _merged(program, setting, buckets)
     if strategy in ("serial", "fixed"):
         return place_gradients(program, buckets, place="tail" if strategy == "serial" else "pair")
-    return place_gradients(program, buckets, yields=setting.plan.yields and strategy != "eager")
+    if strategy in ("eager", "lina_zero"):
+        return place_gradients(program, buckets, yields=setting.plan.yields and strategy == "lina_zero")
+    return _placed(program, replace(setting, buckets=buckets))
 
 
-# whose numbers all act inside of a pipeline's cells, or on where gradients go
-PIPELINED = ("eager", "ddp", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina")
+WHOLE = ("search",)  # strategies whose list goes over all layers, so that a pipeline can't have them
+PIPELINED = tuple(name for name in STRATEGIES if name not in WHOLE)
 
 
 def _plain_step(setting: Setting) -> Program:
@@ -270,16 +276,27 @@ def _step(setting: Setting, *, together: int) -> Program:
         share=1 / cut,
         one_group=one_group,
         join_weights=setting.plan.join_weights,
-        arranged=side_by_side if setting.plan.partition_backward == "whole" else lambda backward: backward,
+        arranged=backward_of(setting.plan),
     )
+    return place_deferred(program, setting)
+
+
+def backward_of(plan: Plan) -> Callable[[Program], Program]:
+    """How the mirrors of a forward pass that the plan partitions are arranged."""
+    return side_by_side if plan.partition != NONE and plan.partition_backward == "whole" else lambda backward: backward
+
+
+def place_deferred(program: Program, setting: Setting, *, fixed: Collection[Instruction] = ()) -> Program:
+    """Deferred gradients of weights under all-to-alls, where the plan has some; `fixed` ones stay where they are."""
     if not setting.plan.places_weights:
         return program
+    late = setting.late_layers
     return place_weights(
         program,
         setting.seconds,
         kept_bytes=setting.kept_bytes,
         most_bytes=setting.plan.deferred_bytes or float("inf"),
-        stays=lambda weight: weight.name == "experts" and weight.layer in setting.late_layers,
+        stays=lambda weight: weight in fixed or (weight.name == "experts" and weight.layer in late),
     )
 
 

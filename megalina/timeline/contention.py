@@ -15,7 +15,9 @@ from megalina.timeline.spans import Span, length_s, overlaps, shared_s, union
 
 CLASSES = {"tokens": "a2a", "grads": "grads", "params": "params"}  # by what is sent; all else is OTHER
 GATHERED = ("gather", "scatter")  # along ep: of tokens that go to all experts
+MESSAGES = ("send", "recv")
 OTHER = "other"  # split sizes; sums, gathers, scatters and exchanges of tensor and context parallelism
+STAGES = "pp"  # messages between the stages of a pipeline
 CALIBRATED_AXIS = {"tokens": "ep", "grads": "dp", "params": "dp"}  # the axis of the mesh that an `Alone` is of
 
 
@@ -58,7 +60,7 @@ class Contention:
 
     step_s: float
     compute_s: float
-    traffic: Mapping[str, Traffic]  # a2a, grads, params, other
+    traffic: Mapping[str, Traffic]  # a2a, grads, params, other; with pipelines pp
 
     @property
     def idle_share(self) -> float:
@@ -87,7 +89,9 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 
 
 def class_of(event: Event) -> str:
-    """a2a, grads, params or other, of what is sent or awaited."""
+    """a2a, grads, params, pp or other, of what is sent or awaited."""
+    if event.op in MESSAGES:
+        return STAGES
     return CLASSES["tokens"] if event.op in GATHERED and event.axis == "ep" else CLASSES.get(event.op, OTHER)
 
 
@@ -115,7 +119,7 @@ def summary(events: Sequence[Event], alone: Mapping[str, Alone], of_group: Mappi
     tag; where one is missing this rank's own is taken."""
     slowdown = {**own_slowdowns(events, alone), **(of_group or {})}
     compute = union((e.start_s, e.end_s) for e in events if e.kind == COMPUTE)
-    names = (*CLASSES.values(), OTHER)
+    names = (*CLASSES.values(), OTHER, *([STAGES] if any(e.op in MESSAGES for e in events) else ()))
     sends = {name: [e for e in events if e.kind == SEND and class_of(e) == name] for name in names}
     wires = {name: union((e.start_s, e.end_s) for e in sends[name]) for name in names}
     traffic = {}

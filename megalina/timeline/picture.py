@@ -17,7 +17,7 @@ FILE = "timeline.png"  # in a run folder
 LANES = ("device computes", "tokens on the wire\n(all-to-all)", "gradients\non the wire", "device waits")
 ATTENTION, EXPERTS, REST = ("#2b6cb0", "#7fb3e6"), ("#2f855a", "#86d0a3"), ("#718096", "#b4bdc9")  # even parts, odd parts
 TOKENS, GRADIENTS, PARAMETERS = ("#6b46c1", "#b79df0"), ("#dd8a1f",) * 2, ("#975a16",) * 2
-FOR_TOKENS, FOR_GRADIENTS, FOR_REST = "#e02020", "#8c1010", "#f4a3a3"
+FOR_TOKENS, FOR_GRADIENTS, FOR_REST, FOR_STAGES = "#e02020", "#8c1010", "#f4a3a3", "#d53f8c"
 LEGEND = {
     "attention": ATTENTION[0],
     "router, experts, MLP": EXPERTS[0],
@@ -28,6 +28,7 @@ LEGEND = {
     "waits for tokens": FOR_TOKENS,
     "waits for gradients or weights": FOR_GRADIENTS,
     "waits for sizes or small sums": FOR_REST,
+    "waits for other stages": FOR_STAGES,
 }
 REST_NAMES = (
     *("embed", "positions", "head", "logits", "loss", "balance"),
@@ -35,7 +36,7 @@ REST_NAMES = (
 )
 PHASES = {"F": ("forward", "#e8eef7"), "B": ("backward", "#f7eee3"), "U": ("update", "#eeeeee")}
 PASSES = {"F": "F", "B": "B", "W": "B"}  # gradients of weights that come later are still backward
-WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums"}
+WAITED_FOR = {"a2a": "tokens", "grads": "gradients", "params": "weights", "other": "sizes, sums", "pp": "other stages"}
 GAP = 0.12  # above and below the boxes of a lane, which is 1 high
 SMALLEST_LABELLED, SMALLEST_PHASE = 0.0065, 0.045  # of the width
 PAPER = {"paper's median, 1.83": 1.83, "paper's worst, 4.14": 4.14}  # Lina, Figure 3: backward all-to-alls under all-reduces
@@ -87,10 +88,10 @@ def _boxes(axis: "Axes", events: Sequence[Event], span: Span, width_ms: float) -
         start_s = e.start_s
         if e.kind == COMPUTE:
             lane, pair = 0, _compute_colours(e.name)
-        elif e.kind == SEND and (name := class_of(e)) != "other":
+        elif e.kind == SEND and (name := class_of(e)) not in ("other", "pp"):
             lane, pair = {"a2a": (1, TOKENS), "grads": (2, GRADIENTS), "params": (2, PARAMETERS)}[name]
         elif e.kind == WAIT and e.exposed_s > 0:
-            colour = {"a2a": FOR_TOKENS, "other": FOR_REST}.get(class_of(e), FOR_GRADIENTS)
+            colour = {"a2a": FOR_TOKENS, "other": FOR_REST, "pp": FOR_STAGES}.get(class_of(e), FOR_GRADIENTS)
             lane, pair, start_s = 3, (colour, colour), e.end_s - e.exposed_s
         else:
             continue

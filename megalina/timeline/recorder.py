@@ -28,7 +28,7 @@ class Event:
     name: str
     layer: int
     part: str
-    op: str  # of wait and send: tokens | counts | gather | scatter | sum | max | grads | params; compute: ""
+    op: str  # of wait and send: tokens | counts | gather | scatter | sum | max | grads | params | send | recv; compute: ""
     axis: str  # of wait and send: the axis of the mesh
     num_bytes: int  # send: as megalina.comm.exchange.Pending counts
     enqueued_s: float  # send: when the program asked for it

@@ -1,8 +1,9 @@
 """The trace: steps of all ranks as one file for https://ui.perfetto.dev or chrome://tracing.
 
-A process a rank, with lanes for what it computed, what it had on the wire by class, and where its program stood.  An arrow
-goes from each all-to-all to the computation that it held up.  A click on what was on the wire shows its group, its bytes, how
-long it was held back, its slowdown, and what shared the wire with it.
+A process a rank, with lanes for what it computed, what it had on the wire by class, and where its program stood; of a pipeline
+with the cells of its list, each from its first computation to its last.  An arrow goes from each all-to-all to the computation
+that it held up.  A click on what was on the wire shows its group, its bytes, how long it was held back, its slowdown, and what
+shared the wire with it.
 """
 
 import gzip
@@ -20,8 +21,8 @@ from megalina.timeline.spans import Span, overlaps, rows
 from megalina.whole_file import write_whole
 
 FILE = "trace.json.gz"  # in a run folder
-LANES = ("step", "compute", "tokens", "counts and sums", "gradients", "parameters", "waits")
-LANE_OF = {"a2a": "tokens", "grads": "gradients", "params": "parameters", "other": "counts and sums"}
+LANES = ("step", "cells", "compute", "tokens", "messages", "counts and sums", "gradients", "parameters", "waits")
+LANE_OF = {"a2a": "tokens", "pp": "messages", "grads": "gradients", "params": "parameters", "other": "counts and sums"}
 ROWS = 100  # a lane has at most so many rows
 MOST_BESIDE = 4  # of what shared the wire with a transfer, the longest
 COMMON = "U:measured>.-.0"  # the sum over the world that closes a step: it ends on all ranks at once, almost
@@ -35,6 +36,8 @@ class TracedStep:
     by_rank: Sequence[Sequence[Event]]  # as a recorder gives them
     groups: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)  # ranks that talk along each axis: mesh.rows
     alone: Mapping[str, Alone] = field(default_factory=dict)  # by op, for slowdowns; empty: they aren't shown
+    places: Sequence[str] = ()  # of each rank in a pipeline, "pipeline rank 1, stage 1"; (): there is none
+    cells: Sequence[Mapping[str, str]] = ()  # of each rank: the cell that an instruction is in, `2F0`, by tag
 
     def slowdowns(self) -> list[dict[str, float]]:
         """Of each rank, by tag: of each of its groups the smallest over the group's ranks."""
@@ -66,7 +69,9 @@ def write_trace(path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence
     for rank in range(ranks):
         events = {number: step.by_rank[rank] for number, step in steps.items()}
         details = {n: _details(events[n], step.group_of(rank), slowdowns[n][rank]) for n, step in steps.items()}
-        lines += _process(rank, events, details, offsets_s[rank] - zero_s, note)
+        cells = {n: cell_spans(events[n], step.cells[rank]) for n, step in steps.items() if step.cells}
+        place = next((step.places[rank] for step in steps.values() if step.places), "")
+        lines += _process(rank, events, details, cells, offsets_s[rank] - zero_s, ", ".join(filter(None, (place, note))))
     clock = ESTIMATED if any(offsets_s) else "one machine's"
     content = {"traceEvents": lines, "displayTimeUnit": "ms", "otherData": {"clock": clock}}
     data = json.dumps(content, separators=(",", ":")).encode()
@@ -88,20 +93,33 @@ def aligned(by_rank: Sequence[Sequence[Event]], machines: Sequence[str]) -> list
     return [known.get(machine, 0.0) for machine in machines]
 
 
+def cell_spans(events: Sequence[Event], cell_of: Mapping[str, str]) -> dict[str, Span]:
+    """From the first computation of each cell to its last, in the order in which they begin; `cell_of`: by tag.
+
+    Cells that go together take turns, so their spans overlap."""
+    out: dict[str, Span] = {}
+    for e in sorted((e for e in events if e.kind == COMPUTE and e.tag in cell_of), key=lambda e: e.start_s):
+        start_s, end_s = out.get(cell_of[e.tag], (e.start_s, e.end_s))
+        out[cell_of[e.tag]] = start_s, max(end_s, e.end_s)
+    return out
+
+
 def _process(
     rank: int,
     steps: Mapping[int, Sequence[Event]],
     details: Mapping[int, Sequence[dict[str, Any]]],
+    cells: Mapping[int, Mapping[str, Span]],
     shift_s: float,
     note: str,
 ) -> list[dict[str, Any]]:
-    """All lines of one rank.  `details`: by step, of each event."""
+    """All lines of one rank.  `details`: by step, of each event; `cells`: by step."""
     spans: dict[str, list[tuple[Span, dict[str, Any]]]] = {lane: [] for lane in LANES}
     placed: dict[tuple[int, int], tuple[str, int]] = {}  # step, place of the event -> lane, place there
     for step, events in steps.items():
         if events:
             whole = min(e.start_s for e in events), max(e.end_s for e in events)
             spans["step"].append((whole, {"name": f"step {step}"}))
+        spans["cells"] += [(span, {"name": cell}) for cell, span in cells.get(step, {}).items()]
         for i, e in enumerate(events):
             lane = {COMPUTE: "compute", WAIT: "waits"}.get(e.kind) or LANE_OF[class_of(e)]
             placed[step, i] = lane, len(spans[lane])

@@ -32,7 +32,8 @@ def _stands_still(record: Mapping[str, Any]) -> str:
     """ "waits 186 ms for all-to-alls (slowed 1.8x), 45 ms for gradients" of a step."""
     slowed = f" (slowed {record['a2a_slowdown']:.1f}x)" if record.get("a2a_slowdown") is not None else ""
     a2a_ms, grads_ms = (_number(1e3 * record[key], ",.0f") for key in ("a2a_exposed_s", "grads_exposed_s"))
-    return f"waits {a2a_ms} ms for all-to-alls{slowed}, {grads_ms} ms for gradients"
+    stages = f", {_number(1e3 * record['pp_exposed_s'], ',.0f')} ms for other stages" if "pp_exposed_s" in record else ""
+    return f"waits {a2a_ms} ms for all-to-alls{slowed}, {grads_ms} ms for gradients{stages}"
 
 
 def _task_scores(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from megalina.changed_settings import change_line
 from megalina.track.expert_load import LoadHistory, layer_numbers
 from megalina.track.metrics import Record, read_metrics, read_yaml
 from megalina.track.progress import duration
-from megalina.track.report_cards import load_strips, timeline_hint, timeline_picture, waits_chart
+from megalina.track.report_cards import load_strips, stages_table, timeline_hint, timeline_picture, waits_chart
 from megalina.track.report_style import STYLE
 from megalina.track.svg_chart import Reference, Series, legend, line_chart, short, smoothed
 from megalina.whole_file import write_whole
@@ -348,6 +348,9 @@ def _charts(run: RunData) -> str:
             cards.append(_per_layer(run, key, title, hint=hint, from_zero=True, smooth=False))
     if waits := waits_chart(run.steps, run.records):
         cards.append(_card("Waits", waits, hint="Seconds of a step in which rank 0's device stood still for them."))
+    if stages := stages_table(run.records):
+        hint = "Of a step, means over the ranks that hold the same layers, medians over the newest steps."
+        cards.append(_card("Waits of pipeline ranks", stages, hint=hint))
     for key, title, hint in (
         (
             "token_bytes_between_nodes",
@@ -373,7 +376,8 @@ def _charts(run: RunData) -> str:
 
 def _timeline_card(run: RunData) -> str:
     picture = timeline_picture(run.dir)
-    return _card("Timeline", picture, hint=timeline_hint(run.dir), wide=True) if picture else ""
+    stages = int(run.setting("parallel", "pp") or 1)
+    return _card("Timeline", picture, hint=timeline_hint(run.dir, stages=stages), wide=True) if picture else ""
 
 
 def _samples_card(run: RunData) -> str:

@@ -20,6 +20,12 @@ WAITS = {
     "a2a_exposed_s": ("all-to-alls", "var(--accent)"),
     "grads_exposed_s": ("gradients", "var(--second)"),
     "params_exposed_s": ("updated weights (ZeRO-1)", "var(--good)"),
+    "pp_exposed_s": ("other stages", "var(--soft)"),
+}
+OF_STAGES = {  # means over the ranks of each stage, as megalina/train/timing.py adds them to records
+    "stage_idle_shares": ("idle", lambda share: f"{share:.1%}"),
+    "stage_pp_exposed_s": ("waits for other stages", lambda seconds: f"{seconds * 1e3:.1f} ms"),
+    "stage_a2a_exposed_s": ("waits for all-to-alls", lambda seconds: f"{seconds * 1e3:.1f} ms"),
 }
 
 
@@ -93,16 +99,32 @@ def waits_chart(steps: Sequence[int], records: Sequence[Record]) -> str:
     return legend(series) + line_chart(series, label="seconds of a step that the device waited, over steps", from_zero=True)
 
 
+def stages_table(records: Sequence[Record]) -> str:
+    """How long the ranks of each pipeline rank stood still, medians over the last tenth of the steps that say it, as HTML; empty
+    without a pipeline, or if that was not measured."""
+    told = [record for record in records if record.get("stage_idle_shares")]
+    if not told:
+        return ""
+    newest = told[-max(1, len(told) // 10) :]
+    head = "".join(f"<th>{title}</th>" for title in ("pipeline rank", *(title for title, _ in OF_STAGES.values())))
+    rows = []
+    for stage in range(len(newest[-1]["stage_idle_shares"])):
+        values = [shown(float(np.median([record[key][stage] for record in newest]))) for key, (_, shown) in OF_STAGES.items()]
+        rows.append("".join(f"<td>{value}</td>" for value in (stage, *values)))
+    return f'<table class="stages"><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+
+
 def timeline_picture(run_dir: Path) -> str:
     """The picture of the run folder as HTML, so that the page needs no other file; empty if there is none."""
     path = run_dir / PICTURE
     if not path.is_file():
         return ""
     data = b64encode(path.read_bytes()).decode()
-    return f'<img class="timeline" alt="timeline of rank 0" src="data:image/png;base64,{data}">'
+    return f'<img class="timeline" alt="timeline of a step" src="data:image/png;base64,{data}">'
 
 
-def timeline_hint(run_dir: Path) -> str:
-    """What the picture shows, and where there is more."""
+def timeline_hint(run_dir: Path, *, stages: int = 1) -> str:
+    """What the picture shows, and where there is more.  `stages`: pipeline ranks."""
     more = f" All ranks: open {TRACE} of the run folder in ui.perfetto.dev." if (run_dir / TRACE).is_file() else ""
-    return f"What rank 0 computed, what it had on the wire, and in red where it stood still.{more}"
+    who = "the first rank of each stage" if stages > 1 else "rank 0"
+    return f"What {who} computed, what it had on the wire, and in red where it stood still.{more}"

@@ -46,6 +46,9 @@ vertical-align:middle}
 .bars rect{fill:var(--second)}
 .bars rect.over{fill:var(--accent)}
 .bars line{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3;vector-effect:non-scaling-stroke}
+.stages{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
+.stages th,.stages td{text-align:right;padding:.15rem .9rem .15rem 0}
+.stages th{color:var(--soft);font-weight:400}
 .axis{display:flex;justify-content:space-between;font-size:.76rem;color:var(--soft);font-variant-numeric:tabular-nums}
 .axis.middle{justify-content:center;text-align:center;line-height:1.15}
 .scale{display:flex;flex-wrap:wrap;align-items:center;gap:4px 8px;font-size:.8rem;color:var(--soft)}

@@ -33,10 +33,13 @@ def wire_bytes(config: PretrainConfig, world: int, packing: int, *, ranks_per_no
     """What a rank sends in a step for the sake of its experts, on average: rows there and back, forward and backward, and the
     sum of the replicas' gradients as a ring.
 
-    Of what stays inside a node nothing counts, unless all ranks are on one."""
+    Of what stays inside a node nothing counts, unless all ranks are on one.  In a pipeline of a rank of one stage, as if it had
+    all layers: packings are compared."""
     train, model, parallel = config.train, config.model, config.parallel
+    alone = ranks_per_node >= world
+    world //= parallel.pp
     groups = rows(axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing))
-    node = range(world) if ranks_per_node >= world else [rank // ranks_per_node for rank in range(world)]
+    node = range(world) if alone else [rank // ranks_per_node for rank in range(world)]
     layers = sum(is_moe_layer(model, i) for i in training_layers(model))
     tokens = train.global_batch_size * train.seq_len / world
     ways = len(groups["ep"][0]) if kind_of(config.router).is_dense else config.router.top_k  # copies of a token

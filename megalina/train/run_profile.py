@@ -11,7 +11,7 @@ from typing import Any
 from megalina.config import ProfileConfig
 from megalina.mesh import Mesh, all_gather_object
 from megalina.model.gpt import GPT
-from megalina.model.routing_recorder import Decisions, RoutingRecorder, trace_of
+from megalina.model.routing_recorder import Decisions, RoutingRecorder, over_stages, trace_of
 from megalina.parallel.step_result import StepResult
 from megalina.placement.routing_trace import RoutingTrace
 
@@ -20,29 +20,37 @@ class RunProfile:
     """Watches steps.  With `profile.record=false` it does nothing at all."""
 
     def __init__(self, config: ProfileConfig, *, ranks: int):
+        """`ranks`: in a pipeline those of one stage, which have all tokens."""
         self.config = config
         self.stable = False  # once it is, it stays so
         self.step_tokens = -(-config.tokens // (config.last_steps * ranks))  # of this rank
         self._balance_losses: deque[float] = deque(maxlen=2 * config.window)
-        self._decisions: deque[tuple[int, Decisions]] = deque(maxlen=config.last_steps)
+        self._decisions: deque[tuple[int, Decisions | None]] = deque(
+            maxlen=config.last_steps
+        )  # None: this stage has no MoE layer
         self._recorder: RoutingRecorder | None = None
+        self._watched = False
 
     def watching(self, gpt: GPT) -> AbstractContextManager[None]:
         """For the time of a training step; `add` comes after it."""
         if not (self.config.record and self.stable):
             return nullcontext()
+        self._watched = True
+        if gpt.served_moe_layers and not any(layer in gpt.layers for layer in gpt.served_moe_layers):
+            return nullcontext()  # they are in other stages
         self._recorder = RoutingRecorder(self.step_tokens)
         return self._recorder.watching(gpt)
 
     def add(self, step: int, result: StepResult) -> None:
         """The step that was watched; one that was refused doesn't count, and a run that went back forgets what came later."""
         recorder, self._recorder = self._recorder, None
+        watched, self._watched = self._watched, False
         if not self.config.record or not result.updates:
             return
         if self._decisions and self._decisions[-1][0] >= step:
             self._decisions.clear()
-        if recorder is not None:
-            self._decisions.append((step, recorder.decisions()))
+        if watched:
+            self._decisions.append((step, recorder.decisions() if recorder is not None else None))
         self._balance_losses.append(result.balance_loss)
         self.stable = self.stable or is_stable(self._balance_losses, self.config.window, self.config.stable_change)
 
@@ -51,9 +59,12 @@ class RunProfile:
         if not self._decisions:
             return None
         found = all_gather_object(mesh, [decisions for _, decisions in self._decisions])
+        ranks = mesh.world.size // mesh.pp
+        alike = [found[place::ranks] for place in range(ranks)]  # of the same tokens
+        steps = [over_stages([of for of in step if of is not None]) for of_ranks in alike for step in zip(*of_ranks, strict=True)]
         first, last = self._decisions[0][0], self._decisions[-1][0]
         name = f"{model_name}, training steps {first} to {last}"
-        return trace_of([part for own in found for part in own], gpt, max_tokens=self.config.tokens, name=name)
+        return trace_of(steps, gpt, max_tokens=self.config.tokens, name=name)
 
     def missing(self, run_dir: str) -> str:
         """A warning where a profile was asked for and there is none to save; else nothing."""

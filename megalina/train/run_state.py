@@ -54,7 +54,7 @@ class RunState:
         self.config, self.built, self.guard, self.tokenizer_path = config, built, guard, tokenizer_path
         self.watch = LoadWatch(len(built.trainable.gpt.moe_layers), config.model.num_experts)
         self.ledger = Ledger()
-        self.profile = RunProfile(config.profile, ranks=built.mesh.world.size)
+        self.profile = RunProfile(config.profile, ranks=built.mesh.world.size // built.mesh.pp)
         self.step = 0
         self.consumed_samples = 0  # sequences: where the data goes on
         self.tokens = 0  # positions with a loss, so far

@@ -222,7 +222,8 @@ class StepRunner:
         if (strategy.name == AUTO or placed) and not self.config.train.deterministic:
             found.append(Times(self.mesh, self.adopt, lambda: self.trainable.program))
         by_list = strategy.name == SEARCH and not strategy.order
-        by_list |= strategy.name == AUTO and strategy.search_evaluations > 0 and self.mesh.world.size > 1
+        several = self.mesh.world.size > 1 and self.mesh.pp == 1  # ranks of one list
+        by_list |= strategy.name == AUTO and strategy.search_evaluations > 0 and several
         if by_list:
             vocab_size = self.config.model.vocab_size or self.data.vocab_size
             search = ListSearch(

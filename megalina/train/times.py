@@ -53,7 +53,8 @@ class Times:
             return
         own = {kind: statistics.median(found[kind] for found in self._found) for kind in self._found[0]}
         everywhere = all_gather_object(self._mesh, own)
-        slowest = {kind: max(of_rank[kind] for of_rank in everywhere) for kind in own}
+        kinds = sorted({kind for of_rank in everywhere for kind in of_rank})  # stages of a pipeline have kinds of their own
+        slowest = {kind: max(of_rank[kind] for of_rank in everywhere if kind in of_rank) for kind in kinds}
         self._found, self._to_wait = [], WATCH
         if drifted(dict(plan.times_us), slowest):
             times_us = tuple((kind, round(us, 1)) for kind, us in sorted(slowest.items()))

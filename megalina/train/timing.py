@@ -3,17 +3,19 @@
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.comm.slowdowns import slowdowns
+from megalina.comm.stage_means import stage_means
 from megalina.config import PretrainConfig
-from megalina.layout import rows
 from megalina.mesh import all_gather_object
 from megalina.parallel.trainable import Trainable
+from megalina.step.pipeline.job import Pipelined, cells_by_tag
 from megalina.timeline import picture, trace
-from megalina.timeline.contention import Alone, summary
+from megalina.timeline.contention import Alone, Contention, summary
 from megalina.timeline.recorder import Event, Recorder
 from megalina.train.run_state import Built
 
@@ -43,8 +45,8 @@ class Timing:
         timeline = self._config.timeline
         return Recorder() if timeline.metrics or step in timeline.trace_steps else None
 
-    def after(self, step: int, recorder: Recorder | None) -> dict[str, float | None]:
-        """For the step's record: this rank's `Contention.as_metrics`, if they are wanted."""
+    def after(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
+        """For the step's record: this rank's `Contention.as_metrics`, if they are wanted, and means of a pipeline's stages."""
         if recorder is None:
             return {}
         if self._mesh is not self._built.mesh:
@@ -58,7 +60,14 @@ class Timing:
             return {}
         trainable = self._built.trainable
         of_group = slowdowns(self._mesh, trainable.log, trainable.program, events, self._alone)
-        return summary(events, self._alone, of_group).as_metrics()
+        found = summary(events, self._alone, of_group)
+        return found.as_metrics() | (self._of_stages(found) if self._mesh.pp > 1 else {})
+
+    def _of_stages(self, found: Contention) -> dict[str, list[float]]:
+        """Of each pipeline rank the mean over its ranks."""
+        waits = [found.traffic[name].exposed_s if name in found.traffic else 0.0 for name in ("pp", "a2a")]
+        means = stage_means(self._mesh, self._built.trainable.log, [found.idle_share, *waits])
+        return dict(zip(("stage_idle_shares", "stage_pp_exposed_s", "stage_a2a_exposed_s"), means, strict=True))
 
     def _calibrate(self, events: list[Event]) -> None:
         """The same on every rank."""
@@ -71,21 +80,44 @@ class Timing:
 
     def _trace(self, step: int, events: list[Event], alone: Mapping[str, Alone]) -> None:
         """Rank 0 writes all steps that there are so far: a run may end early."""
-        everybody = all_gather_object(self._mesh, (events, machine()))
-        if self._mesh.world.rank > 0:
+        mesh, job = self._mesh, self._built.trainable.pipelined
+        cells = {} if job is None else cells_by_tag(self._built.trainable.setting, job, mesh.pp_rank)
+        along = {name: axis.ranks for name, axis in mesh.along_stages.items()}
+        everybody = all_gather_object(mesh, (events, machine(), cells, along))
+        if mesh.world.rank > 0:
             return
-        by_rank = [of_rank for of_rank, _ in everybody]
-        self._traced[step] = trace.TracedStep(by_rank, rows(self._mesh.shape), alone)
-        offsets_s = trace.aligned(by_rank, [name for _, name in everybody])
+        by_rank = [of_rank for of_rank, *_ in everybody]
+        groups: dict[str, Sequence[Sequence[int]]] = {**mesh.rows}
+        for name in {name for *_, of_rank in everybody for name in of_rank}:
+            groups[name] = sorted({of_rank[name] for *_, of_rank in everybody if name in of_rank})
+        self._traced[step] = trace.TracedStep(
+            by_rank,
+            groups,
+            alone,
+            places=[] if job is None else [_place(job, rank * mesh.pp // len(by_rank)) for rank in range(len(by_rank))],
+            cells=[] if job is None else [of_rank for _, _, of_rank, _ in everybody],
+        )
+        offsets_s = trace.aligned(by_rank, [name for _, name, *_ in everybody])
         folder = Path(self._config.run.dir)
         note = emulation_note(self._built.trainable)
         try:
             trace.write_trace(folder / trace.FILE, self._traced, offsets_s, note)
-            newest = list(self._traced.items())[-MOST_PICTURED:]
-            timelines = {f"step {number}, rank 0": traced.by_rank[0] for number, traced in newest}
-            picture.draw(folder / picture.FILE, timelines, note, race=False)
+            picture.draw(folder / picture.FILE, self._pictured(), note, race=False)
         except OSError as error:
             logger.warning("warning: the timeline of step %d could not be written: %s", step, error)
+
+    def _pictured(self) -> dict[str, Sequence[Event]]:
+        """Of the newest steps rank 0, or the first rank of each stage."""
+        stages = self._mesh.pp
+        newest = list(self._traced.items())[-max(1, MOST_PICTURED // stages) :]
+        ranks = range(0, self._mesh.world.size, self._mesh.world.size // stages)
+        return {f"step {number}, rank {rank}": traced.by_rank[rank] for number, traced in newest for rank in ranks}
+
+
+def _place(job: Pipelined, rank: int) -> str:
+    """For people: "pipeline rank 1: stages 1 and 2"."""
+    stages = job.pipeline.stages_of(rank)
+    return f"pipeline rank {rank}: stage{'s' if len(stages) > 1 else ''} {' and '.join(map(str, stages))}"
 
 
 def machine() -> str:

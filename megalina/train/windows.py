@@ -23,11 +23,12 @@ DRIFT = 0.25  # windows that are off by this share are measured anew
 
 
 def gap_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """The median length of each gap of one step, on one rank: from the end of an exchange of tokens to the start of the next."""
-    sends = sorted((e for e in events if e.kind == SEND and class_of(e) == "a2a" and e.phase == "B"), key=lambda e: e.start_s)
+    """The median length of each gap of one step, on one rank: from the end of an exchange of tokens of backward to the start of
+    the next one, be it of forward."""
+    sends = sorted((e for e in events if e.kind == SEND and class_of(e) == "a2a"), key=lambda e: e.start_s)
     lengths: dict[str, list[float]] = {gap: [] for gap in GAPS.values()}
     for before, after in zip(sends, sends[1:], strict=False):
-        if before.name in GAPS:
+        if before.phase == "B" and before.name in GAPS:
             lengths[GAPS[before.name]].append(max(0.0, after.start_s - before.end_s))
     return {gap: statistics.median(found) if found else 0.0 for gap, found in lengths.items()}
 
@@ -54,7 +55,7 @@ class Windows:
 
     def __init__(self, mesh: Mesh, adopt: Callable[[Plan], object]):
         self._mesh, self._adopt = mesh, adopt
-        self._found: list[dict[str, float]] = []  # bytes by gap, a step each
+        self._found: list[dict[str, float]] = []  # bytes by gap, a step each; {} where a pipeline's stage sends no tokens
         self._to_wait = 2  # steps until it measures
 
     def decided(self, plan: Plan) -> bool:
@@ -72,12 +73,14 @@ class Windows:
             return
         own = events()
         rate = bytes_per_s(own)
-        self._found.append({gap: seconds * rate for gap, seconds in gap_seconds(own).items()})
+        sends = any(class_of(e) == "a2a" for e in own)
+        self._found.append({gap: seconds * rate for gap, seconds in gap_seconds(own).items()} if sends else {})
         if len(self._found) < STEPS:
             return
-        medians = {gap: statistics.median(found[gap] for found in self._found) for gap in GAPS.values()}
-        everywhere = all_gather_object(self._mesh, medians)
-        gap_bytes = {gap: int(min(of_rank[gap] for of_rank in everywhere)) for gap in medians}
+        told = [found for found in self._found if found]
+        medians = {gap: statistics.median(found[gap] for found in told) for gap in GAPS.values()} if told else {}
+        everywhere = [of_rank for of_rank in all_gather_object(self._mesh, medians) if of_rank]
+        gap_bytes = {gap: int(min((of_rank[gap] for of_rank in everywhere), default=0)) for gap in GAPS.values()}
         self._found, self._to_wait = [], WATCH
         if drifted(dict(plan.gap_bytes), gap_bytes):
             self._adopt(replace(plan, gap_bytes=tuple(sorted(gap_bytes.items())), measured_at=step))

@@ -142,9 +142,11 @@ class Wire:
         return Work(slot, finish)
 
 
-def meshes(world: int, *, tp: int, ep: int, cp: int = 1, pp: int, across: Mapping[str, tuple[int, ...]]) -> list[Mesh]:
+def meshes(
+    world: int, *, tp: int, ep: int, cp: int = 1, pp: int, across: Mapping[str, tuple[int, ...]], packing: int = 1
+) -> list[Mesh]:
     """Of each rank."""
-    shape = axis_sizes(world // pp, tp=tp, ep=ep, cp=cp)
+    shape = axis_sizes(world // pp, tp=tp, ep=ep, cp=cp, packing=packing)
     table = rows_of_stages(shape, pp) if pp > 1 else rows(shape)
     more = {name: rows_across(shape, members, "dp" if name == EMBEDDING else "") for name, members in across.items()}
     made = {(name, tuple(row)): Group(row) for name, of in (table | more).items() for row in of}
@@ -154,7 +156,8 @@ def meshes(world: int, *, tp: int, ep: int, cp: int = 1, pp: int, across: Mappin
         if row is None:
             return None
         group = _End(made[name, row], rank) if len(row) > 1 else None
-        return Axis(name, row, row.index(rank), group)  # type: ignore[arg-type]
+        packed = packing if name in ("ep", "counts", "edp", "copies") else 1
+        return Axis(name, row, row.index(rank), group, packed)  # type: ignore[arg-type]
 
     out = []
     for rank in range(world):

@@ -110,6 +110,15 @@ def test_outside_of_the_ranges_nothing_changes_and_ranges_meet() -> None:
     ]
 
 
+@pytest.mark.parametrize("backward_order", ["whole", "mirrored"])
+def test_ranges_of_as_many_parts_that_meet_go_on_in_parts(backward_order: str) -> None:
+    shape = SHAPES["moe"]
+    plan = lancet(shape, "attention.0..mix.0:2,attention.1..mix.1:2", partition_backward=backward_order)
+    program = training_step("lancet", Setting(shape, buckets_of(shape), plan, 2))  # which checks it
+    made = [s.tag for s in program if s.name.startswith(("cut_", "join_")) and s.phase == "F" and s.part == "0"]
+    assert made == ["F:cut_batch.0.0", "F:cut_tokens.0.0", "F:join_tokens.1.0"]
+
+
 def test_parts_that_are_there_are_not_cut_again() -> None:
     forward = with_own_counts(plain(WHOLE["moe"]))
     out = partition(forward, widest(forward, 2, whole_routers=True), whole_routers=True)

@@ -1,6 +1,7 @@
 """Contention by hand: every number is worked out beside the events that it is of."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -125,6 +126,19 @@ def test_what_was_sent_before_the_step_began_does_not_make_it_longer() -> None:
     gathered = event("send", "dense.0", -3, 1, op="params", axis="dp", phase="U")
     found = summary([*step(), gathered], ALONE)
     assert (found.step_s, found.traffic["params"].wire_s) == (10, 4)
+
+
+def test_messages_between_stages_are_a_class_of_their_own() -> None:
+    assert "pp_exposed_s" not in summary(step(), ALONE).as_metrics()
+    messages = [
+        event("send", "stream", 0.0, 3.0, op="recv", axis="pp0-1", layer=1),
+        wait("stream", 1.0, 3.0, 2.0, op="recv", layer=1),
+        event("send", "stream", 2.0, 4.0, num_bytes=64, op="send", axis="pp0-1", layer=2),
+    ]
+    plain, piped = (summary(events, ALONE) for events in (step(), [*step(), *messages]))
+    metrics = piped.as_metrics()
+    assert (metrics["pp_exposed_s"], metrics["pp_wire_s"], metrics["pp_bytes"]) == (2.0, 4.0, 64)
+    assert piped.traffic["other"] == replace(plain.traffic["other"], under=piped.traffic["other"].under)
 
 
 def test_quantiles() -> None:

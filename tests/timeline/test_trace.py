@@ -157,3 +157,22 @@ def test_a_file_that_is_there_is_replaced_as_a_whole(tmp_path: Path, suffix: str
     path = tmp_path / f"trace{suffix}"
     path.write_text("old")
     assert written(path, {1: [layer()]})
+
+
+def test_cells_of_a_pipeline_have_a_lane_and_ranks_say_where_they_are(tmp_path: Path) -> None:
+    events = [
+        compute("attention", 1.0, 2.0, layer=0),
+        wait("stream", 2.0, 4.0, 2.0, op="recv", layer=1, part="1"),
+        event("send", "stream", 0.5, 4.0, op="recv", axis="pp0-1", layer=1, part="1"),
+        compute("head", 4.0, 5.0, part="1"),
+        compute("experts", 4.5, 7.0, layer=0),
+        compute("measure", 8.0, 9.0, phase="U"),
+    ]
+    cells = {"F:attention.0.0": "0F0", "F:experts.0.0": "0F0", "F:stream<.1.1": "1F1", "F:head.-.1": "1F1"}
+    step = TracedStep([events], places=["pipeline rank 0: stages 0 and 1"], cells=[cells])
+    lines = written(tmp_path / "trace.json", {1: step}, (), "emulated")
+    assert lines[0]["args"]["name"] == "rank 0 (pipeline rank 0: stages 0 and 1, emulated)"
+    names = lane_names(lines)
+    found = {x["name"]: (names[0, x["tid"]], x["ts"], x["dur"]) for x in lines if x.get("cat") == "cells"}
+    assert found == {"0F0": ("cells", 0.5e6, 6e6), "1F1": ("cells 2", 3.5e6, 1e6)}  # they took turns
+    assert [names[0, x["tid"]] for x in lines if x.get("cat") == "messages"] == ["messages"]

@@ -67,6 +67,7 @@ def test_what_the_device_waited_for_is_told_where_it_is_measured():
     assert "waits 186 ms for all-to-alls (slowed 1.8x), 45 ms for gradients  " in progress.numbers(record)
     alone = progress.numbers(record | {"a2a_slowdown": None})  # one rank: nothing to compare with
     assert "waits 186 ms for all-to-alls, 45 ms for gradients" in alone
+    assert "45 ms for gradients, 7 ms for other stages" in progress.numbers(record | {"pp_exposed_s": 0.007})
     assert "waits" not in progress.numbers({"step": 1, "a2a_slowdown": 1.83})
 
 

@@ -162,7 +162,7 @@ def test_expert_choice_runs_are_marked(tmp_path):
 
 def test_the_timeline_and_the_waits_are_shown_where_they_were_measured(tmp_path):
     plain = parsed(write_report(write_run(tmp_path / "plain"), samples=[], summary={}))
-    assert "Timeline" not in plain.text and "Waits" not in plain.text and "timeline of rank 0" not in plain.text
+    assert "Timeline" not in plain.text and "Waits" not in plain.text and "timeline of a step" not in plain.text
     run_dir = write_run(tmp_path / "timed")
     (run_dir / "timeline.png").write_bytes(b"\x89PNG picture")
     (run_dir / "trace.json.gz").touch()
@@ -173,6 +173,18 @@ def test_the_timeline_and_the_waits_are_shown_where_they_were_measured(tmp_path)
     assert "data:image/png;base64," + b64encode(b"\x89PNG picture").decode() in page.loads
     assert "open trace.json.gz of the run folder in ui.perfetto.dev" in page.text
     assert "Waits" in page.text and "gradients" in page.text and "ZeRO-1" not in page.text
+    assert "What rank 0 computed" in page.text and "pipeline rank" not in page.text
+    stages = {
+        "pp_exposed_s": 0.5,
+        "stage_idle_shares": [0.25, 0.5],
+        "stage_pp_exposed_s": [0.5, 1],
+        "stage_a2a_exposed_s": [0, 2],
+    }
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line | stages) + "\n" for line in measured))
+    (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text() + "\nparallel: {pp: 2}\n")
+    page = parsed(rebuild_report(run_dir))
+    assert "other stages" in page.text and "What the first rank of each stage computed" in page.text
+    assert "025.0%500.0 ms0.0 ms150.0%1000.0 ms2000.0 ms" in page.text  # cells of a table
 
 
 def test_times_of_emulated_devices_are_marked(tmp_path):

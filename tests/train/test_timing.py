@@ -19,10 +19,10 @@ from tests.train.small_run import config_of, records_of, start, write_tokens
 STEPS = 4
 
 
-def timed(folder: Path, name: str, ep: int = 2, moved_after: int = 0, **timeline: Any) -> dict[str, Any]:
+def timed(folder: Path, name: str, ep: int = 2, pp: int = 1, moved_after: int = 0, **timeline: Any) -> dict[str, Any]:
     """Four steps; their losses, records, and how many collectives they took.  `moved_after`: the step after which the mesh is
     another."""
-    config = replace(config_of(folder, name, ep=ep), timeline=TimelineConfig(**timeline))
+    config = replace(config_of(folder, name, ep=ep, pp=pp), timeline=TimelineConfig(**timeline))
     run = start(config)
     timing = Timing(config, run.built)
     out: dict[str, Any] = {"losses": [], "records": [], "events": []}
@@ -43,6 +43,7 @@ def _scenarios(folder: Path) -> dict[str, Any]:
         "metrics": timed(folder, "metrics", metrics=True),
         "trace": timed(folder, "trace", trace_steps=[2, 4]),
         "nowhere": timed(folder, "nowhere", trace_steps=[1]),
+        "stages": timed(folder, "stages", ep=1, pp=2, metrics=True, trace_steps=[2]),
         "moved": timed(folder, "moved", moved_after=2, metrics=True, trace_steps=[2, 3]),
     }
 
@@ -63,7 +64,8 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 def test_timing_changes_no_loss(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        assert all(scenario["losses"] == found["nothing"]["losses"] for scenario in found.values())
+        alike = [scenario for name, scenario in found.items() if name != "stages"]  # whose sums are rounded in another way
+        assert all(scenario["losses"] == found["nothing"]["losses"] for scenario in alike)
 
 
 def test_without_a_wish_nothing_is_recorded_and_nothing_sent(ranks: list[dict[str, Any]]) -> None:
@@ -98,6 +100,31 @@ def test_chosen_steps_of_all_ranks_are_in_one_trace_and_a_picture(ranks: list[di
     assert all(x["group"] == "0 1" and x["bytes"] > 0 and x["slowdown"] > 0 for x in exchanges)
     assert (folder / "trace" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert not (folder / "metrics" / TRACE).exists()
+
+
+def test_each_rank_of_a_pipeline_tells_its_waits_and_its_cells(ranks: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (found["stages"]["records"] for found in ranks)
+    for own, other in zip(first, second, strict=True):
+        both = own["stage_idle_shares"]
+        assert both == other["stage_idle_shares"] == [own["idle_share"], other["idle_share"]]
+        assert own["stage_pp_exposed_s"] == [own["pp_exposed_s"], other["pp_exposed_s"]] and min(own["stage_pp_exposed_s"]) > 0
+        assert own["stage_a2a_exposed_s"] == [own["a2a_exposed_s"], other["a2a_exposed_s"]]
+        assert own["pp_bytes"] == other["pp_bytes"] > 0
+    path = folder / "stages" / TRACE
+    assert steps_of(path) == {(0, "step 2"), (1, "step 2")}
+    lines = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert [x["args"]["name"] for x in lines if x["name"] == "process_name"] == [
+        "rank 0 (pipeline rank 0: stage 0)",
+        "rank 1 (pipeline rank 1: stage 1)",
+    ]
+    cells = {rank: [x["name"] for x in lines if x.get("cat") == "cells" and x["pid"] == rank] for rank in (0, 1)}
+    assert cells == {
+        0: ["0F0", "0F1", "0B0", "0F2", "0B1", "0F3", "0B2", "0B3"],
+        1: ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2", "1F3", "1B3"],
+    }
+    messages = [x["args"] for x in lines if x.get("cat") == "messages"]
+    assert len(messages) == 2 * 8 and all(x["group"] == "0 1" and x["axis"] == "pp0-1" for x in messages)
+    assert (folder / "stages" / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def steps_of(path: Path) -> set[tuple[int, str]]:

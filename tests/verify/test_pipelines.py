@@ -20,7 +20,7 @@ from megalina.verify.on_ranks import Pool
 from megalina.verify.recording import Layout
 from megalina.verify.reference import record
 from megalina.verify.start import random_batches
-from tests.verify.pipeline_rows import CHUNKS, config_of, difference, drawn, recorded
+from tests.verify.pipeline_rows import CHUNKS, INSIDE, config_of, difference, drawn, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,39 @@ ROWS: list[tuple[Layout, dict[str, Any]]] = [
 )
 def test_stages_that_differ_and_ranks_beside_them(layout: Layout, settings: dict[str, Any]) -> None:
     assert difference(config_of(layout, **settings), layout) == ""
+
+
+CELLS: list[tuple[Layout, dict[str, Any]]] = [  # in parts, and with weights' gradients that come later
+    (
+        Layout(2, pp=2, micro_batch=2, chunks=2, pipeline="zbv", strategy="flow", zero=1),
+        {"num_layers": 4, "model": "dense first, shared experts", "router": "locmoe"},
+    ),
+    (
+        Layout(2, pp=2, micro_batch=2, strategy="lancet"),
+        {"num_layers": 3, "numbers": {"partition": "2", "join_weights": True}, "router": "expert choice"},
+    ),
+    (Layout(4, pp=2, ep=2, micro_batch=2, strategy="flow"), {"num_layers": 2, "numbers": {"late_layers": 1}}),
+    (Layout(4, pp=2, zero=1, micro_batch=2, strategy="lina_zero", pipeline="zb_h1"), {"num_layers": 2}),
+    (Layout(4, pp=2, ep=2, micro_batch=2, strategy="lina"), {"num_layers": 2, "numbers": {"packing": "2"}, "router": "sigmoid"}),
+    (
+        Layout(2, pp=2, micro_batch=4, strategy="flow"),
+        {"num_layers": 2, "model": "ahead", "numbers": {"deferred_weights": "all"}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "settings"), [pytest.param(*row, id=str(i)) for i, row in enumerate(CELLS)])
+def test_cells_in_parts_and_with_later_weights(layout: Layout, settings: dict[str, Any]) -> None:
+    assert difference(config_of(layout, **settings), layout, steps=2) == ""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_strategies_inside_of_cells(schedule: str, part: int) -> None:
+    rows = drawn(schedule, 8, seed=part, strategies=tuple(INSIDE))
+    found = [f"{what}: {first}" for config, layout, what in rows if (first := difference(config, layout, steps=2))]
+    assert found == []
 
 
 @pytest.mark.full

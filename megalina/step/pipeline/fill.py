@@ -4,15 +4,37 @@ Only the residual stream goes from stage to stage, along an axis of two ranks, `
 side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
-from megalina.step.passes import ROUTER_STATE, decides, defer_weights, finish, losses_of, place_gradients, rename_part
+from megalina.step.passes import (
+    ROUTER_STATE,
+    decides,
+    defer_weights,
+    finish,
+    losses_of,
+    place_gradients,
+    rename_part,
+    shard_of,
+)
 from megalina.step.pipeline.cell import COMPUTED, INPUTS_DONE, SENDS, Cell, Entry, Pipeline, Work
 from megalina.step.pipeline.stages import StageLayers
 from megalina.step.pipeline.walk import asked_before, message_of, needs_of
-from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, backward, check, gradient, mirror, weights_of
+from megalina.step.program import (
+    BucketSpec,
+    Instruction,
+    Kind,
+    Op,
+    Program,
+    backward,
+    check,
+    gradient,
+    has_gradient,
+    joined_weights,
+    mirror,
+    weights_of,
+)
 
 NAME = "stream"  # of the instructions that send and receive it
 
@@ -35,28 +57,35 @@ def programs(
     buckets: Mapping[str, BucketSpec],
     *,
     late: frozenset[str] = frozenset(),
+    join_weights: bool = False,
+    arranged: Callable[[Program], Program] = lambda backward: backward,
     router_state: bool = False,
+    params_ahead: bool = False,
+    weights: Callable[[Program, Collection[Instruction]], Program] = lambda program, fixed: program,
     placed: Callable[[Program, Mapping[str, BucketSpec]], Program] = place_gradients,
 ) -> tuple[Program, ...]:
     """The checked program of each rank: its cells in order, gradients where `placed` puts them, norm and update.
 
     `pipeline`: with messages.  `forward`: of one micro-batch, part "0" (`megalina.step.strategy.forward_pass`).  `late`: the
     instructions whose products that give weights' gradients are in the cells W (`Shape.deferred("all")`); what others add to
-    weights' gradients stays in the cells I.  `buckets`: of the whole model; a rank gets those that its instructions use.  One
-    that several ranks use (`shared_buckets`) must have an axis that spans them.
+    weights' gradients stays in the cells I.  What `forward` itself has late comes after its whole backward, behind what the cell
+    sends, until `weights` moves it, given a rank's cells and the instructions of its cells W.  `join_weights`, `arranged`: as of
+    `megalina.step.passes.step`; `params_ahead`: of `finish`.  `buckets`: of the whole model; a rank gets those that its
+    instructions use.  One that several ranks use (`shared_buckets`) must have an axis that spans them.
 
     ValueError for another number of stages, where a stage reads more than the stream of the stage before, and for what `check`
     refuses."""
-    filling = Filling(pipeline, stages, forward, late)
+    filling = Filling(pipeline, stages, forward, late, join_weights=join_weights, arranged=arranged)
     out = []
     for rank in range(pipeline.ranks):
-        program = filling.cells(rank)
+        program = weights(filling.cells(rank), filling.weights_cells(rank))
         own = {name: spec for name, spec in buckets.items() if any(name in s.uses for s in program)}
         state = router_state and any(map(decides, program))
-        program = finish(placed(program, own), own, router_state=state)
+        program = finish(placed(program, own), own, router_state=state, params_ahead=params_ahead)
         batches = {f"#batch.-.{i}" for i in range(pipeline.micro_batches)}
+        parameters = {shard_of(name) if params_ahead and spec.sharded else name for name, spec in own.items()}
         try:
-            check(program, batches | set(own) | ({ROUTER_STATE} if state else set()), own)
+            check(program, batches | parameters | ({ROUTER_STATE} if state else set()), own)
         except ValueError as error:
             raise ValueError(f"pipeline rank {rank}: {error}") from None
         out.append(program)
@@ -75,7 +104,16 @@ def shared_buckets(of_ranks: Sequence[Program]) -> dict[str, tuple[int, ...]]:
 class Filling:
     """Cells as instructions.  ValueError as `programs`."""
 
-    def __init__(self, pipeline: Pipeline, stages: Sequence[StageLayers], forward: Program, late: frozenset[str]):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        stages: Sequence[StageLayers],
+        forward: Program,
+        late: frozenset[str],
+        *,
+        join_weights: bool = False,
+        arranged: Callable[[Program], Program] = lambda backward: backward,
+    ):
         if len(stages) != pipeline.stages:
             raise ValueError(f"layers are cut into {len(stages)} stages, and the schedule has {pipeline.stages}: cut them alike")
         cells = [cell for rank in range(pipeline.ranks) for _, cell in pipeline.cells(rank)]
@@ -85,7 +123,7 @@ class Filling:
             )
         if not pipeline.has_messages and pipeline.ranks > 1:
             raise ValueError("the lists have no SEND and RECV: put them in by with_messages")
-        self.pipeline, self.late = pipeline, late
+        self.pipeline, self.late, self.join_weights, self.arranged = pipeline, late, join_weights, arranged
         self.border = [0]  # the stream's number before each stage, and behind the last
         for stage in stages:
             self.border.append(self.border[-1] + len(stage.layers))
@@ -101,15 +139,22 @@ class Filling:
         self.split = {(c.stage, c.micro_batch) for c in cells if c.work is Work.WEIGHT_GRADIENTS}
 
     def _check_borders(self, forward: Program) -> None:
-        writer = {v: stage for stage, own in enumerate(self.of_stage) for s in own for v in s.writes}
+        writers: dict[str, set[int]] = {}
+        for stage, own in enumerate(self.of_stage):
+            for value in (v for s in own for v in s.writes):
+                writers.setdefault(value, set()).add(stage)
         for stage, own in enumerate(self.of_stage):
             for instruction in own:
                 for value in instruction.reads:
-                    at = writer.get(value, stage)
-                    if at != stage and (at, value) != (stage - 1, f"x.{self.border[stage]}.0"):
+                    known = writers.get(value, {stage})
+                    own_rank = any(self.pipeline.rank_of[at] == self.pipeline.rank_of[stage] for at in known)
+                    stream = stage - 1 in known and value.rpartition(".")[0] == f"x.{self.border[stage]}"
+                    # on one rank the batch in parts, which it cuts once, and the stream in parts
+                    stays = own_rank and (stream or not has_gradient(value))
+                    if stage not in known and not stays and not (stream and value.endswith(".0")):
                         raise ValueError(
-                            f"{instruction.tag} in stage {stage} reads {value} of stage {at}: only the stream goes from a stage "
-                            "to the next, so what else a layer reads of another must be in its stage"
+                            f"{instruction.tag} in stage {stage} reads {value} of stage {min(known)}: only the stream goes from "
+                            "a stage to the next, so what else a layer reads of another must be in its stage"
                         )
 
     def forward(self, stage: int, number: int) -> Program:
@@ -128,6 +173,7 @@ class Filling:
         ]
         divisor = Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
         there, seeded = False, set[int]()
+        left: list[Instruction] = []  # of weights' gradients by the last cell: they come behind what it sends
         sent: list[Instruction] = []  # WAITs of what travels under the cell that comes next
         asked: set[Cell] = set()
         for position, entry in enumerate(self.pipeline.lists[rank]):
@@ -137,7 +183,7 @@ class Filling:
                 continue
             early = asked_before(self.pipeline.lists[rank], position)
             asked.update(early)
-            out += [self.message(cell, rank, start) for cell in early]
+            out += [*(self.message(cell, rank, start) for cell in early), *left]
             for cell in entry:
                 number = cell.micro_batch or 0
                 if cell.work in INPUTS_DONE and not there:
@@ -146,15 +192,16 @@ class Filling:
                     seeded.add(number)
                     out += self.seed(rank, number)
             out += self.body(entry, rank)
+            left = [s for cell in entry for s in self.left(cell)]
             out, sent = [*out, *sent], []
-        return (*out, *sent)
+        return (*out, *left, *sent)
 
     def seed(self, rank: int, number: int) -> list[Instruction]:
         """Backward's beginning, for the losses of all of a rank's stages: the stream isn't one."""
         losses: list[str] = []
         for stage in self.pipeline.stages_of(rank):
             own = self.forward(stage, number)
-            losses += [v for v in losses_of(own, own) if v != f"x.{self.border[stage + 1]}.{number}"]
+            losses += [v for v in losses_of(own, own) if v.rpartition(".")[0] != f"x.{self.border[stage + 1]}"]
         if not losses:
             return []
         writes = tuple(map(gradient, losses))
@@ -180,8 +227,21 @@ class Filling:
         if cell.work is Work.FORWARD:
             return (*waits, *forward)
         if cell.work is Work.WEIGHT_GRADIENTS:
-            return tuple(weights_of(s) for s in reversed(forward) if s.late)
-        return (*waits, *backward(forward))
+            return self._weights(forward)
+        return (*waits, *self.arranged(backward(forward)))
+
+    def left(self, cell: Cell) -> Program:
+        """What a whole backward leaves out of the gradients of weights."""
+        return self._weights(self.forward(cell.stage, cell.micro_batch or 0)) if cell.work is Work.BACKWARD else ()
+
+    def weights_cells(self, rank: int) -> frozenset[Instruction]:
+        """Of all cells W of a rank."""
+        cells = (cell for _, cell in self.pipeline.cells(rank) if cell.work is Work.WEIGHT_GRADIENTS)
+        return frozenset(s for cell in cells for s in self.instructions(cell, rank))
+
+    def _weights(self, forward: Program) -> Program:
+        weights = tuple(weights_of(s) for s in reversed(forward) if s.late)
+        return joined_weights(weights) if self.join_weights else weights
 
     def message(self, cell: Cell, rank: int, kind: Kind) -> Instruction:
         """The START or WAIT of one end of a message.  Gradients' are the mirrors of activations'."""

@@ -4,15 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megalina.layout import EMBEDDING
-from megalina.step.partition import with_own_counts
-from megalina.step.pipeline.cell import Pipeline
+from megalina.step.partition import NONE, with_own_counts
+from megalina.step.pipeline.cell import COMPUTED, Pipeline
 from megalina.step.pipeline.cell import forward as forward_cell
 from megalina.step.pipeline.fill import Filling, axis_of, programs
 from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.parts import in_stages
 from megalina.step.pipeline.stages import StageLayers
 from megalina.step.pipeline.together import check_together
 from megalina.step.program import BucketSpec, Program, check
-from megalina.step.strategy import Setting, forward_alone, forward_pass, loss_of_world, place_of_rank
+from megalina.step.strategy import (
+    Setting,
+    backward_of,
+    forward_alone,
+    forward_pass,
+    loss_of_world,
+    place_deferred,
+    place_of_rank,
+)
 from megalina.step.whole_matrices import place_newton_schulz
 
 
@@ -70,7 +79,8 @@ def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
     """The checked program of each pipeline rank.  `setting`: with the buckets of the whole model.
 
     ValueError for what `check` and `check_together` refuse."""
-    forward, plan = with_own_counts(forward_pass(setting)), setting.plan
+    setting = replace(setting, stages=tuple(stage.layers for stage in job.stages))
+    forward, plan = forward_of(setting, job), setting.plan
 
     def placed(program: Program, buckets: Mapping[str, BucketSpec]) -> Program:
         return place_of_rank(program, buckets, setting)
@@ -81,13 +91,40 @@ def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
         forward,
         setting.buckets,
         late=setting.shape.deferred("all"),
+        join_weights=plan.join_weights,
+        arranged=backward_of(plan),
         router_state=setting.shape.router_state,
+        params_ahead=plan.strategy == "lina_zero",
+        weights=lambda program, fixed: place_deferred(program, setting, fixed=fixed),
         placed=placed,
     )
     if plan.newton_schulz_after:
         out = tuple(place_newton_schulz(program, _own(program, setting), plan.newton_schulz_after) for program in out)
     check_together(out, {axis: ranks for axis, ranks in job.across.items() if axis == EMBEDDING})
     return out
+
+
+def cells_by_tag(setting: Setting, job: Pipelined, rank: int) -> dict[str, str]:
+    """By an instruction of a rank's list the cell that it is in, `2F0`; norm, update, sums and messages' STARTs are in none."""
+    setting = replace(setting, stages=tuple(stage.layers for stage in job.stages))
+    late, join = setting.shape.deferred("all"), setting.plan.join_weights
+    filling = Filling(job.pipeline, job.stages, forward_of(setting, job), late, join_weights=join)
+    cells = (cell for _, cell in job.pipeline.cells(rank) if cell.work in COMPUTED)
+    return {s.tag: str(cell) for cell in cells for s in (*filling.instructions(cell, rank), *filling.left(cell))}
+
+
+def forward_of(setting: Setting, job: Pipelined) -> Program:
+    """Of one micro-batch, with each stage's layers in the parts of the plan.  ValueError as `in_stages`."""
+    forward, plan, shape = with_own_counts(forward_pass(setting)), setting.plan, setting.shape
+    text = plan.partition if plan.partition != NONE else str(plan.parts)
+    return in_stages(
+        forward,
+        text,
+        job.stages,
+        job.pipeline.rank_of,
+        one_group=shape.micro_batch_groups,
+        whole_routers=shape.whole_routers,
+    )
 
 
 def evaluations(setting: Setting, job: Pipelined, *, by_sequence: bool = False) -> tuple[Program, ...]:
