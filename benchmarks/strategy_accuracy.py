@@ -119,6 +119,8 @@ def cases_of(names: Sequence[str], *, ep: int, steps: int, micro_batch_size: int
         if name == EAGER:
             continue
         chosen = (f"strategy={name}", *(["parallel.zero=1"] if name == "lina_zero" else []))
+        if name == "pair":  # of a micro-batch in two halves
+            chosen = (*chosen, f"train.micro_batch_size={max(1, micro_batch_size // 2)}")
         if name == "auto":
             cases.append(Case(name, chosen, {}, adapts=True))
             continue

@@ -186,7 +186,7 @@ class StrategyConfig:
     bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
     # with parallel.pp: gpipe | 1f1b | interleaved | zb_h1 | zbv | dualpipev | greedy | FILE.csv, which docs/pipelines.md explains
     pipeline: str = "1f1b"
-    # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts
+    # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts; pair: each micro-batch
     parts: int = setting(1, low=1, high=1024)
     chunks: str = "1"  # pipelining: a MoE layer's rows travel in so many chunks | one number a MoE layer: 1,2,2 | auto
     yields: bool = False  # gradients are held back while tokens are on the wire

@@ -75,7 +75,7 @@ def overrides_of(plan: Plan) -> tuple[str, ...]:
         "bucket_mb": plan.merge_bytes > 0,
         "parts": plan.parts > 1,
         "chunks": plan.strategy in ("lina", "lina_nopack"),
-        "yields": plan.strategy in ("flow", "lina_zero", "lancet", SEARCH),
+        "yields": plan.strategy in ("flow", "pair", "lina_zero", "lancet", SEARCH),
         "late_layers": plan.strategy != "eager",
         "deferred_weights": plan.strategy == "lancet" or plan.places_weights,
         "join_weights": plan.join_weights,

@@ -1,8 +1,11 @@
 """The check of `strategy`: what its mechanisms need of the model, the layout and the batch, and numbers that would do nothing."""
 
+from dataclasses import replace
+
 from megalina.blocks.counts import expert_bytes_on_rank
 from megalina.blocks.model import context_of, shape_of
 from megalina.blocks.optimizers import optimizer_of
+from megalina.blocks.pipelined import pipelined
 from megalina.blocks.routers import capacity_text, kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer, training_layers
 from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
@@ -15,12 +18,20 @@ from megalina.step.strategy import PIPELINED
 SMALLEST_PIECE_BYTES = 1024
 USED_BY = {
     "bucket_mb": ("ddp",),
-    "parts": ("flow", "lina_zero", "lancet", SEARCH),
+    "parts": ("flow", "pair", "lina_zero", "lancet", SEARCH),
     "partition": ("lancet",),
     "partition_backward": ("lancet",),
-    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lina_zero", "lancet", SEARCH),
+    "yields": ("priority", "priority_partition", "lina_nopack", "lina", "flow", "pair", "lina_zero", "lancet", SEARCH),
 }
-WINDOWED = ("priority", "priority_partition", "lina_nopack", "lina", "flow", "lancet")  # those that can keep gradients in gaps
+WINDOWED = (
+    "priority",
+    "priority_partition",
+    "lina_nopack",
+    "lina",
+    "flow",
+    "pair",
+    "lancet",
+)  # those that can keep gradients in gaps
 PACKED = (*candidates.PACKED, AUTO)
 
 
@@ -161,17 +172,26 @@ def _check_schedule(config: PretrainConfig, plan: Plan, world: int) -> None:
     if plan.strategy == "lina_zero" and config.parallel.zero == 0:
         raise ValueError("strategy=lina_zero moves ZeRO-1's all-gathers and needs parallel.zero=1; without it take strategy=flow")
     micro_batches = train.global_batch_size * shares * config.parallel.pp // (train.micro_batch_size * world)
-    cut = 1 if micro_batches % plan.parts == 0 else plan.parts
+    cut = plan.cut(micro_batches)
     if config.parallel.pp > 1 and plan.parts > 1:
         cut = plan.parts
         _check_parts_of_cells(config, cut)
     if train.micro_batch_size % cut:
+        whole = f" or the number of micro-batches a step ({micro_batches})" if plan.strategy != "pair" else ""
         raise ValueError(
-            f"strategy.parts ({plan.parts}) must divide train.micro_batch_size ({train.micro_batch_size}) or the number of "
-            f"micro-batches a step ({micro_batches}): parts are whole sequences; raise train.micro_batch_size, or accumulate"
+            f"strategy.parts ({plan.parts}) must divide train.micro_batch_size ({train.micro_batch_size}){whole}: parts are "
+            f"whole sequences; raise train.micro_batch_size{', or accumulate' if whole else ', or leave strategy.parts at 1'}"
         )
     if cut > 1:
         _check_parts_of_groups(config, cut)
+    if plan.strategy == "pair" and config.parallel.pp > 1:
+        pipelined(replace(config, strategy=replace(config.strategy, name="pair")), world)  # which refuses what has no pairs
+    elif plan.strategy == "pair" and micro_batches == 1:
+        raise ValueError(
+            "strategy=pair lets backward of a micro-batch go with forward of the next one, and a step has one on each rank: "
+            f"raise train.global_batch_size ({train.global_batch_size}) to {2 * train.global_batch_size}, lower "
+            f"train.micro_batch_size ({train.micro_batch_size}), or take strategy=flow"
+        )
     if plan.partition != NONE:
         _check_partition(config, plan)
     elif plan.partition_backward != StrategyConfig().partition_backward:

@@ -62,7 +62,7 @@ def refusal(config: PretrainConfig, world: int = 1) -> str:
         ({"name": "flow", "parts": 3}, "strategy.parts (3) must divide train.micro_batch_size (2) or the number of micro-"),
         (
             {"packing": "2"},
-            "strategy.packing=2 works with strategy=lina or flow or lina_zero or lancet or search or auto, not with eager",
+            "strategy.packing=2 works with strategy=lina or flow or pair or lina_zero or lancet or search or auto, not with",
         ),
         ({"deferred_weights": "some"}, "strategy.deferred_weights=some is not one of none, experts, all"),
         ({"deferred_mb": 1.0}, "strategy.deferred_weights=none defers none: set strategy.deferred_weights=experts or all"),

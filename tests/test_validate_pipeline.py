@@ -34,6 +34,8 @@ def test_pipelines_are_accepted_with_what_acts_inside_of_a_stage() -> None:
         piped(strategy__name="priority", strategy__yields=True, strategy__partition_bytes="4096", strategy__chunks="2"), 4
     )
     check_config(piped(strategy__pipeline="docs/examples/own_pipeline.py:SCHEDULE"), 2)
+    for name, chunks in (("1f1b", 1), ("interleaved", 2), ("dualpipev", 2), ("docs/examples/own_pipeline.py:SCHEDULE", 1)):
+        check_config(piped(strategy__name="pair", strategy__pipeline=name, parallel__pp_chunks=chunks), 2)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,8 @@ def test_pipelines_are_accepted_with_what_acts_inside_of_a_stage() -> None:
         (2, {"strategy__pipeline": "interleaved", "train__global_batch_size": 3}, "3 of them must be a multiple of 2"),
         (2, {"strategy__pipeline": "nowhere.csv"}, "strategy.pipeline=nowhere.csv can't be read"),
         (2, {"strategy__name": "search"}, "strategy=search makes a list that goes over all layers, and with parallel.pp=2"),
+        (2, {"strategy__name": "pair", "strategy__pipeline": "zb_h1"}, "no pairs of a forward and a backward, as it has"),
+        (2, {"strategy__name": "pair", "train__global_batch_size": 1}, "no forward goes with a backward in strategy"),
         (2, {"strategy__name": "flow", "strategy__parts": 2}, r"2 parts must divide train.micro_batch_size \(1\), as cells cut"),
         (
             4,

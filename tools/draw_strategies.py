@@ -121,10 +121,10 @@ class VirtualJob:
 
 
 def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
-    """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise.  ValueError, or an
-    error of Hydra, for bad ones."""
+    """The ladder's model with light gradients, and one expert a rank, unless `overrides` say otherwise; with strategy=pair its
+    micro-batch in two halves, unless there are more.  ValueError, or an error of Hydra, for bad ones."""
 
-    from megalina.compare.ladder import Setting
+    from megalina.compare.ladder import Setting, with_partners
     from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
     from megalina.validate import check_config
@@ -132,7 +132,8 @@ def ladder_job(*overrides: str, cluster: Cluster = Cluster()) -> VirtualJob:
     if wrong := [o for o in overrides if not isinstance(o, str)]:
         raise ValueError(f"ladder_job({wrong[0]!r}): give overrides one by one, as in ladder_job('model.num_heads=7')")
     ladder = Setting("", cluster.ranks, 1, ()).all_overrides()
-    config = with_plan(compose([*ladder, f"launch.ranks={cluster.ranks}", *overrides]), cluster.ranks)
+    composed = compose([*ladder, f"launch.ranks={cluster.ranks}", *overrides])
+    config = with_partners(with_plan(composed, cluster.ranks), cluster.ranks)
     check_config(config, cluster.ranks)
     if config.parallel.tp > 1:
         raise ValueError(f"parallel.tp is {config.parallel.tp}: steps are drawn without tensor parallelism, set it to 1")

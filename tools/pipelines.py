@@ -71,7 +71,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if (args.schedule is None) == (args.from_csv is None):
         raise ValueError(f"give a schedule, one of {', '.join(SCHEDULES)}, or a table: --from-csv FILE")
     forward, inputs, weights, message = args.times
-    times = Times(forward, inputs, weights, message, args.pair)
+    times = Times(forward, inputs, weights, message, args.pair or 1.0)
     if args.from_csv is not None:
         if args.stages or args.chunks or args.micro_batches:
             raise ValueError("--from-csv: the table says how many ranks, chunks and micro-batches there are; leave them out")
@@ -89,7 +89,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         first, last = args.ends
         costs = [len(stage.layers) + first * stage.embedding + last * stage.head for stage in stages]
         times = replace(times, shares=tuple(cost * ranks / sum(costs) for cost in costs))
-    size = Size(ranks, chunks, args.micro_batches or 1, times, args.room)
+    size = Size(ranks, chunks, args.micro_batches or 1, times, args.room, paired=args.pair is not None)
     if schedule is not None:
         pipeline = schedule.pipeline(size)
     size = replace(size, micro_batches=pipeline.micro_batches)
@@ -251,9 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pair",
         type=number(0, 1, above=True),
-        default=1.0,
         metavar="X",
-        help="a pair takes so much of its two cells (default: 1)",
+        help="forwards and backwards go in pairs, as with strategy=pair, each of which takes so much of its two cells, 1 at most",
     )
     parser.add_argument(
         "--room", type=number(), default=0.0, metavar="X", help="greedy: micro-batches of activations on a rank (default: P)"

@@ -54,24 +54,48 @@ def pipelined(config: PretrainConfig, world: int, *, vocab_size: int = 0) -> Pip
         )
     costs = _costs(config.model, config.router, train.seq_len, vocab_size or config.model.vocab_size or 1)
     stages = _stages(config, number, costs)
-    shares = _shares(stages, costs, parallel.pp)
-    if table is not None:
-        pipeline = table
-    else:
-        size = Size(parallel.pp, parallel.pp_chunks, micro_batches, Times(shares=shares))
+    shares, name = _shares(stages, costs, parallel.pp), config.strategy.name
+    pipeline, pairs = _lists(config, table, shares, micro_batches, dp), None
+    if name in ("pair", "auto"):  # which may choose pairs where there are some
         try:
-            pipeline = schedule_of(config.strategy.pipeline).pipeline(size)
-            if config.strategy.pipeline not in SCHEDULES:  # those that are there are known to be right
-                check(pipeline)
-        except ValueError as error:
-            raise ValueError(
-                f"strategy.pipeline={config.strategy.pipeline} with parallel.pp={parallel.pp}, parallel.pp_chunks="
-                f"{parallel.pp_chunks} and {micro_batches} micro-batches a step on each of {dp} data-parallel ranks: {error}"
-            ) from None
-    with_all = pipeline if pipeline.has_messages else with_messages(pipeline, Times(shares=shares))
+            pairs = _lists(config, table, shares, micro_batches, dp, paired=True)
+        except ValueError:
+            if name == "pair":
+                raise
     words = [s for s, of in enumerate(stages) if of.embedding]
     words += [s for s, of in enumerate(stages) if of.head and (config.model.tie_embeddings or config.model.mtp_layers)]
-    return Pipelined(with_all, stages, tuple(dict.fromkeys(words)))
+    return Pipelined(pipeline, stages, tuple(dict.fromkeys(words)), pairs)
+
+
+def _lists(
+    config: PretrainConfig,
+    table: Pipeline | None,
+    shares: tuple[float, ...],
+    micro_batches: int,
+    dp: int,
+    *,
+    paired: bool = False,
+) -> Pipeline:
+    """Of all ranks, with messages."""
+    parallel, train, name = config.parallel, config.train, config.strategy.pipeline
+    where = f"parallel.pp={parallel.pp}, parallel.pp_chunks={parallel.pp_chunks} and {micro_batches} micro-batches a step on each"
+    where += f" of {dp} data-parallel ranks"
+    found = table
+    if found is None:
+        size = Size(parallel.pp, parallel.pp_chunks, micro_batches, Times(shares=shares), paired=paired)
+        try:
+            found = schedule_of(name).pipeline(size)
+            if name not in SCHEDULES:  # those that are there are known to be right
+                check(found)
+        except ValueError as error:
+            raise ValueError(f"strategy.pipeline={name} with {where}: {error}") from None
+    if paired and not found.has_pairs:
+        raise ValueError(
+            f"strategy=pair, and no forward goes with a backward in strategy.pipeline={name} with {where}: raise "
+            f"train.global_batch_size ({train.global_batch_size}), lower train.micro_batch_size ({train.micro_batch_size}), or "
+            "take another strategy"
+        )
+    return found if found.has_messages else with_messages(found, Times(shares=shares))
 
 
 def most_moe_layers(config: PretrainConfig, world: int) -> int:

@@ -167,7 +167,7 @@ def _config(
     base: Sequence[str],
     overrides: Sequence[str],
 ) -> "PretrainConfig":
-    from megalina.compare.ladder import OVERRIDES
+    from megalina.compare.ladder import OVERRIDES, with_partners
     from megalina.compose import compose
     from megalina.parallel.plan_file import with_plan
     from megalina.perfmodel.forecast.partition import with_partition
@@ -183,7 +183,7 @@ def _config(
         f"launch.ranks={setting.world}",
         "guard.spike=none",
     ]
-    config = with_plan(compose(words), setting.world)
+    config = with_partners(with_plan(compose(words), setting.world), setting.world)
     config = with_partition(replace(config, cluster=slowed(config.cluster, setting.slow_motion)), setting.world)
     check_config(config, setting.world)
     refuse_pipelines(config, "strategies are compared on lists that are the same on all ranks")

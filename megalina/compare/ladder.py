@@ -1,14 +1,16 @@
 """The ladder: four settings in which strategies are held against each other, and the paper's own ladder beside."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megalina.config import PretrainConfig
+from megalina.perfmodel.cost.instruction_seconds import SMALLEST_SHARE
 from megalina.step.candidates import PIECES_BYTES
 
 LINK_MBIT = 500.0
 EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
 STRATEGIES = (
     "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
-    "lina_zero", "lancet", "search", "auto",
+    "pair", "lina_zero", "lancet", "search", "auto",
 )  # fmt: skip
 OVERRIDES: dict[str, tuple[str, ...]] = {  # of a strategy's YAML
     "flow_packed": ("strategy=flow", "strategy.packing=2"),
@@ -40,6 +42,20 @@ class Setting:
             *("experiment=ladder", f"model.num_experts={world}", f"parallel.ep={world}", f"train.global_batch_size={4 * world}"),
             *self.overrides,
         )
+
+
+def with_partners(config: PretrainConfig, world: int) -> PretrainConfig:
+    """Of `strategy=pair` where a step has one micro-batch, which goes with nobody: two halves, so that the step has the same
+    tokens.  Emulated devices take half as long for each, besides what an instruction costs whatever its share, as in `flow` with
+    2 parts.  Any other configuration as it is."""
+    train, parallel, cluster = config.train, config.parallel, config.cluster
+    readers = max(1, world // (parallel.tp * parallel.cp * parallel.pp))
+    if config.strategy.name != "pair" or train.global_batch_size > train.micro_batch_size * readers:
+        return config
+    floor_ms = cluster.kernel_floor_ms or SMALLEST_SHARE * (cluster.attention_ms + cluster.experts_ms) / 2  # on average
+    half_ms = cluster.attention_ms / 2, cluster.experts_ms / 2
+    cluster = replace(cluster, attention_ms=half_ms[0], experts_ms=half_ms[1], kernel_floor_ms=floor_ms)
+    return replace(config, train=replace(train, micro_batch_size=max(1, train.micro_batch_size // 2)), cluster=cluster)
 
 
 HEAVY = ("model.num_heads=7", "model.num_kv_heads=7")  # of 32 numbers each: 1.84 MB of dense gradients a layer

@@ -16,6 +16,7 @@ PACKINGS = (2, 4, 8, 16)  # tried in turn while they pay
 PACKED = (
     "lina",
     "flow",
+    "pair",
     "lina_zero",
     "lancet",
     "search",
@@ -29,6 +30,7 @@ PRIORITY_PARTITION = replace(PRIORITY, strategy="priority_partition", piece_byte
 LINA_NOPACK = replace(PRIORITY_PARTITION, strategy="lina_nopack", chunks=(2,))
 LINA = replace(LINA_NOPACK, strategy="lina")
 FLOW = Plan("flow", parts=2)
+PAIR = Plan("pair")  # of several micro-batches
 LANCET = Plan("lancet", deferred_weights="all")
 LANCET_IN_PARTS = replace(LANCET, partition="2", partition_backward="mirrored")
 LINA_ZERO = Plan("lina_zero", parts=2, yields=True, piece_bytes=PIECE_BYTES)
@@ -38,6 +40,7 @@ OF_A_LAYOUT = (  # one list for every layout of a large search
     *(replace(LINA, packing=k) for k in (2, 4)),
     *(replace(FLOW, late_layers=late, packing=k) for late in (0, 2) for k in (1, 2)),
     *(LANCET, LANCET_IN_PARTS, replace(FLOW, deferred_weights="all"), LINA_ZERO),
+    *(PAIR, replace(PAIR, deferred_weights="all")),
 )
 
 
@@ -46,6 +49,7 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int, newton_schulz_
     weights.  With ZeRO-1 shards belong to pieces, which are of `piece_bytes`."""
     plans = [EAGER, Plan("serial"), Plan("fixed"), DDP, PRIORITY, PRIORITY_PARTITION, FLOW, LANCET]
     plans += [LINA if packing > 1 else LINA_NOPACK]
+    plans += [replace(PAIR, parts=parts, deferred_weights=mode) for parts in (1, *PARTS[:1]) for mode in DEFERRED[::2]]
     plans += [LINA_ZERO] if zero else []
     for walking in (FLOW, *([LINA_ZERO] if zero else ())):
         for parts, deferred, chunks, pieces in product(PARTS, DEFERRED, CHUNKS[:2], PIECES_BYTES[:2]):
@@ -64,7 +68,7 @@ def to_search_from(*, zero: bool, piece_bytes: int, packing: int, newton_schulz_
 
 def winners(*, zero: bool) -> list[Plan]:
     """Those that have won somewhere.  With ZeRO-1 shards belong to pieces, so pieces stay as they are."""
-    return [replace(FLOW, late_layers=2), LINA, LANCET, *([replace(LINA_ZERO, piece_bytes=0)] if zero else [])]
+    return [replace(FLOW, late_layers=2), PAIR, LINA, LANCET, *([replace(LINA_ZERO, piece_bytes=0)] if zero else [])]
 
 
 def packed(best: Plan, packings: Sequence[int]) -> list[Plan]:
@@ -74,8 +78,8 @@ def packed(best: Plan, packings: Sequence[int]) -> list[Plan]:
 
 
 def yielding(best: Plan) -> list[Plan]:
-    """Flow, the other way round."""
-    return [replace(best, yields=not best.yields)] if best.strategy == "flow" else []
+    """Flow and pair, the other way round."""
+    return [replace(best, yields=not best.yields)] if best.strategy in ("flow", "pair") else []
 
 
 def in_parts(best: Plan) -> list[Plan]:

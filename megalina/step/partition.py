@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from megalina.step.passes import interleave, rename_part, share_group
+from megalina.step.passes import rename_part, share_group
 from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
+from megalina.step.turns import interleave
 
 NONE, AUTO = "none", "auto"
 MOST_PARTS = 8  # Lancet, section 7: more never pay

@@ -3,7 +3,7 @@
 `recompute` and `chunk` see the forward pass of one part; what follows `step` sees the whole step.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -21,6 +21,7 @@ from megalina.step.program import (
     joined_weights,
     weights_of,
 )
+from megalina.step.turns import interleave, segments, sends_tokens
 from megalina.step.whole_matrices import gathered_momentum, orthogonal
 
 GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire after it
@@ -69,6 +70,7 @@ def place_weights(
     kept_bytes: Callable[[Instruction], int] = lambda instruction: 0,
     most_bytes: float = float("inf"),
     stays: Callable[[Instruction], bool] = lambda instruction: False,
+    queued: bool = False,
 ) -> Program:
     """Put deferred weight gradients under all-to-alls that nothing they need or give joins (Lancet, section 4.1 and algorithm 1).
 
@@ -79,13 +81,13 @@ def place_weights(
 
     `seconds`: of compute, and from START to WAIT for an exchange; `kept_bytes`: what a mirror keeps back for its weight
     gradients; beyond `most_bytes` the oldest are placed first, whatever they take; `stays`: weight gradients that are left where
-    they are.
+    they are; `queued`: all-to-alls wait for one another on the wire, so where it is the limit one leaves more idle than it takes.
     """
     waiting: list[Instruction] = []  # all of whose mirrors have run, the oldest first
     left_by = {v: s for s in program if s.phase == "B" and s.late for v in s.writes if not has_gradient(v)}
     weight_of = {v: w for w in program if w.phase == "W" for v in w.reads}
     base = [s for s in program if s.phase != "W" or stays(s)]
-    exposed_s = _exposed(base, seconds)
+    exposed_s = _queued_exposed(base, seconds) if queued else _exposed(base, seconds)
     last = _last_of_each_pass(base)
     out: list[Instruction] = []
     left: set[str] = set()  # by mirrors that have run
@@ -106,7 +108,7 @@ def place_weights(
             waiting += [weight_of[own]] if left.issuperset(weight_of[own].reads) else []
             while waiting and (not last or kept() > most_bytes):
                 put(waiting[0])
-        if _carries_tokens(instruction):
+        if sends_tokens(instruction):
             left_s, placed = exposed_s[i], False
             while left_s > 0 and (ready := _oldest_of_each(waiting)):
                 best = min(ready, key=lambda w: abs(left_s - seconds(w)))
@@ -120,25 +122,23 @@ def place_weights(
     return (*out, *waiting)
 
 
-def _carries_tokens(instruction: Instruction) -> bool:
-    return instruction.kind is Kind.START and instruction.carries_tokens
-
-
 def _last_of_each_pass(program: Sequence[Instruction]) -> set[int]:
-    """Places of the last START of tokens in each forward pass, and in the list."""
-    out: set[int] = set()
-    sent = -1
-    for i, (instruction, following) in enumerate(zip(program, [*program[1:], None], strict=True)):
-        sent = i if _carries_tokens(instruction) else sent
-        ends = following is None or (instruction.phase != "B" and following.phase == "B")
-        if ends and sent >= 0:
-            out.add(sent)
-    return out
+    """Places of the last START of tokens before each backward pass, and in the list."""
+    out, begun, sent, before = set[int](), set[str](), -1, ""
+    for i, instruction in enumerate(program):
+        if instruction.phase == "B":
+            micro_batch = instruction.part.partition("c")[0].partition("p")[0]
+            if before != "B" and micro_batch not in begun:
+                out.add(sent)
+            begun.add(micro_batch)
+        sent = i if sends_tokens(instruction) else sent
+        before = instruction.phase
+    return (out | {sent}) - {-1}
 
 
 def _exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, float]:
     """Of each START of tokens: what it takes longer than that which is computed until it is waited for."""
-    out, sent = {}, {s.writes[0]: i for i, s in enumerate(program) if _carries_tokens(s)}
+    out, sent = {}, {s.writes[0]: i for i, s in enumerate(program) if sends_tokens(s)}
     computed_s = [0.0]
     for instruction in program:
         computed_s.append(computed_s[-1] + (seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0))
@@ -146,6 +146,23 @@ def _exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, floa
         if instruction.kind is Kind.WAIT and instruction.carries_tokens:
             start = sent[instruction.reads[0]]
             out[start] = max(0.0, seconds(program[start]) - (computed_s[i] - computed_s[start]))
+    return out
+
+
+def _queued_exposed(program: Sequence[Instruction], seconds: Seconds) -> dict[int, float]:
+    """Of each START of tokens: how long the device stands at its WAIT, if one is on the wire at a time."""
+    out, on_wire = {}, dict[str, tuple[int, float]]()
+    device_s = wire_s = 0.0
+    for i, instruction in enumerate(program):
+        if instruction.kind is Kind.COMPUTE:
+            device_s += seconds(instruction)
+        elif sends_tokens(instruction):
+            wire_s = max(device_s, wire_s) + seconds(instruction)
+            on_wire[instruction.writes[0]] = i, wire_s
+        elif instruction.kind is Kind.WAIT and instruction.carries_tokens:
+            start, arrives_s = on_wire.pop(instruction.reads[0])
+            out[start] = max(0.0, arrives_s - device_s)
+            device_s = max(device_s, arrives_s if arrives_s < float("inf") else 0.0)
     return out
 
 
@@ -219,27 +236,6 @@ def _chunk_of(instruction: Instruction, c: int, n: int) -> Instruction:
     reads, writes = tuple(map(to, instruction.reads)), tuple(map(to, instruction.writes))
     credit = 1 if instruction.carries_tokens else 0
     return replace(instruction, part=f"{instruction.part}c{c}", chunk=(c, n), credit=credit, reads=reads, writes=writes)
-
-
-def segments(instructions: Iterable[Instruction]) -> list[list[Instruction]]:
-    """Cut after each start: what follows can wait while another part computes.  Not after COUNTS: that would put a part's
-    dispatch behind the other part's attention."""
-    out: list[list[Instruction]] = [[]]
-    for instruction in instructions:
-        out[-1].append(instruction)
-        if instruction.kind is Kind.START and instruction.op is not Op.COUNTS:
-            out.append([])
-    return out
-
-
-def interleave(parts: Sequence[Program]) -> Program:
-    """Flow (FlowMoE; Lancet, section 5): parts take turns through whole layers, so that one is in attention or
-    experts while another's tokens are on the wire.  All-to-alls go one after another: at once they'd all end late."""
-    if len(parts) == 1:
-        return parts[0]
-    turns = zip_longest(*map(segments, parts), fillvalue=[])
-    instructions = (s for turn in turns for segment in turn for s in segment)
-    return tuple(replace(s, credit=1) if s.carries_tokens else s for s in instructions)
 
 
 def share_group(parts: Sequence[Program], layer: int = -1) -> list[Program]:

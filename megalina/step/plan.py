@@ -56,6 +56,11 @@ class Plan:
         """Whether weights' gradients are placed, by times as far as there are any."""
         return self.deferred_weights != "none"
 
+    def cut(self, micro_batches: int) -> int:
+        """Into how many parts each of so many micro-batches is cut.  They are parts already where there are enough of them;
+        `pair` cuts each, since whole ones that walk together would be held together, beside those that they are paired with."""
+        return 1 if micro_batches % self.parts == 0 and self.strategy != "pair" else self.parts
+
     def chunks_of(self, moe: tuple[bool, ...]) -> dict[int, int]:
         """Layer -> chunks of its rows.  ValueError where there are not as many numbers as MoE layers, or one is not above 0."""
         layers = [i for i, is_moe in enumerate(moe) if is_moe]

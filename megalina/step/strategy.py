@@ -24,6 +24,7 @@ from megalina.step.passes import (
 )
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
+from megalina.step.turns import paired
 from megalina.step.whole_matrices import place_newton_schulz
 
 LOSSES = "#losses.-.0"  # of each sequence
@@ -45,9 +46,8 @@ class Setting:
 
     @property
     def cut(self) -> int:
-        """Into how many parts a micro-batch is cut: micro-batches are parts already where there are enough of them, and the cells
-        of a pipeline cut their own."""
-        return 1 if self.shape.pipeline or self.micro_batches % self.plan.parts == 0 else self.plan.parts
+        """Into how many parts a micro-batch is cut; the cells of a pipeline cut their own."""
+        return 1 if self.shape.pipeline else self.plan.cut(self.micro_batches)
 
     @property
     def num_parts(self) -> int:
@@ -116,6 +116,12 @@ def flow(setting: Setting) -> Program:
     return _finish(_placed(_step(setting, together=setting.plan.parts), setting), setting)
 
 
+def pair(setting: Setting) -> Program:
+    """Backward of a micro-batch in turns with forward of the next one (Megatron-LM's combined 1F1B); with parts each of the two
+    walks as in `flow`.  Gradients go as in `flow`."""
+    return _finish(_placed(_step(setting, together=setting.plan.parts, pairs=True), setting), setting)
+
+
 def lina_zero(setting: Setting) -> Program:
     """ZeRO-1 with the all-gathers of weights under the next step's forward; parts walk in turn as in `flow`."""
     program = _step(setting, together=setting.plan.parts)
@@ -142,6 +148,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "lina_nopack": priority,
     "lina": priority,
     "flow": flow,
+    "pair": pair,
     "lina_zero": lina_zero,
     "lancet": flow,  # whose weights' gradients are placed, and whose forward pass is partitioned, by `_step`
     "search": search,
@@ -265,7 +272,7 @@ def forward_pass(setting: Setting) -> Program:
     return recompute(forward, setting.shape.recomputed(setting.recompute_mode, forward))
 
 
-def _step(setting: Setting, *, together: int) -> Program:
+def _step(setting: Setting, *, together: int, pairs: bool = False) -> Program:
     forward = _partitioned(forward_pass(setting), setting)
     cut = setting.cut if together > 1 else 1
     one_group = cut > 1 and setting.shape.micro_batch_groups
@@ -278,7 +285,7 @@ def _step(setting: Setting, *, together: int) -> Program:
         join_weights=setting.plan.join_weights,
         arranged=backward_of(setting.plan),
     )
-    return place_deferred(program, setting)
+    return place_deferred(paired(program) if pairs else program, setting)
 
 
 def backward_of(plan: Plan) -> Callable[[Program], Program]:
@@ -297,6 +304,7 @@ def place_deferred(program: Program, setting: Setting, *, fixed: Collection[Inst
         kept_bytes=setting.kept_bytes,
         most_bytes=setting.plan.deferred_bytes or float("inf"),
         stays=lambda weight: weight in fixed or (weight.name == "experts" and weight.layer in late),
+        queued=setting.plan.strategy == "pair",
     )
 
 

@@ -23,9 +23,13 @@ DRIFT = 0.25  # windows that are off by this share are measured anew
 
 
 def gap_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """The median length of each gap of one step, on one rank: from the end of an exchange of tokens of backward to the start of
-    the next one, be it of forward."""
-    sends = sorted((e for e in events if e.kind == SEND and class_of(e) == "a2a"), key=lambda e: e.start_s)
+    """The median length of each gap of one step, on one rank: from the end of an exchange of tokens to the start of the next.
+
+    Of backward after the last of forward, as gradients are there in the last micro-batch alone: before it, gaps may hold tokens
+    of another micro-batch's forward."""
+    tokens = sorted((e for e in events if e.kind == SEND and class_of(e) == "a2a"), key=lambda e: e.start_s)
+    last = max((i for i, e in enumerate(tokens) if e.phase == "F"), default=-1)
+    sends = [e for e in tokens[last + 1 :] if e.phase == "B"]
     lengths: dict[str, list[float]] = {gap: [] for gap in GAPS.values()}
     for before, after in zip(sends, sends[1:], strict=False):
         if before.phase == "B" and before.name in GAPS:

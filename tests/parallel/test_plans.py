@@ -105,7 +105,7 @@ def test_numbers_that_would_do_nothing_are_refused() -> None:
     for strategy, says in (
         (
             {"name": "eager", "parts": 2},
-            "strategy.parts=2 does nothing with strategy=eager, only with flow or lina_zero or lancet",
+            "strategy.parts=2 does nothing with strategy=eager, only with flow or pair or lina_zero or lancet",
         ),
         ({"name": "eager", "yields": True}, "strategy.yields=True does nothing with strategy=eager"),
         ({"name": "flow", "bucket_mb": 25.0}, "strategy.bucket_mb=25.0 does nothing with strategy=flow, only with ddp"),

@@ -1,5 +1,6 @@
 """Windows: what fits into the gaps that tokens leave, as measured, the least over ranks, and measured again when it drifts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def test_gaps_are_between_the_exchanges_of_backward() -> None:
     assert gap_seconds([]) == {"experts": 0.0, "attention": 0.0}
     overlapping = [sent("combine", "tokens", 0.0, 0.02), sent("dispatch", "tokens", 0.01, 0.03)]
     assert gap_seconds(overlapping) == {"experts": 0.0, "attention": 0.0}
+
+
+def test_gaps_are_those_of_the_last_micro_batchs_backward() -> None:
+    """In the others another micro-batch's tokens may be on the wire, and no gradients."""
+    paired = [sent("combine", "tokens", 0.0, 0.1), sent("dispatch", "tokens", 0.1, 0.3, phase="F")]
+    paired += [sent("dispatch", "tokens", 0.5, 0.6), sent("combine", "tokens", 0.6, 0.7, phase="F")]
+    later = [replace(e, start_s=e.start_s + 1, end_s=e.end_s + 1) for e in backward(0.03, 0.02) if e.phase == "B"]
+    assert gap_seconds([*paired, *later]) == pytest.approx({"experts": 0.03, "attention": 0.02})
 
 
 def test_the_rate_is_that_of_gradients_that_met_no_tokens() -> None:

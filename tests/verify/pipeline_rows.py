@@ -43,6 +43,7 @@ INSIDE: dict[str, tuple[dict[str, Any], ...]] = {  # those that do, with numbers
         {"deferred_weights": "experts", "late_layers": 1},
         {"packing": "2"},
     ),
+    "pair": ({}, {"parts": 2}, {"deferred_weights": "all", "yields": True}, {"late_layers": 1, "chunks": "2"}, {"packing": "2"}),
     "lina": ({"packing": "1"}, {"packing": "2"}),
     "lina_zero": ({}, {"deferred_weights": "all"}, {"packing": "2", "chunks": "2"}),
     "lancet": (

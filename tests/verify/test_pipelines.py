@@ -38,6 +38,15 @@ def test_a_schedule_gives_the_numbers_of_one_process(schedule: str) -> None:
     assert difference(config_of(layout, model="dense first, shared experts", num_layers=2 * chunks + 1), layout) == ""
 
 
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [("1f1b", 1), *(pytest.param(name, 2, marks=pytest.mark.full) for name in ("interleaved", "dualpipev"))],
+)
+def test_pairs_give_the_numbers_of_one_process(schedule: str, chunks: int) -> None:
+    layout = Layout(2, pp=2, micro_batch=1, chunks=chunks, pipeline=schedule, strategy="pair")
+    assert difference(config_of(layout, model="dense first, shared experts", num_layers=2 * chunks + 1), layout) == ""
+
+
 ROWS: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(4, tp=2, pp=2, micro_batch=1, zero=1, pipeline="zb_h1"), {"num_layers": 3, "optimizer": "muon"}),
     (Layout(4, ep=2, pp=2, micro_batch=1, recompute="full"), {"num_layers": 3, "router": "expert choice"}),
@@ -90,7 +99,7 @@ def test_strategies_inside_of_cells(schedule: str, part: int) -> None:
 @pytest.mark.full
 def test_a_table_of_torch_is_a_schedule(tmp_path: Path) -> None:
     for with_sends in (False, True):
-        pipeline = SCHEDULES["dualpipev"].pipeline(Size(2, 2, 8))
+        pipeline = SCHEDULES["dualpipev"].pipeline(Size(2, 2, 8, paired=True))
         table = tmp_path / f"{with_sends}.csv"
         table.write_text(to_csv(with_messages(pipeline) if with_sends else pipeline))
         layout = Layout(2, pp=2, chunks=2, micro_batch=1, pipeline=str(table))

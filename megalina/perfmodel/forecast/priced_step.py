@@ -104,7 +104,7 @@ class PricedStep:
             cuda=on_cuda(config.cluster),
         )
         micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * readers(self.held.axes))
-        self._together = plan.parts if micro_batches % plan.parts == 0 else 1
+        self._together = plan.parts // plan.cut(micro_batches)
         self.rounds = micro_batches // self._together  # of micro-batches that walk together
 
     def under(self, plan: Plan) -> "PricedStep":
@@ -178,8 +178,9 @@ class PricedStep:
 
     @property
     def list_for_memory(self) -> Program:
-        """The shortest list that holds as much as the whole step's: more than two rounds hold no more."""
-        return self.listed(min(2, self.rounds))
+        """The shortest list that holds as much as the whole step's: more than two rounds hold no more, and of `pair` more than
+        three, since what one round's backward leaves to be done later is there beside two others."""
+        return self.listed(min(3 if self.plan.strategy == "pair" else 2, self.rounds))
 
     @property
     def state_bytes(self) -> int:

@@ -106,6 +106,11 @@ class Pipeline:
                 yield position, cell
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether a forward and a backward go together anywhere."""
+        return any(len(entry) > 1 and entry[0].work in COMPUTED for entries in self.lists for entry in entries)
+
+    @property
     def has_messages(self) -> bool:
         return any(cell.work in STEPS for rank in range(self.ranks) for _, cell in self.cells(rank))
 

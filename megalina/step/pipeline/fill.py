@@ -4,9 +4,7 @@ Only the residual stream goes from stage to stage, along an axis of two ranks, `
 side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from megalina.step.passes import (
     ROUTER_STATE,
@@ -35,6 +33,7 @@ from megalina.step.program import (
     mirror,
     weights_of,
 )
+from megalina.step.turns import side_with_side
 
 NAME = "stream"  # of the instructions that send and receive it
 
@@ -207,16 +206,12 @@ class Filling:
         writes = tuple(map(gradient, losses))
         return [Instruction("U", Kind.COMPUTE, "seed", part=str(number), reads=("#divisor.-.0", *losses), writes=writes)]
 
-    def body(self, entry: Entry, rank: int) -> list[Instruction]:
-        """Cells that go together take turns, which end where tokens start to travel: backward's first, since its first turn is
-        short.  (Turns that end at a SEND or a WAIT would lose what hides what.)"""
-        sides = [self.instructions(cell, rank) for cell in entry]
-        if len(sides) == 1:
-            return list(sides[0])
-        if entry[0].work is Work.FORWARD:
-            sides.reverse()
-        turns = (s for turn in zip_longest(*map(_turns, sides), fillvalue=[]) for part in turn for s in part)
-        return [replace(s, credit=1) if s.carries_tokens else s for s in turns]
+    def body(self, entry: Entry, rank: int) -> Program:
+        """Cells that go together take turns."""
+        if len(entry) == 1:
+            return self.instructions(entry[0], rank)
+        sides = {cell.work is Work.FORWARD: self.instructions(cell, rank) for cell in entry}
+        return side_with_side(sides[False], sides[True])
 
     def instructions(self, cell: Cell, rank: int) -> Program:
         """Of a cell, with the WAIT for what it takes of another rank."""
@@ -262,12 +257,3 @@ class Filling:
             axis=axis_of(rank, self.pipeline.peer(cell)),
         )
         return mirror(forward) if mirrored else forward
-
-
-def _turns(instructions: Iterable[Instruction]) -> list[list[Instruction]]:
-    out: list[list[Instruction]] = [[]]
-    for instruction in instructions:
-        out[-1].append(instruction)
-        if instruction.kind is Kind.START and instruction.carries_tokens:
-            out.append([])
-    return out

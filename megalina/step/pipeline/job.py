@@ -32,10 +32,18 @@ class Pipelined:
     pipeline: Pipeline  # of a training step, with messages
     stages: tuple[StageLayers, ...]
     words_stages: tuple[int, ...]  # those that use the embedding: to look words up, or as the output matrix
+    pairs: Pipeline | None = None  # the same cells in pairs, for `strategy=pair`; None: there are none, or nobody asks
 
     @property
     def ranks(self) -> int:
         return self.pipeline.ranks
+
+    def under(self, strategy: str) -> Pipeline:
+        """The lists of a step of this strategy."""
+        if strategy != "pair":
+            return self.pipeline
+        assert self.pairs is not None, "check_plan refuses what has no pairs"
+        return self.pairs
 
     @property
     def words_ranks(self) -> tuple[int, ...]:
@@ -86,7 +94,7 @@ def training_steps(setting: Setting, job: Pipelined) -> tuple[Program, ...]:
         return place_of_rank(program, buckets, setting)
 
     out = programs(
-        job.pipeline,
+        job.under(plan.strategy),
         job.stages,
         forward,
         setting.buckets,

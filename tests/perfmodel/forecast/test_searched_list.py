@@ -32,7 +32,8 @@ def test_it_is_no_worse_than_any_strategy(overrides: tuple[str, ...]) -> None:
     found = searched_list(job_of(*overrides), evaluations=120)
     names = {plan.strategy for plan, _ in found.begun_s}
     sharded = "parallel.zero=1" in overrides
-    assert names >= set(STRATEGIES) - {"search", "lina", "lina_zero"} and ("lina_zero" in names) == sharded
+    assert names >= set(STRATEGIES) - {"search", "lina", "lina_zero", "pair"} and ("lina_zero" in names) == sharded
+    assert ("pair" in names) == ("train.micro_batch_size=1" in overrides)  # else a step has one micro-batch
     assert found.step_s <= min(step_s for _, step_s in found.begun_s)
     step = job_of(*overrides).priced(replace(found.plan, order=()), Shared())
     assert training_step(found.plan.strategy, step.setting.under(found.plan)) == found.program

@@ -55,15 +55,15 @@ def buckets_of(shape: Shape, *, sharded: bool = False, piece: int | None = None)
 
 
 def setting_of(name: str, shape: Shape, random: Random) -> Setting:
-    """Numbers drawn for every mechanism, whether a strategy uses it or not."""
+    """Numbers drawn for every mechanism, whether a strategy uses it or not; pair has several micro-batches."""
     return Setting(
         shape,
         buckets_of(shape, sharded=random.random() < 0.5, piece=random.choice((None, 40))),
-        micro_batches=random.choice((1, 1, 2, 3)),
+        micro_batches=random.choice((2, 3, 4) if name == "pair" else (1, 1, 2, 3)),
         recompute_mode=random.choice(("none", "full")),
         plan=Plan(
             name,
-            parts=random.choice((1, 2, 3)) if name in WALKING else 1,
+            parts=random.choice((1, 2, 3)) if name in (*WALKING, "pair") else 1,
             chunks=tuple(random.choice((1, 2, 3)) for is_moe in shape.moe if is_moe),
             merge_bytes=random.choice((0, 400, 4000)),
             yields=random.random() < 0.7,

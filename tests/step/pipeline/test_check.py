@@ -274,7 +274,8 @@ def uneven(seed: int) -> tuple[str, Pipeline, Times]:
     forward_, inputs, weights, message = (rng.choice((0.1, 0.3, 0.7, 1.0, 1.3)) for _ in range(4))
     times = Times(forward_, inputs, weights, rng.choice((0.0, message)), rng.choice((0.7, 1.0)), shares)
     room = rng.choice((0.0, 1.0, 1.5, 2.0))
-    return f"{name} {seed}", schedule.pipeline(Size(ranks, chunks, micro_batches, times, room)), times
+    paired = name in ("1f1b", "interleaved", "dualpipev") and rng.random() < 0.5
+    return f"{name} {seed}", schedule.pipeline(Size(ranks, chunks, micro_batches, times, room, paired)), times
 
 
 def placed_well(seed: int) -> None:

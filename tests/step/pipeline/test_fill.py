@@ -28,6 +28,9 @@ SHAPES = {
 }
 
 
+PAIRED = ("1f1b in pairs", "interleaved in pairs", "dualpipev in pairs")
+
+
 def filled(
     name: str,
     shape: Shape,
@@ -36,23 +39,26 @@ def filled(
     ranks: int = 2,
     micro_batches: int = 4,
     chunks: int = 0,
+    paired: bool = False,
 ) -> tuple[Program, ...]:
     forward = plain(shape)
     buckets = {n: BucketSpec(64, "dp") for n in dict.fromkeys(u for s in forward for u in s.uses)}
     schedule = SCHEDULES[name]
-    pipeline = with_messages(schedule.pipeline(Size(ranks, chunks or schedule.chunks or 2, micro_batches)))
+    pipeline = with_messages(schedule.pipeline(Size(ranks, chunks or schedule.chunks or 2, micro_batches, paired=paired)))
     stages = stages or cut([1.0] * len(shape.layers), pipeline.stages)
     return programs(pipeline, stages, forward, buckets, late=shape.deferred("all"), router_state=shape.router_state)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, *PAIRED])
 def test_programs_are_legal_each_and_together(name: str, shape: str) -> None:
-    of_ranks = filled(name, SHAPES[shape])
+    name, paired = name.removesuffix(" in pairs"), name in PAIRED
+    of_ranks = filled(name, SHAPES[shape], paired=paired)
     check_together(of_ranks)
     for program in of_ranks:
         acts = Precedence(program)
         assert acts.legal(acts.acts)
+        assert any(s.credit for s in program) == (paired and any(s.carries_tokens for s in program))
         split = name in ("zb_h1", "zbv", "dualpipev", "greedy")
         assert any(s.phase == "W" for s in program) == split
 
@@ -98,7 +104,7 @@ def test_a_rank_of_a_v_hands_over_to_itself_and_no_bucket_is_on_two_ranks() -> N
 
 def test_a_pair_takes_turns_that_end_where_tokens_start_to_travel() -> None:
     """Backward of micro-batch 0 in layer 3, and forward of micro-batch 2 in layer 4, as Megatron-LM has them."""
-    program = filled("dualpipev", SHAPES["MoE"])[1]
+    program = filled("dualpipev", SHAPES["MoE"], paired=True)[1]
     first = next(i for i, s in enumerate(program) if s.credit)
     heavy = ("attention", "experts", "dispatch", "combine")
     assert " ".join(s.tag for s in program[first : first + 20] if s.name in heavy) == (

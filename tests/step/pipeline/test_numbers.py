@@ -22,13 +22,13 @@ MODEL = ("model=tiny", "model.num_layers=4", "train.dtype=float64", "train.micro
 
 
 def trained(
-    *overrides: str, schedule: str = "", chunks: int = 1, layout: str = ""
+    *overrides: str, schedule: str = "", chunks: int = 1, layout: str = "", paired: bool = False
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses and norms of steps, and weights after them.  "" is the list of one process."""
     config = compose([*MODEL, *overrides])
     trainable = Trainable(config, build_mesh(), vocab_size=512, device=torch.device("cpu"), wish_to_stop=lambda: False)
     if schedule:
-        trainable.run_with(piped(trainable.setting, schedule, chunks, layout), trainable.functions)
+        trainable.run_with(piped(trainable.setting, schedule, chunks, layout, paired), trainable.functions)
     words = torch.randint(512, (MICRO_BATCHES, 17), generator=torch.Generator().manual_seed(1))
     every = torch.ones(MICRO_BATCHES, 16).bool()
     places = torch.arange(16).expand(MICRO_BATCHES, 16)
@@ -39,8 +39,8 @@ def trained(
     return [r.loss for r in results], [r.grad_norm for r in results], weights
 
 
-def piped(setting: Setting, schedule: str, chunks: int, layout: str) -> Program:
-    pipeline = with_messages(SCHEDULES[schedule].pipeline(Size(RANKS, chunks, MICRO_BATCHES)))
+def piped(setting: Setting, schedule: str, chunks: int, layout: str, paired: bool) -> Program:
+    pipeline = with_messages(SCHEDULES[schedule].pipeline(Size(RANKS, chunks, MICRO_BATCHES, paired=paired)))
     shape = setting.shape
     stages = stages_from(layout) if layout else cut([1.0] * len(shape.layers), pipeline.stages)
     late = shape.deferred("all")
@@ -52,9 +52,9 @@ def piped(setting: Setting, schedule: str, chunks: int, layout: str) -> Program:
     return program
 
 
-def held(schedule: str, chunks: int, overrides: tuple[str, ...], layout: str = "") -> None:
+def held(schedule: str, chunks: int, overrides: tuple[str, ...], layout: str = "", *, paired: bool = False) -> None:
     losses, norms, weights = trained(*overrides)
-    piped_losses, piped_norms, piped_weights = trained(*overrides, schedule=schedule, chunks=chunks, layout=layout)
+    piped_losses, piped_norms, piped_weights = trained(*overrides, schedule=schedule, chunks=chunks, layout=layout, paired=paired)
     assert piped_losses == pytest.approx(losses, rel=1e-12, abs=1e-12)
     assert piped_norms == pytest.approx(norms, rel=1e-12, abs=1e-12)
     for name, weight in weights.items():
@@ -62,7 +62,7 @@ def held(schedule: str, chunks: int, overrides: tuple[str, ...], layout: str = "
 
 
 def test_a_pipeline_computes_what_one_process_does() -> None:
-    held("dualpipev", 2, ())
+    held("dualpipev", 2, (), paired=True)
 
 
 @pytest.mark.full
@@ -70,6 +70,13 @@ def test_a_pipeline_computes_what_one_process_does() -> None:
 @pytest.mark.parametrize(("schedule", "chunks"), [(n, s.chunks or 2) for n, s in SCHEDULES.items()], ids=str)
 def test_every_schedule_computes_what_one_process_does(schedule: str, chunks: int, overrides: tuple[str, ...]) -> None:
     held(schedule, chunks, overrides)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("overrides", [(), ("router=sigmoid", "model.shared_d_ff=32"), ("train.recompute=full",)], ids=str)
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("dualpipev", 2)], ids=str)
+def test_pairs_compute_what_one_process_does(schedule: str, chunks: int, overrides: tuple[str, ...]) -> None:
+    held(schedule, chunks, overrides, paired=True)
 
 
 @pytest.mark.full

@@ -1,13 +1,16 @@
 """Every schedule is legal, and its walk gives what its formulas say: bubble and activations."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import pytest
 
-from megalina.step.pipeline.cell import WEIGHTS_DONE, loop, v_shape
+from megalina.step.pipeline.cell import WEIGHTS_DONE, Pipeline, backward, forward, loop, v_shape
 from megalina.step.pipeline.check import check
 from megalina.step.pipeline.live import live_peaks
 from megalina.step.pipeline.messages import with_messages
+from megalina.step.pipeline.schedules.one_f_one_b import in_turn
 from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.walk import Times, walk
@@ -21,16 +24,17 @@ ANY_CHUNKS = (1, 2, 3)
 
 
 def sizes(name: str, ranks: int, most: int) -> Iterator[Size]:
-    """Those that the schedule is made for, with each of the times."""
+    """Those that the schedule is made for, in pairs too where it can, with each of the times."""
     schedule = SCHEDULES[name]
-    for chunks in (schedule.chunks,) if schedule.chunks else ANY_CHUNKS:
-        for micro_batches in sorted({1, ranks - 1, ranks, 2 * ranks - 1, 2 * ranks, 3 * ranks, most - most % ranks} - {0}):
-            size = Size(ranks, chunks, micro_batches)
-            try:
-                schedule.refuse(size)
-            except ValueError:
-                continue
-            yield from (Size(ranks, chunks, micro_batches, Times(*triple)) for triple in TRIPLES)
+    numbers = sorted({1, ranks - 1, ranks, 2 * ranks - 1, 2 * ranks, 3 * ranks, most - most % ranks} - {0})
+    chunks = (schedule.chunks,) if schedule.chunks else ANY_CHUNKS
+    for of_chunks, micro_batches, paired in product(chunks, numbers, (False, True)):
+        size = Size(ranks, of_chunks, micro_batches, paired=paired)
+        try:
+            schedule.refuse(size)
+        except ValueError:
+            continue
+        yield from (replace(size, times=Times(*triple)) for triple in TRIPLES)
 
 
 def held(name: str, ranks: int, most: int) -> None:
@@ -67,10 +71,32 @@ def test_dualpipev_is_as_good_as_its_formula_where_forward_takes_as_long_as_the_
     """Elsewhere the formula of DualPipe's README is a bound: 4.35 where the list takes 3.90."""
     schedule = SCHEDULES["dualpipev"]
     for weights in (1.0, 0.5):
-        size = Size(4, 2, 16, Times(1.0, 1.0, weights, pair=1.0))
+        size = Size(4, 2, 16, Times(1.0, 1.0, weights, pair=1.0), paired=True)
         assert max(walk(schedule.pipeline(size), size.times).idle) == pytest.approx(schedule.bubble(size))
-    size = Size(4, 2, 16, Times(1.0, 1.3, 0.7))
+    size = Size(4, 2, 16, Times(1.0, 1.3, 0.7), paired=True)
     assert (schedule.bubble(size), max(walk(schedule.pipeline(size), size.times).idle)) == pytest.approx((4.35, 3.90))
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("interleaved", 3)])
+def test_pairs_cost_a_ranks_room_and_save_what_a_pair_saves(name: str, chunks: int) -> None:
+    """The last rank has most of them: all its forwards but those in front."""
+    for ranks, micro_batches in product((2, 4, 8), (16, 32)):
+        plain, paired = (Size(ranks, chunks, micro_batches, Times(pair=0.75), paired=of) for of in (False, True))
+        lists = [SCHEDULES[name].pipeline(size) for size in (plain, paired)]
+        check(with_messages(lists[1], paired.times))
+        pairs = sum(len(entry) > 1 for entry in lists[1].lists[-1])
+        assert pairs == chunks * micro_batches - (chunks - 1) * ranks - 1
+        saved = walk(lists[0], plain.times).makespan - walk(lists[1], paired.times).makespan
+        assert saved == pytest.approx(0.25 * 3 * pairs / chunks)
+        assert live_peaks(lists[0])[0] < live_peaks(lists[1])[0] <= min(micro_batches, 2 * ranks)
+
+
+@pytest.mark.parametrize(("in_front", "error"), [((2, 1, 0), "2B0: it takes what 2F0 gives"), ((2, 1, 1), "the lists never end")])
+def test_with_1f1bs_own_forwards_in_front_pairs_close_a_circle(in_front: tuple[int, ...], error: str) -> None:
+    forwards, backwards = ([[cell(r, i) for i in range(6)] for r in range(3)] for cell in (forward, backward))
+    own = [in_turn(forwards[r], backwards[r], warm_up=in_front[r], paired=True) for r in range(3)]
+    with pytest.raises(ValueError, match=error):
+        check(Pipeline(tuple(own), loop(3, 1), 6))
 
 
 def test_zbv_has_no_bubble_between_a_ranks_first_cell_and_its_last_where_all_three_take_as_long() -> None:
@@ -136,6 +162,14 @@ def test_stages_lie_on_a_loop_or_on_a_v() -> None:
         ("dualpipev", Size(4, 2, 7), "8, to fill both halves of its V, and there are 7: take 8 or more, or at most 3 ranks"),
         ("greedy", Size(4, 2, 7, most_live=0.5), "room for 0.5 micro-batches of activations on a rank: .* give 1 or more"),
         ("gpipe", Size(2, 1, 7, Times(shares=(1.0,))), "times have shares of 1 stages, and there are 2: give one for each"),
+        (
+            "gpipe",
+            Size(2, 1, 7, paired=True),
+            "no pairs of a forward and a backward, as backwards begin when all",
+        ),
+        ("zb_h1", Size(2, 1, 7, paired=True), "as few forwards in front as 1f1b has, .* take 1f1b, interleaved or dualpipev"),
+        ("zbv", Size(2, 2, 7, paired=True), "no pairs of a forward and a backward, as its backwards follow forwards without"),
+        ("greedy", Size(2, 2, 7, paired=True), "no pairs of a forward and a backward, as it takes one cell after another"),
         ("gpipe", Size(0, 1, 7), "ranks 0, chunks 1, micro-batches 7: each must be at least 1"),
     ],
 )

@@ -42,7 +42,7 @@ def test_torchs_tables_are_legal_and_have_their_bubbles(name: str) -> None:
     check(pipeline)
     assert max(walk(pipeline).idle) == BUBBLES[name]
     schedule = SCHEDULES[OURS[name]]
-    ours = schedule.pipeline(Size(4, pipeline.stages // 4, 8))
+    ours = schedule.pipeline(Size(4, pipeline.stages // 4, 8, paired=pipeline.has_pairs))
     assert cells(pipeline) == ours.lists and pipeline.rank_of == ours.rank_of
     assert live_peaks(pipeline) == live_peaks(ours)
 
@@ -108,7 +108,7 @@ def test_torch_makes_these_tables_and_reads_ours(name: str, tmp_path: Path) -> N
             chunks = ours.chunks or 2
             theirs = get_schedule_ops(name, ranks, micro_batches, num_stages_per_rank=chunks)
             pipeline = from_csv("\n".join(",".join("" if a is None else str(a) for a in row) for row in theirs) + "\n")
-            made = ours.pipeline(Size(ranks, chunks, micro_batches))
+            made = ours.pipeline(Size(ranks, chunks, micro_batches, paired=pipeline.has_pairs))
             assert cells(pipeline)[: ranks - (name == "1F1B")] == made.lists[: ranks - (name == "1F1B")]
             read = {r: [_Action.from_str(w) for w in row] for r, row in enumerate(csv.reader(to_csv(made).splitlines()))}
             _validate_schedule(read, ranks, ranks * chunks, micro_batches)

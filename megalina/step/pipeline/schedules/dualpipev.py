@@ -1,5 +1,6 @@
-"""DualPipeV: two chunks a rank on a V; in the long middle a forward and a backward go in turns, so that one computes while the
-other's tokens are on the wire (DeepSeek-V3 technical report, arXiv:2412.19437, section 3.2.1; DualPipe's README)."""
+"""DualPipeV: two chunks a rank on a V; in the long middle a forward and a backward of the two stand side by side, in pairs so
+that one computes while the other's tokens are on the wire (DeepSeek-V3 technical report, arXiv:2412.19437, section 3.2.1;
+DualPipe's README)."""
 
 from megalina.step.pipeline.cell import CellList, v_shape
 from megalina.step.pipeline.schedules.schedule import Schedule, Size
@@ -25,7 +26,7 @@ def dualpipev(size: Size) -> list[CellList]:
             + "W Ia " * after
             + "W " * (rank + 1)
         )
-        lists.append(cells_of(words, (rank, 2 * ranks - 1 - rank)))
+        lists.append(cells_of(words if size.paired else words.replace("+", " "), (rank, 2 * ranks - 1 - rank)))
     return lists
 
 

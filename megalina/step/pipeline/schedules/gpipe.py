@@ -1,7 +1,7 @@
 """All forwards, then all backwards (GPipe, arXiv:1811.06965, section 2.3)."""
 
 from megalina.step.pipeline.cell import CellList, backward, forward
-from megalina.step.pipeline.schedules.schedule import Schedule, Size
+from megalina.step.pipeline.schedules.schedule import Schedule, Size, refuse_pairs
 
 
 def gpipe(size: Size) -> list[CellList]:
@@ -13,6 +13,7 @@ SCHEDULE = Schedule(
     "gpipe",
     "GPipe, arXiv:1811.06965, section 2.3",
     gpipe,
+    refuse=lambda size: refuse_pairs(size, "backwards begin when all forwards are done"),
     bubble=lambda size: (size.ranks - 1) * (size.times.forward + size.times.backward),
     peak=lambda size, rank: size.micro_batches,
 )

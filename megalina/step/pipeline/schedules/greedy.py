@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from megalina.step.pipeline.cell import Cell, CellList, Entry, Pipeline, Work, v_shape
-from megalina.step.pipeline.schedules.schedule import Schedule, Size
+from megalina.step.pipeline.schedules.schedule import Schedule, Size, refuse_pairs
 from megalina.step.pipeline.walk import walk
 
 F, B, W = Work.FORWARD, Work.INPUT_GRADIENTS, Work.WEIGHT_GRADIENTS
@@ -74,6 +74,7 @@ class _Greedy:
 
 
 def refuse(size: Size) -> None:
+    refuse_pairs(size, "it takes one cell after another, whichever is ready")
     if size.most_live and size.most_live < 1:
         raise ValueError(
             f"room for {size.most_live:g} micro-batches of activations on a rank: one goes through all of its chunks at least, "

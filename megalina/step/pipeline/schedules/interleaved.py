@@ -1,24 +1,28 @@
 """Interleaved 1F1B: micro-batches go in groups of as many as there are ranks, each group through one chunk after another, so the
-bubble is that of a chunk (Megatron-LM, arXiv:2104.04473, section 2.2.2)."""
+bubble is that of a chunk (Megatron-LM, arXiv:2104.04473, section 2.2.2).
+
+In pairs one forward more comes first, as in Megatron-LM's combined 1F1B: else the first pair of the last rank would be a forward
+and its own backward."""
 
 from collections.abc import Sequence
 
-from megalina.step.pipeline.cell import CellList, Entry, backward, forward
+from megalina.step.pipeline.cell import CellList, backward, forward
+from megalina.step.pipeline.schedules.one_f_one_b import in_turn
 from megalina.step.pipeline.schedules.schedule import Schedule, Size
 
 
 def interleaved(size: Size) -> list[CellList]:
-    ranks, total, chunks = size.ranks, size.chunks * size.micro_batches, range(size.chunks)
-    lists = []
-    for rank in range(ranks):
-        forwards, backwards = turns_of(size, rank, chunks), turns_of(size, rank, chunks[::-1])
-        warm_up = (size.chunks - 1) * ranks + 2 * (ranks - 1 - rank)
-        cells: list[Entry] = [forward(*turn) for turn in forwards[:warm_up]]
-        for number in range(total):
-            cells += [forward(*turn) for turn in forwards[warm_up + number : warm_up + number + 1]]
-            cells.append(backward(*backwards[number]))
-        lists.append(tuple(cells))
+    chunks, lists = range(size.chunks), []
+    for rank in range(size.ranks):
+        forwards = [forward(*turn) for turn in turns_of(size, rank, chunks)]
+        backwards = [backward(*turn) for turn in turns_of(size, rank, chunks[::-1])]
+        lists.append(in_turn(forwards, backwards, warm_up=warm_up_of(size, rank), paired=size.paired))
     return lists
+
+
+def warm_up_of(size: Size, rank: int) -> int:
+    """Forwards before the first backward, or before the first pair."""
+    return (size.chunks - 1) * size.ranks + 2 * (size.ranks - 1 - rank) + size.paired
 
 
 def turns_of(size: Size, rank: int, chunks: Sequence[int]) -> list[tuple[int, int]]:
@@ -38,8 +42,7 @@ def refuse(size: Size) -> None:
 
 
 def peak(size: Size, rank: int) -> float:
-    warm_up = (size.chunks - 1) * size.ranks + 2 * (size.ranks - 1 - rank)
-    return min(warm_up + 1, size.chunks * size.micro_batches) / size.chunks
+    return min(warm_up_of(size, rank) + 1, size.chunks * size.micro_batches) / size.chunks
 
 
 SCHEDULE = Schedule(

@@ -17,6 +17,7 @@ class Size:
     micro_batches: int  # m
     times: Times = field(default_factory=Times)  # `greedy` alone goes by them, and
     most_live: float = 0.0  # by how many micro-batches of activations a rank has room for, 0: as many as there are ranks
+    paired: bool = False  # a forward and a backward go together where they can (`strategy=pair`)
 
     @property
     def stages(self) -> int:
@@ -33,7 +34,8 @@ class Peak(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """`cells` gives each rank's list; `refuse` raises ValueError for numbers that it isn't made for.
+    """`cells` gives each rank's list; `refuse` raises ValueError for numbers that it isn't made for, and for pairs where none can
+    be.
 
     Formulas are of `size.times` without messages and where all stages are alike; None where there is none.  `bubble`: what a rank
     stands idle in a step; `peak`: the most activations that a rank holds at once, in micro-batches of all its layers, until the
@@ -65,6 +67,15 @@ class Schedule:
             )
         self.refuse(size)
         return Pipeline(tuple(self.cells(size)), self.placement(size.ranks, size.chunks), size.micro_batches)
+
+
+def refuse_pairs(size: Size, why: str) -> None:
+    """ValueError where pairs are asked for, of a schedule that can't have any; `why`: follows "there are no pairs, as"."""
+    if size.paired:
+        raise ValueError(
+            f"there are no pairs of a forward and a backward, as {why}: take 1f1b, interleaved or dualpipev, or another strategy "
+            "than pair"
+        )
 
 
 def _chunks(number: int) -> str:

@@ -5,8 +5,9 @@ A rank owes the gradients of weights of as many cells as its number: the last ra
 otherwise, of the most.  So all ranks hold equally much until weights are done."""
 
 from megalina.step.pipeline.cell import CellList, Entry, forward, input_gradients, weight_gradients
-from megalina.step.pipeline.schedules.interleaved import refuse, turns_of
-from megalina.step.pipeline.schedules.schedule import Schedule, Size
+from megalina.step.pipeline.schedules.interleaved import refuse as refuse_odd_groups
+from megalina.step.pipeline.schedules.interleaved import turns_of
+from megalina.step.pipeline.schedules.schedule import Schedule, Size, refuse_pairs
 
 
 def zb_h1(size: Size) -> list[CellList]:
@@ -29,6 +30,12 @@ def peak(size: Size, rank: int) -> float:
     return min(size.chunks * size.ranks - rank, size.chunks * size.micro_batches) / size.chunks
 
 
+def refuse(size: Size) -> None:
+    refuse_pairs(size, "it has as few forwards in front as 1f1b has, with which pairs wait for one another in a circle")
+    if size.chunks > 1:
+        refuse_odd_groups(size)
+
+
 def bubble(size: Size) -> float | None:
     if size.micro_batches < size.ranks:
         return None
@@ -40,7 +47,7 @@ SCHEDULE = Schedule(
     "Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 3.1",
     zb_h1,
     chunks=0,
-    refuse=lambda size: refuse(size) if size.chunks > 1 else None,
+    refuse=refuse,
     bubble=bubble,
     peak=peak,
 )

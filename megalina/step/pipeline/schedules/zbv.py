@@ -2,7 +2,7 @@
 fill what is left (Zero Bubble Pipeline Parallelism, arXiv:2401.10241, section 6)."""
 
 from megalina.step.pipeline.cell import CellList, v_shape
-from megalina.step.pipeline.schedules.schedule import Schedule, Size
+from megalina.step.pipeline.schedules.schedule import Schedule, Size, refuse_pairs
 from megalina.step.pipeline.schedules.words import cells_of
 
 
@@ -46,6 +46,7 @@ SCHEDULE = Schedule(
     zbv,
     placement=v_shape,
     chunks=2,
+    refuse=lambda size: refuse_pairs(size, "its backwards follow forwards without the slack that a pair needs at each hop"),
     bubble=bubble,
     peak=peak,
 )
