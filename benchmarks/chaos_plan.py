@@ -1,11 +1,13 @@
 """The plan of benchmarks/chaos.py and its verdict: which kills, what must come of each, and what must be equal at the end."""
 
 import json
+import math
+import operator
 import os
 import random
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -16,8 +18,14 @@ import torch
 from megalina.checkpoint.files import read_values
 from megalina.checkpoint.stored import read_tensors
 from megalina.track.metrics import read_metrics
+from megalina.train.ledger import difference
+
+Record = Mapping[str, Any]
 
 RANKS, INTERVAL = 2, 5  # of the run; steps between its checkpoints
+LOSS_TOLERANCE, TOLERANCE = 1e-12, 1e-10  # relative, of runs in several layouts: of losses; of all else, which Adam magnifies
+COUNTED, LOSSES = ("step", "consumed_samples", "tokens", "lr"), ("loss", "aux_loss", "z_loss")  # keys of metrics
+OF_LAYOUTS = ("config", "arithmetic", "plan", "ledger", "ledger_saved_lines")  # values of checkpoints that several layouts have
 ASKS = [("launcher", "SIGTERM"), ("rank 1", "SIGTERM"), ("launcher", "SIGINT")]  # to stop: all ranks save and end
 
 
@@ -128,47 +136,89 @@ def shortages(plan: Sequence[Kill], ends: Sequence[End]) -> list[str]:
     return [f"{there} {what}, at least {least} wanted" for what, (there, least) in counts.items() if there < least]
 
 
-def differences(disturbed: Path, undisturbed: Path) -> list[str]:
-    """The tensors and values of two checkpoints that are not the same to the last bit; settings don't count."""
+def differences(disturbed: Path, undisturbed: Path, *, moved: bool = False) -> list[str]:
+    """The tensors and values of two checkpoints that are not the same to the last bit; settings don't count.
+
+    `moved`: of a run in several layouts, whose tensors may differ by rounding."""
     one, two = read_tensors(disturbed), read_tensors(undisturbed)
     found = sorted(one.keys() ^ two.keys())
     for name in sorted(one.keys() & two.keys()):
         a, b = one[name], two[name]
         same_kind = (a.dtype, a.shape) == (b.dtype, b.shape)
-        if not same_kind or not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):  # 0.0 is not -0.0
+        if not same_kind or not (_near(a, b) if moved else _same_bits(a, b)):
             found.append(name)
     values, others = read_values(disturbed), read_values(undisturbed)
-    keys = sorted((values.keys() | others.keys()) - {"config"})
-    return found + [key for key in keys if json.dumps(values.get(key)) != json.dumps(others.get(key))]
+    keys = sorted((values.keys() | others.keys()) - set(OF_LAYOUTS if moved else OF_LAYOUTS[:1]))
+    same = _near_values if moved else lambda a, b: json.dumps(a) == json.dumps(b)
+    return found + [key for key in keys if not same(values.get(key), others.get(key))]
 
 
-def different_steps(disturbed: Path, undisturbed: Path) -> list[int]:
-    """The steps that two runs have not recorded once each, and alike: losses in metrics.jsonl, digests in ledger.jsonl."""
-    keys = ("step", "consumed_samples", "tokens", "loss", "aux_loss", "z_loss", "grad_norm", "lr")  # times differ
+def _near_values(a: Any, b: Any) -> bool:
+    """Values of JSON; numbers that aren't whole are losses."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=LOSS_TOLERANCE)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_near_values, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_near_values(value, b[key]) for key, value in a.items())
+    return bool(a == b)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # 0.0 is not -0.0
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """By the largest element."""
+    if not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def different_steps(disturbed: Path, undisturbed: Path, *, moved: bool = False) -> list[int]:
+    """The steps that two runs have not recorded once each, and alike: losses in metrics.jsonl, digests in ledger.jsonl.  `moved`:
+    in several layouts, whose losses may differ by rounding."""
+    kinds: dict[str, Callable[[Record, Record], bool]] = {"metrics.jsonl": _same_numbers, "ledger.jsonl": operator.eq}
+    if moved:
+        kinds = {"metrics.jsonl": _near_numbers, "ledger.jsonl": _near_digests}
     found: set[int] = set()
-    for name in ("metrics.jsonl", "ledger.jsonl"):
+    for name, alike in kinds.items():
         one, two = read_metrics(disturbed / name), read_metrics(undisturbed / name)
-
-        def of(step: int, records: Sequence[dict[str, Any]], whole: bool = name == "ledger.jsonl") -> list[dict[str, Any]]:
-            return [r if whole else {key: r.get(key) for key in keys} for r in records if r["step"] == step]
-
-        steps = {int(r["step"]) for r in (*one, *two)}
-        found |= {step for step in steps if len(of(step, one)) != 1 or of(step, one) != of(step, two)}
+        for step in {int(r["step"]) for r in (*one, *two)}:
+            own, other = ([r for r in records if r["step"] == step] for records in (one, two))
+            if len(own) != 1 or len(other) != 1 or not alike(own[0], other[0]):
+                found.add(step)
     return sorted(found)
 
 
-def compare(disturbed: Path, undisturbed: Path, steps: int) -> dict[str, Any]:
-    """What differs in the final checkpoints of two runs, and in the records of their steps; what can't be read differs."""
+def _same_numbers(record: Record, other: Record) -> bool:
+    return all(record.get(key) == other.get(key) for key in (*COUNTED, *LOSSES, "grad_norm"))  # times differ
+
+
+def _near_numbers(record: Record, other: Record) -> bool:
+    near = {**dict.fromkeys(LOSSES, LOSS_TOLERANCE), "grad_norm": TOLERANCE}
+    return all(record.get(key) == other.get(key) for key in COUNTED) and all(
+        math.isclose(record.get(key, 0.0), other.get(key, 0.0), rel_tol=tolerance) for key, tolerance in near.items()
+    )
+
+
+def _near_digests(record: Record, other: Record) -> bool:
+    return record["routing"] == other["routing"] and not difference(other, record, tolerance=TOLERANCE, moe_layers=())
+
+
+def compare(disturbed: Path, undisturbed: Path, steps: int, *, moved: bool = False) -> dict[str, Any]:
+    """What differs in the final checkpoints of two runs, and in the records of their steps; what can't be read differs.  `moved`:
+    the disturbed run went on in other layouts."""
     final = [run / "checkpoints" / f"step_{steps:08d}" for run in (disturbed, undisturbed)]
     try:
-        tensors = differences(*final)
+        tensors = differences(*final, moved=moved)
     except (ValueError, OSError) as error:
         tensors = [str(error)]
     try:
-        records: list[Any] = different_steps(disturbed, undisturbed)
+        records: list[Any] = different_steps(disturbed, undisturbed, moved=moved)
     except (ValueError, OSError) as error:
         records = [str(error)]
-    return {"bit_equal": not tensors, "final": list(map(str, final)), "different": tensors, "different_steps": records}
+    return {"equal": not tensors, "final": list(map(str, final)), "different": tensors, "different_steps": records}
 
 
 def summary(plan: Sequence[Kill], ends: Sequence[End], lost_s: Sequence[float]) -> dict[str, Any]:

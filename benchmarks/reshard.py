@@ -2,9 +2,9 @@
 
     python benchmarks/reshard.py --json reshard.json
 
-tp=2 ep=2 ZeRO-1 on 4 ranks, then ep=4 on 4 ranks, then one rank, then tp=2 ep=2 again, by the public command, each resumed
-with train.resume=verify; against one uninterrupted run in the first layout, in float64 and float32.  Then one byte of a
-shard is flipped, and the next start must name it and go on from the checkpoint before.
+tp=2 ep=2 ZeRO-1 on 4 ranks, then ep=4 on 4 ranks, then one rank, then two pipeline stages, then tp=2 ep=2 again, by the public
+command, each resumed with train.resume=verify; against one uninterrupted run in the first layout, in float64 and float32.  Then
+one byte of a shard is flipped, and the next start must name it and go on from the checkpoint before.
 """
 
 import argparse
@@ -21,9 +21,10 @@ LAYOUTS = {
     "tp=2 ep=2 zero=1": ["launch.ranks=4", "parallel.tp=2", "parallel.ep=2", "parallel.zero=1"],
     "tp=1 ep=4 zero=0": ["launch.ranks=4", "parallel.ep=4"],
     "one rank": ["launch.ranks=1"],
+    "pp=2 tp=2 zero=1": ["launch.ranks=4", "parallel.pp=2", "parallel.tp=2", "parallel.zero=1", "strategy.pipeline=zb_h1"],
 }
-LEGS = ["tp=2 ep=2 zero=1", "tp=1 ep=4 zero=0", "one rank", "tp=2 ep=2 zero=1"]
-LEG = 10  # steps
+LEGS = ["tp=2 ep=2 zero=1", "tp=1 ep=4 zero=0", "one rank", "pp=2 tp=2 zero=1", "tp=2 ep=2 zero=1"]
+LEG, INTERVAL = 10, 5  # steps; of checkpoints
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}  # relative, of the loss
 
 
@@ -32,7 +33,7 @@ def pretrain(run: Path, dtype: str, layout: str, *more: str) -> str:
     command = [
         *(sys.executable, str(ROOT / "pretrain_gpt_moe.py"), f"run.dir={run}", f"train.dtype={dtype}"),
         *("model=tiny", "router=sigmoid", "tracker=minimal", "tracker.samples=0", f"train.steps={LEG * len(LEGS)}"),
-        *("train.global_batch_size=8", "train.micro_batch_size=2", "train.eval_interval=0", "checkpoint.interval=5"),
+        *("train.global_batch_size=8", "train.micro_batch_size=2", "train.eval_interval=0", f"checkpoint.interval={INTERVAL}"),
         *("schedule.warmup_steps=5", *LAYOUTS[layout], *more),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -112,7 +113,8 @@ def main() -> int:
 
 
 def is_named(damage: dict[str, Any]) -> bool:
-    return bool(damage["named"]) and len(damage["set_aside"]) == 1 and "step_00000035" in damage["resumed"]
+    before = f"step_{LEG * len(LEGS) - INTERVAL:08d}"
+    return bool(damage["named"]) and len(damage["set_aside"]) == 1 and before in damage["resumed"]
 
 
 if __name__ == "__main__":

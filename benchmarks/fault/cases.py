@@ -84,12 +84,12 @@ def core(explanation: Sequence[str], must: Sequence[str]) -> list[str]:
     return [explanation[i] for i in sorted(i for i in first if i is not None)] or list(explanation[-1:])
 
 
-def start_planted(job: "Job", plant: str) -> "Command":
-    return job.start(*SHORT, plant=plant)
+def start_planted(job: "Job", plant: str, settings: Sequence[str]) -> "Command":
+    return job.start(*SHORT, *settings, plant=plant)
 
 
-def planted(plant: str) -> Strike:
-    return partial(start_planted, plant=plant)
+def planted(plant: str, *settings: str) -> Strike:
+    return partial(start_planted, plant=plant, settings=settings)
 
 
 def struck(rank: int | None, number: signal.Signals, *settings: str) -> Strike:
@@ -196,7 +196,8 @@ def nothing_updated(job: "Job") -> list[str]:
 SHARD, STANDS, PLANT = r"__\d_0\.distcp", "no rank has made progress", r'fault/plants\.py", line \d+, in '
 SITE, PLANT_SITE = r"at \S*megalina/parallel/\w+\.py:\d+", r"at \S*fault/plants\.py:\d+"
 IN_EXPERTS = r"instruction F:experts\.0\.0"
-KILLED = r"rank 1 of {} was ended by SIGKILL \(out of memory\?\) in step \d+, (instruction \S|between)"
+STAGES = ("parallel.ep=1", "parallel.pp=2", "parallel.pp_layout='Et|tL'")
+KILLED = r"rank {} of {} was ended by SIGKILL \(out of memory\?\) in step \d+, (instruction \S|between)"
 
 
 def damage(name: str, what: str, change: Callable[[Path], None], file: str, reason: str) -> Fault:
@@ -250,8 +251,17 @@ FAULTS = (
     stopped(1),
     Fault(
         *("kill_rank", "SIGKILL to rank 1 of 4", struck(1, signal.SIGKILL)),
-        (KILLED.format(4), r"ranks? [\d, ]+ w(as|ere) in step \d+, "),
+        (KILLED.format(1, 4), r"ranks? [\d, ]+ w(as|ere) in step \d+, "),
         ranks=4,
+    ),
+    Fault(
+        *("kill_stage", "SIGKILL to the first of two stages", struck(0, signal.SIGKILL, *ENDLESS, *STAGES)),
+        (KILLED.format(0, 2), r"rank 1 was in step \d+, "),
+    ),
+    Fault(
+        *("stall_send", "the first of two stages stops in a SEND", planted("stall_send", *STAGES)),
+        (STANDS, r"rank 0 computes in instruction F:stream>\.1\.2 of step 3", PLANT + "start", r"time\.sleep",
+         r"rank 1 waits in instruction F:stream<\.1\.2 of step 3.* on axis pp0-1 \(message\), which rank 0 has not submitted"),
     ),
     Fault(
         *("raise_error", "rank 1 raises in an instruction", planted("raise_error")),
@@ -290,7 +300,7 @@ FAULTS = (
     Fault(
         *("restart", "SIGKILL to rank 1, launch.restarts=1",
           struck(1, signal.SIGKILL, "train.steps=120", "checkpoint.interval=5", "launch.restarts=1")),
-        (KILLED.format(2), r"start 2 of 2, from checkpoint step_\d+"),
+        (KILLED.format(1, 2), r"start 2 of 2, from checkpoint step_\d+"),
         0,
         goes_on=True,
         after=ended_with(steps=120),

@@ -197,6 +197,21 @@ def wrong_splits(place: Place) -> None:
         exchange.start_all_to_all = start
 
 
+def stall_send(place: Place) -> None:
+    """The first stage of a pipeline does not come back from sending the stream of a micro-batch."""
+    from megalina.comm import exchange
+
+    send = exchange.start_send
+
+    def start(x: Any, name: str, axis: Any, log: Any) -> Any:
+        if place.rank == 0 and log.position.step == STEP and log.position.tag == "F:stream>.1.2":
+            place.mark()
+            time.sleep(FOREVER_S)
+        return send(x, name, axis, log)
+
+    exchange.start_send = start
+
+
 def full_disk(place: Place) -> None:
     """Rank 1's first write of the second save is refused."""
     from megalina.checkpoint import tensor_files
@@ -224,7 +239,7 @@ PLANTS: dict[str, Callable[[Place], None]] = {
     plant.__name__: plant
     for plant in (
         *(swap_buckets, another_size, extra_collective, wrong_splits, stall, loop, stall_data, raise_error),
-        *(full_disk, bad_weight),
+        *(stall_send, full_disk, bad_weight),
     )
 }
 

@@ -51,7 +51,8 @@ def _main(argv: Sequence[str] | None) -> int:
         "auto (default): every combination if they are few",
     )  # fmt: skip
     parser.add_argument("--only", action="append", default=[], metavar="KIND=A,B",
-                        help="rows with these alone: strategy=flow, router=topk,hash; may be given for both")  # fmt: skip
+                        help="rows with these alone: strategy=flow, router=topk,hash, schedule=zbv,none (of pipelines; none: "
+                        "one stage); may be given for each")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plant", default="", metavar="BUG", help="build this bug into the ranks and see whether it is found")
     parser.add_argument("--list-plants", action="store_true", help="the bugs that can be planted")
@@ -94,11 +95,19 @@ def chosen(
         keys = {o.split("=")[0].lstrip("+~") for o in ours}
         overrides = [o for o in overrides if o.split("=")[0].lstrip("+~") not in keys] + list(ours)
     choices = choices_of(overrides, ranks)
+    from megalina.step.pipeline.schedules.table import SCHEDULES
     from megalina.verify import layouts
 
     choices = layouts.only(choices, only)
     if planted is None:
-        return (choices, *layouts.chosen_rows(choices, ranks, mode))
+        rows, how = layouts.chosen_rows(choices, ranks, mode)
+        made = {row.layout.pipeline for row in rows if row.layout.pp > 1}
+        if unused := [name for name in choices.schedules if name not in (layouts.NO_PIPELINE, *SCHEDULES, *made)]:
+            raise ValueError(
+                f"strategy.pipeline={unused[0]} is made for none of the rows, which have up to {ranks} ranks, "
+                f"{layouts.CHUNKS[-1]} chunks and {layouts.SEQUENCES} micro-batches: raise --ranks, or leave it out"
+            )
+        return choices, rows, how
     rows = _planted_rows(choices, ranks, planted)
     if not rows:
         raise ValueError(f"--plant {plant} changes nothing in any layout of up to {ranks} ranks: raise --ranks")
@@ -112,14 +121,13 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
     """The shrunk configuration, with every router and every strategy that there is."""
     from megalina import launch, validate
     from megalina.compose import CONF, compose
-    from megalina.config import ParallelConfig
+    from megalina.config import ParallelConfig, StrategyConfig
     from megalina.step.strategy import STRATEGIES
-    from megalina.validate_pipeline import refuse_pipelines
 
     own = compose(overrides)
-    refuse_pipelines(own, "rows have none, tests/verify/test_pipelines.py has")
     one_batch = replace(own.train, global_batch_size=own.train.micro_batch_size)
-    validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch), 1)
+    one_stage = replace(own.strategy, pipeline=StrategyConfig().pipeline)
+    validate.check_config(replace(own, parallel=ParallelConfig(), train=one_batch, strategy=one_stage), 1)
     from megalina.verify.layouts import Choices  # torch, which a mistake need not wait for
     from megalina.verify.shrink import shrink, shrink_router
 
@@ -137,7 +145,21 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
             routers[path.stem] = shrink_router(router, own.model.num_experts, base.model.num_experts)
     without = [o for o in overrides if o.split("=")[0] not in ("strategy", "strategy.name")]
     strategies = {name: compose([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
-    return Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
+    found = Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
+    return replace(found, schedules=tuple(dict.fromkeys((*found.schedules, _known_schedule(own.strategy.pipeline)))))
+
+
+def _known_schedule(name: str) -> str:
+    from megalina.blocks.pipelined import TABLE, schedule_of
+
+    try:
+        if not name.endswith(TABLE):
+            schedule_of(name)
+        elif not Path(name).is_file():
+            raise ValueError("there is no such file")
+    except ValueError as error:
+        raise ValueError(f"strategy.pipeline={name}: {error}") from None
+    return name
 
 
 def run(choices: "Choices", rows: "list[Row]", *, device: str, plant: str) -> "list[Result]":
@@ -278,26 +300,28 @@ def _plant(name: str) -> Any:
 
 
 def _planted_rows(choices: "Choices", ranks: int, plant: Any) -> "list[Row]":
-    """Some rows of the user's own router in which a bug acts, of different places and with different other choices; in pipelines
-    where it acts nowhere else."""
-    from megalina.verify.layouts import config_of, in_order, in_pipelines, product
+    """Some rows of the user's own router in which a bug acts, of different places and with different other choices; in pipelines,
+    of different schedules, where it acts nowhere else."""
+    from megalina.verify.layouts import axes, axes_of_pipelines, config_of, in_order, product
 
     name = next(iter(choices.routers))
     own = replace(choices, routers={name: choices.routers[name]}, strategies=dict(list(choices.strategies.items())[:1]))
-    capacity = choices.routers[name].capacity_factor
-    by_place: dict[tuple[int, int, int, bool], list[Row]] = {}
-    of_one_list = list(product(own, ranks))
-    for row in (*of_one_list, *in_pipelines(own, of_one_list)):
+    fixed: dict[str, list[Any]] = {"recompute": ["none"], "capacity": [choices.routers[name].capacity_factor > 0]}
+    by_kind: dict[tuple[Any, ...], list[Row]] = {}
+    for row in product(own, ranks, options=axes(own, ranks) | fixed):
         at = row.layout
-        if at.pp > 1 and any(rows[0].layout.pp == 1 for rows in by_place.values()):
-            break
-        if row.capacity == capacity and at.recompute == "none" and plant.applies(at, config_of(own, row)):
-            by_place.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
-    most = max(map(len, by_place.values()), default=0)
+        if plant.applies(at, config_of(own, row)):
+            by_kind.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
+    if not by_kind:
+        for row in product(own, ranks, options=axes_of_pipelines(own, ranks) | fixed | {"context": [(1, "all_gather")]}):
+            at = row.layout
+            if plant.applies(at, config_of(own, row)):
+                by_kind.setdefault((at.pipeline,), []).append(row)
+    most = max(map(len, by_kind.values()), default=0)
     found: dict[Row, None] = {}
     for turn in range(most):
-        for i, rows in enumerate(reversed(by_place.values())):
-            found[rows[(turn + i * len(rows) // len(by_place)) % len(rows)]] = None
+        for i, rows in enumerate(reversed(by_kind.values())):
+            found[rows[(turn + i * len(rows) // len(by_kind)) % len(rows)]] = None
     return in_order(list(found)[:MOST_PLANTED])
 
 

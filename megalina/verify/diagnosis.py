@@ -32,6 +32,7 @@ from megalina.verify.recording import INITIAL, Recording
 UNKNOWN = "unknown"
 HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
     "activation": (
+        pipelines.message_swapped,
         sequences.last_micro_batch_missing,
         vocabulary.embedding_of_first_words,
         residuals.bias_on_each_rank,

@@ -3,11 +3,15 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from random import Random
 from typing import Any
 
+from megalina.blocks.pipelined import TABLE, read_table, schedule_of
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, StrategyConfig
+from megalina.step.pipeline.schedules.schedule import Size
+from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.validate import check_config
 from megalina.verify.on_ranks import layout_config
 from megalina.verify.recording import SEQUENCES, Layout
@@ -16,7 +20,10 @@ from megalina.verify.shrink import power_below
 CAPACITY = 0.8  # of routers that come without one: some tokens are always dropped
 MOST_ROWS = 400  # of a product; beyond, pairs
 TRIES = 2000  # random rows with a pair before it counts as never allowed
+TRIES_ALONE = 60  # of sizes that fit, with one choice
 PIECE_MB = 0.002  # MiB: many pieces a bucket
+NO_PIPELINE = "none"  # among schedules: rows of one stage
+CHUNKS = (1, 2)  # stages on each pipeline rank, where a schedule takes any number of them
 Values = dict[str, Any]  # axis -> choice
 Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]  # (axis, choice) of two axes, in the order of the axes
 
@@ -30,6 +37,7 @@ class Choices:
     strategies: Mapping[str, StrategyConfig]
     models: Mapping[str, ModelConfig]
     optimizers: Mapping[str, OptimConfig]
+    schedules: Sequence[str] = field(default_factory=lambda: (NO_PIPELINE, *SCHEDULES))  # of pipelines
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,14 @@ class Row:
 
 
 def only(choices: Choices, words: Sequence[str]) -> Choices:
-    """Those of `choices` that words such as "strategy=flow,lina" or "router=topk" name.  ValueError for what isn't there."""
-    there: dict[str, Mapping[str, Any]] = {"strategy": choices.strategies, "router": choices.routers}
+    """Those of `choices` that words such as "strategy=flow,lina", "router=topk" or "schedule=zbv" name.
+
+    ValueError for what isn't there."""
+    there: dict[str, Mapping[str, Any]] = {
+        "strategy": choices.strategies,
+        "router": choices.routers,
+        "schedule": dict.fromkeys(choices.schedules),
+    }
     for word in words:
         kind, _, names = word.partition("=")
         if kind not in there:
@@ -57,7 +71,7 @@ def only(choices: Choices, words: Sequence[str]) -> Choices:
         if missing := [name for name in names.split(",") if name not in there[kind]]:
             raise ValueError(f"--only {word}: there is no {kind} {missing[0]!r}; there are {', '.join(there[kind])}")
         there[kind] = {name: there[kind][name] for name in names.split(",")}
-    return replace(choices, strategies=there["strategy"], routers=there["router"])
+    return replace(choices, strategies=there["strategy"], routers=there["router"], schedules=tuple(there["schedule"]))
 
 
 def places(ranks: int) -> list[tuple[int, int, int, bool]]:
@@ -79,7 +93,7 @@ def contexts(ranks: int) -> list[tuple[int, str]]:
 
 
 def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
-    """What varies: axis -> its choices."""
+    """What varies in rows of one stage: axis -> its choices."""
     return {
         "place": places(ranks),
         "context": contexts(ranks),
@@ -94,23 +108,106 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     }
 
 
+def axes_of_pipelines(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
+    """What varies in rows of several pipeline ranks; without those of all other axes that no pipeline has at all."""
+    plain = axes(choices, ranks)
+    options = {
+        "place": [place for place in plain["place"] if place[0] >= 2 * place[1] * place[2]],
+        "context": contexts(max(1, ranks // 2)),
+        "pp": [1 << i for i in range(1, power_below(ranks).bit_length())],
+        "schedule": [(name, chunks) for name in choices.schedules if name != NO_PIPELINE for chunks in _chunks(name)],
+        "cut": ["even", "uneven"],
+        **{axis: values for axis, values in plain.items() if axis not in ("place", "context")},
+    }
+    if not all(options.values()):
+        return dict.fromkeys(options, ())
+    return {axis: [c for c in values if _is_ever_allowed(choices, options, axis, c)] for axis, values in options.items()}
+
+
+def _chunks(schedule: str) -> Sequence[int]:
+    number = 0 if schedule.endswith(TABLE) else schedule_of(schedule).chunks
+    return (number,) if number else CHUNKS
+
+
+def _is_ever_allowed(choices: Choices, options: Mapping[str, Sequence[Any]], axis: str, choice: Any) -> bool:
+    """Of a strategy whose lists go over all layers, say: never."""
+    random = Random(f"{axis} {choice}")
+    drawn = ({a: random.choice(values) for a, values in options.items()} | {axis: choice} for _ in range(TRIES))
+    fitting = itertools.islice(filter(fits, drawn), TRIES_ALONE)
+    return any(runs(choices, row_of(choices, values)) for values in fitting)
+
+
+def fits(values: Mapping[str, Any]) -> bool:
+    """Whether the sizes among some axes' choices may be of one row: what costs next to nothing to know."""
+    if "place" not in values:
+        return True
+    world, tp, ep, _ = values["place"]
+    (cp, _), pp = values.get("context", (1, "")), values.get("pp", 1)
+    if world % (tp * ep * cp * pp):
+        return False
+    if not values.keys() >= {"context", "pp", "schedule", "micro_batch"}:
+        return True
+    readers, (name, chunks) = world // (tp * cp * pp), values["schedule"]
+    micro_batch = values["micro_batch"] or max(1, SEQUENCES // readers)
+    return SEQUENCES % (micro_batch * readers) == 0 and _is_made_for(name, pp, chunks, SEQUENCES // (micro_batch * readers))
+
+
+@cache
+def _is_made_for(schedule: str, ranks: int, chunks: int, micro_batches: int) -> bool:
+    try:
+        if schedule.endswith(TABLE):
+            table = read_table(schedule, micro_batches)
+            return (table.ranks, table.stages) == (ranks, ranks * chunks)
+        schedule_of(schedule).pipeline(Size(ranks, chunks, micro_batches))
+    except ValueError:
+        return False
+    return True
+
+
 def row_of(choices: Choices, values: Mapping[str, Any]) -> Row:
     world, tp, ep, sequence = values["place"]
     zero, piece_mb = values["zero"]
     cp, cp_kind = values["context"]
-    micro_batch = values["micro_batch"] or max(1, SEQUENCES * tp * cp // world)
-    recompute, strategy = values["recompute"], values["strategy"]
-    layout = Layout(world, tp, ep, sequence, zero, micro_batch, recompute, piece_mb, strategy, cp, cp_kind)
+    pp, (pipeline, chunks) = values.get("pp", 1), values.get("schedule", (StrategyConfig().pipeline, 1))
+    layout = Layout(
+        world,
+        tp,
+        ep,
+        sequence,
+        zero,
+        values["micro_batch"] or max(1, SEQUENCES * tp * cp * pp // world),
+        values["recompute"],
+        piece_mb,
+        values["strategy"],
+        cp,
+        cp_kind,
+        pp,
+        chunks,
+        pipeline,
+        uneven_stages(choices.models[values["model"]], pp * chunks) if values.get("cut") == "uneven" else "",
+    )
     router = str(values["router"])
     capacity = (choices.routers[router].capacity_factor or CAPACITY) if values["capacity"] else 0.0
     return Row(layout, router, capacity, str(values["model"]), str(values["optimizer"]))
 
 
+def uneven_stages(model: ModelConfig, stages: int) -> str:
+    """As Megatron writes it: the embedding alone in the first stage, a layer in each of those between, all others in the last."""
+    last = layers_for(model, stages) - (stages - 2)
+    return "E|" + "t|" * (stages - 2) + "t" * last + "m" * model.mtp_layers + "L"
+
+
+def layers_for(model: ModelConfig, stages: int) -> int:
+    """Each stage has one at least."""
+    return max(model.num_layers, stages)
+
+
 def config_of(choices: Choices, row: Row) -> PretrainConfig:
     """The configuration that a row runs."""
+    model = choices.models[row.model]
     config = replace(
         choices.base,
-        model=choices.models[row.model],
+        model=replace(model, num_layers=layers_for(model, row.layout.pp * row.layout.chunks)),
         router=replace(choices.routers[row.router], capacity_factor=row.capacity),
         strategy=choices.strategies[row.layout.strategy],
         optim=choices.optimizers[row.optimizer],
@@ -127,9 +224,12 @@ def runs(choices: Choices, row: Row) -> bool:
     return True
 
 
-def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterator[Row]:
-    """Every combination that megalina accepts.  `crossed`: only of these axes, the others are drawn, always alike."""
-    options = axes(choices, ranks)
+def product(
+    choices: Choices, ranks: int, crossed: Sequence[str] = (), options: Mapping[str, Sequence[Any]] | None = None
+) -> Iterator[Row]:
+    """Every combination that megalina accepts.  `crossed`: only of these axes, the others are drawn, always alike.  `options`:
+    those of `axes_of_pipelines`, or some of them; None: rows of one stage."""
+    options = dict(axes(choices, ranks) if options is None else options)
     crossed = crossed or list(options)
     drawn = [axis for axis in options if axis not in crossed]
     if "context" in drawn:
@@ -138,39 +238,47 @@ def product(choices: Choices, ranks: int, crossed: Sequence[str] = ()) -> Iterat
     seen: set[Row] = set()
     for chosen in itertools.product(*(options[axis] for axis in crossed)):
         values = dict(zip(crossed, chosen, strict=True)) | {axis: random.choice(options[axis]) for axis in drawn}
-        row = row_of(choices, values)
-        if row not in seen and runs(choices, row):
+        if fits(values) and (row := row_of(choices, values)) not in seen and runs(choices, row):
             seen.add(row)
             yield row
 
 
-def in_pipelines(choices: Choices, rows: Iterable[Row]) -> Iterator[Row]:
-    """The same rows with each half of their ranks a stage of a pipeline, as far as megalina accepts them."""
-    for row in rows:
-        cut = replace(row, layout=replace(row.layout, pp=2, pipeline="zb_h1"))
-        if row.layout.world > 1 and runs(choices, cut):
-            yield cut
-
-
 def pairwise(choices: Choices, ranks: int, *, only: bool = False) -> list[Row]:
-    """Few rows, by world size, in which every pair of choices that megalina accepts together occurs.
+    """Few rows of one stage, by world size, in which every pair of choices that megalina accepts together occurs.
 
     `only`: in the world of just so many ranks."""
     options = axes(choices, ranks)
     if only:
         options["place"] = [place for place in options["place"] if place[0] == ranks]
-    found = pairs(options, lambda values: runs(choices, row_of(choices, values)))
+    return _pairwise(choices, options)
+
+
+def pairwise_in_pipelines(choices: Choices, ranks: int) -> list[Row]:
+    """The same for rows of several pipeline ranks."""
+    return _pairwise(choices, axes_of_pipelines(choices, ranks))
+
+
+def _pairwise(choices: Choices, options: Mapping[str, Sequence[Any]]) -> list[Row]:
+    found = pairs(options, lambda values: fits(values) and runs(choices, row_of(choices, values)), may_be_allowed=fits)
     return in_order(dict.fromkeys(row_of(choices, values) for values in found))
 
 
 def chosen_rows(choices: Choices, ranks: int, mode: str) -> tuple[list[Row], str]:
     """The rows, and for people how they were chosen.  `mode`: pairs always | never | auto: where there are many combinations."""
+    plain = NO_PIPELINE in choices.schedules
     if mode != "always":
-        rows = list(itertools.islice(product(choices, ranks), None if mode == "never" else MOST_ROWS + 1))
+        piped = product(choices, ranks, options=axes_of_pipelines(choices, ranks))
+        whole = itertools.chain(product(choices, ranks) if plain else (), piped)
+        rows = list(itertools.islice(whole, None if mode == "never" else MOST_ROWS + 1))
         if mode == "never" or len(rows) <= MOST_ROWS:
-            return in_order(rows), f"every combination: {len(rows)} rows"
-    rows = pairwise(choices, ranks)
-    return rows, f"every pair of choices occurs together: {len(rows)} rows"
+            return in_order(rows), f"every combination: {_counted(rows)}"
+    rows = in_order([*(pairwise(choices, ranks) if plain else ()), *pairwise_in_pipelines(choices, ranks)])
+    return rows, f"every pair of choices occurs together: {_counted(rows)}"
+
+
+def _counted(rows: Sequence[Row]) -> str:
+    piped = sum(row.layout.pp > 1 for row in rows)
+    return f"{len(rows)} rows" + (f", {piped} of them pipelines" if piped else "")
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megalina.blocks.heads import attention_bias
 from megalina.blocks.optimizers import optimizer_of
+from megalina.blocks.pipelined import pipelined
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
 from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
@@ -106,6 +107,13 @@ def _groups_decide(config: PretrainConfig) -> bool:
 
 def _replays(config: PretrainConfig) -> bool:
     return _has_moe(config) and bool(config.router.replay)
+
+
+def _has_moe_without_main_loss(layout: Layout, config: PretrainConfig) -> bool:
+    """Whether routers are on a pipeline rank that hasn't the main loss."""
+    job = pipelined(config, layout.world)
+    others = (held for held in map(job.held, range(job.ranks)) if not held.last)
+    return any(is_moe_layer(config.model, layer) for held in others for layer in held.layers)
 
 
 def _lies_elsewhere(layout: Layout, config: PretrainConfig) -> bool:
@@ -414,6 +422,14 @@ _ALL = (
         ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=false"),
     ),
     Plant(
+        "message_swapped",
+        "the first pipeline rank sends the next one two micro-batches in each other's place",
+        lambda layout, config: (
+            layout.pp > 1 and layout.micro_batches > 1 and pipelines.begins_with_two(pipelined(config, layout.world))
+        ),
+        pipelines.message_swapped,
+    ),
+    Plant(
         "divided_by_micro_batches",
         "in a pipeline losses are divided by the number of micro-batches, too",
         lambda layout, config: layout.pp > 1 and layout.micro_batches > 1,
@@ -422,19 +438,21 @@ _ALL = (
     Plant(
         "weights_cell_left_out",
         "a stage leaves out the gradients of weights of a micro-batch",
-        lambda layout, config: layout.pp > 1 and layout.micro_batches > 1 and layout.pipeline == "zb_h1",
+        lambda layout, config: (
+            layout.pp > 1 and layout.micro_batches > 1 and pipelines.split_stage(pipelined(config, layout.world)) is not None
+        ),
         pipelines.weights_cell_left_out,
     ),
     Plant(
         "balance_of_first_stages_unseeded",
         "the balance losses of layers that are in another stage than the main loss have no gradient",
-        lambda layout, config: layout.pp > 1 and _is_balanced(config) and is_moe_layer(config.model, 0),
+        lambda layout, config: layout.pp > 1 and _is_balanced(config) and _has_moe_without_main_loss(layout, config),
         pipelines.balance_of_first_stages_unseeded,
     ),
     Plant(
         "embedding_summed_by_stages",
-        "the gradient of a tied embedding is not summed over the first stage and the last",
-        lambda layout, config: layout.pp > 1 and config.model.tie_embeddings and layout.zero == 0,
+        "the gradient of an embedding that two stages use is summed in each by itself",
+        lambda layout, config: layout.pp > 1 and layout.zero == 0 and len(pipelined(config, layout.world).words_ranks) > 1,
         pipelines.embedding_summed_by_stages,
     ),
     Plant(

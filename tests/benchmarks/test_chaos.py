@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,24 @@ def test_rows_and_totals_tell_the_same_story() -> None:
     assert [row["lost_s"] for row in rows_of(plan, ends[:3], [2.0, 3.0])] == [2.0, 3.0, None]  # given up after the third
 
 
-def write(folder: Path, name: str, weight: torch.Tensor, *, tokens: int = 90, loss: float = 5.0, routing: str = "f0") -> Path:
+def write(
+    folder: Path,
+    name: str,
+    weight: torch.Tensor,
+    *,
+    tokens: int = 90,
+    loss: float = 5.0,
+    routing: str = "f0",
+    losses: Sequence[float] = (5.0,),
+) -> Path:
     """A run folder with a checkpoint of step 2 and the records of two steps."""
     run = folder / name
     checkpoints = Checkpoints(run / "checkpoints", build_mesh(tp=1, ep=1), keep_last=1, keep_every=0, asynchronous=False)
     state = {"model/weight": Slice(weight, {}), "exp_avg/weight": Slice(torch.zeros(4), {})}
-    checkpoints.save(2, state, {"step": 2, "tokens": tokens, "config": {"run": {"dir": name}}})
+    checkpoints.save(2, state, {"step": 2, "tokens": tokens, "losses": list(losses), "config": {"run": {"dir": name}}})
     write_lines(run / "metrics.jsonl", {"step": 1, "loss": 6.0, "step_s": 0.1}, {"step": 2, "loss": loss, "step_s": len(name)})
-    write_lines(run / "ledger.jsonl", {"step": 1, "routing": ["0a"]}, {"step": 2, "routing": [routing]})
+    digests = {"samples": [0, 4], "tokens": "1", "random": "2", "loss_hex": "0x1p+2", "grad_norm_hex": "0x1p+0", "updated": True}
+    write_lines(run / "ledger.jsonl", *({"step": i, "routing": [of], **digests} for i, of in ((1, "0a"), (2, routing))))
     return run
 
 
@@ -168,7 +179,7 @@ WEIGHT = torch.tensor([1.0, 0.0, float("nan"), -3.5])
 
 def test_runs_that_differ_in_settings_alone_are_equal(tmp_path: Path) -> None:
     found = compare(write(tmp_path, "a", WEIGHT), write(tmp_path, "b", WEIGHT.clone()), 2)
-    assert (found["bit_equal"], found["different"], found["different_steps"]) == (True, [], [])
+    assert (found["equal"], found["different"], found["different_steps"]) == (True, [], [])
     assert [Path(path).is_dir() for path in found["final"]] == [True, True]
 
 
@@ -185,7 +196,7 @@ def test_runs_that_differ_in_settings_alone_are_equal(tmp_path: Path) -> None:
 )
 def test_one_bit_is_a_difference(tmp_path: Path, weight: torch.Tensor) -> None:
     found = compare(write(tmp_path, "a", WEIGHT), write(tmp_path, "b", weight), 2)
-    assert (found["bit_equal"], found["different"]) == (False, ["model/weight"])
+    assert (found["equal"], found["different"]) == (False, ["model/weight"])
 
 
 def test_counters_losses_and_routing_are_compared_too(tmp_path: Path) -> None:
@@ -193,6 +204,22 @@ def test_counters_losses_and_routing_are_compared_too(tmp_path: Path) -> None:
     assert compare(one, write(tmp_path, "tokens", WEIGHT, tokens=91), 2)["different"] == ["tokens"]
     assert compare(one, write(tmp_path, "loss", WEIGHT, loss=5.000000000000001), 2)["different_steps"] == [2]
     assert compare(one, write(tmp_path, "routing", WEIGHT, routing="f1"), 2)["different_steps"] == [2]
+
+
+def test_runs_in_several_layouts_may_differ_by_rounding_and_by_nothing_else(tmp_path: Path) -> None:
+    def found(name: str, weight: torch.Tensor, **records: Any) -> dict[str, Any]:
+        return compare(write(tmp_path, name, weight, **records), one, 2, moved=True)
+
+    exact = torch.tensor([1.0, 0.5, -3.5, 2.0], dtype=torch.float64)
+    one = write(tmp_path, "one", exact)
+    near = found("near", exact * (1 + 1e-13), loss=5.0 * (1 + 1e-14))
+    assert (near["equal"], near["different_steps"]) == (True, [])
+    assert found("weight", exact * (1 + 1e-8))["different"] == ["model/weight"]
+    assert found("loss", exact, loss=5.0 * (1 + 1e-10))["different_steps"] == [2]
+    assert found("tokens", exact, tokens=91)["different"] == ["tokens"]
+    assert found("near loss", exact, losses=[5.0 * (1 + 1e-14)])["equal"]
+    assert found("other loss", exact, losses=[5.0 * (1 + 1e-10)])["different"] == ["losses"]
+    assert found("routing", exact, routing="f1")["different_steps"] == [2]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
@@ -205,12 +232,12 @@ def test_a_step_must_be_recorded_once(tmp_path: Path, name: str) -> None:
     assert compare(one, two, 2)["different_steps"] == [1]
     (two / name).unlink()
     found = compare(one, two, 2)
-    assert name in found["different_steps"][0] and found["bit_equal"]
+    assert name in found["different_steps"][0] and found["equal"]
 
 
 def test_a_run_without_the_final_checkpoint_is_not_equal(tmp_path: Path) -> None:
     found = compare(write(tmp_path, "a", WEIGHT), write(tmp_path, "b", WEIGHT), 3)
-    assert found["bit_equal"] is False and "step_00000003" in found["different"][0]
+    assert found["equal"] is False and "step_00000003" in found["different"][0]
 
 
 def test_a_save_is_told_from_the_removal_of_an_older_checkpoint(tmp_path: Path) -> None:
@@ -237,13 +264,16 @@ def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layouts", [["ep"], ["zb_h1"], ["1f1b", "zbv"]], ids=" ".join)
+def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path: Path, layouts: list[str]) -> None:
     """The benchmark itself, with one kill: of the launcher inside a save."""
     command = [
         sys.executable,
         ROOT / "benchmarks" / "chaos.py",
         "--kills",
         "1",
+        "--layouts",
+        *layouts,
         "--dir",
         tmp_path / "runs",
         "--json",
@@ -252,7 +282,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(tmp_path: Pa
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     found = json.loads((tmp_path / "found").read_text())
-    assert (found["kills"], found["bit_equal"], found["wrong"], found["leftover_processes"]) == (1, True, [], 0)
+    assert (found["kills"], found["equal"], found["wrong"], found["leftover_processes"]) == (1, True, [], 0)
     assert found["rows"][0]["moment"] == "inside a save" and found["lost_steps"] <= INTERVAL
     assert all(Path(path, "values.json").is_file() for path in found["final"])
     assert not any(f"{tmp_path}" in line for line in running_commands())

@@ -6,7 +6,6 @@ the numbers of the plain schedule, with one ledger a group, which is that of vir
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalina.collective_log import CollectiveLog, Entry
+from megalina.collective_log import Entry
 from megalina.config import OptimConfig
 from megalina.mesh import Mesh, build_mesh
 from megalina.parallel.emulated_device import EmulatedDevice
@@ -29,6 +28,7 @@ from megalina.step.plan import Plan
 from megalina.step.program import Kind, Op, Program, check
 from megalina.step.strategy import STRATEGIES, Setting, given, training_step
 from megalina.train.bucket_optimizer import BucketOptimizer
+from tests.parallel.delays import Delays
 from tests.parallel.ranks import run_on_ranks
 from tests.perfmodel.sim.schedules import WALKING, order_of, ranks_of
 from tests.train.small_run import VOCABULARY, config_of, random_batch
@@ -39,7 +39,6 @@ LAYOUTS: dict[tuple[int, int, int], dict[str, Any]] = {  # (edp, ep, tp): two pa
     (2, 2, 1): {"ep": 2, "shared_d_ff": 16, "micro_batch_size": 2},
     (1, 2, 2): {"ep": 2, "tp": 2, "dense_layers_first": 1, "num_layers": 3, "micro_batch_size": 2},
 }
-DELAYS_S = (*[0.0] * 17, 0.001, 0.002, 0.005)
 STUCK_S = 30.0
 
 Group = tuple[str, tuple[int, ...]]  # axis, ranks
@@ -113,41 +112,6 @@ class Outcome:
     slept_s: float
 
 
-class Delays:
-    """Sleeps before instructions and before collectives leave, a function of rank, instruction and seed."""
-
-    def __init__(self, log: CollectiveLog, schedule: Schedule):
-        self._log, self._seed, self.slept_s = log, str(schedule), 0.0
-
-    def seconds(self, what: str) -> float:
-        return Random(f"{self._seed} {self._log.rank} {what}").choice(DELAYS_S)
-
-    def sleep(self, what: str) -> None:
-        if (seconds := self.seconds(what)) > 0:
-            time.sleep(seconds)
-            self.slept_s += seconds
-
-    @contextmanager
-    def everywhere(self) -> Iterator[None]:
-        """In the program's thread when an instruction begins; in the thread that starts a collective, just before it does."""
-        log = self._log
-        enter, submit = log.position.enter, log.submit
-
-        def late_enter(tag: str, waits: bool) -> None:
-            self.sleep(f"instruction {tag}")
-            enter(tag, waits)
-
-        def late_submit(*arguments: Any, **named: Any) -> None:
-            self.sleep(f"lane {getattr(log.here, 'place', None)}")
-            submit(*arguments, **named)
-
-        log.position.enter, log.submit = late_enter, late_submit  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            log.position.enter, log.submit = enter, submit  # type: ignore[method-assign]
-
-
 class Model:
     """A model of one layout whose steps are done again and again, from the same weights."""
 
@@ -191,7 +155,7 @@ class Model:
     def outcome(self, schedule: Schedule) -> Outcome:
         """A schedule with delays, against the plain one without."""
         setting = schedule.setting(self.base)
-        program, delays = schedule.program(setting), Delays(self.trainable.log, schedule)
+        program, delays = schedule.program(setting), Delays(self.trainable.log, str(schedule))
         if schedule.emulated:  # what is sent leaves when the device is there
             self.trainable.device = EmulatedDevice(lambda instruction: delays.seconds(f"device {instruction.tag}"))
         with delays.everywhere():

@@ -252,6 +252,19 @@ def loses_a_message(rank: int, mark: Callable[[], None]) -> None:
     exchange.start_send = start
 
 
+def stops_in_a_send(rank: int, mark: Callable[[], None]) -> None:
+    """The first stage doesn't come back from sending the stream of micro-batch 1."""
+    send = exchange.start_send
+
+    def start(x: torch.Tensor, name: str, axis: Any, log: Any) -> Any:
+        if rank == 0 and log.position.step == FAULT_STEP and name == "x>.2.1":
+            mark()
+            time.sleep(60)
+        return send(x, name, axis, log)
+
+    exchange.start_send = start
+
+
 def waits_alone(rank: int, mark: Callable[[], None]) -> None:
     """Rank 1 waits for a sum that nobody else has asked for."""
     asked: list[int] = []
@@ -410,6 +423,18 @@ def test_messages_of_a_pipeline_that_change_places_are_caught_before_the_update(
 def test_a_message_that_never_leaves_its_stage_is_named(job: Callable[..., Outcome]) -> None:
     text = explained(job(loses_a_message, **PIPELINE), "no rank has made progress", "on axis pp0-1 is not the same on all ranks")
     assert "rank 1 waits in instruction F:stream<.2.1 of step 2" in text
+
+
+@pytest.mark.full
+def test_a_stage_that_stops_in_the_middle_of_a_send_is_named_with_the_one_that_waits_for_it(job: Callable[..., Outcome]) -> None:
+    text = explained(
+        job(stops_in_a_send, **PIPELINE),
+        "no rank has made progress",
+        "rank 0 computes in instruction F:stream>.2.1 of step 2",
+        "time.sleep(60)",
+        "rank 1 waits in instruction F:stream<.2.1 of step 2",
+    )
+    assert "on axis pp0-1 (message), which rank 0 has not submitted" in text
 
 
 @pytest.mark.full

@@ -1,6 +1,8 @@
 """The star test for pipelines: every schedule gives the numbers of one process, in float64, in layouts of every kind.
 
-Ranks are threads here (tests/parallel/thread_ranks.py); tests/train/test_pipeline_run.py and test_plants.py have real ones."""
+`make test` has every schedule, model, router, strategy and layout once; `make test-full` all pairs of choices, and the product of
+schedules, layouts, ZeRO, accumulation and cuts.  Ranks are threads here (tests/parallel/thread_ranks.py);
+test_pipelines_on_ranks.py, test_plants.py and tests/train/test_pipeline_run.py have real ones."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +18,26 @@ from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.torch_table import to_csv
 from megalina.verify.compare import compare
-from megalina.verify.on_ranks import Pool
+from megalina.verify.layouts import product
 from megalina.verify.recording import Layout
 from megalina.verify.reference import record
 from megalina.verify.start import random_batches
-from tests.verify.pipeline_rows import CHUNKS, INSIDE, config_of, difference, drawn, recorded
+from tests.verify.pipeline_rows import (
+    MOST_RANKS,
+    RANKS,
+    choices,
+    config_of,
+    difference,
+    differences,
+    every_choice,
+    every_pair,
+    inside_of_cells,
+    options,
+    recorded,
+)
+
+PARTS = 4  # of rows, which all together take minutes
+CROSSED = ("pp", "schedule", "cut", "place", "zero", "micro_batch")
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +48,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_gives_the_numbers_of_one_process(schedule: str) -> None:
-    chunks = CHUNKS[schedule][-1]
-    layout = Layout(2, pp=2, micro_batch=2, chunks=chunks, pipeline=schedule)
-    assert difference(config_of(layout, model="dense first, shared experts", num_layers=2 * chunks + 1), layout) == ""
+def test_every_choice_equals_one_process() -> None:
+    rows, of = every_choice(RANKS), options(RANKS)
+    assert {(row.layout.pipeline, row.layout.chunks) for row in rows} == set(of["schedule"])
+    assert {row.layout.pp for row in rows} == {2, 4} and {bool(row.layout.stages) for row in rows} == {True, False}
+    assert {row.model for row in rows} == set(of["model"]) and {row.router for row in rows} == set(of["router"])
+    assert {row.layout.strategy for row in rows} == set(of["strategy"])
+    assert differences(rows, steps=1) == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +76,7 @@ ROWS: list[tuple[Layout, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("layout", "settings"), [pytest.param(*row, id=str(i), marks=[pytest.mark.full] * (i < 3)) for i, row in enumerate(ROWS)]
+    ("layout", "settings"), [pytest.param(*row, id=str(i), marks=[pytest.mark.full] * (i < 4)) for i, row in enumerate(ROWS)]
 )
 def test_stages_that_differ_and_ranks_beside_them(layout: Layout, settings: dict[str, Any]) -> None:
     assert difference(config_of(layout, **settings), layout) == ""
@@ -91,7 +110,7 @@ def test_cells_in_parts_and_with_later_weights(layout: Layout, settings: dict[st
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_strategies_inside_of_cells(schedule: str, part: int) -> None:
-    rows = drawn(schedule, 8, seed=part, strategies=tuple(INSIDE))
+    rows = inside_of_cells(schedule, 8, seed=part)
     found = [f"{what}: {first}" for config, layout, what in rows if (first := difference(config, layout, steps=2))]
     assert found == []
 
@@ -107,21 +126,21 @@ def test_a_table_of_torch_is_a_schedule(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", range(2))
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_rows_of_all_kinds(schedule: str, part: int) -> None:
-    rows = drawn(schedule, 10, seed=part)
-    found = [f"{what}: {first}" for config, layout, what in rows if (first := difference(config, layout, steps=2))]
-    assert found == []
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_pair_of_choices_equals_one_process(part: int) -> None:
+    rows = every_pair()
+    assert len(rows) >= 100 and max(row.layout.world for row in rows) == MOST_RANKS
+    assert differences(rows[part::PARTS], steps=2) == []
 
 
 @pytest.mark.full
-def test_on_real_ranks_too() -> None:
-    with Pool() as pool:
-        for schedule in SCHEDULES:
-            for config, layout, what in drawn(schedule, 3, seed=9, pp=(2,), most_ranks=4):
-                batches = random_batches(config, 2)
-                assert compare(record(config, batches), pool.record(config, layout, batches)).first is None, what
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_product_of_a_schedule_and_layouts_equals_one_process(schedule: str) -> None:
+    of = options(RANKS)
+    of["schedule"] = [(name, chunks) for name, chunks in of["schedule"] if name == schedule]
+    rows = list(product(choices(), RANKS, CROSSED, of))
+    assert len(rows) >= 40 and {row.layout.pp for row in rows} == {2, 4}
+    assert differences(rows, steps=1) == []
 
 
 def test_experts_may_lie_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

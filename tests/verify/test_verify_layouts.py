@@ -10,6 +10,7 @@ import pytest
 
 from megalina.cli import verify as verify_layouts
 from megalina.compose import CONF
+from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.verify import layouts, verification
 from megalina.verify.layouts import Choices, Row
 from megalina.verify.recording import Layout
@@ -45,7 +46,7 @@ def test_equal_rows_end_with_exit_code_0_and_are_written_as_json(tmp_path: Path,
     row = found["rows"][1]
     assert row["layout"] == {
         "world": 2, "tp": 1, "ep": 2, "sequence": True, "zero": 1, "micro_batch": 2, "recompute": "none", "piece_mb": 0.0,
-        "strategy": "eager",
+        "strategy": "eager", "cp": 1, "cp_kind": "all_gather", "pp": 1, "chunks": 1, "pipeline": "1f1b", "stages": "",
     }  # fmt: skip
     assert (row["router"], row["strategy"], row["equal"], row["first_difference"]) == ("sigmoid", "eager", True, None)
     assert 0 < row["largest_error"] < 1e-12
@@ -64,6 +65,39 @@ def test_a_planted_bug_is_found_and_named(tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert f"{len(found['rows'])} differ from one process, 0 failed" in out.splitlines()[-1]
     assert "\nlast_micro_batch_dropped: " in out
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "plant",
+    ["message_swapped", "weights_cell_left_out", "divided_by_micro_batches", "norm_of_own_stage", "embedding_summed_by_stages",
+     "balance_of_first_stages_unseeded", "zigzag_undone_wrongly", "mask_of_another_piece"],
+)  # fmt: skip
+def test_a_planted_bug_of_pipelines_and_cut_sequences_is_found_and_named(
+    plant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    assert verify_layouts.main(["model=tiny", "--ranks", "4", "--plant", plant, "--json", str(file)]) == 1
+    found = json.loads(file.read_text())
+    assert found["named"] == plant and not any(row["equal"] or row["failed"] for row in found["rows"])
+    if plant not in ("zigzag_undone_wrongly", "mask_of_another_piece"):
+        assert len({row["layout"]["pipeline"] for row in found["rows"]}) > 1
+        assert {row["layout"]["pp"] for row in found["rows"]} <= {2, 4}
+    assert f"\n{plant}: " in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_pipelines_of_all_schedules_are_verified(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    words = ["model=tiny", "strategy.pipeline=docs/examples/own_pipeline.py:SCHEDULE", "--ranks", "2", "--json", str(file)]
+    only = ["--only", "router=topk", "--only", "strategy=eager"]
+    assert verify_layouts.main([*words, *only, "--pairs", "always"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["layout"]["pipeline"] for row in rows} == {*SCHEDULES, "docs/examples/own_pipeline.py:SCHEDULE"}
+    assert {row["layout"]["pp"] for row in rows} == {1, 2}
+    assert verify_layouts.main([*words, *only, "--only", "schedule=zbv", "--pairs", "always"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["layout"]["pp"], row["layout"]["pipeline"], row["layout"]["chunks"]) for row in rows} == {(2, "zbv", 2)}
 
 
 def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +121,13 @@ def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             "--plant norm_per_rank changes nothing in any layout of up to 1 ranks",
             marks=pytest.mark.full,
         ),
+        pytest.param(
+            ["strategy.pipeline=docs/examples/own_pipeline.py:SCHEDULE", "--ranks", "1"],
+            "strategy.pipeline=docs/examples/own_pipeline.py:SCHEDULE is made for none of the rows, which have up to 1 ranks",
+            marks=pytest.mark.full,
+        ),
+        (["strategy.pipeline=zbx"], "strategy.pipeline=zbx: there is no such schedule: choose one of gpipe, "),
+        (["strategy.pipeline=nowhere.csv"], "strategy.pipeline=nowhere.csv: there is no such file"),
         (["launch.device=cuda"], "launch.device=cuda, but torch sees no GPU"),
         (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: there is no folder "),
     ],
@@ -151,7 +192,8 @@ def test_only_some_rows_are_run() -> None:
     for word, said in (
         ("strategy=mine", "there is no strategy 'mine'; there are eager, "),
         ("router=", "there is no router ''; there are "),
-        ("zero=1", "give strategy=A,B or router=A,B"),
+        ("schedule=zb", "there is no schedule 'zb'; there are none, gpipe, "),
+        ("zero=1", "give strategy=A,B or router=A,B or schedule=A,B"),
     ):
         with pytest.raises(ValueError, match=f"^--only {word}: {said}"):
             layouts.only(every, [word])

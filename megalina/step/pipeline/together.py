@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from megalina.step.pipeline.fill import ends_of
 from megalina.step.program import MIRRORED_OP, Instruction, Kind, Op, Program
 
-WORLD = "world"
+WORLD, MEASURE = "world", "U:measure.-.0"
 POINT_TO_POINT = (Op.SEND, Op.RECV)
 
 
@@ -17,7 +17,8 @@ def check_together(of_ranks: Sequence[Program], axes: Mapping[str, Sequence[int]
     bucket which several of them use, with these ranks; "world" spans all, and an axis between two ranks those two.  Any other
     axis is of ranks that hold one and the same program, so its order is one.
 
-    A WAIT ends once all ranks of its axis have started what it waits for, so a SEND is one for its RECV too (rendezvous)."""
+    A WAIT ends once all ranks of its axis have started what it waits for, so a SEND is one for its RECV too (rendezvous).
+    Where a step is measured the ranks' logs of collectives are compared, so what comes before that on one rank does on all."""
     members = {WORLD: tuple(range(len(of_ranks))), **{axis: tuple(ranks) for axis, ranks in axes.items()}}
     for program in of_ranks:
         for instruction in program:
@@ -25,6 +26,7 @@ def check_together(of_ranks: Sequence[Program], axes: Mapping[str, Sequence[int]
                 members[instruction.axis] = ends
     for axis, ranks in members.items():
         _check_axis(axis, ranks, of_ranks)
+        _check_compared(axis, ranks, of_ranks)
     _check_end(of_ranks, members)
 
 
@@ -45,6 +47,24 @@ def _check_axis(axis: str, ranks: Sequence[int], of_ranks: Sequence[Program]) ->
             longer, extra = (first, started) if len(started) > len(theirs) else (other, theirs)
             position, left = extra[min(len(started), len(theirs))]
             raise ValueError(f"rank {longer} at position {position}, {_text(left)}: nobody on axis {axis} starts the same")
+
+
+def _check_compared(axis: str, ranks: Sequence[int], of_ranks: Sequence[Program]) -> None:
+    first, *others = ranks
+    own = _started_before_measure(of_ranks[first], axis)
+    for other in others:
+        theirs = _started_before_measure(of_ranks[other], axis)
+        if own != theirs:
+            raise ValueError(
+                f"rank {first} starts {own} things along axis {axis} before {MEASURE}, and rank {other} {theirs}: there the logs "
+                "of collectives are compared, and would differ"
+            )
+
+
+def _started_before_measure(program: Program, axis: str) -> int | None:
+    """None: of an evaluation, which compares nothing."""
+    place = next((i for i, s in enumerate(program) if s.tag == MEASURE), None)
+    return None if place is None else sum(position < place for position, _ in _starts(program, axis))
 
 
 def _starts(program: Program, axis: str) -> list[tuple[int, Instruction]]:

@@ -1,6 +1,7 @@
 """Hypotheses about what a pipeline has to do once over all its stages."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -8,9 +9,35 @@ from torch import Tensor
 from megalina.blocks.pipelined import pipelined
 from megalina.step.pipeline.cell import Work
 from megalina.step.pipeline.job import Pipelined
-from megalina.verify.evidence import Cause, Evidence, Pair, close, counted, held, merged, total
+from megalina.verify.evidence import Cause, Evidence, Pair, agrees, close, counted, held, merged, total
 from megalina.verify.hypotheses.scales import common_factor
 from megalina.verify.reference import forward
+
+
+def message_swapped(evidence: Evidence) -> Iterator[Cause]:
+    """What goes from stage to stage has two micro-batches in each other's place on the ranks of one stage."""
+    first, layout = evidence.first, evidence.layout
+    if layout.pp == 1 or first is None or not close(first.want.value, first.got.value, first.floor):
+        return
+    size = layout.world // layout.pp
+    wrong = [rank for rank, value in enumerate(first.on_ranks) if not agrees(first.want.value, value, first.floor)]
+    if not wrong or {rank // size for rank in wrong} != {wrong[0] // size}:
+        return
+    for a, b in combinations(range(layout.micro_batches), 2):
+        if all(agrees(_exchanged(first.want.value, layout.sequences(rank), a, b), first.on_ranks[rank]) for rank in wrong):
+            yield Cause(
+                "message_swapped",
+                f"{first.name}: pipeline rank {wrong[0] // size} has micro-batches {a} and {b} in each other's place: two "
+                "messages are taken for each other",
+            )
+
+
+def _exchanged(value: Tensor, micro_batches: Sequence[range], a: int, b: int) -> Tensor:
+    """The sequences of two micro-batches in each other's place."""
+    out = value.clone()
+    here, there = list(micro_batches[a]), list(micro_batches[b])
+    out[here], out[there] = value[there], value[here]
+    return out
 
 
 def divided(evidence: Evidence) -> Iterator[Cause]:
@@ -37,7 +64,7 @@ def weights_cell(evidence: Evidence) -> Iterator[Cause]:
         return
     ranks = [rank for rank in range(job.ranks) if {p.name for p in wrong} <= _names(evidence, [rank])]
     for m in range(layout.micro_batches if ranks else 0):
-        chosen = [place * layout.micro_batches + m for place in range(layout.dp)]
+        chosen = [place * layout.micro_batches + m for place in range(layout.readers)]
         if all(close(p.want.value - units[p.name][chosen].sum((0, 1)), p.got.value, p.floor) for p in wrong):
             yield Cause(
                 "weights_cell_left_out",
@@ -86,11 +113,14 @@ def norm_of_stages(evidence: Evidence) -> Iterator[Cause]:
     if layout.pp == 1:
         return
     stage, job = layout.world // layout.pp, _job(evidence)
-    squares = {p.name: p.want.value.square().sum() for p in evidence.all("gradient")}
-    copies = {"embedding": len(job.words_ranks)}  # of a stage's norm, a share where others hold the same
+    gradients = {p.name: p for p in evidence.all("gradient")}
+    squares = {name: p.want.value.square().sum() for name, p in gradients.items()}
     for rank, value in enumerate(pair.on_ranks):
-        own = sum(squares[name] / copies.get(name, 1) for name in _names(evidence, [rank // stage]))
-        if not close(torch.as_tensor(own).sqrt(), value):
+        own = {name: squares[name] for name in _names(evidence, [rank // stage])}
+        if "embedding" in own and len(job.words_ranks) > 1:  # a share of what other stages hold, too
+            shards = [of.nan_to_num().square().sum() for of in _of_stage(evidence, gradients["embedding"], rank // stage)]
+            own["embedding"] = sum(shards, torch.zeros(())) if layout.zero else squares["embedding"] / len(job.words_ranks)
+        if not close(torch.as_tensor(sum(own.values())).sqrt(), value):
             return
     norms = ", ".join(f"{v.item():.6g}" for v in pair.on_ranks[::stage])
     yield Cause(

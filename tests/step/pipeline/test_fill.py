@@ -182,6 +182,18 @@ def test_a_circle_through_a_sum_over_all_ranks_is_named() -> None:
         check_together((tuple(first), tuple(second)))
 
 
+def test_a_message_behind_the_measurement_of_one_rank_is_refused() -> None:
+    """Nothing that the rank measures waits for its last SEND."""
+    first, second = filled("1f1b", SHAPES["MoE"], chunks=1)
+    start = next(s for s in second if s.tag == "B:stream>.4.3")
+    wait = next(s for s in second if s.tag == "B:stream<.4.3")
+    left = [s for s in second if s not in (start, wait)]
+    place = next(i for i, s in enumerate(left) if s.tag == "U:measure.-.0") + 1
+    check_together((first, (*left[: place - 1], start, wait, *left[place - 1 :])))
+    with pytest.raises(ValueError, match=r"rank 0 starts 8 things along axis pp0-1 before U:measure\.-\.0, and rank 1 7: there"):
+        check_together((first, (*left[:place], start, wait, *left[place:])))
+
+
 def test_an_axis_of_a_shared_bucket_has_one_order_too() -> None:
     forward, shape = plain(SHAPES["MoE"]), SHAPES["MoE"]
     names = dict.fromkeys(u for s in forward for u in s.uses)
