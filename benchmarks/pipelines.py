@@ -22,10 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    from megalina.cli.compare import exit_code
+    args = _parser().parse_intermixed_args(argv)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    return exit_code(lambda: compare_cuts(args))
+    from megalina.cli.compare import exit_code
+    from megalina.explain import explain
+
+    def run() -> None:
+        try:
+            compare_cuts(args)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explain(error, args.overrides)) from None
+
+    return exit_code(run)
 
 
 def compare_cuts(args: argparse.Namespace) -> None:
@@ -55,7 +65,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     for setting in (s for s in SETTINGS if s.name in only):
         slow = replace(setting, slow_motion=args.slow_motion or setting.slow_motion)
         variants = variants_of(slow)
-        jobs.append(job_of(slow, list(variants), variants=variants, base=base_of(slow), link_mbit=LINK_MBIT))
+        jobs.append(
+            job_of(slow, list(variants), variants=variants, base=base_of(slow), link_mbit=LINK_MBIT, overrides=args.overrides)
+        )
     spec = argparse.Namespace(rounds=args.rounds, steps=args.steps, picture=None, trace=None)
     out = []
     with tempfile.TemporaryDirectory(prefix="megalina_pipelines_") as folder:
@@ -73,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     from megalina.arguments import Parser, new_file, number, whole
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py, for all who compete")
     parser.add_argument("--only", default="", metavar="A,B", help="clusters: 4x1,4x2 (default: both)")
     parser.add_argument("--slow-motion", type=number(0, 1e6, above=True), metavar="F", help="default: 2 for 4x1, 4 for 4x2")
     parser.add_argument("--rounds", type=whole(1, 1_000_000), default=3, metavar="N", help="turns of each (default: 3)")

@@ -118,12 +118,14 @@ def exact(config: "PretrainConfig", kinds: Sequence[Any], ranks: int, folder: Pa
     """By schedule and by who ran it.  Tables that the check refuses are not run."""
     from benchmarks.pipelining.exact import MICRO_BATCHES, tables_on_our_ranks, torchs_own_run
     from benchmarks.pipelining.tables import said_of, table_of
+    from benchmarks.pipelining.torch_report import OURS_WITH_MESSAGES
     from benchmarks.pipelining.turns import LATE, OURS, TORCH
 
     legal = [kind for kind in kinds if not said_of(table_of(kind, ranks, MICRO_BATCHES))]
     out: dict[str, Any] = {kind.name: {} for kind in kinds}
-    for name, outcome in tables_on_our_ranks(config, legal, ranks, folder).items():
-        out[name][OURS] = _as_json(outcome)
+    for messages, title in ((False, OURS), (True, OURS_WITH_MESSAGES)):
+        for name, outcome in tables_on_our_ranks(config, legal, ranks, folder, messages=messages).items():
+            out[name][title] = _as_json(outcome)
     for kind in kinds:
         for late in (False, True)[: 1 + kind.takes_late_receives]:
             outcome = torchs_own_run(config, kind, ranks, late_receives=late)

@@ -60,13 +60,16 @@ def in_a_pipeline(config: PretrainConfig, kind: Kind, ranks: int, pipeline: str)
     )
 
 
-def tables_on_our_ranks(config: PretrainConfig, kinds: Sequence[Kind], ranks: int, folder: Path) -> dict[str, Outcome]:
-    """Of legal tables, by schedule: losses, gradients, norm and weights of two steps, the largest error of all of them."""
+def tables_on_our_ranks(
+    config: PretrainConfig, kinds: Sequence[Kind], ranks: int, folder: Path, *, messages: bool = False
+) -> dict[str, Outcome]:
+    """Of legal tables, by schedule: losses, gradients, norm and weights of two steps, the largest error of all of them.
+    `messages`: in torch's own order too, for those that it prints them of."""
     out = {}
     with Pool() as pool:
-        for kind in kinds:
-            table = folder / f"{kind.name}_{ranks}.csv"
-            table.write_text(table_of(kind, ranks, MICRO_BATCHES))
+        for kind in (kind for kind in kinds if kind.takes_late_receives or not messages):
+            table = folder / f"{kind.name}_{ranks}_{messages}.csv"
+            table.write_text(table_of(kind, ranks, MICRO_BATCHES, messages=messages))
             own = small(config, ranks)
             batches = random_batches(own, 2)
             layout = Layout(ranks, pp=ranks, chunks=kind.chunks, micro_batch=1, pipeline=str(table))

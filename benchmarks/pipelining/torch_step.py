@@ -121,7 +121,7 @@ class TorchPipeline:
         self.schedule.step(*words, return_outputs=False, **last)
         if self.device is not None:
             self.device.synchronize()
-        return float(sum(losses)) if losses else 0.0
+        return float(torch.stack(losses).detach().sum()) if losses else 0.0
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """A training step: loss, and how long this rank stood still for messages, s.  The norm is summed as in a step of ours,

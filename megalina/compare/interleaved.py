@@ -119,7 +119,9 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int, in
         layout = _given_layout(config)
         packings.setdefault(layout, set()).update(allowed_packings(config, world))
         own = pipelined(config, world).across if config.parallel.pp > 1 else {}
-        across[layout] = {**across.get(layout, {}), **own}
+        known = across.setdefault(layout, {})
+        assert all(known.get(name, on) == on for name, on in own.items()), "two axes of one name"
+        known |= own
     timeout_s = max(config.cluster.timeout_s for config in configs)
     return {
         (tp, ep, cp, pp): build_meshes(

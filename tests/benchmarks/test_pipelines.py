@@ -1,5 +1,6 @@
 """Layers or experts across slow nodes: who competes, what tables say; a tiny run without links."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,25 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 def test_an_unknown_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "8x1"]) == BAD_INPUT
     assert capsys.readouterr().err == "--only 8x1: there are 4x1, 4x2\n"
+
+
+@pytest.mark.full
+def test_a_tiny_run_on_real_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All competitors on four nodes with links: the same losses, and a pipeline's step is no shorter than its cells."""
+    words = ["--only", "4x1", "--rounds", "1", "--slow-motion", "1"]
+    tiny = ["model.d_model=64", "train.seq_len=16", "cluster.attention_ms=1", "cluster.experts_ms=1"]
+    files = ["--json", str(tmp_path / "found.json"), "--picture", str(tmp_path / "found.png")]
+    code = main([*words, *files, *tiny])
+    out, err = capsys.readouterr()
+    if code == BAD_INPUT:
+        pytest.skip(err.strip())  # no root, or namespaces are not permitted
+    assert code == 0, err
+    (found,) = json.loads((tmp_path / "found.json").read_text())["settings"]
+    assert set(competitors(found)) == {"eager", "flow", *SCHEDULES}
+    for name, m in found["strategies"].items():
+        assert m["largest_loss_difference"] < 1e-4
+        if name in SCHEDULES:
+            assert m["median_step_s"] > 0.999 * found["walk_s"][name] > 0 and m["messages_exposed_s"] > 0
+        else:
+            assert m["messages_exposed_s"] == 0
+    assert "stages across nodes, dualpipev" in out and (tmp_path / "found.png").exists()

@@ -125,8 +125,8 @@ def test_a_run_that_came_to_no_end_and_a_wrong_one_are_told() -> None:
         },
     }
     text = exact_table(rows)
-    assert "| 1F1B | not run | 1.0e-15 | not run |" in text
-    assert "| DualPipeV | 2.0e-15 | 2.5e-01 wrong | no end: no answer from rank 0 of 2 after 60 s |" in text
+    assert "| 1F1B | not run | not run | 1.0e-15 | not run |" in text
+    assert "| DualPipeV | 2.0e-15 | not run | 2.5e-01 wrong | no end: no answer from rank 0 of 2 after 60 s |" in text
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,10 @@ def test_bad_input_is_one_line_before_a_rank_starts(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_legal_tables_are_exact_on_our_ranks_and_so_is_torchs_own_run(config: PretrainConfig, ranks: int, tmp_path: Path) -> None:
     legal = [kind for kind in KINDS if kind.name != "1F1B"]
-    of_tables = tables_on_our_ranks(config, legal, ranks, tmp_path)
-    assert {name: outcome.said for name, outcome in of_tables.items()} == {kind.name: "" for kind in legal}
-    assert all(outcome.exact for outcome in of_tables.values())
+    for messages in (False, True):
+        of_tables = tables_on_our_ranks(config, legal, ranks, tmp_path, messages=messages)
+        assert {name: outcome.said for name, outcome in of_tables.items()} == {kind.name: "" for kind in legal}
+        assert all(outcome.exact for outcome in of_tables.values())
     for kind in KINDS:
         assert torchs_own_run(config, kind, ranks).exact, kind
 
