@@ -189,7 +189,14 @@ def _one(config: PretrainConfig, libc: ctypes.CDLL) -> dict[str, Any]:
     measured = high_water_bytes() - before
     layers, moe_layers = config.model.num_layers, trainable.gpt.moe_layers
     skews = skews_of(result, moe_layers, layers, ep=mesh.ep.size, ep_rank=mesh.ep.rank)
-    sizes = InstructionBytes(config, mesh.world.size, vocab_size=vocab_size, piece_bytes=trainable.plan.piece_bytes, **skews)
+    sizes = InstructionBytes(
+        config,
+        mesh.world.size,
+        vocab_size=vocab_size,
+        skew=skews["skew"],
+        expert_skew=skews["expert_skew"],
+        piece_bytes=trainable.plan.piece_bytes,
+    )
     memory = memory_of(sizes, trainable.program)
     trainable.settle()
     trainable.close()

@@ -17,17 +17,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalina.blocks.pipelined import pipelined
 from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
+from megalina.layout import EMBEDDING, rows_across, rows_of_stages
 from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.step_result import StepResult
+from megalina.parallel.trainable import Trainable
 from megalina.timeline.contention import Alone
 from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
 from megalina.train.step_runner import StepRunner
 
+Layout = tuple[int, int, tuple[int, ...]]  # stages, packing, ranks along the axes without packing
 MOST_SEARCH_STEPS = 300  # a strategy that still searches then is not what is to be measured
 HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
 WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
@@ -68,11 +72,12 @@ def run_interleaved(
     All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
     `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
     best of them, but for those that run `to_the_end`.  `prepare` may give a competitor weights to start from."""
-    meshes, log = _shared_meshes(list(configs.values())), CollectiveLog(dist.get_rank() if dist.is_initialized() else 0)
+    meshes, rank = _shared_meshes(list(configs.values())), dist.get_rank() if dist.is_initialized() else 0
+    logs = {layout: CollectiveLog(rank, alike=layout[-1] == 1) for layout in meshes}
 
     def runner_of(config: PretrainConfig) -> StepRunner:
-        shared = meshes[_layout_of(config)]
-        return StepRunner(config, data, device=torch.device("cpu"), meshes=shared, log=log)
+        shared = _given_layout(config)
+        return StepRunner(config, data, device=torch.device("cpu"), meshes=meshes[shared], log=logs[shared])
 
     competitors = [Competitor(name, runner_of(config)) for name, config in configs.items()]
     for competitor in competitors:
@@ -97,40 +102,64 @@ def run_interleaved(
     return competitors
 
 
-def _layout_of(config: PretrainConfig) -> tuple[int, int, int]:
+def _given_layout(config: PretrainConfig) -> tuple[int, int, int, int]:
     parallel = config.parallel
-    return parallel.tp, parallel.ep, parallel.cp
+    return parallel.tp, parallel.ep, parallel.cp, parallel.pp
 
 
-def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int, int], Mapping[int, Mesh]]:
-    """By tp, ep and cp, with all packings that any of these may take.
+def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int, int, int], Mapping[int, Mesh]]:
+    """By tp, ep, cp and pp, with all packings that any of these may take, and all axes between stages that any of their schedules
+    needs.
 
     A group of its own for each competitor would be dozens more, with their connections and threads."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packings: dict[tuple[int, int, int], set[int]] = {}
+    packings: dict[tuple[int, int, int, int], set[int]] = {}
+    across: dict[tuple[int, int, int, int], dict[str, tuple[int, ...]]] = {}
     for config in configs:
-        packings.setdefault(_layout_of(config), set()).update(allowed_packings(config, world))
+        layout = _given_layout(config)
+        packings.setdefault(layout, set()).update(allowed_packings(config, world))
+        own = pipelined(config, world).across if config.parallel.pp > 1 else {}
+        known = across.setdefault(layout, {})
+        assert all(known.get(name, on) == on for name, on in own.items()), "two axes of one name"
+        known |= own
     timeout_s = max(config.cluster.timeout_s for config in configs)
     return {
-        (tp, ep, cp): build_meshes(tp=tp, ep=ep, cp=cp, packings=sorted(of), timeout_s=timeout_s)
-        for (tp, ep, cp), of in packings.items()
+        (tp, ep, cp, pp): build_meshes(
+            tp=tp, ep=ep, cp=cp, packings=sorted(of), pp=pp, across=across[tp, ep, cp, pp], timeout_s=timeout_s
+        )
+        for (tp, ep, cp, pp), of in packings.items()
     }
 
 
-def alone(competitors: Sequence[Competitor]) -> dict[int, dict[str, Alone]]:
-    """By packing: how long the exchanges take that have the links to themselves, of the sizes of the first competitor's steps
-    that came out with this packing.  All ranks call it together."""
-    out: dict[int, dict[str, Alone]] = {}
+def layout_of(mesh: Mesh) -> Layout:
+    """The same for meshes on which exchanges take the same time."""
+    return mesh.pp, mesh.packing, tuple(mesh.unpacked.values())
+
+
+def rows_along(trainable: Trainable) -> dict[str, list[list[int]]]:
+    """The rows of global ranks along each axis of a competitor's mesh, those between stages among them."""
+    mesh, job = trainable.mesh, trainable.pipelined
+    across = {} if job is None else job.across
+    between = {name: rows_across(mesh.shape, on, "dp" if name == EMBEDDING else "") for name, on in across.items()}
+    return rows_of_stages(mesh.shape, mesh.pp) | between
+
+
+def alone(competitors: Sequence[Competitor]) -> dict[Layout, dict[str, Alone]]:
+    """By layout: how long the exchanges take that have the links to themselves, of the sizes of the first competitor's steps that
+    came out with it.  All ranks call it together."""
+    out: dict[Layout, dict[str, Alone]] = {}
     for competitor in competitors:
         runner = competitor.runner
         mesh, sharded = runner.mesh, runner.config.parallel.zero == 1
-        if mesh.packing in out:
+        layout = layout_of(mesh)
+        if layout in out:
             continue
         sizes_bytes = sizes_of_step(mesh, competitor.events[-1])
-        known = next(iter(out.values()), {})  # packing changes those of tokens alone
+        packed = [found for (pp, _, sizes), found in out.items() if (pp, sizes) == (layout[0], layout[2])]
+        known = packed[0] if packed else {}  # packing changes those of tokens alone
         new = {op: sizes for op, sizes in sizes_bytes.items() if op == "tokens" or op not in known}
         first, second = (calibrate(mesh, runner.log, new, sharded=sharded) for _ in range(2))
-        out[mesh.packing] = known | fastest(first, second, new)
+        out[layout] = known | fastest(first, second, new)
     return out
 
 

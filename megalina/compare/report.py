@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 SLOWED = (EAGER, "fixed", "priority", "priority_partition", "lina")  # whose slowdowns are drawn: these keep batches whole
+WAITS = {  # what for, and the field
+    "tokens": "a2a_exposed_s",
+    "gradients": "grads_exposed_s",
+    "stages": "messages_exposed_s",
+    "sizes": "other_exposed_s",
+}
 SHARES = (  # of a step: field, what it is, colour
     ("compute_s", "computes", "#2b6cb0"),
     ("a2a_exposed_s", "waits for tokens", "#e02020"),
     ("grads_exposed_s", "waits for gradients", "#dd8a1f"),
+    ("messages_exposed_s", "waits for other stages", "#6b46c1"),
     ("", "sizes, sums, host", "#cbd5e0"),
 )
 
@@ -39,12 +46,14 @@ def whole(settings: Sequence[Mapping[str, Any]], *, note: str) -> dict[str, Any]
 def table(setting: Mapping[str, Any]) -> str:
     """One setting, in Markdown."""
     bound_s, tighter_s = setting["lower_bound_s"], setting["tighter_bound_s"]
+    in_stages = any(m["messages_exposed_s"] for m in setting["strategies"].values())
+    waited = {what: field for what, field in WAITS.items() if in_stages or what != "stages"}
     lines = [
         f"**{setting['name']}**{_motion(setting)}: lower bound {bound_s * 1e3:.0f} ms, {tighter_s * 1e3:.0f} ms with what must "
         f"come before and after what the link carries; overrun {setting['overrun_fraction']:.1%}"
         + ("" if setting["valid"] else f" (more than {VALID_OVERRUN:.0%}: not valid)"),
         "",
-        "| strategy | step ms | to eager | quartiles | to ddp | over bound, the tighter one | waits: tokens, gradients, sizes ms "
+        f"| strategy | step ms | to eager | quartiles | to ddp | over bound, the tighter one | waits: {', '.join(waited)} ms "
         "| device ms | tokens slowed, p95 | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -54,7 +63,7 @@ def table(setting: Mapping[str, Any]) -> str:
         slow = f"{m['a2a_slowdown_median']:.2f}, {m['a2a_slowdown_p95']:.2f}" if m["a2a_slowdown_median"] else ""
         to_ddp = f"{m['ratio_to_ddp']:.2f}" if m["ratio_to_ddp"] else ""
         low, high = m["ratio_spread"]
-        waits = f"{m['a2a_exposed_s'] * 1e3:.0f}, {m['grads_exposed_s'] * 1e3:.0f}, {m['other_exposed_s'] * 1e3:.0f}"
+        waits = ", ".join(f"{m[field] * 1e3:.0f}" for field in waited.values())
         over = f"{m['median_step_s'] / bound_s:.2f}, {m['median_step_s'] / tighter_s:.2f}" if bound_s else ""
         device = f"{m['compute_s'] * 1e3:.0f} ({m['overrun_fraction']:.0%} late)"
         lines.append(
@@ -110,7 +119,7 @@ def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
         axis.set_xlabel("ms a step")
         axis.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=label) for _, label, colour in SHARES]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(SHARES), frameon=False)
     figure.suptitle(f"Step time, and ratio to eager; dashed: no schedule can beat it ({result['note']})", fontsize=11)
     figure.savefig(path)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megalina.compare.interleaved import Competitor
-from megalina.layout import rows
+from megalina.compare.interleaved import Competitor, Layout, layout_of, rows_along
+from megalina.layout import rows, rows_of_stages
 from megalina.mesh import all_gather_object
 from megalina.perfmodel.sim.lower_bound import in_turn_s, lower_bound
 from megalina.perfmodel.sim.network import one_level
@@ -17,6 +17,7 @@ from megalina.timeline.contention import AllToAll, Alone, all_to_alls, class_of,
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 
 EAGER = "eager"
+MESSAGES = ("send", "recv")  # between the stages of a pipeline
 VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
 
 
@@ -25,15 +26,14 @@ def link_bytes(by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, 
 
     All-to-alls count with the share of the ranks that are on other nodes, as if all got equally many; sums as a ring
     (2 (n - 1) / n of the value over each edge), gathers and scatters as half of one.  Inside a node nothing counts."""
-    sent = bytes_of_links(by_rank, shape, ranks_per_node=ranks_per_node, sharded=sharded)
+    sent = bytes_of_links(by_rank, rows(shape), ranks_per_node=ranks_per_node, sharded=sharded)
     return max((sum(by_tag.values()) for by_tag in sent.values()), default=0.0)
 
 
 def bytes_of_links(
-    by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, ranks_per_node: int, sharded: bool
+    by_rank: Sequence[Sequence[Event]], table: Mapping[str, Sequence[Sequence[int]]], *, ranks_per_node: int, sharded: bool
 ) -> dict[int, dict[str, float]]:
-    """Of each node, by instruction."""
-    table = rows(dict(shape))
+    """Of each node, by instruction.  `table`: the rows of ranks along each axis (`rows_along`)."""
     out: dict[int, dict[str, float]] = {}
     for rank, events in enumerate(by_rank):
         node = rank // ranks_per_node
@@ -44,6 +44,8 @@ def bytes_of_links(
             n = len(row)
             if e.op in ("tokens", "counts"):
                 sent = e.num_bytes * sum(other // ranks_per_node != node for other in row) / (n - 1)
+            elif e.op in MESSAGES:
+                sent = e.num_bytes * any(other // ranks_per_node != node for other in row)
             else:
                 after = row[(row.index(rank) + 1) % n]
                 sent = _over_an_edge(e, n, sharded) if after // ranks_per_node != node else 0.0
@@ -107,13 +109,15 @@ class Measured:
     a2a_exposed_forward_s: float
     a2a_exposed_backward_s: float
     grads_exposed_s: float
+    messages_exposed_s: float  # other stages of a pipeline
     other_exposed_s: float  # split sizes, sums
+    idle_s: float  # the devices did not compute, mean over ranks: of a pipeline its bubble, and what was waited for in cells
     compute_s: float  # the device computed
     a2a_slowdown_median: float | None  # under gradients, backward; None: none were
     a2a_slowdown_p95: float | None
     slowdowns: list[float]
-    device_s: float  # what its list costs on the emulated device
-    critical_path_s: float
+    device_s: float  # what its list costs on the emulated device; of a pipeline's lists the dearest
+    critical_path_s: float  # of a pipeline, whose ranks hold lists of their own, no more than device_s
     link_s: float  # the busiest node's link
     in_turn_s: float  # the same, with the least that comes before and after what it carries
     overrun_fraction: float  # share of the devices' time by which real math was late
@@ -127,14 +131,18 @@ class Measured:
 def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[str, Any]:
     """What a rank tells the others of its timed steps."""
     found = [summary(events, known) for events in competitor.events]
+    messages = list(map(_waited_for_messages, competitor.events))
     return {
         "step_s": competitor.step_s,
         "tail": list(map(tail_of, competitor.events)),
         "a2a": [c.traffic["a2a"].exposed_s for c in found],
         **{f"a2a {phase}": [_waited_for_tokens(events, phase) for events in competitor.events] for phase in "FB"},
         "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
-        "other": [c.traffic["other"].exposed_s for c in found],
+        "messages": messages,
+        "other": [c.traffic["other"].exposed_s - s for c, s in zip(found, messages, strict=True)],
         "compute": [c.compute_s for c in found],
+        "idle": [step_s - c.compute_s for c, step_s in zip(found, competitor.step_s, strict=True)],
+        "device": _device_s(competitor),
         "busy": competitor.busy_s,
         "overrun": competitor.overrun_s,
         "peak": competitor.peak_bytes,
@@ -153,9 +161,20 @@ def _waited_for_tokens(events: Sequence[Event], phase: str) -> float:
     return sum(e.exposed_s for e in events if e.kind == WAIT and class_of(e) == "a2a" and e.phase == phase)
 
 
+def _waited_for_messages(events: Sequence[Event]) -> float:
+    return sum(e.exposed_s for e in events if e.kind == WAIT and e.op in MESSAGES)
+
+
+def _device_s(competitor: Competitor) -> float:
+    """What this rank's list costs on its emulated device; 0 without one."""
+    trainable = competitor.runner.trainable
+    device = trainable.device
+    return sum(device.seconds(s) for s in trainable.program if s.kind is Kind.COMPUTE) if device is not None else 0.0
+
+
 def measure(
     competitors: Sequence[Competitor],
-    known: Mapping[int, Mapping[str, Alone]],
+    known: Mapping[Layout, Mapping[str, Alone]],
     *,
     ranks_per_node: int,
     link_mbit: float,
@@ -163,8 +182,8 @@ def measure(
 ) -> dict[str, Measured]:
     """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`.
 
-    `known`: by packing, exchanges alone; where it has nothing of a packing there are no slowdowns."""
-    known_by = {c.name: known.get(c.runner.mesh.packing, {}) for c in competitors}
+    `known`: by layout, exchanges alone; where it has nothing of a layout there are no slowdowns."""
+    known_by = {c.name: known.get(layout_of(c.runner.mesh), {}) for c in competitors}
     numbers = {c.name: all_gather_object(c.runner.mesh, numbers_of_rank(c, known_by[c.name])) for c in competitors}
     step_s = {name: slowest([n["step_s"] for n in by_rank]) for name, by_rank in numbers.items()}
     base = _fastest(EAGER, step_s, lambda name: statistics.median(step_s[name]))
@@ -179,9 +198,13 @@ def measure(
         bound = {"compute_s": 0.0, "critical_path_s": 0.0, "in_turn_s": 0.0}
         rate = link_mbit * 1e6 / 8
         sharded = runner.config.parallel.zero == 1
-        of_links = bytes_of_links(last, runner.mesh.shape, ranks_per_node=ranks_per_node, sharded=sharded)
+        of_links = bytes_of_links(last, rows_along(trainable), ranks_per_node=ranks_per_node, sharded=sharded)
         busiest = max(of_links.values(), key=lambda by_tag: sum(by_tag.values()), default={})
-        if seconds is not None:
+        if trainable.pipelined is not None:
+            device_s = max(n["device"] for n in by_rank)
+            link_s = sum(busiest.values()) / rate if rate else 0.0
+            bound = {"compute_s": device_s, "critical_path_s": device_s, "in_turn_s": max(device_s, link_s)}
+        elif seconds is not None:
             ranks, link = runner.mesh.world.size, rate or math.inf  # one node: no link to wait for
             bound = bounds_of(program, last[0], seconds=seconds, ranks=ranks, link_bytes_per_s=link, bytes_of_link=busiest)
         ratios = by_round(step_s[base], step_s[name], turn)
@@ -197,7 +220,9 @@ def measure(
             a2a_exposed_forward_s=statistics.median(slowest([n["a2a F"] for n in by_rank])),
             a2a_exposed_backward_s=statistics.median(slowest([n["a2a B"] for n in by_rank])),
             grads_exposed_s=statistics.median(slowest([n["grads"] for n in by_rank])),
+            messages_exposed_s=statistics.median(slowest([n["messages"] for n in by_rank])),
             other_exposed_s=statistics.median(slowest([n["other"] for n in by_rank])),
+            idle_s=statistics.median(map(statistics.fmean, zip(*(n["idle"] for n in by_rank), strict=True))),
             compute_s=statistics.median(slowest([n["compute"] for n in by_rank])),
             a2a_slowdown_median=quantile(under, 0.5),
             a2a_slowdown_p95=quantile(under, 0.95),
@@ -230,7 +255,7 @@ def _exchanges(competitor: Competitor, known: Mapping[str, Alone]) -> tuple[list
     mesh, out, last = competitor.runner.mesh, [], []
     for events in competitor.events:
         last = all_gather_object(mesh, events)
-        for row in rows(mesh.shape)["ep"]:
+        for row in rows_of_stages(mesh.shape, mesh.pp)["ep"]:
             out += all_to_alls([last[rank] for rank in row], known)
     return out, last
 

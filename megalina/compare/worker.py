@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.compare.interleaved import Competitor, alone, run_interleaved
+from megalina.compare.interleaved import Competitor, Layout, alone, layout_of, rows_along, run_interleaved
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.console import StatusLine
 from megalina.data.source import open_data
-from megalina.layout import rows
 from megalina.mesh import all_gather_object
 from megalina.timeline.contention import Alone
 from megalina.timeline.picture import draw
@@ -66,10 +65,10 @@ def main(spec_path: str) -> int:
     return 0
 
 
-def traced(competitor: Competitor, known: Mapping[int, Mapping[str, Alone]]) -> TracedStep:
-    """The last step, of all ranks.  `known`: by packing."""
-    mesh = competitor.runner.mesh
-    return TracedStep(all_gather_object(mesh, competitor.events[-1]), rows(mesh.shape), known[mesh.packing])
+def traced(competitor: Competitor, known: Mapping[Layout, Mapping[str, Alone]]) -> TracedStep:
+    """The last step, of all ranks.  `known`: by layout."""
+    mesh, trainable = competitor.runner.mesh, competitor.runner.trainable
+    return TracedStep(all_gather_object(mesh, competitor.events[-1]), rows_along(trainable), known[layout_of(mesh)])
 
 
 def one_after_another(steps: Sequence[TracedStep]) -> dict[int, TracedStep]:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from megalina.compare.interleaved import HOPEFUL, WORTHWHILE, Competitor, _without_hopeless, alone, run_interleaved
+from megalina.compare.interleaved import (
+    HOPEFUL,
+    WORTHWHILE,
+    Competitor,
+    _without_hopeless,
+    alone,
+    layout_of,
+    run_interleaved,
+)
 from megalina.compare.results import VALID_OVERRUN, as_json, by_round, measure
 from megalina.config import ClusterConfig, StrategyConfig
 from megalina.data.source import open_data
@@ -52,7 +60,7 @@ def work(folder: Path) -> dict[str, Any]:
         "events": {c.name: [len({e.tag for e in events}) for events in c.events] for c in competitors},
         "kinds": {e.kind for c in competitors for events in c.events for e in events},
         "searched": {c.name: c.search_steps for c in competitors},
-        "calibrated": {op: line.seconds(10**6) for op, line in known[1].items()},
+        "calibrated": {op: line.seconds(10**6) for op, line in known[layout_of(competitors[0].runner.mesh)].items()},
         "emulated": emulated,
         "device step_s": sum(slow.busy_s) / len(slow.step_s),
     }

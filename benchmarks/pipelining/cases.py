@@ -1,0 +1,31 @@
+"""A model cut across slow nodes by layers, or by experts: who competes on which cluster."""
+
+from collections.abc import Mapping
+
+from megalina.compare.ladder import HALF, Setting
+
+NODES, LAYERS = 4, 8  # two stages of one layer on each node
+MICRO_BATCHES = 16  # of a pipeline; of four sequences each
+SCHEDULES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}  # with stages on each node
+SETTINGS = (
+    Setting("4x1", NODES, 1, (), 2.0),  # slow motion: two cores are the hosts of all devices
+    Setting("4x2", NODES, 2, HALF, 4.0),
+)
+
+
+def base_of(setting: Setting) -> tuple[str, ...]:
+    """For all who compete: the ladder's model with more layers, an expert a rank, as many sequences as a pipeline takes."""
+    return (
+        *("experiment=ladder", f"model.num_layers={LAYERS}", f"model.num_experts={setting.world}", "model.vocab_size=320"),
+        f"train.global_batch_size={MICRO_BATCHES * 4 * setting.ranks_per_node}",
+        *setting.overrides,
+    )
+
+
+def variants_of(setting: Setting) -> Mapping[str, tuple[str, ...]]:
+    """By name.  `eager` and `flow`: experts across nodes, so tokens cross the links; the others: stages across nodes, and experts
+    across the ranks of a node."""
+    across = f"parallel.ep={setting.world}"
+    inside = ("strategy=eager", f"parallel.pp={setting.nodes}", f"parallel.ep={setting.ranks_per_node}")
+    stages = {name: (*inside, f"parallel.pp_chunks={chunks}", f"strategy.pipeline={name}") for name, chunks in SCHEDULES.items()}
+    return {"eager": ("strategy=eager", across), "flow": ("strategy=flow", across), **stages}

@@ -1,0 +1,98 @@
+"""Layers or experts across slow nodes: who competes, what tables say; a tiny run without links."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.pipelines import main
+from benchmarks.pipelining.cases import LAYERS, MICRO_BATCHES, NODES, SCHEDULES, SETTINGS, base_of, variants_of
+from benchmarks.pipelining.cells import walk_s
+from benchmarks.pipelining.report import competitors, draw, table
+from megalina.blocks.pipelined import pipelined
+from megalina.cli.compare import BAD_INPUT, job_of
+from megalina.compare.results import as_json
+from tests.compare.made import measured
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
+    variants = variants_of(setting)
+    job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
+    assert {(c.train.global_batch_size, c.train.seq_len, c.train.seed) for c in job.configs.values()} == {
+        (64 * setting.ranks_per_node, 64 // setting.ranks_per_node, 1234)
+    }
+    assert len({repr((c.model, c.router, c.data, c.cluster)) for c in job.configs.values()}) == 1
+    eager = job.configs["eager whole"]
+    assert (eager.parallel.pp, eager.parallel.ep) == (1, setting.world)
+    for name, chunks in SCHEDULES.items():
+        parallel = job.configs[name].parallel
+        assert (parallel.pp, parallel.ep, parallel.pp_chunks) == (NODES, setting.ranks_per_node, chunks)
+        found = pipelined(job.configs[name], setting.world)
+        assert found.pipeline.micro_batches == MICRO_BATCHES
+        assert {len(stage.layers) for stage in found.stages} == {LAYERS // (NODES * chunks)}
+
+
+def test_cells_alone_take_what_schedules_promise() -> None:
+    """In the order of their bubbles: (P-1)(F+B) of 1F1B, half of that interleaved, a sixth of ZB-V, and DualPipe-V a third."""
+    setting = replace(SETTINGS[0], slow_motion=1.0)
+    variants = variants_of(setting)
+    job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
+    found = {name: walk_s(job.configs[name], link_mbit=0) for name in SCHEDULES}
+    of_a_rank_s = 2 * 3 * 1.02 * 0.024
+    assert found["1f1b"] == pytest.approx((MICRO_BATCHES + 3) * of_a_rank_s)
+    assert found["interleaved"] == pytest.approx((MICRO_BATCHES + 1.5) * of_a_rank_s)
+    assert all(found[name] < found["interleaved"] for name in ("zbv", "dualpipev"))  # type: ignore[operator]
+
+
+def setting() -> dict[str, Any]:
+    found = {
+        "eager whole": measured(median_step_s=4.0, ratio_to_eager=1.0),
+        "flow": measured(median_step_s=3.0, ratio_to_eager=4 / 3, ratio_spread=(1.2, 1.4)),
+        "zbv": measured(
+            median_step_s=2.0, ratio_to_eager=2.0, ratio_spread=(1.92, 2.08), messages_exposed_s=0.2, idle_s=0.25, link_s=0.1
+        ),
+    }
+    return as_json("4x1", found, slow_motion=2.0) | {"walk_s": {"zbv": 1.9}}
+
+
+def test_a_table_is_to_the_best_with_experts_across_nodes() -> None:
+    text = table(setting())
+    assert "| experts across nodes, flow | 3000 | 1.00 | 0.90 - 1.05 |" in text
+    assert "| stages across nodes, zbv | 2000 | 1.50 | 1.44 - 1.56 | 250 | 200, 300, 200, 50 | 100 | 1900 (+5.3%) |" in text
+    assert "eager whole" not in text and "| experts across nodes, eager | 4000 | 0.75 |" in text
+    assert list(competitors(setting())) == ["flow", "zbv", "eager"]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    draw(tmp_path / "found.png", [setting()], note="emulated: devices")
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_unknown_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "8x1"]) == BAD_INPUT
+    assert capsys.readouterr().err == "--only 8x1: there are 4x1, 4x2\n"
+
+
+@pytest.mark.full
+def test_a_tiny_run_on_real_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All competitors on four nodes with links: the same losses, and a pipeline's step is no shorter than its cells."""
+    words = ["--only", "4x1", "--rounds", "1", "--slow-motion", "1"]
+    tiny = ["model.d_model=64", "train.seq_len=16", "cluster.attention_ms=1", "cluster.experts_ms=1"]
+    files = ["--json", str(tmp_path / "found.json"), "--picture", str(tmp_path / "found.png")]
+    code = main([*words, *files, *tiny])
+    out, err = capsys.readouterr()
+    if code == BAD_INPUT:
+        pytest.skip(err.strip())  # no root, or namespaces are not permitted
+    assert code == 0, err
+    (found,) = json.loads((tmp_path / "found.json").read_text())["settings"]
+    assert set(competitors(found)) == {"eager", "flow", *SCHEDULES}
+    for name, m in found["strategies"].items():
+        assert m["largest_loss_difference"] < 1e-4
+        if name in SCHEDULES:
+            assert m["median_step_s"] > 0.999 * found["walk_s"][name] > 0 and m["messages_exposed_s"] > 0
+        else:
+            assert m["messages_exposed_s"] == 0
+    assert "stages across nodes, dualpipev" in out and (tmp_path / "found.png").exists()
