@@ -26,7 +26,12 @@ class Command:
 
     @property
     def overrides(self) -> list[str]:
-        return [word for word in self.words if "=" in word and not word.startswith("-")]
+        before = ("", *self.words)  # what --only names has an equals sign, too
+        return [
+            word
+            for flag, word in zip(before, self.words, strict=False)
+            if "=" in word and not word.startswith("-") and flag != "--only"
+        ]
 
     @property
     def flags(self) -> list[str]:
