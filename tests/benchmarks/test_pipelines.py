@@ -18,8 +18,8 @@ from tests.compare.made import measured
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
-    variants = variants_of(setting)
+def test_all_take_the_same_steps_of_the_same_model(setting: Any, tmp_path: Path) -> None:
+    variants = variants_of(setting, tmp_path)
     job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
     assert {(c.train.global_batch_size, c.train.seq_len, c.train.seed) for c in job.configs.values()} == {
         (64 * setting.ranks_per_node, 64 // setting.ranks_per_node, 1234)
@@ -35,16 +35,17 @@ def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
         assert {len(stage.layers) for stage in found.stages} == {LAYERS // (NODES * chunks)}
 
 
-def test_cells_alone_take_what_schedules_promise() -> None:
+def test_cells_alone_take_what_schedules_promise(tmp_path: Path) -> None:
     """In the order of their bubbles: (P-1)(F+B) of 1F1B, half of that interleaved, a sixth of ZB-V, and DualPipe-V a third."""
     setting = replace(SETTINGS[0], slow_motion=1.0)
-    variants = variants_of(setting)
+    variants = variants_of(setting, tmp_path)
     job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
     found = {name: walk_s(job.configs[name], link_mbit=0) for name in SCHEDULES}
     of_a_rank_s = 2 * 3 * 1.02 * 0.024
     assert found["1f1b"] == pytest.approx((MICRO_BATCHES + 3) * of_a_rank_s)
     assert found["interleaved"] == pytest.approx((MICRO_BATCHES + 1.5) * of_a_rank_s)
     assert all(found[name] < found["interleaved"] for name in ("zbv", "dualpipev"))  # type: ignore[operator]
+    assert found["1f1b, paired"] == pytest.approx(found["1f1b"])  # a pair takes as long as its two cells here
 
 
 def setting() -> dict[str, Any]:
