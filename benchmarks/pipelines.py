@@ -66,7 +66,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="megalina_pipelines_") as folder:
         for setting in (s for s in SETTINGS if s.name in only):
             slow = replace(setting, slow_motion=args.slow_motion or setting.slow_motion)
-            variants = variants_of(slow, Path(folder))
+            variants = variants_of(slow)
             given = {"variants": variants, "base": base_of(slow), "link_mbit": LINK_MBIT, "overrides": args.overrides}
             jobs.append(job_of(slow, list(variants), **given))
         for job in jobs:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.pipelines import main
-from benchmarks.pipelining.cases import LAYERS, MICRO_BATCHES, NODES, SCHEDULES, SETTINGS, base_of, variants_of
+from benchmarks.pipelining.cases import CHUNKS, LAYERS, MICRO_BATCHES, NODES, PAIR, SCHEDULES, SETTINGS, base_of, variants_of
 from benchmarks.pipelining.cells import walk_s
 from benchmarks.pipelining.report import competitors, draw, table
 from megalina.blocks.pipelined import pipelined
@@ -18,8 +18,8 @@ from tests.compare.made import measured
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_all_take_the_same_steps_of_the_same_model(setting: Any, tmp_path: Path) -> None:
-    variants = variants_of(setting, tmp_path)
+def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
+    variants = variants_of(setting)
     job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
     assert {(c.train.global_batch_size, c.train.seq_len, c.train.seed) for c in job.configs.values()} == {
         (64 * setting.ranks_per_node, 64 // setting.ranks_per_node, 1234)
@@ -27,7 +27,8 @@ def test_all_take_the_same_steps_of_the_same_model(setting: Any, tmp_path: Path)
     assert len({repr((c.model, c.router, c.data, c.cluster)) for c in job.configs.values()}) == 1
     eager = job.configs["eager whole"]
     assert (eager.parallel.pp, eager.parallel.ep) == (1, setting.world)
-    for name, chunks in SCHEDULES.items():
+    for name in SCHEDULES:
+        chunks = CHUNKS[name.removesuffix(PAIR)]
         parallel = job.configs[name].parallel
         assert (parallel.pp, parallel.ep, parallel.pp_chunks) == (NODES, setting.ranks_per_node, chunks)
         found = pipelined(job.configs[name], setting.world)
@@ -35,17 +36,17 @@ def test_all_take_the_same_steps_of_the_same_model(setting: Any, tmp_path: Path)
         assert {len(stage.layers) for stage in found.stages} == {LAYERS // (NODES * chunks)}
 
 
-def test_cells_alone_take_what_schedules_promise(tmp_path: Path) -> None:
+def test_cells_alone_take_what_schedules_promise() -> None:
     """In the order of their bubbles: (P-1)(F+B) of 1F1B, half of that interleaved, a sixth of ZB-V, and DualPipe-V a third."""
     setting = replace(SETTINGS[0], slow_motion=1.0)
-    variants = variants_of(setting, tmp_path)
+    variants = variants_of(setting)
     job = job_of(setting, list(variants), variants=variants, base=base_of(setting), link_mbit=500)
     found = {name: walk_s(job.configs[name], link_mbit=0) for name in SCHEDULES}
     of_a_rank_s = 2 * 3 * 1.02 * 0.024
     assert found["1f1b"] == pytest.approx((MICRO_BATCHES + 3) * of_a_rank_s)
     assert found["interleaved"] == pytest.approx((MICRO_BATCHES + 1.5) * of_a_rank_s)
     assert all(found[name] < found["interleaved"] for name in ("zbv", "dualpipev"))  # type: ignore[operator]
-    assert found["1f1b, paired"] == pytest.approx(found["1f1b"])  # a pair takes as long as its two cells here
+    assert found["1f1b, pair"] == pytest.approx(found["1f1b"])  # a pair takes as long as its two cells here
 
 
 def setting() -> dict[str, Any]:
@@ -89,7 +90,7 @@ def test_a_tiny_run_on_real_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[
         pytest.skip(err.strip())  # no root, or namespaces are not permitted
     assert code == 0, err
     (found,) = json.loads((tmp_path / "found.json").read_text())["settings"]
-    assert set(competitors(found)) == {"eager", "flow", *SCHEDULES}
+    assert set(competitors(found)) == {"eager", "flow", "pair", *SCHEDULES}
     for name, m in found["strategies"].items():
         assert m["largest_loss_difference"] < 1e-4
         if name in SCHEDULES:
