@@ -61,16 +61,14 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if unknown := [name for name in only if name not in {s.name for s in SETTINGS}]:
         raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(s.name for s in SETTINGS)}")
     check_host()
-    jobs = []
-    for setting in (s for s in SETTINGS if s.name in only):
-        slow = replace(setting, slow_motion=args.slow_motion or setting.slow_motion)
-        variants = variants_of(slow)
-        jobs.append(
-            job_of(slow, list(variants), variants=variants, base=base_of(slow), link_mbit=LINK_MBIT, overrides=args.overrides)
-        )
     spec = argparse.Namespace(rounds=args.rounds, steps=args.steps, picture=None, trace=None)
-    out = []
+    jobs, out = [], []
     with tempfile.TemporaryDirectory(prefix="megalina_pipelines_") as folder:
+        for setting in (s for s in SETTINGS if s.name in only):
+            slow = replace(setting, slow_motion=args.slow_motion or setting.slow_motion)
+            variants = variants_of(slow)
+            given = {"variants": variants, "base": base_of(slow), "link_mbit": LINK_MBIT, "overrides": args.overrides}
+            jobs.append(job_of(slow, list(variants), **given))
         for job in jobs:
             slow, rest = job.setting, [name for name in job.configs if not name.startswith("eager")]
             found = run(job, spec, Path(folder), first=False, to_the_end=rest)

@@ -6,7 +6,10 @@ from megalina.compare.ladder import HALF, Setting
 
 NODES, LAYERS = 4, 8  # two stages of one layer on each node
 MICRO_BATCHES = 16  # of a pipeline; of four sequences each
-SCHEDULES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}  # with stages on each node
+CHUNKS = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}  # stages of each schedule on each node
+PAIRED = ("1f1b", "interleaved", "dualpipev")  # those that have pairs
+PAIR = ", pair"  # how the names of those that run with strategy=pair end
+SCHEDULES = (*CHUNKS, *(name + PAIR for name in PAIRED))
 SETTINGS = (
     Setting("4x1", NODES, 1, (), 2.0),  # slow motion: two cores are the hosts of all devices
     Setting("4x2", NODES, 2, HALF, 4.0),
@@ -23,9 +26,18 @@ def base_of(setting: Setting) -> tuple[str, ...]:
 
 
 def variants_of(setting: Setting) -> Mapping[str, tuple[str, ...]]:
-    """By name.  `eager` and `flow`: experts across nodes, so tokens cross the links; the others: stages across nodes, and experts
-    across the ranks of a node."""
+    """By name.  `eager`, `flow` and `pair`: experts across nodes, so tokens cross the links; the others: stages across nodes, and
+    experts across the ranks of a node."""
     across = f"parallel.ep={setting.world}"
-    inside = ("strategy=eager", f"parallel.pp={setting.nodes}", f"parallel.ep={setting.ranks_per_node}")
-    stages = {name: (*inside, f"parallel.pp_chunks={chunks}", f"strategy.pipeline={name}") for name, chunks in SCHEDULES.items()}
-    return {"eager": ("strategy=eager", across), "flow": ("strategy=flow", across), **stages}
+    stages = {name: _staged(setting, name.removesuffix(PAIR), paired=name.endswith(PAIR)) for name in SCHEDULES}
+    return {name: (f"strategy={name}", across) for name in ("eager", "flow", "pair")} | stages
+
+
+def _staged(setting: Setting, schedule: str, *, paired: bool) -> tuple[str, ...]:
+    return (
+        f"strategy={'pair' if paired else 'eager'}",
+        f"parallel.pp={setting.nodes}",
+        f"parallel.ep={setting.ranks_per_node}",
+        f"parallel.pp_chunks={CHUNKS[schedule]}",
+        f"strategy.pipeline={schedule}",
+    )

@@ -22,7 +22,7 @@ from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
 from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
-from megalina.layout import EMBEDDING, rows_across, rows_of_stages
+from megalina.layout import EMBEDDING, rows_across
 from megalina.mesh import Mesh, all_gather_object, build_meshes
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -141,7 +141,7 @@ def rows_along(trainable: Trainable) -> dict[str, list[list[int]]]:
     mesh, job = trainable.mesh, trainable.pipelined
     across = {} if job is None else job.across
     between = {name: rows_across(mesh.shape, on, "dp" if name == EMBEDDING else "") for name, on in across.items()}
-    return rows_of_stages(mesh.shape, mesh.pp) | between
+    return mesh.rows | between
 
 
 def alone(competitors: Sequence[Competitor]) -> dict[Layout, dict[str, Alone]]:

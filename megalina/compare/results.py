@@ -7,17 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megalina.compare.interleaved import Competitor, Layout, layout_of, rows_along
-from megalina.layout import rows, rows_of_stages
+from megalina.layout import rows
 from megalina.mesh import all_gather_object
 from megalina.perfmodel.sim.lower_bound import in_turn_s, lower_bound
 from megalina.perfmodel.sim.network import one_level
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Kind, Program
-from megalina.timeline.contention import AllToAll, Alone, all_to_alls, class_of, quantile, summary
+from megalina.timeline.contention import MESSAGES, STAGES, AllToAll, Alone, all_to_alls, class_of, quantile, summary
 from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 
 EAGER = "eager"
-MESSAGES = ("send", "recv")  # between the stages of a pipeline
 VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
 
 
@@ -131,15 +130,14 @@ class Measured:
 def numbers_of_rank(competitor: Competitor, known: Mapping[str, Alone]) -> dict[str, Any]:
     """What a rank tells the others of its timed steps."""
     found = [summary(events, known) for events in competitor.events]
-    messages = list(map(_waited_for_messages, competitor.events))
     return {
         "step_s": competitor.step_s,
         "tail": list(map(tail_of, competitor.events)),
         "a2a": [c.traffic["a2a"].exposed_s for c in found],
         **{f"a2a {phase}": [_waited_for_tokens(events, phase) for events in competitor.events] for phase in "FB"},
         "grads": [c.traffic["grads"].exposed_s + c.traffic["params"].exposed_s for c in found],
-        "messages": messages,
-        "other": [c.traffic["other"].exposed_s - s for c, s in zip(found, messages, strict=True)],
+        "messages": [c.traffic[STAGES].exposed_s if STAGES in c.traffic else 0.0 for c in found],
+        "other": [c.traffic["other"].exposed_s for c in found],
         "compute": [c.compute_s for c in found],
         "idle": [step_s - c.compute_s for c, step_s in zip(found, competitor.step_s, strict=True)],
         "device": _device_s(competitor),
@@ -159,10 +157,6 @@ def tail_of(events: Sequence[Event]) -> float:
 def _waited_for_tokens(events: Sequence[Event], phase: str) -> float:
     """Seconds that the device stood still for tokens in forward or in backward."""
     return sum(e.exposed_s for e in events if e.kind == WAIT and class_of(e) == "a2a" and e.phase == phase)
-
-
-def _waited_for_messages(events: Sequence[Event]) -> float:
-    return sum(e.exposed_s for e in events if e.kind == WAIT and e.op in MESSAGES)
 
 
 def _device_s(competitor: Competitor) -> float:
@@ -255,7 +249,7 @@ def _exchanges(competitor: Competitor, known: Mapping[str, Alone]) -> tuple[list
     mesh, out, last = competitor.runner.mesh, [], []
     for events in competitor.events:
         last = all_gather_object(mesh, events)
-        for row in rows_of_stages(mesh.shape, mesh.pp)["ep"]:
+        for row in mesh.rows["ep"]:
             out += all_to_alls([last[rank] for rank in row], known)
     return out, last
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.pipelines import main
-from benchmarks.pipelining.cases import LAYERS, MICRO_BATCHES, NODES, SCHEDULES, SETTINGS, base_of, variants_of
+from benchmarks.pipelining.cases import CHUNKS, LAYERS, MICRO_BATCHES, NODES, PAIR, SCHEDULES, SETTINGS, base_of, variants_of
 from benchmarks.pipelining.cells import walk_s
 from benchmarks.pipelining.report import competitors, draw, table
 from megalina.blocks.pipelined import pipelined
@@ -27,7 +27,8 @@ def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
     assert len({repr((c.model, c.router, c.data, c.cluster)) for c in job.configs.values()}) == 1
     eager = job.configs["eager whole"]
     assert (eager.parallel.pp, eager.parallel.ep) == (1, setting.world)
-    for name, chunks in SCHEDULES.items():
+    for name in SCHEDULES:
+        chunks = CHUNKS[name.removesuffix(PAIR)]
         parallel = job.configs[name].parallel
         assert (parallel.pp, parallel.ep, parallel.pp_chunks) == (NODES, setting.ranks_per_node, chunks)
         found = pipelined(job.configs[name], setting.world)
@@ -45,6 +46,7 @@ def test_cells_alone_take_what_schedules_promise() -> None:
     assert found["1f1b"] == pytest.approx((MICRO_BATCHES + 3) * of_a_rank_s)
     assert found["interleaved"] == pytest.approx((MICRO_BATCHES + 1.5) * of_a_rank_s)
     assert all(found[name] < found["interleaved"] for name in ("zbv", "dualpipev"))  # type: ignore[operator]
+    assert found["1f1b, pair"] == pytest.approx(found["1f1b"])  # a pair takes as long as its two cells here
 
 
 def setting() -> dict[str, Any]:
@@ -88,7 +90,7 @@ def test_a_tiny_run_on_real_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[
         pytest.skip(err.strip())  # no root, or namespaces are not permitted
     assert code == 0, err
     (found,) = json.loads((tmp_path / "found.json").read_text())["settings"]
-    assert set(competitors(found)) == {"eager", "flow", *SCHEDULES}
+    assert set(competitors(found)) == {"eager", "flow", "pair", *SCHEDULES}
     for name, m in found["strategies"].items():
         assert m["largest_loss_difference"] < 1e-4
         if name in SCHEDULES:
