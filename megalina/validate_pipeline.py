@@ -36,8 +36,8 @@ def check_pipeline(config: PretrainConfig, world: int) -> None:
         )
     if config.router.group == "global":
         raise ValueError(
-            f"router.group=global and {where} exclude each other, as its balance loss is of all layers at once, which are on "
-            "several ranks: set router.group=micro_batch or sequence"
+            f"router.group=global and {where} exclude each other, as its balance loss is of a whole step in one micro-batch, for "
+            "which all ranks of a pipeline but one would wait: set router.group=micro_batch or sequence"
         )
     job = pipelined(config, world)
     forward_of(Setting(step_shape(config), {}, plan_of(strategy)), job)  # parts of a stage

@@ -110,7 +110,9 @@ def with_strategy(config: PretrainConfig, **settings: Any) -> PretrainConfig:
     return replace(config, strategy=StrategyConfig(**settings))
 
 
-UNLIKE: dict[str, Any] = {"num_layers": 4, "dense_layers_first": 2, "dtype": "float64", "pp": 2}  # the first stage is dense
+UNLIKE: dict[str, Any] = {  # the first stage is dense
+    "num_layers": 4, "dense_layers_first": 2, "dtype": "float64", "pp": 2, "pp_layout": "Ett|ttL",
+}  # fmt: skip
 
 
 def measured(folder: Path) -> dict[str, tuple[list[float], Plan]]:
@@ -136,7 +138,8 @@ def test_what_is_measured_is_agreed_by_ranks_that_do_different_things(world: int
 
 def repacked(folder: Path, switches: dict[int, int]) -> list[tuple[float, float]]:
     """Losses and norms; after this step: this packing."""
-    config = config_of(folder, f"packed {len(switches)}", dtype="float64", num_layers=4, ep=2, pp=2, steps=6, zero=1)
+    settings: dict[str, Any] = {"dtype": "float64", "num_layers": 4, "ep": 2, "pp": 2, "pp_layout": "Ett|ttL", "zero": 1}
+    config = config_of(folder, f"packed {len(switches)}", steps=6, **settings)
     run = start(with_strategy(config, name="lina", packing="auto", yields=True, partition_bytes="16384", pipeline="zb_h1"))
     out = []
     for step in range(1, 7):
@@ -161,7 +164,7 @@ def test_experts_are_packed_inside_of_stages_between_two_steps(tmp_path: Path) -
 
 
 def chosen(folder: Path, steps: int) -> tuple[list[float], list[float], Plan]:
-    settings: dict[str, Any] = {"num_layers": 4, "dtype": "float64", "ep": 2, "pp": 2, "steps": steps}
+    settings: dict[str, Any] = {"num_layers": 4, "dtype": "float64", "ep": 2, "pp": 2, "pp_layout": "Ett|ttL", "steps": steps}
     losses, plan = planned(with_strategy(config_of(folder, "auto", **settings), name="auto", packing="auto"))
     return planned(config_of(folder, "eager", **settings))[0], losses, plan
 
@@ -172,7 +175,8 @@ def test_measured_steps_choose_a_plan_for_all_stages(tmp_path: Path) -> None:
     found = run_on_ranks(4, chosen, tmp_path, 100, time_limit_s=600)
     for eager, losses, plan in found:
         assert plan == found[0][2] and losses == pytest.approx(eager, rel=1e-9)
-    config = with_strategy(config_of(tmp_path, "again", num_layers=4, dtype="float64", ep=2, pp=2, steps=100), name="auto")
+    settings: dict[str, Any] = {"num_layers": 4, "dtype": "float64", "ep": 2, "pp": 2, "pp_layout": "Ett|ttL", "steps": 100}
+    config = with_strategy(config_of(tmp_path, "again", **settings), name="auto")
     given = with_plan(replace(config, strategy=replace(config.strategy, plan=str(tmp_path / "auto" / "plan.json"))), 4)
     assert given.strategy.name == found[0][2].strategy
     check_config(given, 4)

@@ -34,8 +34,11 @@ EAGER = StrategyConfig()
 LAYOUTS: dict[str, tuple[dict[str, Any], StrategyConfig]] = {
     "computed again": ({"ep": 2, "recompute": "full"}, EAGER),
     "tp": ({"tp": 2}, EAGER),
-    "pipeline": ({"pp": 2}, EAGER),
-    "pipeline in parts": ({"pp": 2, "group": "micro_batch"}, StrategyConfig(name="flow", parts=2, pipeline="zb_h1")),
+    "pipeline": ({"pp": 2, "pp_layout": "Et|tL"}, EAGER),
+    "head alone": (
+        {"pp": 2, "pp_layout": "Ett|L", "group": "micro_batch"},
+        StrategyConfig(name="flow", parts=2, pipeline="zb_h1"),
+    ),
     "in parts": ({"ep": 2, "group": "micro_batch"}, StrategyConfig(name="flow", parts=2)),
 }
 
