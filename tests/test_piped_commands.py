@@ -47,7 +47,7 @@ def test_a_planned_pipeline_is_told_rank_by_rank_with_its_command(tmp_path: Path
     for piece in ("pp 2 x edp 1 x ep 4", "zb_h1, 2 pipeline ranks", "waits for messages ms", "tokens a day"):
         assert piece in text
     found = json.loads(out.read_text())["candidates"]
-    assert {c["strategy"] for c in found} <= {"eager", "ddp", "priority_partition", "lina_nopack"} and len(found) > 1
+    assert {"eager", "ddp", "lina_nopack"} <= {c["strategy"] for c in found}
     assert {"parallel.pp=2", "parallel.pp_chunks=1", "strategy.pipeline=zb_h1"} <= set(found[0]["overrides"])
     command = next(line for line in text.splitlines() if line.startswith("python pretrain_gpt_moe.py "))
     assert command.split()[2:] == found[0]["overrides"] and picture.stat().st_size > 10_000

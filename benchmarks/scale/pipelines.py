@@ -14,14 +14,14 @@ from megalina.config import PretrainConfig
 from megalina.perfmodel.forecast.pipeline_search import PipelineSearch, pipelines_of
 from megalina.perfmodel.forecast.priced_step import Shared
 from megalina.perfmodel.forecast.search import RECOMPUTE, accepted, candidate, layouts_of, with_recompute
-from megalina.step.candidates import EAGER, FLOW, LANCET, LINA_NOPACK, PRIORITY
+from megalina.step.candidates import EAGER, FLOW, LANCET, LINA_NOPACK, PAIR, PRIORITY
 from megalina.validate_strategy import runs
 
 MODELS = {"DeepSeek-V3": "deepseek_v3", "Mixtral 8x7B": "mixtral_8x7b"}  # title: file of conf/model
 GPUS = (64, 256, 1024, 4096)
 RANKS = (1, 4, 16)
 SEQUENCES = (2, 8)  # of 4,096 tokens, a step, for each GPU
-PLANS = (EAGER, PRIORITY, LINA_NOPACK, FLOW, LANCET)  # without pipelines
+PLANS = (EAGER, PRIORITY, LINA_NOPACK, FLOW, PAIR, LANCET)  # without pipelines
 BASELINES = ("eager", "1f1b")
 LAYOUTS = 3  # of the best under the baseline, which all others are tried in
 PAYS = 1.03
@@ -113,7 +113,8 @@ def _piped(config: PretrainConfig, world: int, ranks: int) -> Found:
                     weighed.append(one)
                     break
         for one in sorted(weighed, key=lambda w: w.step_s)[:LAYOUTS]:
-            _better(out, piped.strategy.pipeline, search.walked(one).step_s, one.config)
+            name = piped.strategy.pipeline + (" + pair" if piped.strategy.name == PAIR.strategy else "")
+            _better(out, name, search.walked(one).step_s, one.config)
     return out
 
 

@@ -18,7 +18,9 @@ def small() -> PretrainConfig:
 def test_a_point_names_the_fastest_schedule_beside_its_baseline() -> None:
     points = [simulated(PipedPlace("DeepSeek-V3", 8, ranks, 8), small()) for ranks in (1, 2)]
     whole, piped = points
-    assert {"eager", "flow"} <= set(whole["schedules"]) and {"1f1b", "zb_h1", "zbv", "dualpipev"} <= set(piped["schedules"])
+    assert {"eager", "flow"} <= set(whole["schedules"]) and {"1f1b", "zb_h1", "zbv", "dualpipev + pair"} <= set(
+        piped["schedules"]
+    )
     for point, base in zip(points, ("eager", "1f1b"), strict=True):
         fastest = min(found["step_s"] for found in point["schedules"].values())
         assert point["gain"] == pytest.approx(point["schedules"][base]["step_s"] / fastest)

@@ -23,22 +23,30 @@ class CellsOfEvents:
         self._split = {(cell.stage, cell.micro_batch) for cell in cells if cell.work is Work.WEIGHT_GRADIENTS}
 
     def of(self, event: Event) -> Cell | None:
-        """None: of no cell, as messages, gradients, and what opens and closes a step."""
+        """None: of no cell, as messages, gradients, and what opens and closes a step.  Weights' gradients that a whole backward
+        leaves to later are its own."""
         stage, number = self._stage_of.get((event.name, event.layer)), re.match(r"\d+", event.part)
         if event.phase == "U" or event.op in NO_CELLS or stage is None or number is None:
             return None
         micro_batch = int(number[0])
-        backward = Work.INPUT_GRADIENTS if (stage, micro_batch) in self._split else Work.BACKWARD
-        return Cell({"F": Work.FORWARD, "W": Work.WEIGHT_GRADIENTS}.get(event.phase, backward), stage, micro_batch)
+        if event.phase == "F":
+            return Cell(Work.FORWARD, stage, micro_batch)
+        if (stage, micro_batch) not in self._split:
+            return Cell(Work.BACKWARD, stage, micro_batch)
+        return Cell(Work.WEIGHT_GRADIENTS if event.phase == "W" else Work.INPUT_GRADIENTS, stage, micro_batch)
 
 
 def cells_of(timeline: Timeline, job: Pipelined, forward: Program) -> Walked:
-    """Each from the first thing that is computed of it to the last, with what it waits for tokens in between."""
+    """Each from the first thing that is computed of it to the last, with what it waits for tokens in between.  Weights' gradients
+    that a whole backward leaves to later count to the cell in or behind which they are computed."""
     cells, out = CellsOfEvents(job, forward), []
     for rank, entries in enumerate(job.pipeline.lists):
         spans: dict[Cell, tuple[float, float]] = {}
+        here: Cell | None = None
         for event in timeline.events(rank):
             if event.kind == COMPUTE and (cell := cells.of(event)) is not None:
+                cell = here if here is not None and event.phase == "W" and cell.work is Work.BACKWARD else cell
+                here = cell
                 start_s, end_s = spans.get(cell, (event.start_s, event.end_s))
                 spans[cell] = min(start_s, event.start_s), max(end_s, event.end_s)
         found = [(entry, [spans[cell] for cell in entry if cell in spans]) for entry in entries if entry[0].work in COMPUTED]

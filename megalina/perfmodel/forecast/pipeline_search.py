@@ -18,14 +18,18 @@ from megalina.perfmodel.forecast.layer_costs import BEFORE, BEHIND, LayerBytes, 
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, walked_number
 from megalina.perfmodel.forecast.priced_step import Shared, on_cuda
-from megalina.step.candidates import EAGER
+from megalina.plan_settings import strategy_of
+from megalina.step.candidates import EAGER, PAIR
 from megalina.step.forward import plain
 from megalina.step.pipeline.cell import Cell, Entry, Pipeline, Work
 from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.stages import StageLayers, cut, layout_of
 from megalina.step.pipeline.walk import Times, walk
 
-SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb_h1", 1), ("zbv", 2), ("dualpipev", 2))
+SCHEDULES = (  # with chunks, and how cells are filled
+    *(("1f1b", 1, EAGER), ("interleaved", 2, EAGER), ("interleaved", 4, EAGER), ("zb_h1", 1, EAGER), ("zbv", 2, EAGER)),
+    *(("1f1b", 1, PAIR), ("interleaved", 2, PAIR), ("dualpipev", 2, PAIR)),
+)
 MOST_RANKS = 64  # of a pipeline
 WALKED_CELLS = 24  # of the best by formulas, so many are walked cell by cell
 WORTH_A_LAYOUT = 0.005  # of a step: for less the cut that the trainer makes by FLOPs stays
@@ -71,15 +75,17 @@ class Weighed:
 class Lists:
     """Lists of cells, which many layouts have in common."""
 
-    known: dict[tuple[str, int, int, int], Pipeline | None] = field(default_factory=dict)
+    known: dict[tuple[str, int, int, int, bool], Pipeline | None] = field(default_factory=dict)
 
     def of(self, config: PretrainConfig, micro_batches: int) -> Pipeline | None:
         """Without messages; None: the schedule isn't made for so many micro-batches."""
         parallel, name = config.parallel, config.strategy.pipeline
-        key = name, parallel.pp, parallel.pp_chunks, micro_batches
+        paired = config.strategy.name == PAIR.strategy
+        key = name, parallel.pp, parallel.pp_chunks, micro_batches, paired
         if key not in self.known:
             try:
-                self.known[key] = schedule_of(name).pipeline(Size(*key[1:]))
+                size = Size(parallel.pp, parallel.pp_chunks, micro_batches, paired=paired)
+                self.known[key] = schedule_of(name).pipeline(size)
             except ValueError:
                 self.known[key] = None
         return self.known[key]
@@ -91,10 +97,11 @@ def pipelines_of(config: PretrainConfig, world: int) -> Iterator[PretrainConfig]
     for ranks in (n for n in range(2, min(MOST_RANKS, world, config.model.num_layers) + 1) if world % n == 0):
         if ranks & (ranks - 1) and config.model.num_layers % ranks:
             continue
-        for name, chunks in SCHEDULES:
+        for name, chunks, plan in SCHEDULES:
             if ranks * chunks <= config.model.num_layers:
                 parallel = replace(config.parallel, pp=ranks, pp_chunks=chunks, pp_layout="", zero=1)
-                yield replace(config, parallel=parallel, strategy=replace(config.strategy, pipeline=name))
+                strategy = replace(strategy_of(plan, config.strategy), pipeline=name)
+                yield replace(config, parallel=parallel, strategy=strategy)
 
 
 class PipelineSearch:
@@ -197,7 +204,8 @@ class PipelineSearch:
         busiest = max((sum(of_rank, LayerSeconds()) for of_rank in own), key=lambda of_rank: of_rank.whole)
         pair = busiest.pair / busiest.whole if pairs else 1.0
         parallel, times = config.parallel, Times(busiest.forward, busiest.inputs, busiest.weights, pair=pair)
-        bubble = schedule_of(config.strategy.pipeline).bubble(Size(parallel.pp, parallel.pp_chunks, number, times))
+        size = Size(parallel.pp, parallel.pp_chunks, number, times, paired=pairs)
+        bubble = schedule_of(config.strategy.pipeline).bubble(size)
         return number * busiest.whole * pair + (bubble if bubble is not None else (parallel.pp - 1) * busiest.whole)
 
     def _message_s(self, config: PretrainConfig) -> float:
@@ -267,7 +275,7 @@ def finalists(
     none_fits = dict[object, int]()  # of a layout the micro-batch with which it doesn't fit: larger ones hold no less
     for number, config in enumerate(configs):
         progress(number, len(configs), "pipelines")
-        size, layout = config.train.micro_batch_size, (str(config.parallel), config.strategy.pipeline)
+        size, layout = config.train.micro_batch_size, (str(config.parallel), config.strategy.pipeline, config.strategy.name)
         if size > none_fits.get(layout, size):
             continue
         for mode in modes:

@@ -14,9 +14,9 @@ from megalina.config import BYTES, ParallelConfig, PretrainConfig, StrategyConfi
 from megalina.perfmodel.cost.instruction_bytes import bucket_specs
 from megalina.perfmodel.forecast.forecast import Forecast, fits_in, forecast_of
 from megalina.perfmodel.forecast.pipeline_search import PipelineSearch, finalists, pipelines_of
-from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, priced, shortened
+from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, priced, shortened, walked_number
 from megalina.perfmodel.forecast.priced_step import Shared
-from megalina.plan_settings import overrides_of, strategy_of
+from megalina.plan_settings import overrides_of, plan_of, strategy_of
 from megalina.step.candidates import EAGER, OF_A_LAYOUT, piece_of
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Program
@@ -28,7 +28,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 12  # layouts that go to the second round
 PIPED_FINALISTS = 3  # pipelines that are priced as whole lists
 PIPED_MICRO_BATCH = 4  # at most: pipelines live on many micro-batches
-FEW_MICRO_BATCHES = 32
+PIPED_LAYERS = 400  # over all micro-batches that are walked: larger pipelines take long, and have no other strategies tried
 PIECES_A_LAYER = 8
 CONTEXTS = ("all_gather", "all_to_all")  # parallel.cp_kind
 LEAST_TOKENS = 4096  # of a sequence that a rank keeps where the search cuts some
@@ -114,8 +114,8 @@ def without_pipelines(config: PretrainConfig) -> PretrainConfig:
 def _pipelines(
     config: PretrainConfig, world: int, *, vocab_size: int, progress: Callable[[int, int, str], None], shared: Shared
 ) -> list[Candidate]:
-    """Candidates with pipelines: of the best by their cells whole lists; where a step has few micro-batches, the fastest of these
-    under every strategy, as with many it matters little where gradients go; where none fits the smallest."""
+    """Candidates with pipelines: of the best by their cells whole lists; the fastest of these under every strategy, if its lists
+    are no large ones; where none fits the smallest."""
     of_stages: dict[int, list[PretrainConfig]] = {}
     search, configs = PipelineSearch(world, vocab_size=vocab_size, shared=shared), []
     for piped in pipelines_of(config, world):
@@ -136,17 +136,23 @@ def _pipelines(
         recut = search.recut(weighed)
         if not accepted(shortened(recut.config, world), world):
             continue
-        one = candidate(recut.config, EAGER, world, vocab_size=vocab_size, shared=shared)
+        one = candidate(recut.config, plan_of(recut.config.strategy), world, vocab_size=vocab_size, shared=shared)
         if one.fits:
             found.append(one)
     winner = ordered(found)[0].config if found else None
-    if winner is not None and micro_batches_of(winner, world) <= FEW_MICRO_BATCHES:
-        plans = [plan for plan in plans_of(winner, world, vocab_size=vocab_size) if plan != EAGER]
+    layers = len(training_layers(config.model))
+    if winner is not None and layers * walked_number(winner, micro_batches_of(winner, world)) <= PIPED_LAYERS:
+        known = [c.plan for c in found if c.config.parallel == winner.parallel]
+        plans = [plan for plan in plans_of(winner, world, vocab_size=vocab_size) if plan not in known]
         for number, plan in enumerate(plans):
             progress(number, len(plans), "strategies of the fastest pipeline")
             found.append(candidate(winner, plan, world, vocab_size=vocab_size, shared=shared))
     smallest = next((w for w in too_large if accepted(shortened(w.config, world), world)), None) if not found else None
-    return found if smallest is None else [Candidate(smallest.config, EAGER, int(smallest.memory_bytes), None)]
+    return (
+        found
+        if smallest is None
+        else [Candidate(smallest.config, plan_of(smallest.config.strategy), int(smallest.memory_bytes), None)]
+    )
 
 
 def plans_of(config: PretrainConfig, world: int, *, vocab_size: int) -> list[Plan]:

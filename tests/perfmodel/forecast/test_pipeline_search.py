@@ -11,7 +11,7 @@ from megalina.perfmodel.forecast.pipeline_search import PipelineSearch, pipeline
 from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline
 from megalina.perfmodel.forecast.priced_step import Shared
 from megalina.perfmodel.forecast.search import search
-from megalina.step.candidates import EAGER
+from megalina.step.candidates import EAGER, PAIR
 from megalina.validate import check_config
 
 WORLD, VOCAB = 16, 8192
@@ -44,20 +44,24 @@ CASES = [
 @pytest.mark.parametrize(("schedule", "ranks", "chunks", "recompute"), CASES)
 def test_cells_say_what_whole_lists_say(schedule: str, ranks: int, chunks: int, recompute: str) -> None:
     """Step within 4%, memory within 10%: enough to tell which layouts are worth their lists."""
-    config = config_of(f"parallel.pp={ranks}", f"parallel.pp_chunks={chunks}", f"strategy.pipeline={schedule}", "parallel.zero=1")
+    words = [f"parallel.pp={ranks}", f"parallel.pp_chunks={chunks}", f"strategy.pipeline={schedule}", "parallel.zero=1"]
+    plan = PAIR if schedule == "dualpipev" else EAGER
+    config = config_of(*words, f"strategy={plan.strategy}")
     config = replace(config, train=replace(config.train, recompute=recompute), parallel=replace(config.parallel, ep=2))
     shared = Shared()
     weighing = PipelineSearch(WORLD, vocab_size=VOCAB, shared=shared)
     weighed = weighing.weighed(config)
     assert weighed is not None
-    found, whole = weighing.walked(weighed), forecast_of(PricedPipeline(config, WORLD, EAGER, vocab_size=VOCAB, shared=shared))
+    found, whole = weighing.walked(weighed), forecast_of(PricedPipeline(config, WORLD, plan, vocab_size=VOCAB, shared=shared))
     assert found.step_s == pytest.approx(whole.step_s, rel=0.04)
     assert weighed.step_s == pytest.approx(whole.step_s, rel=0.15)  # by formulas
     assert found.memory_bytes == pytest.approx(whole.memory.peak, rel=0.1)
 
 
 def test_every_pipeline_is_one_that_layers_allow() -> None:
-    found = {(c.parallel.pp, c.parallel.pp_chunks, c.strategy.pipeline) for c in pipelines_of(config_of(), WORLD)}
+    pipelines = list(pipelines_of(config_of(), WORLD))
+    found = {(c.parallel.pp, c.parallel.pp_chunks, c.strategy.pipeline) for c in pipelines}
+    assert {c.strategy.name for c in pipelines} == {"eager", "pair"}
     assert (8, 1, "1f1b") in found and (4, 2, "dualpipev") in found and (2, 4, "interleaved") in found
     assert all(pp * chunks <= 8 and WORLD % pp == 0 for pp, chunks, _ in found)
 

@@ -12,7 +12,8 @@ from megalina.perfmodel.forecast.pipeline_cells import cells_of
 from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline
 from megalina.perfmodel.sim.memory import peak_of
 from megalina.perfmodel.sim.network import Network
-from megalina.step.candidates import EAGER
+from megalina.plan_settings import strategy_of
+from megalina.step.candidates import EAGER, PAIR
 from megalina.step.pipeline.live import live_peaks
 from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
@@ -114,9 +115,11 @@ def test_bubbles_and_peaks_of_the_real_lists_are_those_of_the_formulas(case: tup
     differ, since messages have the order of cells that take equally long."""
     name, ranks, chunks, micro_batches = case
     config = config_of(name, ranks, chunks, micro_batches)
-    step = PricedPipeline(config, ranks, EAGER, vocab_size=VOCAB, network=FREE, seconds=seconds_of(chunks, times))
+    plan = PAIR if name == "dualpipev" else EAGER
+    config = replace(config, strategy=strategy_of(plan, config.strategy))
+    step = PricedPipeline(config, ranks, plan, vocab_size=VOCAB, network=FREE, seconds=seconds_of(chunks, times))
     timeline, job = step.walk(micro_batches), step.job_of(micro_batches)
-    size, schedule = Size(ranks, chunks, micro_batches, times), SCHEDULES[name]
+    size, schedule = Size(ranks, chunks, micro_batches, times, paired=plan is PAIR), SCHEDULES[name]
     cells, found = walk(job.pipeline, times), cells_of(timeline, job, step.forward)
     if name in IN_LOCK_STEP or (times == EQUAL and case not in HELD_UP):
         assert timeline.step_s == pytest.approx(cells.makespan, rel=1e-9)
@@ -137,7 +140,8 @@ def of_a_cluster(schedule: str, ranks: int, chunks: int, micro_batches: int, *wo
     cluster = (f"cluster.nodes={ranks}", "parallel.ep=8", "model.num_experts=8", "model.d_model=1024", "model.d_ff=2048")
     sizes = ("model.num_heads=8", "train.seq_len=1024", "parallel.zero=1")
     config = config_of(schedule, ranks, chunks, micro_batches * 8, a_stage=2, words=(*cluster, *sizes, *words))
-    return PricedPipeline(config, 8 * ranks, EAGER, vocab_size=VOCAB)
+    plan = PAIR if schedule == "dualpipev" else EAGER
+    return PricedPipeline(replace(config, strategy=strategy_of(plan, config.strategy)), 8 * ranks, plan, vocab_size=VOCAB)
 
 
 STEADY_CASES = [("1f1b", 2, 1), ("zbv", 2, 2)]
