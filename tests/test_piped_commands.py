@@ -40,6 +40,7 @@ def test_ranks_of_a_pipeline_that_differ_are_refused() -> None:
     assert ran.returncode == 2 and "parallel.pp=2" in ran.stderr and "simulate.slow_rank" in ran.stderr
 
 
+@pytest.mark.full
 def test_a_planned_pipeline_is_told_rank_by_rank_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "plan.json", tmp_path / "cells.png"
     assert plan([*SMALL, "nodes=1", "--json", str(out), "--picture", str(picture)]) == 0

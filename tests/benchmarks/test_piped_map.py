@@ -15,6 +15,7 @@ def small() -> PretrainConfig:
     return compose([*words, "cluster=h100_400g", "cluster.nodes=1", "train.seq_len=512", "train.global_batch_size=64"])
 
 
+@pytest.mark.full
 def test_a_point_names_the_fastest_schedule_beside_its_baseline() -> None:
     points = [simulated(PipedPlace("DeepSeek-V3", 8, ranks, 8), small()) for ranks in (1, 2)]
     whole, piped = points
@@ -29,6 +30,7 @@ def test_a_point_names_the_fastest_schedule_beside_its_baseline() -> None:
     assert len(table) == 3 and "DeepSeek-V3 8 GPUs pp 2, 8 sequences a GPU" in table[2] and "tp " in table[2]
 
 
+@pytest.mark.full
 def test_what_fits_nowhere_is_said() -> None:
     config = small()
     hardware = replace(config.cluster.hardware, memory_gib=4.01)

@@ -25,7 +25,7 @@ from megalina.validate_strategy import runs
 
 RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-FINALISTS = 12  # layouts that go to the second round
+FINALISTS = 8  # layouts that go to the second round
 PIPED_FINALISTS = 3  # pipelines that are priced as whole lists
 PIPED_MICRO_BATCH = 4  # at most: pipelines live on many micro-batches
 PIPED_LAYERS = 400  # over all micro-batches that are walked: larger pipelines take long, and have no other strategies tried
