@@ -3,6 +3,7 @@
     python benchmarks/scale_map.py --json scale-map.json --picture scale-map.png    all of it, 9 minutes
     python benchmarks/scale_map.py --quick                                          fewer points, some 3 minutes
     python benchmarks/scale_map.py --redraw scale-map.json --picture scale-map.png  from a file that was made before
+    python benchmarks/scale_map.py --pipelines --json pipelines.json                pipelines and accumulation: a map of its own
 
 Each point is one layout on one cluster under every rung of benchmarks/scale/rungs.py, all with their best numbers.  Then a part
 of the map is walked again with other constants.  What is assumed: docs/when-does-scheduling-pay.md.
@@ -31,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return BAD_INPUT
     from benchmarks.scale.figure import draw
+    from benchmarks.scale.pipelines import piped_table
     from benchmarks.scale.report import report
 
-    print(report(result))
+    print(piped_table(result["pipelines"]) if args.pipelines else report(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.picture:
@@ -42,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def whole(args: argparse.Namespace) -> dict[str, Any]:
-    """ValueError for a file that isn't one of ours, or a folder that isn't there."""
+    """ValueError for a file that isn't one of ours, or a folder that isn't there; for a picture of pipelines, which have none."""
+    if args.pipelines and (args.picture or args.redraw):
+        raise ValueError("--pipelines has a table alone: leave out --picture and --redraw")
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
@@ -54,7 +58,20 @@ def whole(args: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(found, dict) or not {"points", "varied"} <= found.keys():
             raise ValueError(f"{args.redraw} has no points: give what --json has written")
         return found
-    return swept(quick=args.quick)
+    return piped(quick=args.quick) if args.pipelines else swept(quick=args.quick)
+
+
+def piped(*, quick: bool) -> dict[str, Any]:
+    """Every point of pipelines and accumulation."""
+    from benchmarks.scale.pipelines import piped_places, simulated
+    from megalina.console import StatusLine
+
+    status, out, places = StatusLine(), [], piped_places(quick=quick)
+    for number, place in enumerate(places):
+        status.show(f"{number}/{len(places)} points: {place.title}")
+        out.append(simulated(place))
+    status.end()
+    return {"quick": quick, "pipelines": out}
 
 
 def swept(*, quick: bool) -> dict[str, Any]:
@@ -94,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="every point with all its rungs")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the map")
     parser.add_argument("--quick", action="store_true", help="fewer points")
+    parser.add_argument("--pipelines", action="store_true", help="published models on 64 to 4,096 GPUs with 1, 4, 16 stages")
     parser.add_argument(
         "--redraw", type=Path, metavar="FILE", help="simulate nothing: tables and picture of what --json has written"
     )

@@ -64,12 +64,12 @@ def describe(config: PretrainConfig, world: int, *, vocab_size: int) -> str:
 
 
 def _stages(config: PretrainConfig, world: int, vocab_size: int) -> list[str]:
-    """Of each pipeline rank the layers of its stages; what a stage needs of memory isn't forecast."""
+    """Of each pipeline rank the layers of its stages; `tools/plan.py` says what they need."""
     found = pipelined(config, world, vocab_size=vocab_size)
     first = f"pipeline   {config.strategy.pipeline}, {len(found.stages)} stages on {found.ranks} ranks"
     of_ranks = [[str(found.stages[stage]) for stage in found.pipeline.stages_of(rank)] for rank in range(found.ranks)]
     return [
-        f"{first}; layers, E embedding, L head; what a rank holds isn't forecast",
+        f"{first}; layers, E embedding, L head; tools/plan.py says what a rank holds",
         *(f"  rank {rank:<3} {' | '.join(stages)}" for rank, stages in enumerate(of_ranks[:SHOWN_STAGES])),
         *(["  ..."] if len(of_ranks) > SHOWN_STAGES else []),
     ]

@@ -90,7 +90,7 @@ def test_a_layout_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFix
 def test_a_model_that_fits_nowhere_is_told_what_a_rank_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LAYOUT, "cluster.hardware.memory_gib=0.5", "--loads", "1"]) == 0
     text = capsys.readouterr().out
-    assert "nothing up to 64 times as many nodes fits; " in text and "not forecast yet" in text
+    assert "nothing up to 64 times as many nodes fits; " in text and "raise parallel.pp" in text
 
 
 @pytest.mark.full
@@ -98,7 +98,10 @@ def test_a_model_that_fits_nowhere_is_told_what_a_rank_holds(capsys: pytest.Capt
     ("words", "said"),
     [
         (["model=gpt_oss_20b", "nodes=1"], "9 of 320 candidates fit"),
-        (["model=deepseek_v3", "nodes=32"], "of 76.0 GiB are weights, gradients and optimizer of a rank, which has all layers"),
+        (
+            ["model=deepseek_v3", "nodes=32"],
+            "fits with nodes=64 train.global_batch_size=2048 parallel.ep=8 (else as parallel.pp=32",
+        ),
     ],
 )
 def test_published_models_are_planned(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,6 @@ def test_layers_are_cut_by_what_they_cost_with_embedding_and_head() -> None:
     assert len(pipelined(dense, 2).stages[0].layers) > 4  # dense layers that cost less than those with experts
 
 
-def test_forecasts_and_plans_refuse_pipelines() -> None:
-    with pytest.raises(ValueError, match="parallel.pp=2: pipelines aren't forecast yet"):
+def test_what_is_of_one_list_refuses_pipelines() -> None:
+    with pytest.raises(ValueError, match="parallel.pp=2: this is of ranks that all hold the same list"):
         PricedStep(piped(), 2, EAGER, vocab_size=100)

@@ -13,7 +13,8 @@ from typing import Any
 
 from megalina.arguments import Parser, new_file, number, whole
 from megalina.blocks.reference import is_reference, load
-from megalina.step.pipeline.cell import COMPUTED, WEIGHTS_DONE, Pipeline, entry_text, loop
+from megalina.perfmodel.forecast.pipeline_cells import boxes_of
+from megalina.step.pipeline.cell import WEIGHTS_DONE, Pipeline, entry_text, loop
 from megalina.step.pipeline.check import check
 from megalina.step.pipeline.live import live_peaks
 from megalina.step.pipeline.messages import with_messages
@@ -22,7 +23,7 @@ from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.step.pipeline.stages import StageLayers, cut, layout_of, stages_from
 from megalina.step.pipeline.torch_table import from_csv, to_csv
 from megalina.step.pipeline.walk import Stuck, Times, Walked, walk
-from megalina.timeline.pipeline_picture import Box, draw_pipeline
+from megalina.timeline.pipeline_picture import draw_pipeline
 
 REFUSED, BAD_INPUT = 1, 2  # exit codes: the check refuses the lists; a wrong argument
 SHOWN = 400  # characters of a rank's list
@@ -185,19 +186,6 @@ def _table(told: dict[str, Any]) -> str:
     bound = "  (the formula is a bound)" if told["formula_is_bound"] and told["idle_by_formula"] is not None else ""
     idlest = max(told["idle"])
     return "\n".join([f"step {shown(told['step'])}, {idlest / told['step']:.1%} of it idle{bound}", *lines])
-
-
-def boxes_of(walked: Walked, pipeline: Pipeline) -> list[list[Box]]:
-    """Each rank's row of the picture."""
-    return [
-        [
-            Box(s.start, s.end, c.work.value, c.micro_batch or 0, pipeline.stages_of(rank).index(c.stage), i, len(s.entry))
-            for s in spans
-            for i, c in enumerate(s.entry)
-            if c.work in COMPUTED
-        ]
-        for rank, spans in enumerate(walked.spans)
-    ]
 
 
 def _note(times: Times) -> str:

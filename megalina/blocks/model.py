@@ -1,8 +1,8 @@
 """A model as its blocks, from which everything else follows that can be known without torch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 from megalina.blocks.attention import Attention, GroupedQueryAttention
 from megalina.blocks.block import Block, Loss, Whole
@@ -162,8 +162,33 @@ def blocks_of(
 
     ValueError for a list of blocks that makes no layer, and for references that lead nowhere."""
     words = vocab_size or model.vocab_size
-    whole = Whole(model, router, words, padded_vocab or words, max_positions or model.max_positions)
-    moe = [is_moe_layer(model, i) for i in range(model.num_layers)] if moe is None else moe
+    moe = tuple(is_moe_layer(model, i) for i in range(model.num_layers)) if moe is None else tuple(moe)
+    asked = _Asked(f"{model} {router}", words, padded_vocab or words, max_positions or model.max_positions, moe, model, router)
+    return _made(asked) if any(map(is_reference, (*model.layer, router.kind, *router.losses))) else _known(asked)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What blocks are of.  Configurations are compared as text, since they may change."""
+
+    text: str
+    words: int
+    padded: int
+    max_positions: int
+    moe: tuple[bool, ...]
+    model: ModelConfig = field(compare=False)
+    router: RouterConfig = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _known(asked: _Asked) -> Blocks:
+    """Searches ask for the blocks of one model again and again."""
+    return _made(replace(asked, model=replace(asked.model), router=replace(asked.router)))
+
+
+def _made(asked: _Asked) -> Blocks:
+    model, router, moe = asked.model, asked.router, asked.moe
+    whole = Whole(model, router, asked.words, asked.padded, asked.max_positions)
     mtp, head = (Mtp(whole), MtpHead(whole)) if model.mtp_layers else (None, None)
     check_layer(model.layer)
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}

@@ -104,6 +104,12 @@ def most_moe_layers(config: PretrainConfig, world: int) -> int:
     return max(sum(is_moe_layer(config.model, i) for i in job.held(rank).layers) for rank in range(job.ranks))
 
 
+def layers_in_stages(config: PretrainConfig, *, vocab_size: int = 0) -> tuple[StageLayers, ...]:
+    """Of the stages of `pipelined`, first stage first.  ValueError for layers that can't be cut so."""
+    costs = _costs(config.model, config.router, config.train.seq_len, vocab_size or config.model.vocab_size or 1)
+    return _stages(config, config.parallel.pp * config.parallel.pp_chunks, costs)
+
+
 def schedule_of(name: str) -> Schedule:
     """By its name, or one's own by a reference.  ValueError where there is none."""
     if name in SCHEDULES:

@@ -7,7 +7,8 @@
 
 Overrides are those of pretrain_gpt_moe.py; `nodes=N` is short for cluster.nodes=N, and all ranks of these nodes take part.  The
 step's own list is walked in virtual time (megalina/perfmodel/sim) with the cluster's figures (conf/cluster), of which each says
-if it is published or assumed: results are as good as those.  Routing is taken to be even, but for the columns of --loads.  """
+if it is published or assumed: results are as good as those.  A search tries pipelines, too: stages, chunks and schedules.
+Routing is taken to be even, but for the columns of --loads, which layouts without pipelines have.  """
 
 import argparse
 import json
@@ -28,6 +29,7 @@ SKEW = 1.5  # rows of the busiest rank over the mean, for which a plan should ha
 MOST_WORDS = 2**24
 DEFAULT_VOCAB = 32768  # where neither the model nor --vocab-size says it
 SEARCH_SEQUENCES = 1024  # a step, where the search may choose
+OF_PIPELINES = ("parallel.pp", "parallel.pp_chunks", "parallel.pp_layout", "strategy.pipeline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +67,8 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     config = compose([*overrides, *added])
     vocab_size = args.vocab_size or config.model.vocab_size or DEFAULT_VOCAB
     check_work(config, world)
-    common = planned_for([*overrides, *added], config, world=world, vocab_size=vocab_size)
+    kept = [word for word in overrides if not (args.search and word.split("=", 1)[0] in OF_PIPELINES)]  # the search says them
+    common = planned_for([*kept, *added], config, world=world, vocab_size=vocab_size)
     if start := origin(overrides, config):
         print(f"{start}\n")
     if added:
@@ -93,7 +96,7 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
         words = joined(common, best.overrides())
         print("\n" + command(words, nodes=config.cluster.nodes, ranks_per_node=config.cluster.ranks_per_node))
         if args.picture:
-            draw_timelines(args.picture, candidates)
+            draw_timelines(args.picture, candidates, world, vocab_size)
     if args.json:
         args.json.write_text(json.dumps(as_json(candidates, world=world, common=common), indent=1, allow_nan=False) + "\n")
     return 0
@@ -134,6 +137,7 @@ def print_skewed(candidates: "Sequence[Candidate]", world: int, vocab_size: int,
 def layout_words(parallel: "ParallelConfig") -> str:
     """As overrides."""
     words = f"parallel.tp={parallel.tp} parallel.ep={parallel.ep}"
+    words = words if parallel.pp == 1 else f"parallel.pp={parallel.pp} parallel.pp_chunks={parallel.pp_chunks} {words}"
     return words if parallel.cp == 1 else f"{words} parallel.cp={parallel.cp} parallel.cp_kind={parallel.cp_kind}"
 
 
@@ -147,9 +151,7 @@ def of_one_layout(
     from megalina.plan_settings import strategy_of
     from megalina.step.candidates import EAGER
     from megalina.validate import check_config
-    from megalina.validate_pipeline import refuse_pipelines
 
-    refuse_pipelines(config, "pipelines aren't forecast yet")
     check_config(replace(config, strategy=strategy_of(EAGER, config.strategy)), world)
     plans = plans_of(config, world, vocab_size=vocab_size)
     found = []
@@ -163,7 +165,8 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
     """FLOPs, memory, and the step from left to right if it fits."""
     from megalina.blocks.counts import model_flops
     from megalina.perfmodel.forecast.forecast import WALKED, forecast, memory_limit_bytes
-    from megalina.perfmodel.forecast.priced_step import PricedStep
+    from megalina.perfmodel.forecast.pipeline_report import layers_of, rank_table
+    from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline, priced
     from megalina.perfmodel.forecast.report import load_table, memory_table, timeline_text
     from megalina.perfmodel.forecast.search import under_loads
 
@@ -172,8 +175,13 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
     flops = model_flops(config.model, config.router, vocab_size=vocab_size, seq_len=train.seq_len).per_token
     a_step = flops * train.global_batch_size * train.seq_len
     print(f"FLOPs      {flops:.3g} for a token, forward and backward; {a_step:.3g} a step")
-    print(f"\nmemory of a rank, {plan}")
-    print(memory_table(PricedStep(config, world, plan, vocab_size=vocab_size, shared=shared).memory, limit_bytes))
+    step = priced(config, world, plan, vocab_size=vocab_size, shared=shared)
+    print(f"\nmemory of {'the rank that holds the most' if config.parallel.pp > 1 else 'a rank'}, {plan}")
+    print(memory_table(found.memory if found else step.memory, limit_bytes))
+    if isinstance(step, PricedPipeline):
+        if found is not None:
+            print(f"\n{rank_table(config, found, layers_of(step))}")
+        return
     under = under_loads(config, plan, world, loads, vocab_size=vocab_size, shared=shared)
     steps_s = {
         u.load: forecast(config, world, vocab_size=vocab_size, plan=plan, load=u.load, shared=shared).step_s
@@ -192,18 +200,18 @@ def print_figures(best: "Candidate", world: int, vocab_size: int, loads: Sequenc
 
 def would_fit(smallest: "Candidate", world: int, vocab_size: int) -> str:
     from megalina.perfmodel.forecast.forecast import memory_limit_bytes
-    from megalina.perfmodel.forecast.priced_step import PricedStep
+    from megalina.perfmodel.forecast.priced_pipeline import priced
     from megalina.perfmodel.forecast.search import MOST_NODES, what_fits
 
     config, plan = smallest.config, smallest.plan
     words = what_fits(config, plan, world, vocab_size=vocab_size)
     layout = f"{layout_words(config.parallel)}, {plan}"
     if not words:
-        state_bytes = PricedStep(config, world, plan, vocab_size=vocab_size).state_bytes
+        state_bytes = priced(config, world, plan, vocab_size=vocab_size).state_bytes
         state = f"{state_bytes / 2**30:.1f} of {memory_limit_bytes(config.cluster) / 2**30:.1f} GiB are"
         return (
             f"{layout}: nothing up to {MOST_NODES} times as many nodes fits; {state} weights, gradients and optimizer of a rank, "
-            "which has all layers (stages of a pipeline are not forecast yet): take devices with more memory, or a smaller model"
+            "which has all layers of its stages: raise parallel.pp, take devices with more memory, or a smaller model"
         )
     return f"fits with {' '.join(words)} (else as {layout})"
 
@@ -216,17 +224,23 @@ def summary(candidates: "Sequence[Candidate]") -> str:
     return f"{fitting} of {len(candidates)} candidates fit"
 
 
-def draw_timelines(path: Path, candidates: "Sequence[Candidate]") -> None:
-    """The fastest one, above eager in the same layout."""
+def draw_timelines(path: Path, candidates: "Sequence[Candidate]", world: int, vocab_size: int) -> None:
+    """The fastest one, above eager in the same layout; of a pipeline its cells."""
+    from megalina.perfmodel.forecast.pipeline_report import draw_cells
+    from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline
     from megalina.timeline.picture import draw
 
     best = candidates[0]
+    note = f"simulated, {best.config.cluster.name}"
+    if best.found is not None and best.found.of_ranks:
+        draw_cells(path, PricedPipeline(best.config, world, best.plan, vocab_size=vocab_size), best.found, note=note)
+        return
     eager = next(
         (c for c in candidates if c.plan.strategy == "eager" and c.config.parallel == best.config.parallel and c.found), None
     )
     pair = [eager, best] if eager is not best else [best]
     shown = {str(c.plan): c.found.timeline.events(0) for c in pair if c is not None and c.found}
-    draw(path, shown, note=f"simulated, {best.config.cluster.name}")
+    draw(path, shown, note=note)
 
 
 def loads_of(text: str) -> tuple[float, ...]:

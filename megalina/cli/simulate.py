@@ -78,7 +78,7 @@ def _alone(cfg: DictConfig, words: list[str]) -> float:
     found = simulated(job)
     row = row_of(0, {}, job, found)
     _show(job, found)
-    _write(cfg.simulate, found, job.world, Path())
+    _write(cfg.simulate, found, job, Path())
     if cfg.simulate.json:
         Path(cfg.simulate.json).write_text(json.dumps(row, indent=1, allow_nan=False) + "\n")
     return row["step_s"] or float("nan")
@@ -100,7 +100,7 @@ def _one_of_many(cfg: DictConfig, words: list[str], number: int, folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     append(folder / RESULTS, row)
     if not isinstance(outcome, ValueError):
-        _write(cfg.simulate, outcome, job.world, folder / str(number))
+        _write(cfg.simulate, outcome, job, folder / str(number))
     says = row["reason"] or f"{row['step_s'] * 1e3:.1f} ms, {row['plan']}"
     print(f"job {number}: {says}", file=sys.stderr, flush=True)
     return row["step_s"] or float("nan")
@@ -136,26 +136,40 @@ def _check_paths(own: DictConfig) -> None:
 
 def _show(job: Any, found: Any) -> None:
     from megalina.perfmodel.forecast.forecast import memory_limit_bytes
+    from megalina.perfmodel.forecast.pipeline_report import layers_of, rank_table
     from megalina.perfmodel.forecast.report import memory_table, strategy_table
 
     cluster = job.config.cluster
     print(f"{cluster.name}, {cluster.nodes} nodes of {cluster.ranks_per_node}, simulated\n")
     print(strategy_table([found], layouts=False))
     if found.found is not None:
-        print(f"\nmemory of a rank\n{memory_table(found.found.memory, memory_limit_bytes(cluster))}")
+        if found.found.of_ranks:
+            print(f"\n{rank_table(found.config, found.found, layers_of(_piped(job, found)))}")
+        of = "the rank that holds the most" if found.found.of_ranks else "a rank"
+        print(f"\nmemory of {of}\n{memory_table(found.found.memory, memory_limit_bytes(cluster))}")
 
 
-def _write(own: DictConfig, found: Any, world: int, folder: Path) -> None:
-    """Trace and picture of a job that was simulated."""
+def _piped(job: Any, found: Any) -> Any:
+    from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline
+
+    return PricedPipeline(found.config, job.world, found.plan, vocab_size=job.vocab_size)
+
+
+def _write(own: DictConfig, found: Any, job: Any, folder: Path) -> None:
+    """Trace and picture of a job that was simulated; of a pipeline all ranks' cells."""
+    from megalina.perfmodel.forecast.pipeline_report import draw_cells
     from megalina.perfmodel.forecast.sweep import trace
     from megalina.timeline.picture import draw as draw_step
 
     if found.found is None:
         return
     if own.trace:
-        trace(folder / own.trace, found, world)
+        trace(folder / own.trace, found, job.world)
     if own.picture:
         (folder / own.picture).parent.mkdir(parents=True, exist_ok=True)
+        if found.found.of_ranks:
+            draw_cells(folder / own.picture, _piped(job, found), found.found, note="simulated")
+            return
         draw_step(folder / own.picture, {str(found.plan): found.found.timeline.events(0)}, note="simulated")
 
 

@@ -55,11 +55,13 @@ class TracedStep:
         return {axis: ranks for axis, table in self.groups.items() for ranks in table if rank in ranks}
 
 
-def write_trace(path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence[float] = (), note: str = "") -> None:
+def write_trace(
+    path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence[float] = (), note: str = "", name: str = "rank"
+) -> None:
     """`steps`: by number; gzip if the name ends in .gz.
 
     `offsets_s`: what is added to each rank's times, as from `aligned`; nothing where all ranks are on one machine.  `note`
-    stands beside each rank's name, such as that times are emulated."""
+    stands beside each rank's name, such as that times are emulated; `name`: what a process is, with its number."""
     ranks = max(len(step.by_rank) for step in steps.values())
     offsets_s = offsets_s or [0.0] * ranks
     every = [(rank, e) for step in steps.values() for rank, events in enumerate(step.by_rank) for e in events]
@@ -71,7 +73,7 @@ def write_trace(path: Path, steps: Mapping[int, TracedStep], offsets_s: Sequence
         details = {n: _details(events[n], step.group_of(rank), slowdowns[n][rank]) for n, step in steps.items()}
         cells = {n: cell_spans(events[n], step.cells[rank]) for n, step in steps.items() if step.cells}
         place = next((step.places[rank] for step in steps.values() if step.places), "")
-        lines += _process(rank, events, details, cells, offsets_s[rank] - zero_s, ", ".join(filter(None, (place, note))))
+        lines += _process(rank, events, details, cells, offsets_s[rank] - zero_s, ", ".join(filter(None, (place, note))), name)
     clock = ESTIMATED if any(offsets_s) else "one machine's"
     content = {"traceEvents": lines, "displayTimeUnit": "ms", "otherData": {"clock": clock}}
     data = json.dumps(content, separators=(",", ":")).encode()
@@ -111,6 +113,7 @@ def _process(
     cells: Mapping[int, Mapping[str, Span]],
     shift_s: float,
     note: str,
+    name: str,
 ) -> list[dict[str, Any]]:
     """All lines of one rank.  `details`: by step, of each event; `cells`: by step."""
     spans: dict[str, list[tuple[Span, dict[str, Any]]]] = {lane: [] for lane in LANES}
@@ -125,15 +128,15 @@ def _process(
             placed[step, i] = lane, len(spans[lane])
             spans[lane].append(((e.start_s, e.end_s), {"name": e.tag, "args": details[step][i]}))
     lines = [
-        {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}" + (f" ({note})" if note else "")}},
+        {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"{name} {rank}" + (f" ({note})" if note else "")}},
         {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}},
     ]
     threads: dict[str, list[int]] = {}
     for number, lane in enumerate(LANES):
         threads[lane] = [number * ROWS + row for row in rows([span for span, _ in spans[lane]])]
         for thread in sorted(set(threads[lane])):
-            name = lane if thread % ROWS == 0 else f"{lane} {thread % ROWS + 1}"
-            lines.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_name", "args": {"name": name}})
+            of_lane = lane if thread % ROWS == 0 else f"{lane} {thread % ROWS + 1}"
+            lines.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_name", "args": {"name": of_lane}})
             lines.append({"ph": "M", "pid": rank, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}})
         for ((start_s, end_s), line), thread in zip(spans[lane], threads[lane], strict=True):
             at = {"pid": rank, "tid": thread, "ts": _us(start_s + shift_s), "dur": _us(end_s - start_s)}

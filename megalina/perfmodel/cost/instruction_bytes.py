@@ -8,8 +8,10 @@ does the question how large a rank is, also of models that no machine here could
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 
 from megalina.blocks.bucket_layout import ALIGNMENT, Member, lay_out_bucket
 from megalina.blocks.heads import rotary_width
@@ -21,6 +23,7 @@ from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_l
 from megalina.layout import EMBEDDING, axis_of_group, axis_sizes, readers
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
+from megalina.step.pipeline.fill import ends_of
 from megalina.step.program import BucketSpec, Instruction, Op, has_gradient, most_matrices
 
 DIRECT_BYTES = 16 * 1024  # of megalina/comm/exchange.py: what is as small is sent to each rank
@@ -38,9 +41,31 @@ def bucket_specs(
 ) -> dict[str, BucketSpec]:
     """Group -> its bucket, in the trainer's order: a group stands at its last parameter, the model's last parameter is first.
     `vocab_size`: before padding; `piece_bytes`: as in a `Plan`; `embedding_ranks`: pipeline ranks that hold the embedding."""
+    train = config.train
+    text = f"{config.model} {config.router} {config.parallel} {config.optim} {train.dtype} {train.seq_len}"
+    return dict(_known_specs(_Asked(text, world, vocab_size, packing, piece_bytes, embedding_ranks, config)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What buckets are of.  Configurations are compared as text of what counts here, since they may change."""
+
+    text: str
+    world: int
+    vocab_size: int
+    packing: int
+    piece_bytes: int
+    embedding_ranks: int
+    config: PretrainConfig = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _known_specs(asked: _Asked) -> dict[str, BucketSpec]:
+    """A search asks for each layout's with every micro-batch and recompute mode."""
+    config, world, vocab_size, packing = asked.config, asked.world, asked.vocab_size, asked.packing
+    piece_bytes, embedding_ranks = asked.piece_bytes, asked.embedding_ranks
     tp, pipeline = config.parallel.tp, config.parallel.pp > 1
-    sizes = axis_sizes(world // config.parallel.pp, tp=tp, ep=config.parallel.ep // packing, cp=config.parallel.cp)
-    sizes |= {"stage": sizes["world"], EMBEDDING: sizes["dp"] * embedding_ranks}
+    sizes = axes_of(config, world, packing=packing, embedding_ranks=embedding_ranks)
     blocks = blocks_of(
         config.model,
         config.router,
@@ -72,8 +97,19 @@ def bucket_specs(
     return out
 
 
+def axes_of(config: PretrainConfig, world: int, *, packing: int = 1, embedding_ranks: int = 1) -> dict[str, int]:
+    """Ranks along each axis, with pipelines also of a stage and of the ranks that hold the embedding.
+
+    ValueError where the layout does not fit the world."""
+    parallel = config.parallel
+    sizes = axis_sizes(world // parallel.pp, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing)
+    if parallel.pp == 1:
+        return sizes
+    return sizes | {"world": world, "stage": sizes["world"], EMBEDDING: sizes["dp"] * embedding_ranks}
+
+
 class InstructionBytes:
-    """Of one rank; all ranks are taken to be alike."""
+    """Of one rank; all ranks are taken to be alike, but for what pipeline ranks hold (`of_buckets`)."""
 
     def __init__(
         self,
@@ -86,15 +122,22 @@ class InstructionBytes:
         packing: int = 1,
         piece_bytes: int = 0,
         cuda: bool = False,
+        embedding_ranks: int = 1,
     ):
         """`vocab_size`: before padding; `skew`: rows that the rank gets over the mean; `expert_skew`: rows of its fullest expert
         over the mean of its experts, None: as `skew`; both of all layers, or of each layer; `packing`, `piece_bytes`: of the
-        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo.  ValueError for a skew that is none, and where the layout
-        does not fit the world."""
+        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo; `embedding_ranks`: as of `bucket_specs`.
+        ValueError for a skew that is none, and where the layout does not fit the world."""
         self._config, self._cuda = config, cuda
-        parallel = config.parallel
-        self.axes = axis_sizes(world // parallel.pp, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=packing)
-        self.buckets = bucket_specs(config, world, vocab_size=vocab_size, packing=packing, piece_bytes=piece_bytes)
+        self.axes = axes_of(config, world, packing=packing, embedding_ranks=embedding_ranks)
+        self.buckets: Mapping[str, BucketSpec] = bucket_specs(
+            config,
+            world,
+            vocab_size=vocab_size,
+            packing=packing,
+            piece_bytes=piece_bytes,
+            embedding_ranks=embedding_ranks,
+        )
         layers = len(training_layers(config.model))
         skew_L = _of_layers("skew", skew, layers)
         expert_skew_L = skew_L if expert_skew is None else _of_layers("expert_skew", expert_skew, layers)
@@ -115,6 +158,13 @@ class InstructionBytes:
             padded_vocab=padded_vocab_size(vocab_size, tp),
             max_positions=config.model.max_positions or config.train.seq_len,
         )
+
+    def of_buckets(self, names: Collection[str]) -> "InstructionBytes":
+        """Of a rank that holds these buckets alone, as a pipeline rank does."""
+        out = copy(self)
+        out.__dict__.pop("state", None)
+        out.buckets = {name: spec for name, spec in self.buckets.items() if name in names}
+        return out
 
     @cached_property
     def _few(self) -> frozenset[str]:
@@ -156,7 +206,8 @@ class InstructionBytes:
         return sum(of[0] for of in most), sum(of[1] for of in most)
 
     def ranks(self, axis: str) -> int:
-        return self.axes[axis]
+        """Between two pipeline ranks there are two."""
+        return self.axes.get(axis) or len(ends_of(axis))
 
     def kept(self, instruction: Instruction) -> int:
         """What a forward instruction keeps for its mirror, besides the values that it reads."""

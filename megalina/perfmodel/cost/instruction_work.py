@@ -14,6 +14,7 @@ from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Product, Work, small
 from megalina.config import PretrainConfig
+from megalina.layout import EMBEDDING
 from megalina.step.forward import plain
 from megalina.step.passes import ROUTER_STATE
 from megalina.step.program import BucketSpec, Instruction, Kind, most_matrices
@@ -28,18 +29,29 @@ DELTA_KERNELS = 6  # a MoE layer: what is known or not, old and new, their sum, 
 class InstructionWork:
     """`work(instruction)`: Work() for instructions that send or wait.
 
-    `world`: ranks; `vocab_rows`: of the output matrix, padding included, over all ranks; `buckets`: those of the program;
-    `packing`: times as many experts on a rank as parallel.ep says.  ValueError for an instruction that no strategy makes.
+    `world`: ranks, with pipelines of all stages; `vocab_rows`: of the output matrix, padding included, over all ranks;
+    `buckets`: those of the program; `packing`: times as many experts on a rank as parallel.ep says; `embedding_ranks`: pipeline
+    ranks that hold the embedding.  ValueError for an instruction that no strategy makes.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, world: int, vocab_rows: int, buckets: Mapping[str, BucketSpec], packing: int = 1
+        self,
+        config: PretrainConfig,
+        *,
+        world: int,
+        vocab_rows: int,
+        buckets: Mapping[str, BucketSpec],
+        packing: int = 1,
+        embedding_ranks: int = 1,
     ):
         ep = config.parallel.ep / packing
         self.config, self.buckets = config, buckets
         self.rank = Rank(config=config, ep=ep, vocab_rows=vocab_rows)
         self.blocks: Blocks = blocks_of(config.model, config.router, max_positions=config.train.seq_len)
-        self.copies = {"world": world, "dp": world / self.rank.tp, "copies": world / ep}  # ranks that hold the same parameters
+        stage = world // config.parallel.pp
+        dp = stage / self.rank.tp
+        # ranks that hold the same parameters
+        self.copies = {"world": stage, "stage": stage, "dp": dp, "copies": stage / ep, EMBEDDING: dp * embedding_ranks}
 
     def __call__(self, instruction: Instruction, load: float = 1.0) -> Work:
         """`load`: rows of the experts here as a multiple of the mean."""

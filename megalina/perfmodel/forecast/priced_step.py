@@ -24,6 +24,7 @@ from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
+from megalina.perfmodel.sim.stages import StageLoads, Stages, StageUse
 from megalina.perfmodel.sim.virtual import Timeline, simulate_alike, uses_of
 from megalina.step.plan import Plan
 from megalina.step.program import Instruction, Kind, Op, Program, shares_of
@@ -32,6 +33,7 @@ from megalina.timeline.instruction_times import times_of
 from megalina.validate_pipeline import refuse_pipelines
 
 KEPT_LISTS = 12
+KEPT_OF_STAGES = 4  # lists of all pipeline ranks, which are larger
 NEW_OBJECTS = 100_000  # between two garbage collections
 NUMBER_BYTES = 8  # of a number of rows, and of all that is summed to close a step
 
@@ -45,6 +47,8 @@ class Shared:
         self._ranks_of: dict[Any, Callable[[str, int], tuple[int, ...]]] = {}
         self._phases: dict[Any, Any] = {}
         self._phases_of: Any = None
+        self._of_stages: dict[Any, StageLoads] = {}
+        self._lists_of_stages: dict[Any, tuple[Program, ...]] = {}
 
     def program(self, setting: Setting) -> Program:
         """The list of its plan."""
@@ -64,6 +68,21 @@ class Shared:
             ranks = axes["world"]
             self._folded[key] = FoldedLoads(network, ranks, self.ranks_of(axes), uses, slowest=True, known=self._phases)
         return self._folded[key]
+
+    def lists_of_stages(self, key: Any, make: Callable[[], tuple[Program, ...]]) -> tuple[Program, ...]:
+        """Those of all pipeline ranks, made once for all that have this key."""
+        programs = self._lists_of_stages.pop(key, None) or make()
+        self._lists_of_stages[key] = programs
+        if len(self._lists_of_stages) > KEPT_OF_STAGES:
+            del self._lists_of_stages[next(iter(self._lists_of_stages))]
+        return programs
+
+    def of_stages(self, network: Network, stages: Stages, uses: tuple[StageUse, ...]) -> StageLoads:
+        """As the walk of a pipeline wants it."""
+        key = network, tuple(stages.shape.items()), stages.number, tuple(stages.across.items()), uses
+        if key not in self._of_stages:
+            self._of_stages[key] = StageLoads(network, stages, uses)
+        return self._of_stages[key]
 
     def ranks_of(self, axes: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
         """As `megalina.layout.ranks_of`."""
@@ -90,8 +109,8 @@ class PricedStep:
     ):
         """`vocab_size`: before padding; `load`: rows of the busiest rank's experts over the mean, which all ranks then compute;
         `shared`: what other steps have made; `network`, `seconds`: None: those of the configuration's cluster.  ValueError where
-        the layout does not fit the world, and for pipelines."""
-        refuse_pipelines(config, "pipelines aren't forecast yet, nor priced or drawn")
+        the layout does not fit the world, and for pipelines, which `PricedPipeline` has."""
+        refuse_pipelines(config, "this is of ranks that all hold the same list")
         self.config, self.world, self.plan, self.load = config, world, plan, load
         self.vocab_size, self._shared, self._network, self._seconds = vocab_size, shared or Shared(), network, seconds
         self.held = InstructionBytes(
@@ -285,6 +304,8 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
                 return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
             case Op.SUM | Op.MAX if instruction.name in numbers:
                 return numbers[instruction.name] * NUMBER_BYTES
+            case Op.SEND | Op.RECV:
+                return held.value("x", instruction)
             case Op.GATHER:
                 return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
             case _:

@@ -1,13 +1,13 @@
 """The report of a forecast: tables for the terminal, the JSON, and the command that runs what was planned, to be pasted whole."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from megalina.blocks.heads import model_of_layer, numbers_kept, numbers_of_room, query_size
 from megalina.config import BYTES, PretrainConfig
-from megalina.perfmodel.forecast.forecast import Forecast, memory_limit_bytes
+from megalina.perfmodel.forecast.forecast import MESSAGES, Forecast, Walked, memory_limit_bytes
 from megalina.perfmodel.forecast.search import Candidate, UnderLoad
 from megalina.perfmodel.sim.memory import Memory
 from megalina.timeline.recorder import COMPUTE, SEND, Event
@@ -44,7 +44,7 @@ def load_table(found: Sequence[UnderLoad], limit_bytes: float, steps_s: Mapping[
         rows.append([f"peak, recompute {mode}", *peaks])
     rows.append(["an all-to-all's rows, sent and received", *(f"{u.sent / GIB:.3f} + {u.received / GIB:.3f} GiB" for u in found)])
     rows.append(["step", *(f"{steps_s[u.load] * 1e3:.1f} ms" if u.load in steps_s else "does not fit" for u in found)])
-    return _aligned([["", *row] for row in rows])
+    return aligned([["", *row] for row in rows])
 
 
 def timeline_text(events: Sequence[Event], step_s: float, width: int = 100) -> str:
@@ -68,26 +68,32 @@ def _bar(spans: Sequence[tuple[float, float]], step_s: float, width: int) -> str
 
 def strategy_table(candidates: Sequence[Candidate], *, layouts: bool) -> str:
     """The fastest first.  `layouts`: say them, too."""
-    head = ["strategy", "step ms", "tokens/s", "MFU", *(f"waits for {what} ms" for what in CLASSES.values()), "GiB"]
+    piped = any(c.config.parallel.pp > 1 for c in candidates)
+    names = {**CLASSES, **({MESSAGES: MESSAGES} if piped else {})}
+    head = ["strategy", "step ms", "tokens/s", "MFU", *(f"waits for {what} ms" for what in names.values()), "GiB"]
     cut = any(c.config.parallel.cp > 1 for c in candidates)
-    rows = [[*([f"tp ep {'cp ' if cut else ''}zero micro recompute"] if layouts else []), *head]]
+    words = f"{'pp chunks schedule ' if piped else ''}tp ep {'cp ' if cut else ''}zero micro recompute"
+    rows = [[*([words] if layouts else []), *head]]
     for c in candidates:
         train, parallel, found = c.config.train, c.config.parallel, c.found
         context = f"{parallel.cp}{f' by {parallel.cp_kind}' if parallel.cp > 1 else ''} " if cut else ""
-        layout = f"{parallel.tp} {parallel.ep} {context}{parallel.zero} {train.micro_batch_size} {train.recompute}"
-        figures = ["does not fit", *[""] * 6] if found is None else figures_of(found)
+        stages = f"{parallel.pp} {parallel.pp_chunks} {c.config.strategy.pipeline if parallel.pp > 1 else '-'} " if piped else ""
+        layout = f"{stages}{parallel.tp} {parallel.ep} {context}{parallel.zero} {train.micro_batch_size} {train.recompute}"
+        figures = ["does not fit", *[""] * (2 + len(names))] if found is None else figures_of(found, names)
         rows.append([*([layout] if layouts else []), str(c.plan), *figures, f"{c.memory_bytes / GIB:.1f}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table, a line a row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def figures_of(found: Forecast) -> list[str]:
+def figures_of(found: Forecast, names: Collection[str] = tuple(CLASSES)) -> list[str]:
+    """Step, tokens a second, MFU, and what a rank waits for, by class."""
     mfu = "" if found.mfu is None else f"{found.mfu:.1%}"
-    waits = [f"{found.exposed_s[name] * 1e3:.1f}" for name in CLASSES]
+    waits = [f"{found.exposed_s.get(name, 0.0) * 1e3:.1f}" for name in names]
     return [f"{found.step_s * 1e3:.1f}", f"{found.tokens_per_s:,.0f}", mfu, *waits]
 
 
@@ -98,7 +104,7 @@ def as_json(candidates: Sequence[Candidate], *, world: int, common: Sequence[str
 
 def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
     found = c.found
-    numbers: Mapping[str, Any] = {}
+    numbers: dict[str, Any] = {}
     if found is not None:
         numbers = {
             "tokens_per_s": found.tokens_per_s,
@@ -108,6 +114,8 @@ def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
             "token_bytes_within_nodes": found.token_bytes[1],
             "memory": found.memory.rows(),
         }
+    if found is not None and found.of_ranks:
+        numbers |= {"pipeline_ranks": [_of_rank(own, peak) for own, peak in zip(found.of_ranks, found.peaks, strict=True)]}
     limit = memory_limit_bytes(c.config.cluster)
     return {
         "overrides": joined(common, c.overrides()),
@@ -120,6 +128,10 @@ def _candidate(c: Candidate, common: Sequence[str]) -> dict[str, Any]:
         "mfu": found.mfu if found else None,
         **numbers,
     }
+
+
+def _of_rank(own: Walked, peak: int) -> dict[str, Any]:
+    return {"compute_s": own.compute_s, "idle_s": own.idle_s, "exposed_s": dict(own.exposed_s), "memory_bytes": peak}
 
 
 def planned_for(given: Sequence[str], config: PretrainConfig, *, world: int, vocab_size: int) -> list[str]:

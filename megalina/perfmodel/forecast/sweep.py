@@ -22,6 +22,7 @@ from megalina.plan_settings import plan_of
 from megalina.timeline.trace import TracedStep, write_trace
 from megalina.train.packing import allowed_packings, worth_trying
 from megalina.validate import check_config, check_hardware
+from megalina.validate_pipeline import refuse_pipelines
 
 RESULTS = "results.jsonl"  # in a sweep's folder: a line a job, written when the job is done
 TRACE_NOTE = "simulated"
@@ -39,10 +40,10 @@ class Job:
 
 
 def weak_scaling(config: PretrainConfig, world: int, sequences_per_rank: int) -> PretrainConfig:
-    """With so many sequences a step for each data-parallel rank; 0: as it is."""
+    """With so many sequences a step for each data-parallel rank, however many stages there are; 0: as it is."""
     if not sequences_per_rank:
         return config
-    batch = sequences_per_rank * world // (config.parallel.tp * config.parallel.cp)
+    batch = sequences_per_rank * world // (config.parallel.pp * config.parallel.tp * config.parallel.cp)
     return replace(config, train=replace(config.train, global_batch_size=batch))
 
 
@@ -52,6 +53,8 @@ def simulated(job: Job) -> Candidate:
     check_config(job.config, job.world)
     check_work(job.config, job.world)
     job.unevenness.check(job.world)
+    if not job.unevenness.all_alike:
+        refuse_pipelines(job.config, "simulate.slow_rank and simulate.busiest_load are of ranks that hold the same list")
     best = _planned(job)
     if best.found is None or job.unevenness.all_alike:
         return best
@@ -116,11 +119,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def trace(path: Path, found: Candidate, world: int) -> None:
-    """The step as a real run writes it (`timeline.trace_steps`): of all ranks that walked, one where all are alike."""
+    """The step as a real run writes it (`timeline.trace_steps`): of all ranks that walked, one where all are alike, one of each
+    stage of a pipeline."""
     assert found.found is not None
     timeline, parallel = found.found.timeline, found.config.parallel
     walked = len(timeline.recorders)
-    shape = axis_sizes(world, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=found.plan.packing)
-    groups = rows(shape) if walked == world else {}  # of a rank that walks for all the others have no lanes
+    shape = axis_sizes(world // parallel.pp, tp=parallel.tp, ep=parallel.ep, cp=parallel.cp, packing=found.plan.packing)
+    # of a rank that walks for all the others have no lanes
+    groups = rows(shape) if walked == world and parallel.pp == 1 else {}
+    name = "pipeline rank" if parallel.pp > 1 else "rank"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_trace(path, {1: TracedStep([timeline.events(rank) for rank in range(walked)], groups)}, note=TRACE_NOTE)
+    write_trace(path, {1: TracedStep([timeline.events(rank) for rank in range(walked)], groups)}, note=TRACE_NOTE, name=name)

@@ -21,6 +21,7 @@ class Collective(Enum):
     ALL_REDUCE = "all-reduce"
     REDUCE_SCATTER = "reduce-scatter"
     ALL_GATHER = "all-gather"
+    SEND = "send"  # from the first of two ranks to the second
 
     @property
     def rounds(self) -> int:
@@ -64,6 +65,7 @@ def phases_of(
     with its part of the bytes, which leave a node from different ranks (channels, as in NCCL).
     tree: for all-reduce, two trees of nodes with half the bytes each, chains inside nodes (NCCL); else as ring.
     hierarchical: inside nodes, between ranks at the same place of their nodes, inside nodes again.
+    A send is one flow by any of them.
 
     `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  `few`: see `_direct_by_levels`, which needs
     `nodes_per_group`.  ValueError for bytes of another shape or another collective, for hierarchical where nodes hold unequal
@@ -73,6 +75,8 @@ def phases_of(
     n = len(rank_N)
     if bytes_NN is not None and (what is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
         raise ValueError(f"{what.value} over {n} ranks: bytes_NN is {bytes_NN.shape}, which only all-to-all takes, as {n, n}")
+    if what is Collective.SEND:
+        return (_sent(rank_N, leaves=bool(node_N[0] != node_N[1])),)
     by_node = _by_node(rank_N, node_N)
     direct = partial(_direct_by_levels, ranks_per_node, nodes_per_group) if few and bytes_NN is None else _direct
     if algorithm == "hierarchical" and 1 < len(by_node) < n:
@@ -82,6 +86,10 @@ def phases_of(
     if algorithm == "tree" and what is Collective.ALL_REDUCE:
         return (_trees(by_node),)
     return (_rings(by_node, what.rounds, rings),)
+
+
+def _sent(rank_N: Ints, *, leaves: bool) -> Phase:
+    return Phase(rank_N[:1], rank_N[1:], np.ones(1), int(leaves), int(not leaves))
 
 
 def _direct(rank_N: Ints, leaves: bool, rounds: int, bytes_NN: Floats | None = None) -> Phase:

@@ -38,9 +38,22 @@ class FoldedLoads(Loads):
         slowest: bool = False,
         known: dict[tuple[Use, bool], list["_Phase"]] | None = None,
     ):
+        groups = {axis: _groups(axis, ranks, ranks_of) for axis in dict.fromkeys(axis for axis, _ in uses)}
+        self._fold(network, ranks, groups, uses, slowest=slowest, known=known)
+
+    def _fold(
+        self,
+        network: Network,
+        ranks: int,
+        groups: Mapping[str, Ints],
+        uses: Collection[Use],
+        *,
+        slowest: bool,
+        known: dict[tuple[Use, bool], list["_Phase"]] | None = None,
+    ) -> None:
+        """`groups`: the ranks of each group of an axis, which need not be all ranks."""
         super().__init__(network, ranks)
         self._known = {} if known is None else known
-        groups = {axis: _groups(axis, ranks, ranks_of) for axis in dict.fromkeys(axis for axis, _ in uses)}
         phases, colour_B, colour_L = self._coloured(groups, uses, slowest=slowest, few=True)
         if not self._crossed_alike(phases.values(), colour_L):
             phases, colour_B, colour_L = self._coloured(groups, uses, slowest=slowest, few=False)

@@ -158,12 +158,16 @@ class _Walk:
 
     def _start(self, instruction: Instruction) -> int:
         sizes, wire = self._sizes, instruction.writes[0]
+        if instruction.op is Op.RECV:
+            arrival = self._arrives[wire]
+            self.wire[wire] = self._hold([_Block(sizes.value(arrival.writes[0], arrival))])
+            return 0
         held = self.values.get(instruction.reads[0], [])
         if instruction.op in (Op.GRADS, Op.PARAMS):
             held = [_Block(sizes.bucket(instruction))]
         elif instruction.op is Op.COUNTS:
             held = []  # a number an expert
-        elif sizes.ranks(instruction.axis) > 1:
+        elif instruction.op is not Op.SEND and sizes.ranks(instruction.axis) > 1:
             arrival = self._arrives[wire]
             buffer = sizes.received(
                 instruction, sizes.value(instruction.reads[0], instruction), sizes.value(arrival.writes[0], arrival)
@@ -173,10 +177,10 @@ class _Walk:
         return 0
 
     def _wait(self, instruction: Instruction) -> int:
-        if instruction.op in (Op.GRADS, Op.PARAMS):
-            return 0  # it is in the bucket
+        if instruction.op in (Op.GRADS, Op.PARAMS, Op.SEND):
+            return 0  # it is in the bucket, or gone
         held, size = self.wire[instruction.reads[0]], self._sizes.value(instruction.writes[0], instruction)
-        if self._sizes.ranks(instruction.axis) > 1 or instruction.op is Op.COUNTS:
+        if instruction.op is not Op.RECV and (self._sizes.ranks(instruction.axis) > 1 or instruction.op is Op.COUNTS):
             made = instruction.op is Op.COUNTS or held[0].bytes > size  # a scatter whose buffer has all ranks' parts
             held = [_Block(size)] if made else held[:1]
         return self._write(instruction.writes[0], held)

@@ -107,7 +107,8 @@ class Network:
 
     def weight_of(self, what: Collective) -> float:
         """Of its flows, in sharing a link."""
-        return 1.0 if what is Collective.ALL_TO_ALL or self.algorithm_of(what) == "direct" else self.weight
+        alone = what in (Collective.ALL_TO_ALL, Collective.SEND)
+        return 1.0 if alone or self.algorithm_of(what) == "direct" else self.weight
 
     def after_s(self, what: Collective, phases: Sequence[Phase]) -> list[float]:
         """How long after the last byte of each phase it is over."""

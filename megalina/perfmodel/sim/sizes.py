@@ -20,6 +20,8 @@ class Sizes:
     def collective(self, instruction: Instruction) -> Collective:
         if instruction.op in (Op.TOKENS, Op.COUNTS, Op.EVEN):
             return Collective.ALL_TO_ALL
+        if instruction.op in (Op.SEND, Op.RECV):
+            return Collective.SEND
         if instruction.op in (Op.GATHER, Op.PARAMS):
             return Collective.ALL_GATHER
         if instruction.op is Op.SCATTER or (instruction.op is Op.GRADS and instruction.buckets[0] in self.scattered):

@@ -11,7 +11,7 @@ Letters: L links, B bundles of a load, I places of bundles on links.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,6 +79,7 @@ class Traffic:
         self._streams: dict[tuple[Load, int], _Stream] = {}
         self._now_s = 0.0
         self._count = 0
+        self._links: dict[Load, int] = {}
         self._dropped = True  # since the last move or joining, what has nothing left
         self._rates: dict[
             tuple[tuple[Load, int, bytes], ...], list[tuple[Floats, Floats]]
@@ -131,15 +132,37 @@ class Traffic:
             self._drop()
             if any((queue.head_B > queue.waiting[0].number).all() for _, queue in self._queues()):
                 next_s = now_s
-        key = tuple((s.load, s.urgency, s.live_B.tobytes()) for s in self._streams.values())
-        if key not in self._rates:
-            self._rates[key] = self._shared()
-        for stream, rates in zip(self._streams.values(), self._rates[key], strict=True):
-            stream.rate_B, stream.byte_s_B = rates
+        for streams in self._apart():
+            key = tuple((s.load, s.urgency, s.live_B.tobytes()) for s in streams)
+            if key not in self._rates:
+                self._rates[key] = self._shared(streams)
+            for stream, rates in zip(streams, self._rates[key], strict=True):
+                stream.rate_B, stream.byte_s_B = rates
+        for stream in self._streams.values():
             for queue in stream.queues.values():
                 left_s = float(((queue.next_B - stream.given_B) * stream.byte_s_B).min(initial=math.inf))
                 next_s = min(next_s, now_s + left_s)
         return next_s
+
+    def _apart(self) -> list[list[_Stream]]:
+        """The streams by links: those of different lists have none in common, not even through others, and share nothing."""
+        found: list[tuple[int, list[int]]] = []
+        streams = list(self._streams.values())
+        for number, stream in enumerate(streams):
+            links, members, others = self._links_of(stream.load), [number], []
+            for other_links, other in found:
+                if other_links & links:
+                    links, members = links | other_links, other + members
+                else:
+                    others.append((other_links, other))
+            found = [*others, (links, members)]
+        return [[streams[number] for number in sorted(members)] for _, members in found]
+
+    def _links_of(self, load: Load) -> int:
+        """A bit for each link that it is on."""
+        if load not in self._links:
+            self._links[load] = sum(1 << link for link in set(load.link_I.tolist()))
+        return self._links[load]
 
     def _queues(self) -> Iterator[tuple[_Stream, _Queue]]:
         return ((stream, queue) for stream in self._streams.values() for queue in stream.queues.values() if queue.waiting)
@@ -168,11 +191,11 @@ class Traffic:
                 place = queue.head_B[b] - first
                 queue.next_B[b] = queue.waiting[place].ends_B[b] if place < len(queue.waiting) else math.inf
 
-    def _shared(self) -> list[tuple[Floats, Floats]]:
+    def _shared(self, streams: Sequence[_Stream]) -> list[tuple[Floats, Floats]]:
         """The rates of each stream's bundles, and their inverse; what has ended has none."""
         bundles, links, weights, urgencies = [], [], [], []
         count = 0
-        for stream in self._streams.values():
+        for stream in streams:
             live_B, load = stream.live_B > 0, stream.load
             number_B = count + np.cumsum(live_B) - 1
             live_I = live_B[load.bundle_I]
@@ -189,7 +212,7 @@ class Traffic:
                 self._capacity_L[used_L], np.concatenate(bundles), link_I, np.concatenate(weights), np.concatenate(urgencies)
             )
         out, at = [], 0
-        for stream in self._streams.values():
+        for stream in streams:
             live_B = stream.live_B > 0
             rate_B, byte_s_B = np.zeros(len(live_B)), np.full(len(live_B), math.inf)
             rate_B[live_B] = rates[at : at + int(live_B.sum())]

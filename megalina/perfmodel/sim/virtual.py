@@ -57,14 +57,18 @@ def simulate(
     sizes: Sizes,
     rule: Rule = OURS,
     host: Seconds | None = None,
+    loads: Loads | None = None,
 ) -> Timeline:
     """One step: rank r walks `programs[r]`, normally the same list on all.  Deadlock if it has no end.
+
+    `loads`: None: of as many ranks as there are programs; `stages.py` has those of more ranks, of which some walk for others.
 
     `host`: what the thread that walks the list needs for each instruction.  It then asks for instructions one after another and
     stands at
     WAITs alone; a device begins an instruction when it is free and has been asked, and ends it no earlier than the host has
     asked."""
-    return _Cluster(programs, ranks_of, seconds, Loads(network, len(programs)), sizes, rule, host).run()
+    loads = Loads(network, len(programs)) if loads is None else loads
+    return _Cluster(programs, ranks_of, seconds, loads, sizes, rule, host).run()
 
 
 def simulate_alike(
@@ -281,7 +285,10 @@ class _Cluster:
         assert instruction.traffic is not None
         collective.what, collective.num_bytes, collective.bytes_NN = sizes.sent(instruction, group.ranks)
         collective.urgency = self._loads.network.urgency(instruction.traffic)
-        collective.phases.extend(self._loads.of(group.axis, collective.what, group.ranks, collective.bytes_NN))
+        ranks = group.ranks
+        if collective.what is Collective.SEND:  # from whom to whom
+            ranks = tuple(sorted(ranks, key=lambda rank: collective.sent[rank].instruction.op is not Op.SEND))
+        collective.phases.extend(self._loads.of(group.axis, collective.what, ranks, collective.bytes_NN))
         self._move(collective)
 
     def _move(self, collective: _Collective) -> None:

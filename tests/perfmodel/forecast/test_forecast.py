@@ -106,4 +106,4 @@ def test_plans_are_taken_up_again_as_they_are() -> None:
 
 def test_no_layout_at_all_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"train.global_batch_size \(3\)"):
-        search(config_of("train.global_batch_size=3"), WORLD, vocab_size=VOCAB)
+        search(config_of("train.global_batch_size=3", "model.num_layers=1"), WORLD, vocab_size=VOCAB)  # one layer: no stages
