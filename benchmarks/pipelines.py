@@ -13,10 +13,13 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalina.cli.compare import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,9 +53,8 @@ def compare_cuts(args: argparse.Namespace) -> None:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Each setting as `megalina.compare.results.as_json` has it, and of pipelines what cells and messages alone take."""
+    """Each setting as `megalina.compare.results.as_json` has it, with what is expected of each."""
     from benchmarks.pipelining.cases import SETTINGS, base_of, variants_of
-    from benchmarks.pipelining.cells import walk_s
     from megalina.cli.compare import job_of, note, run
     from megalina.compare.ladder import LINK_MBIT
     from megalina.namespaces import check_host
@@ -70,13 +72,32 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             given = {"variants": variants, "base": base_of(slow), "link_mbit": LINK_MBIT, "overrides": args.overrides}
             jobs.append(job_of(slow, list(variants), **given))
         for job in jobs:
-            slow, rest = job.setting, [name for name in job.configs if not name.startswith("eager")]
+            rest = [name for name in job.configs if not name.startswith("eager")]
             found = run(job, spec, Path(folder), first=False, to_the_end=rest)
-            staged = {name: config for name, config in job.configs.items() if config.parallel.pp > 1}
-            walked = {n: walk_s(c, link_mbit=job.link_mbit, ranks_per_node=slow.ranks_per_node) for n, c in staged.items()}
-            found["walk_s"] = {name: None if s is None else s / slow.slow_motion for name, s in walked.items()}
-            out.append(found)
+            out.append(found | expected(job, found["strategies"]))
     return {"settings": out, "note": note(jobs[0])}
+
+
+def expected(job: "Job", strategies: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By name, in the cluster's own time: walk_s, of pipelines what cells and messages alone take; forecast_s, what the simulator
+    says of the plan that ran."""
+    from benchmarks.pipelining.cells import walk_s
+    from benchmarks.pipelining.forecast import forecast_s
+    from megalina.step.plan import Plan
+
+    setting, link_mbit = job.setting, job.link_mbit
+    out: dict[str, dict[str, float]] = {"walk_s": {}, "forecast_s": {}}
+    for name, config in job.configs.items():
+        plan = Plan.from_json(strategies[name]["plan_values"])
+        found = {"forecast_s": forecast_s(config, plan, setting.world)}
+        if config.parallel.pp > 1:
+            found["walk_s"] = walk_s(config, link_mbit=link_mbit, ranks_per_node=setting.ranks_per_node)
+        for key, seconds in found.items():
+            if seconds is not None:
+                out[key][name] = seconds / setting.slow_motion
+    tuned = next(n for n in job.configs if n.startswith("eager") and strategies[n] == strategies["eager"])
+    out["forecast_s"]["eager"] = out["forecast_s"][tuned]
+    return out
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,8 @@ SETTINGS = (
 def base_of(setting: Setting) -> tuple[str, ...]:
     """For all who compete: the ladder's model with more layers, an expert a rank, as many sequences as a pipeline takes."""
     return (
-        *("experiment=ladder", f"model.num_layers={LAYERS}", f"model.num_experts={setting.world}", "model.vocab_size=320"),
+        *("experiment=ladder", "cluster=emulated", f"cluster.ranks_per_node={setting.ranks_per_node}"),
+        *(f"model.num_layers={LAYERS}", f"model.num_experts={setting.world}", "model.vocab_size=320"),
         f"train.global_batch_size={MICRO_BATCHES * 4 * setting.ranks_per_node}",
         *setting.overrides,
     )

@@ -1,5 +1,6 @@
 """What pipelines on an emulated cluster came to: a table in Markdown, and a picture of where a step's time goes."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,28 @@ def table(setting: Mapping[str, Any]) -> str:
         + ("" if setting["valid"] else f", more than {VALID_OVERRUN:.0%}: not valid"),
         "",
         "| | step ms | faster than the best with experts across nodes | quartiles | devices idle ms "
-        "| waits ms: stages, tokens, gradients, sizes | busiest link ms | cells and messages alone ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "| waits ms: stages, tokens, gradients, sizes | busiest link ms | cells and messages alone ms | forecast ms |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in shown.items():
         low, high = (spread / best["ratio_to_eager"] for spread in m["ratio_spread"])
         waits = ", ".join(f"{m[f'{of}_exposed_s'] * 1e3:.0f}" for of in ("messages", "a2a", "grads", "other"))
-        walked_s = setting["walk_s"].get(name)
-        alone = "" if walked_s is None else f"{walked_s * 1e3:.0f} ({m['median_step_s'] / walked_s - 1:+.1%})"
+        alone = _beside(setting["walk_s"].get(name), m["median_step_s"])
+        forecast = _beside(setting["forecast_s"].get(name), m["median_step_s"])
         ratio = best["median_step_s"] / m["median_step_s"]
         lines.append(
             f"| {title_of(name)} | {m['median_step_s'] * 1e3:.0f} | {ratio:.2f} | {low:.2f} - {high:.2f} "
-            f"| {m['idle_s'] * 1e3:.0f} | {waits} | {m['link_s'] * 1e3:.0f} | {alone} |"
+            f"| {m['idle_s'] * 1e3:.0f} | {waits} | {m['link_s'] * 1e3:.0f} | {alone} | {forecast} |"
         )
     worst = max(m["largest_loss_difference"] for m in shown.values())
-    return "\n".join([*lines, "", f"Losses differ by at most {worst:.1e} of them."])
+    errors = [abs(s / shown[name]["median_step_s"] - 1) for name, s in setting["forecast_s"].items() if name in shown]
+    told = f"Losses differ by at most {worst:.1e} of them."
+    return "\n".join([*lines, "", f"{told}  Median error of {len(errors)} forecasts: {statistics.median(errors):.1%}."])
+
+
+def _beside(expected_s: float | None, measured_s: float) -> str:
+    """What was expected, and how far from what was measured."""
+    return "" if expected_s is None else f"{expected_s * 1e3:.0f} ({expected_s / measured_s - 1:+.1%})"
 
 
 def draw(path: Path, settings: Sequence[Mapping[str, Any]], *, note: str) -> None:

