@@ -1,6 +1,8 @@
 """What is inside of cells: parts that walk in turn, gradients of weights that come later, and one message a micro-batch all the
 same."""
 
+import re
+
 import pytest
 
 from megalina.blocks.pipelined import pipelined
@@ -70,14 +72,21 @@ def test_cells_w_hold_what_they_held() -> None:
     assert sum(s.phase == "W" for s in joined[0]) < sum(s.phase == "W" for s in plain[0])
 
 
-def test_every_instruction_of_a_cell_is_told_its_cell() -> None:
-    overrides = ("strategy=lancet", "strategy.partition=2", "parallel.pp_chunks=2", "strategy.pipeline=interleaved")
+@pytest.mark.parametrize(
+    ("strategy", "schedule", "chunks"),
+    [("strategy=lancet strategy.partition=2", "interleaved", 2), ("strategy=pair", "dualpipev", 2), ("strategy=pair", "1f1b", 1)],
+)
+def test_every_instruction_of_a_cell_is_told_its_cell(strategy: str, schedule: str, chunks: int) -> None:
+    overrides = [*strategy.split(), f"parallel.pp_chunks={chunks}", f"strategy.pipeline={schedule}"]
     config = compose([*MODEL, *overrides])
     setting, job = setting_of(config, 2, 512), pipelined(config, 2, vocab_size=512)
+    stage_of = {layer: number for number, stage in enumerate(job.stages) for layer in stage.layers}
     for rank, program in enumerate(training_steps(setting, job)):
         cells = cells_by_tag(setting, job, rank)
         inside = [s for s in program if s.phase in "FBW" and s.op not in (Op.SEND, Op.RECV, Op.GRADS)]
         assert {s.tag for s in inside} <= set(cells)
-        assert {cells[s.tag] for s in inside} == {str(cell) for _, cell in job.pipeline.cells(rank) if "_" not in str(cell)}
-        of_layers = [s for s in inside if s.layer >= 0]  # a layer a stage
-        assert all(cells[s.tag] == f"{s.layer}{'F' if s.phase == 'F' else 'B'}{s.part[0]}" for s in of_layers)
+        listed = {str(cell) for _, cell in job.under(config.strategy.name).cells(rank) if "_" not in str(cell)}
+        assert {cells[s.tag] for s in inside} == listed
+        for s in (s for s in inside if s.layer >= 0):
+            work = {"F": "F", "W": "W" if any("W" in cell for cell in listed) else "B"}.get(s.phase, "[BI]")
+            assert re.fullmatch(f"{stage_of[s.layer]}{work}{s.part.partition('p')[0]}", cells[s.tag]), s.tag
