@@ -90,11 +90,10 @@ def expected(job: "Job", strategies: Mapping[str, Any]) -> dict[str, dict[str, f
     for name, config in job.configs.items():
         plan = Plan.from_json(strategies[name]["plan_values"])
         found = {"forecast_s": forecast_s(config, plan, setting.world)}
-        if config.parallel.pp > 1:
-            found["walk_s"] = walk_s(config, link_mbit=link_mbit, ranks_per_node=setting.ranks_per_node)
+        alone_s = walk_s(config, link_mbit=link_mbit, ranks_per_node=setting.ranks_per_node) if config.parallel.pp > 1 else None
+        found |= {} if alone_s is None else {"walk_s": alone_s}
         for key, seconds in found.items():
-            if seconds is not None:
-                out[key][name] = seconds / setting.slow_motion
+            out[key][name] = seconds / setting.slow_motion
     tuned = next(n for n in job.configs if n.startswith("eager") and strategies[n] == strategies["eager"])
     out["forecast_s"]["eager"] = out["forecast_s"][tuned]
     return out

@@ -5,8 +5,6 @@ from megalina.perfmodel.forecast.forecast import forecast
 from megalina.step.plan import Plan
 
 
-def forecast_s(config: PretrainConfig, plan: Plan, world: int) -> float | None:
-    """A step on the cluster that `config` says, in slow motion where that is.  None for pipelines, which aren't forecast."""
-    if config.parallel.pp > 1:
-        return None
+def forecast_s(config: PretrainConfig, plan: Plan, world: int) -> float:
+    """A step on the cluster that `config` says, in slow motion where that is."""
     return forecast(config, world, vocab_size=config.model.vocab_size, plan=plan).step_s

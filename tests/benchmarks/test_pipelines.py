@@ -77,15 +77,19 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_forecast_is_what_devices_and_links_take() -> None:
-    """Eager with experts across nodes, no two things at once: each layer's exchanges wait for nobody but the link."""
+    """Eager with experts across nodes, no two things at once: each layer's exchanges wait for nobody but the link.  Of a
+    pipeline without exchanges cells and messages."""
     setting = replace(SETTINGS[0], slow_motion=1.0)
-    variants = {"eager": variants_of(setting)["eager"]}
-    job = job_of(setting, ["eager"], variants=variants, base=base_of(setting), link_mbit=500)
+    variants = variants_of(setting)
+    job = job_of(setting, ["eager", "zbv"], variants=variants, base=base_of(setting), link_mbit=500)
     config = job.configs["eager whole"]
     found = forecast_s(config, plan_of(config.strategy), setting.world)
     micro_batches, sent_bytes = 4, 4 * 64 * 2 * 512 * 4 * 3 / 4  # of a rank: tokens to two experts each, three of four elsewhere
     layer_s = 3 * 1.02 * 0.024 + 4 * sent_bytes / (500e6 / 8)
     assert found == pytest.approx(micro_batches * LAYERS * layer_s, rel=0.05)
+    staged = job.configs["zbv"]
+    alone_s = walk_s(staged, link_mbit=500)
+    assert forecast_s(staged, plan_of(staged.strategy), setting.world) == pytest.approx(alone_s, rel=0.05)
 
 
 def test_an_unknown_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +110,7 @@ def test_a_tiny_run_on_real_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 0, err
     (found,) = json.loads((tmp_path / "found.json").read_text())["settings"]
     assert set(competitors(found)) == {"eager", "flow", "pair", *SCHEDULES}
+    assert set(found["forecast_s"]) == set(found["strategies"])
     for name, m in found["strategies"].items():
         assert m["largest_loss_difference"] < 1e-4
         if name in SCHEDULES:
