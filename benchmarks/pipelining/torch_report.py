@@ -89,7 +89,7 @@ def times_table(rows: Mapping[str, Any]) -> str:
         torchs, ours = row["sides"][row["torch"]], row["sides"][OURS]
         step_ms = f"{torchs['median_step_s'] * 1e3:.0f} | {ours['median_step_s'] * 1e3:.0f}"
         waits = f"{torchs['median_waits_s'] * 1e3:.0f}, {ours['median_waits_s'] * 1e3:.0f}"
-        idle = ", ".join(_idle(side) for side in (torchs, ours))
+        idle = ", ".join(filter(None, map(_idle, (torchs, ours))))
         walked = "" if row["walk_s"] is None else f"{row['walk_s'] * 1e3:.0f}"
         low, high = row["spread"]
         when = "late" if row["torch"] == LATE else "early"
