@@ -83,7 +83,8 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     never |= {(("place", p), ("micro_batch", m)) for p in options["place"] for m in (2, 1, 0) if m > SEQUENCES * p[1] // p[0]}
     # weights are gathered ahead under ZeRO-1 alone; parts of a micro-batch have no statistics of all ranks
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
-    never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "lina_zero")}
+    never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "pair", "lina_zero")}
+    never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
     refused = lacking - never
     assert all(("router", "global") in pair for pair in refused), refused
     assert len(refused) <= 2
@@ -99,7 +100,8 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never: set[Pair] = {(("micro_batch", 1), ("router", "global"))}
     never |= {(("router", name), ("capacity", True)) for name in WITHOUT_CAPACITY}
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
-    never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "lina_zero")}
+    never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "pair", "lina_zero")}
+    never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
     for size in ("tp", "ep"):
         never |= {(("world", world), (size, n)) for world in (1, 2, 4) for n in (1, 2, 4) if n > world}
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
