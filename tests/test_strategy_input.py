@@ -93,7 +93,7 @@ def test_a_strategy_that_cannot_be_is_named(settings: dict[str, object], said: s
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("packing", ["3", "8"])
 def test_packing_that_does_not_divide_is_named_with_both_numbers(name: str, packing: str) -> None:
-    config = config_of(4, strategy__name=name, strategy__packing=packing, parallel__zero=1)
+    config = config_of(4, strategy__name=name, strategy__packing=packing, parallel__zero=1, train__micro_batch_size=1)
     assert refusal(config, 4) == f"strategy.packing ({packing}) must divide parallel.ep (4)"
     for fits in ("1", "2", "4", *(["auto"] if name != "search" else [])):
         config.strategy.packing = fits
