@@ -23,6 +23,7 @@ TRIES = 2000  # random rows with a pair before it counts as never allowed
 TRIES_ALONE = 60  # of sizes that fit, with one choice
 PIECE_MB = 0.002  # MiB: many pieces a bucket
 NO_PIPELINE = "none"  # among schedules: rows of one stage
+LAYOUT_AXES = ("place", "context", "pp", "schedule", "cut", "zero", "micro_batch", "strategy")  # of pipelines
 CHUNKS = (1, 2)  # stages on each pipeline rank, where a schedule takes any number of them
 Values = dict[str, Any]  # axis -> choice
 Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]  # (axis, choice) of two axes, in the order of the axes
@@ -117,7 +118,8 @@ def axes_of_pipelines(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
         "pp": [1 << i for i in range(1, power_below(ranks).bit_length())],
         "schedule": [(name, chunks) for name in choices.schedules if name != NO_PIPELINE for chunks in _chunks(name)],
         "cut": ["even", "uneven"],
-        **{axis: values for axis, values in plain.items() if axis not in ("place", "context")},
+        **{axis: plain[axis] for axis in ("zero", "micro_batch", "strategy")},  # first: they depend on sizes
+        **{axis: values for axis, values in plain.items() if axis not in ("place", "context", "zero", "micro_batch", "strategy")},
     }
     if not all(options.values()):
         return dict.fromkeys(options, ())
@@ -255,11 +257,41 @@ def pairwise(choices: Choices, ranks: int, *, only: bool = False) -> list[Row]:
 
 def pairwise_in_pipelines(choices: Choices, ranks: int) -> list[Row]:
     """The same for rows of several pipeline ranks."""
-    return _pairwise(choices, axes_of_pipelines(choices, ranks))
+    return pairwise_of(choices, axes_of_pipelines(choices, ranks))
 
 
 def _pairwise(choices: Choices, options: Mapping[str, Sequence[Any]]) -> list[Row]:
     found = pairs(options, lambda values: fits(values) and runs(choices, row_of(choices, values)), may_be_allowed=fits)
+    return in_order(dict.fromkeys(row_of(choices, values) for values in found))
+
+
+def pairwise_of(choices: Choices, options: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """For those of `axes_of_pipelines`, or some of them.
+
+    A strategy's parts need micro-batches of sizes that the place allows, some routers none at all, and so on.  What no model is
+    needed to refuse is refused before models and optimizers are tried, of which there are many."""
+    if not all(options.values()):
+        return []
+    first = {axis: values[0] for axis, values in options.items()}
+    known: dict[tuple[Any, ...], bool] = {}
+
+    def may_run(values: Mapping[str, Any]) -> bool:
+        if not fits(values):
+            return False
+        if not values.keys() >= set(LAYOUT_AXES):
+            return True
+        routers = [values["router"]] if "router" in values else options["router"]
+        capacities = [values["capacity"]] if "capacity" in values else options["capacity"][:1]
+        return any(of_first(values, router, capacity) for router in routers for capacity in capacities)
+
+    def of_first(values: Mapping[str, Any], router: str, capacity: bool) -> bool:
+        own = {axis: values[axis] for axis in LAYOUT_AXES} | {"router": router, "capacity": capacity}
+        key = tuple(own.values())
+        if key not in known:
+            known[key] = runs(choices, row_of(choices, {**first, **own}))
+        return known[key]
+
+    found = pairs(options, lambda v: may_run(v) and runs(choices, row_of(choices, v)), may_be_allowed=may_run)
     return in_order(dict.fromkeys(row_of(choices, values) for values in found))
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from random import Random
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.validate import check_config
 from megalina.verify import layouts
 from megalina.verify.compare import compare
-from megalina.verify.layouts import Choices, Row, Values, axes_of_pipelines, fits, pairs, row_of, runs
+from megalina.verify.layouts import Choices, Row, Values, axes_of_pipelines, fits, pairwise_of, row_of, runs
 from megalina.verify.on_ranks import layout_config, record_rank, together
 from megalina.verify.recording import Layout, Recording
 from megalina.verify.reference import record
@@ -71,11 +72,10 @@ def options(ranks: int = MOST_RANKS) -> dict[str, Sequence[Any]]:
     return found | least
 
 
+@cache
 def every_pair() -> list[Row]:
     """Rows in which all pairs of choices occur that megalina accepts together."""
-    own = choices()
-    found = pairs(options(), lambda values: fits(values) and runs(own, row_of(own, values)), may_be_allowed=fits)
-    return list(dict.fromkeys(row_of(own, values) for values in found))
+    return pairwise_of(choices(), options())
 
 
 def every_choice(ranks: int) -> list[Row]:
