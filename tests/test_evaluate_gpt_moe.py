@@ -317,6 +317,7 @@ def test_the_command_of_a_report_starts_its_ranks_as_it_was_started() -> None:
     assert emulated.endswith(f"emulate_cluster.py --nodes 2 --ranks-per-node 2 --link-mbit 200 -- .venv/bin/{own}")
 
 
+@pytest.mark.full
 def test_from_end_to_end_on_two_ranks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [{"context": "import ", "choices": ["os", "zzz"], "answer": 0}, {"context": "def ", "target": "f"}]
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))

@@ -92,6 +92,7 @@ def gated() -> PretrainConfig:
     return compose(["model=tiny", f'model.layer=[attention,"{EXAMPLES}/own_layer.py:Gate",ffn]'])
 
 
+@pytest.mark.full
 def test_a_function_that_mixes_tokens_of_ranks_differs(gated: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = load(f"{EXAMPLES}/own_layer.py:GateFunctions")
     monkeypatch.setattr(functions, "gate", _centred)

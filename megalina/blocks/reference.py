@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_reference(text: str) -> bool:
-    return ":" in text
+    return ":" in str(text)  # a number, say, may come from a command line
 
 
 def load(reference: str) -> Any:

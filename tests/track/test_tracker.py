@@ -239,6 +239,7 @@ def test_after_sigterm_the_wandb_run_holds_every_step(tmp_path, group):
     assert losses(read_history(tmp_path / "run" / "wandb")) == losses(records)
 
 
+@pytest.mark.full
 def test_after_kill_9_the_wandb_run_can_be_rebuilt_from_the_metrics_file(tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert interrupted_run(run_dir, signal.SIGKILL) == -signal.SIGKILL

@@ -392,6 +392,7 @@ def nothing(rank: int, mark: Callable[[], None]) -> None:
     """No fault."""
 
 
+@pytest.mark.full
 def test_a_lost_rank_changes_no_number_of_a_run_with_restarts(job: Callable[..., Outcome], folder: Path) -> None:
     outcome = job(killed_once, folder / "killed", restarts=2, interval=2, resume="none")
     assert outcome.error == ""

@@ -126,7 +126,11 @@ def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             "strategy.pipeline=docs/examples/own_pipeline.py:SCHEDULE is made for none of the rows, which have up to 1 ranks",
             marks=pytest.mark.full,
         ),
-        (["strategy.pipeline=zbx"], "strategy.pipeline=zbx: there is no such schedule: choose one of gpipe, "),
+        pytest.param(
+            ["strategy.pipeline=zbx"],
+            "strategy.pipeline=zbx: there is no such schedule: choose one of gpipe, ",
+            marks=pytest.mark.full,
+        ),
         (["strategy.pipeline=nowhere.csv"], "strategy.pipeline=nowhere.csv: there is no such file"),
         (["launch.device=cuda"], "launch.device=cuda, but torch sees no GPU"),
         (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: there is no folder "),
