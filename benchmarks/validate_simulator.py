@@ -39,7 +39,9 @@ def validate(args: argparse.Namespace) -> None:
     from benchmarks.validation.fit import errors, fit, simulated
     from benchmarks.validation.report import draw, table
 
-    measured = read(args.measured) if args.measured else measure(args)
+    measured = (
+        results(args.measured, "settings", "this benchmark or tools/compare_strategies.py") if args.measured else measure(args)
+    )
     if args.json and not args.measured:
         args.json.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")  # before anything can go wrong with it
     rows = rows_of(measured)
@@ -59,14 +61,14 @@ def validate(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(measured | result | {"simulated": own}, indent=1, allow_nan=False) + "\n")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """ValueError for what no benchmark here wrote."""
+def results(path: Path, key: str, writer: str) -> dict[str, Any]:
+    """What `writer` wrote with --json.  ValueError for what has no such key."""
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(result, dict) or "settings" not in result:
-        raise ValueError(f"{path} has no settings: give what this benchmark or tools/compare_strategies.py wrote with --json")
+    if not isinstance(result, dict) or key not in result:
+        raise ValueError(f"{path} has no {key}: give what {writer} wrote with --json")
     return result
 
 

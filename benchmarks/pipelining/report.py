@@ -9,6 +9,7 @@ from benchmarks.pipelining.cases import SCHEDULES
 from megalina.compare.report import SHARES
 from megalina.compare.results import EAGER, VALID_OVERRUN
 
+FORECASTS = {"forecast_s": "forecasts", "with_hosts_s": "forecasts with hosts"}
 ACROSS, INSIDE = "experts across nodes", "stages across nodes"
 
 
@@ -32,23 +33,27 @@ def table(setting: Mapping[str, Any]) -> str:
         + ("" if setting["valid"] else f", more than {VALID_OVERRUN:.0%}: not valid"),
         "",
         "| | step ms | faster than the best with experts across nodes | quartiles | devices idle ms "
-        "| waits ms: stages, tokens, gradients, sizes | busiest link ms | cells and messages alone ms | forecast ms |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| waits ms: stages, tokens, gradients, sizes | busiest link ms | cells and messages alone ms | forecast ms "
+        "| with hosts ms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in shown.items():
         low, high = (spread / best["ratio_to_eager"] for spread in m["ratio_spread"])
         waits = ", ".join(f"{m[f'{of}_exposed_s'] * 1e3:.0f}" for of in ("messages", "a2a", "grads", "other"))
         alone = _beside(setting["walk_s"].get(name), m["median_step_s"])
-        forecast = _beside(setting["forecast_s"].get(name), m["median_step_s"])
+        forecast, with_hosts = (_beside(setting[of].get(name), m["median_step_s"]) for of in FORECASTS)
         ratio = best["median_step_s"] / m["median_step_s"]
         lines.append(
             f"| {title_of(name)} | {m['median_step_s'] * 1e3:.0f} | {ratio:.2f} | {low:.2f} - {high:.2f} "
-            f"| {m['idle_s'] * 1e3:.0f} | {waits} | {m['link_s'] * 1e3:.0f} | {alone} | {forecast} |"
+            f"| {m['idle_s'] * 1e3:.0f} | {waits} | {m['link_s'] * 1e3:.0f} | {alone} | {forecast} | {with_hosts} |"
         )
     worst = max(m["largest_loss_difference"] for m in shown.values())
-    errors = [abs(s / shown[name]["median_step_s"] - 1) for name, s in setting["forecast_s"].items() if name in shown]
-    told = f"Losses differ by at most {worst:.1e} of them."
-    return "\n".join([*lines, "", f"{told}  Median error of {len(errors)} forecasts: {statistics.median(errors):.1%}."])
+    last = [f"Losses differ by at most {worst:.1e} of them."]
+    for of, label in FORECASTS.items():
+        errors = [abs(s / shown[name]["median_step_s"] - 1) for name, s in setting[of].items() if name in shown]
+        if errors:
+            last.append(f"Median error of {len(errors)} {label}: {statistics.median(errors):.1%}.")
+    return "\n".join([*lines, "", "  ".join(last)])
 
 
 def _beside(expected_s: float | None, measured_s: float) -> str:

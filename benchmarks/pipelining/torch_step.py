@@ -6,7 +6,7 @@ messages inside, so its time is added as a whole; what is sent leaves when the d
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from benchmarks.pipelining.tables import Kind
 from benchmarks.pipelining.torch_model import Stage
 from megalina.batch import Batch
 from megalina.blocks.pipelined import pipelined
+from megalina.comm.links import urgent_meanwhile
 from megalina.config import PretrainConfig
 from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.parallel.trainable import DTYPES
@@ -126,7 +127,7 @@ class TorchPipeline:
     def step(self, batch: Batch) -> tuple[float, float]:
         """A training step: loss, and how long this rank stood still for messages, s.  The norm is summed as in a step of ours,
         with the loss."""
-        with watched_waits(self.device) as waited_s:
+        with urgent_messages() if self.device is not None else nullcontext(), watched_waits(self.device) as waited_s:
             loss = self.gradients(batch)
         parameters: list[Tensor] = [p for module in self.modules.values() for p in module.parameters()]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -140,6 +141,22 @@ class TorchPipeline:
 
     def _loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
         return F.cross_entropy(logits_TV, labels_BS.flatten(), ignore_index=NO_LABEL, reduction="sum") / self._divisor
+
+
+@contextmanager
+def urgent_messages() -> Iterator[None]:
+    """Torch's schedules hand messages to gloo as our links do (`megalina/comm/links.py`)."""
+    batch = schedules._batch_p2p
+
+    def urgently(*args: Any, **kwargs: Any) -> list[dist.Work]:
+        with urgent_meanwhile():
+            return list(batch(*args, **kwargs))
+
+    schedules._batch_p2p = urgently
+    try:
+        yield
+    finally:
+        schedules._batch_p2p = batch
 
 
 @contextmanager

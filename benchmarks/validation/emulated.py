@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from megalina.config import PretrainConfig
 from megalina.perfmodel.cost.instruction_seconds import emulated_seconds, once_a_kind
 from megalina.perfmodel.cost.instruction_work import InstructionWork
-from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.forecast.priced_pipeline import PricedPipeline, priced
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.virtual import Timeline
 from megalina.step.plan import Plan
@@ -44,11 +44,13 @@ def simulate_emulated(
     host: HostConstants,
     tokens_first: bool = False,
 ) -> Timeline:
-    """One step of `nodes` emulated nodes.  `tokens_first`: links, which the emulated ones can't, let all-to-alls pass everything
-    else.  ValueError where the configuration emulates no device."""
-    step = PricedStep(config, nodes * ranks_per_node, plan, vocab_size=vocab_size)
-    seconds = emulated_seconds(config, step.held.buckets)
-    if seconds is None:
+    """One step of `nodes` emulated nodes, of a pipeline with all its micro-batches.
+
+    `tokens_first`: links, which the emulated ones can't, let all-to-alls pass everything else.  ValueError where the
+    configuration emulates no device."""
+    step = priced(config, nodes * ranks_per_node, plan, vocab_size=vocab_size)
+    of_device = emulated_seconds(config, step.held.buckets)
+    if of_device is None:
         raise ValueError("no device is emulated: give cluster.attention_ms and cluster.experts_ms, or cluster.device_gflops")
     network = Network(
         nic_bytes_per_s=link_mbit * 1e6 / 8 * host.link_efficiency,
@@ -62,11 +64,15 @@ def simulate_emulated(
         at_once=2,  # gloo's threads of a group
         first=((Op.TOKENS,),) if tokens_first else (),
     )
-    timeline = step.walk(
-        network,
-        seconds=lambda instruction: seconds(instruction) if instruction.kind is Kind.COMPUTE else 0.0,
-        host=_host_seconds(step.work, host),
-    )
+
+    def seconds(instruction: Instruction) -> float:
+        return of_device(instruction) if instruction.kind is Kind.COMPUTE else 0.0
+
+    of_host = _host_seconds(step.work, host)
+    if isinstance(step, PricedPipeline):
+        timeline = step.walk(step.micro_batches, network=network, seconds=seconds, host=of_host)
+    else:
+        timeline = step.walk(network, seconds=seconds, host=of_host)
     return replace(timeline, step_s=timeline.step_s + host.outside_s)
 
 

@@ -10,16 +10,18 @@ held on the host: an instruction that yields starts on a stream of low priority,
 it.
 
 Threads that do a network card's work on a core that also does the math of an emulated device are urgent: a real card doesn't wait
-for the math to let it have the core.  Linux gives a thread such a place only to root, which an emulated cluster needs anyway;
-elsewhere nothing changes.
+for the math to let it have the core.  So is the program's own thread while it hands a message to gloo, under a lock of the
+connection: gloo's thread tries for that lock in a circle, and would keep the core from the lock's owner until the kernel steps
+in, after a second.  Linux gives a thread such a place only to root, which an emulated cluster needs anyway; elsewhere nothing
+changes.
 """
 
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -215,7 +217,8 @@ class Links:
             if sent.error is None:
                 assert sent.launch is not None
                 self._log.here.place = sent.place
-                sent.pending = sent.launch()
+                with urgent_meanwhile() if self._urgent and sent.begun is None and _of_two(sent) else nullcontext():
+                    sent.pending = sent.launch()
         except BaseException as error:  # noqa: BLE001
             sent.error = error
         finally:
@@ -225,7 +228,7 @@ class Links:
         if watched:
             if work is None:  # nobody to talk to: nothing was on the wire
                 self._ended(sent, lane, on_wire=False)
-            elif sent.instruction.op in (Op.SEND, Op.RECV):  # gloo has no future of them
+            elif _of_two(sent):  # gloo has no future of them
                 sent.end = partial(self._ended, sent, lane, on_wire=True)
             else:
                 work.get_future().add_done_callback(lambda _: self._ended(sent, lane, on_wire=True))
@@ -283,6 +286,23 @@ def other_threads_are_urgent() -> None:
 def this_thread_is_urgent() -> None:
     """The calling thread: a lane's, which starts what waits for nothing any more."""
     _urgent(threading.get_native_id())
+
+
+@contextmanager
+def urgent_meanwhile() -> Iterator[None]:
+    """The calling thread, and afterwards what it was before."""
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    _urgent(0)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, policy, param)
+
+
+def _of_two(sent: Sent) -> bool:
+    """Whether it is a message between two ranks, not a collective."""
+    return sent.instruction.op in (Op.SEND, Op.RECV)
 
 
 def _urgent(thread: int) -> None:

@@ -10,12 +10,13 @@ import pytest
 from benchmarks.pipelines import main
 from benchmarks.pipelining.cases import CHUNKS, LAYERS, MICRO_BATCHES, NODES, PAIR, SCHEDULES, SETTINGS, base_of, variants_of
 from benchmarks.pipelining.cells import walk_s
-from benchmarks.pipelining.forecast import forecast_s
+from benchmarks.pipelining.forecast import forecast_s, with_hosts_s
 from benchmarks.pipelining.report import competitors, draw, table
 from megalina.blocks.pipelined import pipelined
 from megalina.cli.compare import BAD_INPUT, job_of
 from megalina.compare.results import as_json
 from megalina.plan_settings import plan_of
+from tests.benchmarks.test_emulated import FREE
 from tests.compare.made import measured
 
 
@@ -59,14 +60,20 @@ def setting() -> dict[str, Any]:
             median_step_s=2.0, ratio_to_eager=2.0, ratio_spread=(1.92, 2.08), messages_exposed_s=0.2, idle_s=0.25, link_s=0.1
         ),
     }
-    return as_json("4x1", found, slow_motion=2.0) | {"walk_s": {"zbv": 1.9}, "forecast_s": {"flow": 2.7, "eager whole": 9.0}}
+    return as_json("4x1", found, slow_motion=2.0) | {
+        "walk_s": {"zbv": 1.9},
+        "forecast_s": {"flow": 2.7, "eager whole": 9.0},
+        "with_hosts_s": {"zbv": 2.02},
+    }
 
 
 def test_a_table_is_to_the_best_with_experts_across_nodes() -> None:
     text = table(setting())
     assert "| experts across nodes, flow | 3000 | 1.00 | 0.90 - 1.05 |" in text
-    assert "| stages across nodes, zbv | 2000 | 1.50 | 1.44 - 1.56 | 250 | 200, 300, 200, 50 | 100 | 1900 (-5.0%) |  |" in text
-    assert "| 2700 (-10.0%) |" in text and "Median error of 1 forecasts: 10.0%." in text
+    assert "| stages across nodes, zbv | 2000 | 1.50 | 1.44 - 1.56 | 250 | 200, 300, 200, 50 | 100 | 1900 (-5.0%)" in text
+    assert "| 1900 (-5.0%) |  | 2020 (+1.0%) |" in text
+    assert "| 2700 (-10.0%) |" in text
+    assert "Median error of 1 forecasts: 10.0%.  Median error of 1 forecasts with hosts: 1.0%." in text
     assert "eager whole" not in text and "| experts across nodes, eager | 4000 | 0.75 |" in text
     assert list(competitors(setting())) == ["flow", "zbv", "eager"]
 
@@ -90,6 +97,30 @@ def test_a_forecast_is_what_devices_and_links_take() -> None:
     staged = job.configs["zbv"]
     alone_s = walk_s(staged, link_mbit=500)
     assert forecast_s(staged, plan_of(staged.strategy), setting.world) == pytest.approx(alone_s, rel=0.05)
+
+
+def test_hosts_that_take_no_time_change_no_forecast() -> None:
+    """Of a pipeline, too, where a walk of all micro-batches stands beside one of few; and hosts that take time add it."""
+    setting = replace(SETTINGS[0], slow_motion=1.0)
+    variants = variants_of(setting)
+    job = job_of(setting, ["eager", "1f1b", "zbv"], variants=variants, base=base_of(setting), link_mbit=500)
+    for name in ("eager whole", "1f1b", "zbv"):
+        config = job.configs[name]
+        plan = plan_of(config.strategy)
+        alone_s = forecast_s(config, plan, setting.world)
+        assert with_hosts_s(config, plan, setting, link_mbit=500, host=FREE) == pytest.approx(alone_s, rel=0.02)
+        late = replace(FREE, collective_s=5e-3, all_to_all_s=5e-3)
+        assert with_hosts_s(config, plan, setting, link_mbit=500, host=late) > 1.005 * alone_s
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "other.json"
+    file.write_text('{"settings": []}')
+    assert main(["--measured", str(file)]) == BAD_INPUT
+    assert capsys.readouterr().err == f"{file} has no overrides: give what this benchmark wrote with --json\n"
+    file.write_text('{"settings": [], "overrides": [], "note": ""}')
+    assert main(["--measured", str(file), "--host", str(file)]) == BAD_INPUT
+    assert capsys.readouterr().err == f"{file} has no host: give what benchmarks/validate_simulator.py wrote with --json\n"
 
 
 def test_an_unknown_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

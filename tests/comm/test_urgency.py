@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megalina.comm.links import other_threads_are_urgent, this_thread_is_urgent
+from megalina.comm.links import other_threads_are_urgent, this_thread_is_urgent, urgent_meanwhile
 
 
 def policies(change: Callable[[], None], *, inside: bool) -> tuple[int, int]:
@@ -37,9 +37,20 @@ def test_only_threads_of_the_network_are_urgent(inside: bool) -> None:
     assert policies(change, inside=inside) == (os.SCHED_OTHER, os.SCHED_RR if permitted else os.SCHED_OTHER)
 
 
+def test_a_thread_is_urgent_meanwhile() -> None:
+    """Also where an error ends it."""
+    with pytest.raises(KeyError), urgent_meanwhile():
+        within = os.sched_getscheduler(0)
+        raise KeyError
+    assert within == (os.SCHED_RR if os.geteuid() == 0 else os.SCHED_OTHER)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_where_it_is_not_permitted_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     assert policies(this_thread_is_urgent, inside=True) == (os.SCHED_OTHER, os.SCHED_OTHER)
+    with urgent_meanwhile():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER

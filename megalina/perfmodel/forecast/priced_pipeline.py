@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from megalina.blocks.model import step_shape
 from megalina.blocks.pipelined import pipelined
-from megalina.config import BYTES, PretrainConfig, padded_vocab_size
+from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, on_cuda, sizes_of
+from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, between_and_within, on_cuda, setting_of, sizes_of
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
@@ -83,16 +82,7 @@ class PricedPipeline:
 
     def setting(self, micro_batches: int) -> Setting:
         """What the lists of a step with so many micro-batches are built from."""
-        config = self.config
-        setting = Setting(
-            step_shape(config),
-            self.held.buckets,
-            micro_batches=micro_batches,
-            recompute_mode=config.train.recompute,
-            element_bytes=max(BYTES[config.train.dtype], 4),
-            kept_bytes=self.held.kept_back,
-        )
-        return setting.under(self.plan)
+        return setting_of(self.config, self.held, self.plan, micro_batches)
 
     @cached_property
     def forward(self) -> Program:
@@ -150,9 +140,7 @@ class PricedPipeline:
         starts = (s for program in self.programs(number) for s in program if s.carries_tokens and s.kind is Kind.START)
         sent = sum(map(self.sizes.bytes_of, starts)) * self.micro_batches / number
         row, per_node = self.stages.groups("ep", (0,))[0].tolist(), self.config.cluster.ranks_per_node or self.world
-        pairs = [(a // per_node == b // per_node) for a in row for b in row if a != b]
-        each = self.stages.size * sent / len(row) ** 2
-        return each * pairs.count(False), each * pairs.count(True)
+        return between_and_within(self.stages.size * sent, row, per_node)
 
     @cached_property
     def work(self) -> InstructionWork:
@@ -175,11 +163,19 @@ class PricedPipeline:
     def sizes(self) -> Sizes:
         return sizes_of(self.config, self.held)
 
-    def walk(self, micro_batches: int = 0, *, network: Network | None = None) -> Timeline:
-        """A step with so many micro-batches in virtual time, 0: `walked_number`; a rank of each stage walks for the others."""
+    def walk(
+        self,
+        micro_batches: int = 0,
+        *,
+        network: Network | None = None,
+        seconds: Callable[[Instruction], float] | None = None,
+        host: Callable[[Instruction], float] | None = None,
+    ) -> Timeline:
+        """A step with so many micro-batches in virtual time, 0: `walked_number`; a rank of each stage walks for the others.  In
+        place of its own: the cluster's network and seconds; `host`: as of `simulate_alike`."""
         micro_batches = micro_batches or self.walked_number
         network = network or self._network or network_of(self.config.cluster)
-        programs, seconds = self.programs(micro_batches), self.seconds
+        programs, seconds = self.programs(micro_batches), seconds or self.seconds
         loads = self._shared.of_stages(network, self.stages, uses_of(programs, self.sizes, self.stages))
         return simulate_stages(
             programs,
@@ -187,6 +183,7 @@ class PricedPipeline:
             seconds=lambda _, instruction: seconds(instruction),
             network=network,
             sizes=self.sizes,
+            host=None if host is None else lambda _, instruction: host(instruction),
             loads=loads,
         )
 

@@ -5,7 +5,7 @@ This is the one recipe of all forecasts.  What a line takes (`seconds`), what a 
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -175,25 +175,13 @@ class PricedStep:
         return self._setting(self.timed_plan, self.rounds)
 
     def _setting(self, plan: Plan, rounds: int) -> Setting:
-        config = self.config
-        setting = Setting(
-            step_shape(config),
-            self.held.buckets,
-            micro_batches=rounds * self._together,
-            recompute_mode=config.train.recompute,
-            element_bytes=max(BYTES[config.train.dtype], 4),
-            kept_bytes=self.held.kept_back,
-        )
-        return setting.under(plan)
+        return setting_of(self.config, self.held, plan, rounds * self._together)
 
     @cached_property
     def token_bytes(self) -> tuple[float, float]:
         """What all ranks' exchanges of tokens send in a step, between nodes and to other ranks within one.  Routing is even."""
         sent = self.rounds * sum(self.sizes.bytes_of(s) for s in self.listed(1) if s.carries_tokens and s.kind is Kind.START)
-        row, per_node = self.ranks_of("ep", 0), self.config.cluster.ranks_per_node or self.world
-        pairs = [(a // per_node == b // per_node) for a in row for b in row if a != b]
-        each = self.world * sent / len(row) ** 2
-        return each * pairs.count(False), each * pairs.count(True)
+        return between_and_within(self.world * sent, self.ranks_of("ep", 0), self.config.cluster.ranks_per_node or self.world)
 
     @property
     def list_for_memory(self) -> Program:
@@ -276,6 +264,26 @@ def few_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+def setting_of(config: PretrainConfig, held: InstructionBytes, plan: Plan, micro_batches: int) -> Setting:
+    """What lists of so many micro-batches are built from.  `held`: of one rank."""
+    setting = Setting(
+        step_shape(config),
+        held.buckets,
+        micro_batches=micro_batches,
+        recompute_mode=config.train.recompute,
+        element_bytes=max(BYTES[config.train.dtype], 4),
+        kept_bytes=held.kept_back,
+    )
+    return setting.under(plan)
+
+
+def between_and_within(sent: float, row: Sequence[int], per_node: int) -> tuple[float, float]:
+    """Of the bytes that all ranks send along an axis, evenly to all of their row: those to other nodes, and those within."""
+    pairs = [(a // per_node == b // per_node) for a in row for b in row if a != b]
+    each = sent / len(row) ** 2
+    return each * pairs.count(False), each * pairs.count(True)
 
 
 def sizes_of(config: PretrainConfig, held: InstructionBytes) -> Sizes:

@@ -91,10 +91,12 @@ def simulate_stages(
     seconds: Callable[[int, Instruction], float],
     network: Network,
     sizes: Sizes,
+    host: Callable[[int, Instruction], float] | None = None,
     loads: StageLoads | None = None,
 ) -> Timeline:
     """One step of all pipeline ranks: rank p's list walks for all ranks of its stage.  Deadlock if it has no end.
 
-    `seconds`: of a pipeline rank and an instruction; `loads`: of the same network, stages and uses, folded already."""
+    `seconds`, `host`: of a pipeline rank and an instruction, as of `simulate`; `loads`: of the same network, stages and uses,
+    folded already."""
     loads = loads or StageLoads(network, stages, uses_of(programs, sizes, stages))
-    return simulate(programs, ranks_of=stages.ranks_of, seconds=seconds, network=network, sizes=sizes, loads=loads)
+    return simulate(programs, ranks_of=stages.ranks_of, seconds=seconds, network=network, sizes=sizes, host=host, loads=loads)
