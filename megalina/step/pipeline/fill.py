@@ -4,7 +4,9 @@ Only the residual stream goes from stage to stage, along an axis of two ranks, `
 side, so nothing waits for more than it reads, and its mirror goes the other way by itself.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 
 from megalina.step.passes import (
     ROUTER_STATE,
@@ -36,6 +38,7 @@ from megalina.step.program import (
 from megalina.step.turns import side_with_side
 
 NAME = "stream"  # of the instructions that send and receive it
+SENT_FOR = 3  # cells that a message has to travel under: its reader may come to its RECV behind a long one, or two
 
 
 def axis_of(rank: int, other: int) -> str:
@@ -173,7 +176,8 @@ class Filling:
         divisor = Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
         there, seeded = False, set[int]()
         left: list[Instruction] = []  # of weights' gradients by the last cell: they come behind what it sends
-        sent: list[Instruction] = []  # WAITs of what travels under the cell that comes next
+        sent: list[Instruction] = []  # WAITs of what travels under the cells that come next
+        earlier: deque[list[Instruction]] = deque([] for _ in range(SENT_FOR - 1))  # of the cells before, the first ones first
         asked: set[Cell] = set()
         for position, entry in enumerate(self.pipeline.lists[rank]):
             if entry[0].work not in COMPUTED:
@@ -192,8 +196,9 @@ class Filling:
                     out += self.seed(rank, number)
             out += self.body(entry, rank)
             left = [s for cell in entry for s in self.left(cell)]
-            out, sent = [*out, *sent], []
-        return (*out, *left, *sent)
+            earlier.append(sent)
+            out, sent = [*out, *earlier.popleft()], []
+        return (*out, *left, *chain.from_iterable(earlier), *sent)
 
     def seed(self, rank: int, number: int) -> list[Instruction]:
         """Backward's beginning, for the losses of all of a rank's stages: the stream isn't one."""

@@ -171,8 +171,10 @@ def test_a_circle_through_a_sum_over_all_ranks_is_named() -> None:
     made = filled("1f1b", SHAPES["MoE"], chunks=1)
     first, second = ([replace(s, axis="world") if s.name == "divisor" else s for s in program] for program in made)
     check_together((tuple(first), tuple(second)))
-    wait = next(i for i, s in enumerate(first) if s.tag == "F:stream<.4.0")
-    first.insert(wait, first.pop(next(i for i, s in enumerate(first) if s.tag == "U:divisor>.-.0")))
+    started, awaited = (next(s for s in first if s.tag == f"U:divisor{end}.-.0") for end in "><")
+    first.insert(first.index(awaited), first.pop(next(i for i, s in enumerate(first) if s.tag == "F:stream<.4.0")))
+    first.remove(started)
+    first.insert(first.index(awaited), started)
     recv = next(i for i, s in enumerate(second) if s.op is Op.RECV)
     second.insert(recv, second.pop(next(i for i, s in enumerate(second) if s.tag == "U:divisor<.-.0")))
     circle = (
