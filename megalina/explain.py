@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megalina.compose import CONF
 from megalina.config import PretrainConfig
-from megalina.validate import nearest
+from megalina.nearest import nearest
 
 NEAR = 0.7  # difflib's ratio of two names, from which on one is taken for a slip of the other
 LONG_PART = 4  # letters of a name that say which one is meant

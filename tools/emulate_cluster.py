@@ -18,8 +18,8 @@ import yaml
 from megalina.arguments import Parser, number, whole
 from megalina.launch import Stopped, num_cores
 from megalina.namespaces import CannotEmulate, Cluster, NoLatency, check_figures, emulated_cluster
+from megalina.nearest import nearest
 from megalina.node_ranks import check_command
-from megalina.validate import nearest
 
 CLUSTERS = Path(__file__).resolve().parent.parent / "conf" / "cluster"
 BAD_INPUT = 2  # exit code

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from megalina.blocks.attention import Attention, GroupedQueryAttention
+from megalina.blocks.attention import Attention
 from megalina.blocks.block import Block, Loss, Whole
 from megalina.blocks.dense_moe import DenseMoE
 from megalina.blocks.embedding import Embedding
+from megalina.blocks.gqa import GroupedQueryAttention
 from megalina.blocks.head import Balance, Head
 from megalina.blocks.heads import model_of_layer
 from megalina.blocks.mla import LatentAttention

@@ -291,7 +291,7 @@ def _list_plants() -> int:
 
 
 def _plant(name: str) -> Any:
-    from megalina.validate import nearest
+    from megalina.nearest import nearest
     from megalina.verify.plants import PLANTS
 
     if name not in PLANTS:

@@ -10,9 +10,9 @@ from typing import Any
 
 from megalina.blocks.routers import visited
 from megalina.config import ClusterConfig, ModelConfig, PretrainConfig, RouterConfig, TrainConfig
+from megalina.nearest import nearest
 from megalina.parallel.emulated_device import SMALLEST_SHARE, ServingDevice, emulated_device
 from megalina.step.program import Instruction, Kind
-from megalina.validate import nearest
 
 KEYS = ("device_gflops", "attention_ms", "experts_ms", "kernel_floor_ms")
 EMULATED_INSTRUCTIONS = ("attention", "mlp", "experts", "shared")

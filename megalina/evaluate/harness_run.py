@@ -17,7 +17,7 @@ import torch
 from megalina.config import InferConfig
 from megalina.evaluate.harness import join_group, leave_group, open_harness_model
 from megalina.evaluate.worker import in_process
-from megalina.validate import nearest
+from megalina.nearest import nearest
 
 try:
     from lm_eval import simple_evaluate

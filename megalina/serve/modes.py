@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megalina.config import InferConfig
-from megalina.validate import nearest
+from megalina.nearest import nearest
 
 TYPES = {field.name: type(field.default) for field in fields(InferConfig)}
 _SAID = {str: "a word", int: "a whole number", float: "a number", bool: "true or false"}
