@@ -34,6 +34,8 @@ MODELS = {
     },
     "ahead": {"num_layers": 1, "mtp_layers": 2},
 }
+QK_CLIPS = {"latent, ahead": 0.02}  # below its largest logits
+MODELS["latent, ahead"] = {**MODELS["latent"], "num_layers": 1, "mtp_layers": 1}
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
     "capacity": {"group": "micro_batch", "capacity_factor": 0.8, "renormalize": False},
@@ -70,6 +72,7 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
     ("modern", "topk", "muon", Layout(WORLD, tp=1, ep=2, zero=1, micro_batch=2)),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=2, ep=1, micro_batch=4)),
+    ("latent, ahead", "topk", "muon_clip", Layout(WORLD, tp=1, ep=2, micro_batch=2)),
     ("modern", "replayed", "adamw", Layout(WORLD, tp=2, ep=2, micro_batch=2, recompute="full")),
     ("modern", "replayed, placed", "sgd", Layout(WORLD, tp=1, ep=4, zero=1, micro_batch=1)),
     ("modern", "capacity", "sgd", Layout(WORLD, tp=1, ep=2, micro_batch=2, cp=2)),
@@ -86,7 +89,9 @@ def config_of(model: str, router: str, optimizer: str, layout: Layout) -> Pretra
     config = PretrainConfig(
         model=ModelConfig(**(sizes | {"vocab_size": 200} | MODELS[model])),  # type: ignore[arg-type]
         router=RouterConfig(**({"balance_loss": 0.1, "z_loss": 0.01} | ROUTERS[router])),  # type: ignore[arg-type]
-        optim=OptimConfig(name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3, qk_clip=0.5),
+        optim=OptimConfig(
+            name=optimizer, lr=0.1 if optimizer == "sgd" else 1e-3, qk_clip=0.02 if model == "latent, ahead" else 0.5
+        ),
         strategy=replace(strategy(layout.strategy), partition="2" if lancet and router == "capacity" else "none"),
         parallel=ParallelConfig(placement=str(ORDER) if router == "replayed, placed" else ""),
         train=TrainConfig(global_batch_size=SEQUENCES, seq_len=8, dtype="float64"),
