@@ -128,19 +128,28 @@ def models_of(alphas: Sequence[float]) -> dict[str, tuple[str, ...]]:
 
 def points_of(name: str, seed: int, config: PretrainConfig) -> Iterator[Point]:
     """Train one model, then use it in every way that it can be used in."""
-    Path(config.run.dir).mkdir(parents=True)
-    data, tracker = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed), Quiet()
-    trainer = Trainer(config, data, device=torch.device("cpu"), tracker=tracker)  # type: ignore[arg-type]
-    trainer.begin(None)
-    trainer.loop()
-    trainer.runner.close()
-    train, ended_s = config.train, tracker.ended_s
-    trained = train.global_batch_size * train.seq_len * (len(ended_s) - 1) / (ended_s[-1] - ended_s[0])
+    trainer, data, trained = trained_to_the_end(config)
     gpt, batches = trainer.built.trainable.gpt.eval(), held_out(config, data)
     for rule, selection in rules_of(name, config.model.num_experts).items():
         gpt.select(selection)
         loss, active, rate = judged(gpt, batches)
         yield Point(name, rule, seed, active, loss, rate, trained)
+
+
+def trained_to_the_end(config: PretrainConfig) -> tuple[Trainer, TokenData, float]:
+    """The trainer after its last step, its text, tokens/s.  KeyboardInterrupt for a signal, after which a run would be saved as
+    it is: there are no results of half a training."""
+    Path(config.run.dir).mkdir(parents=True)
+    train, tracker = config.train, Quiet()
+    data = open_data(config.data, seq_len=train.seq_len, seed=train.seed)
+    trainer = Trainer(config, data, device=torch.device("cpu"), tracker=tracker)  # type: ignore[arg-type]
+    trainer.begin(None)
+    trainer.loop()
+    trainer.runner.close()
+    ended_s = tracker.ended_s
+    if len(ended_s) < train.steps:
+        raise KeyboardInterrupt
+    return trainer, data, train.global_batch_size * train.seq_len * (len(ended_s) - 1) / (ended_s[-1] - ended_s[0])
 
 
 def rules_of(name: str, num_experts: int) -> dict[str, Selection | None]:

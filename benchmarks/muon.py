@@ -24,25 +24,22 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import newton_schulz_wire
-from benchmarks.dense_training import Quiet, held_out
+from benchmarks.dense_training import held_out, trained_to_the_end
 from benchmarks.newton_schulz_wire import OnTheWire
 from megalina.arguments import Parser, new_file, number, whole
 from megalina.cli.compare import exit_code
 from megalina.compose import compose
 from megalina.config import CheckpointConfig, PretrainConfig, RunConfig
 from megalina.console import command
-from megalina.data.source import open_data
 from megalina.explain import explain
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.plan_settings import plan_of
 from megalina.timeline.recorder import COMPUTE
-from megalina.train.trainer import Trainer
 from megalina.validate import check_config
 
 PARTS = ("train", "tail", "wire")
@@ -190,14 +187,7 @@ def difference_of(found: Found) -> str:
 
 
 def trained_of(name: str, lr: float, seed: int, config: PretrainConfig) -> Trained:
-    Path(config.run.dir).mkdir(parents=True)
-    data, tracker = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed), Quiet()
-    trainer = Trainer(config, data, device=torch.device("cpu"), tracker=tracker)  # type: ignore[arg-type]
-    trainer.begin(None)
-    trainer.loop()
-    trainer.runner.close()
-    ended_s, sizes = tracker.ended_s, config.train
-    rate = sizes.global_batch_size * sizes.seq_len * (len(ended_s) - 1) / (ended_s[-1] - ended_s[0])
+    trainer, data, rate = trained_to_the_end(config)
     states = trainer.built.optimizer.slices().values()
     state_bytes = sum(part.local.nbytes for parts in states for part in parts)  # in float32 there are no master weights
     gpt, nats, tokens = trainer.built.trainable.gpt.eval(), 0.0, 0

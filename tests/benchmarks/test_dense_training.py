@@ -1,12 +1,14 @@
 """The benchmark of dense training: what is drawn and tabulated of made points; a few steps from end to end."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.dense_training import Point, draw, main, models_of, rules_of, table
+from benchmarks.dense_training import Point, Quiet, draw, main, models_of, rules_of, table
 from megalina.compose import compose
 from megalina.validate import check_config
 
@@ -43,3 +45,24 @@ def test_a_few_steps_from_end_to_end(tmp_path: Path) -> None:
     assert found["all"]["active_fraction"] == 1 and found["top_k 2"]["active_fraction"] == 0.25
     assert found["threshold 0.25"]["active_fraction"] > found["threshold 1.5"]["active_fraction"]
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.full
+def test_half_a_training_gives_no_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a benchmark that is asked to end, as a run would, after a step."""
+    noted = Quiet.log
+
+    def log(self: Quiet, record: dict[str, Any]) -> None:
+        noted(self, record)
+        if len(self.ended_s) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Quiet, "log", log)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    small = ["model.d_model=32", "model.num_heads=4", "train.eval_sequences=4"]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(["--seeds", "1", "--steps", "9", "--alphas", "0.001", *small])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
