@@ -211,7 +211,7 @@ class StrategyConfig:
     packing: str = "1"  # times as many experts on a device as parallel.ep says: 1 | 2 | 4 ... | auto
     plan: str = ""  # with strategy=auto or search: FILE, the plan.json that a run of the same job has found; nothing is searched
     order: str = ""  # of all instructions, a line each: what strategy.plan=FILE gives; not to be written by hand
-    # search, auto: steps in virtual time, of which the best is taken; auto takes fewer where lists are long, and none with 0
+    # search, auto: steps in virtual time that a rank's search may take; auto takes fewer where lists are long, and none with 0
     search_evaluations: int = setting(32_000, low=0, high=10_000_000)
     # search, auto: MiB of activations that a list may hold beyond the plan before it; 0: no limit, under auto what was measured
     search_mb: float = setting(0.0, high=1e9)

@@ -1,17 +1,19 @@
 """`strategy=search`, and the end of `strategy=auto`: measure a few steps, search a list in virtual time, walk it from then on.
 
 Two plans are measured: the one that the run follows, and one in parts with deferred weights, so that costs are known of both.
-Two networks are fitted to these steps (`fitted_network`), and a search is made in each.  Rank 0 does that and tells the others
-what it has found, so that all have the same lists whatever their machines make of the last digits.  Virtual time is off by
-more than the best lists of several plans differ by; so their steps are measured, too.  With these, networks
-are fitted anew and searched once more.  The fastest plans are measured again, and that whose steps were shortest is kept, with
-its order.
+Two networks are fitted to these steps (`fitted_network`), and a search is made in each: on two ranks at the same time, and on
+more of them from other seeds, where there are cores for it.  They tell all others what they have found, so that all have the
+same lists whatever their machines make of the last digits.  Virtual time is off by more than the best lists of several plans
+differ by; so their steps are measured, too.  With these, networks are fitted anew and searched once more.  The fastest plans are
+measured again, and that whose steps were shortest is kept, with its order.
 """
 
 import logging
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +25,7 @@ from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.sim.fitted_network import fitted
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.list_clock import ListClock
-from megalina.perfmodel.sim.list_search import Found, Start, search
+from megalina.perfmodel.sim.list_search import Found, Start, first_of, search
 from megalina.perfmodel.sim.memory import peak_of
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.virtual import uses_of
@@ -43,6 +45,7 @@ SETTLE = 1  # step after another plan that is not measured
 STEPS = 3  # that a plan is measured over
 SEARCHES = 2
 FINALS = 3  # plans, the fastest ones, that are measured once more at the end: few steps flatter one of many
+MOST_SEARCHERS = 8  # ranks that search at the same time
 FINALISTS = (1, 2)  # lists that are measured of those that a search has found: in the first network, in the second
 NO_WIRE_BYTES_PER_S = 1e15  # where nothing was sent
 AUTO_INSTRUCTIONS = 20_000_000  # auto: that its search walks over, half a minute each time; the lists of large models are long
@@ -54,6 +57,9 @@ OF_LIBRARY = {  # how many of an axis it carries at a time, and what shares a li
     "gloo": {"at_once": 2, "share": "flow"},  # two threads a group; TCP
     "nccl": {"at_once": 1, "share": "collective"},  # one stream a communicator; channels that keep pace
 }
+
+
+Told = tuple[int, int, list[tuple[dict[str, Any], float]]]  # network, walks in it, plans of lists as JSON with their seconds
 
 
 class ListSearch:
@@ -162,21 +168,22 @@ class ListSearch:
 
     def _search(self) -> list[Plan]:
         """What is to be measured; nothing where only what was measured is found again."""
-        first, own = self._mesh.world.rank == 0, None
-        if first:
-            found = found_lists(
-                self._config, self._trainable(), self._walked, self._costs, self._vocab_size, self._ranks_per_node
-            )
-            own = [(f.plan.as_json(), f.step_s) for one in found for f in one.finalists], sum(f.evaluations for f in found)
-        told = all_gather_object(self._mesh, own)
-        assert told[0] is not None
-        lists, evaluations = told[0]
+        rank = self._mesh.world.rank
+        cores = len(os.sched_getaffinity(0))  # of this machine, which may have all ranks of an emulated cluster
+        searchers = min(all_gather_object(self._mesh, min(self._mesh.world.size, cores, MOST_SEARCHERS)))
+        own: list[Told] = []
+        if rank < searchers:
+            costs, per_node = self._costs, self._ranks_per_node
+            share = Share(rank, searchers)
+            found = found_lists(self._config, self._trainable(), self._walked, costs, self._vocab_size, per_node, share)
+            own = [(n, one.evaluations, [(f.plan.as_json(), f.step_s) for f in one.finalists]) for n, one in found.items()]
+        told = [one for of_rank in all_gather_object(self._mesh, own) for one in of_rank]
+        best_s = min(step_s for *_, lists in told for _, step_s in lists)
         self._searched += 1
-        self._searches.append(f"{evaluations} steps in virtual time, the best {min(s for _, s in lists) * 1e3:.1f} ms")
-        if first:
+        self._searches.append(f"{sum(walks for _, walks, _ in told)} steps in virtual time, the best {best_s * 1e3:.1f} ms")
+        if rank == 0:
             logger.info("search of lists: %s", self._searches[-1])
-        plans = dict.fromkeys(Plan.from_json(values) for values, _ in lists)
-        return [plan for plan in plans if plan not in self._walked]
+        return [plan for plan in best_plans(told) if plan not in self._walked]
 
     def _choose(self, step: int) -> None:
         typical_s = {plan: statistics.fmean(times_s) for plan, times_s in self._measured.items() if len(times_s) > 1}
@@ -197,6 +204,32 @@ class ListSearch:
             logger.info("%s", self.evidence)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several ranks searches."""
+
+    searcher: int
+    searchers: int
+
+    def networks(self, number: int) -> Sequence[int]:
+        """One of so many; all of them where there are fewer ranks."""
+        return range(number) if self.searchers < number else [self.searcher % number]
+
+    def seed(self, number: int) -> int:
+        """Those that search in the same of so many networks have other ones."""
+        return self.searcher // number if self.searchers >= number else 0
+
+
+def best_plans(told: Sequence[Told]) -> list[Plan]:
+    """Of each network as many lists as one search would give, the best of all ranks."""
+    plans: dict[Plan, None] = {}
+    for network, number in enumerate(FINALISTS):
+        found = [(Plan.from_json(values), s) for n, _, lists in told if n == network for values, s in lists]
+        first = first_of(sorted(found, key=lambda one: one[1]), number, lambda one: one[0].parts)
+        plans |= dict.fromkeys(plan for plan, _ in first)
+    return list(plans)
+
+
 def evaluations_of(config: PretrainConfig, program: Program) -> int:
     """Walks that the search may take; under auto as many as take some half a minute, or none."""
     most = config.strategy.search_evaluations
@@ -213,9 +246,11 @@ def found_lists(
     costs: MeasuredCosts | None,
     vocab_size: int,
     ranks_per_node: int,
-) -> list[Found]:
-    """What a search finds by these costs, in each network that fits them.  No rank is asked anything.  `walked`: plans that were
-    measured, the run's own first; under auto a list holds no more than one of them did, if `search_mb` says nothing else."""
+    share: Share,
+) -> dict[int, Found]:
+    """What a search finds by these costs, in each network of this rank's share; by the network's number.  No rank is asked
+    anything.  `walked`: plans that were measured, the run's own first; under auto a list holds no more than one of them did, if
+    `search_mb` says nothing else."""
     assert costs is not None
     mesh, setting, begun, more_mb = trainable.mesh, trainable.setting, walked[0], config.strategy.search_mb
     world, packing = mesh.world.size, begun.packing
@@ -248,19 +283,20 @@ def found_lists(
         return search(
             starts,
             clock_of(network),
-            evaluations=evaluations_of(config, before[0]) // len(fitting),
-            seed=config.train.seed,
+            evaluations=evaluations_of(config, before[0]) // len(share.networks(len(fitting))),
+            seed=config.train.seed + share.seed(len(fitting)),
             fits=allowed,
             finalists=finalists,
         )
 
-    out = []
-    for network, finalists in zip(fitting, FINALISTS, strict=True):
+    out: dict[int, Found] = {}
+    for number in share.networks(len(fitting)):
+        network, finalists = fitting[number], FINALISTS[number]
         found = searched(network, finalists, None)
         if more_mb or config.strategy.name == AUTO:
             held_well = tuple(f for f in found.finalists if fits(f.program))  # to weigh every list takes longer than the search
             found = replace(found, finalists=held_well) if held_well else searched(network, finalists, fits)
-        out.append(found)
+        out[number] = found
     return out
 
 

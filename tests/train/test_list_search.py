@@ -13,7 +13,7 @@ from megalina.step.candidates import FLOW, LINA
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
-from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP
+from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP, Share, best_plans
 from megalina.train.step_runner import StepRunner
 from megalina.train.trials import Measured, Trials
 from megalina.validate import check_config
@@ -128,6 +128,28 @@ def test_another_run_takes_the_file_and_searches_nothing(folder: Path, ranks: li
     check_config(given, RANKS)
     found = Plan.from_json(json.loads((folder / "whole" / PLAN_FILE).read_text())["plan"])
     assert (given.strategy.name, tuple(given.strategy.order.splitlines())) == (found.strategy, found.order)
+
+
+def test_ranks_share_networks_first_and_then_take_other_seeds() -> None:
+    of = [Share(rank, 5) for rank in range(5)]
+    assert [(list(share.networks(2)), share.seed(2)) for share in of] == [([0], 0), ([1], 0), ([0], 1), ([1], 1), ([0], 2)]
+    assert (list(Share(0, 1).networks(2)), Share(0, 1).seed(2)) == ([0, 1], 0)
+
+
+def test_the_best_lists_of_all_ranks_are_measured() -> None:
+    """One of the first network; of the second two, which are not in equally many parts."""
+    two, four = replace(FLOW, parts=2), replace(FLOW, parts=4)
+    named = {name: replace(two, order=(name,)) for name in "abcde"} | {"other": replace(four, order=("other",))}
+    lists = {name: plan.as_json() for name, plan in named.items()}
+    told = [
+        (0, 9, [(lists["a"], 0.5)]),
+        (1, 9, [(lists["b"], 0.3), (lists["other"], 0.35)]),
+        (0, 9, [(lists["c"], 0.4)]),
+        (1, 9, [(lists["d"], 0.31), (lists["e"], 0.33)]),
+    ]
+    assert best_plans(told) == [named["c"], named["b"], named["other"]]
+    assert best_plans([*told[:1], *told[3:]]) == [named["a"], named["d"], named["e"]]
+    assert best_plans([(0, 9, [(lists["a"], 0.5)]), (1, 9, [(lists["a"], 0.5)])]) == [named["a"]]
 
 
 # auto, alone: no list is searched, and what a checkpoint brings is no other than on many ranks

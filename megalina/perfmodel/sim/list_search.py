@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 from megalina.perfmodel.sim.list_clock import OPS, ListClock, State
 from megalina.step.list_scheduling import schedule, tails
@@ -21,6 +22,7 @@ from megalina.step.plan import Plan
 from megalina.step.precedence import Precedence
 from megalina.step.program import MOVABLE, Kind, Op, Program
 
+T = TypeVar("T")
 BACKLOGS = (0.0, 1.0, math.inf)  # of list schedules, in times of the longest exchange
 NOISES = (0.0, 0.05, 0.15)  # by which priorities of list schedules are off
 FOR_SCHEDULES = 0.1  # of what starts leave of the walks
@@ -108,13 +110,8 @@ def search(
         return max(0, evaluations - sum(family.walks for family in families))
 
     def best(number: int) -> list[_Family]:
-        """Those whose lists are the fastest; of two or more the last is the best one in other parts, if none of them is."""
-        in_turn = sorted(families, key=lambda family: family.best.step_s)
-        chosen = in_turn[:number]
-        unlike = (f for f in in_turn if f.start.plan.parts != chosen[0].start.plan.parts)
-        if number > 1 and not any(f.start.plan.parts != chosen[0].start.plan.parts for f in chosen):
-            chosen = [*chosen[:-1], next(unlike, chosen[-1])]
-        return chosen
+        """Those whose lists are the fastest."""
+        return first_of(sorted(families, key=lambda family: family.best.step_s), number, lambda family: family.start.plan.parts)
 
     by_schedules = left() * FOR_SCHEDULES / len(families)
     for family in best(len(families)):
@@ -124,6 +121,15 @@ def search(
         for family in best(number):
             family.improve(min(left(), int(walks * share / min(number, len(families)))))
     return Found(tuple(f.finalist for f in best(finalists)), sum(family.walks for family in families), begun_s)
+
+
+def first_of(in_turn: Sequence[T], number: int, parts_of: Callable[[T], int]) -> list[T]:
+    """So many, of two or more the last one the first in other parts, if those before it are all in as many."""
+    chosen = list(in_turn[:number])
+    unlike = (one for one in in_turn if parts_of(one) != parts_of(chosen[0]))
+    if number > 1 and all(parts_of(one) == parts_of(chosen[0]) for one in chosen):
+        chosen = [*chosen[:-1], next(unlike, chosen[-1])]
+    return chosen
 
 
 class _Family:
