@@ -1,9 +1,11 @@
 """Lanes: what is asked for along an axis starts in that order, whoever starts it, and what is held back is held back there."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from megalina.collective_log import CollectiveLog
@@ -97,3 +99,18 @@ def test_an_error_of_a_lane_is_raised_where_the_program_waits() -> None:
         raise AssertionError("nothing was raised")
     finally:
         links.close()
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_the_program_is_urgent_while_it_hands_over_a_message(urgent: bool) -> None:
+    """Not with a collective, which gloo's own threads start; and only beside an emulated device."""
+    links, seen, policies = Links(CollectiveLog(0), cuda=False, urgent=urgent), list[str](), list[int]()
+
+    def look() -> None:
+        policies.append(os.sched_getscheduler(0))
+
+    for op, axis in ((Op.SEND, "pp0-1"), (Op.RECV, "pp0-1"), (Op.TOKENS, "ep")):
+        links.send(instruction(op, op.name, axis), launching(seen, op.name, look)).wait()
+    links.close()
+    message = os.SCHED_RR if urgent and os.geteuid() == 0 else os.SCHED_OTHER
+    assert policies == [message, message, os.SCHED_OTHER] and os.sched_getscheduler(0) == os.SCHED_OTHER
