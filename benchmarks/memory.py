@@ -110,6 +110,11 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
         *(2, {**LATENT, **ATTENTION_ALONE}, {"seq_len": 1024, "micro_batch_size": 2, "global_batch_size": 4}),
         *({"cp": 2}, {}),
     ),
+    "ep 2, once per rank": (2, FEW, {"micro_batch_size": 8, "top_k": 4}, {"ep": 2, "dispatch": "once_per_rank"}, {}),
+    "ep 2, once per rank, bfloat16, chunks": (
+        *(2, {"shared_d_ff": 256, **FEW}, {"dtype": "bfloat16", "recompute": "selective"}),
+        *({"ep": 2, "dispatch": "once_per_rank"}, {"name": "lina", "chunks": "2", **PIECES}),
+    ),
     "edp 2, ep 2, ddp, bfloat16": (
         4,
         {},

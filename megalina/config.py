@@ -174,6 +174,9 @@ class ParallelConfig:
     # which layers are in each stage, as Megatron writes it, Et*3|t*3L say; empty: so that the dearest stage has fewest FLOPs
     pp_layout: str = ""
     placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
+    # what of a token goes to its experts' ranks: a row for each of its experts | once_per_rank: one row, whose experts' weighted
+    # sum comes back as one row
+    dispatch: str = setting("rows", choices=("rows", "once_per_rank"))
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
 

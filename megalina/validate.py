@@ -16,7 +16,7 @@ from megalina.blocks.heads import check_rope, check_window
 from megalina.blocks.model import attention_of, blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.reference import is_reference
-from megalina.blocks.routers import check_router
+from megalina.blocks.routers import check_router, kind_of
 from megalina.config import (
     BELOW_ONE,
     POSITIVE,
@@ -344,6 +344,14 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
     for name, size in cut.items():
         if size % tp:
             raise ValueError(f"parallel.tp ({tp}) must divide {name} ({size})")
+    if parallel.dispatch != "rows":
+        if ep == 1:
+            raise ValueError(f"parallel.dispatch={parallel.dispatch} does nothing with parallel.ep=1: no token travels; use rows")
+        if kind_of(config.router).is_dense:
+            raise ValueError(
+                f"parallel.dispatch={parallel.dispatch} with router={config.router.kind}: every token goes to all ranks once "
+                "there: use rows"
+            )
     _check_context(config)
 
 

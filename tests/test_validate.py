@@ -86,6 +86,10 @@ def test_the_nearest_word_is_suggested() -> None:
 FLOW = {"strategy__name": "flow", "strategy__parts": 2}
 MICRO_BATCH = {"router__group": "micro_batch"}
 BY_PROBABILITY = {"router__drop": "probability", "router__capacity_factor": 1.5}
+DENSE_ONCE = {
+    **{"parallel__dispatch": "once_per_rank", "router__kind": "dense"},
+    **{"router__balance_loss": 0.0, "router__renormalize": False},
+}
 GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
 
 
@@ -106,6 +110,12 @@ GROUP_LIMITED = {"router__kind": "group_limited", "model__num_experts": 8}
             r"parallel.tp \(1\) x parallel.cp \(4\) x parallel.ep \(1\) must divide .* \(2\): use a multiple of 4",
         ),
         (1, {"parallel__cp_kind": "all_to_all"}, "parallel.cp_kind=all_to_all does nothing with parallel.cp=1"),
+        (2, {"parallel__dispatch": "once_per_rank"}, "parallel.dispatch=once_per_rank does nothing with parallel.ep=1"),
+        (
+            2,
+            {**DENSE_ONCE, "parallel__ep": 2},
+            "parallel.dispatch=once_per_rank with router=dense: every token goes",
+        ),
         (
             2,
             {"parallel__cp": 2, "train__seq_len": 130},

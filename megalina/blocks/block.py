@@ -39,6 +39,7 @@ class Whole:
     vocab_size: int  # words
     padded_vocab: int  # rows of the embedding
     max_positions: int
+    once: bool = False  # a token travels once to each rank that has experts of it (`parallel.dispatch`)
 
 
 class Block:

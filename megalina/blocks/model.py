@@ -15,6 +15,7 @@ from megalina.blocks.mla import LatentAttention
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.mtp import Mtp, MtpHead
+from megalina.blocks.once_moe import OnceMoE
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
@@ -97,7 +98,7 @@ class Blocks:
         """By the name of an instruction alone."""
         out = {name: block for (_, name), block in self._owner.items()}
         for moe in (True, False):  # also of layers that this model happens not to have
-            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe)(self.whole),),), ())
+            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe, self.whole.once)(self.whole),),), ())
             out = {name: block for (_, name), block in other._owner.items()} | out
         return out
 
@@ -142,11 +143,16 @@ def attention_of(model: ModelConfig) -> type[Attention]:
     return LatentAttention if model.attention == "mla" else GroupedQueryAttention
 
 
-def ffn_of(router: RouterConfig, is_moe: bool) -> type[Block]:
-    """The block that `ffn` is in a layer."""
+def ffn_of(router: RouterConfig, is_moe: bool, once: bool = False) -> type[Block]:
+    """The block that `ffn` is in a layer; `once`: of the `Whole`."""
     if not is_moe:
         return DenseMlp
-    return DenseMoE if kind_of(router).is_dense else MoE
+    return DenseMoE if kind_of(router).is_dense else OnceMoE if once else MoE
+
+
+def sends_once(parallel: ParallelConfig) -> bool:
+    """As `Whole.once`."""
+    return parallel.dispatch == "once_per_rank"
 
 
 def blocks_of(
@@ -157,14 +163,17 @@ def blocks_of(
     padded_vocab: int = 0,
     max_positions: int = 0,
     moe: Sequence[bool] | None = None,
+    once: bool = False,
 ) -> Blocks:
     """`vocab_size`: words, 0: the configuration's; `padded_vocab`: rows of the embedding, 0: as many; `max_positions`: 0: the
-    configuration's; `moe`: of each layer before those of multi-token prediction, None: as the configuration says.
+    configuration's; `moe`: of each layer before those of multi-token prediction, None: as the configuration says; `once`: as
+    `Whole.once`.
 
     ValueError for a list of blocks that makes no layer, and for references that lead nowhere."""
     words = vocab_size or model.vocab_size
     moe = tuple(is_moe_layer(model, i) for i in range(model.num_layers)) if moe is None else tuple(moe)
-    asked = _Asked(f"{model} {router}", words, padded_vocab or words, max_positions or model.max_positions, moe, model, router)
+    positions = max_positions or model.max_positions
+    asked = _Asked(f"{model} {router}", words, padded_vocab or words, positions, moe, once, model, router)
     return _made(asked) if any(map(is_reference, (*model.layer, router.kind, *router.losses))) else _known(asked)
 
 
@@ -177,6 +186,7 @@ class _Asked:
     padded: int
     max_positions: int
     moe: tuple[bool, ...]
+    once: bool
     model: ModelConfig = field(compare=False)
     router: RouterConfig = field(compare=False)
 
@@ -189,7 +199,7 @@ def _known(asked: _Asked) -> Blocks:
 
 def _made(asked: _Asked) -> Blocks:
     model, router, moe = asked.model, asked.router, asked.moe
-    whole = Whole(model, router, asked.words, asked.padded, asked.max_positions)
+    whole = Whole(model, router, asked.words, asked.padded, asked.max_positions, asked.once)
     mtp, head = (Mtp(whole), MtpHead(whole)) if model.mtp_layers else (None, None)
     check_layer(model.layer)
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
@@ -201,7 +211,7 @@ def _made(asked: _Asked) -> Blocks:
             own = model_of_layer(model, layer) if name == ATTENTION else model
             key = name, is_moe and name == FFN, own.window
             if key not in made:
-                kind = kinds[name] or (attention_of(model) if name == ATTENTION else ffn_of(router, is_moe))
+                kind = kinds[name] or (attention_of(model) if name == ATTENTION else ffn_of(router, is_moe, asked.once))
                 if not (isinstance(kind, type) and issubclass(kind, Block)):
                     raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
                 made[key] = kind(whole if own is model else replace(whole, model=own))
@@ -223,7 +233,8 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
 
 def step_shape(config: PretrainConfig) -> Shape:
     """What the program of a training step must know of the model and the layout."""
-    blocks, parallel = blocks_of(config.model, config.router), config.parallel
+    parallel = config.parallel
+    blocks = blocks_of(config.model, config.router, once=sends_once(parallel))
     return blocks.shape(
         tp=parallel.tp,
         sequence=parallel.sequence,

@@ -119,22 +119,38 @@ class MoE(Block):
         out += self._routing(shape, layer, h, "rows weight", "#order #load")
         # Experts that choose take as many tokens in each layer; of the share of the tokens that a rank has with tp or cp, not as
         # many.
-        counted = shape.moe_layers[0] if self.kind.experts_choose and not shape.sharers else layer
-        counts = exchange("counts", layer, Op.COUNTS, "counts", "#order", "#sizes") if counted == layer else []
+        counted = shape.moe_layers[0] if self.counted_once and not shape.sharers else layer
+        counts = exchange("counts", layer, Op.COUNTS, "counts", self.wire_order, "#sizes") if counted == layer else []
         (sizes,) = names("#sizes", counted)
-        dispatch = exchange("dispatch", layer, Op.TOKENS, "ep", "rows", "got", (sizes,))
+        dispatch = exchange("dispatch", layer, Op.TOKENS, "ep", self.sent_value, "got", (sizes,))
         out += [
+            *self.packing(layer),
             *counts,
             dispatch[0],
             *([compute("shared", layer, "moe_n", "s", copied)] if shared else []),  # under the dispatch
             dispatch[1],
             compute("experts", layer, f"got {sizes}", "y", f"experts.{layer}"),
             *exchange("combine", layer, Op.TOKENS, "ep", "y", "back", (sizes,)),
-            compute("mix", layer, f"{h} back weight {'s ' if shared else ''}#order #batch", "mixed" if slices else writes),
+            compute("mix", layer, f"{h} {self.mixed(shared)} #batch", "mixed" if slices else writes),
         ]
         if slices:
             out += exchange("mix_gather", layer, Op.GATHER, "tp", "mixed", writes)
         return out
+
+    sent_value, wire_order = "rows", "#order"  # what travels, and in which order
+
+    @property
+    def counted_once(self) -> bool:
+        """Ranks get as many rows in each layer."""
+        return self.kind.experts_choose
+
+    def packing(self, layer: int) -> list[Instruction]:
+        """What makes `sent_value` of what the router gives."""
+        return []
+
+    def mixed(self, shared: bool) -> str:
+        """What `mix` reads beside the stream."""
+        return f"back weight {'s ' if shared else ''}#order"
 
     def _routing(self, shape: Shape, layer: int, h: str, first: str, last: str) -> list[Instruction]:
         """What a router decides is `first`, the losses' values, `last`."""

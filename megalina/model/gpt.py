@@ -162,12 +162,15 @@ class GPT(nn.Module):
         digests: bool = False,
         expert_orders: Mapping[int, tuple[int, ...]] | None = None,
         held: Held | None = None,
+        once: bool = False,
     ):
         """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger;
         `expert_orders`: layer -> the expert in each place, where it isn't expert i in place i; `held`: the parts that are on this
-        rank of a pipeline, which can't go forward by itself; None: all."""
+        rank of a pipeline, which can't go forward by itself; None: all; `once`: as `Whole.once`."""
         super().__init__()
-        blocks = blocks_of(config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions)
+        blocks = blocks_of(
+            config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions, once=once
+        )
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
         self.seed, self.vocab_size, self.share = seed, whole.vocab_size, share
         no_parameters(self, "embedding", "head", "positions")

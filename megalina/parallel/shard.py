@@ -32,12 +32,13 @@ def build_shard(
     digests: bool = False,
     expert_orders: Mapping[int, tuple[int, ...]] | None = None,
     held: Held | None = None,
+    once: bool = False,
 ) -> GPT:
     """This rank's part of the model, with initial values that don't depend on the layout.
 
     `sequence`: with tp activations between attention and MLP are cut along the tokens; `digests`: routing is digested;
     `expert_orders`: layer -> which expert lies in each place, of which each rank of ep holds a block; `held`: the layers, and
-    what is outside of them, that are on this rank of a pipeline, None: all."""
+    what is outside of them, that are on this rank of a pipeline, None: all; `once`: a token travels once to each rank."""
     gpt = GPT(
         model,
         router,
@@ -50,6 +51,7 @@ def build_shard(
         digests=digests,
         expert_orders=expert_orders,
         held=held,
+        once=once,
     )
     initialize(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))
     return gpt

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.model import step_shape
+from megalina.blocks.model import sends_once, step_shape
 from megalina.blocks.pipelined import pipelined
 from megalina.collective_log import CollectiveLog, agree
 from megalina.config import PretrainConfig
@@ -72,6 +72,7 @@ class Trainable:
             digests=train.ledger,
             expert_orders=_orders(parallel.placement, mesh),
             held=self.pipelined.held(mesh.pp_rank) if self.pipelined is not None else None,
+            once=sends_once(parallel),
         )
         shape = step_shape(config)
         main_bytes = 8 if dtype == torch.float64 else 4

@@ -226,6 +226,9 @@ def _cut(forward: Program, layer: int, n: int) -> Instruction:
 
 
 def _orders(of_layer: Sequence[Instruction]) -> tuple[str, ...]:
+    """Of what travels: that which is counted; where a layer counts nothing the router's."""
+    if counted := next((s.reads for s in of_layer if s.op is Op.COUNTS and s.kind is Kind.START), ()):
+        return counted
     return tuple(v for s in of_layer if decides(s) for v in s.writes if v.startswith("#order."))
 
 

@@ -98,6 +98,7 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     return {
         "place": places(ranks),
         "context": contexts(ranks),
+        "dispatch": ["rows", "once_per_rank"],
         "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
         "recompute": ["none", "selective", "full"],
@@ -187,6 +188,7 @@ def row_of(choices: Choices, values: Mapping[str, Any]) -> Row:
         chunks,
         pipeline,
         uneven_stages(choices.models[values["model"]], pp * chunks) if values.get("cut") == "uneven" else "",
+        values.get("dispatch", "rows"),
     )
     router = str(values["router"])
     capacity = (choices.routers[router].capacity_factor or CAPACITY) if values["capacity"] else 0.0
@@ -234,8 +236,8 @@ def product(
     options = dict(axes(choices, ranks) if options is None else options)
     crossed = crossed or list(options)
     drawn = [axis for axis in options if axis not in crossed]
-    if "context" in drawn:
-        options["context"] = options["context"][:1]  # others fit few places
+    drawn_alike = [axis for axis in ("context", "dispatch") if axis in drawn]
+    options |= {axis: options[axis][:1] for axis in drawn_alike}  # others fit few places
     random = Random(0)  # not in turns: their periods would tie choices together
     seen: set[Row] = set()
     for chosen in itertools.product(*(options[axis] for axis in crossed)):

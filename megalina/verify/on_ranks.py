@@ -73,6 +73,7 @@ def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
             cp=layout.cp,
             cp_kind=layout.cp_kind,
             sequence=layout.sequence,
+            dispatch=layout.dispatch,
             zero=layout.zero,
             pp=layout.pp,
             pp_chunks=layout.chunks,

@@ -227,7 +227,9 @@ _ALL = (
     Plant(
         "rows_not_regrouped",
         "rows that arrive from several ranks are not brought into the order of experts",
-        lambda layout, config: _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config),
+        lambda layout, config: (
+            _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config) and layout.dispatch == "rows"
+        ),
         forward.rows_not_regrouped,
     ),
     Plant(

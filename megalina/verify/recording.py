@@ -40,6 +40,7 @@ class Layout:
     chunks: int = 1  # stages on each of pp ranks
     pipeline: str = "1f1b"
     stages: str = ""  # which layers are in each
+    dispatch: str = "rows"
 
     @property
     def dp(self) -> int:
@@ -76,6 +77,7 @@ class Layout:
         text += f", cp {self.cp} by {self.cp_kind}" * (self.cp > 1)
         text += f", pp {self.pp} {self.pipeline} x {self.chunks}{f' {self.stages}' if self.stages else ''}" * (self.pp > 1)
         text += ", no sequence" * (self.tp > 1 and not self.sequence)
+        text += f", {self.dispatch}" * (self.dispatch != "rows")
         text += f", zero {self.zero}, {self.micro_batches} x {self.micro_batch} sequences"
         text += f", recompute {self.recompute}" * (self.recompute != "none")
         return text + f", pieces {self.piece_mb:g} MiB" * (self.piece_mb > 0)

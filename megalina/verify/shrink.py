@@ -38,7 +38,9 @@ def shrink(config: PretrainConfig, ranks: int) -> PretrainConfig:
         launch=replace(config.launch, ranks=1),
         model=model,
         router=shrink_router(config.router, config.model.num_experts, model.num_experts),
-        parallel=replace(config.parallel, tp=1, ep=1, cp=1, cp_kind="all_gather", zero=0, pp=1, pp_chunks=1, pp_layout=""),
+        parallel=replace(
+            config.parallel, tp=1, ep=1, cp=1, cp_kind="all_gather", dispatch="rows", zero=0, pp=1, pp_chunks=1, pp_layout=""
+        ),
         optim=_optim(config.optim),
         train=train,
     )

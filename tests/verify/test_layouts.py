@@ -24,6 +24,7 @@ from megalina.verify.start import random_batches
 from tests.verify.cases import MODELS, OPTIMIZERS, ROUTERS, choices_of, config_with, with_router
 from tests.verify.star import RANKS, differences, options_by_size, pairs_by_size, with_place
 
+ONCE = "once_per_rank"
 WITHOUT_CAPACITY = ("global", "dense", "replayed")  # the second gives all experts all tokens, the third says who gets which
 
 # the star test
@@ -85,6 +86,9 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
     never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "pair", "lina_zero")}
     never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
+    never |= {(("place", p), ("dispatch", ONCE)) for p in options["place"] if p[2] == 1} | {
+        (("dispatch", ONCE), ("router", "dense"))
+    }
     refused = lacking - never
     assert all(("router", "global") in pair for pair in refused), refused
     assert len(refused) <= 2
@@ -102,6 +106,9 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
     never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "pair", "lina_zero")}
     never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
+    # nobody to go to: one rank, or tensor parallelism over all of them
+    never |= {((axis, n), ("dispatch", ONCE)) for axis, n in (("world", 1), ("ep", 1), ("tp", 4))}
+    never |= {(("dispatch", ONCE), ("router", "dense"))}
     for size in ("tp", "ep"):
         never |= {(("world", world), (size, n)) for world in (1, 2, 4) for n in (1, 2, 4) if n > world}
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}
@@ -149,7 +156,7 @@ def test_the_product_has_every_combination_once_or_draws_what_is_not_crossed() -
     whole = list(product(choices, 2))
     # places, and both ways to cut sequences over two ranks; micro-batches of 2, 1 or all sequences; a capacity or none;
     # recompute; ZeRO and pieces
-    assert len(whole) == len(set(whole)) == (5 + 2) * 3 * 2 * 3 * 4
+    assert len(whole) == len(set(whole)) == (5 + 2 + 1) * 3 * 2 * 3 * 4
     drawn = list(product(choices, 2, ("place", "zero")))
     assert drawn == list(product(choices, 2, ("place", "zero")))
     assert {(r.layout.world, r.layout.tp, r.layout.zero, r.layout.piece_mb) for r in drawn} == {

@@ -47,6 +47,7 @@ def test_equal_rows_end_with_exit_code_0_and_are_written_as_json(tmp_path: Path,
     assert row["layout"] == {
         "world": 2, "tp": 1, "ep": 2, "sequence": True, "zero": 1, "micro_batch": 2, "recompute": "none", "piece_mb": 0.0,
         "strategy": "eager", "cp": 1, "cp_kind": "all_gather", "pp": 1, "chunks": 1, "pipeline": "1f1b", "stages": "",
+        "dispatch": "rows",
     }  # fmt: skip
     assert (row["router"], row["strategy"], row["equal"], row["first_difference"]) == ("sigmoid", "eager", True, None)
     assert 0 < row["largest_error"] < 1e-12

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache, partial
 from megalina.blocks.bucket_layout import ALIGNMENT, Member, lay_out_bucket
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.memory import Deferred, Inside
-from megalina.blocks.model import blocks_of
+from megalina.blocks.model import blocks_of, sends_once
 from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
@@ -157,6 +157,7 @@ class InstructionBytes:
             vocab_size=vocab_size,
             padded_vocab=padded_vocab_size(vocab_size, tp),
             max_positions=config.model.max_positions or config.train.seq_len,
+            once=sends_once(config.parallel),
         )
 
     def of_buckets(self, names: Collection[str]) -> "InstructionBytes":

@@ -309,7 +309,8 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
             case Op.PARAMS:
                 return elements * weight_bytes
             case Op.COUNTS:
-                return experts * NUMBER_BYTES  # also where one exchange is enough for all layers
+                counted = held.axes["ep"] if instruction.reads[0].startswith("#way.") else experts
+                return counted * NUMBER_BYTES  # also where one exchange is enough for all layers
             case Op.SUM | Op.MAX if instruction.name in numbers:
                 return numbers[instruction.name] * NUMBER_BYTES
             case Op.SEND | Op.RECV:

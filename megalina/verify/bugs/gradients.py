@@ -36,6 +36,10 @@ def divided_by_dp_twice(trainable: Trainable, config: PretrainConfig) -> None:
 
 def router_detached(trainable: Trainable, config: PretrainConfig) -> None:
     def of(instruction: Instruction, function: Function) -> Function:
+        if config.parallel.dispatch == "once_per_rank":
+            return (
+                (lambda rows, weight, order: function(rows, weight.detach(), order)) if instruction.name == "pack" else function
+            )
         return (
             (lambda h, back, weight, *rest: function(h, back, weight.detach(), *rest)) if instruction.name == "mix" else function
         )

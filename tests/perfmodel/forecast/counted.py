@@ -7,12 +7,13 @@ from megalina.perfmodel.sim.collectives import Floats, Ints
 from megalina.perfmodel.sim.sizes import Sizes
 from megalina.step.program import Instruction, Op
 
-Counts = Mapping[tuple[int, str], Ints]  # (layer, part) -> [R, E]: rows that each rank of the world sends to each expert
+# (layer, part) -> [R, E]: rows that each rank of the world sends to each expert; where a token travels once, to each rank
+Counts = Mapping[tuple[int, str], Ints]
 
 
-def counted(sizes: Sizes, counts: Counts, *, row_bytes: int) -> Sizes:
+def counted(sizes: Sizes, counts: Counts, *, row_bytes: tuple[int, int]) -> Sizes:
     """`sizes`, but tokens travel as `counts` say; a part's chunks get equal shares of each expert's rows.  `row_bytes`: of a
-    token's activations.
+    row on its way to the experts, and back.
 
     What it makes raises ValueError for a layer or part that was not counted, and for experts that a group can't share evenly."""
 
@@ -25,7 +26,8 @@ def counted(sizes: Sizes, counts: Counts, *, row_bytes: int) -> Sizes:
                 f"{instruction.tag}: no rows were counted in layer {instruction.layer}, part {part}: record a step of this list"
             )
         rows_NN = rows_between(counts[instruction.layer, part][list(ranks)], instruction.chunk)
-        return row_bytes * (rows_NN if instruction.outward else rows_NN.T)
+        there = instruction.name == "dispatch"
+        return row_bytes[not there] * (rows_NN if instruction.outward else rows_NN.T)
 
     return replace(sizes, matrix_of=matrix_of)
 

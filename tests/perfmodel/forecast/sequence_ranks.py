@@ -112,7 +112,7 @@ def counting(functions: Functions, rows: dict[tuple[int, str], list[int]]) -> Fu
 
     def of(instruction: Instruction) -> Callable[..., Any]:
         function = functions(instruction)
-        if instruction.phase != "F" or not decides(instruction):
+        if instruction.phase != "F" or not (decides(instruction) or instruction.name == "pack"):
             return function
 
         def routed(*arguments: Any) -> Any:
@@ -160,14 +160,17 @@ class Forecasted:
     program: Program
     sizes: Sizes  # of even routing
     axes: Mapping[str, int]
-    row_bytes: int
+    row_bytes: tuple[int, int]  # of a token on its way to its experts, and back
 
 
 def forecasted(config: PretrainConfig) -> Forecasted:
     packing = config.strategy.packing
     plan = plan_of(config.strategy, packing=1 if packing == "auto" else int(packing))
     step = PricedStep(config, WORLD, plan, vocab_size=VOCABULARY)
-    return Forecasted(step.program, step.sizes, step.held.axes, config.model.d_model * BYTES[config.train.dtype])
+    row_bytes, axes = config.model.d_model * BYTES[config.train.dtype], step.held.axes
+    weights = config.model.num_experts // axes["ep"] * max(4, BYTES[config.train.dtype])
+    there = row_bytes + weights * (config.parallel.dispatch == "once_per_rank")
+    return Forecasted(step.program, step.sizes, axes, (there, row_bytes))
 
 
 def in_virtual_time(programs: Sequence[Program], sizes: Sizes, axes: Mapping[str, int], *, seed: int = 0) -> Sequences:

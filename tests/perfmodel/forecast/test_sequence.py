@@ -59,6 +59,8 @@ ONCE = {  # what differs in other ways, once
     ),
     "half precision, dense layers": ("flow", {"ep": 4, "dtype": "bfloat16", "moe_every": 2, "zero": 1}, {"yields": True}),
     "hashed, untied": ("ddp", {"ep": 2, "tp": 2, "kind": "hash", "tie_embeddings": False, "qk_norm": "head", "bias": True}, {}),
+    "once per rank": ("flow", {"ep": 4, "dispatch": "once_per_rank", "accumulate": 2}, {}),
+    "once per rank, packed": ("lina", {"ep": 4, "dispatch": "once_per_rank", "dtype": "bfloat16"}, {"packing": "2"}),
     "uneven chunks": ("lina_nopack", {"ep": 4, "dtype": "float64", "capacity_factor": 1.5}, {"chunks": "1,3"}),
 }
 
@@ -261,7 +263,7 @@ def test_rows_go_to_whoever_has_their_experts_chunk_by_chunk() -> None:
     chunks = [rows_between(count_NE, (c, 2)) for c in range(2)]
     assert [chunk.tolist() for chunk in chunks] == [[[1, 2], [0, 2]], [[2, 3], [0, 4]]]  # halves of 3, 1, 4; of 5, 1
     dispatch = Instruction("F", Kind.START, "dispatch", 0, "2c1", op=Op.TOKENS, axis="ep", chunk=(1, 2))
-    sizes = counted(Sizes(lambda instruction: 0.0), {(0, "2"): np.vstack([count_NE * 0, count_NE])}, row_bytes=10)
+    sizes = counted(Sizes(lambda instruction: 0.0), {(0, "2"): np.vstack([count_NE * 0, count_NE])}, row_bytes=(10, 10))
     assert (matrix_of := sizes.matrix_of) is not None
     for phase, name, out in (("F", "dispatch", True), ("F", "combine", False), ("B", "dispatch", False), ("B", "combine", True)):
         found = matrix_of(replace(dispatch, phase=phase, name=name), (2, 3))
