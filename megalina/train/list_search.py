@@ -10,6 +10,7 @@ measured again, and that whose steps were shortest is kept, with its order.
 
 import logging
 import os
+import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,12 +170,12 @@ class ListSearch:
     def _search(self) -> list[Plan]:
         """What is to be measured; nothing where only what was measured is found again."""
         rank = self._mesh.world.rank
-        cores = len(os.sched_getaffinity(0))  # of this machine, which may have all ranks of an emulated cluster
-        searchers = min(all_gather_object(self._mesh, min(self._mesh.world.size, cores, MOST_SEARCHERS)))
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        searchers = with_own_cores(all_gather_object(self._mesh, (platform.node(), cores)))
         own: list[Told] = []
-        if rank < searchers:
+        if rank in searchers:
             costs, per_node = self._costs, self._ranks_per_node
-            share = Share(rank, searchers)
+            share = Share(searchers.index(rank), len(searchers))
             found = found_lists(self._config, self._trainable(), self._walked, costs, self._vocab_size, per_node, share)
             own = [(n, one.evaluations, [(f.plan.as_json(), f.step_s) for f in one.finalists]) for n, one in found.items()]
         told = [one for of_rank in all_gather_object(self._mesh, own) for one in of_rank]
@@ -202,6 +203,19 @@ class ListSearch:
         self.evidence = f"plan from step {step + 1} on: {best} ({words})"
         if self._mesh.world.rank == 0:
             logger.info("%s", self.evidence)
+
+
+def with_own_cores(cores_of: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
+    """The first ranks that can all have a core of their own, of each rank's machine and cores.  A machine may have many ranks, an
+    emulated cluster has all of them on one."""
+    taken: set[tuple[str, int]] = set()
+    ranks = []
+    for rank, (machine, cores) in enumerate(cores_of):
+        free = next((core for core in cores if (machine, core) not in taken), None)
+        if free is not None and len(ranks) < MOST_SEARCHERS:
+            taken.add((machine, free))
+            ranks.append(rank)
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)

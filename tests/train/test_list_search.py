@@ -13,7 +13,7 @@ from megalina.step.candidates import FLOW, LINA
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
-from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP, Share, best_plans
+from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP, Share, best_plans, with_own_cores
 from megalina.train.step_runner import StepRunner
 from megalina.train.trials import Measured, Trials
 from megalina.validate import check_config
@@ -134,6 +134,13 @@ def test_ranks_share_networks_first_and_then_take_other_seeds() -> None:
     of = [Share(rank, 5) for rank in range(5)]
     assert [(list(share.networks(2)), share.seed(2)) for share in of] == [([0], 0), ([1], 0), ([0], 1), ([1], 1), ([0], 2)]
     assert (list(Share(0, 1).networks(2)), Share(0, 1).seed(2)) == ([0, 1], 0)
+
+
+def test_ranks_search_that_have_cores_of_their_own() -> None:
+    assert with_own_cores([("a", [0, 1])] * 4) == [0, 1]  # not pinned
+    assert with_own_cores([("a", [0]), ("a", [0]), ("a", [1]), ("a", [1])]) == [0, 2]
+    assert with_own_cores([("a", [0]), ("a", [0]), ("b", [0]), ("b", [0])]) == [0, 2]
+    assert with_own_cores([("a", list(range(64)))] * 16) == list(range(8))
 
 
 def test_the_best_lists_of_all_ranks_are_measured() -> None:
