@@ -14,13 +14,13 @@ def forecast_s(config: PretrainConfig, plan: Plan, world: int) -> float:
 
 def with_hosts_s(config: PretrainConfig, plan: Plan, setting: Setting, *, link_mbit: float, host: HostConstants) -> float:
     """The same with hosts and sockets that take what was fitted on other steps of this machine
-    (`benchmarks/validate_simulator.py`).  `link_mbit`: in the cluster's own time, as in `setting`."""
+    (`benchmarks/validate_simulator.py`).  `link_mbit`: in slow motion, too."""
     timeline = simulate_emulated(
         config,
         plan,
         nodes=setting.nodes,
         ranks_per_node=setting.ranks_per_node,
-        link_mbit=link_mbit / setting.slow_motion,
+        link_mbit=link_mbit,
         vocab_size=config.model.vocab_size,
         host=host,
     )

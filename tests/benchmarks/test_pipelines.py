@@ -109,6 +109,10 @@ def test_hosts_that_take_no_time_change_no_forecast() -> None:
         plan = plan_of(config.strategy)
         alone_s = forecast_s(config, plan, setting.world)
         assert with_hosts_s(config, plan, setting, link_mbit=500, host=FREE) == pytest.approx(alone_s, rel=0.02)
+        slow = replace(setting, slow_motion=2.0)
+        slower = job_of(slow, [name.split()[0]], variants=variants, base=base_of(slow), link_mbit=500)
+        twice_s = with_hosts_s(slower.configs[name], plan, slow, link_mbit=slower.link_mbit, host=FREE)
+        assert twice_s == pytest.approx(2 * alone_s, rel=0.02)
         late = replace(FREE, collective_s=5e-3, all_to_all_s=5e-3)
         assert with_hosts_s(config, plan, setting, link_mbit=500, host=late) > 1.005 * alone_s
 
