@@ -128,7 +128,7 @@ def test_what_is_near_is_suggested(typed: str, meant: str) -> None:
     assert line.startswith(f"there is no setting {typed} (") and guesses and guesses == [meant]
 
 
-@pytest.mark.parametrize("typed", ["parallel.dispatch", "router.sinkhorn_rounds", "train.foo", "optim.momentum_of_kitchen"])
+@pytest.mark.parametrize("typed", ["parallel.hierarchy", "router.sinkhorn_rounds", "train.foo", "optim.momentum_of_kitchen"])
 def test_nothing_far_is_suggested_and_the_group_is_listed(typed: str) -> None:
     group = typed.split(".")[0]
     own = [k.split(".")[1] for k in settings() if k.count(".") == 1 and k.startswith(f"{group}.")]

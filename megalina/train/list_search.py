@@ -209,7 +209,7 @@ def with_own_cores(cores_of: Sequence[tuple[str, Sequence[int]]]) -> list[int]:
     """The first ranks that can all have a core of their own, of each rank's machine and cores.  A machine may have many ranks, an
     emulated cluster has all of them on one."""
     taken: set[tuple[str, int]] = set()
-    ranks = []
+    ranks: list[int] = []
     for rank, (machine, cores) in enumerate(cores_of):
         free = next((core for core in cores if (machine, core) not in taken), None)
         if free is not None and len(ranks) < MOST_SEARCHERS:

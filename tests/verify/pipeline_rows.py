@@ -93,11 +93,11 @@ def every_choice(ranks: int) -> list[Row]:
 
 
 def _rows_with(own: Choices, values: Values, sizes: Sequence[Values]) -> Iterator[Row]:
-    """Other micro-batches, ZeRO-1, no capacity, where the sizes, the strategy or the router have none other."""
-    for size in sizes:
+    """Other micro-batches, ZeRO-1, no capacity, single rows, where the sizes, the strategy or the router have none other."""
+    for dispatch, size in itertools.product(dict.fromkeys((values["dispatch"], "rows")), sizes):
         for micro_batch in (values["micro_batch"], 1, 2, 4):
             for less in ({}, {"capacity": False}, {"zero": (1, 0.0)}, {"capacity": False, "zero": (1, 0.0)}):
-                row = {**values, **size, "micro_batch": micro_batch, **less}
+                row = {**values, **size, "dispatch": dispatch, "micro_batch": micro_batch, **less}
                 if fits(row) and runs(own, row_of(own, row)):
                     yield row_of(own, row)
 

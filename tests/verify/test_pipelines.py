@@ -54,6 +54,7 @@ def test_every_choice_equals_one_process() -> None:
     assert {row.layout.pp for row in rows} == {2, 4} and {bool(row.layout.stages) for row in rows} == {True, False}
     assert {row.model for row in rows} == set(of["model"]) and {row.router for row in rows} == set(of["router"])
     assert {row.layout.strategy for row in rows} == set(of["strategy"])
+    assert {row.layout.dispatch for row in rows} == set(of["dispatch"])
     assert differences(rows, steps=1) == []
 
 
