@@ -98,7 +98,7 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     return {
         "place": places(ranks),
         "context": contexts(ranks),
-        "dispatch": ["rows", "once_per_rank"],
+        "dispatch": ["rows", *["once_per_rank"] * (ranks > 1)],  # one rank has nobody to send to
         "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
         "recompute": ["none", "selective", "full"],
