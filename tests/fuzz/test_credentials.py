@@ -164,11 +164,11 @@ def shell_uses(source: str) -> list[str]:
             shells = [word.value for word in node.keywords if word.arg == "shell"]
             if any(not (isinstance(value, ast.Constant) and value.value is False) for value in shells):
                 found.append(f"line {node.lineno}: shell=")
-            words = [item.value for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)]
             called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            if called in ("run", "Popen", "call", "check_call", "check_output") and {"sh", "bash", "/bin/sh", "/bin/bash"} & set(
-                words
-            ):
+            if called not in ("run", "Popen", "call", "check_call", "check_output"):
+                continue
+            words = {item.value for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+            if {"sh", "bash", "/bin/sh", "/bin/bash"} & words:
                 found.append(f"line {node.lineno}: a shell")
     return found
 

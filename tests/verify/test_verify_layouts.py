@@ -132,7 +132,9 @@ def test_the_plants_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
             "strategy.pipeline=zbx: there is no such schedule: choose one of gpipe, ",
             marks=pytest.mark.full,
         ),
-        (["strategy.pipeline=nowhere.csv"], "strategy.pipeline=nowhere.csv: there is no such file"),
+        pytest.param(
+            ["strategy.pipeline=nowhere.csv"], "strategy.pipeline=nowhere.csv: there is no such file", marks=pytest.mark.full
+        ),
         (["launch.device=cuda"], "launch.device=cuda, but torch sees no GPU"),
         (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: there is no folder "),
     ],
