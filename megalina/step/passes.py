@@ -190,8 +190,8 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
     """Pipelining (Lina, section 4.2): a MoE layer's rows travel in chunks, and one chunk's experts compute while another is
     on the wire.  `chunks_of`: layer -> number of chunks; layers that are not in it stay whole.
 
-    Rows are cut after routing, each expert's in equal shares, so every router decides as before, and one exchange of counts
-    tells all chunks' sizes.  Where all experts get all tokens, tokens are cut.
+    Rows are cut after routing, each expert's in equal shares (each rank's, where a token travels once to each rank), so every
+    router decides as before, and one exchange of counts tells all chunks' sizes.  Where all experts get all tokens, tokens are cut.
     """
     out: list[Instruction] = []
     for instruction in forward:
