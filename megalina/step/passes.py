@@ -191,7 +191,8 @@ def chunk(forward: Program, chunks_of: Mapping[int, int]) -> Program:
     on the wire.  `chunks_of`: layer -> number of chunks; layers that are not in it stay whole.
 
     Rows are cut after routing, each expert's in equal shares (each rank's, where a token travels once to each rank), so every
-    router decides as before, and one exchange of counts tells all chunks' sizes.  Where all experts get all tokens, tokens are cut.
+    router decides as before, and one exchange of counts tells all chunks' sizes.  Where all experts get all tokens, tokens are
+    cut.
     """
     out: list[Instruction] = []
     for instruction in forward:
