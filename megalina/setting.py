@@ -1,9 +1,10 @@
 """One setting of a schema: a number between bounds, or a choice; and all settings of a configuration."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, TypeVar, get_type_hints
 
 Value = TypeVar("Value", int, float, str)
 POSITIVE = 5e-324  # the smallest float above zero
@@ -25,19 +26,28 @@ def setting(
     return field(default=default, metadata={"low": low, "high": largest if high is None else high})
 
 
-def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be."""
-    for name, may_be in _fields(config.__class__):
-        value = getattr(config, name)
-        if hasattr(value, "__dataclass_fields__"):
-            yield from settings(value, f"{prefix}{name}.")
+def settings(config: Any, having: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be.  `having`: those
+    alone of which it says that ("low": numbers, "choices")."""
+    keys, values_of = _settings_of(config.__class__, having)
+    for (key, may_be), value in zip(keys, values_of(config)):
+        yield key, value, may_be
+
+
+@cache  # a star test asks some ten thousand configurations for their hundreds of settings
+def _settings_of(schema: type, having: str) -> tuple[list[tuple[str, Mapping[str, Any]]], Callable[[Any], Iterable[Any]]]:
+    keys = [(key, may_be) for key, may_be in _walked(schema, "") if not having or having in may_be]
+    names = [key for key, _ in keys]
+    return keys, attrgetter(*names) if len(names) > 1 else lambda config: [attrgetter(name)(config) for name in names]
+
+
+def _walked(schema: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    hints = get_type_hints(schema)
+    for f in fields(schema):
+        if is_dataclass(hints[f.name]):
+            yield from _walked(hints[f.name], f"{prefix}{f.name}.")
         else:
-            yield prefix + name, value, may_be
-
-
-@cache
-def _fields(schema: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    return tuple((f.name, f.metadata) for f in fields(schema))
+            yield prefix + f.name, f.metadata
 
 
 def choices_of(schema: type, name: str) -> tuple[str, ...]:

@@ -92,9 +92,7 @@ def check_hardware(cluster: ClusterConfig) -> None:
     An emulated device has times of its own and needs nothing but its links."""
     where, hardware = f"conf/cluster/{cluster.name}.yaml", cluster.hardware
     emulated = cluster.device_gflops or cluster.attention_ms
-    for key, value, may_be in settings(cluster):
-        if "low" not in may_be:
-            continue
+    for key, value, may_be in settings(cluster, having="low"):
         low, high, name = may_be["low"], may_be["high"], key.rpartition(".")[2]
         needed = name in NEEDED_OF_LINKS or (not emulated and name in NEEDED_OF_DEVICES)
         if not (math.isfinite(value) and low <= value <= high):
@@ -253,10 +251,9 @@ def value_at(config: object, key: str) -> object:
 
 def _check_choices(config: PretrainConfig) -> None:
     _check_choice("strategy.name", config.strategy.name, (*STRATEGIES, AUTO))
-    for key, value, may_be in settings(config):
-        if "choices" in may_be:
-            if not (may_be["own"] and is_reference(str(value))):
-                _check_choice(key, value, may_be["choices"])
+    for key, value, may_be in settings(config, having="choices"):
+        if not (may_be["own"] and is_reference(str(value))):
+            _check_choice(key, value, may_be["choices"])
 
 
 def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
@@ -265,13 +262,12 @@ def _check_choice(key: str, value: object, choices: Sequence[str]) -> None:
 
 
 def _check_numbers(config: PretrainConfig) -> None:
-    for key, value, may_be in settings(config):
-        if "low" not in may_be:
+    for key, value, may_be in settings(config, having="low"):
+        if may_be["low"] <= value <= may_be["high"]:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} must be a finite number")
-        if not may_be["low"] <= value <= may_be["high"]:
-            raise ValueError(f"{key}={value} must be {in_words(may_be['low'], may_be['high'])}")
+        raise ValueError(f"{key}={value} must be {in_words(may_be['low'], may_be['high'])}")
 
 
 def in_words(low: float, high: float) -> str:

@@ -50,7 +50,7 @@ from megalina.verify.searched import walk_searched_list
 from megalina.verify.start import shake
 
 Key = tuple[int, str, str]  # step, kind, name
-PRELOAD = ("megalina.verify.on_ranks", "torch._dynamo")  # an optimizer's first step imports the second
+PRELOAD = ("megalina.verify.on_ranks",)
 
 
 @dataclass(slots=True)

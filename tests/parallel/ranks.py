@@ -6,7 +6,7 @@ from typing import Any
 from megalina.rank_pool import TIME_LIMIT_S, RankPool, RanksFailed
 
 PRELOAD = (  # what takes long to import, of all tests: one server forks the ranks of all
-    *("pytest", "hypothesis", "matplotlib.figure", "torch._dynamo", "torch.distributed.checkpoint"),
+    *("pytest", "hypothesis", "matplotlib.figure", "torch.distributed.checkpoint"),
     *("megalina.train.trainer", "megalina.serve.engine", "megalina.worker", "megalina.verify.on_ranks", "tests.train.small_run"),
 )
 

@@ -1,6 +1,7 @@
 """What the tests of `megalina.verify` run: the models and routers of the star test, shrunk."""
 
 from dataclasses import astuple, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def distinct() -> list[str]:
     return list(found.values())
 
 
+@cache
 def strategy(name: str) -> StrategyConfig:
     """As `conf/strategy/` has it."""
     fields = StrategyConfig()

@@ -1,6 +1,7 @@
 """A fitted network: its constants come back from steps that were walked in a known one; what it says of other lists is right."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -12,21 +13,25 @@ from megalina.perfmodel.sim.virtual import uses_of
 from megalina.step.plan import Plan
 from megalina.step.program import Program
 from megalina.step.strategy import training_step
-from tools.draw_strategies import Cluster, ladder_job
+from tools.draw_strategies import Cluster, VirtualJob, ladder_job
 
-JOB = ladder_job("model.num_layers=2", cluster=Cluster())
 TRUE = Network(nic_bytes_per_s=5e7, latency_s=1e-3, all_to_all_s=3e-3, hop_s=1e-4, fast_hop_s=1e-4, weight=2.0, at_once=2)
 BEGIN = Network(nic_bytes_per_s=9e7, latency_s=1e-3, at_once=2)
 PLANS = (Plan(), Plan("flow", parts=2), Plan("flow", parts=4, deferred_weights="all"))
 OTHERS = (Plan("flow", parts=4), Plan("eager", piece_bytes=2**19), Plan("flow", parts=2, piece_bytes=2**19))
 
 
+@cache
+def job() -> VirtualJob:
+    return ladder_job("model.num_layers=2", cluster=Cluster())
+
+
 def program_of(plan: Plan) -> Program:
-    return training_step(plan.strategy, JOB.setting.under(plan))
+    return training_step(plan.strategy, job().setting.under(plan))
 
 
 def clock_of(network: Network, program: Program) -> ListClock:
-    step = JOB.priced
+    step = job().priced
     loads = FoldedLoads(network, 4, step.ranks_of, uses_of(program, step.sizes), slowest=True)
     return ListClock(program, seconds=step.seconds, sizes=step.sizes, loads=loads, ranks_of=step.ranks_of)
 
