@@ -6,11 +6,13 @@ BIN := .venv/bin
 READY := .venv/ready
 # Processes of tests read what the first one compiled, also where the environment forbids that.
 unexport PYTHONDONTWRITEBYTECODE
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(3, (os.cpu_count() or 2) * 3 // 2))")
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
-# Six workers fill two cores, as many of their tests wait for ranks; a module stays on one worker, for the ranks it keeps.
+# Three workers fill two cores, as many of their tests start ranks; a module stays on one worker, for the ranks it keeps.
+# More would import and collect everything once more each: six take a seventh longer.
 # They come in the order of tests/durations.json: long modules first, so that no worker is alone at the end.
-PYTEST := pytest -n 6 --dist loadscope --no-loadscope-reorder
-# pytest rewrites every test module before it imports it.  One process does so before six would, all at the same time.
+PYTEST := pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+# pytest rewrites every test module before it imports it.  One process does so before all workers would, at the same time.
 REWRITTEN := $(ONE_THREAD) pytest -q --collect-only -p no:xdist > /dev/null;
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
 
