@@ -36,7 +36,7 @@ def of(*scripts: str) -> list[Command]:
 
 
 def test_there_are_commands_and_lines_are_joined() -> None:
-    assert len(COMMANDS) > 70 and {c.document for c in COMMANDS} > {"README.md", "cluster.md", "simulator.md", "strategies.md"}
+    assert len(COMMANDS) > 70 and {c.document for c in COMMANDS} > {"guide.md", "cluster.md", "simulator.md", "strategies.md"}
     assert not [c for c in COMMANDS if "\\" in str(c)]
     planned = next(c for c in COMMANDS if c.document == "cluster.md" and c.script == "tools/plan.py")
     assert "train.global_batch_size" in str(planned)  # of its second line
