@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from megalina.validate import check_config
 PARTS = ("train", "tail", "wire")
 SWEEP_SEED = 0  # those that follow are of the runs that count
 OPTIMIZERS = ("adamw", "muon")
+MOST_FURTHER = 4  # learning rates beyond those of --lrs, by factors of two
 JOB = (  # of experiment=laptop
     *("experiment=laptop", "launch.ranks=1", "parallel.ep=1", "train.eval_interval=0"),
     *("train.micro_batch_size=8", "tracker.samples=0"),
@@ -132,24 +134,32 @@ def keep(args: argparse.Namespace, found: Found) -> None:
 
 # training
 def train(args: argparse.Namespace, found: Found) -> None:
-    """A sweep with one seed, if there is more than one learning rate; then each optimizer with its best one and `args.seeds`
-    seeds.  All configurations are checked before the first is trained."""
+    """A sweep with one seed, if there is more than one learning rate, and further where the best one is at its end; then each
+    optimizer with its best one and `args.seeds` seeds.  All configurations are checked before the first is trained."""
     lrs = args.lrs if len(args.lrs) > 1 else []
     sweep = [(name, lr, SWEEP_SEED) for lr in lrs for name in OPTIMIZERS]
     seeds = range(SWEEP_SEED + 1, SWEEP_SEED + 1 + args.seeds)
     with tempfile.TemporaryDirectory(prefix="megalina_muon_") as folder:
         for name, lr, seed in [*sweep, *((name, args.lrs[0], seed) for name in OPTIMIZERS for seed in seeds)]:
             check_config(config_of(args, name, lr, seed, folder), 1)
+        known = known_runs(args)
         total = len(sweep) + len(OPTIMIZERS) * len(seeds)
 
         def run(into: list[Trained], name: str, lr: float, seed: int) -> None:
             done = len(found.sweep) + len(found.trained)
-            print(f"{done + 1}/{total}: {name}, learning rate {lr:g}, seed {seed}", file=sys.stderr)
-            into.append(trained_of(name, lr, seed, config_of(args, name, lr, seed, folder)))
+            if (trained := known.get((name, lr, seed))) is None:
+                print(f"{done + 1}/{total}: {name}, learning rate {lr:g}, seed {seed}", file=sys.stderr)
+                trained = trained_of(name, lr, seed, config_of(args, name, lr, seed, folder))
+            into.append(trained)
             keep(args, found)
 
         for job in sweep:
             run(found.sweep, *job)
+        for name in OPTIMIZERS if lrs else ():
+            for _ in range(MOST_FURTHER):
+                if lr := beyond(found.sweep, name):
+                    total += 1
+                    run(found.sweep, name, lr, SWEEP_SEED)
         for seed in seeds:  # both in turn: what else the machine does hits both
             for name in OPTIMIZERS:
                 run(found.trained, name, best_lr(found.sweep, name) if lrs else args.lrs[0], seed)
@@ -160,6 +170,27 @@ def config_of(args: argparse.Namespace, name: str, lr: float, seed: int, folder:
     config = compose([*JOB, *own, *args.overrides])
     run = RunConfig(dir=f"{folder}/{name} {lr} {seed}")
     return replace(config, checkpoint=CheckpointConfig(interval=0), run=run)
+
+
+def known_runs(args: argparse.Namespace) -> dict[tuple[str, float, int], Trained]:
+    """Of `--known`, by optimizer, learning rate and seed.  ValueError unless they were as long and as large."""
+    if not args.known:
+        return {}
+    kept = json.loads(args.known.read_text())
+    if (kept["steps"], kept["overrides"]) != (args.steps, args.overrides):
+        raise ValueError(
+            f"--known {args.known} is of {kept['steps']} steps and {kept['overrides']}, this is of {args.steps} and "
+            f"{args.overrides}: give the same"
+        )
+    runs = [Trained(**run) for run in kept["sweep"] + kept["trained"]]
+    return {(run.optimizer, run.lr, run.seed): run for run in runs}
+
+
+def beyond(sweep: Sequence[Trained], optimizer: str) -> float | None:
+    """The next learning rate by factors of two, where the best one is at the end of those that were tried."""
+    lrs = sorted(run.lr for run in sweep if run.optimizer == optimizer)
+    best = best_lr(sweep, optimizer)
+    return lrs[0] / 2 if best == lrs[0] else lrs[-1] * 2 if best == lrs[-1] else None
 
 
 def best_lr(sweep: Sequence[Trained], optimizer: str) -> float:
@@ -179,10 +210,11 @@ def difference_of(found: Found) -> str:
         by_seed.setdefault(run.seed, {})[run.optimizer] = run.loss
     less = [of["muon"] - of["adamw"] for of in by_seed.values()]
     lines = [f"Muon's held-out loss less AdamW's, seed by seed: {', '.join(f'{d:+.4f}' for d in less)}"]
-    lrs = sorted({run.lr for run in found.sweep})
-    for name in OPTIMIZERS if lrs else ():
-        if (best := best_lr(found.sweep, name)) in (lrs[0], lrs[-1]):
-            lines.append(f"{name} is best at {best:g}, the end of --lrs: go further")
+    for name in OPTIMIZERS if found.sweep else ():
+        if beyond(found.sweep, name):
+            lines.append(
+                f"{name} is best at {best_lr(found.sweep, name):g}, the end of what was tried: give --lrs further from it"
+            )
     return "\n".join(lines)
 
 
@@ -256,7 +288,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="so many runs of each (default 3)")
     parser.add_argument("--steps", type=whole(2, 1_000_000), default=240, help="of training (default 240)")
     parser.add_argument(
-        "--lrs", type=_numbers, default=LRS, metavar="A,B", help="peak learning rates of the sweep; one: no sweep"
+        "--lrs",
+        type=_numbers,
+        default=LRS,
+        metavar="A,B",
+        help="peak learning rates of the sweep, which goes further where the best one is at its end; one: no sweep",
     )
     parser.add_argument("--only", default="4x1 light", metavar="NAME", help="of the ladder, for wire (default: 4x1 light)")
     parser.add_argument("--slow-motion", type=number(0, 1e6, above=True), default=newton_schulz_wire.SLOW_MOTION, metavar="F",
@@ -264,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=whole(1, 1_000_000), default=5, help="of wire: turns of each list (default 5)")
     parser.add_argument("--timed-steps", type=whole(1, 1_000_000), default=2, help="of a turn of wire (default 2)")
     parser.add_argument("--threads", type=whole(1, 1024), default=min(2, os.cpu_count() or 1), help="of this process (default 2)")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="of an earlier --json: what was trained there isn't again")
     parser.add_argument("--json", type=new_file, help="write the results here too")
     return parser
 

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.muon import Found, Tail, Trained, best_lr, difference_of, main, table_of_tails, table_of_training, tails_of
+from benchmarks.muon import (
+    Found,
+    Tail,
+    Trained,
+    best_lr,
+    beyond,
+    difference_of,
+    main,
+    table_of_tails,
+    table_of_training,
+    tails_of,
+)
 from benchmarks.newton_schulz_wire import BASE, OnTheWire, in_virtual_time, setting_of, table, variants
 from megalina.cli.compare import job_of
 from megalina.compare.ladder import LINK_MBIT
@@ -39,9 +50,10 @@ def test_each_optimizer_has_its_own_best_learning_rate_and_a_sweep_that_is_too_n
     assert (best_lr(sweep, "adamw"), best_lr(sweep[:-1], "muon")) == (2.0, 4.0)
     with pytest.raises(ValueError, match="adamw diverged with every learning rate"):
         best_lr(sweep[-1:], "adamw")
+    assert (beyond(sweep, "adamw"), beyond(sweep[:-1], "muon"), beyond(sweep[:2], "muon")) == (None, 8.0, 0.5)
     runs = [replace(RUN, seed=1, loss=2.75), replace(RUN, seed=1, optimizer="adamw"), replace(RUN, seed=2, optimizer="adamw")]
     text = difference_of(Found(sweep[:-1], [*runs, replace(RUN, seed=2, loss=3.125)]))
-    assert "seed by seed: -0.2500, +0.1250\nmuon is best at 4, the end of --lrs: go further" in text
+    assert "seed by seed: -0.2500, +0.1250\nmuon is best at 4, the end of what was tried: give --lrs further from it" in text
     assert difference_of(Found(sweep)) == "" and "further" not in difference_of(Found([], [*runs, replace(RUN, seed=2)]))
 
 
@@ -75,13 +87,18 @@ def test_the_documents_table_is_what_it_prints() -> None:
 
 
 @pytest.mark.full
-def test_a_few_steps_from_end_to_end(tmp_path: Path) -> None:
+def test_a_few_steps_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "muon.json"
     small = ["model.d_model=32", "model.num_heads=4", "train.eval_sequences=8", "train.seq_len=32", "data.vocab_size=512"]
     assert main(["--parts", "train", "--seeds", "1", "--steps", "3", "--lrs", "0.001,0.01", "--json", str(out), *small]) == 0
     found = json.loads(out.read_text())
-    assert len(found["sweep"]) == 4 and {run["seed"] for run in found["trained"]} == {1}
+    assert len(found["sweep"]) >= 4 and {run["seed"] for run in found["trained"]} == {1}
     runs = {run["optimizer"]: run for run in found["trained"]}
     assert all(run["lr"] == best_lr([Trained(**r) for r in found["sweep"]], name) for name, run in runs.items())
     assert set(runs) == {"adamw", "muon"} and runs["muon"]["state_bytes"] < runs["adamw"]["state_bytes"]
     assert all(0 < run["loss"] < 10 for run in runs.values())
+    again = ["--parts", "train", "--seeds", "1", "--lrs", "0.001,0.01", "--known", str(out), *small]
+    assert main([*again, "--steps", "3", "--json", str(tmp_path / "same.json")]) == 0  # nothing is trained again
+    assert json.loads((tmp_path / "same.json").read_text()) == found
+    assert main([*again, "--steps", "4"]) == 2
+    assert "is of 3 steps" in capsys.readouterr().err
