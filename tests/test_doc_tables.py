@@ -16,7 +16,7 @@ NEW_ROW = "rows for docs/strategies.md as its commands print them (a new strateg
 
 def columns() -> list[dict[str, float]]:
     """Milliseconds a step of each strategy, by the commands below the table."""
-    section = STRATEGIES_MD.read_text().split("\n## In one table\n")[1].split("\n## ")[0]
+    section = STRATEGIES_MD.read_text().split("\n## All strategies in one table\n")[1].split("\n## ")[0]
     drawn = [c for c in commands_in(section, "strategies.md") if c.script == "tools/draw_strategies.py"]
     out = []
     for command in drawn:
@@ -37,7 +37,7 @@ def written(name: str, found: list[dict[str, float]]) -> str:
 def test_the_table_of_strategies_is_what_its_commands_give() -> None:
     found = columns()
     assert len(found) == 3
-    table = dict(ROW.findall(STRATEGIES_MD.read_text().split("\n## In one table\n")[1].split("\n## ")[0]))
+    table = dict(ROW.findall(STRATEGIES_MD.read_text().split("\n## All strategies in one table\n")[1].split("\n## ")[0]))
     wanted = {name: written(name, found) for name in STRATEGIES}
     wrong = [f"| `{name}` | {cells} |" for name, cells in wanted.items() if table.get(name) != cells]
     assert table == wanted, "\n".join([NEW_ROW, *wrong])
