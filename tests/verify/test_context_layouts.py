@@ -7,6 +7,7 @@ ZeRO, accumulation and routers.
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -62,12 +63,17 @@ def test_every_router_model_and_strategy_equals_one_process_with_its_sequences_c
 @pytest.mark.parametrize("kind", [GATHER, EXCHANGE])
 @pytest.mark.parametrize("cp", [2, 4])
 def test_every_pair_of_choices_equals_one_process(cp: int, kind: str, part: int) -> None:
+    rows = rows_of_pairs(cp, kind)
+    assert len(rows) >= 100
+    assert differences(choices_of(RANKS), layouts.in_order(rows[part::PARTS]), steps=2) == []
+
+
+@cache
+def rows_of_pairs(cp: int, kind: str) -> list[Row]:
     choices = choices_of(RANKS)
     options = axes(choices, RANKS) | {"context": [(cp, kind)]}
     options["place"] = [place for place in options["place"] if place[0] % cp == 0]
-    rows = [row_of(choices, values) for values in pairs(options, lambda values: runs(choices, row_of(choices, values)))]
-    assert len(rows) >= 100
-    assert differences(choices, layouts.in_order(rows[part::PARTS]), steps=2) == []
+    return [row_of(choices, values) for values in pairs(options, lambda values: runs(choices, row_of(choices, values)))]
 
 
 @pytest.mark.full
@@ -75,12 +81,14 @@ def test_every_pair_of_choices_equals_one_process(cp: int, kind: str, part: int)
 @pytest.mark.parametrize("kind", [GATHER, EXCHANGE])
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)])
 def test_the_product_of_layouts_equals_one_process(world: int, tp: int, cp: int, kind: str, part: int) -> None:
-    choices = choices_of(RANKS)
-    crossed = ("place", "context", "zero", "micro_batch", "router")
-    found = product(choices, RANKS, crossed)
-    rows = [r for r in found if (r.layout.world, r.layout.tp, r.layout.cp, r.layout.cp_kind) == (world, tp, cp, kind)]
+    rows = [r for r in rows_of_product() if (r.layout.world, r.layout.tp, r.layout.cp, r.layout.cp_kind) == (world, tp, cp, kind)]
     assert len(rows) >= 100
-    assert differences(choices, rows[part::PARTS], steps=1) == []
+    assert differences(choices_of(RANKS), rows[part::PARTS], steps=1) == []
+
+
+@cache
+def rows_of_product() -> list[Row]:
+    return list(product(choices_of(RANKS), RANKS, ("place", "context", "zero", "micro_batch", "router")))
 
 
 @pytest.mark.full
