@@ -13,12 +13,15 @@ CELL = "cell"
 
 def cell_seconds(config: PretrainConfig, layers_of: Mapping[int, tuple[int, ...]]) -> Callable[[Instruction], float] | None:
     """What a cell takes on the emulated device that `cluster` asks for; None where it asks for none.  A cell is an instruction
-    here: `phase`, its stage as `layer`, and `late` where a backward leaves out the gradients of weights."""
+    here, named CELL: `phase`, its stage as `layer`, and `late` where a backward leaves out the gradients of weights.  Others take
+    what they take in a list."""
     seconds = emulated_seconds(config)
     if seconds is None:
         return None
 
     def of(cell: Instruction) -> float:
+        if cell.name != CELL:
+            return seconds(cell)
         out = 0.0
         for layer in layers_of[cell.layer]:
             for name in ("attention", "experts" if is_moe_layer(config.model, layer) else "mlp"):

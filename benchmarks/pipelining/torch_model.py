@@ -9,8 +9,10 @@ Shapes: B sequences, S tokens a sequence, T = B x S tokens, D model width, V wor
 N rows, E experts, K experts a token.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ from megalina.model.gpt import GPT
 from megalina.model.init import Cut, initialize
 from megalina.model.permute import permute, row_order, unpermute
 from megalina.model.rope import attention_factor, frequencies, rope_table, rotate
+from megalina.parallel.emulated_device import EmulatedDevice
 from megalina.step.pipeline.stages import StageLayers
+from megalina.step.program import Instruction, Kind
 from megalina.verify.start import shake
 
 FREE_OF_MODEL = (  # what may differ from ModelConfig's defaults
@@ -71,10 +75,50 @@ def whole_model(config: PretrainConfig, *, dtype: torch.dtype, shaken: bool = Fa
     return gpt.train()
 
 
+class Sections:
+    """The parts of layers that take an emulated device's time, from when their real math begins: those that are instructions in a
+    list of ours, so that what stands between them (norms, routers, the order of rows, the loss) counts alike on both sides."""
+
+    def __init__(self, device: EmulatedDevice):
+        self.device = device
+        self.late = False  # backward leaves out the gradients of weights
+        self.counts = True  # False: while something takes its time as a whole
+        self._began_s: dict[tuple[str, str, int], float] = {}
+
+    def begins(self, phase: str, name: str, layer: int) -> None:
+        if self.counts:
+            self._began_s[phase, name, layer] = time.perf_counter()
+
+    def ends(self, phase: str, name: str, layer: int) -> None:
+        if not self.counts:
+            return
+        instruction = Instruction(phase, Kind.COMPUTE, name, layer, late=self.late and phase == "B")
+        self.device.ran(instruction, self._began_s.pop((phase, name, layer)), time.perf_counter())
+
+
+class _Border(torch.autograd.Function):
+    """Where a section begins or ends: a value goes through as it is, its gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sections: Sections, name: str, layer: int, first: bool) -> Tensor:
+        ctx.of = sections, name, layer, first
+        (sections.begins if first else sections.ends)("F", name, layer)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        sections, name, layer, first = ctx.of
+        (sections.ends if first else sections.begins)("B", name, layer)
+        return dx, None, None, None, None
+
+
 class Stage(nn.Module):
     """Tokens [B, S] or the stream [T, D] in; the stream or the logits [T, V] out.  `sources`: of each parameter, by its name."""
 
-    def __init__(self, config: PretrainConfig, weights: Mapping[str, Tensor], layers: StageLayers):
+    def __init__(
+        self, config: PretrainConfig, weights: Mapping[str, Tensor], layers: StageLayers, sections: Sections | None = None
+    ):
+        """`sections`: of an emulated device, if there is one."""
         super().__init__()
         model = config.model
         self.sources: dict[str, Source] = {}
@@ -82,7 +126,7 @@ class Stage(nn.Module):
         self.embedding = self.take("embedding", "embedding") if layers.embedding else None
         self.layers = nn.ModuleList()
         for place, number in enumerate(layers.layers):
-            self.layers.append(Layer(self, f"layers.{place}.", f"layers.{number}.", number, config))
+            self.layers.append(Layer(self, f"layers.{place}.", f"layers.{number}.", number, config, sections))
         self.norm = self.take("norm", "final_norm.weight") if layers.head else None
         self.head = self.take("head", "head") if layers.head else None
         self.eps, self._weights = model.norm_eps, None
@@ -109,10 +153,11 @@ class Stage(nn.Module):
 class Layer(nn.Module):
     """Attention, then a dense MLP or a mixture of experts.  One product makes queries, keys and values."""
 
-    def __init__(self, stage: Stage, own: str, theirs: str, number: int, config: PretrainConfig):
+    def __init__(self, stage: Stage, own: str, theirs: str, number: int, config: PretrainConfig, sections: Sections | None):
         """`own`, `theirs`: how its parameters' names begin in the stage and in the GPT."""
         super().__init__()
         model, router = config.model, config.router
+        self.number, self.sections = number, sections
 
         def take(name: str, *names: str, expert: int | None = None) -> nn.Parameter:
             return stage.take(own + name, *(theirs + of for of in names), expert=expert)
@@ -141,15 +186,23 @@ class Layer(nn.Module):
             self.w2 = nn.ParameterList([take("w2.0", "mlp.w2")])
 
     def forward(self, x_TD: Tensor, cos_1Si: Tensor, sin_1Si: Tensor) -> Tensor:
+        x_TD = self._border(x_TD, "attention", first=True)
         n_TD = F.rms_norm(x_TD, self.attention_norm.shape, self.attention_norm, self.eps)
         q_BSHd, k_BSGd, v_BSGd = (
             part.view(-1, self.seq_len, part.shape[1] // self.head_dim, self.head_dim)
             for part in F.linear(n_TD, self.qkv).split(self.widths, dim=1)
         )
         mixed_BSX = attend(rotate(q_BSHd, cos_1Si, sin_1Si), rotate(k_BSGd, cos_1Si, sin_1Si), v_BSGd)
-        h_TD = x_TD + F.linear(mixed_BSX.reshape(len(x_TD), -1), self.proj)
-        n_TD = F.rms_norm(h_TD, self.mlp_norm.shape, self.mlp_norm, self.eps)
-        return h_TD + self._expert(0, n_TD) if self.router is None else self._routed(h_TD, n_TD, self.router)
+        h_TD = self._border(x_TD + F.linear(mixed_BSX.reshape(len(x_TD), -1), self.proj), "attention", first=False)
+        if self.router is None:
+            in_TD = self._border(h_TD, "mlp", first=True)
+            n_TD = F.rms_norm(in_TD, self.mlp_norm.shape, self.mlp_norm, self.eps)
+            return h_TD + self._border(self._expert(0, n_TD), "mlp", first=False)
+        return self._routed(h_TD, F.rms_norm(h_TD, self.mlp_norm.shape, self.mlp_norm, self.eps), self.router)
+
+    def _border(self, x: Tensor, name: str, *, first: bool) -> Tensor:
+        out: Tensor = x if self.sections is None else _Border.apply(x, self.sections, name, self.number, first)
+        return out
 
     def _routed(self, h_TD: Tensor, n_TD: Tensor, router_ED: Tensor) -> Tensor:
         logits_TE = F.linear(n_TD, router_ED)
@@ -157,8 +210,8 @@ class Layer(nn.Module):
         chosen_TK = logits_TE.gather(1, expert_TK) if self.renormalize else logits_TE.log_softmax(1).gather(1, expert_TK)
         weight_TK = chosen_TK.softmax(dim=1) if self.renormalize else chosen_TK.exp()
         order = row_order(expert_TK, len(router_ED))
-        rows = permute(n_TD, order).split(order.count_E.tolist())
-        back_ND = torch.cat([self._expert(e, rows_nD) for e, rows_nD in enumerate(rows)])
+        rows = self._border(permute(n_TD, order), "experts", first=True).split(order.count_E.tolist())
+        back_ND = self._border(torch.cat([self._expert(e, rows_nD) for e, rows_nD in enumerate(rows)]), "experts", first=False)
         return unpermute(h_TD, back_ND, weight_TK * self.scale if self.scale != 1 else weight_TK, order)
 
     def _expert(self, number: int, x_ND: Tensor) -> Tensor:

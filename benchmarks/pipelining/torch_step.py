@@ -1,7 +1,8 @@
 """A training step in one of torch's pipelines on this rank: its schedule, its split backward, its messages on gloo, all torch's.
 
-An emulated device takes as long for a cell as it takes for the instructions of the same layers in a list of ours.  A cell has no
-messages inside, so its time is added as a whole; what is sent leaves when the device has it.
+An emulated device takes as long for attention and experts as for these instructions in a list of ours, from when their real math
+begins; what stands between them takes what it takes here, on both sides.  A cell of weights' gradients alone is walked by torch
+as a whole, and takes its time so.  What is sent leaves when the device has it.
 """
 
 import time
@@ -18,7 +19,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from benchmarks.pipelining.cells import CELL, cell_seconds
 from benchmarks.pipelining.tables import Kind
-from benchmarks.pipelining.torch_model import Stage
+from benchmarks.pipelining.torch_model import Sections, Stage
 from megalina.batch import Batch
 from megalina.blocks.pipelined import pipelined
 from megalina.comm.links import urgent_meanwhile
@@ -32,29 +33,27 @@ NO_LABEL = -100  # torch's cross entropy leaves it out
 
 
 class TimedStage(PipelineStage):
-    """A stage whose cells take the time of an emulated device."""
+    """A stage whose layers take the time of an emulated device."""
 
-    emulated: EmulatedDevice | None = None
-
-    def forward_one_chunk(self, *arguments: Any, **named: Any) -> Any:
-        began_s = time.perf_counter()
-        out = super().forward_one_chunk(*arguments, **named)
-        self._ran("F", began_s)
-        return out
+    sections: Sections | None = None
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """The first stage does nothing for its inputs, and all of its backward with its weights: so torch does it."""
-        began_s = time.perf_counter()
+        if self.sections is not None:
+            self.sections.late = not full_backward
         super().backward_one_chunk(bwd_chunk_id, loss=loss, full_backward=full_backward, last_backward=last_backward)
-        if full_backward or not self.is_first:
-            self._ran("B", began_s, late=not full_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         began_s = time.perf_counter()
+        if self.sections is not None:
+            self.sections.late, self.sections.counts = False, self.is_first
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        self._ran("B" if self.is_first else "W", began_s)
+        if self.sections is not None and not self.is_first:
+            weights = Instruction("W", InstructionKind.COMPUTE, CELL, self.stage_index)
+            self.sections.device.ran(weights, began_s, time.perf_counter())
+            self.sections.counts = True
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
         self._until_ready()
@@ -64,14 +63,9 @@ class TimedStage(PipelineStage):
         self._until_ready()
         return super().get_bwd_send_ops(bwd_chunk_id)
 
-    def _ran(self, phase: str, began_s: float, *, late: bool = False) -> None:
-        if self.emulated is not None:
-            cell = Instruction(phase, InstructionKind.COMPUTE, CELL, self.stage_index, late=late)
-            self.emulated.ran(cell, began_s, time.perf_counter())
-
     def _until_ready(self) -> None:
-        if self.emulated is not None:
-            self.emulated.synchronize()
+        if self.sections is not None:
+            self.sections.device.synchronize()
 
 
 class TorchPipeline:
@@ -86,7 +80,8 @@ class TorchPipeline:
         own, last = job.pipeline.stages_of(rank), job.pipeline.stages - 1
         seconds = cell_seconds(config, {number: stage.layers for number, stage in enumerate(job.stages)})
         self.device = None if seconds is None else EmulatedDevice(seconds)
-        self.modules = {number: Stage(config, weights, job.stages[number]) for number in own}
+        sections = None if self.device is None else Sections(self.device)
+        self.modules = {number: Stage(config, weights, job.stages[number], sections) for number in own}
         self.micro_batches = train.global_batch_size // train.micro_batch_size
         self.is_first, self.is_last, self.lr = 0 in own, last in own, config.optim.lr
         self._divisor = 1.0
@@ -104,7 +99,7 @@ class TorchPipeline:
                 input_args=words_BS if number == 0 else stream_TD,
                 output_args=logits_TV if number == last else stream_TD,
             )
-            stage.emulated = self.device
+            stage.sections = sections
             stages.append(stage)
         given = {"n_microbatches": self.micro_batches, "loss_fn": self._loss, "scale_grads": False}
         if late_receives:

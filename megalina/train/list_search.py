@@ -293,25 +293,18 @@ def found_lists(
     starts = [Start(replace(plan, order=()), program) for plan, program in zip(walked, before, strict=True)]
     starts += [Start(s.plan, training_step(s.plan.strategy, s)) for s in settings]
 
-    def searched(network: Network, finalists: int, allowed: Callable[[Program], bool] | None) -> Found:
-        return search(
+    own = share.networks(len(fitting))
+    return {
+        number: search(
             starts,
-            clock_of(network),
-            evaluations=evaluations_of(config, before[0]) // len(share.networks(len(fitting))),
+            clock_of(fitting[number]),
+            evaluations=evaluations_of(config, before[0]) // len(own),
             seed=config.train.seed + share.seed(len(fitting)),
-            fits=allowed,
-            finalists=finalists,
+            fits=fits if more_mb or config.strategy.name == AUTO else None,
+            finalists=FINALISTS[number],
         )
-
-    out: dict[int, Found] = {}
-    for number in share.networks(len(fitting)):
-        network, finalists = fitting[number], FINALISTS[number]
-        found = searched(network, finalists, None)
-        if more_mb or config.strategy.name == AUTO:
-            held_well = tuple(f for f in found.finalists if fits(f.program))  # to weigh every list takes longer than the search
-            found = replace(found, finalists=held_well) if held_well else searched(network, finalists, fits)
-        out[number] = found
-    return out
+        for number in own
+    }
 
 
 def networks(costs: MeasuredCosts, backend: str, world: int, ranks_per_node: int) -> list[Network]:

@@ -189,22 +189,29 @@ class _Family:
         return credits, yielding
 
     def improve(self, walks: int) -> None:
-        """By so many walks."""
+        """By so many walks.  To weigh a list's memory takes longer than to walk it, so those alone are weighed that would be the
+        best: on the way there a list may hold too much."""
         now, until, tries, gained = self.best, self.walks + walks, walks * TRIES, self.walks
         while self.walks < until and tries:
             tries -= 1
             if self.walks - gained > PATIENCE:
+                if now.step_s == self.best.step_s and self._holds(now):
+                    self.best = now
                 now, gained = self._kicked(), self.walks
             moved = self._moved(now)
             if moved is None:
                 continue
             acts, credit, yields = moved
             found = self._walked(acts, self.precedence.listed(acts), credit, yields, before=now, most_s=now.step_s)
-            if found is not None and found.step_s <= now.step_s and self._holds(found):
-                gained = self.walks if found.step_s < now.step_s else gained
-                now = found
-                if now.step_s <= self.best.step_s:
-                    self.best = now
+            if found is None or found.step_s > now.step_s:
+                continue
+            better = found.step_s < self.best.step_s
+            if better and not self._holds(found):
+                continue
+            gained = self.walks if found.step_s < now.step_s else gained
+            now = found
+            if better or (self._fits is None and now.step_s == self.best.step_s):
+                self.best = now
 
     def _kicked(self) -> _List:
         """Somewhere near the best list, whatever it takes: a way out where no single move helps."""
@@ -214,7 +221,7 @@ class _Family:
                 acts, credit, yields = moved
                 now = replace(now, acts=acts, credit=credit, yields=yields, idle=[])
         found = self._walked(now.acts, self.precedence.listed(now.acts), now.credit, now.yields)
-        return found if found is not None and self._holds(found) else walked
+        return walked if found is None else found
 
     def _take(self, found: _List | None) -> None:
         if found is not None and found.step_s < self.best.step_s and self._holds(found):
