@@ -106,7 +106,7 @@ class _Border(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None, None]:
         sections, name, layer, first = ctx.of
         (sections.ends if first else sections.begins)("B", name, layer)
         return dx, None, None, None, None
