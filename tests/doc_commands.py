@@ -26,11 +26,11 @@ class Command:
 
     @property
     def overrides(self) -> list[str]:
-        before = ("", *self.words)  # what --only names has an equals sign, too
+        before = ("", *self.words)  # what these flags are given has equals signs, too
         return [
             word
             for flag, word in zip(before, self.words, strict=False)
-            if "=" in word and not word.startswith("-") and flag != "--only"
+            if "=" in word and not word.startswith("-") and flag not in ("--only", "--variant")
         ]
 
     @property
