@@ -27,8 +27,8 @@ def setting(
 
 
 def settings(config: Any, having: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be.  `having`: those
-    alone of which it says that ("low": numbers, "choices")."""
+    """Every setting of a group and the groups in it: dotted key, value, and what `setting` says that it may be.  `having`: only
+    settings with this key in that ("low": numbers; "choices")."""
     keys, values_of = _settings_of(config.__class__, having)
     for (key, may_be), value in zip(keys, values_of(config)):
         yield key, value, may_be

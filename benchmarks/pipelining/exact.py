@@ -79,7 +79,7 @@ def tables_on_our_ranks(
 
 
 def torchs_own_run(config: PretrainConfig, kind: Kind, ranks: int, *, late_receives: bool = False) -> Outcome:
-    """Gradients of one step; a hang is told after a minute."""
+    """Gradients of one step; a hang is reported after a minute."""
     own = small(config, ranks)
     piped = in_a_pipeline(own, kind, ranks, kind.ours)
     with RankPool(time_limit_s=TIME_LIMIT_S, preload=(__name__,)) as pool:

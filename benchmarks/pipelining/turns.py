@@ -124,7 +124,7 @@ def in_turns(
     order, status, began_s, done = list(sides), StatusLine(), time.monotonic(), 0
     gc.collect()
     gc.freeze()
-    gc.disable()  # a collection would hit whoever's turn it is
+    gc.disable()  # a collection would slow down one side's turn
     try:
         for number in range(rounds + 1):
             at = number % len(order)
