@@ -1,10 +1,10 @@
 """A search of lists: in which order should the instructions of a step stand so that it ends earliest in virtual time?
 
-It begins with lists that are known, and with list schedules of their instructions; the best of them are improved by moves
-(`megalina/step/moves.py`).  A move is taken unless the step gets longer: most change nothing by themselves, and open the way for
-others.  Where nothing is gained for a while, some moves are taken whatever they cost (iterated local search).  Simulated
-annealing found worse lists with as many walks.  So many walks in virtual time and no more, drawn from a seed, without a clock:
-the same input gives the same list.
+It begins with lists that are known, and with list schedules of their instructions.  Lists of the same instructions are a family,
+whatever plans they are of; the best ones are improved by moves (`megalina/step/moves.py`).  A move is taken unless the step gets
+longer: most change nothing by themselves, and open the way for others.  Where nothing is gained for a while, some moves are taken
+whatever they cost (iterated local search).  Simulated annealing found worse lists with as many walks.  So many walks in virtual
+time and no more, drawn from a seed, without a clock: the same input gives the same list.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from megalina.step.moves import blocks_swapped, pulled, pushed, shifted
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.precedence import Precedence
-from megalina.step.program import MOVABLE, Kind, Op, Program
+from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program
 
 T = TypeVar("T")
 BACKLOGS = (0.0, 1.0, math.inf)  # of list schedules, in times of the longest exchange
 NOISES = (0.0, 0.05, 0.15)  # by which priorities of list schedules are off
 FOR_SCHEDULES = 0.1  # of what starts leave of the walks
-ROUNDS = ((24, 0.3), (12, 0.25), (6, 0.2), (3, 0.1))  # so many starts, the best ones, are improved with such a share of what is
-# left then, the rest is the finalists'; how good a start is hardly tells how good it can become, so half are left out at a time
+ROUNDS = ((12, 0.3), (4, 0.35))  # so many families, the best ones, are improved with such a share of what is left then, the rest
+# is the finalists'; after some hundreds of walks a family is far from what it can become, which takes some thousands
 TRIES = 20  # draws that may come to nothing for each walk
 CREDITS = (0, 1, 2)
 PATIENCE, KICK = 250, 8  # walks without a gain, after which so many moves are taken whatever they cost
@@ -44,7 +44,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """The best list of the instructions of one start; `plan` has its order."""
+    """The best list of the instructions of one start or several; `plan` has its order."""
 
     plan: Plan
     program: Program
@@ -94,8 +94,9 @@ def search(
     fits: Callable[[Program], bool] | None = None,
     finalists: int = 1,
 ) -> Found:
-    """The best list of each of so many starts, the best ones, after at most so many walks in virtual time, but two of each start
-    at least.  Two or more are not all in as many parts: what a part costs besides its share is what virtual time knows least.
+    """The best list of each of so many families, the best ones, after at most so many walks in virtual time, but two of each
+    start at least.  Two or more are not all in as many parts: what a part costs besides its share is what virtual time knows
+    least.
 
     `fits`: whether a rank has the memory; None: whatever a list needs; starts that don't fit are left out.  ValueError where none
     fits."""
@@ -103,15 +104,18 @@ def search(
     if not fitting:
         raise ValueError(f"none of {len(starts)} lists to begin with fits into memory: allow more of it")
     random = Random(seed)
-    families = [_Family(start, clock_of(start.program), random, fits) for start in fitting]
-    begun_s = tuple((family.start.plan, family.begun_s) for family in families)
+    alike: dict[frozenset[Instruction], list[Start]] = {}
+    for start in fitting:
+        alike.setdefault(frozenset(map(_unmarked, start.program)), []).append(start)
+    families = [_Family(of_family, clock_of(of_family[0].program), random, fits) for of_family in alike.values()]
+    begun_s = tuple(begun for family in families for begun in family.begun_s)
 
     def left() -> int:
         return max(0, evaluations - sum(family.walks for family in families))
 
     def best(number: int) -> list[_Family]:
         """Those whose lists are the fastest."""
-        return first_of(sorted(families, key=lambda family: family.best.step_s), number, lambda family: family.start.plan.parts)
+        return first_of(sorted(families, key=lambda family: family.best.step_s), number, lambda family: family.plan.parts)
 
     by_schedules = left() * FOR_SCHEDULES / len(families)
     for family in best(len(families)):
@@ -132,29 +136,43 @@ def first_of(in_turn: Sequence[T], number: int, parts_of: Callable[[T], int]) ->
     return chosen
 
 
-class _Family:
-    """Lists of the same instructions: those of one start."""
+def _unmarked(instruction: Instruction) -> Instruction:
+    """Whatever may hold it back."""
+    return replace(instruction, credit=0, yields_to=()) if instruction.kind is Kind.START else instruction
 
-    def __init__(self, start: Start, clock: ListClock, random: Random, fits: Callable[[Program], bool] | None):
-        program = start.program
-        self.start, self.precedence, self.walks = start, Precedence(program), 0
+
+class _Family:
+    """Lists of the same instructions, in any order and held back by whatever: those of one start or several."""
+
+    def __init__(self, starts: Sequence[Start], clock: ListClock, random: Random, fits: Callable[[Program], bool] | None):
+        program = starts[0].program
+        self._program, self.precedence, self.walks = program, Precedence(program), 0
         self._clock, self._random, self._fits = clock, random, fits
         axes_of_tokens = {s.axis for s in program if s.op in (Op.TOKENS, Op.COUNTS)}
-        starts = [i for i, s in enumerate(program) if s.kind is Kind.START]
-        self._tokens = [i for i in starts if program[i].op is Op.TOKENS]
-        self._movable = [i for i in starts if program[i].op in MOVABLE]
+        sends = [i for i, s in enumerate(program) if s.kind is Kind.START]
+        self._tokens = [i for i in sends if program[i].op is Op.TOKENS]
+        self._movable = [i for i in sends if program[i].op in MOVABLE]
         self._may_yield = all(program[i].axis not in axes_of_tokens for i in self._movable)
-        credit = [s.credit for s in program]
-        yields = [tuple(OPS[op] for op in s.yields_to) for s in program]
-        acts = self.precedence.acts
-        as_it_is = self._walked(acts, list(range(len(program))), credit, yields)
-        assert as_it_is is not None
-        self.best, self.begun_s = as_it_is, as_it_is.step_s
-        self._take(self._walked(acts, self.precedence.listed(acts), credit, yields))
+        number = {_unmarked(instruction): i for i, instruction in enumerate(program)}
+        begun: list[tuple[Start, _List]] = []
+        for start in starts:
+            ids = [number[_unmarked(instruction)] for instruction in start.program]
+            marks = dict(zip(ids, start.program, strict=True))
+            credit = [marks[i].credit for i in range(len(ids))]
+            yields = [tuple(OPS[op] for op in marks[i].yields_to) for i in range(len(ids))]
+            acts = [i for i in ids if not self.precedence.is_wait[i]]
+            as_it_is = self._walked(acts, ids, credit, yields)
+            assert as_it_is is not None
+            begun.append((start, as_it_is))
+        self.begun_s = tuple((start.plan, as_it_is.step_s) for start, as_it_is in begun)
+        first, self.best = min(begun, key=lambda one: one[1].step_s)
+        self.plan = first.plan
+        for _, one in begun:
+            self._take(self._walked(one.acts, self.precedence.listed(one.acts), one.credit, one.yields))
 
     def program_of(self, found: _List) -> Program:
         ops = {number: op for op, number in OPS.items()}
-        program = self.start.program
+        program = self._program
         return tuple(
             replace(program[i], credit=found.credit[i], yields_to=tuple(ops[o] for o in found.yields[i]))
             if program[i].kind is Kind.START
@@ -165,7 +183,7 @@ class _Family:
     @property
     def finalist(self) -> Finalist:
         program = self.program_of(self.best)
-        return Finalist(replace(self.start.plan, order=order_of(program)), program, self.best.step_s)
+        return Finalist(replace(self.plan, order=order_of(program)), program, self.best.step_s)
 
     def schedule(self, walks: int) -> None:
         """List schedules by tails, with priorities that are off here and there, at most so many."""

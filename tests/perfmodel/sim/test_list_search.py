@@ -12,7 +12,7 @@ from megalina.perfmodel.sim.list_clock import OPS, ListClock
 from megalina.perfmodel.sim.list_search import CREDITS, Found, Start, search
 from megalina.perfmodel.sim.network import Loads, one_level
 from megalina.perfmodel.sim.sizes import Sizes
-from megalina.step.candidates import to_search_from
+from megalina.step.candidates import FLOW, to_search_from
 from megalina.step.plan import Plan
 from megalina.step.precedence import Precedence
 from megalina.step.program import Instruction, Kind, Op, Program, check
@@ -153,6 +153,30 @@ def test_its_plan_gives_its_list_and_a_walk_from_the_beginning_takes_as_long() -
     under = setting.under(Plan.from_json(found.plan.as_json()))
     assert training_step(found.plan.strategy, under) == found.program
     check(found.program, given(found.program, under), under.buckets)
+
+
+def test_lists_of_the_same_instructions_are_improved_as_one() -> None:
+    """Whatever order their plans give them, and whatever they hold back."""
+    setting = Setting(SHAPE, buckets_of(SHAPE, piece=40), micro_batches=2)
+    clocks = list[Program]()
+
+    def clock_of(program: Program) -> ListClock:
+        clocks.append(program)
+        return clock_of_step(program)
+
+    settings = [setting.under(plan) for plan in (*(Plan(strategy=name) for name in ("serial", "eager", "priority")), FLOW)]
+    starts = [Start(s.plan, training_step(s.plan.strategy, s)) for s in settings]
+    found = search(starts, clock_of, evaluations=400)
+    assert len(clocks) == 2  # `flow` has parts
+    assert {plan.strategy: s for plan, s in found.begun_s} == {
+        s.plan.strategy: clock_of_step(s.program)
+        .walk(range(len(s.program)), [i.credit for i in s.program], [tuple(OPS[op] for op in i.yields_to) for i in s.program])
+        .step_s
+        for s in starts
+    }
+    same = search(starts[:3], clock_of, evaluations=1)
+    best, best_s = min(same.begun_s, key=lambda one: one[1])
+    assert (replace(same.plan, order=()), same.step_s) == (best, best_s) and best.strategy != "serial"  # the first of its family
 
 
 def test_two_lists_or_more_are_not_all_in_as_many_parts() -> None:
