@@ -21,7 +21,7 @@ from megalina.step.program import (
     joined_weights,
     weights_of,
 )
-from megalina.step.turns import interleave, segments, sends_tokens
+from megalina.step.turns import interleave, segments, sends_tokens, there_and_back
 from megalina.step.whole_matrices import gathered_momentum, orthogonal
 
 GAPS = {  # an exchange of tokens of the backward pass -> the gap of the wire after it
@@ -284,14 +284,17 @@ def step(
     share: float = 1.0,
     one_group: bool = False,
     join_weights: bool = False,
+    turns_round: bool = False,
     arranged: Callable[[Program], Program] = lambda backward: backward,
 ) -> Program:
     """Forward and backward of all parts, `together` of them at a time.
 
     A part is a micro-batch, or `share` of one.  `one_group`: those taken together are one group of the routers.  `join_weights`:
-    what backward leaves out is one product for all parts taken together.  `arranged`: puts the mirrors of a forward pass into
-    another order.  Gradients are sums: each loss is seeded with one over the step's global number of tokens (`#divisor`), which
-    is known before the first backward.  Nothing else is ever divided.
+    what backward leaves out is one product for all parts taken together.  `turns_round`: each part by itself
+    (`megalina.step.turns.there_and_back`), where there are three or more that need nothing of one another; else backward of all
+    follows forward of all.  `arranged`: puts the mirrors of a forward pass into another order.  Gradients are sums: each loss is
+    seeded with one over the step's global number of tokens (`#divisor`), which is known before the first backward.  Nothing else
+    is ever divided.
     """
     batches = tuple(f"#batch.-.{i}" for i in range(parts))
     compute, start, wait = Kind.COMPUTE, Kind.START, Kind.WAIT
@@ -299,21 +302,23 @@ def step(
         Instruction("U", compute, "sizes", reads=batches, writes=("#own_divisor.-.0",)),
         Instruction("U", start, "divisor", reads=("#own_divisor.-.0",), writes=("#own_divisor>.-.0",), op=Op.SUM, axis="dp"),
     ]
+    divisor = Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
     for first in range(0, parts, together):
         group = [rename_part(forward, str(i), share) for i in range(first, first + together)]
         if one_group:
             group = share_group(group)
         both = interleave(group)
-        out += both
-        if first == 0:
-            out.append(
-                Instruction("U", wait, "divisor", reads=("#own_divisor>.-.0",), writes=("#divisor.-.0",), op=Op.SUM, axis="dp")
-            )
+        seeds = list[Program]()
         for i, part in enumerate(group, first):
             losses = losses_of(part, both)
-            seeds = tuple(map(gradient, losses))
-            out.append(Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=seeds))
-        out += arranged(backward(both))
+            writes = tuple(map(gradient, losses))
+            seeds.append((Instruction("U", compute, "seed", part=str(i), reads=("#divisor.-.0", *losses), writes=writes),))
+        if first == 0:
+            seeds[0] = (divisor, *seeds[0])
+        if turns_round and together > 2 and not one_group:
+            out += there_and_back(group, seeds)
+        else:
+            out += (*both, *(s for seed in seeds for s in seed), *arranged(backward(both)))
         weights = tuple(weights_of(s) for s in reversed(both) if s.late)
         out += joined_weights(weights) if join_weights else weights
     return tuple(out)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby, zip_longest
 
-from megalina.step.program import Instruction, Kind, Op, Program
+from megalina.step.program import Instruction, Kind, Op, Program, backward
 
 Ends = Callable[[Instruction], bool]  # whether a turn ends behind an instruction
 
@@ -31,11 +31,41 @@ def segments(instructions: Iterable[Instruction], ends: Ends = sends) -> list[li
 
 def interleave(parts: Sequence[Program], ends: Ends = sends) -> Program:
     """Parts take turns, what is left of the longer ones comes last (FlowMoE; Lancet, section 5): one is in attention or experts
-    while another's tokens are on the wire.  All-to-alls go one after another: at once they'd all end late."""
+    while another's tokens are on the wire."""
     if len(parts) == 1:
         return parts[0]
     turns = zip_longest(*(segments(part, ends) for part in parts), fillvalue=[])
-    instructions = (s for turn in turns for segment in turn for s in segment)
+    return one_at_a_time(s for turn in turns for segment in turn for s in segment)
+
+
+def there_and_back(parts: Sequence[Program], between: Sequence[Program]) -> Program:
+    """Forward and backward of three parts or more in turns, of which each turns round by itself, the first one first.
+
+    To turn round is what a part does behind the last exchange of its forward pass, `between` of it (its seed), and what starts
+    its backward pass.  That stands behind the next part's turn, as soon as its tokens can be there, and that of the last two
+    behind the first part's next turn: so something is computed while the last tokens of forward and the first ones of backward
+    travel.  Were all of backward the mirror of all of forward, a step would wait there for two exchanges, as it does with two
+    parts."""
+    forward = [segments(part) for part in parts]
+    backwards = [segments(backward(part)) for part in parts]
+    rounds = [[*f[-1], *seed, *b[0]] for f, seed, b in zip(forward, between, backwards, strict=True)]
+    no_turn = [[list[Instruction]()] * len(parts)]  # without exchanges there are no others
+    *there, last = list(zip(*(f[:-1] for f in forward), strict=True)) or no_turn
+    first, *back = list(zip(*(b[1:] for b in backwards), strict=True)) or no_turn
+    turning = [
+        last[0],
+        *(s for both in zip(last[1:-1], rounds, strict=False) for s in both),
+        last[-1],
+        first[0],
+        *rounds[-2:],
+        *first[1:],
+    ]
+    turns = (*(s for turn in there for s in turn), *turning, *(s for turn in back for s in turn))
+    return one_at_a_time(instruction for turn in turns for instruction in turn)
+
+
+def one_at_a_time(instructions: Iterable[Instruction]) -> Program:
+    """All-to-alls one after another: at once they'd all end late."""
     return tuple(replace(s, credit=1) if s.carries_tokens else s for s in instructions)
 
 
