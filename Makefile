@@ -68,9 +68,12 @@ benchmark: $(READY)  ## speed and memory against peers (about 10 minutes, on an 
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/preprocess.py
 
-docs: $(READY)  ## write docs/config.md from the schema
+docs: $(READY)  ## write the generated pages, and the site into site/
 	$(BIN)/python tools/write_config_docs.py
+	$(BIN)/python tools/write_support_matrix.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
+	$(BIN)/zensical build --strict
 
 clean:  ## remove .venv and all caches; runs and data stay
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megalina.verify.plants import PLANTS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MAP = (ROOT / "docs" / "map.md").read_text()
@@ -64,3 +66,10 @@ def test_the_tree_names_every_package_and_tool() -> None:
     assert "placement_lab/" in tree
     for path in [*(ROOT / "megalina").glob("[!_]*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("[!_]*.py")]:
         assert path.stem in tree, path
+
+
+def test_silent_bugs_are_plants() -> None:
+    rows = [r.split("|") for r in (ROOT / "docs" / "silent-bugs.md").read_text().splitlines() if r.startswith("| ")][1:]
+    named = [re.findall(r"`(\w+)`", row[2]) for row in rows]
+    assert len(rows) >= 12 and all(named)
+    assert [name for names in named for name in names if name not in PLANTS] == []

@@ -283,7 +283,7 @@ def _step(setting: Setting, *, together: int, pairs: bool = False) -> Program:
         share=1 / cut,
         one_group=one_group,
         join_weights=setting.plan.join_weights,
-        turns_round=not pairs and setting.plan.partition == NONE and setting.plan.chunks == (1,),
+        turns_round=not pairs and setting.plan.partition == NONE and set(setting.plan.chunks) == {1},
         arranged=backward_of(setting.plan),
     )
     return place_deferred(paired(program) if pairs else program, setting)

@@ -52,6 +52,35 @@ def test_parts_of_a_micro_batch_route_as_the_whole(world: int) -> None:
         assert differences(replace(choices, strategies=walking), rows, steps=2) == []
 
 
+# four parts or more, which turn round one after another: halves and quarters of micro-batches, and whole ones
+TURNING = [
+    (Layout(2, tp=1, ep=2, micro_batch=4, strategy="flow", piece_mb=layouts.PIECE_MB), "none"),
+    (Layout(2, tp=2, micro_batch=8, strategy="flow", recompute="full"), "all"),
+    (Layout(4, tp=1, ep=4, micro_batch=1, strategy="lina_zero", zero=1), "none"),
+    (Layout(4, tp=2, ep=2, micro_batch=4, strategy="flow", recompute="selective", zero=1), "experts"),
+    (Layout(4, tp=1, ep=2, cp=2, micro_batch=4, strategy="flow"), "all"),
+]
+
+
+@pytest.mark.parametrize("routers", [pytest.param(1, id="one router"), pytest.param(None, marks=pytest.mark.full, id="all")])
+def test_parts_that_turn_round_one_after_another_equal_one_process(routers: int | None) -> None:
+    choices = choices_of(RANKS)
+    models = itertools.cycle(("plain", "dense first, shared experts", "dropout"))
+    for deferred in ("none", "experts", "all"):
+        more = {"deferred_weights": deferred, "join_weights": deferred == "all"}
+        walking = {name: replace(strategy(name), parts=4, **more) for name in ("flow", "lina_zero")}
+        own = replace(choices, strategies=walking)
+        rows = [
+            Row(layout, router, choices.routers[router].capacity_factor, model, "adamw")
+            for layout, of_deferred in TURNING
+            if of_deferred == deferred
+            for router, model in zip(list(choices.routers)[:routers], models)
+        ]
+        rows = [row for row in rows if runs(own, row)]
+        assert rows
+        assert differences(own, rows, steps=2) == []
+
+
 # ranges of layers in parts: layouts in which every router runs
 PARTITIONED = [
     Layout(1, micro_batch=8, strategy="lancet"),
