@@ -5,6 +5,7 @@ examples:
   python tools/measure_cluster.py --ranks 4 --out conf/cluster/four_ranks.yaml --json figures.json
   torchrun --nnodes 2 --nproc-per-node 8 ... tools/measure_cluster.py          links between nodes, too
   python tools/measure_cluster.py --check                      forecasts with cluster=this_machine against short runs here
+  python tools/measure_cluster.py --host                       where a host's time goes in a step, schedule by schedule
   python tools/plan.py experiment=laptop cluster=this_machine nodes=1          what the file is for
 
 All ranks compute the same at the same time, with the threads that the trainer gives them: one rank alone would have caches,
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = member.world if member else args.ranks or default_ranks(args.device)
         if args.check:
             return check(args, ranks, member)
+        if args.host:
+            return host(args, ranks, member)
         return measure(args, ranks, member)
     except launch.Stopped as error:
         print(error, file=sys.stderr)
@@ -124,8 +127,6 @@ def measure(args: argparse.Namespace, ranks: int, member: "Member | None") -> in
 
 def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
     """Short runs of the trainer on ranks of this machine against their forecasts."""
-    from omegaconf import OmegaConf
-
     from megalina.cli.train import check_data
     from megalina.measure.check import as_json, busy, checked, overrides_of, table
     from megalina.validate import check_config, check_hardware
@@ -136,9 +137,7 @@ def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
         check_config(config, ranks)
         check_hardware(config.cluster)
         vocab_sizes[name] = check_data(config)
-    texts = {name: OmegaConf.to_yaml(OmegaConf.structured(config)) for name, config in configs.items()}
-    spec = {"what": "check", "device": device_kind(args.device), "seconds": args.seconds, "configs": texts, "steps": args.steps}
-    found = run_ranks(spec, ranks, member)
+    found = run_ranks(spec_of("check", args, configs), ranks, member)
     if found is None:
         return 0
     rows = [checked(name, c, ranks, vocab_size=vocab_sizes[name], measured=found[name]) for name, c in configs.items()]
@@ -149,6 +148,34 @@ def check(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
     if args.json:
         args.json.write_text(json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     return 0
+
+
+def host(args: argparse.Namespace, ranks: int, member: "Member | None") -> int:
+    """Steps of several schedules with a watch on every instruction."""
+    from megalina.cli.train import check_data
+    from megalina.measure.host_time import HostTime, overrides_of, table
+    from megalina.validate import check_config
+
+    configs = {name: config_of(words) for name, words in overrides_of(ranks).items()}
+    for config in configs.values():
+        check_config(config, ranks)
+        check_data(config)
+    found = run_ranks(spec_of("host", args, configs), ranks, member)
+    if found is None:
+        return 0
+    print(f"{ranks} ranks, mean over ranks of medians over {args.steps} steps, ms of CPU time unless said otherwise\n")
+    print(table({name: HostTime(**values) for name, values in found.items()}))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+def spec_of(what: str, args: argparse.Namespace, configs: "Mapping[str, PretrainConfig]") -> dict[str, Any]:
+    """Of ranks that run these configurations."""
+    from omegaconf import OmegaConf
+
+    texts = {name: OmegaConf.to_yaml(OmegaConf.structured(config)) for name, config in configs.items()}
+    return {"what": what, "device": device_kind(args.device), "seconds": args.seconds, "configs": texts, "steps": args.steps}
 
 
 def config_of(overrides: Sequence[str]) -> "PretrainConfig":
@@ -192,9 +219,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"for each of some 80 things that are timed, twice (default: {SECONDS:g})",
     )
-    parser.add_argument("--check", action="store_true", help="measure nothing; run three small configurations and compare")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="measure nothing; run three small configurations and compare")
+    modes.add_argument(
+        "--host", action="store_true", help="where a host's time goes in a step: blocks, router, update, wire, loop"
+    )
     parser.add_argument(
-        "--steps", type=whole(1, 1_000_000), default=STEPS, metavar="N", help=f"of --check, of each (default: {STEPS})"
+        "--steps", type=whole(1, 1_000_000), default=STEPS, metavar="N", help=f"of --check and --host, of each (default: {STEPS})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all times and figures")
     return parser

@@ -19,6 +19,7 @@ from megalina.launch import num_cores
 from megalina.measure.check import trial_run
 from megalina.measure.collectives import collective_s, contention, groups_of
 from megalina.measure.figures import Measured
+from megalina.measure.host_time import of_all_ranks
 from megalina.measure.kernels import TINY_OPS, TinyStep, kernel_calls, tiny_step
 from megalina.measure.shapes import Sizes, sent_key, sizes_of
 from megalina.measure.stopwatch import Stopwatch
@@ -37,8 +38,8 @@ def main(spec_path: str) -> int:
 
 
 def run(spec: Mapping[str, Any]) -> None:
-    """`spec`: what ("measure" or "check"), device (cpu | cuda), seconds (of each thing that is timed), out (JSON, which rank 0
-    writes); of a check configs {name: YAML} and steps."""
+    """`spec`: what ("measure", "check" or "host"), device (cpu | cuda), seconds (of each thing that is timed), out (JSON, which
+    rank 0 writes); of a check, and of the host's time, configs {name: YAML} and steps."""
     device = device_of(spec["device"])
     step = tiny_step(device) if spec["what"] == "measure" else None  # before there is a process group
     dist.init_process_group(
@@ -52,7 +53,8 @@ def run(spec: Mapping[str, Any]) -> None:
             found: dict[str, Any] = asdict(measure(mesh, device, step, seconds=spec["seconds"]))
         else:
             configs = {name: load_config(text) for name, text in spec["configs"].items()}
-            found = {name: trial_run(config, device, steps=spec["steps"]) for name, config in configs.items()}
+            one = trial_run if spec["what"] == "check" else of_all_ranks
+            found = {name: one(config, device, steps=spec["steps"]) for name, config in configs.items()}
         if mesh.world.rank == 0:
             Path(spec["out"]).write_text(json.dumps(found, allow_nan=False))
     finally:

@@ -8,6 +8,7 @@ A value dies at its last reader.
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from megalina.step.program import Instruction, Kind, Op, Program, has_gradient
 from megalina.timeline.recorder import COMPUTE, WAIT, Recorder
 
 Functions = Callable[[Instruction], Callable[..., Any]]
+Watch = Callable[[Instruction], AbstractContextManager[object]]
 Kept = tuple[list[Any], list[GradientEdge | None] | None]  # leaves; edges of the outputs, None with recompute
 
 
@@ -59,6 +61,7 @@ class Executor:
         self._marks = DeviceClock() if cuda and device is None else None
         self._links = Links(self._log, cuda=cuda, marks=self._marks, urgent=device is not None)
         self._links.watched = any(s.yields_to or s.credit for s in program)
+        self.watch: Watch | None = None  # is entered around each instruction, on the host
         last = {v: i for i, s in enumerate(program) for v in s.reads}
         self._lines: list[tuple[Callable[[Instruction, Any], None], Instruction, Any, list[str], str, bool]] = []
         for i, instruction in enumerate(program):
@@ -85,12 +88,17 @@ class Executor:
         marks = self._marks if record is not None else None
         if marks is not None:
             marks.begin()
+        watch = self.watch
         clock: Callable[[], Any] = marks.now if marks is not None else time.perf_counter  # CUDA: when its stream gets there
         for run, instruction, function, dead, tag, waits in self._lines:
             position.enter(tag, waits)
             began_s = clock()
             try:
-                run(instruction, function)
+                if watch is None:
+                    run(instruction, function)
+                else:
+                    with watch(instruction):
+                        run(instruction, function)
             except Exception as error:
                 error.add_note(f"in instruction {tag}")
                 raise

@@ -17,7 +17,7 @@ from megalina.mesh import Mesh, all_gather_object
 from megalina.model.gpt import GPT
 from megalina.parallel.buckets import Bucket, lay_out
 from megalina.parallel.emulated_device import EmulatedDevice, emulated_device
-from megalina.parallel.executor import Executor, Functions
+from megalina.parallel.executor import Executor, Functions, Watch
 from megalina.parallel.functions import InstructionFunctions
 from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, Directions, StepResult, Update
@@ -219,6 +219,10 @@ class Trainable:
         result: StepResult = self._training.run(given, keep=(RESULT,), record=record)[RESULT]
         self._unsettled = bool(settling(self.program))
         return result
+
+    def watch(self, watch: Watch | None) -> None:
+        """Enter `watch(instruction)` around each instruction of the steps to come, on the host; None: no longer."""
+        self._training.watch = watch
 
     def settle(self) -> None:
         """Gather the weights that the last step left to the next one.  All ranks together, before anybody else reads them."""
