@@ -6,7 +6,7 @@ import pytest
 
 from tools.write_support_matrix import KINDS, PAGE, document, pairs, refusal
 
-SOME = 60
+SOME = 20
 
 
 def test_the_page_is_of_this_check() -> None:
