@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m
 PYTEST := pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 # pytest rewrites every test module before it imports it.  One process does so before all workers would, at the same time.
 REWRITTEN := $(ONE_THREAD) pytest -q --collect-only -p no:xdist > /dev/null;
-SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests)
+SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests museum)
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv pretrain test test-full durations coverage lint benchmark docs clean

@@ -42,8 +42,6 @@ def validate(args: argparse.Namespace) -> None:
     measured = (
         results(args.measured, "settings", "this benchmark or tools/compare_strategies.py") if args.measured else measure(args)
     )
-    if args.json and not args.measured:
-        args.json.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n")  # before anything can go wrong with it
     rows = rows_of(measured)
     configs = configs_of(rows)
     fitted, held_out = ([r for r in rows if r.held_out == side] for side in (False, True))
@@ -81,9 +79,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_host()
     jobs = [job_of_case(case) for case in CASES]
     spec = argparse.Namespace(rounds=args.rounds, steps=args.steps, picture=None, trace=None)
+    found: dict[str, Any] = {"settings": [], "note": note(jobs[0])}
     with tempfile.TemporaryDirectory(prefix="megalina_validate_") as folder:
-        found = [run(job, spec, Path(folder), first=False, to_the_end=tuple(job.configs)) for job in jobs]
-    return {"settings": found, "note": note(jobs[0])}
+        for job in jobs:
+            found["settings"].append(run(job, spec, Path(folder), first=False, to_the_end=tuple(job.configs)))
+            if args.json:  # what was measured so far outlives whatever goes wrong; --measured takes it
+                args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found
 
 
 def job_of_case(case: "Case", variants: "Mapping[str, Sequence[str]] | None" = None) -> "Job":

@@ -177,6 +177,9 @@ class ParallelConfig:
     # what of a token goes to its experts' ranks: a row for each of its experts | once_per_rank: one row, whose experts' weighted
     # sum comes back as one row
     dispatch: str = setting("rows", choices=("rows", "once_per_rank"))
+    # gradients are summed over all ranks alike | by_node: inside nodes, between them, inside them again | auto: by_node where
+    # gloo sums over several nodes of several ranks
+    reduce: str = setting("auto", choices=("flat", "by_node", "auto"))
     sequence: bool = True  # with tp: activations outside attention and MLP are cut along the sequence too
     zero: int = setting(0, high=1)  # 1: optimizer state and master weights are sharded over the data-parallel ranks (ZeRO-1)
 

@@ -80,6 +80,16 @@ def ranks_of(shape: Mapping[str, int]) -> Callable[[str, int], tuple[int, ...]]:
     return row
 
 
+def by_node(row: Sequence[int], ranks_per_node: int) -> list[list[int]]:
+    """The ranks of a row on each of its nodes, in the order of nodes.  [] where a sum by node is none: fewer than two nodes,
+    nodes with one rank of the row each, or with unequal numbers of them."""
+    nodes: dict[int, list[int]] = {}
+    for rank in sorted(row):
+        nodes.setdefault(rank // ranks_per_node, []).append(rank)
+    counts = {len(ranks) for ranks in nodes.values()}
+    return list(nodes.values()) if len(nodes) > 1 and len(counts) == 1 and counts != {1} else []
+
+
 def axis_of_group(group: str, *, pipeline: bool = False, shared_embedding: bool = False) -> str:
     """The axis along which a parameter group's gradients are summed: all ranks that hold copies of it.
 

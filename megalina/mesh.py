@@ -19,9 +19,12 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megalina.groups import new_group
-from megalina.layout import EMBEDDING, axis_sizes, rows, rows_across, rows_of_stages
+from megalina.layout import EMBEDDING, axis_sizes, by_node, rows, rows_across, rows_of_stages
 
 T = TypeVar("T")
+
+
+SUMMED = ("world", "dp", "copies", "stage", EMBEDDING)  # axes along which gradients are summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     packing: int = 1  # what is called "ep" under another packing is another group
+    nodes: "Nodes | None" = None  # gradients are summed by node along it
 
     @property
     def size(self) -> int:
@@ -42,6 +46,20 @@ class Axis:
     def log_name(self) -> str:
         """The axis in a log of collectives: "ep", or "ep/2" under packing 2."""
         return self.name if self.packing == 1 else f"{self.name}/{self.packing}"
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """A row by its nodes: rank `grid[a][d]` of the row (its place in it) has place d on node a.
+
+    Each stage of an exchange by node has communicators of its own, on which it keeps one order whatever the others do: `inside`,
+    then `across` when gradients are summed; `across_again`, then `inside_again` when what was summed is gathered."""
+
+    grid: tuple[tuple[int, ...], ...]
+    inside: Axis  # the ranks of this one's node
+    across: Axis  # of each node the rank at this one's place
+    across_again: Axis
+    inside_again: Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +113,11 @@ class Mesh:
         return {**self.shape, "edp": self.edp.size // self.packing, "ep": self.ep.size * self.packing}
 
     @property
+    def sums_by_node(self) -> bool:
+        """Whether gradients are, along any axis."""
+        return any(axis.nodes is not None for axis in (self.world, self.dp, self.copies, *self.along_stages.values()))
+
+    @property
     def readers(self) -> int:
         """Ways in which a step's sequences are shared out."""
         return self.dp.size // self.cp.size
@@ -123,11 +146,13 @@ def build_meshes(
     pp: int = 1,
     across: Mapping[str, tuple[int, ...]] | None = None,
     timeout_s: float | None = None,
+    ranks_per_node: int = 0,
 ) -> dict[int, Mesh]:
     """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
     `pp`: stages of a pipeline, each of which tp and ep cut; `across`: axes between them, with the numbers of the stages that are
-    on one.  ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
+    on one; `ranks_per_node`: gradients are summed by node wherever an axis has several ranks on several nodes; 0: nowhere.
+    ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % pp:
         raise ValueError(f"pp ({pp}) must divide the world size ({world})")
@@ -141,9 +166,19 @@ def build_meshes(
         mine = Axis(name, packing=packing)
         for row in table:
             group = new_group(row, timeout=timeout) if len(row) > 1 else None
+            nodes = by_node(row, ranks_per_node) if ranks_per_node and name in SUMMED else []
+            levels = of_nodes(name, row, nodes) if nodes else None
             if me in row:
-                mine = Axis(name, tuple(row), row.index(me), group, packing)
+                mine = Axis(name, tuple(row), row.index(me), group, packing, levels)
         return mine
+
+    def of_nodes(name: str, row: list[int], nodes: list[list[int]]) -> Nodes | None:
+        columns = [list(column) for column in zip(*nodes, strict=True)]
+        stages = {
+            stage: axis(f"{name} {stage}", nodes if stage.startswith("inside") else columns, 1)
+            for stage in ("inside", "across", "across_again", "inside_again")
+        }
+        return Nodes(tuple(tuple(map(row.index, node)) for node in nodes), **stages) if me in row else None
 
     meshes, along = {}, dict[str, Axis]()
     if pp > 1:

@@ -340,6 +340,11 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
     for name, size in cut.items():
         if size % tp:
             raise ValueError(f"parallel.tp ({tp}) must divide {name} ({size})")
+    if parallel.reduce == "by_node" and world < 4:
+        raise ValueError(
+            f"parallel.reduce=by_node on {world} rank{'s' * (world > 1)}: it needs two nodes of two ranks at least; use flat, "
+            "or auto"
+        )
     if parallel.dispatch != "rows":
         if ep == 1:
             raise ValueError(f"parallel.dispatch={parallel.dispatch} does nothing with parallel.ep=1: no token travels; use rows")

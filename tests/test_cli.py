@@ -36,6 +36,9 @@ SCRIPTS = {  # the script in the repository that is the same
     "checkpoint": "tools/checkpoint.py",
     "data": "tools/preprocess_data.py",
     "generate": "tools/generate.py",
+    "doctor": "tools/doctor.py",
+    "examples": "tools/examples.py",
+    "completion": "tools/completion.py",
     "report": "tools/write_report.py",
 }
 

@@ -23,7 +23,7 @@ from benchmarks.pipelining.torch_model import whole_model
 from benchmarks.pipelining.torch_step import TorchPipeline
 from megalina.batch import Batch
 from megalina.blocks.pipelined import pipelined
-from megalina.comm.links import other_threads_are_urgent
+from megalina.comm.urgency import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.console import StatusLine
 from megalina.mesh import Mesh, build_meshes

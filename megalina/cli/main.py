@@ -18,6 +18,9 @@ COMMANDS = {  # the module of megalina.cli whose main it is, and what it does
     "checkpoint": ("checkpoint", "inspect, verify, convert and average checkpoints; import and export Hugging Face models"),
     "data": ("data", "turn text into token ids that training reads"),
     "generate": ("generate", "let a checkpoint write on from a prompt"),
+    "doctor": ("doctor", "is this machine ready, and what to do if it isn't"),
+    "examples": ("examples", "recipes to run, each with its command"),
+    "completion": ("completion", "a script for bash and zsh that completes commands, settings and their values"),
     "report": ("report", "write a run's report.html again, from its run folder"),
 }
 BAD_INPUT = 2  # exit code

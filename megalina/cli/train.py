@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from megalina.launch import later_starts
 from megalina.parallel.plan_file import check_order, with_plan
 from megalina.plan_settings import AUTO
 from megalina.rank_files import Unsaved, tell_agent
+from megalina.readiness import has_apex
 
 if TYPE_CHECKING:
     from megalina.data.source import TokenData
@@ -103,7 +103,7 @@ def check(config: PretrainConfig, *, world: int, local_ranks: int) -> list[str]:
         local_ranks=local_ranks,
         num_cores=num_cores,
         num_gpus=num_gpus,
-        apex=find_spec("amp_C") is not None and find_spec("apex") is not None,
+        apex=has_apex(),
         wandb_key=validate.has_wandb_key(os.environ, Path.home()),
     )
     return validate.advice(config, local_ranks=local_ranks, num_cores=num_cores, num_gpus=num_gpus)

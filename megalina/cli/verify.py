@@ -306,13 +306,18 @@ def _planted_rows(choices: "Choices", ranks: int, plant: Any) -> "list[Row]":
 
     name = next(iter(choices.routers))
     own = replace(choices, routers={name: choices.routers[name]}, strategies=dict(list(choices.strategies.items())[:1]))
-    fixed: dict[str, list[Any]] = {"recompute": ["none"], "capacity": [choices.routers[name].capacity_factor > 0]}
+    fixed: dict[str, list[Any]] = {"capacity": [choices.routers[name].capacity_factor > 0]}
     by_kind: dict[tuple[Any, ...], list[Row]] = {}
-    for row in product(own, ranks, options=axes(own, ranks) | fixed):
-        at = row.layout
-        if plant.applies(at, config_of(own, row)):
-            by_kind.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
+    for recompute in ("none", "full"):  # some bugs act only where backward computes forward again
+        fixed["recompute"] = [recompute]
+        for row in product(own, ranks, options=axes(own, ranks) | fixed):
+            at = row.layout
+            if plant.applies(at, config_of(own, row)):
+                by_kind.setdefault((at.world, at.tp, at.ep, at.sequence), []).append(row)
+        if by_kind:
+            break
     if not by_kind:
+        fixed["recompute"] = ["none"]
         for row in product(own, ranks, options=axes_of_pipelines(own, ranks) | fixed | {"context": [(1, "all_gather")]}):
             at = row.layout
             if plant.applies(at, config_of(own, row)):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
+from megalina.comm.by_node import Relay, start_gather_by_node, start_scatter_by_node, start_sum_by_node
 from megalina.comm.exchange import Pending
 from megalina.mesh import Axis, Mesh, all_gather_object
 from megalina.timeline.contention import CALIBRATED_AXIS, Alone
@@ -37,9 +38,11 @@ def calibrate(
     An op whose axis has one rank takes no time: Alone(0, 0)."""
     axes = {op: getattr(mesh, CALIBRATED_AXIS[op]) for op in sizes_bytes}
     own: dict[str, list[tuple[int, list[float]]]] = {}  # op -> bytes and seconds of each size
+    relay = Relay()
     for op, axis in axes.items():
         if axis.group is not None:
-            own[op] = [_timed(_exchange(op, size, axis, log, sharded), mesh, repeats) for size in sizes_bytes[op]]
+            own[op] = [_timed(_exchange(op, size, axis, log, relay, sharded), mesh, repeats) for size in sizes_bytes[op]]
+    relay.close()
     everybody = all_gather_object(mesh, own)
     out = {}
     for op, axis in axes.items():
@@ -116,7 +119,7 @@ def _timed(start: Callable[[], Pending], mesh: Mesh, repeats: int) -> tuple[int,
     return num_bytes, times_s[1:]
 
 
-def _exchange(op: str, num_bytes: int, axis: Axis, log: CollectiveLog, sharded: bool) -> Callable[[], Pending]:
+def _exchange(op: str, num_bytes: int, axis: Axis, log: CollectiveLog, relay: Relay, sharded: bool) -> Callable[[], Pending]:
     """What starts it, with buffers made beforehand."""
     device, ranks, count = "cuda" if dist.get_backend(axis.group) == "nccl" else "cpu", axis.size, num_bytes // ELEMENT_BYTES
     if op == "tokens":
@@ -125,6 +128,14 @@ def _exchange(op: str, num_bytes: int, axis: Axis, log: CollectiveLog, sharded: 
         return lambda: exchange.start_all_to_all(rows_N, part, part, axis, log)
     if op == "params":
         own = torch.zeros(max(1, count), device=device)
+        if axis.nodes is not None:
+            whole, even = own.repeat(ranks), [len(own)] * ranks
+            return lambda: start_gather_by_node(whole, own, even, axis, log, relay)
         return lambda: exchange.start_gather(own, axis, log)
     flat = torch.zeros(max(1, count // ranks) * ranks, device=device)
+    if axis.nodes is not None:
+        share, parts = flat[: len(flat) // ranks].clone(), [len(flat) // ranks] * ranks
+        if sharded:
+            return lambda: start_scatter_by_node(flat, share, parts, axis, log, relay)
+        return lambda: start_sum_by_node(flat, axis, log, relay)
     return lambda: exchange.start_scatter(flat, axis, log) if sharded else exchange.start_sum_in_place(flat, axis, log)

@@ -6,6 +6,7 @@ it is awaited, and drops them then.  Each collective enters the caller's log as 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
@@ -16,10 +17,20 @@ from megalina.collective_log import CollectiveLog
 from megalina.groups import is_gloo
 from megalina.mesh import Axis
 
-# Gloo gathers in a ring, rank by rank.  What is as small as this is sent to everybody at once: the same bytes, one way's time
-# instead of as many as there are other ranks.
+# Gloo gathers and sums in a ring, rank by rank.  What is as small as this is sent to everybody at once: one way's time instead of
+# as many as there are other ranks, or of twice as many.
 DIRECT_BYTES = 16 * 1024
 MESSAGE = "message"  # from one of an axis's two ranks to the other
+
+
+class Awaited(Protocol):
+    """What there is to know of something on the wire: of a collective `dist.Work`."""
+
+    def wait(self) -> Any: ...
+
+    def get_future(self) -> Any: ...
+
+    def is_completed(self) -> bool: ...
 
 
 class Pending:
@@ -27,8 +38,8 @@ class Pending:
 
     __slots__ = ("_finish", "num_bytes", "work")
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor], num_bytes: int = 0):
-        self.work: dist.Work | None = work
+    def __init__(self, work: Awaited | None, finish: Callable[[], Tensor], num_bytes: int = 0):
+        self.work: Awaited | None = work
         self._finish: Callable[[], Tensor] | None = finish
         self.num_bytes = num_bytes  # what this rank sends to others (of an all-to-all gets, if that is more); of a sum its value
 
@@ -48,7 +59,7 @@ def start_all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis,
         return Pending(None, lambda: x)
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:])
-    _enter(log, "all-to-all", x, axis, send, receive)
+    enter(log, "all-to-all", x, axis, send, receive)
     work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
     busiest_way = max(len(x), len(out)) - send[axis.rank]  # rows; what it keeps is in both
     num_bytes = busiest_way * x.element_size() * math.prod(x.shape[1:])
@@ -68,7 +79,7 @@ def start_gather(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     x = x.contiguous()
     num_bytes = x.nbytes
     out = x.new_empty(len(x) * axis.size, *x.shape[1:])
-    _enter(log, "gather", x, axis)
+    enter(log, "gather", x, axis)
     if x.nbytes <= DIRECT_BYTES and is_gloo(axis.group):
         x = x.repeat(axis.size, *[1] * (x.dim() - 1))
         work = dist.all_to_all_single(out, x, group=axis.group, async_op=True)
@@ -82,7 +93,7 @@ def start_scatter(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     if axis.group is None:
         return Pending(None, lambda: x)
     x = x.contiguous()
-    _enter(log, "scatter", x, axis)
+    enter(log, "scatter", x, axis)
     if is_gloo(axis.group):  # its reduce-scatter costs a whole all-reduce
         parts = torch.empty_like(x)
         work = dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
@@ -98,7 +109,7 @@ def start_send(x: Tensor, name: str, axis: Axis, log: CollectiveLog) -> Pending:
     other = _other(axis)
     rows = [0, 0]
     rows[1 - axis.rank] = len(x)
-    _enter(log, MESSAGE, x, axis, rows, [0, 0])
+    enter(log, MESSAGE, x, axis, rows, [0, 0])
     work = dist.isend(x, other, group=axis.group, tag=_tag(name))
     return Pending(work, lambda keep=x: keep, x.nbytes)  # type: ignore[misc]
 
@@ -107,7 +118,7 @@ def start_receive(out: Tensor, name: str, axis: Axis, log: CollectiveLog) -> Pen
     """[n, ...] of the other of the axis's two ranks, into `out`."""
     rows = [0, 0]
     rows[1 - axis.rank] = len(out)
-    _enter(log, MESSAGE, out, axis, [0, 0], rows)
+    enter(log, MESSAGE, out, axis, [0, 0], rows)
     work = dist.irecv(out, _other(axis), group=axis.group, tag=_tag(name))
     return Pending(work, lambda: out)
 
@@ -126,8 +137,11 @@ def start_sum(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """The sum over the ranks of the axis; `x` is left as it is."""
     if axis.group is None:
         return Pending(None, lambda: x)
+    enter(log, "sum", x, axis)
+    if _is_direct(x, axis):
+        work, of_ranks = _of_everybody(x, axis)
+        return Pending(work, lambda: of_ranks.sum(0, dtype=x.dtype).view(x.shape), x.nbytes)
     out = x.clone(memory_format=torch.contiguous_format)
-    _enter(log, "sum", x, axis)
     return Pending(dist.all_reduce(out, group=axis.group, async_op=True), lambda: out, out.nbytes)
 
 
@@ -135,17 +149,32 @@ def start_max(x: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """The largest over the ranks of the axis, element by element; `x` is left as it is."""
     if axis.group is None:
         return Pending(None, lambda: x)
+    enter(log, "max", x, axis)
+    if _is_direct(x, axis):
+        work, of_ranks = _of_everybody(x, axis)
+        return Pending(work, lambda: of_ranks.amax(0).view(x.shape), x.nbytes)
     out = x.clone(memory_format=torch.contiguous_format)
-    _enter(log, "max", x, axis)
     work = dist.all_reduce(out, op=dist.ReduceOp.MAX, group=axis.group, async_op=True)
     return Pending(work, lambda: out, out.nbytes)
+
+
+def _is_direct(x: Tensor, axis: Axis) -> bool:
+    """Whether gloo had better send it to everybody; between two ranks a ring is that already."""
+    return 0 < x.nbytes <= DIRECT_BYTES and axis.size > 2 and is_gloo(axis.group)
+
+
+def _of_everybody(x: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
+    """Arrives as [size, elements], of all ranks in their order: what is made of it has the same bits on each."""
+    copies = x.reshape(1, -1).repeat(axis.size, 1)
+    out = torch.empty_like(copies)
+    return dist.all_to_all_single(out, copies, group=axis.group, async_op=True), out
 
 
 def start_sum_in_place(flat: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """`flat` becomes its sum over the ranks of the axis."""
     if axis.group is None:
         return Pending(None, lambda: flat)
-    _enter(log, "sum", flat, axis)
+    enter(log, "sum", flat, axis)
     return Pending(dist.all_reduce(flat, group=axis.group, async_op=True), lambda: flat, flat.nbytes)
 
 
@@ -162,7 +191,7 @@ def start_gather_in_place(flat: Tensor, own: Tensor, axis: Axis, log: Collective
     if axis.group is None:
         return Pending(None, lambda: flat)
     mine = own.clone()
-    _enter(log, "gather", mine, axis)
+    enter(log, "gather", mine, axis)
     work = _all_gather(flat, mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
@@ -182,7 +211,7 @@ def start_uneven_gather_in_place(flat: Tensor, own: Tensor, sizes: list[int], ax
     if is_gloo(axis.group):  # which gathers equal parts alone
         return _to_everybody(own, sizes, flat, axis, log)
     mine = own.clone()
-    _enter(log, "gather", flat, axis)
+    enter(log, "gather", flat, axis)
     work = dist.all_gather(list(flat.split(sizes)), mine, group=axis.group, async_op=True)
     return Pending(work, lambda keep=mine: flat, mine.nbytes)  # type: ignore[misc]
 
@@ -195,7 +224,7 @@ def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], a
     if is_gloo(axis.group):
         even = [len(own)] * axis.size
         parts = flat.new_empty(len(own) * axis.size)
-        _enter(log, "all-to-all", flat, axis, sizes, even)
+        enter(log, "all-to-all", flat, axis, sizes, even)
         work = dist.all_to_all_single(parts, flat, even, sizes, group=axis.group, async_op=True)
 
         def summed(keep: Tensor = flat) -> Tensor:
@@ -203,7 +232,7 @@ def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], a
 
         return Pending(work, summed, flat.nbytes)
     out = torch.empty_like(own)
-    _enter(log, "scatter", flat, axis)
+    enter(log, "scatter", flat, axis)
     work = dist.reduce_scatter(out, list(flat.split(sizes)), group=axis.group, async_op=True)
     return Pending(work, lambda keep=flat: own.copy_(out), flat.nbytes)  # type: ignore[misc]
 
@@ -211,12 +240,12 @@ def start_uneven_scatter_in_place(flat: Tensor, own: Tensor, sizes: list[int], a
 def _to_everybody(x: Tensor, sizes: list[int], out: Tensor, axis: Axis, log: CollectiveLog) -> Pending:
     """An all-gather by all-to-all.  `x` may be a part of `out`, [sum(sizes)]."""
     send, even = x.repeat(axis.size), [len(x)] * axis.size
-    _enter(log, "all-to-all", send, axis, even, sizes)
+    enter(log, "all-to-all", send, axis, even, sizes)
     work = dist.all_to_all_single(out, send, sizes, even, group=axis.group, async_op=True)
     return Pending(work, lambda keep=send: out, x.nbytes)  # type: ignore[misc]
 
 
-def _enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:
+def enter(log: CollectiveLog, kind: str, x: Tensor, axis: Axis, send: Sequence[int] = (), receive: Sequence[int] = ()) -> None:
     """All-to-alls and messages have sizes of their own on each rank, all else has equal ones."""
     count = None if kind in ("all-to-all", MESSAGE) else len(x)
     log.submit(axis.log_name, axis.ranks, kind, str(x.dtype), x.shape[1:], count, send, receive)

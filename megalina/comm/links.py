@@ -8,20 +8,13 @@ reorders; and as tokens yield to nobody, nobody waits in a circle.
 What need not be held starts at once, on the program's own thread; else a thread of the lane starts it.  On CUDA nothing is
 held on the host: an instruction that yields starts on a stream of low priority, which waits for the tokens that were sent before
 it.
-
-Threads that do a network card's work on a core that also does the math of an emulated device are urgent: a real card doesn't wait
-for the math to let it have the core.  So is the program's own thread while it hands a message to gloo, under a lock of the
-connection: gloo's thread tries for that lock in a circle, and would keep the core from the lock's owner until the kernel steps
-in, after a second.  Linux gives a thread such a place only to root, which an emulated cluster needs anyway; elsewhere nothing
-changes.
 """
 
-import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +23,7 @@ import torch
 from megalina.collective_log import CollectiveLog
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
+from megalina.comm.urgency import this_thread_is_urgent, urgent_meanwhile
 from megalina.step.program import Instruction, Op
 from megalina.timeline.recorder import SEND, Recorder
 
@@ -275,36 +269,6 @@ class Links:
             sent.recorder.add(SEND, sent.instruction, sent.pending.num_bytes, enqueued, start, end, 0.0)
 
 
-def other_threads_are_urgent() -> None:
-    """All threads of this process but the calling one: gloo's, which move the bytes."""
-    own = threading.get_native_id()
-    for name in os.listdir("/proc/self/task"):
-        if int(name) != own:
-            _urgent(int(name))
-
-
-def this_thread_is_urgent() -> None:
-    """The calling thread: a lane's, which starts what waits for nothing any more."""
-    _urgent(threading.get_native_id())
-
-
-@contextmanager
-def urgent_meanwhile() -> Iterator[None]:
-    """The calling thread, and afterwards what it was before."""
-    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
-    _urgent(0)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.sched_setscheduler(0, policy, param)
-
-
 def _of_two(sent: Sent) -> bool:
     """Whether it is a message between two ranks, not a collective."""
     return sent.instruction.op in (Op.SEND, Op.RECV)
-
-
-def _urgent(thread: int) -> None:
-    with suppress(OSError):  # not permitted, or ended meanwhile
-        os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))

@@ -24,6 +24,7 @@ from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.layout import EMBEDDING, rows_across
 from megalina.mesh import Mesh, all_gather_object, build_meshes
+from megalina.parallel.meshes import summing_by_node
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.timeline.contention import Alone
@@ -31,7 +32,8 @@ from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
 from megalina.train.step_runner import StepRunner
 
-Layout = tuple[int, int, tuple[int, ...]]  # stages, packing, ranks along the axes without packing
+Layout = tuple[int, int, tuple[int, ...]]  # stages, packing, ranks along the axes without packing and whether sums are by node
+Given = tuple[str, int, int, int, int]  # parallel.reduce, tp, ep, cp, pp
 MOST_SEARCH_STEPS = 300  # a strategy that still searches then is not what is to be measured
 HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
 WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
@@ -102,38 +104,48 @@ def run_interleaved(
     return competitors
 
 
-def _given_layout(config: PretrainConfig) -> tuple[int, int, int, int]:
+def _given_layout(config: PretrainConfig) -> Given:
     parallel = config.parallel
-    return parallel.tp, parallel.ep, parallel.cp, parallel.pp
+    return parallel.reduce, parallel.tp, parallel.ep, parallel.cp, parallel.pp
 
 
-def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[tuple[int, int, int, int], Mapping[int, Mesh]]:
-    """By tp, ep, cp and pp, with all packings that any of these may take, and all axes between stages that any of their schedules
+def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[Given, Mapping[int, Mesh]]:
+    """By layout, with all packings that any of these may take, and all axes between stages that any of their schedules
     needs.
 
     A group of its own for each competitor would be dozens more, with their connections and threads."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packings: dict[tuple[int, int, int, int], set[int]] = {}
-    across: dict[tuple[int, int, int, int], dict[str, tuple[int, ...]]] = {}
+    packings: dict[Given, set[int]] = {}
+    across: dict[Given, dict[str, tuple[int, ...]]] = {}
+    per_node: dict[Given, int] = {}
     for config in configs:
         layout = _given_layout(config)
         packings.setdefault(layout, set()).update(allowed_packings(config, world))
+        if layout not in per_node:
+            per_node[layout] = summing_by_node(config.parallel)
         own = pipelined(config, world).across if config.parallel.pp > 1 else {}
         known = across.setdefault(layout, {})
         assert all(known.get(name, on) == on for name, on in own.items()), "two axes of one name"
         known |= own
     timeout_s = max(config.cluster.timeout_s for config in configs)
     return {
-        (tp, ep, cp, pp): build_meshes(
-            tp=tp, ep=ep, cp=cp, packings=sorted(of), pp=pp, across=across[tp, ep, cp, pp], timeout_s=timeout_s
+        layout: build_meshes(
+            tp=layout[1],
+            ep=layout[2],
+            cp=layout[3],
+            packings=sorted(of),
+            pp=layout[4],
+            across=across[layout],
+            timeout_s=timeout_s,
+            ranks_per_node=per_node[layout],
         )
-        for (tp, ep, cp, pp), of in packings.items()
+        for layout, of in packings.items()
     }
 
 
 def layout_of(mesh: Mesh) -> Layout:
     """The same for meshes on which exchanges take the same time."""
-    return mesh.pp, mesh.packing, tuple(mesh.unpacked.values())
+    return mesh.pp, mesh.packing, (*mesh.unpacked.values(), int(mesh.sums_by_node))
 
 
 def rows_along(trainable: Trainable) -> dict[str, list[list[int]]]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megalina.compare.interleaved import Competitor, Layout, layout_of, rows_along
+from megalina.layout import by_node as nodes_of
 from megalina.layout import rows
 from megalina.mesh import all_gather_object
 from megalina.perfmodel.sim.lower_bound import in_turn_s, lower_bound
@@ -20,19 +21,28 @@ EAGER = "eager"
 VALID_OVERRUN = 0.05  # share of the emulated devices' time by which real math may be late
 
 
-def link_bytes(by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, ranks_per_node: int, sharded: bool) -> float:
+def link_bytes(
+    by_rank: Sequence[Sequence[Event]], shape: Mapping[str, int], *, ranks_per_node: int, sharded: bool, by_node: bool = False
+) -> float:
     """What a step puts on the busiest node's link, out of it: all ranks' events of one step.
 
     All-to-alls count with the share of the ranks that are on other nodes, as if all got equally many; sums as a ring
-    (2 (n - 1) / n of the value over each edge), gathers and scatters as half of one.  Inside a node nothing counts."""
-    sent = bytes_of_links(by_rank, rows(shape), ranks_per_node=ranks_per_node, sharded=sharded)
+    (2 (n - 1) / n of the value over each edge), gathers and scatters as half of one; `by_node`: as `megalina.comm.by_node` has
+    them.  Inside a node nothing counts."""
+    sent = bytes_of_links(by_rank, rows(shape), ranks_per_node=ranks_per_node, sharded=sharded, by_node=by_node)
     return max((sum(by_tag.values()) for by_tag in sent.values()), default=0.0)
 
 
 def bytes_of_links(
-    by_rank: Sequence[Sequence[Event]], table: Mapping[str, Sequence[Sequence[int]]], *, ranks_per_node: int, sharded: bool
+    by_rank: Sequence[Sequence[Event]],
+    table: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    ranks_per_node: int,
+    sharded: bool,
+    by_node: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Of each node, by instruction.  `table`: the rows of ranks along each axis (`rows_along`)."""
+    """Of each node, by instruction.  `table`: the rows of ranks along each axis (`rows_along`); `by_node`: how gradients are
+    summed."""
     out: dict[int, dict[str, float]] = {}
     for rank, events in enumerate(by_rank):
         node = rank // ranks_per_node
@@ -45,6 +55,9 @@ def bytes_of_links(
                 sent = e.num_bytes * sum(other // ranks_per_node != node for other in row) / (n - 1)
             elif e.op in MESSAGES:
                 sent = e.num_bytes * any(other // ranks_per_node != node for other in row)
+            elif by_node and e.op in ("grads", "params") and (nodes := nodes_of(row, ranks_per_node)):
+                sent = _over_an_edge(e, len(nodes), sharded)  # with the rank at the same place of the next node
+                sent /= 1 if e.op == "params" else len(nodes[0])  # each has its part of the value
             else:
                 after = row[(row.index(rank) + 1) % n]
                 sent = _over_an_edge(e, n, sharded) if after // ranks_per_node != node else 0.0
@@ -192,7 +205,8 @@ def measure(
         bound = {"compute_s": 0.0, "critical_path_s": 0.0, "in_turn_s": 0.0}
         rate = link_mbit * 1e6 / 8
         sharded = runner.config.parallel.zero == 1
-        of_links = bytes_of_links(last, rows_along(trainable), ranks_per_node=ranks_per_node, sharded=sharded)
+        by_node = trainable.mesh.sums_by_node
+        of_links = bytes_of_links(last, rows_along(trainable), ranks_per_node=ranks_per_node, sharded=sharded, by_node=by_node)
         busiest = max(of_links.values(), key=lambda by_tag: sum(by_tag.values()), default={})
         if trainable.pipelined is not None:
             device_s = max(n["device"] for n in by_rank)

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalina.collective_log import CollectiveLog
 from megalina.comm import exchange
+from megalina.comm.by_node import Relay, start_gather_by_node, start_scatter_by_node, start_sum_by_node
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
@@ -60,6 +61,7 @@ class Executor:
         cuda = any(b.grad.is_cuda for b in buckets.values())
         self._marks = DeviceClock() if cuda and device is None else None
         self._links = Links(self._log, cuda=cuda, marks=self._marks, urgent=device is not None)
+        self._relay = Relay(urgent=device is not None)
         self._links.watched = any(s.yields_to or s.credit for s in program)
         self.watch: Watch | None = None  # is entered around each instruction, on the host
         last = {v: i for i, s in enumerate(program) for v in s.reads}
@@ -122,8 +124,9 @@ class Executor:
         return out
 
     def close(self) -> None:
-        """End the threads of the lanes."""
+        """End the threads of the lanes, and those of exchanges by node."""
         self._links.close()
+        self._relay.close()
 
     # compute
     def _compute_F(self, instruction: Instruction, function: Callable[..., Any]) -> None:
@@ -216,21 +219,28 @@ class Executor:
 
     def _start_piece(self, instruction: Instruction, axis: Axis) -> Pending:
         if len(instruction.buckets) > 1:
-            whole = side_by_side([self.buckets[name] for name in instruction.buckets])
-            return exchange.start_sum_in_place(whole, axis, self._log)
+            return self._sum_in_place(side_by_side([self.buckets[name] for name in instruction.buckets]), axis)
         bucket = self.buckets[instruction.name]
         flat = bucket.grad if instruction.op is Op.GRADS else bucket.param
         piece, own = flat[slice(*instruction.piece)], flat[bucket.own(instruction.piece)]
+        if not bucket.sharded:
+            return self._sum_in_place(piece, axis)
+        sizes = [stop - start for start, stop in bucket.parts(instruction.piece)]
+        if axis.nodes is not None:
+            by_node = start_gather_by_node if instruction.op is Op.PARAMS else start_scatter_by_node
+            return by_node(piece, own, sizes, axis, self._log, self._relay)
         if bucket.layout.shares:
-            sizes = [stop - start for start, stop in bucket.parts(instruction.piece)]
             if instruction.op is Op.PARAMS:
                 return exchange.start_uneven_gather_in_place(piece, own, sizes, axis, self._log)
             return exchange.start_uneven_scatter_in_place(piece, own, sizes, axis, self._log)
         if instruction.op is Op.PARAMS:
             return exchange.start_gather_in_place(piece, own, axis, self._log)
-        if bucket.sharded:
-            return exchange.start_scatter_in_place(piece, own, axis, self._log)
-        return exchange.start_sum_in_place(piece, axis, self._log)
+        return exchange.start_scatter_in_place(piece, own, axis, self._log)
+
+    def _sum_in_place(self, flat: Tensor, axis: Axis) -> Pending:
+        if axis.nodes is not None:
+            return start_sum_by_node(flat, axis, self._log, self._relay)
+        return exchange.start_sum_in_place(flat, axis, self._log)
 
     def _wait(self, instruction: Instruction, _: None) -> None:
         sent = self._values[instruction.reads[0]]

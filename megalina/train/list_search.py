@@ -275,7 +275,8 @@ def found_lists(
         newton_schulz_after=begun.newton_schulz_after,
     )
     settings = [setting.under(plan) for plan in plans if runs(config, plan, world)]
-    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing)
+    per_node = ranks_per_node if mesh.sums_by_node else 0
+    held = InstructionBytes(config, world, vocab_size=vocab_size, packing=packing, ranks_per_node=per_node)
     before = [training_step(plan.strategy, setting.under(plan)) for plan in walked]
     held_bytes = [peak_of(held, program)[0] for program in before]
     most_bytes = held_bytes[0] + more_mb * 2**20 if more_mb else max(held_bytes)
@@ -283,7 +284,7 @@ def found_lists(
     def fits(program: Program) -> bool:
         return peak_of(held, program)[0] <= most_bytes
 
-    clock_of = clocks(mesh.shape, world, setting, costs)
+    clock_of = clocks(mesh.shape, world, setting, costs, by_node=mesh.sums_by_node)
     fitting = fitted(
         sorted(costs.seen, key=lambda seen: seen.step_s)[:FITTED_LISTS],
         networks(costs, dist.get_backend(mesh.world.group) if world > 1 else "gloo", world, ranks_per_node),
@@ -318,10 +319,10 @@ def networks(costs: MeasuredCosts, backend: str, world: int, ranks_per_node: int
 
 
 def clocks(
-    shape: Mapping[str, int], world: int, setting: Setting, costs: MeasuredCosts
+    shape: Mapping[str, int], world: int, setting: Setting, costs: MeasuredCosts, *, by_node: bool = False
 ) -> Callable[[Network], Callable[[Program], ListClock]]:
-    """A network -> a program -> its clock, by these costs."""
-    sizes = costs.sizes_of([name for name, spec in setting.buckets.items() if spec.sharded])
+    """A network -> a program -> its clock, by these costs.  `by_node`: how gradients are summed."""
+    sizes = costs.sizes_of([name for name, spec in setting.buckets.items() if spec.sharded], by_node=by_node)
     groups = ranks_of(shape)
 
     def under(network: Network) -> Callable[[Program], ListClock]:

@@ -170,9 +170,9 @@ class MeasuredCosts:
 
         return of
 
-    def sizes_of(self, scattered: Sequence[str]) -> Sizes:
-        """`scattered`: buckets that ZeRO-1 shards."""
-        return Sizes(self.sizes, scattered)
+    def sizes_of(self, scattered: Sequence[str], *, by_node: bool = False) -> Sizes:
+        """`scattered`: buckets that ZeRO-1 shards; `by_node`: gradients are summed so."""
+        return Sizes(self.sizes, scattered, by_node=by_node)
 
 
 def _at(points: Points, share: float) -> float:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalina.batch import Batch
 from megalina.collective_log import CollectiveLog
-from megalina.comm.links import other_threads_are_urgent
+from megalina.comm.urgency import other_threads_are_urgent
 from megalina.config import PretrainConfig
 from megalina.data.prefetch import Prefetch
 from megalina.data.replayed import replayed

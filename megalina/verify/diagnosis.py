@@ -76,6 +76,7 @@ HYPOTHESES: Mapping[str, Sequence[Hypothesis]] = {  # the most specific first
         scales.all_scaled,
         reductions.copied_over_tp,
         reductions.experts_over_other_ranks,
+        units.nodes_not_summed,
         units.reduced_early,
         units.padding_in_divisor,
         scales.group_scaled,

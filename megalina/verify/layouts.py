@@ -99,6 +99,7 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
         "place": places(ranks),
         "context": contexts(ranks),
         "dispatch": ["rows", *["once_per_rank"] * (ranks > 1)],  # one rank has nobody to send to
+        "reduce": ["flat", *["by_node"] * (ranks > 2)],  # two nodes of one rank each have nothing to sum inside
         "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
         "recompute": ["none", "selective", "full"],
@@ -146,7 +147,7 @@ def fits(values: Mapping[str, Any]) -> bool:
         return True
     world, tp, ep, _ = values["place"]
     (cp, _), pp = values.get("context", (1, "")), values.get("pp", 1)
-    if world % (tp * ep * cp * pp):
+    if world % (tp * ep * cp * pp) or (values.get("reduce") == "by_node" and world < 4):
         return False
     if not values.keys() >= {"context", "pp", "schedule", "micro_batch"}:
         return True
@@ -189,6 +190,7 @@ def row_of(choices: Choices, values: Mapping[str, Any]) -> Row:
         pipeline,
         uneven_stages(choices.models[values["model"]], pp * chunks) if values.get("cut") == "uneven" else "",
         values.get("dispatch", "rows"),
+        values.get("reduce", "flat"),
     )
     router = str(values["router"])
     capacity = (choices.routers[router].capacity_factor or CAPACITY) if values["capacity"] else 0.0
@@ -236,7 +238,7 @@ def product(
     options = dict(axes(choices, ranks) if options is None else options)
     crossed = crossed or list(options)
     drawn = [axis for axis in options if axis not in crossed]
-    drawn_alike = [axis for axis in ("context", "dispatch") if axis in drawn]
+    drawn_alike = [axis for axis in ("context", "dispatch", "reduce") if axis in drawn]
     options |= {axis: options[axis][:1] for axis in drawn_alike}  # others fit few places
     random = Random(0)  # not in turns: their periods would tie choices together
     seen: set[Row] = set()

@@ -34,6 +34,7 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.verify.recording import (
     INITIAL,
     NOBODY,
+    NODES,
     SEQUENCES,
     Entry,
     Layout,
@@ -74,6 +75,7 @@ def layout_config(config: PretrainConfig, layout: Layout) -> PretrainConfig:
             cp_kind=layout.cp_kind,
             sequence=layout.sequence,
             dispatch=layout.dispatch,
+            reduce=layout.reduce,
             zero=layout.zero,
             pp=layout.pp,
             pp_chunks=layout.chunks,
@@ -328,10 +330,13 @@ def _recorded(
 def _mesh_of(config: PretrainConfig, layout: Layout, timeout_s: float) -> Mesh:
     config = layout_config(config, layout)
     across = pipelined(config, layout.world).across if layout.pp > 1 else {}
-    return _mesh(layout.tp, layout.ep, layout.cp, layout.pp, tuple(across.items()), timeout_s)
+    per_node = layout.world // NODES if layout.reduce == "by_node" else 0
+    return _mesh(layout.tp, layout.ep, layout.cp, layout.pp, tuple(across.items()), per_node, timeout_s)
 
 
 @cache
-def _mesh(tp: int, ep: int, cp: int, pp: int, across: tuple[tuple[str, tuple[int, ...]], ...], timeout_s: float) -> Mesh:
+def _mesh(
+    tp: int, ep: int, cp: int, pp: int, across: tuple[tuple[str, tuple[int, ...]], ...], ranks_per_node: int, timeout_s: float
+) -> Mesh:
     """Of this process's world.  Communicators take longer than a row, so they stay."""
-    return build_meshes(tp=tp, ep=ep, cp=cp, pp=pp, across=dict(across), timeout_s=timeout_s)[1]
+    return build_meshes(tp=tp, ep=ep, cp=cp, pp=pp, across=dict(across), timeout_s=timeout_s, ranks_per_node=ranks_per_node)[1]

@@ -395,6 +395,14 @@ _ALL = (
         gradients.deferred_weights_twice,
     ),
     Plant(
+        "nodes_not_summed",
+        "with parallel.reduce=by_node the dense gradients of different nodes are not summed",
+        lambda layout, config: (
+            layout.reduce == "by_node" and layout.tp == layout.cp == layout.pp == 1 and layout.world > 2 and layout.zero == 0
+        ),
+        gradients.nodes_not_summed,
+    ),
+    Plant(
         "expert_gradient_not_reduced",
         "the experts' gradients are not summed over the ranks that hold copies",
         lambda layout, config: _has_moe(config) and layout.copies > 1 and (layout.zero == 0 or layout.tp == 1),
@@ -421,7 +429,7 @@ _ALL = (
         "queries and keys are clipped by the largest logit of the rank's own sequences",
         lambda layout, config: optimizer_of(config.optim).clips_heads and layout.dp > 1 and layout.cp == 1,
         whole_matrices.qk_clip_per_rank,
-        ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=false"),
+        ("optim.name=muon_clip", "optim.qk_clip=0.5", "model.qk_norm=none"),
     ),
     Plant(
         "message_swapped",

@@ -21,6 +21,9 @@ AUXILIARY = ("balance_loss", "z_loss")  # those that every router has
 NOBODY = -1  # in an integer `by_rank`: the rank does not hold this
 
 
+NODES = 2  # of a layout whose gradients are summed by node
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A way to run the work on ranks: world = pp x edp x ep x cp x tp, tp innermost."""
@@ -41,6 +44,7 @@ class Layout:
     pipeline: str = "1f1b"
     stages: str = ""  # which layers are in each
     dispatch: str = "rows"
+    reduce: str = "flat"  # by_node: as if the ranks were on NODES nodes
 
     @property
     def dp(self) -> int:
@@ -78,6 +82,7 @@ class Layout:
         text += f", pp {self.pp} {self.pipeline} x {self.chunks}{f' {self.stages}' if self.stages else ''}" * (self.pp > 1)
         text += ", no sequence" * (self.tp > 1 and not self.sequence)
         text += f", {self.dispatch}" * (self.dispatch != "rows")
+        text += f", reduced {self.reduce}" * (self.reduce != "flat")
         text += f", zero {self.zero}, {self.micro_batches} x {self.micro_batch} sequences"
         text += f", recompute {self.recompute}" * (self.recompute != "none")
         return text + f", pieces {self.piece_mb:g} MiB" * (self.piece_mb > 0)

@@ -39,7 +39,17 @@ def shrink(config: PretrainConfig, ranks: int) -> PretrainConfig:
         model=model,
         router=shrink_router(config.router, config.model.num_experts, model.num_experts),
         parallel=replace(
-            config.parallel, tp=1, ep=1, cp=1, cp_kind="all_gather", dispatch="rows", zero=0, pp=1, pp_chunks=1, pp_layout=""
+            config.parallel,
+            tp=1,
+            ep=1,
+            cp=1,
+            cp_kind="all_gather",
+            dispatch="rows",
+            reduce="flat",
+            zero=0,
+            pp=1,
+            pp_chunks=1,
+            pp_layout="",
         ),
         optim=_optim(config.optim),
         train=train,

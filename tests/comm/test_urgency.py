@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megalina.comm.links import other_threads_are_urgent, this_thread_is_urgent, urgent_meanwhile
+from megalina.comm.urgency import other_threads_are_urgent, this_thread_is_urgent, urgent_meanwhile
 
 
 def policies(change: Callable[[], None], *, inside: bool) -> tuple[int, int]:

@@ -42,6 +42,16 @@ def test_what_leaves_a_node(sent: Event, sharded: bool, expected: float) -> None
     assert link([sent], ranks_per_node=4, sharded=sharded) == 0  # one node
 
 
+def test_gradients_by_node_leave_a_node_once() -> None:
+    by_rank = [[grads("dense.1", 0, 1, 800)]] * 4
+    assert link_bytes(by_rank, FOUR, ranks_per_node=2, sharded=False, by_node=True) == 800  # 2 x 1/2, not 2 x 3/4
+    assert link_bytes(by_rank, FOUR, ranks_per_node=2, sharded=True, by_node=True) == 400
+    assert link_bytes([[params(100)]] * 4, FOUR, ranks_per_node=2, sharded=True, by_node=True) == 200  # of both ranks
+    assert (
+        link_bytes(by_rank, FOUR, ranks_per_node=1, sharded=False, by_node=True) == 1200
+    )  # a rank a node: nothing to sum inside
+
+
 def test_packed_groups_may_stay_inside_a_node() -> None:
     sent = replace(tokens("dispatch", 0, 1, 300), axis="ep/2")
     assert link([sent], shape=PACKED) == 0  # ranks 0 and 1, ranks 2 and 3

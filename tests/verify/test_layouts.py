@@ -86,6 +86,7 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     never |= {(("zero", (0, piece_mb)), ("strategy", "lina_zero")) for piece_mb in (0.0, layouts.PIECE_MB)}
     never |= {(("router", "global"), ("strategy", name)) for name in ("flow", "pair", "lina_zero")}
     never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
+    never |= {(("place", p), ("reduce", "by_node")) for p in options["place"] if p[0] < 4}  # two nodes of two ranks
     never |= {(("place", p), ("dispatch", ONCE)) for p in options["place"] if p[2] == 1} | {
         (("dispatch", ONCE), ("router", "dense"))
     }
@@ -109,6 +110,7 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     # nobody to go to: one rank, or tensor parallelism over all of them
     never |= {((axis, n), ("dispatch", ONCE)) for axis, n in (("world", 1), ("ep", 1), ("tp", 4))}
     never |= {(("dispatch", ONCE), ("router", "dense"))}
+    never |= {(("world", world), ("reduce", "by_node")) for world in (1, 2)}  # two nodes of two ranks
     for size in ("tp", "ep"):
         never |= {(("world", world), (size, n)) for world in (1, 2, 4) for n in (1, 2, 4) if n > world}
     never |= {(("tp", tp), ("ep", ep)) for tp in (2, 4) for ep in (2, 4) if tp * ep > RANKS}

@@ -79,6 +79,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("latent", "topk", "sgd", Layout(WORLD, tp=2, ep=1, micro_batch=4, cp=2, cp_kind="all_to_all")),
     ("GPT-2", "topk", "muon_clip", Layout(WORLD, tp=1, ep=1, micro_batch=4, cp=4)),
     ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=1, pp=2, pipeline="zb_h1")),
+    ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=1, reduce="by_node")),
+    ("GPT-2", "capacity", "sgd", Layout(WORLD, tp=1, ep=1, micro_batch=2, reduce="by_node")),
     ("modern", "topk", "sgd", Layout(WORLD, tp=1, ep=1, micro_batch=1, pp=4, pipeline="zb_h1", stages="E|t|t|L")),
 ]
 

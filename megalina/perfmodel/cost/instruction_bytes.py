@@ -20,7 +20,7 @@ from megalina.blocks.model import blocks_of, sends_once
 from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
-from megalina.layout import EMBEDDING, axis_of_group, axis_sizes, readers
+from megalina.layout import EMBEDDING, axis_of_group, axis_sizes, by_node, ranks_of, readers
 from megalina.step.partition import is_part
 from megalina.step.passes import ROUTER_STATE
 from megalina.step.pipeline.fill import ends_of
@@ -123,12 +123,14 @@ class InstructionBytes:
         piece_bytes: int = 0,
         cuda: bool = False,
         embedding_ranks: int = 1,
+        ranks_per_node: int = 0,
     ):
         """`vocab_size`: before padding; `skew`: rows that the rank gets over the mean; `expert_skew`: rows of its fullest expert
         over the mean of its experts, None: as `skew`; both of all layers, or of each layer; `packing`, `piece_bytes`: of the
-        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo; `embedding_ranks`: as of `bucket_specs`.
+        `Plan`; `cuda`: kernels and NCCL instead of the CPU's and gloo; `embedding_ranks`: as of `bucket_specs`;
+        `ranks_per_node`: gradients are summed by node; 0: flat.
         ValueError for a skew that is none, and where the layout does not fit the world."""
-        self._config, self._cuda = config, cuda
+        self._config, self._cuda, self._ranks_per_node = config, cuda, ranks_per_node
         self.axes = axes_of(config, world, packing=packing, embedding_ranks=embedding_ranks)
         self.buckets: Mapping[str, BucketSpec] = bucket_specs(
             config,
@@ -248,6 +250,9 @@ class InstructionBytes:
     def bucket(self, instruction: Instruction) -> int:
         """What is set aside to send a piece of a bucket."""
         spec, elements = self.buckets[instruction.buckets[0]], instruction.piece[1] - instruction.piece[0]
+        if inside := self._inside(spec.axis):  # `megalina.comm.by_node`: the stage that holds most
+            element = self.rank.element if instruction.op is Op.PARAMS else self.rank.main
+            return (elements * (2 if spec.sharded else 1) + elements // inside) * element
         if not spec.sharded:
             return 0  # it is summed where it is
         if spec.shares:  # of each piece as large a share as the rank with the most of the bucket has; on gloo for all ranks
@@ -257,6 +262,14 @@ class InstructionBytes:
         if instruction.op is Op.PARAMS:
             return share * self.rank.element  # a copy of what this rank has
         return (share if self._cuda else elements) * self.rank.main  # on gloo all ranks' shares, summed here
+
+    def _inside(self, axis: str) -> int:
+        """Ranks of a row on each node, where gradients are summed by node along it; else 0."""
+        if not self._ranks_per_node:
+            return 0
+        of_stage = {"stage": "world", EMBEDDING: "dp"}.get(axis, axis)  # of one, and of several what is at hand
+        nodes = by_node(ranks_of(self.axes)(of_stage, 0), self._ranks_per_node)
+        return len(nodes[0]) if nodes else 0
 
     def received(self, instruction: Instruction, sent: int, arrives: int) -> int:
         """The buffer for what arrives, beside what is sent."""

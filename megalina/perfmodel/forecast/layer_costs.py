@@ -15,7 +15,7 @@ from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, on_cuda
+from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, nodes_that_sum, on_cuda
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Sizes, by_instruction
@@ -81,7 +81,8 @@ class LayerCosts:
         strategy = replace(config.strategy, pipeline=StrategyConfig().pipeline)
         self.config = replace(config, parallel=alone, strategy=strategy)
         self.step = PricedStep(self.config, world // parallel.pp, plan, vocab_size=vocab_size, shared=shared)
-        self.held = InstructionBytes(config, world, vocab_size=vocab_size, cuda=on_cuda(config.cluster))
+        cuda, per_node = on_cuda(config.cluster), nodes_that_sum(config)
+        self.held = InstructionBytes(config, world, vocab_size=vocab_size, cuda=cuda, ranks_per_node=per_node)
         rows = padded_vocab_size(vocab_size, parallel.tp)
         work = InstructionWork(config, world=world, vocab_rows=rows, buckets=self.held.buckets)
         self._seconds = instruction_seconds(config, work)
@@ -106,7 +107,7 @@ class LayerCosts:
         sizes, axes = self.step.sizes, self.step.held.axes
         uses: dict[Use, None] = dict.fromkeys(uses_of((*self._forward, *mirrored(self._forward)), sizes))
         for spec in self.held.buckets.values():
-            uses |= dict.fromkeys((_inside(spec.axis), what) for what in (_summed(spec), Collective.ALL_GATHER))
+            uses |= dict.fromkeys((_inside(spec.axis), what) for what in (self._summed(spec), self._gathered))
         return self._shared.folded(network_of(self.config.cluster), axes, tuple(uses))
 
     def bytes_of(self, layer: int) -> LayerBytes:
@@ -142,9 +143,17 @@ class LayerCosts:
         for name in names:
             spec = self.held.buckets[name]
             found += self._seconds(Instruction("U", Kind.COMPUTE, f"update {name}"))
-            found += self._alone_s(spec.axis, Collective.ALL_GATHER, spec.numel * element) if spec.sharded else 0.0
-            found += self._alone_s(spec.axis, _summed(spec), spec.numel * main) if name in last else 0.0
+            found += self._alone_s(spec.axis, self._gathered, spec.numel * element) if spec.sharded else 0.0
+            found += self._alone_s(spec.axis, self._summed(spec), spec.numel * main) if name in last else 0.0
         return found
+
+    def _summed(self, spec: BucketSpec) -> Collective:
+        what = Collective.REDUCE_SCATTER if spec.sharded else Collective.ALL_REDUCE
+        return what.by_node if nodes_that_sum(self.config) else what
+
+    @property
+    def _gathered(self) -> Collective:
+        return Collective.ALL_GATHER.by_node if nodes_that_sum(self.config) else Collective.ALL_GATHER
 
     def message_s(self, bytes_per_s: float, latency_s: float) -> float:
         """Of a micro-batch's tokens at this rate."""
@@ -200,10 +209,6 @@ def _layers(stage: StageLayers) -> tuple[int, ...]:
 def _inside(axis: str) -> str:
     """The axis of a stage that is a world in itself."""
     return {"stage": "world", EMBEDDING: "dp"}.get(axis, axis)
-
-
-def _summed(spec: BucketSpec) -> Collective:
-    return Collective.REDUCE_SCATTER if spec.sharded else Collective.ALL_REDUCE
 
 
 def held_around(sizes: Sizes, went: Program, back: Program, layer: int) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from megalina.perfmodel.forecast.forecast import fits_in
 from megalina.perfmodel.forecast.layer_costs import BEFORE, BEHIND, LayerBytes, LayerCosts, LayerSeconds
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, walked_number
-from megalina.perfmodel.forecast.priced_step import Shared, on_cuda
+from megalina.perfmodel.forecast.priced_step import Shared, nodes_that_sum, on_cuda
 from megalina.plan_settings import strategy_of
 from megalina.step.candidates import EAGER, PAIR
 from megalina.step.forward import plain
@@ -168,6 +168,7 @@ class PipelineSearch:
                 vocab_size=self.vocab_size,
                 cuda=on_cuda(config.cluster),
                 embedding_ranks=max(1, embedding_ranks),
+                ranks_per_node=nodes_that_sum(config),
             )
         return self._held[key]
 

@@ -14,7 +14,15 @@ from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, between_and_within, on_cuda, setting_of, sizes_of
+from megalina.perfmodel.forecast.priced_step import (
+    PricedStep,
+    Shared,
+    between_and_within,
+    nodes_that_sum,
+    on_cuda,
+    setting_of,
+    sizes_of,
+)
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
@@ -61,6 +69,7 @@ class PricedPipeline:
             piece_bytes=plan.piece_bytes,
             cuda=on_cuda(config.cluster),
             embedding_ranks=len(self.job.words_ranks),
+            ranks_per_node=nodes_that_sum(config),
         )
 
     def job_of(self, micro_batches: int) -> Pipelined:

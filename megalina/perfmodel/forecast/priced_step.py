@@ -121,6 +121,7 @@ class PricedStep:
             packing=plan.packing,
             piece_bytes=plan.piece_bytes,
             cuda=on_cuda(config.cluster),
+            ranks_per_node=nodes_that_sum(config),
         )
         micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * readers(self.held.axes))
         self._together = plan.parts // plan.cut(micro_batches)
@@ -246,6 +247,14 @@ class PricedStep:
         )
 
 
+def nodes_that_sum(config: PretrainConfig) -> int:
+    """Ranks on a node of the configuration's cluster, where gradients are summed by node (parallel.reduce): where gloo sums them,
+    if nobody said more.  0: they aren't.  What `megalina.parallel.meshes.summing_by_node` finds in a run."""
+    cluster, wanted = config.cluster, config.parallel.reduce
+    by_node = wanted == "by_node" or (wanted == "auto" and not on_cuda(cluster))
+    return cluster.ranks_per_node if by_node and cluster.ranks_per_node > 1 else 0
+
+
 def on_cuda(cluster: ClusterConfig) -> bool:
     """Whether its devices are GPUs, neither emulated ones nor cores."""
     return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
@@ -288,7 +297,8 @@ def between_and_within(sent: float, row: Sequence[int], per_node: int) -> tuple[
 
 def sizes_of(config: PretrainConfig, held: InstructionBytes) -> Sizes:
     """Routing is even.  `held`: of one rank."""
-    return Sizes(bytes_of(config, held), scattered=[name for name, spec in held.buckets.items() if spec.sharded])
+    scattered = [name for name, spec in held.buckets.items() if spec.sharded]
+    return Sizes(bytes_of(config, held), scattered, by_node=nodes_that_sum(config) > 0)
 
 
 def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instruction], float]:

@@ -22,11 +22,28 @@ class Collective(Enum):
     REDUCE_SCATTER = "reduce-scatter"
     ALL_GATHER = "all-gather"
     SEND = "send"  # from the first of two ranks to the second
+    # of collectives in a row, as `megalina.comm.by_node` has them, whatever the network's algorithm
+    ALL_REDUCE_BY_NODE = "all-reduce by node"
+    REDUCE_SCATTER_BY_NODE = "reduce-scatter by node"
+    ALL_GATHER_BY_NODE = "all-gather by node"
 
     @property
     def rounds(self) -> int:
         """An all-reduce is a reduce-scatter and an all-gather."""
-        return 2 if self is Collective.ALL_REDUCE else 1
+        return 2 if self.flat is Collective.ALL_REDUCE else 1
+
+    @property
+    def flat(self) -> "Collective":
+        """What it does, by node or not."""
+        return Collective(self.value.removesuffix(" by node"))
+
+    @property
+    def by_node(self) -> "Collective":
+        """The same by node, where there is such a thing."""
+        return _BY_NODE.get(self, self)
+
+
+_BY_NODE = {c.flat: c for c in Collective if c.flat is not c}
 
 
 ALGORITHMS = ("direct", "ring", "tree", "hierarchical")
@@ -65,7 +82,7 @@ def phases_of(
     with its part of the bytes, which leave a node from different ranks (channels, as in NCCL).
     tree: for all-reduce, two trees of nodes with half the bytes each, chains inside nodes (NCCL); else as ring.
     hierarchical: inside nodes, between ranks at the same place of their nodes, inside nodes again.
-    A send is one flow by any of them.
+    A send is one flow by any of them.  What is by node is hierarchical where nodes hold equally many of the ranks, several.
 
     `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  `few`: see `_direct_by_levels`, which needs
     `nodes_per_group`.  ValueError for bytes of another shape or another collective, for hierarchical where nodes hold unequal
@@ -78,6 +95,9 @@ def phases_of(
     if what is Collective.SEND:
         return (_sent(rank_N, leaves=bool(node_N[0] != node_N[1])),)
     by_node = _by_node(rank_N, node_N)
+    if what is not what.flat:
+        algorithm = "hierarchical" if len({len(row) for row in by_node}) == 1 else algorithm
+        what = what.flat
     direct = partial(_direct_by_levels, ranks_per_node, nodes_per_group) if few and bytes_NN is None else _direct
     if algorithm == "hierarchical" and 1 < len(by_node) < n:
         return _hierarchical(what, rank_N, by_node, bytes_NN, direct)

@@ -16,6 +16,7 @@ from megalina.perfmodel.sim.collectives import ALGORITHMS, ALL_TO_ALLS, Collecti
 from megalina.step.program import Op
 
 SHARES = ("flow", "collective")
+TO_EACH = (Collective.ALL_TO_ALL, Collective.SEND, Collective.REDUCE_SCATTER_BY_NODE, Collective.ALL_GATHER_BY_NODE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +102,15 @@ class Network:
         )
 
     def algorithm_of(self, what: Collective) -> str:
+        if what is not what.flat:
+            return "hierarchical"
         if what is Collective.REDUCE_SCATTER and self.reduce_scatter is not None:
             return self.reduce_scatter
         return self.all_to_all if what is Collective.ALL_TO_ALL else self.algorithm
 
     def weight_of(self, what: Collective) -> float:
         """Of its flows, in sharing a link."""
-        alone = what in (Collective.ALL_TO_ALL, Collective.SEND)
+        alone = what in TO_EACH
         return 1.0 if alone or self.algorithm_of(what) == "direct" else self.weight
 
     def after_s(self, what: Collective, phases: Sequence[Phase]) -> list[float]:

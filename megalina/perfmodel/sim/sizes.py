@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megalina.perfmodel.sim.collectives import Collective, Floats
-from megalina.step.program import Instruction, Op
+from megalina.step.program import MOVABLE, Instruction, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,13 @@ class Sizes:
     bytes_of: Callable[[Instruction], float]
     scattered: Collection[str] = ()  # buckets whose gradients are reduce-scattered, not all-reduced
     matrix_of: Callable[[Instruction, tuple[int, ...]], Floats | None] | None = None
+    by_node: bool = False  # gradients are summed, and ZeRO-1's weights gathered, by node
 
     def collective(self, instruction: Instruction) -> Collective:
+        what = self._flat(instruction)
+        return what.by_node if self.by_node and instruction.op in MOVABLE else what
+
+    def _flat(self, instruction: Instruction) -> Collective:
         if instruction.op in (Op.TOKENS, Op.COUNTS, Op.EVEN):
             return Collective.ALL_TO_ALL
         if instruction.op in (Op.SEND, Op.RECV):
@@ -38,7 +43,7 @@ class Sizes:
 def own_bytes(what: Collective, num_bytes: float, ranks: int, place: int = 0, bytes_NN: Floats | None = None) -> float:
     """What `megalina.comm.exchange.Pending` counts of one rank's part: bytes to others (of an all-to-all from others, if they are
     more), of a sum or a scatter its tensor.  `num_bytes`, `bytes_NN`: as in `Sizes`."""
-    if what is Collective.ALL_GATHER:
+    if what.flat is Collective.ALL_GATHER:
         return num_bytes / ranks
     if what is not Collective.ALL_TO_ALL:
         return num_bytes

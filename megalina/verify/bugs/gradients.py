@@ -63,6 +63,15 @@ def groups_exchanged(trainable: Trainable, config: PretrainConfig) -> None:
     with_program(trainable, tuple(changed))
 
 
+def nodes_not_summed(trainable: Trainable, config: PretrainConfig) -> None:
+    """Dense gradients are summed over the ranks of each node, and not over nodes."""
+    mesh, inside = trainable.mesh, "inside a node"
+    assert mesh.dp.nodes is not None
+    trainable.mesh = replace(mesh, along_stages={**mesh.along_stages, inside: mesh.dp.nodes.inside})
+    dense = (replace(s, axis=inside) if s.op is Op.GRADS and s.axis == "dp" else s for s in trainable.program)
+    with_program(trainable, tuple(dense))
+
+
 def expert_gradient_not_reduced(trainable: Trainable, config: PretrainConfig) -> None:
     names = expert_buckets(trainable)
     with_program(trainable, tuple(s for s in trainable.program if not (s.op is Op.GRADS and s.name in names)))

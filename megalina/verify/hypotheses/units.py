@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalina.verify.evidence import Cause, Evidence, Pair, close, counted, held
-from megalina.verify.recording import terms_of
+from megalina.verify.recording import NODES, terms_of
 
 MAIN, BALANCE, Z = range(3)
 
@@ -124,6 +124,25 @@ def reduced_early(evidence: Evidence) -> Iterator[Cause]:
             )
         else:
             yield Cause("unknown", f"{text} are each rank's own: they are not summed over the data-parallel ranks")
+
+
+def nodes_not_summed(evidence: Evidence) -> Iterator[Cause]:
+    """Each rank has the sum of its own node's ranks."""
+    wrong, units, layout = evidence.wrong("gradient"), _units(evidence), evidence.layout
+    if layout.reduce != "by_node" or units is None or not wrong or layout.world != layout.dp or layout.cp > 1:
+        return
+    per_node = layout.world // NODES
+    for pair in wrong:
+        by_unit = units[pair.name].sum(1)
+        for rank, value in enumerate(pair.on_ranks):
+            node = range(rank // per_node * per_node, (rank // per_node + 1) * per_node)
+            own = by_unit[[_unit(evidence, place, m) for place in node for m in range(layout.micro_batches)]].sum(0)
+            if not close(own.where(held(value), 0.0), value.where(held(value), 0.0), pair.floor):
+                return
+    yield Cause(
+        "nodes_not_summed",
+        f"gradients of {counted(wrong)} are the sums of each node's {per_node} ranks: they are not summed over nodes",
+    )
 
 
 def _is_early(evidence: Evidence, pair: Pair, units: Tensor, shared: int) -> bool:

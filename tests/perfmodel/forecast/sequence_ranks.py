@@ -22,7 +22,7 @@ from megalina.layout import ranks_of
 from megalina.mesh import Mesh, build_meshes
 from megalina.model.permute import RowOrder
 from megalina.parallel.executor import Functions
-from megalina.perfmodel.forecast.priced_step import PricedStep
+from megalina.perfmodel.forecast.priced_step import PricedStep, nodes_that_sum
 from megalina.perfmodel.sim.collectives import Collective, Floats
 from megalina.perfmodel.sim.network import Network
 from megalina.perfmodel.sim.sizes import Sizes
@@ -73,7 +73,8 @@ def steps_of(configs: Sequence[PretrainConfig]) -> list[Seen]:
 
 def _step_of(config: PretrainConfig, number: int) -> Seen:
     data = _data(config.data.prefix)
-    runner = StepRunner(config, data, device=torch.device("cpu"), meshes=_meshes(config.parallel.tp, config.parallel.ep))
+    parallel, per_node = config.parallel, nodes_that_sum(config)
+    runner = StepRunner(config, data, device=torch.device("cpu"), meshes=_meshes(parallel.tp, parallel.ep, per_node))
     trainable, rows, recorder = runner.trainable, dict[tuple[int, str], list[int]](), Recorder()
     program = trainable.program
     trainable.run_with(program, counting(trainable.functions, rows))
@@ -95,9 +96,9 @@ def _data(prefix: str) -> TokenData:
 
 
 @cache
-def _meshes(tp: int, ep: int) -> dict[int, Mesh]:
+def _meshes(tp: int, ep: int, ranks_per_node: int) -> dict[int, Mesh]:
     """Groups cost more than a step does."""
-    return build_meshes(tp=tp, ep=ep, packings=[k for k in (1, 2, 4) if ep % k == 0])
+    return build_meshes(tp=tp, ep=ep, packings=[k for k in (1, 2, 4) if ep % k == 0], ranks_per_node=ranks_per_node)
 
 
 def padded(batch: Batch) -> Batch:
@@ -189,7 +190,7 @@ def in_virtual_time(programs: Sequence[Program], sizes: Sizes, axes: Mapping[str
         whats = begun[group]
         assert all(len(tags) == len(whats) for tags in tags_of.values()), group
         out[group] = {
-            rank: [Sent(tag, event.op, what[0].value, sent_by(group[1].index(rank), len(group[1]), *what), event.num_bytes)
+            rank: [Sent(tag, event.op, what[0].flat.value, sent_by(group[1].index(rank), len(group[1]), *what), event.num_bytes)
                    for tag, what in zip(tags, whats, strict=True) for event in [events[rank][tag]]]
             for rank, tags in tags_of.items()
         }  # fmt: skip
@@ -205,7 +206,7 @@ def watched(sizes: Sizes, begun: dict[Group, list[Begun]]) -> Sizes:
             begun[instruction.axis, ranks].append(super().sent(instruction, ranks))
             return begun[instruction.axis, ranks][-1]
 
-    return Watched(sizes.bytes_of, sizes.scattered, sizes.matrix_of)
+    return Watched(sizes.bytes_of, sizes.scattered, sizes.matrix_of, sizes.by_node)
 
 
 def sent_by(place: int, ranks: int, what: Collective, num_bytes: float, bytes_NN: Floats | None) -> tuple[float, ...]:
@@ -237,5 +238,7 @@ def configs_of(folder: Path, cases: Mapping[str, tuple[StrategyConfig, Mapping[s
         batch = rest.pop("accumulate", 1) * rest["micro_batch_size"] * dp
         config = config_of(folder, "run", global_batch_size=batch, **rest)
         config.strategy = strategy
+        if config.parallel.reduce == "by_node":
+            config.cluster.nodes, config.cluster.ranks_per_node = 2, WORLD // 2
         out[name] = config
     return out

@@ -61,6 +61,8 @@ ONCE = {  # what differs in other ways, once
     "hashed, untied": ("ddp", {"ep": 2, "tp": 2, "kind": "hash", "tie_embeddings": False, "qk_norm": "head", "bias": True}, {}),
     "once per rank": ("flow", {"ep": 4, "dispatch": "once_per_rank", "accumulate": 2}, {}),
     "once per rank, packed": ("lina", {"ep": 4, "dispatch": "once_per_rank", "dtype": "bfloat16"}, {"packing": "2"}),
+    "by node": ("flow", {"ep": 4, "reduce": "by_node", "accumulate": 2}, {}),
+    "shards by node": ("lina_zero", {"ep": 2, "reduce": "by_node", "zero": 1}, {}),
     "uneven chunks": ("lina_nopack", {"ep": 4, "dtype": "float64", "capacity_factor": 1.5}, {"chunks": "1,3"}),
 }
 
@@ -89,7 +91,7 @@ def cases() -> dict[str, Case]:
 
 CASES = cases()
 PLANTED = ("eager, full", "flow, selective", "lina, plain")
-QUICK = {*PLANTED, "eager, plain", "auto, plain", "pair, plain", "lancet, selective", "lina_zero, full"}
+QUICK = {*PLANTED, "eager, plain", "auto, plain", "pair, plain", "lancet, selective", "lina_zero, full", "flow, by node"}
 every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in QUICK)) for n in CASES])
 
 

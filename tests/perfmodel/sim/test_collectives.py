@@ -31,13 +31,14 @@ def between_nodes(phases: tuple[Phase, ...], ranks_per_node: int) -> Counter[tup
     return counts
 
 
+OF_ALL = [what for what in Collective if what is not Collective.SEND]
 groups = st.sets(st.integers(0, 23), min_size=2, max_size=12).map(sorted)
 
 
 @given(
     ranks=groups,
     per_node=st.integers(1, 6),
-    what=st.sampled_from(Collective),
+    what=st.sampled_from(OF_ALL),
     how=st.sampled_from(ALGORITHMS),
     k=st.integers(1, 3),
 )
@@ -49,6 +50,9 @@ def test_everybody_gets_what_the_others_have(ranks: list[int], per_node: int, wh
         return
     phases = phases_of(what, ranks, ranks_per_node=per_node, algorithm=how, rings=k)
     n = len(ranks)
+    if what is not what.flat:  # by node, whatever the algorithm, where there are several ranks on several nodes
+        by_node = len(set(nodes.values())) == 1 and 1 < len(nodes) < n
+        what, how = what.flat, "hierarchical" if by_node else how
     out, came = sent(phases), sent(phases, out=False)
     assert set(out) | set(came) == set(ranks)
     assert all((p.source_F != p.target_F).all() and (p.bytes_F > 0).all() for p in phases)
@@ -59,6 +63,21 @@ def test_everybody_gets_what_the_others_have(ranks: list[int], per_node: int, wh
             assert out[rank] == pytest.approx(what.rounds * (n - 1) / n) and came[rank] == pytest.approx(out[rank])
     if what in (SUM, GATHER) or (what is A2A and how != "hierarchical"):
         assert min(came.values()) >= (n - 1) / n - 1e-9 or how == "tree"  # nothing shorter tells them all the rest
+
+
+def test_sums_by_node_leave_a_node_once_and_others_as_many_times_as_it_has_ranks() -> None:
+    """Four nodes of two ranks: bytes out of a node for a tensor of one byte."""
+
+    def out_of_a_node(what: Collective, algorithm: str) -> float:
+        edges = between_nodes(phases_of(what, range(8), ranks_per_node=2, algorithm=algorithm), 2)
+        return sum(num_bytes for (node, _), num_bytes in edges.items() if node == 0)
+
+    assert out_of_a_node(SUM, "ring") == pytest.approx(2 * 7 / 8)
+    assert out_of_a_node(SUM.by_node, "ring") == pytest.approx(2 * 3 / 4)
+    assert out_of_a_node(SCATTER, "direct") == pytest.approx(2 * 3 / 4)
+    assert out_of_a_node(SCATTER.by_node, "direct") == pytest.approx(3 / 4)
+    assert out_of_a_node(GATHER.by_node, "ring") == pytest.approx(3 / 4)
+    assert (SUM.by_node.flat, SUM.flat, A2A.by_node) == (SUM, SUM, A2A)
 
 
 def test_a_ring_leaves_each_node_once_and_rings_leave_it_by_different_ranks() -> None:

@@ -1,0 +1,204 @@
+"""Tables of results, by the kind of command that wrote them."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`rows`: a cell for each column of `head`."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        return [_line(self.head), "|" + "---|" * len(self.head), *map(_line, self.rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def ladder(result: Result) -> list[Table]:
+    """Of tools/compare_strategies.py: each setting's strategies, the slowest first."""
+    return [_setting(setting, result["note"]) for setting in result["settings"]]
+
+
+def _setting(setting: Result, note: str) -> Table:
+    bound_s, tighter_s = setting["lower_bound_s"], setting["tighter_bound_s"]
+    rows = []
+    for name, of in sorted(setting["strategies"].items(), key=lambda one: -one[1]["median_step_s"]):
+        if name == "eager":  # the fastest of its variants, which are there
+            continue
+        step_s, (low, high) = of["median_step_s"], of["ratio_spread"]
+        rows.append(
+            [
+                name,
+                ms(step_s),
+                f"{of['ratio_to_eager']:.2f} ({low:.2f} - {high:.2f})",
+                f"{step_s / bound_s:.2f}" if bound_s else "",
+                f"{step_s / tighter_s:.2f}" if tighter_s else "",
+                ms(of["a2a_exposed_s"]),
+                ms(of["grads_exposed_s"]),
+                of["plan"],
+            ]
+        )
+    head = ("strategy", "step ms", "to tuned eager (quartiles)", "over the bound", "over the tighter one",
+            "waits for tokens ms", "for gradients ms", "ran as")  # fmt: skip
+    slow = f", {setting['slow_motion']:g} times in slow motion, in its own time" if setting["slow_motion"] > 1 else ""
+    return Table(head, rows, f"**{setting['name']}**{slow}; {note}")
+
+
+def pipelines(result: Result) -> list[Table]:
+    """Of benchmarks/pipelines.py: what each schedule takes, and what was forecast."""
+    out = []
+    for setting in result["settings"]:
+        forecast, hosts = setting["forecast_s"], setting.get("with_hosts_s") or {}
+        rows = []
+        for name, of in sorted(setting["strategies"].items(), key=lambda one: -one[1]["median_step_s"]):
+            if name == "eager":
+                continue
+            step_s = of["median_step_s"]
+            guesses = [ms(found[name]) if name in found else "" for found in (forecast, hosts)]
+            rows.append([name, ms(step_s), f"{of['ratio_to_eager']:.2f}", *guesses[: 1 + bool(hosts)]])
+        head = ["schedule", "step ms", "to tuned eager", "forecast ms", *(["with hosts ms"] if hosts else [])]
+        out.append(Table(head, rows, f"**{setting['name']}**; {result['note']}"))
+    return out
+
+
+def validation(result: Result) -> list[Table]:
+    """Of benchmarks/validate_simulator.py: how far step times are from the simulator's."""
+    rows = []
+    for side, text in (("fitted", "constants fitted on these"), ("heldout", "held out")):
+        of = result[side]
+        errors = [percent(of[name]) for name in ("median_error", "p90_error", "ratio_error")]
+        rows.append([text, str(of["configurations"]), *errors, f"{percent(of['pair_order'])} of {of['pairs']}"])
+    head = (
+        "configurations",
+        "number",
+        "step time off by, median",
+        "p90",
+        "ratio of two off by, median",
+        "pairs in the right order",
+    )
+    return [Table(head, rows)]
+
+
+def muon_wire(result: Result) -> list[Table]:
+    """Of benchmarks/muon.py --parts wire."""
+    rows = [
+        [
+            of["name"],
+            str(of["zero"]),
+            f"{of['step_ms']:.0f} ({of['step_quartiles_ms'][0]:.0f} - {of['step_quartiles_ms'][1]:.0f})",
+            f"{of['tail_ms']:.0f} ({of['tail_quartiles_ms'][0]:.0f} - {of['tail_quartiles_ms'][1]:.0f})",
+            f"{of['virtual_step_ms']:.0f}",
+            f"{of['virtual_tail_ms']:.0f}",
+        ]
+        for of in result["wire"]
+    ]
+    head = ("optimizer", "ZeRO", "step ms (quartiles)", "tail ms (quartiles)", "simulated step", "simulated tail")
+    return [Table(head, rows)]
+
+
+def muon_train(result: Result) -> list[Table]:
+    """Of benchmarks/muon.py --parts train: each optimizer at the best rate of its sweep, with other seeds."""
+    by_name: dict[str, list[Result]] = {}
+    for of in result["trained"]:
+        by_name.setdefault(of["optimizer"], []).append(of)
+    rows = []
+    for name, runs in by_name.items():
+        losses = [of["loss"] for of in runs]
+        spread = max(losses) - min(losses)
+        state_mb = runs[0]["state_bytes"] / 1e6
+        rows.append(
+            [name, f"{runs[0]['lr']:g}", f"{statistics.fmean(losses):.3f}", f"{spread:.3f}", str(len(runs)), f"{state_mb:.0f}"]
+        )
+    head = ("optimizer", "learning rate", "validation loss", "spread", "seeds", "state MB")
+    return [Table(head, rows, f"{result['steps']} steps, equal tokens; {result['machine']}")]
+
+
+def torch_pipelines(result: Result) -> list[Table]:
+    """Of benchmarks/torch_pipelines.py: torch's own runtime beside ours, on the same tables."""
+    rows = []
+    for ranks, found in result["ranks"].items():
+        for name, of in found.get("times", {}).items():
+            sides = {side: s["median_step_s"] for side, s in of["sides"].items()}
+            rows.append([ranks, name, ms(sides["torch"]), ms(sides["ours"]), f"{sides['torch'] / sides['ours']:.2f}"])
+    return [Table(("ranks", "schedule", "torch ms", "ours ms", "torch over ours"), rows, result["note"])]
+
+
+def long_context(result: Result) -> list[Table]:
+    """Of benchmarks/long_context.py."""
+    rows = []
+    for of in result["rows"]:
+        peak = max(rank["measured"] for rank in of["ranks"])
+        predicted = max(rank["predicted"] for rank in of["ranks"])
+        step_s = max(rank["step_s"] for rank in of["ranks"])
+        rows.append([str(of["cp"]), of["kind"] or "one rank", f"{peak / 1e6:.0f}", f"{predicted / 1e6:.0f}", f"{step_s:.1f}"])
+    title = f"{result['length']:,} tokens; losses differ by at most {result['apart']:.1e}"
+    return [Table(("cp", "how", "peak MB of a rank", "predicted MB", "step s"), rows, title)]
+
+
+def imports(result: Result) -> list[Table]:
+    """Of benchmarks/import_checkpoint.py."""
+    rows = [
+        [
+            name,
+            f"{of['parameters'] / 1e6:.0f}",
+            f"{of['num_bytes'] / 1e6:.0f}",
+            f"{of['seconds']:.1f}",
+            f"{of['peak_bytes'] / 1e6:.0f}",
+        ]
+        for name, of in result["imports"].items()
+    ]
+    loads = [
+        [ranks, f"{min(of['seconds'] for of in runs):.1f} - {max(of['seconds'] for of in runs):.1f}",
+         f"{max(of['peak_bytes'] for of in runs) / 1e6:.0f}"]
+        for ranks, runs in result["loads"].items()
+    ]  # fmt: skip
+    return [
+        Table(("import of", "million parameters", "MB", "seconds", "peak MB"), rows),
+        Table(("train.init_from on ranks", "seconds", "peak MB of a rank"), loads),
+    ]
+
+
+def host_time(result: Result) -> list[Table]:
+    """Of tools/measure_cluster.py --host: CPU time of the program's thread in a step."""
+    rows = []
+    for name, of in result.items():
+        cpu = {part: f"{seconds * 1e3:.1f}" for part, seconds in of["cpu_s"].items()}
+        others = [f"{of[key] * 1e3:.1f}" for key in ("thread_s", "others_s", "queued_s")]
+        per_us = of["thread_s"] / of["instructions"] * 1e6
+        rows.append([name, str(of["instructions"]), *cpu.values(), *others, f"{per_us:.0f}"])
+    parts = list(next(iter(result.values()))["cpu_s"])
+    head = ("list", "instructions", *(f"{part} ms" for part in parts), "its thread ms", "other threads ms", "without a core ms",
+            "us per instruction")  # fmt: skip
+    return [Table(head, rows)]
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
+    "ladder": ladder,
+    "pipelines": pipelines,
+    "torch_pipelines": torch_pipelines,
+    "validation": validation,
+    "host_time": host_time,
+    "muon_wire": muon_wire,
+    "muon_train": muon_train,
+    "long_context": long_context,
+    "import": imports,
+}
