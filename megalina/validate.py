@@ -15,7 +15,6 @@ from megalina.blocks.activation import check_activation
 from megalina.blocks.heads import check_rope, check_window
 from megalina.blocks.model import attention_of, blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
-from megalina.blocks.reference import is_reference
 from megalina.blocks.routers import check_router, kind_of
 from megalina.config import (
     BELOW_ONE,
@@ -30,7 +29,8 @@ from megalina.config import (
 )
 from megalina.nearest import nearest
 from megalina.placement.expert_order import ExpertOrders, read_orders
-from megalina.step.strategy import STRATEGIES
+from megalina.reference import is_reference
+from megalina.step.strategy import STRATEGIES, strategy_named
 from megalina.validate_data import check_data, check_eval, check_profile
 from megalina.validate_pipeline import check_pipeline
 from megalina.validate_strategy import check_strategy
@@ -250,7 +250,10 @@ def value_at(config: object, key: str) -> object:
 
 
 def _check_choices(config: PretrainConfig) -> None:
-    _check_choice("strategy.name", config.strategy.name, (*STRATEGIES, AUTO))
+    if is_reference(config.strategy.name):
+        strategy_named(config.strategy.name)
+    else:
+        _check_choice("strategy.name", config.strategy.name, (*STRATEGIES, AUTO))
     for key, value, may_be in settings(config, having="choices"):
         if not (may_be["own"] and is_reference(str(value))):
             _check_choice(key, value, may_be["choices"])
@@ -345,7 +348,7 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
             f"parallel.reduce=by_node on {world} rank{'s' * (world > 1)}: it needs two nodes of two ranks at least; use flat, "
             "or auto"
         )
-    if parallel.dispatch != "rows":
+    if parallel.dispatch == "once_per_rank":
         if ep == 1:
             raise ValueError(f"parallel.dispatch={parallel.dispatch} does nothing with parallel.ep=1: no token travels; use rows")
         if kind_of(config.router).is_dense:

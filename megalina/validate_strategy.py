@@ -1,5 +1,6 @@
 """The check of `strategy`: what its mechanisms need of the model, the layout and the batch, and numbers that would do nothing."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megalina.blocks.counts import expert_bytes_on_rank
@@ -9,6 +10,7 @@ from megalina.blocks.pipelined import pipelined
 from megalina.blocks.routers import capacity_text, kind_of
 from megalina.config import PretrainConfig, StrategyConfig, is_moe_layer, training_layers
 from megalina.plan_settings import AUTO, SEARCH, plan_of, settings_of
+from megalina.reference import is_reference
 from megalina.step import candidates
 from megalina.step.forward import plain
 from megalina.step.partition import MOST_PARTS, NONE, most_parts, partition, ranges_from, ranges_of, with_own_counts
@@ -67,7 +69,7 @@ def check_strategy(config: PretrainConfig, world: int) -> None:
             "strategy.search_evaluations=0 searches nothing with strategy=search: give 1000, say, or another strategy"
         )
     for key, names in USED_BY.items():
-        if getattr(strategy, key) != getattr(plain, key) and strategy.name not in names:
+        if getattr(strategy, key) != getattr(plain, key) and not _uses(strategy.name, names):
             raise _does_nothing(key, getattr(strategy, key), strategy.name)
     for key in ("partition_bytes", "chunks", "late_layers", "deferred_weights", "join_weights"):
         if strategy.name == AUTO and getattr(strategy, key) != getattr(plain, key):
@@ -107,7 +109,7 @@ def check_plan(config: PretrainConfig, plan: Plan, world: int) -> None:
     """ValueError unless `world` ranks can follow the plan with all else of `config`, which is known to be right."""
     values, plain = settings_of(plan), StrategyConfig()
     for key, names in USED_BY.items():
-        if values[key] != getattr(plain, key) and plan.strategy not in names:
+        if values[key] != getattr(plain, key) and not _uses(plan.strategy, names):
             raise _does_nothing(key, values[key], plan.strategy)
     if plan.join_weights:
         _check_joined(plan)
@@ -152,6 +154,11 @@ def _check_joined(plan: Plan) -> None:
             "strategy.join_weights=true joins what parts and chunks give, and there is one of both: set strategy.parts=2, or "
             "strategy.join_weights=false"
         )
+
+
+def _uses(strategy: str, names: Sequence[str]) -> bool:
+    """Whether a number of the plan is for this strategy, too.  One's own gets all of them."""
+    return strategy in names or is_reference(strategy)
 
 
 def _does_nothing(key: str, value: object, name: str) -> ValueError:

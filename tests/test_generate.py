@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megalina.batch import Batch
-from megalina.blocks.reference import load
 from megalina.config import ModelConfig, RouterConfig
 from megalina.generate import Sampling, choose, generate
 from megalina.model.gpt import GPT
 from megalina.model.init import initialize
+from megalina.reference import load
 
 VOCABULARY, POSITIONS = 150, 32
 GATE = f"{Path(__file__).resolve().parents[1]}/docs/examples/own_layer.py:Gate"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megalina.batch import Batch
 from megalina.blocks.parameter import Parameter
-from megalina.blocks.reference import load
 from megalina.compose import compose
 from megalina.config import PretrainConfig
+from megalina.reference import load
 from megalina.train.optim import Group
 from megalina.verify.proof import NotProven, prove
 

@@ -11,7 +11,13 @@ from types import ModuleType
 
 import pytest
 
+from megalina.compose import compose
+from megalina.parallel.plan_file import check_order
+from megalina.parallel.plan_file import setting_of as setting_of_run
+from megalina.reference import load
 from megalina.step.program import Kind
+from megalina.step.strategy import training_step
+from megalina.validate import check_config
 from tests.perfmodel.sim.schedules import SHAPES, setting_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,3 +69,37 @@ def test_in_every_model_weights_get_their_gradients_while_tokens_are_on_the_wire
         assert len(late) == sum(SHAPES[shape].moe) * setting.micro_batches
         for before, s in late:
             assert (before.kind, before.tag) == (Kind.START, f"B:dispatch>.{s.layer}.{s.part}")
+
+
+def test_a_file_with_a_schedule_is_a_strategy(tmp_path: Path) -> None:
+    name = f"{EXAMPLE}:weights_under_tokens"
+    config = compose(["model=tiny", f"strategy.name={name}", "strategy.partition_bytes=65536", "parallel.ep=2"])
+    check_config(config, 2)
+    check_order(config, 2, vocab_size=512)
+    setting = setting_of_run(config, 2, 512)
+    assert training_step(name, setting) == load(name)(setting)
+    assert any(s.phase == "W" for s in training_step(name, setting))
+    with pytest.raises(ValueError, match="makes a list that goes over all layers, and with parallel.pp=2"):
+        check_config(compose(["model=tiny", f"strategy.name={name}", "parallel.pp=2"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def other(setting): ...", "has no mine"),
+        ("mine = 3", "is int, no function from a Setting to a list of instructions"),
+        (
+            "from megalina.step.strategy import eager\ndef mine(setting): return eager(setting)[:-1]",
+            "gives no list that can be run",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_run_is_refused_before_any_process_starts(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config = compose(["model=tiny", f"strategy.name={file}:mine"])
+        check_config(config, 1)
+        check_order(config, 1, vocab_size=512)
+    with pytest.raises(ValueError, match="there is no such file"):
+        check_config(compose(["model=tiny", f"strategy.name={tmp_path}/nothing.py:mine"]), 1)

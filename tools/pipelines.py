@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megalina.arguments import Parser, new_file, number, whole
-from megalina.blocks.reference import is_reference, load
 from megalina.perfmodel.forecast.pipeline_cells import boxes_of
+from megalina.reference import is_reference, load
 from megalina.step.pipeline.cell import WEIGHTS_DONE, Pipeline, entry_text, loop
 from megalina.step.pipeline.check import check
 from megalina.step.pipeline.live import live_peaks

@@ -57,6 +57,7 @@ KINDS: Mapping[str, Sequence[Feature]] = {
         Feature("full recompute", ("train.recompute=full",)),
         Feature("bfloat16", ("train.dtype=bfloat16",)),
         Feature("tokens sent once per rank", ("parallel.dispatch=once_per_rank",)),
+        Feature("gradients by node", ("parallel.reduce=by_node",)),
     ),
     "pipelines": (
         *(_pipeline(name) for name in ("gpipe", "1f1b", "zb_h1", "greedy")),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from math import comb
 
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import Block, Loss, Whole
@@ -19,14 +20,17 @@ from megalina.blocks.once_moe import OnceMoE
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
-from megalina.blocks.reference import is_reference, load
 from megalina.blocks.routers import has_state, kind_of, takes_whole_micro_batch
-from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, is_moe_layer
+from megalina.config import BYTES, ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, is_moe_layer
+from megalina.reference import is_reference, load
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
 
 ATTENTION, FFN = "attention", "ffn"  # of `model.layer`; the second is a dense MLP or a mixture of experts, layer by layer
 
+MOST_OF_ROWS = (
+    0.9  # of the bytes of rows, for parallel.dispatch=auto: rows are made anew where they arrive, which takes time, too
+)
 CONTEXTS = ("", "all_gather", "all_to_all")  # of `Shape.context`
 
 
@@ -150,9 +154,23 @@ def ffn_of(router: RouterConfig, is_moe: bool, once: bool = False) -> type[Block
     return DenseMoE if kind_of(router).is_dense else OnceMoE if once else MoE
 
 
-def sends_once(parallel: ParallelConfig) -> bool:
-    """As `Whole.once`."""
-    return parallel.dispatch == "once_per_rank"
+def sends_once(config: PretrainConfig) -> bool:
+    """As `Whole.once`.  With parallel.dispatch=auto: where that puts at most `MOST_OF_ROWS` of the bytes on the wire."""
+    if config.parallel.dispatch != "auto":
+        return config.parallel.dispatch == "once_per_rank"
+    if config.parallel.ep == 1 or kind_of(config.router).is_dense:
+        return False
+    return bytes_once_of_rows(config) <= MOST_OF_ROWS
+
+
+def bytes_once_of_rows(config: PretrainConfig) -> float:
+    """What a token's rows weigh if it travels once to each rank that has experts of it, with their weights, over what its rows
+    weigh if it travels once for each of its experts.  All sets of experts are taken to be equally likely."""
+    experts, top_k, ranks = config.model.num_experts, config.router.top_k, config.parallel.ep
+    of_rank, element = experts // ranks, BYTES[config.train.dtype]
+    visited = ranks * (1 - comb(experts - of_rank, top_k) / comb(experts, top_k))
+    row, weights = config.model.d_model * element, of_rank * max(4, element)
+    return visited * (row + weights) / (top_k * row)
 
 
 def blocks_of(
@@ -234,7 +252,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
 def step_shape(config: PretrainConfig) -> Shape:
     """What the program of a training step must know of the model and the layout."""
     parallel = config.parallel
-    blocks = blocks_of(config.model, config.router, once=sends_once(parallel))
+    blocks = blocks_of(config.model, config.router, once=sends_once(config))
     return blocks.shape(
         tp=parallel.tp,
         sequence=parallel.sequence,

@@ -9,10 +9,10 @@ from megalina.blocks.block import Block, Loss, norm_parameters, output_std
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.mlp import mlp_parameters
 from megalina.blocks.parameter import Parameter
-from megalina.blocks.reference import load
 from megalina.blocks.routers import RouterKind, kind_of
 from megalina.blocks.sizes import INT_BYTES, At, Rank
 from megalina.blocks.work import Piece, Work, linear, moved, norm, residual
+from megalina.reference import load
 from megalina.step.forward import Shape, compute, exchange, names
 from megalina.step.program import Instruction, Op
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megalina.blocks.parameter import Parameter
-from megalina.blocks.reference import is_reference, load
 from megalina.config import OptimConfig
+from megalina.reference import is_reference, load
 
 
 class OptimizerKind:

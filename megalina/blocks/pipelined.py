@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalina.blocks.model import blocks_of
-from megalina.blocks.reference import is_reference, load
 from megalina.blocks.sizes import Rank
 from megalina.config import ModelConfig, PretrainConfig, RouterConfig, is_moe_layer
+from megalina.reference import is_reference, load
 from megalina.step.forward import plain
 from megalina.step.pipeline.cell import Pipeline, Work
 from megalina.step.pipeline.check import check

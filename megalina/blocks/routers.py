@@ -4,8 +4,8 @@ functions."""
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from megalina.blocks.reference import is_reference, load
 from megalina.config import RouterConfig
+from megalina.reference import is_reference, load
 
 
 class RouterKind:

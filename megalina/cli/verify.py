@@ -122,6 +122,7 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
     from megalina import launch, validate
     from megalina.compose import CONF, compose
     from megalina.config import ParallelConfig, StrategyConfig
+    from megalina.reference import is_reference
     from megalina.step.strategy import STRATEGIES
 
     own = compose(overrides)
@@ -145,6 +146,7 @@ def choices_of(overrides: list[str], ranks: int) -> "Choices":
             routers[path.stem] = shrink_router(router, own.model.num_experts, base.model.num_experts)
     without = [o for o in overrides if o.split("=")[0] not in ("strategy", "strategy.name")]
     strategies = {name: compose([*without, f"strategy={name}"]).strategy for name in STRATEGIES}
+    strategies |= {own.strategy.name: own.strategy} if is_reference(own.strategy.name) else {}
     found = Choices(base, routers, strategies, {base.model.name: base.model}, {base.optim.name: base.optim})
     return replace(found, schedules=tuple(dict.fromkeys((*found.schedules, _known_schedule(own.strategy.pipeline)))))
 

@@ -18,7 +18,6 @@ from megalina.blocks.block import Block
 from megalina.blocks.head import Head as HeadBlock
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.model import blocks_of
-from megalina.blocks.reference import load
 from megalina.blocks.selection import Selection
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.config import ModelConfig, RouterConfig
@@ -35,6 +34,7 @@ from megalina.model.norm import Norm
 from megalina.model.rope import Rotary, attention_factor, frequencies, rope_table
 from megalina.model.routers import Router
 from megalina.model.tokens import WHOLE, TokenShare, places
+from megalina.reference import load
 from megalina.step.pipeline.job import Held
 from megalina.step.program import Instruction
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.blocks.activation import activation_of
 from megalina.blocks.moe import MoE as MoEBlock
-from megalina.blocks.reference import load
 from megalina.blocks.sizes import LIMBS
 from megalina.model.block_functions import BlockFunctions, Routed, Seen
 from megalina.model.digest import routing_digest
@@ -28,6 +27,7 @@ from megalina.model.norm import Norm
 from megalina.model.permute import Places, RowOrder, permute, places_of, reorder, row_order, unpermute
 from megalina.model.routers import GroupSoFar, Router, Routing, router_class
 from megalina.model.tokens import ALL, OwnTokens, all_in_order, among_all, places, router_tokens
+from megalina.reference import load
 from megalina.step.program import Instruction
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalina.blocks.reference import load
 from megalina.blocks.routers import kind_of
 from megalina.config import RouterConfig
 from megalina.model.balance import balance_loss
@@ -30,6 +29,7 @@ from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal
 from megalina.model.selection import best_groups, capacity, groups_of_best, hashed, highest, taken_by_experts, within_capacity
 from megalina.model.tokens import OwnTokens, RouterTokens
+from megalina.reference import load
 
 
 @dataclass(frozen=True, slots=True)

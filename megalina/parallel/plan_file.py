@@ -18,6 +18,7 @@ from megalina.config import BYTES, PretrainConfig
 from megalina.layout import readers
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.plan_settings import AUTO, SEARCH, plan_of, strategy_of
+from megalina.reference import is_reference
 from megalina.step import candidates
 from megalina.step.plan import Plan, WrongChecksum
 from megalina.step.strategy import Setting, training_step
@@ -61,12 +62,15 @@ def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
 
 def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
     """ValueError unless the order of instructions in `strategy.order`, if there is one, is of the list that this configuration
-    gives.  `vocab_size`: before padding."""
-    if not config.strategy.order:
+    gives, and where a strategy of one's own gives no list that can be run.  `vocab_size`: before padding."""
+    own = is_reference(config.strategy.name)
+    if not (config.strategy.order or own):
         return
     try:
         training_step(config.strategy.name, setting_of(config, world, vocab_size))
     except ValueError as error:
+        if own:
+            raise ValueError(f"strategy.name={config.strategy.name} gives no list that can be run: {error}") from None
         told = f"strategy.plan={config.strategy.plan} can't be followed: {error}"
         raise ValueError(f"{told}; search anew with strategy=search") from None
 

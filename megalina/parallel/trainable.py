@@ -72,7 +72,7 @@ class Trainable:
             digests=train.ledger,
             expert_orders=_orders(parallel.placement, mesh),
             held=self.pipelined.held(mesh.pp_rank) if self.pipelined is not None else None,
-            once=sends_once(parallel),
+            once=sends_once(config),
         )
         shape = step_shape(config)
         main_bytes = 8 if dtype == torch.float64 else 4

@@ -1,12 +1,14 @@
 """Strategies: which passes, with which numbers, make a training step of a forward pass.
 
-A strategy is a function from a `Setting` to a list.  To add one, write such a function, enter it in `STRATEGIES`, and give it
-a YAML in `conf/strategy/`; docs/strategies.md shows how.
+A strategy is a function from a `Setting` to a list.  One's own is a file with such a function, `strategy.name=FILE.py:FUNCTION`,
+which a YAML in `conf/strategy/` may name; docs/tutorial-own-schedule.md shows how.  Those here are entered in `STRATEGIES`.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
+from megalina.reference import is_reference, load
 from megalina.step.forward import Shape, plain
 from megalina.step.list_scheduling import by_tails, guessed
 from megalina.step.order import ordered
@@ -158,15 +160,27 @@ STRATEGIES: Mapping[str, Strategy] = {
 def training_step(name: str, setting: Setting) -> Program:
     """The checked program of one training step, in the order of the plan if it has one.  ValueError for a strategy that isn't
     there, and for an order of another step."""
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy.name is {name!r}: choose one of {', '.join(STRATEGIES)}")
-    program = STRATEGIES[name](setting)
+    program = strategy_named(name)(setting)
     if setting.plan.newton_schulz_after:
         program = place_newton_schulz(program, setting.buckets, setting.plan.newton_schulz_after)
     if setting.plan.order:
         program = ordered(program, setting.plan.order)
     check(program, given(program, setting), setting.buckets)
     return program
+
+
+def strategy_named(name: str) -> Strategy:
+    """Of `STRATEGIES`, or one's own, FILE.py:FUNCTION.  ValueError for one that isn't there, and for what is no function."""
+    if is_reference(name):
+        own = load(name)
+        if not callable(own):
+            raise ValueError(
+                f"strategy.name={name} is {type(own).__name__}, no function from a Setting to a list of instructions"
+            )
+        return cast(Strategy, own)
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy.name is {name!r}: choose one of {', '.join(STRATEGIES)}, or give FILE.py:FUNCTION")
+    return STRATEGIES[name]
 
 
 def evaluation(shape: Shape, buckets: Mapping[str, BucketSpec]) -> Program:

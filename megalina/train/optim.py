@@ -19,9 +19,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megalina.blocks.optimizers import optimizer_of
-from megalina.blocks.reference import load
 from megalina.config import OptimConfig
 from megalina.mesh import Axis
+from megalina.reference import load
 from megalina.step.program import Matrices
 
 UNCUT = Axis("tp")

@@ -11,6 +11,7 @@ from megalina.changed_settings import Change, Kind, changes, check_changes, some
 from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, check_same
 from megalina.checkpoint.checksums import damaged
 from megalina.checkpoint.files import MODEL, newest_first, read_description, read_values
+from megalina.checkpoint.hugging_face.importing import REPORT
 from megalina.checkpoint.hugging_face.linked import settings_of
 from megalina.config import PretrainConfig
 from megalina.families.family import Settings
@@ -160,4 +161,8 @@ def _with_settings(path: Path, config: PretrainConfig, vocab_size: int) -> str:
     told += [f"a vocabulary of {there} there and of {vocab_size} here (data, model.vocab_size)"] if there != vocab_size else []
     if not told:
         return ""
-    return f"checkpoint {path} is of another model: {'; '.join(told)}: set back what differs, or start anew in another run.dir"
+    report = path / REPORT
+    todo = (
+        f"give the settings that {report} has" if report.is_file() else "set back what differs, or start anew in another run.dir"
+    )
+    return f"checkpoint {path} is of another model: {'; '.join(told)}: {todo}"

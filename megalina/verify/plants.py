@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megalina.blocks.heads import attention_bias
+from megalina.blocks.model import sends_once
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.pipelined import pipelined
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
@@ -228,7 +229,7 @@ _ALL = (
         "rows_not_regrouped",
         "rows that arrive from several ranks are not brought into the order of experts",
         lambda layout, config: (
-            _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config) and layout.dispatch == "rows"
+            _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config) and not sends_once(config)
         ),
         forward.rows_not_regrouped,
     ),

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from megalina.batch import Batch
 from megalina.blocks.bucket_layout import Member
 from megalina.blocks.optimizers import optimizer_of
-from megalina.blocks.reference import is_reference
 from megalina.blocks.sizes import NEARNESS_BINS
 from megalina.config import OptimConfig, ParallelConfig, PretrainConfig, StrategyConfig
 from megalina.model.block_functions import Routed, Seen
@@ -21,6 +20,7 @@ from megalina.model.gpt import GPT, Layer
 from megalina.model.init import Cut, initialize, spec_of
 from megalina.model.locmoe import grap
 from megalina.model.routers import Router
+from megalina.reference import is_reference
 from megalina.step.program import Matrices
 from megalina.train.optim import FlatOptimizer, FlatTensor
 from megalina.verify.muon_by_hand import MuonByHand, clip_heads, is_hidden, largest_logits

@@ -6,9 +6,9 @@ import pytest
 
 from megalina.blocks.model import blocks_of, check_layer
 from megalina.blocks.moe import RouterLoss
-from megalina.blocks.reference import is_reference, load
 from megalina.blocks.routers import check_router
 from megalina.config import ModelConfig, PretrainConfig, RouterConfig
+from megalina.reference import is_reference, load
 from megalina.validate import check_config
 
 

@@ -83,6 +83,8 @@ def export_checkpoint(
             write_file(hidden / file, {key: listing[key] for key in keys}, {"format": "pt"}, fetch)
             weight_map |= dict.fromkeys(keys, file)
         files = carried.copy_all(along, hidden)
+        if carried.tokenizer_of(hidden) is None:
+            notes.append("no tokenizer goes along: give a folder that has it with --like")
         done = Exported(chosen.name, len(listing), len(shards), num_bytes, dict(sums.found()), files, notes)
         _write(hidden / CONFIG, config)
         _write(hidden / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))})

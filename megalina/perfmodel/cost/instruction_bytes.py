@@ -159,7 +159,7 @@ class InstructionBytes:
             vocab_size=vocab_size,
             padded_vocab=padded_vocab_size(vocab_size, tp),
             max_positions=config.model.max_positions or config.train.seq_len,
-            once=sends_once(config.parallel),
+            once=sends_once(config),
         )
 
     def of_buckets(self, names: Collection[str]) -> "InstructionBytes":

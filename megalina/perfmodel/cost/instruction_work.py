@@ -47,7 +47,7 @@ class InstructionWork:
         ep = config.parallel.ep / packing
         self.config, self.buckets = config, buckets
         self.rank = Rank(config=config, ep=ep, vocab_rows=vocab_rows)
-        positions, once = config.train.seq_len, sends_once(config.parallel)
+        positions, once = config.train.seq_len, sends_once(config)
         self.blocks: Blocks = blocks_of(config.model, config.router, max_positions=positions, once=once)
         stage = world // config.parallel.pp
         dp = stage / self.rank.tp

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalina.blocks.model import sends_once
 from megalina.config import PretrainConfig
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -36,7 +37,7 @@ def divided_by_dp_twice(trainable: Trainable, config: PretrainConfig) -> None:
 
 def router_detached(trainable: Trainable, config: PretrainConfig) -> None:
     def of(instruction: Instruction, function: Function) -> Function:
-        if config.parallel.dispatch == "once_per_rank":
+        if sends_once(config):
             return (
                 (lambda rows, weight, order: function(rows, weight.detach(), order)) if instruction.name == "pack" else function
             )
