@@ -191,7 +191,8 @@ def convert(source: Path, target: Path, *, optimizer: bool, ranks: int | None) -
 
 
 def take(source: Path, target: Path) -> None:
-    from megalina.checkpoint.hugging_face.importing import REPORT, import_folder
+    from megalina.checkpoint.hugging_face.carried import REPORT
+    from megalina.checkpoint.hugging_face.importing import import_folder
 
     done = import_folder(source, target)
     size = f"{done.parameters:,} parameters from {done.keys:,} tensors, {done.num_bytes / 1e9:,.2f} GB"

@@ -11,7 +11,7 @@ from megalina.changed_settings import Change, Kind, changes, check_changes, some
 from megalina.checkpoint.checkpoints import Checkpoints, all_damaged, check_same
 from megalina.checkpoint.checksums import damaged
 from megalina.checkpoint.files import MODEL, newest_first, read_description, read_values
-from megalina.checkpoint.hugging_face.importing import REPORT
+from megalina.checkpoint.hugging_face.carried import REPORT
 from megalina.checkpoint.hugging_face.linked import settings_of
 from megalina.config import PretrainConfig
 from megalina.families.family import Settings

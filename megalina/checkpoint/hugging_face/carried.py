@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
+REPORT = "import_report.json"  # of an import, in the checkpoint that it wrote
 PATTERNS = (
     *("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json"),

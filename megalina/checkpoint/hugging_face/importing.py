@@ -24,7 +24,6 @@ from megalina.families.links import Link
 from megalina.families.table import family_of
 from megalina.validate import check_config
 
-REPORT = "import_report.json"
 BOX_BYTES = 64 << 20  # of one box of a tensor: layouts read what they need of it
 FILE_BYTES = 4 << 30
 BOX_OVERHEAD = 4096  # bytes that a box takes on disk beside its numbers
@@ -97,7 +96,7 @@ def import_folder(
                 overrides=overrides(settings),
             )
         )
-        (hidden / REPORT).write_text(json.dumps(asdict(done[0]), indent=1) + "\n")
+        (hidden / carried.REPORT).write_text(json.dumps(asdict(done[0]), indent=1) + "\n")
 
     done: list[Imported] = []
     tokenizer = carried.tokenizer_of(folder)
