@@ -60,6 +60,7 @@ def composed(number: int) -> PretrainConfig:
     return compose([f"{group}={names[number % len(names)]}" for group, names in ALONE.items()] if number >= 0 else [])
 
 
+@pytest.mark.full
 def test_a_file_chosen_with_others_gives_what_it_gives_alone() -> None:
     for group, names in ALONE.items():
         found, alone = of_several(group, len(names) - 1), compose([f"{group}={names[-1]}"])
@@ -454,7 +455,7 @@ def saved_checkpoint(path: Path, config: PretrainConfig, vocab_size: int) -> Pat
     return path
 
 
-@pytest.mark.parametrize("setting", ["train.init_from", "train.resume"])
+@pytest.mark.parametrize("setting", [pytest.param("train.init_from", marks=pytest.mark.full), "train.resume"])
 def test_a_checkpoint_of_another_model_is_refused_before_a_rank_starts(command, tmp_path: Path, setting: str) -> None:
     path = saved_checkpoint(tmp_path / "old" / "step_00000020", compose(["model=tiny"]), 512)
     code, out, err = command("model=tiny", "model.d_ff=64", "run.dir=new", f"{setting}={path}")
@@ -482,6 +483,7 @@ def test_changed_settings_are_refused_before_text_is_prepared(command, tmp_path:
     assert (code, out, err.count("\n")) == (2, [], 1) and "another model: model.d_ff 128 -> 64: " in err
 
 
+@pytest.mark.full
 def test_a_run_folder_with_another_models_checkpoints_is_refused(command, tmp_path: Path) -> None:
     saved_checkpoint(tmp_path / "here" / "checkpoints" / "step_00000020", compose(["model=tiny"]), 512)
     code, _, err = command("model.num_experts=8", "run.dir=here")

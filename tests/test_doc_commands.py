@@ -67,7 +67,10 @@ def test_what_is_trained_passes_the_checks(command: Command) -> None:
         check_config(config, command.world or config.launch.ranks)
 
 
-@pytest.mark.parametrize("command", of("tools/simulate.py"), ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.full] * ("-m" in c.words), id=str(c)) for c in of("tools/simulate.py")],
+)
 def test_what_is_simulated_passes_the_checks(command: Command) -> None:
     """All jobs of a sweep, without simulating them."""
     assert command.jobs()

@@ -321,6 +321,7 @@ def test_rank_0_is_heard_and_the_others_are_kept(planted: Planted, tmp_path: Pat
     assert sum(call.startswith("ip netns exec a") for call in planted.calls) == 2
 
 
+@pytest.mark.full
 def test_the_first_failure_ends_all_with_its_code_and_its_last_words(planted: Planted, tmp_path: Path) -> None:
     script = f"echo $$ > {tmp_path}/pid.$RANK; test $RANK = 2 || exec sleep 60; echo the cause; exit 7"
     begin = time.monotonic()
@@ -341,6 +342,7 @@ def test_the_rank_that_failed_is_blamed_and_not_the_one_that_lost_it(planted: Pl
     assert (outcome.code, outcome.reason) == (5, "rank 2 of 4 failed with exit code 5\n[rank 2] the cause")
 
 
+@pytest.mark.full
 def test_of_two_failures_the_first_one_counts_and_both_are_shown(planted: Planted, tmp_path: Path) -> None:
     script = f"""
         if test $RANK = 2; then touch {tmp_path}/over; exit 3; fi
@@ -377,7 +379,7 @@ def test_a_cluster_runs_one_command_at_a_time(planted: Planted, tmp_path: Path) 
     assert outcomes[0].code == cluster.run(["true"], ranks_per_node=1, logs=tmp_path).code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_lets_the_ranks_save_and_leaves_nothing(planted: Planted, tmp_path: Path, number: signal.Signals) -> None:
     saves = f"trap 'sleep 0.2; touch {tmp_path}/saved.'$RANK'; exit' TERM"
     tool = Tool(tmp_path, "while :; do sleep 0.05; done", traps=saves)

@@ -149,6 +149,7 @@ def test_the_rank_that_failed_is_blamed_and_not_the_one_that_lost_it(tmp_path: P
     assert "closed by peer" not in err
 
 
+@pytest.mark.full
 def test_a_rank_that_crashes_ends_the_job(tmp_path: Path) -> None:
     job = Job(tmp_path, "ready()\nif rank == 2: os.kill(os.getpid(), signal.SIGSEGV)\ntime.sleep(60)")
     pids = job.wait_until_ready()
@@ -172,7 +173,9 @@ def test_the_children_of_a_rank_end_with_it(tmp_path: Path) -> None:
     wait_until_gone([int((tmp_path / "child").read_text())])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.full) for n in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_a_signal_lets_the_ranks_save(tmp_path: Path, signum: signal.Signals) -> None:
     job = Job(tmp_path, SAVES_ON_SIGTERM)
     pids = job.wait_until_ready()
@@ -184,6 +187,7 @@ def test_a_signal_lets_the_ranks_save(tmp_path: Path, signum: signal.Signals) ->
     wait_until_gone(pids)
 
 
+@pytest.mark.full
 def test_a_second_signal_kills(tmp_path: Path) -> None:
     job = Job(tmp_path, IGNORES_SIGTERM)
     pids = job.wait_until_ready()
@@ -237,6 +241,7 @@ def test_the_last_start_that_fails_ends_the_job(tmp_path: Path) -> None:
     assert err.count("KeyError: 'again'") == 3
 
 
+@pytest.mark.full
 def test_settings_that_are_refused_are_not_tried_again(tmp_path: Path) -> None:
     rc, _, err = Job(tmp_path, "if rank == 1: sys.exit(2)\ntime.sleep(60)", launcher=RESTARTER).finish()
     assert rc == 1
@@ -273,7 +278,7 @@ def test_the_message_says_where_each_rank_was(tmp_path: Path) -> None:
     assert "ranks 0, 2 were in step 7, instruction F:combine<.1.0" in err
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("room", [pytest.param(True, marks=pytest.mark.full), False])
 def test_a_last_state_that_could_not_be_saved_is_told_in_one_line(tmp_path: Path, room: bool) -> None:
     """`room`: for a rank's words on the disk; else rank 0's are on our stderr."""
     code = f"""

@@ -291,6 +291,7 @@ def computes_long(rank: int, mark: Callable[[], None]) -> None:
     StoreBoard.claim = lambda self, number: (mark(), claim(self, number))[1]
 
 
+@pytest.mark.full
 def test_a_rank_that_sleeps_in_an_instruction_is_named_with_its_stack(job: Callable[..., Outcome], folder: Path) -> None:
     text = explained(job(sleeps), "no rank has made progress", "rank 1 computes in instruction F:experts.0.0 of step 2")
     assert text.count("time.sleep(60)") == 1
@@ -327,7 +328,8 @@ def test_a_rank_that_waits_for_a_collective_of_its_own_is_shown_in_it(job: Calla
     assert "rank 0 waits in instruction F:combine<.0.0" in text
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])  # rank 0 has the store: it stops as well
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 has the store: it stops as well
 def test_a_stopped_rank_is_said_to_be_silent(job: Callable[..., Outcome], rank: int) -> None:
     text = explained(job(signals_itself, rank, int(signal.SIGSTOP)), f"rank {rank} does not answer: its process is stopped")
     assert "it was last in step 2, instruction F:experts.0.0" in text

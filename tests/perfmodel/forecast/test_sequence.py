@@ -91,7 +91,7 @@ def cases() -> dict[str, Case]:
 
 CASES = cases()
 PLANTED = ("eager, full", "flow, selective", "lina, plain")
-QUICK = {*PLANTED, "eager, plain", "auto, plain", "pair, plain", "lancet, selective", "lina_zero, full", "flow, by node"}
+QUICK = {*PLANTED, "eager, plain", "pair, plain", "lancet, selective", "lina_zero, full", "flow, by node"}
 every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n not in QUICK)) for n in CASES])
 
 

@@ -169,7 +169,7 @@ def test_a_few_flows_that_stand_for_many_make_the_same_step(
     assert few.step_s == pytest.approx(simulate_alike(program, **what, slowest=True).step_s, rel=1e-9)
 
 
-@pytest.mark.parametrize("share", ["flow", "collective"])
+@pytest.mark.parametrize("share", [pytest.param("flow", marks=pytest.mark.full), "collective"])
 def test_all_to_alls_among_thousands_are_folded_in_a_moment(share: str) -> None:
     network = Network(
         nic_bytes_per_s=50e9, fast_bytes_per_s=4e11, ranks_per_node=8, nics_per_node=8, rings=8, algorithm="direct", share=share

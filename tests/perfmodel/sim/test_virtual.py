@@ -258,7 +258,7 @@ def deadlocks(program: Program, rule: Rule, schedules: int = 40) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["priority_partition", "lina", "flow"])
+@pytest.mark.parametrize("name", ["priority_partition", "lina", pytest.param("flow", marks=pytest.mark.full)])
 def test_the_papers_literal_rule_deadlocks_under_some_delays_and_ours_under_none(name: str) -> None:
     shape = SHAPES["experts in every layer"]
     setting = Setting(
