@@ -78,7 +78,7 @@ def test_exit_codes_and_the_last_line_are_the_mains(tmp_path: Path, monkeypatch:
     assert sys.argv[0] != "megalina report"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h", "model=laptop", "train.steps=3"]])
+@pytest.mark.parametrize("arguments", [pytest.param(["--help"], marks=pytest.mark.full), ["-h", "model=laptop", "train.steps=3"]])
 def test_the_quick_help_is_hydras(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     quick = done(train.main, *arguments)
     monkeypatch.setattr(train, "show_help", lambda *_: False)

@@ -82,6 +82,7 @@ def stays(path: Path) -> None:
         path.touch()
 
 
+@pytest.mark.full
 def test_a_rank_that_does_not_end_after_its_job_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megalina.rank_pool.END_S", 1.0)
     with pytest.raises(RanksFailed, match=r"^rank 0 of 2 does not end$"):

@@ -119,6 +119,7 @@ def test_no_thread_is_left_and_none_is_made_for_the_last_batch() -> None:
     assert threads() <= before
 
 
+@pytest.mark.full
 def test_a_process_that_never_closes_it_ends_all_the_same() -> None:
     code = (
         "import torch; from megalina.data.prefetch import Prefetch\n"

@@ -186,7 +186,7 @@ def test_a_configuration_may_be_any_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 5000, "a: " * 50, "{" * 3000 + "}" * 3000, "\0", "[1, 2]", "train: [1]", "- a", "model: *x", "\ud800"]
+    "text", ["[" * 1000, "a: " * 50, "{" * 600 + "}" * 600, "\0", "[1, 2]", "train: [1]", "- a", "model: *x", "\ud800"]
 )
 def test_what_is_no_configuration_is_refused(text: str) -> None:
     assert refusal(text) is not None

@@ -273,7 +273,7 @@ def bad(case: str) -> str:
 
 
 DTYPES = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 0.2}  # what rounding may do without tiles
-PLACEMENTS = {"float32": 16, "float64": 8, "bfloat16": 8}
+PLACEMENTS = {"float32": 8, "float64": 4, "bfloat16": 4}
 BAD = {
     "prompt": "prompt 0 of rank 1 has 60 tokens, but the model reads at most 48",
     "router": "looks at later tokens",

@@ -369,6 +369,7 @@ def test_split_sizes_that_do_not_match_are_explained(job: Callable[..., Outcome]
     assert "all-to-all in instruction F:dispatch>.0.0 of step 2" in text
 
 
+@pytest.mark.full
 def test_a_slow_rank_is_looked_into_and_left_alone(job: Callable[..., Outcome], folder: Path) -> None:
     outcome = job(computes_long)
     assert outcome.error == ""

@@ -124,7 +124,8 @@ def measured(folder: Path) -> dict[str, tuple[list[float], Plan]]:
     return {name: planned(config) for name, config in configs.items()}
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
 def test_what_is_measured_is_agreed_by_ranks_that_do_different_things(world: int, tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     found = run_on_ranks(world, measured, tmp_path)

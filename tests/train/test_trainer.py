@@ -347,6 +347,7 @@ def test_the_validation_loss_is_the_mean_over_the_first_sequences(folder: Path) 
     assert found is not None and abs(found - want.item()) < 1e-12
 
 
+@pytest.mark.full
 def test_losses_know_no_micro_batch_where_groups_are_sequences(folder: Path) -> None:
     losses = [
         records_of(config_of(folder, f"micro-batch {size}", dtype="float64", capacity_factor=1.0, micro_batch_size=size)).of(
