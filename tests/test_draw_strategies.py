@@ -83,6 +83,7 @@ def test_all_pictures_have_one_scale_and_say_that_their_time_is_virtual() -> Non
     assert f"{steps['flow'].timeline.step_s * 1e3:.0f} ms a step" in steps["flow"].title
 
 
+@pytest.mark.full
 def test_files_are_written_and_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "new"), "--strategies", "eager,lina_zero", f"model.num_layers={LAYERS}"]) == 0
     files = sorted((tmp_path / "new").iterdir())

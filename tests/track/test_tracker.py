@@ -231,7 +231,8 @@ def interrupted_run(run_dir, how, *, group=False):
     return code
 
 
-@pytest.mark.parametrize("group", [pytest.param(False, marks=pytest.mark.full), True], ids=["process", "group"])
+@pytest.mark.full
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_after_sigterm_the_wandb_run_holds_every_step(tmp_path, group):
     assert interrupted_run(tmp_path / "run", signal.SIGTERM, group=group) == 0
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")

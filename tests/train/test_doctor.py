@@ -364,6 +364,7 @@ def test_another_size_on_one_rank_is_explained_though_gloo_ends_the_process(job:
     assert "rank 1: sum in instruction U:divisor>.-.0 of step 2 (torch.float64, 8 rows of [])" in outcome.text
 
 
+@pytest.mark.full
 def test_split_sizes_that_do_not_match_are_explained(job: Callable[..., Outcome]) -> None:
     text = explained(job(sends_other_splits), "on axis ep has sizes that don't match", "rank 0 sends", "rank 1 receives")
     assert "all-to-all in instruction F:dispatch>.0.0 of step 2" in text
