@@ -12,7 +12,7 @@ batch by batch (`benchmarks/serving/routing.py`); skew is the busiest expert's r
 
 Modes: `profile` replicates once, by the profile, and swaps nothing (as EPLB does); `window`, `lina` and `best` are those of
 `conf/infer` (`best` is the online map), `even` is `best` with rows split evenly over replicas.  They plan every layer of every
-batch anew and swap experts over the host's link.  `oracle` is told the counts before, `ideal` has even routing.  A device has a
+batch anew and swap experts over the host's link.  `oracle` knows the counts in advance, `ideal` has even routing.  A device has a
 quarter more slots than the experts need, one more at least.  Replication pays where the fastest mode is 1.05 times as fast as
 static, or more.
 
@@ -47,7 +47,7 @@ PHASES = {"prefill": (2048, 0), "decode": (64, 4096)}  # tokens of a device in a
 DEVICES = (8, 32, 128)
 SKEWS = (1.5, 2.5, 5.0)
 MANY_DEVICES = 64  # from here on the middle skew alone, for a point takes half a minute
-PLAN_MODES = ("static", "lina", "best", "ideal")  # that are told of with plans of other times
+PLAN_MODES = ("static", "lina", "best", "ideal")  # reported with plans made at other times as well
 OTHER_PLANS_MS = (0.0, 6.2)  # in the middle of the map; Lina's takes 6.2 ms
 NOTES = (
     "simulated: times as fast as static, and by which mode (P profile, W window, L lina, B best, E best with an even split);",

@@ -2,7 +2,7 @@
 
 B sequences, S tokens a sequence, L layers of the model, K experts a token.
 
-With context parallelism a rank has a part of each sequence (`megalina/zigzag.py`) and knows whole ones: what a token is told
+With context parallelism a rank has a part of each sequence (`megalina/zigzag.py`) and knows whole ones: what a token gets
 of its sequence follows from these."""
 
 from collections.abc import Callable, Hashable

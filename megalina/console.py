@@ -25,7 +25,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
             code = main() or 0
         except SystemExit as error:
             code = error.code  # type: ignore[assignment]  # an argument parser's, a number too
-        sys.stdout.flush()  # here, since what fails while Python ends is told as "Exception ignored"
+        sys.stdout.flush()  # here, since an error while Python exits is printed as "Exception ignored"
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
@@ -81,7 +81,7 @@ def check_text(words: Sequence[str], what: str) -> None:
 
 
 class StatusLine:
-    """How far a command is, on stderr, for whoever waits for it.
+    """How far a command is, on stderr.
 
     On a terminal one line that is written over.  Anywhere else, such as in a log, a line of its own every ten seconds, the
     first of them after ten."""

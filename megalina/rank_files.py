@@ -1,4 +1,4 @@
-"""The files of a rank: what it leaves in RUN/logs, and to torchrun, for whoever asks why a job has ended."""
+"""The files of a rank: what it leaves in RUN/logs and to torchrun, to explain why a job has ended."""
 
 import json
 import time

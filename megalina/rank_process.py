@@ -1,4 +1,4 @@
-"""The process of a rank, whoever starts it and where: it ends with us, and its end is told in words."""
+"""The process of a rank, wherever it was started: it ends with us, and how it ended is put into words."""
 
 import ctypes
 import os

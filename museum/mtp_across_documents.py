@@ -1,7 +1,7 @@
 """Multi-token prediction counts words of the next document.
 
 It predicts the word after the next.  Labels are shifted by one place once more, also over the border between two documents that
-are packed into a row: their last places are told to predict words that have nothing to do with them.
+are packed into a row: their last places learn to predict words that have nothing to do with them.
 
 Reported as https://github.com/NVIDIA/Megatron-LM/pull/6205 and https://github.com/AI-Hypercomputer/maxtext/pull/4600
 The same in this project: python tools/verify_layouts.py model=tiny --ranks 4 --plant mtp_across_documents

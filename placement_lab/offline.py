@@ -61,7 +61,7 @@ def replay(
 ) -> Replay:
     """Serve the batches, [T, L, K] each, one after another; experts sit in blocks at first, as training had them.
 
-    `ahead`: of the same tokens, what routers say ahead; it is told to a policy that looks ahead, and to no other.
+    `ahead`: of the same tokens, what routers say ahead; only a policy that looks ahead gets it.
     ValueError where there is no batch, a batch has fewer tokens than there are devices, experts lack room, or a policy looks
     ahead and there is nothing, or something else, to be seen."""
     if not batches:
@@ -120,7 +120,7 @@ def replay(
 
 
 def counts_of_batches(batches: Sequence[Ids], num_experts: int) -> Counts:
-    """[B, L, E], rows of each expert: what an oracle is told."""
+    """[B, L, E], rows of each expert: what an oracle knows."""
     return np.stack([counts_of(ids_TLK, num_experts) for ids_TLK in batches])
 
 

@@ -1,4 +1,4 @@
-"""Oracle predictor: is told each batch's own counts before.  What is left to gain when it is used can't be gained by predicting.
+"""Oracle predictor: knows each batch's own counts in advance.  What is left to gain then can't be gained by predicting.
 
 Only for a replay of what is known already: the counts are handed in when it is made, and the state is the number of batches
 that a layer has served.

@@ -41,7 +41,7 @@ def results(
     with_optimum: bool,
     progress: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
-    """All numbers, as they go into the JSON.  `progress`: is told, as a replay begins, how many were before it, how many there
+    """All numbers, as they go into the JSON.  `progress`: called as a replay begins with how many were before it, how many there
     will be, and what it is of."""
     contest = Contest(lab)
     cases = cases_of(lab, seed) if with_optimum else []

@@ -10,7 +10,7 @@
     burst           balanced, but for the batches in the middle, which have a hot expert
 
 Two things make one.  A `Workload` says how many tokens each rank has and how many rows each expert gets, and holds no chance at
-all: what it says is what an oracle is told.  `drawn` then deals the experts out to the tokens, by a seed, exactly so many times.
+all: what it says is what an oracle knows.  `drawn` then deals the experts out to the tokens, by a seed, exactly so many times.
 
 Devices are those of the identity placement: experts sit in blocks by their number.  From layer to layer heat moves to the next
 expert of the same device, and so do tokens: of a batch a share `follow` goes from expert e to `next_E[e]`, the others wherever
@@ -74,7 +74,7 @@ class Workload:
             raise ValueError(f"workload {self.name}: next experts {self.next_E.tolist()} are no permutation")
 
     def counts_BLE(self) -> Counts:
-        """[B, L, E], rows of each expert, of all ranks together: what an oracle is told."""
+        """[B, L, E], rows of each expert, of all ranks together: what an oracle knows."""
         counts_BLE = np.zeros((len(self.first_BE), self.num_layers, len(self.next_E)), np.int64)
         now_E: Ids = np.arange(len(self.next_E))
         for layer in range(self.num_layers):

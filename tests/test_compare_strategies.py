@@ -9,7 +9,7 @@ import pytest
 
 from megalina.cli import compare as compare_strategies
 from megalina.cli.compare import BAD_INPUT, Job, jobs_of, main, note, variants_of
-from megalina.compare.ladder import EAGER_PIECES, EIGHT_RANKS, LADDER, STRATEGIES
+from megalina.compare.ladder import EAGER_PIECES, EIGHT_RANKS, LADDER, PLAIN, STRATEGIES
 from tests.train.small_run import write_tokens
 
 TINY = (
@@ -105,7 +105,8 @@ def test_slow_motion_slows_links_and_devices_alike(no_ranks: None, monkeypatch: 
 
 def test_every_strategy_runs_unless_some_are_named(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 heavy")
-    assert {config.strategy.name for config in job.configs.values()} == set(STRATEGIES) - {"flow_packed"}
+    assert {config.strategy.name for config in job.configs.values()} == set(STRATEGIES) - {"flow_packed", PLAIN}
+    assert job.configs[PLAIN].parallel.reduce == "flat" and PLAIN not in LADDER[0].strategies  # one rank a node: it is eager
     assert {n for n, c in job.configs.items() if c.strategy.packing == "auto"} == {"lina", "auto"}
     assert [n for n, c in job.configs.items() if c.parallel.zero] == ["lina_zero"]
     assert {c.train.seed for c in job.configs.values()} == {1234}  # the same weights and batches

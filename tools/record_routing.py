@@ -109,7 +109,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--logprobs", action="store_true", help="with the log-probability of each token's successor")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write it (default CHECKPOINT/{PROFILE})")
     parser.add_argument(
-        "--devices", type=whole(1, 1 << 20), metavar="N", help=f"load of the busiest of so many is told (default {DEVICES})"
+        "--devices", type=whole(1, 1 << 20), metavar="N", help=f"report the load of the busiest of so many (default {DEVICES})"
     )
     parser.add_argument("--tokenizer", default="", help="where it lies now, if not where the checkpoint says")
     parser.add_argument("--cache-dir", default="", help="where the run's prepared text lies now, if not where the run had it")

@@ -132,6 +132,6 @@ class Job:
             command.kill_all()
 
     def fault_began(self) -> float | None:
-        """When, in seconds since the epoch: a plant leaves word of it, whoever strikes from outside says it in `fault_s`."""
+        """When, in seconds since the epoch: a plant writes it down; a fault from outside sets `fault_s`."""
         path = self.run / FAULT_FILE
         return float(path.read_text()) if path.exists() else self.fault_s

@@ -256,7 +256,7 @@ class Checkpoints:
         world = self._mesh.world
         try:
             own = damaged(path, (world.rank, world.size))
-        except OSError as error:  # the others are told, whatever it is
+        except OSError as error:  # reported to the other ranks, whatever it is
             own = [f"it can't be read: {error}"]
         everyone = [own] * world.size
         if self._group is not None:

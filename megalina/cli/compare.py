@@ -90,7 +90,7 @@ class RanksFailed(RuntimeError):
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Everything is checked before a rank starts; ValueError, or an error of Hydra, for bad input."""
-    from megalina.compare.ladder import LADDER, LINK_MBIT, STRATEGIES, Setting
+    from megalina.compare.ladder import LADDER, LINK_MBIT, Setting
     from megalina.namespaces import check_figures, check_host
 
     for path in filter(None, (args.json, args.plot, args.slowdowns, args.picture, args.trace, args.markdown)):
@@ -99,11 +99,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     check_figures(rounds=args.rounds, steps=args.steps, nodes=args.nodes, ranks_per_node=args.ranks_per_node)
     if args.slow_motion is not None:
         check_figures(slow_motion=args.slow_motion)
-    names = tuple(args.strategies.split(",")) if args.strategies else STRATEGIES
     variants = variants_of(args.variant)
-    names = (*(names if args.strategies or not variants else ()), *variants)
-    if "eager" not in names:
-        names = ("eager", *names)  # what all ratios are to
+    named = (*(args.strategies.split(",") if args.strategies else ()), *variants)
     own = Setting(f"{args.nodes}x{args.ranks_per_node}", args.nodes, args.ranks_per_node, (), args.slow_motion or 1.0)
     link_mbit = LINK_MBIT if args.link_mbit is None else args.link_mbit
     only = args.only.split(",") if args.only else []
@@ -122,6 +119,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for setting in settings:
         base = setting.all_overrides() if args.suite or not args.overrides else (f"parallel.ep={setting.world}",)
+        names = named or setting.strategies
+        if "eager" not in names:
+            names = ("eager", *names)  # what all ratios are to
         jobs.append(job_of(setting, names, variants=variants, base=base, link_mbit=link_mbit, overrides=args.overrides))
     return jobs
 

@@ -89,7 +89,7 @@ class Relay:
                     work.wait()
                 if later:
                     self._hand_on(key, stage + 1, later[0](), later[1:], relayed)
-            except BaseException as error:  # noqa: BLE001  whoever waits raises it
+            except BaseException as error:  # noqa: BLE001  raised where it is awaited
                 relayed.get_future().set_exception(error)
             else:
                 if not later:

@@ -79,7 +79,7 @@ class Sent:
 
 
 class Later:
-    """A value that is still on its way; whoever asks first waits for it."""
+    """A value that is still on its way; the first to ask waits for it."""
 
     __slots__ = ("_lock", "_make", "_value")
 
@@ -107,7 +107,7 @@ class _Lane:
 
 class Links:
     """All lanes of one rank.  `watched`: ends are noted, since some instruction is held back.  `marks`: the clock by which a
-    recorder is told of what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
+    recorder gets what CUDA sends.  `urgent`: lanes go before an emulated device's math."""
 
     def __init__(self, log: CollectiveLog, *, cuda: bool, marks: DeviceClock | None = None, urgent: bool = False):
         self._log, self._marks = log, marks

@@ -86,7 +86,7 @@ def run_interleaved(
         prepare(competitor.name, competitor.runner)
     gc.collect()
     gc.freeze()  # collections between turns need not walk through what stays until the end
-    gc.disable()  # and one in a turn would hit whoever's turn it is
+    gc.disable()  # and one in a turn would slow the strategy whose turn it is
     done, going_on = 0, competitors
     try:
         for number in range(rounds + 1):

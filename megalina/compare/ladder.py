@@ -8,11 +8,13 @@ from megalina.step.candidates import PIECES_BYTES
 
 LINK_MBIT = 500.0
 EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
+PLAIN = "plain_eager"  # eager without what lessens its bytes: a row for each of a token's experts, gradients along one ring
 STRATEGIES = (
-    "ddp", "eager", "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
+    "ddp", "eager", PLAIN, "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
     "pair", "lina_zero", "lancet", "search", "auto",
 )  # fmt: skip
 OVERRIDES: dict[str, tuple[str, ...]] = {  # of a strategy's YAML
+    PLAIN: ("strategy=eager", "parallel.dispatch=rows", "parallel.reduce=flat"),
     "flow_packed": ("strategy=flow", "strategy.packing=2"),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
 }
@@ -32,6 +34,11 @@ class Setting:
     @property
     def world(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """All that differ here: with one rank a node the plain baseline is eager itself."""
+        return tuple(name for name in STRATEGIES if name != PLAIN or self.ranks_per_node > 1)
 
     def all_overrides(self) -> tuple[str, ...]:
         """A device has room for half of all experts: with room for all, nothing would be dispatched any more, and every

@@ -45,30 +45,33 @@ def whole(settings: Sequence[Mapping[str, Any]], *, note: str) -> dict[str, Any]
 
 def table(setting: Mapping[str, Any]) -> str:
     """One setting, in Markdown."""
-    bound_s, tighter_s = setting["lower_bound_s"], setting["tighter_bound_s"]
+    bounds_s = [setting["lower_bound_s"], setting["tighter_bound_s"], *filter(None, [setting["plain_bound_s"]])]
     in_stages = any(m["messages_exposed_s"] for m in setting["strategies"].values())
     waited = {what: field for what, field in WAITS.items() if in_stages or what != "stages"}
     lines = [
-        f"**{setting['name']}**{_motion(setting)}: lower bound {bound_s * 1e3:.0f} ms, {tighter_s * 1e3:.0f} ms with what must "
-        f"come before and after what the link carries; overrun {setting['overrun_fraction']:.1%}"
+        f"**{setting['name']}**{_motion(setting)}: lower bound {bounds_s[0] * 1e3:.0f} ms, {bounds_s[1] * 1e3:.0f} ms with what "
+        "must come before and after what the link carries"
+        + (f", {bounds_s[2] * 1e3:.0f} ms with the plain baseline's bytes" if bounds_s[2:] else "")
+        + f"; overrun {setting['overrun_fraction']:.1%}"
         + ("" if setting["valid"] else f" (more than {VALID_OVERRUN:.0%}: not valid)"),
         "",
-        f"| strategy | step ms | to eager | quartiles | to ddp | over bound, the tighter one | waits: {', '.join(waited)} ms "
+        f"| strategy | step ms | to eager | quartiles | to ddp | to plain eager | over bound, the tighter one"
+        f"{', the plain one' if bounds_s[2:] else ''} | waits: {', '.join(waited)} ms "
         "| device ms | tokens slowed, p95 | MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in sorted(setting["strategies"].items(), key=lambda item: -item[1]["median_step_s"]):
         if name == EAGER:
             continue  # one of its variants
         slow = f"{m['a2a_slowdown_median']:.2f}, {m['a2a_slowdown_p95']:.2f}" if m["a2a_slowdown_median"] else ""
-        to_ddp = f"{m['ratio_to_ddp']:.2f}" if m["ratio_to_ddp"] else ""
+        others = " | ".join(f"{ratio:.2f}" if ratio else "" for ratio in (m["ratio_to_ddp"], m["ratio_to_plain"]))
         low, high = m["ratio_spread"]
         waits = ", ".join(f"{m[field] * 1e3:.0f}" for field in waited.values())
-        over = f"{m['median_step_s'] / bound_s:.2f}, {m['median_step_s'] / tighter_s:.2f}" if bound_s else ""
+        over = ", ".join(f"{m['median_step_s'] / bound_s:.2f}" for bound_s in bounds_s) if bounds_s[0] else ""
         device = f"{m['compute_s'] * 1e3:.0f} ({m['overrun_fraction']:.0%} late)"
         lines.append(
             f"| {name} ({m['plan']}) | {m['median_step_s'] * 1e3:.0f} | {m['ratio_to_eager']:.2f} | {low:.2f} - {high:.2f} "
-            f"| {to_ddp} | {over} | {waits} | {device} | {slow} | {m['peak_mb']:.0f} |"
+            f"| {others} | {over} | {waits} | {device} | {slow} | {m['peak_mb']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megalina.compare.interleaved import Competitor, Layout, layout_of, rows_along
+from megalina.compare.ladder import PLAIN
 from megalina.layout import by_node as nodes_of
 from megalina.layout import rows
 from megalina.mesh import all_gather_object
@@ -117,6 +118,7 @@ class Measured:
     ratio_to_eager: float  # above 1: faster than eager
     ratio_spread: tuple[float, float]  # quartiles of the ratio over rounds
     ratio_to_ddp: float | None
+    ratio_to_plain: float | None  # to eager without what lessens its bytes; None: it did not run
     a2a_exposed_s: float
     a2a_exposed_forward_s: float
     a2a_exposed_backward_s: float
@@ -223,7 +225,8 @@ def measure(
             median_step_s=statistics.median(step_s[name]),
             ratio_to_eager=statistics.median(step_s[base]) / statistics.median(step_s[name]),
             ratio_spread=(quantile(ratios, 0.25) or 0.0, quantile(ratios, 0.75) or 0.0),
-            ratio_to_ddp=statistics.median(step_s["ddp"]) / statistics.median(step_s[name]) if "ddp" in step_s else None,
+            ratio_to_ddp=_ratio("ddp", name, step_s),
+            ratio_to_plain=_ratio(PLAIN, name, step_s),
             a2a_exposed_s=statistics.median(slowest([n["a2a"] for n in by_rank])),
             a2a_exposed_forward_s=statistics.median(slowest([n["a2a F"] for n in by_rank])),
             a2a_exposed_backward_s=statistics.median(slowest([n["a2a B"] for n in by_rank])),
@@ -247,6 +250,11 @@ def measure(
             tail_s=slowest([n["tail"] for n in by_rank]),
         )
     return out
+
+
+def _ratio(base: str, name: str, step_s: Mapping[str, Sequence[float]]) -> float | None:
+    """Of medians; None where `base` did not run."""
+    return statistics.median(step_s[base]) / statistics.median(step_s[name]) if base in step_s else None
 
 
 def in_own_time(measured: Measured, slow_motion: float) -> Measured:
@@ -312,6 +320,12 @@ def tighter_bound_s(found: Mapping[str, Measured]) -> float:
     return max(lower_bound_s(found), min(m.in_turn_s for m in plain))
 
 
+def plain_bound_s(found: Mapping[str, Measured]) -> float | None:
+    """The bound as the plain baseline has it, whose bytes nothing has lessened; None where it did not run."""
+    plain = found.get(PLAIN)
+    return None if plain is None else max(plain.device_s, plain.link_s)
+
+
 def tuned_eager(found: Mapping[str, Measured]) -> str:
     """The name of eager's fastest variant."""
     return _fastest(EAGER, {name: m.step_s for name, m in found.items()}, lambda name: found[name].median_step_s)
@@ -328,6 +342,7 @@ def as_json(name: str, found: Mapping[str, Measured], *, slow_motion: float = 1.
         "slow_motion": slow_motion,
         "lower_bound_s": lower_bound_s(found),
         "tighter_bound_s": tighter_bound_s(found),
+        "plain_bound_s": plain_bound_s(found),
         "overrun_fraction": overrun,
         "valid": overrun <= VALID_OVERRUN,
         "strategies": strategies,

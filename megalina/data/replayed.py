@@ -23,7 +23,7 @@ class ReplayedSamples:
     replay: RouterReplay
     num_layers: int  # of the model, with and without experts
     setting: str  # where the file was named
-    until: int | None = None  # sequences from this number on are nobody's: their tokens count nowhere, and have no choices
+    until: int | None = None  # sequences from this number on are padding: their tokens count nowhere and have no choices
 
     @property
     def num_sequences(self) -> int:

@@ -1,4 +1,4 @@
-"""Emulation at inference: devices that take the time they are told to, and the words that must stand on every figure.
+"""Emulation at inference: devices that take the time they are given, and the words that must stand on every figure.
 
 A device's time follows what it really has to do: attention its own tokens, experts the rows that came.  The arithmetic, routing,
 planning, exchanges and fetches are real.

@@ -114,7 +114,7 @@ def run_interleaved(
     total = (rounds + 1 + len(prompts)) * len(competitors)
     done = 0
     gc.collect()
-    gc.freeze()  # a collection in a turn would hit whoever's turn it is
+    gc.freeze()  # a collection in a turn would slow the competitor whose turn it is
     gc.disable()
     try:
         for number in range(rounds + 1):

@@ -138,7 +138,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     began_s = time.monotonic()
     mesh = build_mesh(ep=dist.get_world_size() if dist.is_initialized() else 1)
     log = CollectiveLog(mesh.world.rank)
-    if evaluation.logs:  # for whoever asks where a rank was when it was lost
+    if evaluation.logs:  # they show where a rank was when it was lost
         log.position.mirror(position_path(Path(evaluation.logs), mesh.world.rank))
         log.mirror(collectives_path(Path(evaluation.logs), mesh.world.rank))
     checkpoint = Path(evaluation.checkpoint)

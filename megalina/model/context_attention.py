@@ -2,8 +2,8 @@
 
 `all_gather`: a rank gets the keys and values of all tokens (what a kind of attention makes them of, if that is less) and attends
 with the queries of its own tokens.  `all_to_all`: ranks exchange heads for tokens (DeepSpeed-Ulysses, Jacobs et al. 2023,
-arXiv:2309.14509), attend with their heads over whole sequences, and exchange back.  Either way what is told of a token's place
-and document is of its sequence, so masks are those of one process.
+arXiv:2309.14509), attend with their heads over whole sequences, and exchange back.  Either way a token's
+place and document are those in its whole sequence, so masks are those of one process.
 
 Shapes: B sequences, S tokens a sequence here, L = C x S tokens a sequence, C ranks, T = B x S, N = C x T, D width; H query heads,
 G key heads, d numbers of a query or key, e of a value, y of what keys and values are made of, X = H x e.

@@ -46,7 +46,7 @@ class Experts(TwoMatrices):
 
 class MoE(BlockFunctions):
     block: MoEBlock
-    chunked: Sequence[str] = ("experts", "cut", "join")  # functions that are told which chunk they have
+    chunked: Sequence[str] = ("experts", "cut", "join")  # functions that get the chunk's number
 
     def __init__(self, block: MoEBlock, layer: Any):
         model = block.model

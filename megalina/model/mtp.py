@@ -1,6 +1,6 @@
 """Multi-token prediction in torch (DeepSeek-V3 technical report, arXiv:2412.19437, section 2.2): its weights and its functions.
 
-A row's words are rolled inside the row; positions are not.  A token has a loss where the words that it is told of are of its own
+A row's words are rolled inside the row; positions are not.  A token has a loss where the words that it is given are of its own
 document: what comes around the end of a row, or of a document, does not count.
 
 Shapes: B sequences, S tokens a sequence, T tokens, D width.

@@ -214,7 +214,7 @@ def record_routing(
     """The trace of the first `max_tokens` tokens of the batches, or of all of them, with what routers say ahead and the text;
     sequences must have numbers of their own.
 
-    `logprobs`: with what the model gives the token behind each; `each_batch` is told how many tokens have been through it.
+    `logprobs`: with what the model gives the token behind each; `each_batch` is called with the number of tokens so far.
     ValueError for a model that has no such decisions."""
     gpt.eval()
     recorder = RoutingRecorder(max_tokens, ahead=True)

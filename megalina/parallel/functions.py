@@ -34,7 +34,7 @@ class InstructionFunctions:
     `is_spike(loss)` must answer alike on all ranks.  `explain()`, asked where the ranks' collectives in `log` differ, says how.
     """
 
-    update: Update  # of the step that runs: whoever runs a step sets it ...
+    update: Update  # of the step that runs: set by the caller ...
     directions: Directions | None = None  # ... and this
     loss_factors: Mapping[str, float]  # of that step, too: of losses' weights, by name, 1 where nothing is said
 

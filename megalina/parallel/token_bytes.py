@@ -10,7 +10,7 @@ class TokenBytes:
     neither number.  Tokens that all experts get, with their weights, count as sent from each rank of the row to each other one,
     and so do their results on the way back, whichever way a collective takes.
 
-    One lane sends all tokens, and whoever reads does so after they have arrived; so nothing is locked."""
+    One lane sends all tokens, and they are read after they have arrived; so nothing is locked."""
 
     def __init__(self, ranks_per_node: int):
         self.ranks_per_node = ranks_per_node

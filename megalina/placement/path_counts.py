@@ -91,7 +91,7 @@ def profile_of(trace: RoutingTrace, *, longest: int = LONGEST, most_paths: int =
 def path_codes(chosen: Sequence[Ids], length: int, num_experts: int) -> Int64s:
     """[T], the code of each token's path through the last `length` of the layers, each [T, K].
 
-    The first choice counts that isn't nobody's (the id `num_experts`)."""
+    The first choice that is an expert counts (the id `num_experts` is none)."""
     codes_T = np.zeros(len(chosen[-1]) if chosen else 0, np.int64)
     for chosen_TK in chosen[len(chosen) - length :]:
         codes_T *= num_experts + 1
@@ -100,7 +100,7 @@ def path_codes(chosen: Sequence[Ids], length: int, num_experts: int) -> Int64s:
 
 
 def first_choice(chosen_TK: Ids, num_experts: int) -> Ids:
-    """[T], the first that isn't nobody's, or `num_experts` where all are."""
+    """[T], the first that is an expert, or `num_experts` where none is."""
     first_T = chosen_TK[:, 0]
     if chosen_TK.shape[1] == 1 or not (first_T == num_experts).any():
         return first_T
@@ -109,7 +109,7 @@ def first_choice(chosen_TK: Ids, num_experts: int) -> Ids:
 
 
 def counted(profile: Profile, chosen: Sequence[Ids]) -> Profile:
-    """With the choices of some tokens, [T, K] of each MoE layer, the first layer's first; ids of `num_experts` are nobody's."""
+    """With the choices of some tokens, [T, K] of each MoE layer, the first layer's first; ids of `num_experts` are no expert."""
     if len(chosen) != len(profile.layers):
         raise ValueError(f"choices of {len(chosen)} layers can't be counted in a profile of {len(profile.layers)}")
     tokens = len(chosen[0])

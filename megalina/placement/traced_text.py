@@ -19,7 +19,7 @@ class TracedText:
     """As its reader had it.  The arrays are not copied: leave them as they are."""
 
     tokens_T: Ids  # token ids
-    positions_T: Ids | None = None  # of each token, as the model is told them; None: its index within the sample
+    positions_T: Ids | None = None  # of each token, as the model gets them; None: its index within the sample
     documents_T: Ids | None = None  # equal within a document of the sample, which tokens can't see beyond; None: there is one
     # what the reader gave the token behind each, in nats; NaN: nothing is known
     logprobs_T: NDArray[np.floating[Any]] | None = None

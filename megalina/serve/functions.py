@@ -36,7 +36,7 @@ class InferenceFunctions:
     """`functions(instruction)` for the executor.  All that they hand on within a batch are values of the program.
 
     `tile`: rows that a kernel gets at a time, always so many, so that what becomes of a row doesn't depend on the others; 0: all
-    at once, which is faster.  `device`: an emulated one, which is told how many rows its experts have; or None."""
+    at once, which is faster.  `device`: an emulated one, which gets the number of rows that its experts have; or None."""
 
     gpt: GPT
     mesh: Mesh
@@ -92,9 +92,9 @@ class InferenceFunctions:
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Ids, ...], Tensor, slice]:
         """`seen`: [T, K] that this batch's tokens, without padding, chose in each MoE layer before; returned with this one's.
 
-        What is told: rows for each expert here, whether the fetch for this layer did not come, a fingerprint of the plan, what
-        is expected of the layer, what is to be learned from it (at the slice that is returned), features of the next one (all
-        three none where nothing is predicted)."""
+        What is exchanged: rows for each expert here, whether the fetch for this layer did not come, a fingerprint of the plan,
+        what is expected of the layer, what is to be learned from it (at the slice that is returned), features of the next one
+        (all three none where nothing is predicted)."""
         n_TD, logits_TE = layer.moe.scores(h)
         routing = layer.router(logits_TE, router_tokens(batch), logits_TE, ALL)
         chosen_TK = routing.expert_TK if reroute is None else reroute(number, routing.expert_TK)

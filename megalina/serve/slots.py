@@ -206,7 +206,7 @@ class Slots:
         logger.warning("experts of MoE layer %d did not come (%s); answers stay as they are", layer, fetch.error)
 
     def _give_back(self, buffer: Tensor | None) -> None:
-        """Host memory is nobody's to give back."""
+        """To the free buffers, of which host memory is none."""
         if buffer is not None and not self._is_host(buffer):
             with self._wake:
                 self._free.append(buffer)
@@ -229,7 +229,7 @@ class Slots:
                         if fetch.cancelled:
                             break
                         self.copy(fetch.buffers[slot], self.host.expert(layer, expert))
-            except Exception as error:  # noqa: BLE001  whoever waits for it says what is done instead
+            except Exception as error:  # noqa: BLE001  raised where it is awaited, which decides what is done instead
                 fetch.error = error
             finally:
                 if self._stream is not None:

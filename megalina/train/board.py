@@ -87,7 +87,7 @@ class StoreBoard:
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         try:
-            if self._last is not None:  # an answer that came too late is nobody's; one that never came has had its time
+            if self._last is not None:  # an answer that came too late is dropped; one that never came has had its time
                 with suppress(DistError):
                     self._last.result(0)
             future: Future[T] = Future()
@@ -106,7 +106,7 @@ class StoreBoard:
             try:
                 store = store or self._connect()
                 future.set_result(question(store))
-            except BaseException as error:  # noqa: BLE001  whoever asked gets it
+            except BaseException as error:  # noqa: BLE001  handed to the one that asked
                 store = None
                 future.set_exception(error)
 

@@ -222,7 +222,7 @@ class Doctor:
         return f"{text}; it was last in {place}" if place else text
 
     def _await(self, board: Board, number: int) -> dict | None:
-        """The verdict; None if nobody gives one: whoever still has to wait will claim the next round."""
+        """The verdict; None if nobody gives one: a rank that still waits will claim the next round."""
         deadline_s = time.monotonic() + self._answer_s + GRACE_S
         while time.monotonic() < deadline_s:
             if found := board.read([f"{number}/verdict"]):

@@ -74,7 +74,7 @@ class DeadModel:
 
     def warnings(self, result: StepResult) -> list[str]:
         """A line when the model has been dead for `DEAD_STEPS` steps; again if it has been alive in between."""
-        if not math.isfinite(result.loss):  # which is told elsewhere
+        if not math.isfinite(result.loss):  # which is reported elsewhere
             return []
         even = math.log(self._vocab_size)
         says_nothing = self._vocab_size > 1 and abs(result.loss - even) <= SAME * even

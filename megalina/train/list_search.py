@@ -2,7 +2,7 @@
 
 Two plans are measured: the one that the run follows, and one in parts with deferred weights, so that costs are known of both.
 Two networks are fitted to these steps (`fitted_network`), and a search is made in each: on two ranks at the same time, and on
-more of them from other seeds, where there are cores for it.  They tell all others what they have found, so that all have the
+more of them from other seeds, where there are cores for it.  They send what they have found to all others, so that all have the
 same lists whatever their machines make of the last digits.  Virtual time is off by more than the best lists of several plans
 differ by; so their steps are measured, too.  With these, networks are fitted anew and searched once more.  The fastest plans are
 measured again, and that whose steps were shortest is kept, with its order.
@@ -191,7 +191,7 @@ class ListSearch:
         best = min(typical_s, key=typical_s.__getitem__)
         if best != self._trainable().plan:
             self._adopt(best)
-        if not best.order:  # written down, so that whoever takes it need not search
+        if not best.order:  # written down, so that a run that takes it need not search
             best = replace(best, order=order_of(self._trainable().program))
             self._adopt(best)
         tried = "; ".join(

@@ -19,7 +19,7 @@ from megalina.timeline.recorder import COMPUTE, SEND, WAIT, Event
 Kept = tuple[str, bool]  # `Instruction.timed_as`, and whether it leaves weights' gradients out
 Points = tuple[tuple[float, float], ...]  # share of a micro-batch, value
 WEIGHTS_SHARE = 0.5  # of backward, where the weights' gradients of an instruction were never measured apart
-FEWEST_ALONE = 3  # sends of a size with the wire to themselves; of fewer nothing is told
+FEWEST_ALONE = 3  # sends of a size with the wire to themselves; of fewer nothing is concluded
 
 
 @dataclass(frozen=True, slots=True)

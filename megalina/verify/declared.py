@@ -68,7 +68,7 @@ def declared_and_counted(config: PretrainConfig) -> list[Declared]:
                 out = function(*arguments)
             for tensor in _kept_by_functions(out):
                 note(tensor)
-            values = {_storage(t) for t in _tensors(out)}  # they are values of the list, whoever keeps them too
+            values = {_storage(t) for t in _tensors(out)}  # they are values of the list, even if something else keeps them too
             facts = {_storage(t) for b in arguments if isinstance(b, Batch) for t in _tensors(list(b._made.values()))}
             counted[instruction] = counter.get_total_flops(), sum(n for at, n in saved.items() if at not in values | facts)
             return out

@@ -267,7 +267,7 @@ _ALL = (
     ),
     Plant(
         "sinks_left_out",
-        "attention's sinks are in nobody's softmax",
+        "attention's sinks are left out of the softmax",
         lambda layout, config: config.model.attention_sinks and layout.cp == 1,
         attention.sinks_left_out,
         ("model.attention_sinks=true",),

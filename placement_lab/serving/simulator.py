@@ -13,9 +13,9 @@ engine (`megalina/step/inference.py`) is walked by all ranks, which differ: each
 its slots (`seconds.py`), and the all-to-alls send what was decided.
 
 The engine fetches experts behind its list, on a thread or a stream.  Here that is an instruction: what a layer lacks leaves when
-the
-layer has been planned, comes after so many experts' time, and is awaited before the layer's counts are told.  All wait for the
-slowest device there, as they do in the engine, where the exchange of counts waits for everybody.  It costs a launch and a hop.
+the layer has been planned, comes after so many experts' time, and is awaited before the layer's counts are exchanged.  All wait
+for the slowest device there, as they do in the engine, where the exchange of counts waits for everybody.  It costs a launch and
+a hop.
 
 Shapes: L MoE layers, E experts, R ranks, each a device, N of them, S slots of a device.
 """
@@ -39,7 +39,7 @@ from megalina.timeline.recorder import COMPUTE, SEND
 from placement_lab.serving.decisions import Decider, Decision, ServedBatch
 from placement_lab.serving.seconds import DeviceSeconds
 
-NUMBER_BYTES = 8  # of what is told
+NUMBER_BYTES = 8  # of what is exchanged
 FETCH = "fetch"  # instruction and axis
 
 
@@ -257,7 +257,7 @@ def _seconds(batch: ServedBatch, decisions: Sequence[Decision], setting: Serving
 
 
 def sizes_of(decisions: Sequence[Decision], setting: Serving, ranks: int) -> Sizes:
-    """What is told, and the rows that were decided to be sent: they go back the way they came."""
+    """What is exchanged, and the rows that were decided to be sent: they go back the way they came."""
     number_of = _number_of(setting.shape)
 
     def bytes_of(instruction: Instruction) -> float:

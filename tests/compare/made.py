@@ -11,6 +11,7 @@ PLAIN = Measured(
     ratio_to_eager=1.0,
     ratio_spread=(0.9, 1.1),
     ratio_to_ddp=None,
+    ratio_to_plain=None,
     a2a_exposed_s=0.3,
     a2a_exposed_forward_s=0.1,
     a2a_exposed_backward_s=0.2,

@@ -34,12 +34,12 @@ def test_without_auto_there_is_no_mean_of_it_and_where_nothing_wins_eager_is_bes
 
 
 def test_a_table_has_a_row_a_strategy_from_slow_to_fast() -> None:
-    text = table(setting("4x1", 1.6, 1.25, a2a_slowdown_median=1.21, a2a_slowdown_p95=2.5, ratio_to_ddp=1.75))
+    text = table(setting("4x1", 1.6, 1.25, a2a_slowdown_median=1.21, a2a_slowdown_p95=2.5, ratio_to_ddp=1.75, ratio_to_plain=1.8))
     head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split()[1] for row in rows] == ["eager", "auto", "flow"]  # of eager the variants alone
     assert all(row.count("|") == head.count("|") for row in rows)
     flow = [cell.strip() for cell in rows[-1].split("|")]
-    assert flow[2:7] == ["625", "1.60", "0.90 - 1.10", "1.75", "1.56, 1.56"]  # 0.625 s over bounds of 0.4 s
+    assert flow[2:8] == ["625", "1.60", "0.90 - 1.10", "1.75", "1.80", "1.56, 1.56"]  # 0.625 s over bounds of 0.4 s
     assert "1.21, 2.50" in flow and "300, 200, 50" in flow
     assert "not valid" not in text
 
@@ -48,7 +48,14 @@ def test_an_invalid_run_and_one_without_bound_say_so() -> None:
     assert "overrun 7.0% (more than 5%: not valid)" in table(setting("4x1", 1.6, None, overrun_fraction=0.07))
     no_bound = as_json("1x2", {"eager whole": measured(device_s=0.0, link_s=0.0)})
     (row,) = table(no_bound).splitlines()[-1:]
-    assert row.split("|")[6].strip() == ""
+    assert row.split("|")[7].strip() == ""
+
+
+def test_the_plain_baselines_bound_stands_beside_the_others() -> None:
+    found = {"eager whole": measured(), "plain_eager": measured(device_s=0.4, link_s=0.5, ratio_to_plain=1.0)}
+    head, *_, row = table(as_json("4x2", found)).splitlines()
+    assert "lower bound 400 ms, 400 ms with what must" in head and "500 ms with the plain baseline's bytes" in head
+    assert "2.50, 2.50, 2.00" in row
 
 
 def test_the_largest_difference_of_losses_is_told() -> None:

@@ -13,6 +13,7 @@ from megalina.compare.results import (
     difference,
     in_own_time,
     lower_bound_s,
+    plain_bound_s,
     slowest,
     tighter_bound_s,
     tuned_eager,
@@ -57,6 +58,8 @@ def test_the_bound_is_of_what_packs_nothing() -> None:
     assert tighter_bound_s(found) == 0.55  # what comes before and after is less here
     assert tighter_bound_s({n: replace(m, in_turn_s=0.6 + i / 100) for i, (n, m) in enumerate(found.items())}) == 0.6
     assert lower_bound_s({**found, "serial": measured(device_s=0.4, link_s=0.2)}) == 0.4
+    assert plain_bound_s(found) is None
+    assert plain_bound_s({**found, "plain_eager": measured(device_s=0.4, link_s=0.7)}) == 0.7
 
 
 def test_eager_is_its_fastest_variant() -> None:

@@ -58,7 +58,7 @@ class Linked:
         return {key: links[0].theirs.shape for key, links in self.theirs.items()}
 
     def keys_by_tensor(self) -> list[str]:
-        """Every key, those of one of our tensors together: whoever holds one of these tensors holds each of them once."""
+        """Every key, those of one of our tensors together, so that each tensor is read once."""
         return sorted(self.theirs, key=lambda key: _natural(self.theirs[key][0].ours.name))
 
 

@@ -1,4 +1,4 @@
-"""What is told of a pipeline's forecast: a row for each pipeline rank, and the picture that pipeline people know."""
+"""The report of a pipeline's forecast: a row for each pipeline rank, and the picture that pipeline people know."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -129,7 +129,7 @@ def _direct_by_levels(
     each, with their number: to the next rank of the node, the same place of the next node, of the next group.
 
     Each link carries what it carries of all flows.  Which flows meet on it is the same, too, if all links of a kind carry alike,
-    which whoever asks for this must check.  Where nodes hold unequal numbers of the ranks it is `_direct`."""
+    which the caller must check.  Where nodes hold unequal numbers of the ranks it is `_direct`."""
     n = len(rank_N)
     order_N = np.sort(rank_N)
     node_M, in_node_M = np.unique(order_N // ranks_per_node, return_counts=True)

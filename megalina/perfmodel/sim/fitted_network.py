@@ -13,7 +13,7 @@ from megalina.perfmodel.sim.list_clock import OPS, ListClock
 from megalina.perfmodel.sim.network import Network
 from megalina.step.program import MOVABLE, Program
 
-LEAST_S = 1e-6  # of a latency: below it none is told from none
+LEAST_S = 1e-6  # of a latency: a shorter one can't be told from none
 
 
 class Free(NamedTuple):

@@ -64,7 +64,7 @@ class ListClock:
             self._asks.append(tuple(dict.fromkeys(wire[v] for v in instruction.reads if v in wire)))
             if instruction.kind is Kind.START:
                 wire.update(dict.fromkeys(instruction.writes, i))
-            elif self._kind[i] == COUNTS:  # whoever reads the sizes waits for them
+            elif self._kind[i] == COUNTS:  # the reader of the sizes waits for them
                 wire[instruction.writes[0]] = wire[instruction.reads[0]]
         axes = dict.fromkeys(s.axis for s in program if s.kind is Kind.START)
         lanes = {axis: n for n, axis in enumerate(axes)}

@@ -1,7 +1,7 @@
 """Traffic: what is on the links at a moment of virtual time, how fast each of it moves, and what ends next.
 
-The same bundle of the same load has the same rate whoever sent it, so all that carries a load at one urgency is a stream, which
-counts what one of them has been given since it began.  Of those with equally many bytes whoever joined first ends first.  So
+The same bundle of the same load has the same rate whichever rank sent it, so all that carries a load at one urgency is a stream,
+which counts what one of them has been given since it began.  Of those with equally many bytes the first to join ends first.  So
 hundreds of pieces under way at once cost no more than one.
 
 Flows share links max-min fairly, by progressive filling, after strict classes (`fair_rates`).

@@ -190,7 +190,7 @@ class _Cluster:
                 return
             if instruction.kind is Kind.START:
                 self._ask(number, instruction, missing)
-            elif instruction.op is Op.COUNTS:  # passed: whoever reads the sizes waits for them
+            elif instruction.op is Op.COUNTS:  # passed: the reader of the sizes waits for them
                 rank.on_wire[instruction.writes[0]] = rank.on_wire[instruction.reads[0]]
             elif missing:
                 rank.blocked = True

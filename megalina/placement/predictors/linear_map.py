@@ -37,7 +37,7 @@ class LinearMap:
 def fit_linear_map(expert_ids_TLK: Ids, num_experts: int, *, layers_back: int = 3, ridge: float = RIDGE) -> LinearMap:
     """Ridge regression, layer by layer: weights W that minimise |Y - X W|^2 + ridge |W|^2 over the trace's tokens.
 
-    Ids of `num_experts` are nobody's.  ValueError where there is no token, no layer to look back at, or no ridge."""
+    Ids of `num_experts` are no expert.  ValueError where there is no token, no layer to look back at, or no ridge."""
     if expert_ids_TLK.ndim != 3 or not expert_ids_TLK.size:
         raise ValueError(f"expert ids must be [tokens, layers, choices], at least one of each, not {list(expert_ids_TLK.shape)}")
     if layers_back < 1 or not ridge > 0:

@@ -24,7 +24,7 @@ def fit_confusion(ahead_TLK: Ids, chosen_TLK: Ids, num_experts: int, *, ridge: f
 
     Ridge regression towards doing nothing, over the trace's tokens: W that minimises |Y - X W|^2 + ridge |W - 1|^2, where X and Y
     are what was said and what was chosen, multi-hot.  Where nothing was said, as of the first layer, it does nothing.  Ids of
-    `num_experts` are nobody's.  ValueError unless both are [T, L, K], at least one token, and the ridge is above 0."""
+    `num_experts` are no expert.  ValueError unless both are [T, L, K], at least one token, and the ridge is above 0."""
     if chosen_TLK.ndim != 3 or not chosen_TLK.size or ahead_TLK.shape != chosen_TLK.shape:
         raise ValueError(
             f"ids said ahead and ids chosen must both be [tokens, layers, choices], at least one of each, not "

@@ -49,7 +49,7 @@ class Predictor(Protocol):
 
 
 def choice_counts(chosen_TK: Ids, num_experts: int) -> Floats:
-    """[E], how often each expert was chosen.  Ids of `num_experts` are nobody's (dropped, or padding) and don't count."""
+    """[E], how often each expert was chosen.  Ids of `num_experts` (dropped, or padding) don't count."""
     return np.bincount(chosen_TK.ravel(), minlength=num_experts + 1)[:num_experts].astype(np.float64)
 
 

@@ -168,7 +168,7 @@ def _out(heads: Any, mixed_TX: Tensor, n_TD: Tensor) -> Tensor:
 
 
 def no_sinks(evidence: Evidence) -> Iterator[Cause]:
-    """Sinks are in nobody's softmax."""
+    """Sinks are left out of the softmax."""
     site = _site(evidence)
     if site is None or not isinstance(site[0].attention, Heads) or site[0].attention.sinks is None:
         return
