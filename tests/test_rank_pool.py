@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import megalina
-from megalina.rank_pool import RankPool, RanksFailed
+from megalina.rank_pool import BACKWARD, RankPool, RanksFailed
 from tests.parallel.ranks import PRELOAD, run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,18 @@ def test_a_server_started_in_another_folder_imports_the_same_files(tmp_path: Pat
 
 
 def preloaded() -> list[str]:
-    return [name for name in PRELOAD if name not in sys.modules]
+    return [name for name in (*PRELOAD, BACKWARD) if name not in sys.modules]
+
+
+def imported_by_a_backward() -> list[str]:
+    x = torch.ones(2, requires_grad=True)
+    before = set(sys.modules)
+    torch.autograd.backward([x * 2], [torch.ones(2)])
+    return sorted(sys.modules.keys() - before)
+
+
+def test_a_ranks_first_backward_imports_nothing() -> None:
+    assert run_on_ranks(1, imported_by_a_backward) == [[]]
 
 
 def test_what_takes_long_to_import_is_there_before_a_rank_is_forked() -> None:
