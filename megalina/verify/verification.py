@@ -1,7 +1,7 @@
 """A verification: row after row is run on ranks and held to its reference; where they differ, the cause is looked for."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
@@ -53,17 +53,22 @@ class References:
 
 
 def verify(
-    choices: Choices, rows: Sequence[Row], *, device: str = "cpu", plant: str = "", steps: int = STEPS
+    choices: Choices,
+    rows: Sequence[Row],
+    *,
+    device: str = "cpu",
+    plant: str = "",
+    steps: int | Callable[[Row], int] = STEPS,
 ) -> Generator[Result, None, None]:
-    """A result for each row, in order.  Close the iterator (or end it) and no process is left."""
+    """A result for each row, in order.  Close the iterator (or end it) and no process is left.  `steps`: of all rows, or a row's."""
     references = References()
     with Pool(device=device) as pool:
         for row in rows:
             started_s = time.perf_counter()
-            config = config_of(choices, row)
-            batches = random_batches(config, steps)
+            config, number = config_of(choices, row), steps if isinstance(steps, int) else steps(row)
+            batches = random_batches(config, number)
             pool.start_row(config, row.layout, batches, plant)
-            reference = references.of(config, steps)  # while the ranks work
+            reference = references.of(config, number)  # while the ranks work
             try:
                 recording = pool.finish_row(config, row.layout, batches)
             except RanksFailed as error:

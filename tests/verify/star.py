@@ -1,6 +1,6 @@
 """Rows of the star test: which pairs of choices are run, and how a row differs from one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -38,7 +38,7 @@ def pairs_by_size() -> list[Values]:
     return list(pairs(options_by_size(), allowed, COSTS, is_a_place))
 
 
-def differences(choices: Choices, rows: list[Row], steps: int) -> list[str]:
+def differences(choices: Choices, rows: list[Row], steps: int | Callable[[Row], int]) -> list[str]:
     """A line for every row that differs from one process or could not be run."""
     return [f"{r.row}: {r.first_difference} {r.failed}" for r in verify(choices, rows, steps=steps) if not r.equal]
 
