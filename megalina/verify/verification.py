@@ -60,7 +60,7 @@ def verify(
     plant: str = "",
     steps: int | Callable[[Row], int] = STEPS,
 ) -> Generator[Result, None, None]:
-    """A result for each row, in order.  Close the iterator (or end it) and no process is left.  `steps`: of all rows, or a row's."""
+    """A result for each row, in order.  Close the iterator (or end it) and no process is left.  `steps`: of all, or of a row."""
     references = References()
     with Pool(device=device) as pool:
         for row in rows:
