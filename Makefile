@@ -17,7 +17,7 @@ REWRITTEN := $(ONE_THREAD) pytest -q --collect-only -p no:xdist > /dev/null;
 SOURCES := $(wildcard megalina papers placement_lab pretrain_gpt_moe.py tools benchmarks tests museum)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv pretrain test test-full durations coverage lint benchmark docs clean
+.PHONY: help .venv pretrain test test-full durations coverage lint benchmark gpu-check gpu-kit docs clean
 
 # $(call beside,COMMAND): COMMAND and lint at the same time.  What lint says comes when COMMAND has ended; both must succeed.
 define beside
@@ -67,6 +67,12 @@ coverage: $(READY)  ## run the tests and print the line coverage of megalina/, o
 benchmark: $(READY)  ## speed and memory against peers (about 10 minutes, on an idle machine)
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/preprocess.py
+
+gpu-check: $(READY)  ## check this machine's GPU, in at most nine minutes; without one, what can run on a CPU
+	$(BIN)/python tools/gpu_check.py --out gpu-check
+
+gpu-kit: $(READY)  ## wheels for a machine with a GPU and no network
+	$(BIN)/python tools/gpu_kit.py --out gpu-kit
 
 docs: $(READY)  ## write the generated pages, and the site into site/
 	$(BIN)/python tools/write_config_docs.py

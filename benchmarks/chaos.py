@@ -3,6 +3,7 @@
     python benchmarks/chaos.py --kills 20 --json chaos.json
     python benchmarks/chaos.py --kills 20 --layouts zb_h1               two pipeline ranks; see LAYOUTS
     python benchmarks/chaos.py --kills 20 --layouts 1f1b zbv ep zb_h1   each start in the next one
+    python benchmarks/chaos.py --kills 200 --layouts all --optim muon   each start with even odds in another one, drawn
 
 Trains a small model twice with the public command, on two ranks with ZeRO-1, expert-parallel ones unless --layouts says
 otherwise: once left alone, once killed N times and started again with the same command until it is done.  Then the final
@@ -25,10 +26,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -61,10 +63,18 @@ OVERRIDES = (
 STAGES = "parallel.pp=2"
 LAYOUTS = {
     "ep": ("parallel.ep=2",),
+    "tp": ("parallel.tp=2",),
+    "cp": ("parallel.cp=2",),
+    "dp": ("parallel.zero=0",),
+    "flow": ("parallel.ep=2", "strategy=flow"),
+    "lina_nopack": ("parallel.ep=2", "strategy=lina_nopack"),
+    "lancet": ("parallel.ep=2", "strategy=lancet"),
+    "once": ("parallel.ep=2", "parallel.dispatch=once_per_rank"),
     "1f1b": (STAGES, "strategy.pipeline=1f1b"),
     "zb_h1": (STAGES, "strategy.pipeline=zb_h1"),
     "zbv": (STAGES, "strategy.pipeline=zbv", "parallel.pp_chunks=2"),
 }
+ALL = "all"  # of them
 MARK = "MEGALINA_CHAOS"  # in the environment of every process of the run, and of no other
 LAUNCH_S, RANKS_START_S, STEP_S = 5.0, 3.0, 0.06  # roughly; random moments are fractions of them
 LAUNCHER_END_S, END_S, SAVE_AND_END_S = 3.0, 20.0, 60.0  # so soon all processes must be gone: after a kill of the launcher,
@@ -321,13 +331,23 @@ def write_tokens(prefix: Path) -> None:
             writer.add_document((start + np.arange(count) * 7 + rng.integers(0, 3, count)) % 512)
 
 
+def wandering(names: Sequence[str], seed: int) -> Iterator[str]:
+    """Without end: the first one, then each time with even odds the one before or another one."""
+    random, here = Random(seed), names[0]
+    while True:
+        yield here
+        if random.random() < 0.5:
+            here = random.choice([name for name in names if name != here])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills (default 0)")
-    parser.add_argument(
-        "--layouts", nargs="+", choices=LAYOUTS, default=["ep"], help="of the starts, in turn; the undisturbed run has the first"
-    )
+    parser.add_argument("--layouts", nargs="+", choices=(*LAYOUTS, ALL), default=["ep"],
+                        help="of the starts, in turn; the undisturbed run has the first; all: each start is with even odds in "
+                        "the one before or in another one")  # fmt: skip
+    parser.add_argument("--optim", default="adamw", choices=("adamw", "sgd", "muon", "muon_clip"), help="default adamw")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--dir", type=Path, help="a new folder for both runs, which is kept (default runs/chaos_TIME)")
     options = parser.parse_args()
@@ -342,22 +362,24 @@ def main() -> int:
     begin_s = time.monotonic()
     write_tokens(folder / "tokens")
     plan, line = draw(options.kills, options.seed), Line()
-    steps, moved = steps_of(plan), len(options.layouts) > 1
-    common = ["train.dtype=float64"] if moved else []
-    common += ["model.num_layers=4"] if any(STAGES in LAYOUTS[name] for name in options.layouts) else []  # two for each chunk
+    drawn = ALL in options.layouts
+    names = list(LAYOUTS) if drawn else options.layouts
+    steps, moved = steps_of(plan), len(names) > 1
+    common = [f"optim={options.optim}", *(["train.dtype=float64"] if moved else [])]
+    common += ["model.num_layers=4"] if any(STAGES in LAYOUTS[name] for name in names) else []  # two for each chunk
 
-    def job_of(name: str, layouts: Sequence[str]) -> Job:
-        layout = cycle(layouts)
+    def job_of(name: str, layouts: Iterator[str]) -> Job:
 
         def command(async_save: bool, restarts: int) -> list[str]:
             own = [f"run.dir={folder / name}", f"data.prefix={folder / 'tokens'}", f"data.cache_dir={folder / 'cache'}"]
             own += [f"train.steps={steps}", f"checkpoint.async_save={async_save}", f"launch.restarts={restarts}"]
-            return [sys.executable, str(ROOT / "pretrain_gpt_moe.py"), *OVERRIDES, *common, *LAYOUTS[next(layout)], *own]
+            return [sys.executable, str(ROOT / "pretrain_gpt_moe.py"), *OVERRIDES, *common, *LAYOUTS[next(layouts)], *own]
 
         return Job(folder / name, command)
 
-    save_s = leave_alone(job_of("undisturbed", options.layouts[:1]), line)
-    ends, lost_s, wrong = disturb(job_of("disturbed", options.layouts), plan, save_s, line)
+    save_s = leave_alone(job_of("undisturbed", cycle(names[:1])), line)
+    layouts = wandering(names, options.seed) if drawn else cycle(names)
+    ends, lost_s, wrong = disturb(job_of("disturbed", layouts), plan, save_s, line)
     line.done(f"the rest of the run, after {len(ends)} kills")
     compared = compare(folder / "disturbed", folder / "undisturbed", steps, moved=moved)
     wrong += shortages(plan, ends)
@@ -369,6 +391,7 @@ def main() -> int:
         "wrong": wrong,
         "seed": options.seed,
         "layouts": options.layouts,
+        "optim": options.optim,
         "steps": steps,
         "save_s": round(save_s, 4),
         "wall_s": round(time.monotonic() - begin_s, 1),

@@ -14,18 +14,9 @@ from megalina.setting import choices_of as choices_of
 from megalina.setting import settings as settings
 
 ROUTERS = (
-    "topk",
-    "sigmoid",
-    "group_limited",
-    "group_limited_softmax",
-    "noisy_topk",
-    "hash",
-    "expert_choice",
-    "locmoe",
-    "locmoe_plus",
-    "locmoe_plus_learned",
-    "dense",
-)
+    "topk", "sigmoid", "group_limited", "group_limited_softmax", "noisy_topk", "hash", "expert_choice", "locmoe", "locmoe_plus",
+    "locmoe_plus_learned", "dense",
+)  # fmt: skip
 LOCAL_TASKS = ("cloze", "brackets", "next_line", "arithmetic")
 
 
@@ -52,7 +43,7 @@ class ModelConfig:
     num_heads: int = setting(4, low=1)  # query heads
     num_kv_heads: int = setting(4, low=1)  # fewer than num_heads: grouped-query attention
     head_dim: int = setting(0)  # 0: d_model / num_heads
-    # mixture of attention heads (DS-MoE): query heads are in so many groups, each scaled by its probability; 0: none
+    # mixture of attention heads (DS-MoE): number of groups of query heads, each scaled by its probability; 0: none
     attention_experts: int = setting(0)
     # gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2); docs/attention.md says which family needs what
     attention: str = setting("gqa", choices=("gqa", "mla"))
@@ -81,7 +72,7 @@ class ModelConfig:
     rotary_fraction: float = setting(1.0, low=POSITIVE, high=1)  # share of a head that turns, from its first number on
     # longer contexts; linear: positions are divided by rope_factor; yarn: slow pairs are, fast ones stay
     rope_scaling: str = setting("none", choices=("none", "linear", "yarn"))
-    rope_factor: float = setting(1.0, low=1, high=1e6)  # the context is so many times as long
+    rope_factor: float = setting(1.0, low=1, high=1e6)  # by how much the context grows
     rope_original_positions: int = setting(0)  # yarn: the context before
     rope_beta_fast: float = setting(32.0, low=1e-6, high=1e6)  # yarn: a pair that turns so often in that context stays
     rope_beta_slow: float = setting(1.0, low=1e-6, high=1e6)  # yarn: one that turns no more than this is slowed by rope_factor
@@ -104,7 +95,7 @@ class ModelConfig:
     init_std: float = setting(0.02, high=LARGEST_FACTOR)
     # after the embedding, attention and MLP; a function of (seed, sample, layer, position)
     dropout: float = setting(0.0, high=BELOW_ONE)
-    # multi-token prediction: so many layers more, as the last one, predict in training each one token further ahead
+    # multi-token prediction: number of extra layers, like the last one; in training each predicts one token further ahead
     mtp_layers: int = setting(0, high=1000)
     mtp_loss: float = setting(0.3, high=LARGEST_FACTOR)  # weight of their losses' mean
     layer: list[str] = field(default_factory=lambda: ["attention", "ffn"])  # blocks of a layer; own ones as folder/file.py:Name
@@ -127,7 +118,7 @@ class RouterConfig:
     capacity_bound: str = setting("none", choices=("none", "locmoe"))
     # of the cosines between the tokens of a step and the rows of their experts, which one the bound is of
     capacity_delta: str = setting("min", choices=("min", "quantile", "mean"))
-    capacity_quantile: float = setting(0.05, low=POSITIVE, high=BELOW_ONE)  # capacity_delta=quantile: so many are below it
+    capacity_quantile: float = setting(0.05, low=POSITIVE, high=BELOW_ONE)  # capacity_delta=quantile: the share below it
     # a step's delta moves the one in use: ema x old + (1 - ema) x new; 0: the first step's stays
     capacity_ema: float = setting(0.0, high=BELOW_ONE)
     capacity_min: int = setting(1, low=1)  # tokens of a group that an expert takes at least, whatever the bound says
@@ -150,7 +141,7 @@ class RouterConfig:
     groups_per_token: int = setting(1, low=1)  # ... and a token's experts come from this many of them
     noise_std: float = setting(0.0, high=LARGEST_FACTOR)  # noisy_topk: Gaussian noise on the logits, 1 / num_experts is usual
     temperature: float = setting(1.0, low=POSITIVE, high=LARGEST_FACTOR)  # locmoe and its kin: scores are divided by it
-    losses: list[str] = field(default_factory=list)  # auxiliary losses of one's own, each as folder/file.py:Name
+    losses: list[str] = field(default_factory=list)  # your own auxiliary losses, each as folder/file.py:Name
     # FILE of tools/record_routing.py or import_routing.py: tokens of training go to the experts that it says; docs/router-twin.md
     replay: str = ""
     replay_validation: str = ""  # as well, of validation
@@ -168,7 +159,7 @@ class ParallelConfig:
     cp: int = setting(1, low=1)  # context parallel: each sequence is cut this many ways, docs/long-context.md
     # with cp, how a token sees its sequence: keys and values are gathered | heads are exchanged for tokens
     cp_kind: str = setting("all_gather", choices=("all_gather", "all_to_all"))
-    # pipeline parallel: the model's layers are cut into stages on so many ranks, in the order of strategy.pipeline
+    # pipeline parallel: number of ranks that the model's stages are spread over, in the order of strategy.pipeline
     pp: int = setting(1, low=1, high=10_000)
     pp_chunks: int = setting(1, low=1, high=1000)  # stages on each of them
     # which layers are in each stage, as Megatron writes it, Et*3|t*3L say; empty: so that the dearest stage has fewest FLOPs
@@ -186,25 +177,25 @@ class ParallelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class StrategyConfig:
-    # auto, a file of conf/strategy (`strategy=NAME` takes its numbers, too; docs/strategies.md explains them), or one's own as
+    # auto, a file of conf/strategy (`strategy=NAME` takes its numbers, too; docs/strategies.md explains them), or your own as
     # folder/file.py:FUNCTION
     name: str = "eager"
-    partition_bytes: str = "0"  # gradients go on the wire in pieces of at most so many bytes | 0: whole buckets | auto
-    bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they have so many MiB
+    partition_bytes: str = "0"  # gradients are sent in pieces of at most this many bytes | 0: whole buckets | auto
+    bucket_mb: float = setting(0.0, high=1e9)  # ddp: neighbouring gradients are sent together once they reach this many MiB
     # with parallel.pp: gpipe | 1f1b | interleaved | zb_h1 | zbv | dualpipev | greedy | FILE.csv, which docs/pipelines.md explains
     pipeline: str = "1f1b"
     # flow: a micro-batch, or so many micro-batches at a time, walk through the layers in this many parts; pair: each micro-batch
     parts: int = setting(1, low=1, high=1024)
-    chunks: str = "1"  # pipelining: a MoE layer's rows travel in so many chunks | one number a MoE layer: 1,2,2 | auto
+    chunks: str = "1"  # pipelining: number of chunks of a MoE layer's rows | one number per MoE layer: 1,2,2 | auto
     yields: bool = False  # gradients are held back while tokens are on the wire
-    # so many MoE layers compute the gradients of their experts' weights after all of backward
+    # number of MoE layers whose experts' weight gradients are computed after all of backward
     late_layers: int = setting(0, high=100_000)
     # whose weights' gradients are instructions of their own, which a strategy may put under all-to-alls; all: of every product
     deferred_weights: str = setting("none", choices=("none", "experts", "all"))
     # gradients that are deferred, or last, are computed at once for all parts and chunks: larger products, and a sum that is
     # written once; rows wait for the last part, and are copied
     join_weights: bool = False
-    # deferred weights' gradients that wait keep at most so many MiB of activations and their gradients; 0: no limit
+    # MiB of activations and gradients that deferred weight gradients may keep alive; 0: no limit
     deferred_mb: float = setting(0.0, high=1e9)
     # lancet: layers of the forward pass walk in parts, so that one computes while another's tokens travel: none | a number of
     # parts | ranges such as attention.0..mix.3:2 | auto: the ranges and numbers that are fastest in virtual time on `cluster`
@@ -339,7 +330,7 @@ class TrackerConfig:
 class GuardConfig:
     # a loss that jumps up: skip: no update; rewind: to the last checkpoint, and past the data since
     spike: str = setting("none", choices=("none", "skip", "rewind"))
-    window: int = setting(64, low=8)  # losses of so many steps are the measure; no verdict before a quarter of them is there
+    window: int = setting(64, low=8)  # number of recent losses to compare with; no verdict before a quarter of them
     # a spike is this many robust deviations (1.4826 x median deviation) above the median ...
     threshold: float = setting(8.0, low=POSITIVE)
     min_rise: float = setting(0.2)  # ... and this many nats
@@ -364,7 +355,7 @@ class HardwareConfig:
     float32_tflops: float = setting(0.0, high=1e9)  # dense peak of float32 products; of TF32 where they run as such
     bfloat16_tflops: float = setting(0.0, high=1e9)  # dense peak of bfloat16 products
     product_efficiency: float = setting(0.0, high=1)  # share of the peak that large matrix products reach
-    # a product with so many rows, or columns, reaches half of what a large one does
+    # number of rows, or columns, with which a product reaches half the rate of a large one
     product_half_size: float = setting(0.0, high=LARGEST_SIZE)
     product_sizes: list[float] = field(default_factory=list)  # measured, instead: the smallest of rows, columns and depth; rising
     product_shares: list[float] = field(default_factory=list)  # ... and the share of a large product's rate that each reaches
@@ -415,7 +406,7 @@ class InferConfig:
     first_planned: int = 0  # MoE layer from which on placements are planned before the router speaks
     worth: float = 0.0  # a plan is followed if it lowers the largest expected load by more than this share
     path_length: int = 3  # path_table: layers that a token's path goes back
-    kept: int = 0  # path_table: so many likely experts of each path count; 0: all; -1: as many as the router's top_k
+    kept: int = 0  # path_table: number of likely experts that count per path; 0: all; -1: the router's top_k
     renormalise: bool = True  # path_table: what is kept sums to 1
     layers_back: int = 3  # linear_map, online_map: layers whose counts the next layer's are foreseen from
     window_batches: int = 1  # window: batches that it averages
@@ -423,13 +414,13 @@ class InferConfig:
     row_us: float = 0.0  # trigger gain: what a row more on the busiest device costs; 0: measured before serving
     replan_ms: float = 0.0  # trigger gain: what planning anew costs; 0: measured before serving
     swap_mib: float = 0.0  # memory of a device for experts on their way, over all layers, in MiB; 0: two layers' slots
-    combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed; 1: all at once
+    combine_chunks: int = 1  # number of parts in which a layer's rows go back, each as its slots are done; 1: all at once
     batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
     # which experts a token uses of a model of router=dense: none, dense (all) | top_k | threshold (those above it) |
     # threshold_top_k (as many of the most probable as are above it on average, rounded half up); weights stay as they are
     select: str = "none"
-    select_k: int = 0  # select top_k: so many; 0: router.top_k
-    select_threshold: float = 0.5  # an expert is above it where its probability is more than so many even shares
+    select_k: int = 0  # select=top_k: experts per token; 0: router.top_k
+    select_threshold: float = 0.5  # in even shares: an expert is selected if its probability is more than this many of them
     even_routing: bool = False  # tokens go to experts in turn, whatever the router says: a bound, its text means nothing
 
 
@@ -438,9 +429,9 @@ class ProfileConfig:
     """A sample of routing that is saved with each checkpoint, for serving to start from."""
 
     record: bool = False  # checkpoints get a routing.npz once the balance loss is stable; not with expert choice or capacity
-    tokens: int = setting(16384, low=1, high=1 << 24)  # at most so many, from all ranks together
-    last_steps: int = setting(8, low=1, high=1_000_000)  # they are of the last so many steps before the checkpoint
-    window: int = setting(20, low=1, high=1_000_000)  # the balance loss is stable when its mean over so many steps ...
+    tokens: int = setting(16384, low=1, high=1 << 24)  # maximum number, over all ranks
+    last_steps: int = setting(8, low=1, high=1_000_000)  # number of steps before the checkpoint that they are taken from
+    window: int = setting(20, low=1, high=1_000_000)  # the balance loss is stable when its mean over this many steps ...
     stable_change: float = setting(0.02, high=1e9)  # ... differs by at most this share from the mean over as many steps before
 
 

@@ -1,4 +1,4 @@
-"""References to code of one's own in a configuration: "folder/file.py:Name", or "package.module:Name"."""
+"""References to code of your own in a configuration: "folder/file.py:Name", or "package.module:Name"."""
 
 import importlib
 import importlib.util

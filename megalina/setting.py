@@ -19,7 +19,7 @@ def setting(
     default: Value, *, low: float = 0, high: float | None = None, choices: tuple[str, ...] = (), own: bool = False
 ) -> Value:
     """A field of a schema that is a number from `low` to `high` (None: the largest there may be), or one of `choices`; `own`: or
-    code of one's own, as folder/file.py:Name."""
+    code of your own, as folder/file.py:Name."""
     if choices:
         return field(default=default, metadata={"choices": choices, "own": own})
     largest = LARGEST_FLOAT if isinstance(default, float) else LARGEST_SIZE

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from megalina.config import PretrainConfig
-from megalina.console import command
+from megalina.console import StatusLine, command
 from megalina.credentials import text_values
 from megalina.rank_files import REFUSED, UNSAVED, Unsaved, traceback_path
 from megalina.whole_file import write_whole
@@ -84,9 +84,14 @@ def main(arguments: list[str], train: Train) -> int:
 
 
 def _train(config: PretrainConfig) -> dict[str, Any]:
-    # Imported here so that a failure of the import is reported like any other.
-    from megalina.train.trainer import train
-
+    line = StatusLine()
+    if os.environ["RANK"] == "0":
+        line.show(f"starting {os.environ['WORLD_SIZE']} rank(s): importing torch ...")
+    try:
+        # Imported here so that a failure of the import is reported like any other.
+        from megalina.train.trainer import train
+    finally:
+        line.end()
     return train(config)
 
 

@@ -1,10 +1,13 @@
 """After a lost rank the job goes on from its own newest checkpoint, whatever its first start was told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megalina.checkpoint.checksums import METADATA, SUMS, VALUES
+from megalina.cli.train import next_command
+from megalina.config import PretrainConfig, RunConfig
 from megalina.launch import later_starts
 
 
@@ -43,3 +46,11 @@ def test_checkpoints_from_before_the_job_are_not_its_own(tmp_path: Path) -> None
     assert next_start()[0] == str(own)
     save(tmp_path, 110)
     assert next_start()[0] == "auto"
+
+
+def test_a_lost_job_ends_with_the_command_that_goes_on() -> None:
+    overrides = ["experiment=laptop", "train.resume=none", "run.dir=x", "data.skip_samples=[[1, 2]]"]
+    config = replace(PretrainConfig(), run=RunConfig(dir="runs/2026-12-01_10-00-00"))
+    start = "python pretrain_gpt_moe.py experiment=laptop 'data.skip_samples=[[1, 2]]' run.dir=runs/2026-12-01_10-00-00"
+    assert next_command(config, overrides, "auto") == start
+    assert next_command(config, overrides, "a b/step_00000010") == f"{start} 'train.resume=a b/step_00000010'"

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pty
 import resource
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,34 @@ def test_a_rank_is_ready_without_what_it_may_never_need(tmp_path: Path) -> None:
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert said == [["imported", []], ["first step", []]], done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6  # generous: 1.7 on an idle machine
+
+
+@pytest.mark.full
+def test_a_terminal_shows_what_goes_on_before_the_first_step(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    data = ["data=indexed", f"data.prefix={tmp_path}/tokens", f"data.cache_dir={tmp_path}/cache", "train.seq_len=16"]
+    ranks = ["launch.ranks=2", "parallel.ep=2", "train.steps=2", "tracker=minimal", f"run.dir={tmp_path}/run"]
+    ours, theirs = pty.openpty()
+    began_s = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "pretrain_gpt_moe.py"), *data, *ranks], stdout=theirs, stderr=theirs, cwd=tmp_path
+    ) as process:
+        os.close(theirs)
+        first_s, shown = 0.0, ""
+        with suppress(OSError):  # how Linux says that the other end is closed
+            while chunk := os.read(ours, 4096):
+                first_s = first_s or time.monotonic() - began_s
+                shown += chunk.decode()
+    os.close(ours)
+    assert process.returncode == 0, shown
+    stages = [
+        "checking the configuration",
+        "starting 2 rank(s)",
+        "waiting for 2 ranks",
+        "building the model",
+        "data: ",
+        "step 2/2",
+    ]
+    places = [shown.find(stage) for stage in stages]
+    assert -1 not in places and places == sorted(places), shown
+    assert first_s < 3  # generous: 0.7 on an idle machine

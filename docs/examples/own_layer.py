@@ -1,4 +1,4 @@
-"""A block of one's own: a gate on the residual stream behind attention, x + sigmoid(n G) * (n W), n being the norm of x.
+"""A block of your own: a gate on the residual stream behind attention, x + sigmoid(n G) * (n W), n being the norm of x.
 
 Declared once, without torch (`Gate`), with its torch functions (`GateFunctions`).  No other file knows of it:
 

@@ -1,4 +1,4 @@
-"""An optimizer of one's own: Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2).
+"""An optimizer of your own: Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2).
 
 It moves each weight by the sign of a mean of its gradients, and keeps one such mean.  No other file knows of it:
 

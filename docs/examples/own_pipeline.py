@@ -1,4 +1,4 @@
-"""A pipeline schedule of one's own: 1F1B in which a forward and a backward take turns (after Megatron-LM's combined 1F1B).
+"""A pipeline schedule of your own: 1F1B in which a forward and a backward take turns (after Megatron-LM's combined 1F1B).
 
 A pair ends late for both of its halves, so each hop needs the slack of a pair both ways: twice as many forwards first.  Run
 python tools/pipelines.py docs/examples/own_pipeline.py:SCHEDULE --stages 4 --micro-batches 16 --pair 0.8"""

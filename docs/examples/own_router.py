@@ -1,4 +1,4 @@
-"""A router of one's own, and an auxiliary loss of one's own.
+"""A router of your own, and an auxiliary loss of your own.
 
 `CosineTopK` scores a token by the cosine between it and each expert's row, times a temperature.  `ENTROPY` is small where each
 token is sure of its experts.  No other file knows of them:

@@ -1,4 +1,4 @@
-"""A schedule of one's own: gradients of experts' weights are computed while tokens are on the wire (after Lancet, section 4).
+"""A schedule of your own: gradients of experts' weights are computed while tokens are on the wire (after Lancet, section 4).
 
 Backward through a layer's experts gives first only what the all-to-all waits for.  Run python docs/examples/own_schedule.py"""
 

@@ -50,7 +50,7 @@ class Block:
     functions: ClassVar[str]  # where its torch functions are: "package.module:Class" or "folder/file.py:Class"
     heavy: ClassVar[tuple[str, ...]] = ()  # instructions that train.recompute=selective computes again
     cheap: ClassVar[tuple[str, ...]] = ()  # instructions that are never computed again
-    mixes_tokens: ClassVar[bool] = False  # of a block of one's own: a token's result depends on others, so no text can be written
+    mixes_tokens: ClassVar[bool] = False  # of a block of your own: a token's result depends on others, so no text can be written
 
     def __init__(self, whole: Whole):
         self.whole, self.model, self.router = whole, whole.model, whole.router

@@ -300,7 +300,7 @@ def check_layer(names: Sequence[str]) -> None:
 
 
 def check_own(blocks: Blocks) -> None:
-    """ValueError where code of one's own declares losses outside of a router, or what two blocks must not have in common."""
+    """ValueError where code of your own declares losses outside of a router, or what two blocks must not have in common."""
     for _, block in blocks.all():
         own = not isinstance(block, Embedding | Attention | DenseMlp | MoE | Mtp | Balance | Parts | Head)
         if own and block.losses:

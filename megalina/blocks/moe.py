@@ -25,7 +25,7 @@ DIGESTED = 4  # indices of a routed row while it is sorted and hashed
 
 @dataclass(frozen=True, slots=True)
 class RouterLoss:
-    """An auxiliary loss of one's own, of each MoE layer's router, named in `router.losses=[folder/file.py:Name]`.
+    """An auxiliary loss of your own, of each MoE layer's router, named in `router.losses=[folder/file.py:Name]`.
 
     `functions` points to `loss(logits_TE, expert_TK, valid_T) -> scalar`, a sum over the own valid tokens (T own tokens, E
     experts, K choices, `E` where there is none); it is divided by the step's valid tokens."""

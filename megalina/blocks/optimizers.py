@@ -10,7 +10,7 @@ from megalina.reference import is_reference, load
 
 
 class OptimizerKind:
-    """One of one's own: a subclass, named in `optim.name=folder/file.py:Name`.
+    """One of your own: a subclass, named in `optim.name=folder/file.py:Name`.
 
     It updates each element from that element's gradient and state alone, so that it doesn't matter to whom a slice belongs; but
     for the parameters that it `takes_whole`, of which a rank updates whole matrices."""

@@ -111,7 +111,7 @@ def layers_in_stages(config: PretrainConfig, *, vocab_size: int = 0) -> tuple[St
 
 
 def schedule_of(name: str) -> Schedule:
-    """By its name, or one's own by a reference.  ValueError where there is none."""
+    """By its name, or your own by a reference.  ValueError where there is none."""
     if name in SCHEDULES:
         return SCHEDULES[name]
     if not is_reference(name):

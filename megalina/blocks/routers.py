@@ -9,7 +9,7 @@ from megalina.reference import is_reference, load
 
 
 class RouterKind:
-    """A kind of one's own: a subclass, named in `router.kind=folder/file.py:Name`."""
+    """A kind of your own: a subclass, named in `router.kind=folder/file.py:Name`."""
 
     functions: ClassVar[
         str

@@ -6,6 +6,7 @@ python pretrain_gpt_moe.py --help
 import fcntl
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from megalina import launch, validate, worker
 from megalina.cli.hydra_command import arguments_for_hydra, show_help
 from megalina.compose import CONF, register_schema
 from megalina.config import PretrainConfig, RunConfig
-from megalina.console import command
+from megalina.console import StatusLine, command
 from megalina.credentials import find_credentials, masked, refuse_credentials, text_values
 from megalina.dry_run import describe
 from megalina.explain import explain
@@ -192,7 +193,12 @@ def _dry_run(config: PretrainConfig, member: launch.Member | None) -> float:
 
 def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> float:
     ranks, run_dir = config.launch.ranks, Path(config.run.dir)
-    warnings = check(config, world=ranks, local_ranks=ranks)
+    line = StatusLine()
+    line.show("checking the configuration and this machine ...")
+    try:
+        warnings = check(config, world=ranks, local_ranks=ranks)
+    finally:
+        line.end()
     with _run_folder(config, ranks, overrides, sweeping=sweeping):
         _warn(warnings)
         summary_path = run_dir / "summary.json"
@@ -205,11 +211,25 @@ def _launch(config: PretrainConfig, overrides: list[str], *, sweeping: bool) -> 
                 resume, origin = next_start()
                 return [*command, resume], origin
 
-            launch.run_with_restarts(command, ranks=ranks, logs=run_dir / "logs", restarts=restarts, again=again)
+            try:
+                launch.run_with_restarts(command, ranks=ranks, logs=run_dir / "logs", restarts=restarts, again=again)
+            except launch.RankFailed as error:
+                if sweeping or not error.again:
+                    raise
+                resume, origin = next_start()
+                raise launch.RankFailed(f"{error}\nnext, {origin}: {next_command(config, overrides, resume)}") from error
         finally:
             if summary_path.exists():  # also when a signal has ended the run early
                 print(summary_path.read_text().strip(), flush=True)
         return _val_loss(json.loads(summary_path.read_text()))
+
+
+def next_command(config: PretrainConfig, overrides: Sequence[str], resume: str) -> str:
+    """What to type to go on where a job was lost, in the same folder.  `overrides`: as typed; `resume`: train.resume to go on
+    with."""
+    kept = [text for text in overrides if text.partition("=")[0] not in ("run.dir", "train.resume")]
+    words = [*kept, f"run.dir={config.run.dir}", *([] if resume == "auto" else [f"train.resume={resume}"])]
+    return shlex.join(["python", "pretrain_gpt_moe.py", *words])
 
 
 def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -> float:

@@ -34,7 +34,7 @@ class HarnessRun:
 
     checkpoint: str
     tasks: Sequence[str]
-    include_path: str = ""  # folder with tasks of one's own
+    include_path: str = ""  # folder with tasks of your own
     limit: int = 0  # examples of a task; 0: all
     batch_size: int = 8  # texts of a rank at a time
     infer: InferConfig = field(default_factory=InferConfig)

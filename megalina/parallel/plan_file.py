@@ -62,7 +62,7 @@ def with_plan(config: PretrainConfig, world: int) -> PretrainConfig:
 
 def check_order(config: PretrainConfig, world: int, *, vocab_size: int) -> None:
     """ValueError unless the order of instructions in `strategy.order`, if there is one, is of the list that this configuration
-    gives, and where a strategy of one's own gives no list that can be run.  `vocab_size`: before padding."""
+    gives, and where a strategy of your own gives no list that can be run.  `vocab_size`: before padding."""
     own = is_reference(config.strategy.name)
     if not (config.strategy.order or own):
         return

@@ -58,7 +58,7 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
             case "moe":
                 near = before.get(layer), following.get(layer)
                 out += _moe(layer, *near, reads, writes, shared=shape.shared_experts, chunks=chunks)
-            case _:  # of one's own: as in training
+            case _:  # of your own: as in training
                 out += [replace(line, uses=()) for line in block.lines(shape, layer, *stream)]
     out.append(_compute("final", -1, (f"x.{shape.num_layers}.0",), ("#out.-.0",)))
     if learns and moe:

@@ -19,11 +19,11 @@ from megalina.step.passes import (
     defer_weights,
     finish,
     place_gradients,
-    place_weights,
     recompute,
     shard_of,
     step,
 )
+from megalina.step.place_weights import place_weights
 from megalina.step.plan import Plan
 from megalina.step.program import BucketSpec, Instruction, Kind, Op, Program, check
 from megalina.step.turns import paired
@@ -170,7 +170,7 @@ def training_step(name: str, setting: Setting) -> Program:
 
 
 def strategy_named(name: str) -> Strategy:
-    """Of `STRATEGIES`, or one's own, FILE.py:FUNCTION.  ValueError for one that isn't there, and for what is no function."""
+    """Of `STRATEGIES`, or your own, FILE.py:FUNCTION.  ValueError for one that isn't there, and for what is no function."""
     if is_reference(name):
         own = load(name)
         if not callable(own):

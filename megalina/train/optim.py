@@ -49,7 +49,7 @@ class Group:
 
 
 class Rule(ABC):
-    """How an optimizer updates a group in place; of one's own: a subclass, named in `OptimizerKind.functions`."""
+    """How an optimizer updates a group in place; of your own: a subclass, named in `OptimizerKind.functions`."""
 
     description: ClassVar[str]
     takes_divisor: ClassVar[bool] = False  # its kernel divides float32 gradients by `divisor` as it reads them

@@ -20,6 +20,7 @@ from megalina.blocks.counts import model_flops
 from megalina.changed_settings import as_json, change_line, changes
 from megalina.checkpoint.files import newest_checkpoint, read_values
 from megalina.config import PretrainConfig
+from megalina.console import StatusLine
 from megalina.data.source import TokenData, open_data
 from megalina.parallel.plan_file import PLAN_FILE, write_plan
 from megalina.parallel.step_result import StepResult
@@ -52,6 +53,8 @@ def train(config: PretrainConfig) -> dict[str, Any]:
     if config.train.deterministic:
         make_deterministic()
     device = choose_device(config.launch.device)
+    line = StatusLine()
+    show = line.show if rank == 0 else lambda text: None
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     tracker = None
     expected = None
@@ -59,12 +62,14 @@ def train(config: PretrainConfig) -> dict[str, Any]:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         expected = resume_point(config)
         resumed_step = read_values(expected)["step"] if expected else 0
+        show("opening metrics.jsonl, W&B and TensorBoard ...")
         tracker = open_trackers(config.tracker, run_dir=Path(config.run.dir), config=asdict(config), resumed_step=resumed_step)
     failed, trainer, unsaved = True, None, None
     try:
         if device.type == "cuda":
             flight_recorder.prepare(os.environ, Path(config.run.dir) / "logs")
         if world > 1:
+            show(f"waiting for {world} ranks ...")
             timeout = timedelta(seconds=config.cluster.timeout_s)
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store keeps the addresses of lost ranks
@@ -76,7 +81,9 @@ def train(config: PretrainConfig) -> dict[str, Any]:
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
+        show("building the model ...")
         trainer = Trainer(config, data, device=device, tracker=tracker)
+        line.end()
         doctor = trainer.runner.doctor
         doctor.start()
         try:
@@ -95,6 +102,7 @@ def train(config: PretrainConfig) -> dict[str, Any]:
         trainer.runner.close()
         failed = unsaved is not None
     finally:
+        line.end()
         if tracker is not None:
             tracker.finish(failed=failed)
         if trainer is not None:

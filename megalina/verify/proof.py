@@ -1,4 +1,4 @@
-"""A proof of a model with code of one's own in it: all that megalina takes from a declaration, held against a measurement.
+"""A proof of a model with code of your own in it: all that megalina takes from a declaration, held against a measurement.
 
 Layouts against one process in float64, declared parameters against the modules', declared FLOPs and kept bytes against what the
 functions do, the planner's memory with and without it, and a checkpoint of one layout gone on with in another.
@@ -49,7 +49,7 @@ class NotProven(AssertionError):
 def prove(config: PretrainConfig, *, without: PretrainConfig | None = None) -> dict[str, Any]:
     """What was held against what, for people and machines.  NotProven with the first thing that differs.
 
-    `config`: with code of one's own in it; it is shrunk.  `without`: the same model without it, to name what it adds."""
+    `config`: with code of your own in it; it is shrunk.  `without`: the same model without it, to name what it adds."""
     base = shrink(config, 2)
     added = _added(config, without) if without is not None else {}
     return {

@@ -20,7 +20,8 @@ from megalina.perfmodel.sim.memory import peak_of
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.order import order_of
-from megalina.step.passes import defer_weights, place_weights, rename_part, step
+from megalina.step.passes import defer_weights, rename_part, step
+from megalina.step.place_weights import place_weights
 from megalina.step.plan import Plan
 from megalina.step.program import MOVABLE, Instruction, Kind, Op, Program, backward, check
 from megalina.step.strategy import Setting, given, training_step

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megalina.blocks.model import plain_shape
 from megalina.step.forward import Shape, plain
-from megalina.step.passes import chunk, defer_weights, place_weights, step
+from megalina.step.passes import chunk, defer_weights, step
+from megalina.step.place_weights import place_weights
 from megalina.step.plan import Plan
 from megalina.step.program import MOVABLE, BucketSpec, Instruction, Kind, Op, Program, check, parts_of
 from megalina.step.strategy import Setting, given, training_step
