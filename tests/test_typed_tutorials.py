@@ -26,7 +26,7 @@ echo from the shell > said.txt
 assert word == "kept" and open("said.txt").read() == "from the shell\\n"
 ```
 ```bash
-exit 1  # on a cluster
+make .venv && exit 1
 ```
 """)
     type_page(page)
