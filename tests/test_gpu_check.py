@@ -15,7 +15,7 @@ from megalina.gpu_check.parts import PARTS, Part
 from tools import gpu_check, gpu_kit
 
 
-@pytest.mark.parametrize("name", ["experts", "optimizers", "models", "collectives"])
+@pytest.mark.parametrize("name", ["experts", "optimizers", "models", pytest.param("collectives", marks=pytest.mark.full)])
 def test_what_needs_no_gpu_is_right_on_a_cpu(name: str, tmp_path: Path) -> None:
     (part,) = [part for part in PARTS if part.name == name]
     assert part.look is not None
