@@ -336,7 +336,7 @@ def _check_locality(config: RouterConfig, kind: type[RouterKind], num_experts: i
     if nodes > num_experts:
         raise ValueError(
             f"router.locality_nodes ({nodes}) is more than model.num_experts ({num_experts}): nodes without an expert are "
-            "nobody's home; lower it"
+            "home to no sequence; lower it"
         )
     if weight and (not kind.has_scores or kind.experts_choose):
         raise ValueError(

@@ -17,7 +17,11 @@ def collectives(device: str, folder: Path) -> Found:
     out = folder / "collectives.parts"
     out.mkdir(exist_ok=True)
     mp.spawn(_gloo_rank, (device, str(out)), nprocs=2)
-    by_name = json.loads((out / "gloo.json").read_text())
+    first, second = (json.loads((out / f"gloo_{rank}.json").read_text()) for rank in range(2))
+    by_name = {
+        name: said if said == second[name] else f"wrong: {said} on rank 0, {second[name]} on rank 1"
+        for name, said in first.items()
+    }
     wrong = [f"{name} by gloo: {said}" for name, said in by_name.items() if said.startswith("wrong")]
     lines = [f"gloo, 2 ranks, {device} tensors: " + ", ".join(f"{name} {said}" for name, said in by_name.items())]
     numbers: dict[str, Any] = {"gloo": by_name}
@@ -59,10 +63,9 @@ def _gloo_rank(rank: int, device: str, out: str) -> None:
         try:
             found, wanted = collective()
             said[collective.__name__] = "right" if torch.equal(found, wanted) else f"wrong: {found.tolist()}"
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # what gloo says of tensors that it doesn't carry
             said[collective.__name__] = f"refused ({str(error).splitlines()[0][:90]})"
-    if rank == 0:
-        Path(out, "gloo.json").write_text(json.dumps(said))
+    Path(out, f"gloo_{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 
 
