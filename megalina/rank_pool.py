@@ -35,6 +35,7 @@ DEATH_S = 0.5  # for the death of a rank to be seen after another rank has misse
 COLLECTIVE_S = 60.0  # a collective of all ranks; axes of a mesh have their own limits
 LOOPBACK = "127.0.0.1"
 BACKWARD = "torch.fx.experimental.symbolic_shapes"  # torch's first backward imports it, and sympy with it: a second of each rank
+FOR_ALL = (BACKWARD,)  # what the server imports, whichever pool is the first to need it
 
 
 class RanksFailed(RuntimeError):
@@ -216,7 +217,7 @@ def _context(preload: Sequence[str]) -> ForkServerContext | SpawnContext:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, BACKWARD, *preload])
+    context.set_forkserver_preload([__name__, *FOR_ALL, *preload])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11's server does not look where this process does
     try:

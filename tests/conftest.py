@@ -30,18 +30,33 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection needs to walk through it again and again.
 
     And whichever test starts the server that forks ranks: it imports what the ranks of all tests need."""
-    for name in ("megalina.verify.on_ranks", "megalina.verify.proof"):
-        if name in sys.modules:
-            from tests.parallel.ranks import PRELOAD  # torch, of which the process that hands out the tests has no need
+    if rank_pool := sys.modules.get("megalina.rank_pool"):
+        from tests.parallel.ranks import PRELOAD  # torch, of which the process that hands out the tests has no need
 
-            sys.modules[name].PRELOAD = PRELOAD  # type: ignore[attr-defined]
+        rank_pool.FOR_ALL = (*rank_pool.FOR_ALL, *PRELOAD)  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are full are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long modules first, and those that aren't recorded: workers take one after another, and the last ones should be short."""
+    _leave_a_sample(items)
     known_s = recorded() | (dict.fromkeys(LONG_IN_FULL, math.inf) if not config.option.markexpr else {})
     items.sort(key=lambda item: -known_s.get(item.nodeid.split("::")[0], math.inf))
+
+
+def _leave_a_sample(items: list[pytest.Item]) -> None:
+    """Of a test that is `sampled(n)`: n of its cases, evenly spread; the others are full."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("full"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for of_one in cases.values():
+        (number,) = of_one[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        kept = {i * len(of_one) // number for i in range(number)}
+        for i, item in enumerate(of_one):
+            if i not in kept:
+                item.add_marker(pytest.mark.full)

@@ -96,6 +96,7 @@ def test_hydras_own_flags_are_hydras(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "steps: 7" in named.stdout, named.stderr
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "overrides",
     [

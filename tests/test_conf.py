@@ -154,6 +154,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("override", "message"),
     [

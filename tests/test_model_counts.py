@@ -51,6 +51,7 @@ def test_gpt2_without_moe_has_124_million_parameters() -> None:
     assert moe.total - counts.total == 6 * (7 * moe.expert + 8 * 768)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(
     "shape", [(), ("model.bias=true", "model.moe_every=2", "model.shared_d_ff=32", "model.positions=learned")]

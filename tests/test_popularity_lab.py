@@ -116,6 +116,7 @@ def test_the_second_phase_sees_what_the_router_chose() -> None:
     assert found.load_BLN[:, 0].tolist() == [[2, 2], [2, 2]]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [name for name in REPLAYED if name not in ("none", "oracle")])
 @given(seed=st.integers(0, 2**32 - 1), devices=st.sampled_from([1, 2, 4]), tokens=st.sampled_from([16, 29]))
 def test_a_replay_is_the_loop_over_predictor_planner_and_split(name: str, seed: int, devices: int, tokens: int) -> None:

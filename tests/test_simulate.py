@@ -99,6 +99,7 @@ def test_one_configuration_is_a_table_a_trace_a_picture_and_a_row(tmp_path: Path
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -17,7 +17,7 @@ from megalina.step.list_scheduling import guessed
 from megalina.step.program import Kind, Program
 from megalina.step.strategy import training_step
 
-WALKS = 60
+WALKS = 20
 
 
 def walk_searched_list(trainable: Trainable, *, seed: int) -> None:

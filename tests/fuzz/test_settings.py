@@ -212,6 +212,7 @@ def command(
     return run
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -113,6 +113,7 @@ def latent(a: Any, n_SD: Tensor, model: ModelConfig) -> Tensor:
     return out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_is_its_formula(kind: str) -> None:
     gpt = gpt_of(kind)

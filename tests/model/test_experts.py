@@ -62,6 +62,7 @@ def test_experts_equal_a_plain_loop(activation: Activation, bias: bool, counts: 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("activation", EVERY, ids=lambda a: a.name)
 def test_experts_pass_gradcheck(activation: Activation) -> None:
     params = parameters(3, activation, bias=True)

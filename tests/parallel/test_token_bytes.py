@@ -64,6 +64,7 @@ def trained(strategy: StrategyConfig, ranks_per_node: int, router: RouterConfig 
     return out
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "strategy", [StrategyConfig(), StrategyConfig(name="flow", parts=2, chunks="2")], ids=lambda strategy: strategy.name
 )

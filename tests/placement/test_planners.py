@@ -286,6 +286,7 @@ def test_the_optimum_is_the_best_of_all_placements(num_experts: int, num_devices
         assert smallest_largest_load(share_E, placement) == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("num_experts", "num_devices", "slots_per_device", "even_median", "even_p95"),
     [(8, 4, 2, 1.001, 1.03), (16, 4, 5, 1.03, 1.1), (16, 8, 3, 1.08, 1.2), (32, 4, 10, 1.005, 1.02)],

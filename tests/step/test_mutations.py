@@ -147,6 +147,7 @@ def wrong(instruction: Instruction, setting: Setting) -> Iterator[dict[str, obje
         yield {"yields_to": (Op.TOKENS,)}
 
 
+@pytest.mark.sampled(3)
 @every_list
 def test_each_changed_instruction_is_refused(name: str, seed: int, tried: Counter[str]) -> None:
     """Axis, class, piece, part, chunk; what may not be held back, or not by that."""

@@ -32,6 +32,7 @@ def place(program: Program, phase: str, name: str, kind: Kind = Kind.COMPUTE) ->
     return next(i for i, s in enumerate(program) if (s.phase, s.name, s.kind) == (phase, name, kind))
 
 
+@pytest.mark.sampled(45)
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("after", [0, 1, 3, 100])
 @pytest.mark.parametrize("tp", [True, False])

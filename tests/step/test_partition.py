@@ -38,6 +38,7 @@ def lancet(shape: Shape, partition: str, **numbers: object) -> Plan:
     return Plan("lancet", partition=partition, **numbers)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize("backward_order", ["whole", "mirrored"])
 @pytest.mark.parametrize("parts", ["2", "4"])
 @pytest.mark.parametrize("whole_routers", [False, True])

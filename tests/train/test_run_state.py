@@ -153,6 +153,7 @@ def test_no_bit_is_lost_on_the_way_through_a_layout(kind: str, layout: str, fold
     assert same_checkpoints(one, many) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_in_the_same_layout_changes_no_bit(kind: str, folder: Path, whole: dict[str, list[float]]) -> None:
     config = config_of(folder, f"{kind} again", steps=STEPS, **KINDS[kind])

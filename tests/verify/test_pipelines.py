@@ -102,6 +102,7 @@ CELLS: list[tuple[Layout, dict[str, Any]]] = [  # in parts, and with weights' gr
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("layout", "settings"), [pytest.param(*row, id=str(i)) for i, row in enumerate(CELLS)])
 def test_cells_in_parts_and_with_later_weights(layout: Layout, settings: dict[str, Any]) -> None:
     assert difference(config_of(layout, **settings), layout, steps=2) == ""

@@ -42,6 +42,7 @@ def mechanisms(config: PretrainConfig) -> dict[str, object]:
     }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_keeps_its_mechanisms_and_fits_every_layout(name: str) -> None:
     config = compose([f"model={name}"])
@@ -80,6 +81,7 @@ def test_what_is_off_stays_off() -> None:
     assert (small.optim.clip_norm, small.optim.weight_decay) == (0.0, 0.0)
 
 
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("model", ["olmoe_1b_7b", "tiny", "lina_12l_4e"])
 def test_every_router_fits_the_shrunk_experts(name: str, model: str) -> None:

@@ -193,6 +193,7 @@ def dropped(program: Program, random: Random) -> Program:
     return tuple(s for s in program if s is not gone and not (s.kind is Kind.WAIT and s.reads[0] == gone.writes[0]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("change", [swapped, dropped])
 def test_a_list_with_a_collective_swapped_or_dropped_is_noticed(

@@ -66,6 +66,7 @@ def spans(timeline: Timeline, rank: int) -> dict[tuple[str, str, str], float]:
     return {(e.kind, e.tag, which): getattr(e, which) for e in events for which in ("enqueued_s", "start_s", "end_s")}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK_NETWORKS)) for name in NETWORKS]
 )
@@ -155,6 +156,7 @@ FEW = {  # nodes of 4, two nodes below a port of the core
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize(("edp", "ep"), [(1, 16), (2, 8), (4, 4), (8, 2)])
 def test_a_few_flows_that_stand_for_many_make_the_same_step(

@@ -258,6 +258,7 @@ def deadlocks(program: Program, rule: Rule, schedules: int = 40) -> int:
     return count
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["priority_partition", "lina", pytest.param("flow", marks=pytest.mark.full)])
 def test_the_papers_literal_rule_deadlocks_under_some_delays_and_ours_under_none(name: str) -> None:
     shape = SHAPES["experts in every layer"]
@@ -335,6 +336,7 @@ def yields_are_kept(timeline: Timeline, starts: dict[str, Instruction], rank: in
             assert not instruction.credit or sum(o.axis == e.axis for o in under_way) < instruction.credit
 
 
+@pytest.mark.sampled(3)
 @every_strategy
 def test_no_delays_and_no_legal_order_deadlock_and_ranks_agree(name: str, tried: Counter[str]) -> None:
     explore(name, tried, times=0.4, schedules=4, layouts=SMALL)

@@ -49,6 +49,7 @@ def filled(
     return programs(pipeline, stages, forward, buckets, late=shape.deferred("all"), router_state=shape.router_state)
 
 
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [*SCHEDULES, *PAIRED])
 def test_programs_are_legal_each_and_together(name: str, shape: str) -> None:
