@@ -182,6 +182,21 @@ def host_time(result: Result) -> list[Table]:
     return [Table(head, rows)]
 
 
+def museum(result: Result) -> list[Table]:
+    """Of benchmarks/museum.py."""
+    rows = [
+        [
+            f"`{of['plant']}`",
+            of["named"] or "nothing",
+            f"{of['named_s']:.1f}",
+            f"{of['script_s']:.1f}" if of["script_code"] == 0 else "fails",
+        ]
+        for of in result["exhibits"]
+    ]
+    named = sum(of["named"] == of["plant"] for of in result["exhibits"])
+    return [Table(("planted", "named", "s", "script of torch alone, s"), rows, f"{named} of {len(rows)} named")]
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f}"
 
@@ -200,4 +215,5 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "muon_train": muon_train,
     "long_context": long_context,
     "import": imports,
+    "museum": museum,
 }

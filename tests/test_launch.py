@@ -388,6 +388,7 @@ def test_ranks_with_another_configuration_are_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "run.dir=here", other="__import__('os').environ['RANK'] == '1'")
     assert done.returncode != 0
     assert re.search(r"^rank 1 differs from rank 0: train.steps is 7, not 100; start all ranks", done.stderr, re.MULTILINE)
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.full

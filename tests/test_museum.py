@@ -5,14 +5,13 @@ import json
 import re
 import runpy
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from megalina.cli import verify as verify_layouts
+from benchmarks import museum
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "museum").glob("*.py"))}
@@ -81,12 +80,20 @@ def test_it_shows_the_bug(name: str, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_commands_of_its_docstring_find_and_name_the_bug_in_less_than_a_minute(name: str, tmp_path: Path) -> None:
-    said = " ".join((ast.get_docstring(ast.parse(SCRIPTS[name].read_text())) or "").split())
-    commands = re.findall(r"python tools/verify_layouts\.py (.*? --plant (\w+))", said)
-    assert commands
-    for words, plant in commands:
-        file, begun_s = tmp_path / f"{plant}.json", time.monotonic()
-        assert verify_layouts.main([*words.split(), "--json", str(file)]) == 1
-        assert json.loads(file.read_text())["named"] == plant
-        assert time.monotonic() - begun_s < 60
+def test_the_commands_of_its_docstring_find_and_name_the_bug_in_less_than_a_minute(name: str) -> None:
+    exhibits = museum.exhibited(name)
+    assert exhibits and [of for of in exhibits if not of.is_well] == []
+
+
+def test_what_is_not_named_is_told_and_ends_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"norm_per_rank": "norm_per_rank", "router_detached": "balance_loss_per_rank"}
+    monkeypatch.setattr(museum, "exhibited", lambda name: [museum.Exhibit(name, name, found[name], 9.0, 0, 2.0)])
+    file = tmp_path / "museum.json"
+    assert museum.main(["--only", "norm_per_rank"]) == 0
+    assert museum.main(["--only", "norm_per_rank,router_detached", "--json", str(file)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 named, the slowest in 9.0 s; 2 of 2 scripts run"
+    assert [of["named"] for of in json.loads(file.read_text())["exhibits"]] == list(found.values())
+    with pytest.raises(SystemExit):
+        museum.main(["--only", "no_such"])

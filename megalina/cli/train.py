@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -250,13 +251,17 @@ def _join(config: PretrainConfig, member: launch.Member, overrides: list[str]) -
     with ExitStack() as stack:
         try:
             warnings = check(config, world=member.world, local_ranks=member.local_ranks)
-            stack.enter_context(_run_folder(config, member.world, overrides, sweeping=False))
+            withdraw = stack.enter_context(_run_folder(config, member.world, overrides, sweeping=False))
             _warn(warnings)
         except (ValueError, OSError) as error:
             tell_agent(_masked(_verdict(error)[0]), os.environ)  # before the others end, for which torchrun ends this rank too
             agreement.refuse()
             raise
-        agreement.offer(config)
+        try:
+            agreement.offer(config)
+        except ValueError:
+            withdraw()
+            raise
         summary = _train(config)
     print((Path(config.run.dir) / "summary.json").read_text().strip(), flush=True)
     return _val_loss(summary)
@@ -271,8 +276,10 @@ def _train(config: PretrainConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _run_folder(config: PretrainConfig, world: int, overrides: list[str], *, sweeping: bool) -> Iterator[None]:
-    """The run folder, locked, with config.yaml and Hydra's overrides in it, once the data is known to be good."""
+def _run_folder(config: PretrainConfig, world: int, overrides: list[str], *, sweeping: bool) -> Iterator[Callable[[], None]]:
+    """The run folder, locked, with config.yaml and Hydra's overrides in it, once the data is known to be good.
+
+    Yields what takes these files away again, where there was no run before, for a job that can't begin."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -288,10 +295,18 @@ def _run_folder(config: PretrainConfig, world: int, overrides: list[str], *, swe
             vocab_size = check_data(config)
             check_order(config, world, vocab_size=vocab_size)
             check_checkpoint(config, vocab_size=vocab_size)
-            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            composed = run_dir / "config.yaml"
+            is_new = not composed.exists()
+            composed.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             saved.parent.mkdir(exist_ok=True)
             saved.write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
-            yield
+
+            def withdraw() -> None:
+                if is_new:
+                    composed.unlink()
+                    shutil.rmtree(saved.parent)
+
+            yield withdraw
     finally:
         if {path.name for path in run_dir.iterdir()} <= {".lock"}:  # nothing came of it: leave no trace
             (run_dir / ".lock").unlink(missing_ok=True)

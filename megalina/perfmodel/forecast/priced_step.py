@@ -93,7 +93,7 @@ class Shared:
 
 
 class PricedStep:
-    """One step of `world` ranks that are all alike.  What costs time to find out is found out when it is asked for."""
+    """One step of `world` ranks that are all alike.  Values that take time to compute are computed on first use."""
 
     def __init__(
         self,
