@@ -354,7 +354,7 @@ def _check_backward(program: Program) -> None:
         if parts != own or joined_weights(parts) != (instruction,):
             raise ValueError(f"{instruction.tag} isn't what backward leaves out of {_tags(parts) or 'any instruction'}, once")
     if late:
-        raise ValueError(f"gradients of weights that backward leaves out, and nobody adds: {_tags(late.values())}")
+        raise ValueError(f"no instruction computes these deferred gradients of weights: {_tags(late.values())}")
     updated = {s.name for s in program if s.phase == "U" and s.kind is Kind.COMPUTE}
     if idle := {f"update {u}" for s in program for u in s.uses} - updated:
         raise ValueError(f"missing: {', '.join(sorted(idle))}")

@@ -38,8 +38,8 @@ STEADY = ("1f1b", "interleaved", "zb_h1", "zbv", "dualpipev")  # schedules that 
 
 
 class PricedPipeline:
-    """One step of `world` ranks, `parallel.pp` stages of ranks that are alike.  What costs time to find out is found out when it
-    is asked for."""
+    """One step of `world` ranks, `parallel.pp` stages of ranks that are alike.  Values that take time to compute are computed on
+    first use."""
 
     def __init__(
         self,
