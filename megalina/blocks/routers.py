@@ -238,12 +238,17 @@ def check_router(config: RouterConfig, num_experts: int, d_model: int) -> None:
         )
     if config.top_k > num_experts:
         raise ValueError(f"router.top_k ({config.top_k}) is more than model.num_experts ({num_experts}): lower it or add experts")
+    if unknown := sorted({*kind.settings} - RouterConfig.__dataclass_fields__.keys()):
+        raise ValueError(
+            f"router={config.kind} declares settings that `router` doesn't have: {', '.join(unknown)}; see docs/config.md"
+        )
     for name in sorted({name for known in KINDS.values() for name in known.settings} - {*kind.settings}):
         value = getattr(config, name)
         if value != getattr(RouterConfig(), name):
             kinds = " or ".join(known for known, of in KINDS.items() if name in of.settings)
             shown = value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
-            raise ValueError(f"router.{name} ({shown}) works with router={kinds} alone, not with {config.kind}")
+            cure = f"; if it does, add {name} to its `settings`" if is_reference(config.kind) else ""
+            raise ValueError(f"router.{name} ({shown}) works with router={kinds} alone, not with {config.kind}{cure}")
     if config.group == "global" and (config.capacity_factor or kind.experts_choose):
         what = f"router={config.kind}" if kind.experts_choose else f"router.capacity_factor={config.capacity_factor:g}"
         raise ValueError(

@@ -100,3 +100,22 @@ def test_a_block_with_a_loss_is_refused_before_anything_starts(tmp_path: Path) -
 def test_lists_that_make_no_layer(layer: list[str]) -> None:
     with pytest.raises(ValueError, match="model.layer"):
         check_layer(layer)
+
+
+ROUTER = """\
+from megalina.blocks.routers import RouterKind
+
+class Own(RouterKind):
+    functions = "megalina.model.routers:TopK"
+    settings = {settings}
+"""
+
+
+def test_settings_that_a_router_of_your_own_lacks_or_invents_are_named(tmp_path: Path) -> None:
+    for name, settings in (("none", "()"), ("invented", "('temperature', 'sharpness')")):
+        (tmp_path / f"{name}.py").write_text(ROUTER.format(settings=settings))
+    none, invented = (RouterConfig(kind=f"{tmp_path}/{name}.py:Own", temperature=0.5) for name in ("none", "invented"))
+    with pytest.raises(ValueError, match="router.temperature .* if it does, add temperature to its `settings`"):
+        check_router(none, 4, 64)
+    with pytest.raises(ValueError, match="declares settings that `router` doesn't have: sharpness; see docs/config.md"):
+        check_router(invented, 4, 64)
