@@ -168,7 +168,7 @@ _ALL = (
     Plant(
         "bucket_reduced_early",
         "a bucket of gradients is summed over the ranks before the last micro-batch",
-        lambda layout, config: layout.micro_batches > 1 and layout.dp > 1 and layout.pp == 1,
+        lambda layout, config: layout.micro_batches > 1 and layout.dp > 1 and layout.pp == layout.cp == 1,
         gradients.bucket_reduced_early,
     ),
     Plant(
@@ -406,7 +406,7 @@ _ALL = (
     Plant(
         "expert_gradient_not_reduced",
         "the experts' gradients are not summed over the ranks that hold copies",
-        lambda layout, config: _has_moe(config) and layout.copies > 1 and (layout.zero == 0 or layout.tp == 1),
+        lambda layout, config: _has_moe(config) and layout.copies > 1 and layout.cp == 1 and (layout.zero == 0 or layout.tp == 1),
         gradients.expert_gradient_not_reduced,
     ),
     Plant(
