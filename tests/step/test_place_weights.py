@@ -168,7 +168,7 @@ def test_the_check_sees_what_is_not_joined_right(wrong: str) -> None:
     }[wrong]
     broken = tuple(t for s in program for t in (changed if s == weight else (s,)))
     with pytest.raises(
-        ValueError, match="isn't what backward leaves out|nobody adds|before it is written|written by|occurs twice"
+        ValueError, match="isn't what backward leaves out|no instruction computes|before it is written|written by|occurs twice"
     ):
         check(broken, given(broken, setting), setting.buckets)
 
