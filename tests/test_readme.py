@@ -3,6 +3,7 @@
 Its commands, as those of all documents: test_doc_commands.py."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_the_two_commands_are_there() -> None:
 def test_links_lead_to_files(document: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()) if "://" not in link]
     assert [link for link in links if not (document.parent / link).exists()] == []
+    ignored = subprocess.run(["git", "check-ignore", *links], cwd=document.parent, capture_output=True, text=True, check=False)
+    assert ignored.stdout.split() == []  # they would be here and in no clone
 
 
 def test_every_file_that_the_map_names_exists() -> None:
