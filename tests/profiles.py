@@ -4,7 +4,7 @@ The same examples each time (derandomized), so that a failure comes back."""
 
 from hypothesis import settings
 
-settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True, database=None)
 settings.register_profile("full", settings.get_profile("quick"), max_examples=200)
 settings.load_profile("quick")  # pytest --hypothesis-profile full loads the other one
 

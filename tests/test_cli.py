@@ -86,6 +86,7 @@ def test_the_quick_help_is_hydras(arguments: list[str], monkeypatch: pytest.Monk
     assert quick == slow and quick.stdout.count("\n") > 200
 
 
+@pytest.mark.full
 def test_hydras_own_flags_are_hydras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     job = done(train.main, "--cfg", "job", "model=laptop", "run.dir=here", "--resolve")

@@ -31,6 +31,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_strategies, "run", started)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -103,6 +104,7 @@ def test_slow_motion_slows_links_and_devices_alike(no_ranks: None, monkeypatch: 
     assert (plain.link_mbit, plain.configs["flow"].cluster.attention_ms) == (500, 10)
 
 
+@pytest.mark.full
 def test_every_strategy_runs_unless_some_are_named(no_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = jobs(monkeypatch, "--suite", "ladder", "--only", "4x2 heavy")
     assert {config.strategy.name for config in job.configs.values()} == set(STRATEGIES) - {"flow_packed", PLAIN}

@@ -60,6 +60,7 @@ def test_scripts_and_their_flags_exist(script: str, monkeypatch: pytest.MonkeyPa
         assert flag in capsys.readouterr().out, (script, flag)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("command", of("pretrain_gpt_moe.py"), ids=str)
 def test_what_is_trained_passes_the_checks(command: Command) -> None:
     for job in command.jobs():
@@ -100,6 +101,7 @@ def test_what_is_drawn_passes_the_checks(command: Command) -> None:
 OTHERS = ("tools/verify_layouts.py", "tools/analyze_alltoall.py", "tools/compare_strategies.py", "tools/evaluate_gpt_moe.py")
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("command", of(*OTHERS), ids=str)
 def test_what_others_are_given_composes(command: Command) -> None:
     of_modes = [text for text in command.overrides if text.startswith("infer.")]

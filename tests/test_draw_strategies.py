@@ -72,6 +72,7 @@ def test_packing_halves_the_group_and_doubles_the_experts() -> None:
     assert two == 2 * one
 
 
+@pytest.mark.full
 def test_all_pictures_have_one_scale_and_say_that_their_time_is_virtual() -> None:
     steps = {name: drawn(name) for name in ("eager", "flow")}
     figures = figures_of(steps, note="virtual time")

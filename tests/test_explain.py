@@ -35,6 +35,7 @@ def told(*arguments: str, config: str = "pretrain") -> str:
     return "nothing"
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("argument", "line"),
     [

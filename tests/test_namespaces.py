@@ -223,8 +223,9 @@ def test_a_failing_rank_ends_all_with_its_code(real: None, tmp_path: Path) -> No
 
 def test_after_sigkill_the_ranks_are_gone_and_the_next_start_sweeps(real: None, tmp_path: Path) -> None:
     tool = Tool(tmp_path, f"sleep 60 & echo $! > {tmp_path}/child.$RANK; wait")
-    wait_for(lambda: len(list(tmp_path.glob("child.*"))) == 2, "the ranks' children don't start")
-    pids, children = tool.pids(), [int(path.read_text()) for path in tmp_path.glob("child.*")]
+    written = [tmp_path / f"child.{rank}" for rank in range(2)]
+    wait_for(lambda: all(path.exists() and path.read_text().endswith("\n") for path in written), "a child doesn't start")
+    pids, children = tool.pids(), [int(path.read_text()) for path in written]
     tool.process.kill()
     tool.process.wait()
     wait_for(lambda: not any(map(alive, pids)), "ranks outlive their launcher")

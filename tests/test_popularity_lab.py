@@ -267,6 +267,7 @@ def read(ran: Path) -> dict[str, Any]:
     return json.loads((ran / "lab.json").read_text())
 
 
+@pytest.mark.full
 def test_the_files_are_whole_and_alone(ran: Path) -> None:
     assert sorted(path.name for path in ran.iterdir()) == ["lab.json", "lab.png"]
     assert (ran / "lab.png").read_bytes().startswith(b"\x89PNG") and (ran / "lab.png").stat().st_size > 10_000

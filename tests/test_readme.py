@@ -2,6 +2,7 @@
 
 Its commands, as those of all documents: test_doc_commands.py."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -38,12 +39,20 @@ def test_the_two_commands_are_there() -> None:
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
+def links_of(document: Path) -> list[str]:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    return [os.path.normpath(document.parent / link) for link in links if "://" not in link]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(document: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()) if "://" not in link]
-    assert [link for link in links if not (document.parent / link).exists()] == []
-    ignored = subprocess.run(["git", "check-ignore", *links], cwd=document.parent, capture_output=True, text=True, check=False)
-    assert ignored.stdout.split() == []  # they would be here and in no clone
+    assert [link for link in links_of(document) if not Path(link).exists()] == []
+
+
+def test_links_lead_to_files_that_a_clone_has() -> None:
+    links = sorted({link for document in DOCUMENTS for link in links_of(document)})
+    ignored = subprocess.run(["git", "check-ignore", *links], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout.split() == []
 
 
 def test_every_file_that_the_map_names_exists() -> None:

@@ -66,6 +66,7 @@ def test_a_sweep_has_a_row_for_every_job_also_for_those_that_cannot_run(sweep: A
     assert (folder / "0" / "step.json.gz").is_file() and not (folder / "1" / "step.json.gz").exists()
 
 
+@pytest.mark.full
 def test_a_row_has_the_keys_of_a_candidate_of_the_planner(sweep: Any) -> None:
     rows = read(sweep[0] / "results.jsonl")
     config = compose(SMALL)

@@ -85,6 +85,7 @@ def test_a_mistake_needs_nothing_that_is_slow_to_import(tmp_path: Path, command:
     assert imported_by(tmp_path, str(ROOT / script), *arguments, code=2) == []
 
 
+@pytest.mark.full
 def test_a_rank_is_ready_without_what_it_may_never_need(tmp_path: Path) -> None:
     """Checkpoints' format (DTensor, sympy), figures and torch's compiler: seconds, together as many as torch itself."""
     write_tokens(tmp_path / "tokens")

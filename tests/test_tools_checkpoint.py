@@ -92,6 +92,7 @@ def test_converted_and_averaged_checkpoints_start_a_run_and_can_be_generated_fro
         check_fit(mean, config_of(folder, "wide", d_ff=24, kind="sigmoid"), vocab_size=300)
 
 
+@pytest.mark.full
 def test_rewriting_for_ranks_keeps_a_run_resumable_to_the_bit(folder: Path, tmp_path: Path) -> None:
     source, five = checkpoint(config_of(folder, "run"), 2), tmp_path / "five"
     assert tool.main(["convert", str(source), str(five), "--ranks", "5"]) == 0

@@ -99,6 +99,7 @@ def test_a_forecast_is_what_devices_and_links_take() -> None:
     assert forecast_s(staged, plan_of(staged.strategy), setting.world) == pytest.approx(alone_s, rel=0.05)
 
 
+@pytest.mark.full
 def test_hosts_that_take_no_time_change_no_forecast() -> None:
     """Of a pipeline, too, where a walk of all micro-batches stands beside one of few; and hosts that take time add it."""
     setting = replace(SETTINGS[0], slow_motion=1.0)

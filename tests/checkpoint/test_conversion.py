@@ -32,6 +32,7 @@ def _raw(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("files", [1, 2, 3, 7, 64])
 def test_rewriting_changes_no_bit_and_evens_out_the_files(tmp_path: Path, files: int) -> None:
     source = saved(tmp_path, 1, STATE | {"exp_avg/large": torch.randn(97, 1001)})

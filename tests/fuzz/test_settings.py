@@ -97,6 +97,7 @@ def odd_values(key: str) -> list[Any]:
     return {int: INTS, float: FLOATS, str: WORDS, list: kind}[type(value)]
 
 
+@pytest.mark.sampled(60)
 def test_every_setting_is_accepted_or_refused_in_one_line(subtests: pytest.Subtests) -> None:
     for key, default in KEYS.items():
         if type(default) is not int:
@@ -185,6 +186,7 @@ def test_a_configuration_may_be_any_text(text: str) -> None:
     refusal(text)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "text", ["[" * 1000, "a: " * 50, "{" * 600 + "}" * 600, "\0", "[1, 2]", "train: [1]", "- a", "model: *x", "\ud800"]
 )

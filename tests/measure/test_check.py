@@ -103,6 +103,7 @@ def test_contention_counts_what_all_ranks_saw_together_with_the_smallest_slowdow
     assert summary([[[(1.0, False)]]], alone_s=1.0) == {"count": 0, "median": None, "p95": None}
 
 
+@pytest.mark.full
 def test_a_trial_run_is_told_by_its_parts(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     found = trial_run(config_of(tmp_path, "trial"), torch.device("cpu"), steps=2)

@@ -28,6 +28,7 @@ def weights_of(width: int, hidden: int, activation: Activation, bias: bool, dtyp
     return found | ({"b1": draw(inner), "b2": draw(width)} if bias else {})
 
 
+@pytest.mark.sampled(16)
 def test_a_row_is_the_same_wherever_it_is(subtests: pytest.Subtests) -> None:
     for sizes, name, dtype in product(WIDTHS, ("swiglu", "swiglu_clamped", "gelu"), DTYPES):
         with subtests.test(sizes=sizes, activation=name, dtype=dtype):

@@ -135,6 +135,7 @@ def on_rank(layout: Layout, settings: dict[str, Any], seeds: int) -> list[str]:
     return Rank(config, meshes_of(config, layout.world, timeout_s=60.0)[1]).errors(seeds)
 
 
+@pytest.mark.full
 def test_another_order_has_the_same_bits() -> None:
     layout = Layout(2, pp=2, micro_batch=2, pipeline="zb_h1")
     assert on_thread_ranks(layout, {"num_layers": 2}, lambda rank: rank.errors(1)) == [[], []]

@@ -109,6 +109,7 @@ def distances(train: str, serve: str) -> dict[str, float]:
     return {name: contest.row(name, "even")["distance"] for name in NEEDING_AHEAD}
 
 
+@pytest.mark.full
 def test_the_lab_replays_a_look_ahead_and_its_corrections(tmp_path: Path) -> None:
     right, wrong, trained = (lab_trace(tmp_path, n, 320, off=off) for n, off in (("a", 0), ("b", 1), ("c", 0)))
     faulty = lab_trace(tmp_path, "d", 3200, off=1)

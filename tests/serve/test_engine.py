@@ -309,6 +309,7 @@ def found() -> dict[int, list[dict[str, Any]]]:
 Found = dict[int, list[dict[str, Any]]]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("name", [*MODELS, *OWN_BLOCKS])
 def test_an_engine_gives_what_the_model_gives_on_one_device(found: Found, world: int, name: str) -> None:

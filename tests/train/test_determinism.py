@@ -20,6 +20,7 @@ def _kernels() -> Iterator[None]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_deterministic_run_is_possible_and_equal_to_the_bit(tmp_path: Path, dtype: str) -> None:
     write_tokens(tmp_path / "tokens")

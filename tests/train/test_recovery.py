@@ -98,6 +98,7 @@ def test_without_the_guard_the_same_text_does_change_the_run(folder: Path) -> No
     assert losses[27] > losses[26] + 0.3 and run.state.skipped_steps == 0
 
 
+@pytest.mark.full
 def test_skip_leaves_the_update_out_and_counts_it(folder: Path) -> None:
     run = start(config(folder, "skip", "skip"))
     corrupt(run)

@@ -239,6 +239,7 @@ def on_ranks(folder: Path) -> OnRanks:
 every_case = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
 
 
+@pytest.mark.full
 @every_case
 def test_losses_norms_and_validation_are_those_of_the_unpacked_run(on_ranks: OnRanks, name: str) -> None:
     for rank in on_ranks[name]:

@@ -95,6 +95,7 @@ def test_every_layout_records_the_same_tokens(folder: Path, still: PretrainConfi
         assert trace.sample_lengths_S.tolist() == one.sample_lengths_S.tolist()
 
 
+@pytest.mark.full
 def test_training_does_not_notice(folder: Path) -> None:
     off, without = run(folder, "off", ProfileConfig(), interval=3)
     on, with_profile = run(folder, "on", replace(PROFILE_OF_TWO_STEPS, tokens=41), interval=3)

@@ -88,6 +88,7 @@ def test_scores_are_those_of_each_choice_by_itself(folder: Path) -> None:
     assert cut > 0  # some contexts were too long
 
 
+@pytest.mark.full
 def test_training_is_the_same_with_and_without(folder: Path) -> None:
     runs = []
     for name, interval in (("with", 1), ("without", 0)):

@@ -79,6 +79,7 @@ def both(folder: Path) -> dict[str, list[float]]:
     return out
 
 
+@pytest.mark.full
 def test_a_run_follows_times_and_no_bit_of_a_loss_changes(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     ranks = run_on_ranks(2, both, tmp_path)

@@ -62,6 +62,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return run_on_ranks(2, _scenarios, folder)
 
 
+@pytest.mark.full
 def test_timing_changes_no_loss(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         alike = [scenario for name, scenario in found.items() if name != "stages"]  # whose sums are rounded in another way

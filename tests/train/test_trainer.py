@@ -215,6 +215,7 @@ def test_sigterm_to_one_rank_lets_all_finish_the_step_and_save_and_the_run_goes_
         assert len(found["first"]) == 4 and found["first"] + found["rest"] == found["whole"]
 
 
+@pytest.mark.full
 def test_a_run_cut_by_exit_step_has_the_losses_and_rates_of_a_whole_one(folder: Path) -> None:
     whole = records_of(config_of(folder, "not cut", steps=8))
     first = records_of(config_of(folder, "cut", steps=8, exit_step=3))
@@ -305,6 +306,7 @@ def saving(folder: Path, mode: str) -> PretrainConfig:
     )
 
 
+@pytest.mark.full
 def test_an_asynchronous_save_equals_a_synchronous_one(folder: Path, two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
         assert rank["saves"]["async"] == rank["saves"]["sync"]

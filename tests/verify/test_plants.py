@@ -149,7 +149,7 @@ def test_without_a_plant_nothing_is_named(pool: Pool, row: int) -> None:
     assert named(pool, row) == ""
 
 
-@pytest.mark.sampled(26)
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_plant_is_found_and_named(pool: Pool, plant: str) -> None:
     assert named(pool, rows_of(plant)[0], plant) == plant

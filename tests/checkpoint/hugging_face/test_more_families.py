@@ -42,6 +42,7 @@ def test_every_family_is_tried() -> None:
     assert {family.model_types[0] for family in FAMILIES} <= kinds
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bytes_come_back(tmp_path: Path, name: str) -> None:
     config = CONFIGS[name]

@@ -67,6 +67,7 @@ def test_constants_are_exponentials_in_the_order_of_fields() -> None:
     assert astuple(constants_of([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])) == pytest.approx([math.exp(n) for n in range(7)])
 
 
+@pytest.mark.full
 def test_half_of_table_1_is_fitted_with_both_sizes_and_all_depths() -> None:
     own = [line for line in TABLE_1 if is_fitted(*line)]
     assert len(own) == len(TABLE_1) // 2

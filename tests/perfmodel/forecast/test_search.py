@@ -56,6 +56,7 @@ def test_a_search_gives_what_each_candidate_gives_alone_and_the_same_again() -> 
 EVERY_OTHER = [p if i % 2 == 0 else pytest.param(p, marks=pytest.mark.full) for i, p in enumerate(OF_A_LAYOUT)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("plan", EVERY_OTHER, ids=str)
 def test_rounds_that_are_not_walked_take_what_one_more_takes(plan: Plan) -> None:
     """Within 0.1% of a step that is walked whole, and no more memory."""

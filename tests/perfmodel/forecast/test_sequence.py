@@ -124,6 +124,7 @@ def simulated(found: Forecasted, seen: Sequence[Seen], *, seed: int = 0) -> Sequ
     return in_virtual_time([found.program] * WORLD, as_counted(found, seen), found.axes, seed=seed)
 
 
+@pytest.mark.sampled(4)
 @every_case
 def test_the_forecasts_list_is_the_trainers(name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
     program = forecasted(configs[name]).program

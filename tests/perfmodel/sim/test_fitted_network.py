@@ -46,6 +46,7 @@ def found() -> list[Network]:
     return fitted([seen_in(TRUE, plan) for plan in PLANS], [BEGIN], clock_of, walks=3 * 3 * 60)
 
 
+@pytest.mark.full
 def test_lists_that_were_not_seen_take_what_they_would(found: list[Network]) -> None:
     slow, late = found
     others = [seen_in(TRUE, plan) for plan in OTHERS]

@@ -263,6 +263,7 @@ faster = {
 }
 
 
+@pytest.mark.full
 @given(**faster)
 def test_eager_is_no_slower_on_a_faster_network(seed: int, share: str, faster: str, alike: bool) -> None:
     no_slower(seed, share, faster, alike=alike)
