@@ -2,7 +2,8 @@
 
 Every activation, routing decision, loss, gradient, norm and weight of two steps (in `make test` one, but for sharded moments) to
 1e-12, after AdamW updates to 1e-10.
-`make test` covers all choices, `make test-full` all pairs of them, the world one of them, and more (test_all_layouts.py, test_parts.py).
+`make test` covers all choices, `make test-full` all pairs of them, the world one of them, and more (test_all_layouts.py,
+test_parts.py).
 """
 
 import itertools
