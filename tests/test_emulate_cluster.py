@@ -141,6 +141,7 @@ def test_tcp_that_cannot_be_set_is_a_warning(planted: Planted) -> None:
         assert cluster.warnings == (f"TCP keeps the host's settings, which may share links otherwise: {reason}",)
 
 
+@pytest.mark.full
 def test_latency_of_a_cluster_to_be_like_is_left_out_where_it_must_be_and_said(
     planted: Planted, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,7 @@ VARIANTS = (
 )
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.full
 def test_counts_are_those_of_the_model_built_without_memory(subtests: pytest.Subtests) -> None:
     for override in [*(f"model={name}" for name in MODELS), *VARIANTS]:
         with subtests.test(override):

@@ -14,6 +14,7 @@ SMALL = ["model=bench", "cluster=h100_400g", "nodes=1", "train.seq_len=512"]
 LAYOUT = [*SMALL, "parallel.ep=4", "train.global_batch_size=32", "train.dtype=bfloat16"]
 
 
+@pytest.mark.full
 def test_one_layout_under_every_strategy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert main([*LAYOUT, "--json", str(out), "--tokens", "1e9", "--picture", str(tmp_path / "step.png")]) == 0

@@ -54,7 +54,7 @@ def imported_by(folder: Path, *command: str, code: int) -> list[str]:
     return list(json.loads(done.stderr.splitlines()[-1]))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("script", ["pretrain_gpt_moe.py", *(f"tools/{name}.py" for name in TOOLS)])
 def test_help_needs_nothing_that_is_slow_to_import(tmp_path: Path, script: str) -> None:
     assert imported_by(tmp_path, str(ROOT / script), "--help", code=0) == []

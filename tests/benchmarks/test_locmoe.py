@@ -12,6 +12,7 @@ from benchmarks.locality.report import FRAME_BYTES, report
 PLACE = {"nodes": 2, "ranks_per_node": 2, "experts": 8, "ep": 4, "homes": 2}
 
 
+@pytest.mark.full
 def test_all_compete_with_one_model_one_batch_and_one_capacity() -> None:
     configs = [config_of(words_of(name), data="alike", **PLACE) for name in ROUTERS]
     assert len({repr((c.model, c.train, c.data, c.cluster)) for c in configs}) == 1

@@ -20,6 +20,7 @@ from tests.benchmarks.test_emulated import FREE
 from tests.compare.made import measured
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_all_take_the_same_steps_of_the_same_model(setting: Any) -> None:
     variants = variants_of(setting)

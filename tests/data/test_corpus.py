@@ -49,6 +49,7 @@ def documents(cache_dir: Path, name: str) -> list[str]:
     return [tokenizer.decode(dataset.document(i)[:-1].tolist()) for i in range(dataset.num_documents)]
 
 
+@pytest.mark.full
 def test_two_processes_prepare_one_corpus(cache_dir: Path) -> None:
     (folder,) = (path for path in cache_dir.iterdir() if path.is_dir())
     facts = json.loads((folder / "manifest.json").read_text())

@@ -112,6 +112,7 @@ def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
         IndexedDataset(tmp_path / "a")
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron.*")
 def test_megatron_reads_what_is_written_here_and_writes_the_same_bytes(tmp_path: Path) -> None:
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")

@@ -174,6 +174,7 @@ def shell_uses(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.full
 def test_no_program_of_the_repository_uses_a_shell() -> None:
     files = [
         ROOT / "pretrain_gpt_moe.py",

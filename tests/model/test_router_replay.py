@@ -39,6 +39,7 @@ def weights_by_hand(config: RouterConfig, logits_E: Tensor, experts: list[int]) 
     return [config.scale * score_E[e] / total for e in experts]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("name", DROPLESS)
 def test_tokens_go_where_they_are_sent_with_the_weights_of_the_routers_own_scores(name: str, padding: bool) -> None:
@@ -79,6 +80,7 @@ def test_scores_of_experts_that_the_router_would_not_choose_get_a_gradient() -> 
     assert bool((gradient.gather(1, worst_AK) > 0).all())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", DROPLESS)
 @pytest.mark.parametrize("tp", [2, 3])
 def test_slices_of_the_tokens_replay_what_the_whole_does(name: str, tp: int) -> None:

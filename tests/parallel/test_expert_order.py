@@ -74,6 +74,7 @@ def run(
     return records_of(config, checkpoint(config_of(folder, start), step) if start else None).records
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_in_the_models_order(tmp_path: Path) -> None:
     """What one layout has written with an order, another goes on from without, or with another order."""
     write_tokens(tmp_path / "tokens")

@@ -27,7 +27,8 @@ def deltas(folder: Path, name: str, step: int = 4) -> list[torch.Tensor]:
     return [value for key, value in sorted(tensors.items()) if key.endswith("router.delta")]
 
 
-@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.full), 0.75])
+@pytest.mark.full
+@pytest.mark.parametrize("ema", [0.0, 0.75])
 def test_every_layout_has_one_delta_bit_by_bit(tmp_path: Path, ema: float) -> None:
     """Of a step's micro-batches and ranks together, however they are cut; and a run that was resumed is one that was not."""
     write_tokens(tmp_path / "tokens")

@@ -33,6 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, T
     return config, replace(data, tokenizer=Words()), checkpoint(config, 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_texts_go_on_with_validation_texts(trained: tuple[PretrainConfig, TokenData, Path]) -> None:
     config, data, path = trained
     samples = write_samples(config, data, path)

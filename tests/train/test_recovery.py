@@ -162,6 +162,7 @@ def poisoned(folder: Path, what: str, ranks: int) -> list[str]:
     return [line for line in lines if "skipped" in line]
 
 
+@pytest.mark.full
 def test_a_bad_weight_is_named_by_the_first_instruction_that_gives_a_bad_value(folder: Path) -> None:
     for ranks in (1, 2):
         lines = run_on_ranks(ranks, poisoned, folder, "weight", ranks)
@@ -177,6 +178,7 @@ def test_a_bad_gradient_is_named_with_its_parameter(folder: Path) -> None:
 
 
 # routers that collapse
+@pytest.mark.full
 def test_a_router_that_sends_all_tokens_to_one_expert_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = config_of(folder, "collapsed", steps=2 * LOW_STEPS, lr=0.0, top_k=1)
     run = start(settings)

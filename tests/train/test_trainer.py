@@ -227,6 +227,7 @@ def test_a_run_cut_by_exit_step_has_the_losses_and_rates_of_a_whole_one(folder: 
     assert same_checkpoints(checkpoint(config_of(folder, "cut"), 8), checkpoint(config_of(folder, "not cut"), 8)) == []
 
 
+@pytest.mark.full
 def test_the_time_limit_saves_and_stops_and_the_same_command_goes_on(folder: Path) -> None:
     config = config_of(folder, "time", steps=4, max_minutes=1e-9)
     for step in (1, 2, 3, 4):
@@ -247,6 +248,7 @@ def test_a_finished_run_has_nothing_left_to_do(folder: Path) -> None:
 
 
 # beginnings
+@pytest.mark.full
 def test_init_from_takes_the_weights_with_a_fresh_optimizer_at_step_zero(folder: Path) -> None:
     old = config_of(folder, "old", kind="sigmoid", bias_update_rate=0.01, dtype="bfloat16", steps=3)
     records_of(old)
@@ -288,6 +290,7 @@ def test_resume_none_refuses_to_train_over_checkpoints(folder: Path) -> None:
         train(config)
 
 
+@pytest.mark.full
 def test_resume_path_branches_off_another_run(folder: Path) -> None:
     trunk = config_of(folder, "trunk", interval=2)
     losses = records_of(trunk).of("loss")

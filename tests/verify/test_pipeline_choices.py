@@ -53,6 +53,7 @@ def test_sizes_that_cannot_be_are_known_at_once() -> None:
     assert fits({"pp": 4}) and fits({"place": (1, 1, 1, True)})
 
 
+@pytest.mark.full
 def test_words_choose_schedules_and_no_pipeline_is_one_of_them(few: Choices) -> None:
     own = replace(few, schedules=(*few.schedules, OWN))
     assert layouts.only(own, [f"schedule={OWN}"]).schedules == (OWN,)

@@ -10,7 +10,7 @@ from megalina.verify.start import random_batches
 from tests.verify.cases import MODELS, ROUTERS, config_with
 
 
-@pytest.mark.sampled(40)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_losses_and_gradients_are_those_of_the_models_own_forward(model: str, router: str) -> None:

@@ -41,6 +41,7 @@ def test_the_papers_share_stands_where_it_has_one_with_as_many_experts() -> None
     assert [y for _, y in line.get_segments()[0]] == pytest.approx([35.4, 38.2])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "head"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
 def test_the_name_says_the_format_and_the_title_what_is_emulated(tmp_path: Path, name: str, head: bytes) -> None:
     draw(tmp_path / name, [analysed("ddp")], "emulated devices")

@@ -211,6 +211,7 @@ def test_two_collectives_swapped_on_one_rank_are_noticed_there(
         assert said.startswith("('dp', (0, 1, 2, 3)), rank 3, collective ")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", PLANTED)
 def test_one_size_doubled_is_noticed(name: str, configs: dict[str, PretrainConfig], seen: dict[str, list[Seen]]) -> None:
     found, random = forecasted(configs[name]), Random(0)

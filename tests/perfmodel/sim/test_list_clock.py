@@ -25,7 +25,8 @@ def marks(program: Program) -> tuple[list[int], list[tuple[int, ...]]]:
     return [s.credit for s in program], [tuple(OPS[op] for op in s.yields_to) for s in program]
 
 
-@pytest.mark.parametrize("setting", [pytest.param(name, marks=[pytest.mark.full] * (name != "light")) for name in SETTINGS])
+@pytest.mark.full
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_steps_of_the_document_take_as_long(setting: str) -> None:
     overrides, cluster = SETTINGS[setting]
     for name in STRATEGIES:

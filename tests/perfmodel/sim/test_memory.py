@@ -163,7 +163,6 @@ def program_of(config: PretrainConfig, sizes: InstructionBytes) -> Program:
     return training_step(config.strategy.name, setting.under(plan_of(config.strategy)))
 
 
-@pytest.mark.sampled(30)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_instruction_and_value_of_every_strategy_is_known(name: str, subtests: pytest.Subtests) -> None:
     """In every shape; and every strategy and every shape with each of three seeds."""
