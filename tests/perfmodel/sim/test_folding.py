@@ -142,7 +142,7 @@ def test_a_step_of_48_layers_on_1024_ranks_takes_seconds() -> None:
     timeline = simulate_alike(
         program, ranks=1024, ranks_of=ranks_of, seconds=lambda s: 1e-3 * (s.kind is Kind.COMPUTE), network=network, sizes=SIZES
     )
-    assert time.process_time() - began_s < 10  # 1 s on a quiet machine; flow by flow it would be minutes
+    assert time.process_time() - began_s < 5  # up to 1.0 s, beside other work 2.3; there are 16 million flows
     assert timeline.step_s >= 1e-3 * sum(s.kind is Kind.COMPUTE for s in program)
 
 
@@ -178,7 +178,7 @@ def test_all_to_alls_among_thousands_are_folded_in_a_moment(share: str) -> None:
     )
     began_s = time.process_time()
     folded = FoldedLoads(network, 4096, groups_of(1, 4096), [("ep", Collective.ALL_TO_ALL), ("world", Collective.ALL_REDUCE)])
-    assert time.process_time() - began_s < 10  # 1 s on a quiet machine; flow by flow it would be minutes
+    assert time.process_time() - began_s < 5  # up to 1.0 s, beside other work 2.3; there are 16 million flows
     (load,) = folded.of("ep", Collective.ALL_TO_ALL, ())
     carried = load.bytes_on(len(folded.capacity_L))
     assert dict(zip(folded.capacity_L.tolist(), carried.tolist(), strict=True)) == {
