@@ -60,7 +60,8 @@ def test_a_port_in_use_is_a_note_with_another_one() -> None:
         listener.listen()
         number = listener.getsockname()[1]
         assert port(number).level is Level.NOTE and f"--master-port={number + 1}" in port(number).todo
-    assert port(number).level is Level.GOOD
+    # Below the ports that the system hands out: another test's connection may take one of those at any moment.
+    assert any(port(number).level is Level.GOOD for number in range(20_000, 20_010))
 
 
 def test_a_full_disk_and_one_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
