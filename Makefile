@@ -49,7 +49,7 @@ lint: $(READY)  ## style, import contracts, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: $(READY)  ## lint and the tests, side by side (5 to 7 minutes on 2 cores)
+test: $(READY)  ## lint and the tests, side by side (4 to 7 minutes on 2 cores)
 	$(call beside,$(REWRITTEN) $(ONE_THREAD) $(PYTEST))
 
 test-full: $(READY)  ## lint and all tests, the slow ones and more examples included

@@ -10,8 +10,11 @@ At equal parameters and tokens, from the same seeds, on the text of experiment=l
 - DS-MoE: router=dense with each ALPHA (router.mutual_information_loss), then asked to use few experts: so many of the most
   probable (top_k), those above a threshold, or as many as are above it on average.
 
-Losses are of the validation text, nats a token, in one process.  Tokens/s are of this process: of training from the second
-step on, of inference the median over repeated passes over the validation text.
+Losses are of the validation text, nats per token, in one process.
+
+Speeds are of this process and of the first seed's models, which take turns, so that all meet the same hours of the machine:
+training a few steps a turn, inference one pass over the validation text.  Beside the median of tokens/s stands its ratio to the
+dense MLP of the same round, median and range over rounds.
 """
 
 import argparse
@@ -22,8 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ import torch
 from megalina.arguments import Parser, new_file, whole
 from megalina.batch import Batch
 from megalina.blocks.selection import Selection
+from megalina.compare.interleaved import run_interleaved
 from megalina.compose import compose
 from megalina.config import CheckpointConfig, PretrainConfig, RunConfig
 from megalina.console import command
@@ -47,18 +51,19 @@ SMALL = (  # of experiment=laptop
     *("data.vocab_size=1024", "train.eval_sequences=64", "train.eval_interval=0", "schedule.warmup_steps=10"),
 )
 THRESHOLDS = (0.25, 0.5, 0.75, 1.0, 1.5)
-REPEATS = 3
+ROUNDS = 9  # of speeds
+STEPS_PER_TURN = 3  # of training
 DENSE, SPARSE = "dense", "sparse"
 
 
 @dataclass(slots=True)
 class Quiet:
-    """A tracker that shows nothing and remembers when each step ended."""
+    """A tracker that shows nothing and counts the steps that ended."""
 
-    ended_s: list[float] = field(default_factory=list)
+    steps: int = 0
 
     def log(self, record: dict[str, Any]) -> None:
-        self.ended_s.append(time.perf_counter())
+        self.steps += 1
 
     def rewind(self, step: int) -> None: ...
 
@@ -71,22 +76,41 @@ class Point:
     rule: str  # how experts are selected; "all": as trained
     seed: int
     active_fraction: float  # experts that computed a token over all experts
-    loss: float  # nats a token
-    tokens_per_s: float  # of inference
-    training_tokens_per_s: float
+    loss: float  # nats per token
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one way to use one model; JSON has these names."""
+
+    model: str
+    rule: str  # "training", or as of a Point
+    tokens_per_s: float  # median over rounds
+    ratio_to_dense: float  # of the same rounds, training to training, inference to inference: median,
+    ratio_range: tuple[float, float]  # and range
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    gpt: GPT
+    batches: list[Batch]  # validation text
+    config: PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        points = run(args)
+        points, speeds = run(args)
     except (ValueError, OSError) as error:
         print(explain(error, args.overrides), file=sys.stderr)
         return BAD_INPUT
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} used, torch {torch.__version__}"
-    result = {"machine": machine, "steps": args.steps, "overrides": args.overrides, "points": [_as_json(p) for p in points]}
-    print(table(points))
+    result = {
+        "machine": machine, "steps": args.steps, "overrides": args.overrides,
+        "points": [asdict(p) for p in points], "speeds": [asdict(s) for s in speeds],
+    }  # fmt: skip
+    print(table(points), speed_table(speeds), sep="\n\n")
     print(json.dumps(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -95,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> list[Point]:
+def run(args: argparse.Namespace) -> tuple[list[Point], list[Speed]]:
     """Every model with every seed; all configurations are checked before the first is trained."""
     with tempfile.TemporaryDirectory(prefix="megalina_dense_training_") as folder:
         jobs = []
@@ -110,11 +134,14 @@ def run(args: argparse.Namespace) -> list[Point]:
                 config = replace(config, run=RunConfig(dir=f"{folder}/{name} {seed}"), checkpoint=CheckpointConfig(interval=0))
                 check_config(config, 1)
                 jobs.append((name, seed, config))
-        points = []
+        points, first = [], {}
         for number, (name, seed, config) in enumerate(jobs):
             print(f"{number + 1}/{len(jobs)}: {name}, seed {seed}", file=sys.stderr)
-            points += points_of(name, seed, config)
-    return points
+            trained = trained_to_the_end(config)
+            points += points_of(name, seed, trained)
+            first.setdefault(name, trained)
+        print("speeds, in turns", file=sys.stderr)
+        return points, [*training_speeds(first), *inference_speeds(first)]
 
 
 def models_of(alphas: Sequence[float]) -> dict[str, tuple[str, ...]]:
@@ -126,30 +153,26 @@ def models_of(alphas: Sequence[float]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def points_of(name: str, seed: int, config: PretrainConfig) -> Iterator[Point]:
-    """Train one model, then use it in every way that it can be used in."""
-    trainer, data, trained = trained_to_the_end(config)
-    gpt, batches = trainer.built.trainable.gpt.eval(), held_out(config, data)
-    for rule, selection in rules_of(name, config.model.num_experts).items():
-        gpt.select(selection)
-        loss, active, rate = judged(gpt, batches)
-        yield Point(name, rule, seed, active, loss, rate, trained)
+def points_of(name: str, seed: int, trained: Trained) -> Iterator[Point]:
+    """A trained model used in every way that it can be used in."""
+    for rule, selection in rules_of(name, trained.config.model.num_experts).items():
+        trained.gpt.select(selection)
+        yield Point(name, rule, seed, *judged(trained.gpt, trained.batches))
 
 
-def trained_to_the_end(config: PretrainConfig) -> tuple[Trainer, TokenData, float]:
-    """The trainer after its last step, its text, tokens/s.  KeyboardInterrupt for a signal, after which a run would be saved as
-    it is: there are no results of half a training."""
+def trained_to_the_end(config: PretrainConfig) -> Trained:
+    """The model after its last step.  KeyboardInterrupt for a signal, after which a run would be saved as it is: there are no
+    results of half a training."""
     Path(config.run.dir).mkdir(parents=True)
-    train, tracker = config.train, Quiet()
-    data = open_data(config.data, seq_len=train.seq_len, seed=train.seed)
+    tracker = Quiet()
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     trainer = Trainer(config, data, device=torch.device("cpu"), tracker=tracker)  # type: ignore[arg-type]
     trainer.begin(None)
     trainer.loop()
     trainer.runner.close()
-    ended_s = tracker.ended_s
-    if len(ended_s) < train.steps:
+    if tracker.steps < config.train.steps:
         raise KeyboardInterrupt
-    return trainer, data, train.global_batch_size * train.seq_len * (len(ended_s) - 1) / (ended_s[-1] - ended_s[0])
+    return Trained(trainer.built.trainable.gpt.eval(), held_out(config, data), config)
 
 
 def rules_of(name: str, num_experts: int) -> dict[str, Selection | None]:
@@ -170,8 +193,8 @@ def held_out(config: PretrainConfig, data: TokenData) -> list[Batch]:
 
 
 @torch.inference_mode()
-def judged(gpt: GPT, batches: Sequence[Batch]) -> tuple[float, float, float]:
-    """Loss, active fraction, and tokens/s of a forward pass."""
+def judged(gpt: GPT, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Active fraction, and loss in nats per token."""
     nats = tokens = 0.0
     chosen = valid = 0
     for batch in batches:
@@ -180,30 +203,70 @@ def judged(gpt: GPT, batches: Sequence[Batch]) -> tuple[float, float, float]:
         chosen += sum(int(load[:-1].sum()) for load in losses.loads)
         valid += int(batch.valid_BS.sum())
     layers = len(gpt.moe_layers)
-    took_s = []
-    for _ in range(REPEATS):
-        began_s = time.perf_counter()
-        for batch in batches:
-            gpt.hidden(batch)
-        took_s.append(time.perf_counter() - began_s)
-    active = chosen / (valid * layers * gpt.config.num_experts) if layers else 1.0
-    return nats / tokens, active, valid / statistics.median(took_s)
+    return chosen / (valid * layers * gpt.config.num_experts) if layers else 1.0, nats / tokens
+
+
+def training_speeds(models: Mapping[str, Trained]) -> list[Speed]:
+    """New models with the configurations of these, in one process, a few steps in turn."""
+    config = models[DENSE].config
+    data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
+    # A warm-up, and a step that isn't timed in each turn: the schedule has to last for all of them.
+    steps = (ROUNDS + 1) * (STEPS_PER_TURN + 1) + 1
+    configs = {name: replace(m.config, train=replace(m.config.train, steps=steps)) for name, m in models.items()}
+    competitors = run_interleaved(configs, data, rounds=ROUNDS, turn=STEPS_PER_TURN)
+    tokens = config.train.global_batch_size * config.train.seq_len
+    return in_turns({(c.name, "training"): _by_round(c.step_s) for c in competitors}, tokens)
+
+
+@torch.inference_mode()
+def inference_speeds(models: Mapping[str, Trained]) -> list[Speed]:
+    """A pass over the validation text with each way, again and again, each round beginning with another one."""
+    ways = [(name, rule) for name, m in models.items() for rule in rules_of(name, m.config.model.num_experts)]
+    took_s: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    for number in range(ROUNDS + 1):
+        at = number % len(ways)
+        for name, rule in ways[at:] + ways[:at]:
+            gpt = models[name].gpt
+            gpt.select(rules_of(name, models[name].config.model.num_experts)[rule])
+            began_s = time.perf_counter()
+            for batch in models[name].batches:
+                gpt.hidden(batch)
+            if number:  # the first round warms up
+                took_s[name, rule].append(time.perf_counter() - began_s)
+    return in_turns(took_s, sum(int(batch.valid_BS.sum()) for batch in models[DENSE].batches))
+
+
+def in_turns(took_s: Mapping[tuple[str, str], Sequence[float]], tokens: int) -> list[Speed]:
+    """From the seconds that each model and way took for `tokens`, a figure per round; the dense MLP's own way is the measure."""
+    dense_s = next(own for (name, _), own in took_s.items() if name == DENSE)
+    out = []
+    for (name, rule), own in took_s.items():
+        ratios = [theirs / mine for theirs, mine in zip(dense_s, own, strict=True)]
+        out.append(Speed(name, rule, tokens / statistics.median(own), statistics.median(ratios), (min(ratios), max(ratios))))
+    return out
+
+
+def _by_round(step_s: Sequence[float]) -> list[float]:
+    """The median of each turn's steps."""
+    turns = [step_s[first : first + STEPS_PER_TURN] for first in range(0, len(step_s), STEPS_PER_TURN)]
+    return [statistics.median(turn) for turn in turns]
 
 
 def table(points: Sequence[Point]) -> str:
     """Means over seeds, in Markdown."""
-    lines = ["| model | experts used by | active fraction | loss | its spread | tokens/s | training tokens/s |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| model | experts used by | active fraction | loss | its spread |", "|---|---|---|---|---|"]
     for (model, rule), own in _by_way(points).items():
-        active, rate, trained = (
-            statistics.fmean(getattr(p, name) for p in own)
-            for name in ("active_fraction", "tokens_per_s", "training_tokens_per_s")
-        )
         losses = [p.loss for p in own]
-        spread = max(losses) - min(losses)
-        lines.append(
-            f"| {model} | {rule} | {active:.3f} | {statistics.fmean(losses):.4f} | {spread:.4f} | {rate:,.0f} | {trained:,.0f} |"
-        )
+        active, spread = statistics.fmean(p.active_fraction for p in own), max(losses) - min(losses)
+        lines.append(f"| {model} | {rule} | {active:.3f} | {statistics.fmean(losses):.4f} | {spread:.4f} |")
+    return "\n".join(lines)
+
+
+def speed_table(speeds: Sequence[Speed]) -> str:
+    lines = [f"| model | experts used by | tokens/s | of the dense MLP | range in {ROUNDS} rounds |", "|---|---|---|---|---|"]
+    for s in speeds:
+        low, high = s.ratio_range
+        lines.append(f"| {s.model} | {s.rule} | {s.tokens_per_s:,.0f} | {s.ratio_to_dense:.2f}x | {low:.2f} to {high:.2f}x |")
     return "\n".join(lines)
 
 
@@ -228,7 +291,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
         axis.plot(x, y, styles[kind], color=colours[model], marker="s" if kind == "all" else "o", markersize=4, label=label)
         axis.fill_between(x, low, high, color=colours[model], alpha=0.15)
     axis.set_xlabel("active fraction: experts that compute a token over all experts")
-    axis.set_ylabel("held-out loss, nats a token")
+    axis.set_ylabel("held-out loss, nats per token")
     axis.legend(fontsize=7)
     figure.savefig(path)
 
@@ -238,10 +301,6 @@ def _by_way(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
     for p in points:
         out.setdefault((p.model, p.rule), []).append(p)
     return out
-
-
-def _as_json(point: Point) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in Point.__dataclass_fields__}
 
 
 def _numbers(text: str) -> list[float]:

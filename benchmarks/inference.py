@@ -3,6 +3,7 @@
     python benchmarks/inference.py --traces A.npz B.npz --json FILE   (8 and 16 devices, two strengths of skew: an hour)
     python benchmarks/inference.py --traces A.npz B.npz --devices 8 --skew real --modes static,best
     python benchmarks/inference.py --traces A.npz B.npz --ablations     (no estimation, no phase 2, paths of 1, 3 and 6 layers)
+    python benchmarks/inference.py --traces A.npz --profiles B.npz      (what is known before is of another task)
     python benchmarks/inference.py --workloads all --devices 4          (routing made to order instead of traces)
 
 Each rank is a device with its own part of a batch.  The engine, its exchanges, its planning and its fetches are the real ones;
@@ -13,7 +14,8 @@ for a layer's attention, `--experts-ms` for its experts, both of an even share o
 it; what is printed is divided by it.  Planning and exchanges are not emulated: they take what they take here.  By default time is
 slowed by the number of ranks that share a core, so a host has on the average as much of it as if it had a core of its own.
 
-Profiles are recorded on the first half of each trace; the second halves are served, the two tasks taking turns batch by batch.
+Profiles are recorded on the first half of each trace, or on the whole of other traces (`--profiles`); the second halves are
+served, tasks taking turns batch by batch.
 Modes take turns too, on the same batches.  `oracle` is `best`, told the exact counts before; `ideal` forces even routing.
 Skew "paper": so many tokens are sent to random experts that the most popular one gets 5.56 times the least popular one (Lina,
 figure 6).  Workloads are those of `placement_lab/workloads.py`; their profile is the same workload by another seed.
@@ -109,6 +111,7 @@ class OwnPart:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", nargs="+", type=Path, default=[], metavar="NPZ", help="one a task")
+    parser.add_argument("--profiles", nargs="+", type=Path, default=[], metavar="NPZ", help="traces of other tasks to profile on")
     parser.add_argument("--workloads", default="", metavar="A,B", help=f"instead of traces: all, or of {', '.join(WORKLOADS)}")
     parser.add_argument("--devices", default="8,16", metavar="A,B", help="emulated devices (default: 8,16)")
     parser.add_argument("--skew", default="", metavar="A,B", help=f"of traces: {', '.join(SKEWS)} (default: real,paper)")
@@ -161,6 +164,10 @@ def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"{'both' if args.traces else 'neither'} --traces and --workloads are given: give one of them")
     if args.workloads and args.skew:
         raise ValueError(f"--skew {args.skew} is of --traces: workloads have their own")
+    if args.profiles and not args.traces:
+        raise ValueError("--profiles is for --traces: workloads are profiled on the same workload by another seed")
+    if known := {path.resolve() for path in args.profiles} & {path.resolve() for path in args.traces}:
+        raise ValueError(f"{min(known)} is both profiled and served, so it isn't held out: leave it out of --profiles")
     kind, choices = ("workload", list(WORKLOADS)) if args.workloads else ("skew", list(SKEWS))
     names = choices if args.workloads == "all" else (args.workloads or args.skew or "real,paper").split(",")
     for name in names:
@@ -176,7 +183,7 @@ def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
-    there = {path: len(read_trace(path).layers) for path in args.traces}
+    there = {path: len(read_trace(path).layers) for path in (*args.traces, *args.profiles)}
     layers = args.layers or min(there.values(), default=WORKLOAD_LAYERS)
     for path, most in there.items():
         if most < layers:
@@ -192,6 +199,7 @@ def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 **{k: getattr(args, k) for k in ("batch_tokens", "batches", "slots")},
                 **{k: getattr(args, k) for k in ("attention_ms", "experts_ms", "expert_ms")},
                 "traces": [str(path.absolute()) for path in args.traces],
+                "profiles": [str(path.absolute()) for path in args.profiles],
                 "slow_motion": args.slow_motion or max(1.0, devices / len(os.sched_getaffinity(0))),
                 "layers": layers,
                 "devices": devices,

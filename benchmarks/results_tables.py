@@ -197,6 +197,53 @@ def museum(result: Result) -> list[Table]:
     return [Table(("planted", "named", "s", "script of torch alone, s"), rows, f"{named} of {len(rows)} named")]
 
 
+def dense_training(result: Result) -> list[Table]:
+    """Of benchmarks/dense_training.py: held-out losses, means over seeds, and speeds."""
+    by_way: dict[tuple[str, str], list[Result]] = {}
+    for point in result["points"]:
+        by_way.setdefault((point["model"], point["rule"]), []).append(point)
+    losses = []
+    for (model, rule), own in by_way.items():
+        values = [point["loss"] for point in own]
+        active, spread = statistics.fmean(point["active_fraction"] for point in own), max(values) - min(values)
+        losses.append([model, rule, f"{active:.3f}", f"{statistics.fmean(values):.3f}", f"{spread:.3f}", str(len(own))])
+    speeds = [
+        [
+            of["model"],
+            of["rule"],
+            f"{of['tokens_per_s']:,.0f}",
+            f"{of['ratio_to_dense']:.2f} ({of['ratio_range'][0]:.2f} - {of['ratio_range'][1]:.2f})",
+        ]
+        for of in result["speeds"]
+    ]
+    head = ("model", "experts used by", "active fraction", "held-out loss, nats per token", "spread", "seeds")
+    return [
+        Table(head, losses, f"{result['steps']} steps; {result['machine']}"),
+        Table(("model", "experts used by", "tokens/s", "of the dense MLP, in turns (range)"), speeds),
+    ]
+
+
+def peers(result: Result) -> list[Table]:
+    """Of benchmarks/peers.py: each setting's systems, the slowest first."""
+    out = []
+    for setting in result["settings"]:
+        slow = (
+            f"{setting['slow_motion']:g} times in slow motion, in its own time"
+            if setting["slow_motion"] != 1
+            else "natural speed"
+        )
+        rows = []
+        for name, of in sorted(setting["rows"].items(), key=lambda one: -one[1]["median_step_s"]):
+            low, high = of["ratio_range"]
+            kind = f"our list, after {of['re_expression']}" if of["re_expression"] else of["tuned"]
+            ratio = f"{of['ratio_of_megalina']:.2f} ({low:.2f} - {high:.2f})"
+            rows.append([name, kind, ms(of["median_step_s"]), ratio, ms(of["waits_s"]), f"{of['peak_mb']:.0f}"])
+        rows += [[name, f"not run: {why}", "", "", "", ""] for name, why in setting["not_run"].items()]
+        head = ("system", "as", "step ms", "over megalina's (range)", "the device waits ms", "peak MB")
+        out.append(Table(head, rows, f"**{setting['name']}**, {slow}"))
+    return out
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f}"
 
@@ -216,4 +263,6 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "long_context": long_context,
     "import": imports,
     "museum": museum,
+    "dense_training": dense_training,
+    "peers": peers,
 }

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --json train_step.json
 
-Three parts, each interleaved round by round so that a noisy machine disturbs all variants alike; medians, with spread:
+Four parts, each interleaved round by round so that a noisy machine disturbs all variants alike; medians, with spread:
 
 1. One process, all cores: our step (the program, run by the executor) against Hugging Face's MixtralForCausalLM with the
    same weights, its `grouped_mm` experts and SDPA; forward, backward, gradient clipping and torch's fused AdamW on both
@@ -10,6 +10,7 @@ Three parts, each interleaved round by round so that a noisy machine disturbs al
 2. Peak memory of one process over what it must hold: weights, gradients, optimizer, and the activations as estimated
    below.
 3. Two expert-parallel ranks with one thread each against one rank with one thread, same global batch.
+4. As 1, of other shapes: fine-grained experts (64, top-6, an eighth as wide), and sequences of 2,048.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.counts import model_flops
-from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, TrainConfig
+from megalina.config import ModelConfig, OptimConfig, ParallelConfig, PretrainConfig, RouterConfig, TrainConfig
 from megalina.mesh import build_mesh
 from megalina.model.init import spec_of
 from megalina.parallel.trainable import Trainable
@@ -40,29 +42,54 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.throughput import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-SEQUENCES, LENGTH, LEARNING_RATE = 4, 512, 1e-4
+LEARNING_RATE = 1e-4
 MATMULS = [(2048, 512, 1024), (2048, 1024, 512), (512, 512, 2048), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 2048, 512)]
 
 
-def bench_config(*, ep: int = 1) -> PretrainConfig:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What differs from model=bench, and a step's tokens."""
+
+    model: dict[str, int] = field(default_factory=dict)
+    top_k: int = 2
+    sequences: int = 4
+    length: int = 512
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+BENCH = Shape()
+SHAPES = {
+    "fine_grained": Shape({"num_experts": 64, "d_ff": 128}, top_k=6),
+    "long": Shape(sequences=1, length=2048),
+}
+
+
+def bench_config(*, ep: int = 1, shape: Shape = BENCH) -> PretrainConfig:
     """conf/model/bench.yaml with everything else at its default."""
     model = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "bench.yaml").read_text()))
+    sequences = shape.sequences
     return PretrainConfig(
-        model=model,
+        model=replace(model, **shape.model),
+        router=RouterConfig(top_k=shape.top_k),
         parallel=ParallelConfig(ep=ep),
         optim=OptimConfig(lr=LEARNING_RATE),
-        train=TrainConfig(global_batch_size=SEQUENCES, micro_batch_size=SEQUENCES // ep, seq_len=LENGTH),
+        train=TrainConfig(global_batch_size=sequences, micro_batch_size=sequences // ep, seq_len=shape.length),
     )
 
 
-def batch_of(step: int, vocab_size: int) -> Batch:
+def batch_of(step: int, config: PretrainConfig) -> Batch:
     """Random tokens; the last position has no label, as in Hugging Face's loss."""
-    tokens = torch.randint(0, vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+    sequences, length = config.train.global_batch_size, config.train.seq_len
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, config.model.vocab_size, (sequences, length), generator=generator)
     labels = tokens.roll(-1, 1)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, -1] = False
-    position = torch.arange(LENGTH).repeat(SEQUENCES, 1)
-    return Batch(tokens, labels, mask, torch.ones_like(mask), position, None, torch.arange(SEQUENCES) + step * SEQUENCES)
+    position = torch.arange(length).repeat(sequences, 1)
+    return Batch(tokens, labels, mask, torch.ones_like(mask), position, None, torch.arange(sequences) + step * sequences)
 
 
 class Ours:
@@ -77,8 +104,8 @@ class Ours:
         self.load_max_over_mean = 0.0
 
     def step(self, number: int) -> float:
-        own = SEQUENCES // self.mesh.readers
-        batch = batch_of(number, self.vocab_size).split(own)[self.mesh.reader]
+        own = self.config.train.global_batch_size // self.mesh.readers
+        batch = batch_of(number, self.config).split(own)[self.mesh.reader]
         verdict = self.trainable.step(batch, self.optimizer.update, directions=self.optimizer)
         chosen_LE = verdict.loads[:, :-1].double()
         self.load_max_over_mean = (chosen_LE.amax(1) / chosen_LE.mean(1)).mean().item()
@@ -92,7 +119,7 @@ class HuggingFace:
         from transformers import MixtralConfig, MixtralForCausalLM
 
         m = config.model
-        self.vocab_size, self.clip_norm = m.vocab_size, config.optim.clip_norm
+        self.config, self.clip_norm = config, config.optim.clip_norm
         self.model: nn.Module = MixtralForCausalLM(
             MixtralConfig(
                 vocab_size=m.vocab_size,
@@ -103,7 +130,7 @@ class HuggingFace:
                 num_key_value_heads=m.num_kv_heads,
                 num_local_experts=m.num_experts,
                 num_experts_per_tok=config.router.top_k,
-                max_position_embeddings=LENGTH,
+                max_position_embeddings=config.train.seq_len,
                 rms_norm_eps=m.norm_eps,
                 rope_theta=m.rope_theta,
                 tie_word_embeddings=False,
@@ -144,7 +171,7 @@ class HuggingFace:
         assert not theirs, f"not copied: {list(theirs)}"
 
     def step(self, number: int) -> float:
-        tokens = batch_of(number, self.vocab_size).tokens_BS
+        tokens = batch_of(number, self.config).tokens_BS
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -173,8 +200,8 @@ def matmul_flops() -> float:
     return best
 
 
-def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
-    config = bench_config()
+def against_hugging_face(rounds: int, steps: int, shape: Shape = BENCH) -> dict[str, Any]:
+    config = bench_config(shape=shape)
     ours = Ours(config)
     theirs = {name: HuggingFace(config, name) for name in ("grouped_mm",)}
     for model in theirs.values():
@@ -188,11 +215,8 @@ def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
     ratios: list[float] = []
     peaks: list[float] = []
     fractions: dict[str, list[float]] = {name: [] for name in runners}
-    flops = (
-        model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=LENGTH).per_token
-        * SEQUENCES
-        * LENGTH
-    )
+    of_token = model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=shape.length).per_token
+    flops = of_token * shape.tokens
     number = 1
     for run in range(rounds + 1):
         round_s: dict[str, list[float]] = {name: [] for name in runners}
@@ -216,7 +240,7 @@ def against_hugging_face(rounds: int, steps: int) -> dict[str, Any]:
     return {
         "first_loss": first,
         "step_s": {name: summary(values) for name, values in times.items()},
-        "tokens_per_s": {name: SEQUENCES * LENGTH / statistics.median(values) for name, values in times.items()},
+        "tokens_per_s": {name: shape.tokens / statistics.median(values) for name, values in times.items()},
         "ratio_to_hf_mixtral": statistics.median(ratios),
         "ratio_to_hf_mixtral_spread": summary(ratios),
         "matmul_peak_gflops": {k: v / 1e9 for k, v in summary(peaks).items()},
@@ -236,9 +260,9 @@ def activation_bytes(config: PretrainConfig) -> int:
     """
     m, k = config.model, config.router.top_k
     head = m.d_model // m.num_heads
-    attention = 7 * m.d_model + 2 * (m.num_heads + 2 * m.num_kv_heads) * head + m.num_heads * LENGTH // 2
+    attention = 7 * m.d_model + 2 * (m.num_heads + 2 * m.num_kv_heads) * head + m.num_heads * config.train.seq_len // 2
     experts = k * (3 * m.d_model + 2 * m.d_ff)
-    tokens = SEQUENCES * LENGTH
+    tokens = config.train.global_batch_size * config.train.seq_len
     return 4 * tokens * (m.num_layers * (attention + experts) + m.vocab_size)
 
 
@@ -322,7 +346,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of part 1 (default 7)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each variant a round (default 3)")
     parser.add_argument("--rank-rounds", type=int, default=5, help="rounds of part 3 (default 5)")
-    parser.add_argument("--parts", default="step,memory,ranks", help="which parts (default step,memory,ranks)")
+    parser.add_argument("--parts", default="step,memory,ranks,shapes", help="which parts (default step,memory,ranks,shapes)")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -339,6 +363,13 @@ def main() -> None:
         found |= two_ranks(options.rank_rounds, 6)
     if "step" in parts:
         found |= against_hugging_face(options.rounds, options.steps)
+    if "shapes" in parts:
+        found["shapes"] = {}
+        for name, shape in SHAPES.items():
+            measured = against_hugging_face(options.rounds, options.steps, shape)
+            measured["ratio_to_hf"] = measured.pop("ratio_to_hf_mixtral")
+            measured["ratio_to_hf_spread"] = measured.pop("ratio_to_hf_mixtral_spread")
+            found["shapes"][name] = measured
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:

@@ -59,10 +59,12 @@ def routing_of(spec: dict[str, Any]) -> Routing:
         workload = WORKLOADS[spec["workload"]](size_of(spec))
         profile = trace_of(workload, seed=1)  # as popular are its experts, row for row
         return Routing(profile, drawn(workload, seed=0), workload.tokens_BR, workload.counts_BLE(), [skew(profile)])
-    traces = [task_of(Path(path), spec["layers"], spec["skew"]) for path in spec["traces"]]
+    traces, profiled = (
+        [task_of(Path(path), spec["layers"], spec["skew"]) for path in spec[paths]] for paths in ("traces", "profiles")
+    )
     served = taking_turns([halves(trace)[1] for trace in traces], spec["batch_tokens"])[: spec["batches"]]
     tokens_BR = np.full((len(served), spec["devices"]), spec["batch_tokens"] // spec["devices"])
-    counts_BLE, profile = counts_of_batches(served, EXPERTS), joined([halves(trace)[0] for trace in traces])
+    counts_BLE, profile = counts_of_batches(served, EXPERTS), joined(profiled or [halves(trace)[0] for trace in traces])
     return Routing(profile, served, tokens_BR, counts_BLE, [skew(trace) for trace in traces])
 
 

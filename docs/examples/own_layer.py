@@ -1,10 +1,10 @@
-"""A block of your own: a gate on the residual stream behind attention, x + sigmoid(n G) * (n W), n being the norm of x.
+"""A block of your own: a gate on the residual stream after attention, x + sigmoid(n G) * (n W), with n the normalized x.
 
 Declared once, without torch (`Gate`), with its torch functions (`GateFunctions`).  No other file knows of it:
 
     python pretrain_gpt_moe.py 'model.layer=[attention,"docs/examples/own_layer.py:Gate",ffn]'
 
-Run this file to see it proven: python docs/examples/own_layer.py
+Run this file to prove it: python docs/examples/own_layer.py
 """
 
 import json
@@ -49,7 +49,7 @@ class Gate(Block):
 
     def memory(self, at: At) -> Inside:
         before, tokens = memory.norm(at.rank, int(at.held)), int(at.held)
-        x = tokens * at.rank.width * at.rank.element  # the normed tokens, both products, the gate
+        x = tokens * at.rank.width * at.rank.element  # the normalized tokens, both products, the gate
         return Inside(before.kept + 3 * x, before.kept + 5 * x, 5 * x + memory.outer(at.rank, at.rank.width, at.rank.width))
 
 

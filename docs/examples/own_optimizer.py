@@ -1,6 +1,6 @@
 """An optimizer of your own: Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2).
 
-It moves each weight by the sign of a mean of its gradients, and keeps one such mean.  No other file knows of it:
+It moves each weight by the sign of a running mean of its gradients, and stores only that mean.  No other file knows of it:
 
     python pretrain_gpt_moe.py optim.name=docs/examples/own_optimizer.py:Lion optim.lr=1e-4
 """
@@ -22,7 +22,7 @@ class Lion(OptimizerKind):
     functions = f"{HERE}:LionRule"
     states = ("exp_avg",)
     passes = 5  # reads gradient, weight and mean, writes the last two
-    magnifies_rounding = True  # a mean that is nothing but rounding has a sign
+    magnifies_rounding = True  # a mean that is nothing but rounding has a sign, too
 
 
 class LionRule(Rule):

@@ -1,6 +1,6 @@
 """A router of your own, and an auxiliary loss of your own.
 
-`CosineTopK` scores a token by the cosine between it and each expert's row, times a temperature.  `ENTROPY` is small where each
+`CosineTopK` scores a token by its cosine with each expert's row, times a temperature.  `ENTROPY` is small where each
 token is sure of its experts.  No other file knows of them:
 
     python pretrain_gpt_moe.py router.kind=docs/examples/own_router.py:CosineTopK \
@@ -23,8 +23,8 @@ HERE, TEMPERATURE = str(Path(__file__).resolve()), 10.0
 
 class CosineTopK(RouterKind):
     functions = f"{HERE}:CosineTopKRouter"
-    scores_kept = 4  # as of any top-k, and the tokens' lengths
-    rows_kept = 1  # the tokens at length one
+    scores_kept = 4  # those of any top-k, and the tokens' lengths
+    rows_kept = 1  # the normalized tokens
 
 
 class CosineTopKRouter(Router):

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, ".")  # for `tools`: start it in the folder of the repository
+sys.path.insert(0, ".")  # for `tools`: start it in the repository's folder
 
 from megalina.batch import Batch
 from megalina.compose import compose

@@ -278,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of pretrain_gpt_moe.py; without --suite the "
                         "ladder's model unless you give overrides")  # fmt: skip
-    parser.add_argument("--suite", choices=("ladder",), help="four settings: 4x1 and 4x2, light and heavy dense gradients")
+    parser.add_argument(
+        "--suite", choices=("ladder",), help="six settings: 4x1 and 4x2, light and heavy dense gradients, or fine-grained experts"
+    )
     parser.add_argument("--only", default="", metavar="A,B", help='of the suite, such as "4x1 light,4x2 light"')
     parser.add_argument(
         "--nodes", type=whole(1, 254), default=4, metavar="N", help="without --suite (default: 4); 1: no emulated link"

@@ -71,8 +71,8 @@ def run_interleaved(
 ) -> list[Competitor]:
     """Rounds in which every competitor takes `turn` timed steps after one that is not timed; the order of turns rotates.
 
-    All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those whose names begin with
-    `baseline` are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
+    All ranks call it together.  Before the first round each warms up, for as long as it searches.  Those named `baseline` and a
+    word behind it are its variants: the hopeless ones stop after the first round, and so does whatever is clearly slower than the
     best of them, but for those that run `to_the_end`.  `prepare` may give a competitor weights to start from."""
     meshes, rank = _shared_meshes(list(configs.values())), dist.get_rank() if dist.is_initialized() else 0
     logs = {layout: CollectiveLog(rank, alike=layout[-1] == 1) for layout in meshes}
@@ -102,6 +102,11 @@ def run_interleaved(
         gc.enable()
         gc.unfreeze()
     return competitors
+
+
+def is_variant(name: str, baseline: str) -> bool:
+    """Whether a competitor is the baseline, perhaps with other pieces: "eager" or "eager 512 KiB", but not "eager_plain"."""
+    return name.partition(" ")[0] == baseline
 
 
 def _given_layout(config: PretrainConfig) -> Given:
@@ -179,10 +184,10 @@ def _without_hopeless(competitors: Sequence[Competitor], baseline: str, to_the_e
     """The same on every rank; all call it together."""
     everybody = all_gather_object(competitors[0].runner.mesh, {c.name: statistics.median(c.step_s) for c in competitors})
     slowest_s = {c.name: max(of_rank[c.name] for of_rank in everybody) for c in competitors}
-    best_s = min((s for name, s in slowest_s.items() if name.startswith(baseline)), default=math.inf)
+    best_s = min((s for name, s in slowest_s.items() if is_variant(name, baseline)), default=math.inf)
 
     def goes_on(name: str) -> bool:
-        limit = HOPEFUL if name.startswith(baseline) else WORTHWHILE
+        limit = HOPEFUL if is_variant(name, baseline) else WORTHWHILE
         return name in to_the_end or slowest_s[name] <= limit * best_s
 
     return [c for c in competitors if goes_on(c.name)]
@@ -201,7 +206,7 @@ def _take_turn(competitor: Competitor, turn: int, *, weigh: bool) -> None:
     """`weigh`: find out how much memory it needs, too, which costs a second or two."""
     runner, device = competitor.runner, competitor.runner.trainable.device
     _together(runner)
-    with _PeakMemory() if weigh else nullcontext() as memory:
+    with PeakMemory() if weigh else nullcontext() as memory:
         for i in range(turn + 1):
             recorder = Recorder() if i > 0 else None
             busy_s, overrun_s = (device.busy_s, device.overrun_s) if device is not None else (0.0, 0.0)
@@ -232,12 +237,12 @@ def _together(runner: StepRunner) -> None:
     all_gather_object(runner.mesh, None)  # nobody starts before the last one is there
 
 
-class _PeakMemory:
+class PeakMemory:
     """The most resident memory inside of it, above what was there at the start; 0 where the kernel doesn't tell."""
 
     peak_bytes = 0
 
-    def __enter__(self) -> "_PeakMemory":
+    def __enter__(self) -> "PeakMemory":
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)  # what earlier turns have freed
         with suppress(OSError):

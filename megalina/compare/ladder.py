@@ -1,4 +1,4 @@
-"""The ladder: four settings in which strategies are held against each other, and the paper's own ladder beside."""
+"""The ladder: six settings in which strategies are held against each other, and the paper's own ladder beside."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ from megalina.step.candidates import PIECES_BYTES
 
 LINK_MBIT = 500.0
 EXPERT_BYTES = 16 * 6 * (2 * 512 * 32)  # one expert in each layer of conf/experiment/ladder.yaml: weights, gradients, moments
-PLAIN = "plain_eager"  # eager without what lessens its bytes: a row for each of a token's experts, gradients along one ring
+PLAIN = "eager_plain"  # eager without what lessens its bytes: a row for each of a token's experts, gradients along one ring
 STRATEGIES = (
     "ddp", "eager", PLAIN, "serial", "fixed", "priority", "priority_partition", "lina_nopack", "lina", "flow", "flow_packed",
     "pair", "lina_zero", "lancet", "search", "auto",
@@ -18,6 +18,8 @@ OVERRIDES: dict[str, tuple[str, ...]] = {  # of a strategy's YAML
     "flow_packed": ("strategy=flow", "strategy.packing=2"),
     "lina_zero": ("strategy=lina_zero", "parallel.zero=1"),
 }
+FINE_EXPERTS, FINE_WIDTH = 64, 4
+FINE = (f"model.num_experts={FINE_EXPERTS}", f"model.d_ff={FINE_WIDTH}", "router.top_k=6", "parallel.dispatch=auto")
 EAGER_PIECES = PIECES_BYTES  # the baseline runs with each, the fastest counts
 
 
@@ -30,6 +32,7 @@ class Setting:
     ranks_per_node: int
     overrides: tuple[str, ...]
     slow_motion: float = 1.0  # links and devices are slower by this factor, and figures are divided by it
+    fine_grained: bool = False  # 64 experts, top-6, an eighth as wide each
 
     @property
     def world(self) -> int:
@@ -37,16 +40,18 @@ class Setting:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """All that differ here: with one rank a node the plain baseline is eager itself."""
-        return tuple(name for name in STRATEGIES if name != PLAIN or self.ranks_per_node > 1)
+        """All that differ here: with one rank a node and one expert a rank the plain baseline is eager itself."""
+        return tuple(name for name in STRATEGIES if name != PLAIN or self.ranks_per_node > 1 or self.fine_grained)
 
     def all_overrides(self) -> tuple[str, ...]:
         """A device has room for half of all experts: with room for all, nothing would be dispatched any more, and every
         strategy would be plain data parallelism."""
         world = self.world
+        all_bytes = EXPERT_BYTES * (FINE_EXPERTS * FINE_WIDTH / 32 if self.fine_grained else world)
         return (
-            f"strategy.packing_memory_gb={EXPERT_BYTES * world / 2 / 1e9}",
+            f"strategy.packing_memory_gb={all_bytes / 2 / 1e9}",
             *("experiment=ladder", f"model.num_experts={world}", f"parallel.ep={world}", f"train.global_batch_size={4 * world}"),
+            *(FINE if self.fine_grained else ()),
             *self.overrides,
         )
 
@@ -73,6 +78,8 @@ LADDER = (
     Setting("4x1 heavy", 4, 1, HEAVY),
     Setting("4x2 light", 4, 2, HALF, EIGHT_RANKS),
     Setting("4x2 heavy", 4, 2, (*HALF, *HEAVY), EIGHT_RANKS),
+    Setting("4x1 fine", 4, 1, HALF, fine_grained=True),
+    Setting("4x2 fine", 4, 2, HALF, EIGHT_RANKS, fine_grained=True),
 )
 # Lina, section 7.2: 16 A100-40GB on 4 nodes, 100 Gb/s, against DeepSpeed's MoE layer without tuned pieces
 PAPER = (

@@ -119,7 +119,7 @@ def draw_bars(path: Path, result: Mapping[str, Any]) -> None:
         axis.set_xlim(0, max(left) * 1.12)
         title = setting["name"] + _motion(setting) + ("" if setting["valid"] else " (overruns: not valid)")
         axis.set_title(title, fontsize=11)
-        axis.set_xlabel("ms a step")
+        axis.set_xlabel("ms per step")
         axis.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=label) for _, label, colour in SHARES]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(SHARES), frameon=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megalina.compare.interleaved import Competitor, Layout, layout_of, rows_along
+from megalina.compare.interleaved import Competitor, Layout, is_variant, layout_of, rows_along
 from megalina.compare.ladder import PLAIN
 from megalina.layout import by_node as nodes_of
 from megalina.layout import rows
@@ -189,7 +189,7 @@ def measure(
     link_mbit: float,
     turn: int,
 ) -> dict[str, Measured]:
-    """By name, the same on every rank.  Names that begin with "eager" are eager with other pieces; the fastest is `eager`.
+    """By name, the same on every rank.  "eager" and a size is eager with such pieces; the fastest is `eager`.
 
     `known`: by layout, exchanges alone; where it has nothing of a layout there are no slowdowns."""
     known_by = {c.name: known.get(layout_of(c.runner.mesh), {}) for c in competitors}
@@ -288,9 +288,9 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> list[float]:
     return [max(times) for times in zip(*by_rank, strict=True)]
 
 
-def _fastest(prefix: str, step_s: Mapping[str, Sequence[float]], median_s: Callable[[str], float]) -> str:
-    """Of those that took the most turns."""
-    names = [name for name in step_s if name.startswith(prefix)]
+def _fastest(baseline: str, step_s: Mapping[str, Sequence[float]], median_s: Callable[[str], float]) -> str:
+    """Of the baseline's variants that took the most turns."""
+    names = [name for name in step_s if is_variant(name, baseline)]
     most = max(len(step_s[name]) for name in names)
     return min((name for name in names if len(step_s[name]) == most), key=median_s)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalina.compare.interleaved import Competitor, Layout, alone, layout_of, rows_along, run_interleaved
+from megalina.compare.interleaved import Competitor, Layout, alone, is_variant, layout_of, rows_along, run_interleaved
 from megalina.compare.results import EAGER, as_json, in_own_time, measure, tuned_eager
 from megalina.console import StatusLine
 from megalina.data.source import open_data
@@ -46,7 +46,7 @@ def main(spec_path: str) -> int:
 
     turns = {"rounds": spec["rounds"], "turn": spec["turn"]}
     competitors = run_interleaved(configs, data, **turns, baseline=EAGER, to_the_end=spec["to_the_end"], progress=progress)
-    eager = next(c for c in competitors if c.name.startswith(EAGER))
+    eager = next(c for c in competitors if is_variant(c.name, EAGER))
     known = alone([eager, *competitors])
     link = {"ranks_per_node": spec["ranks_per_node"], "link_mbit": spec["link_mbit"]}
     clock = measure(competitors, known, turn=spec["turn"], **link)

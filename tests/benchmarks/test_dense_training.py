@@ -8,18 +8,27 @@ from typing import Any
 
 import pytest
 
-from benchmarks.dense_training import Point, Quiet, draw, main, models_of, rules_of, table
+from benchmarks.dense_training import Point, Quiet, draw, in_turns, main, models_of, rules_of, speed_table, table
 from megalina.compose import compose
 from megalina.validate import check_config
 
-POINT = Point("DS-MoE, ALPHA 0.001", "top_k 2", 0, 0.25, 3.0, 1000.0, 500.0)
+POINT = Point("DS-MoE, ALPHA 0.001", "top_k 2", 0, 0.25, 3.0)
 
 
 def test_means_over_seeds_and_their_spread_are_shown(tmp_path: Path) -> None:
     points = [POINT, replace(POINT, seed=1, loss=3.5), replace(POINT, model="dense", rule="all", active_fraction=1.0)]
-    assert "| DS-MoE, ALPHA 0.001 | top_k 2 | 0.250 | 3.2500 | 0.5000 | 1,000 | 500 |" in table(points)
+    assert "| DS-MoE, ALPHA 0.001 | top_k 2 | 0.250 | 3.2500 | 0.5000 |" in table(points)
     draw(tmp_path / "curves.svg", points)
     assert "active fraction" in (tmp_path / "curves.svg").read_text() or (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+def test_speeds_are_held_to_the_dense_model_of_the_same_round() -> None:
+    """The machine is half as fast in the second round: that changes tokens/s and no ratio."""
+    took_s = {("dense", "all"): [2.0, 4.0, 2.0], ("DS-MoE", "all"): [4.0, 8.0, 4.0], ("DS-MoE", "top_k 1"): [1.0, 2.0, 0.5]}
+    dense, whole, few = in_turns(took_s, 1000)
+    assert (dense.tokens_per_s, dense.ratio_to_dense) == (500, 1) and whole.ratio_range == (0.5, 0.5)
+    assert (few.ratio_to_dense, few.ratio_range) == (2, (2, 4))
+    assert "| DS-MoE | top_k 1 | 1,000 | 2.00x | 2.00 to 4.00x |" in speed_table([few])
 
 
 def test_models_compose_and_rules_use_fewer_experts_than_there_are() -> None:
@@ -39,7 +48,10 @@ def test_a_few_steps_from_end_to_end(tmp_path: Path) -> None:
     out, picture = tmp_path / "dense.json", tmp_path / "dense.png"
     small = ["model.d_model=32", "model.num_heads=4", "train.eval_sequences=4"]
     assert main(["--seeds", "1", "--steps", "2", "--alphas", "0.001", "--json", str(out), "--picture", str(picture), *small]) == 0
-    points = json.loads(out.read_text())["points"]
+    result = json.loads(out.read_text())
+    points, speeds = result["points"], result["speeds"]
+    assert {(s["model"], s["rule"]) for s in speeds if s["rule"] != "training"} == {(p["model"], p["rule"]) for p in points}
+    assert [s["model"] for s in speeds if s["rule"] == "training"] == ["dense", "sparse", "DS-MoE, ALPHA 0.001"]
     assert {p["model"] for p in points} == {"dense", "sparse", "DS-MoE, ALPHA 0.001"}
     found = {p["rule"]: p for p in points if p["model"].startswith("DS-MoE")}
     assert found["all"]["active_fraction"] == 1 and found["top_k 2"]["active_fraction"] == 0.25
@@ -54,7 +66,7 @@ def test_half_a_training_gives_no_results(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     def log(self: Quiet, record: dict[str, Any]) -> None:
         noted(self, record)
-        if len(self.ended_s) == 1:
+        if self.steps == 1:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Quiet, "log", log)

@@ -43,12 +43,22 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def settings_of(inference: Any, text: str) -> list[dict[str, Any]]:
-    args = {"traces": [], "workloads": "", "devices": "4", "skew": "", "modes": "", "ablations": False, "slots": 6, "layers": 0}
+    args = {
+        "traces": [],
+        "profiles": [],
+        "workloads": "",
+        "devices": "4",
+        "skew": "",
+        "modes": "",
+        "ablations": False,
+        "slots": 6,
+        "layers": 0,
+    }
     args |= {"batch_tokens": 32, "batches": 16, "attention_ms": 1.0, "experts_ms": 1.0, "expert_ms": 0.1, "slow_motion": 1.0}
     args |= {"json": None, "picture": None}
     for word in text.split():
         name, value = word.split("=")
-        args[name] = [Path(path) for path in value.split(",")] if name == "traces" else type(args[name])(value)
+        args[name] = [Path(path) for path in value.split(",")] if name in ("traces", "profiles") else type(args[name])(value)
     found: list[dict[str, Any]] = inference.settings_of(argparse.Namespace(**args))
     return found
 
@@ -79,6 +89,16 @@ def test_traces_are_served_in_turn_by_even_parts(inference: Any, traces: list[Pa
     for trace, turns in zip(traces, ((0, 2), (1, 3)), strict=True):
         first_T = read_trace(trace).expert_ids_TLK[80:144, 0, 0] // 4  # the second half, as whole batches
         assert np.array_equal(np.concatenate([routing.batches[turn][:, 0, 0] for turn in turns]), first_T)
+
+
+def test_a_profile_of_another_task_changes_nothing_of_what_is_served(inference: Any, traces: list[Path]) -> None:
+    (own,) = settings_of(inference, f"traces={traces[0]} skew=real")
+    (held_out,) = settings_of(inference, f"traces={traces[0]} profiles={traces[1]} skew=real")
+    first, second = inference.routing_of(own), inference.routing_of(held_out)
+    assert all(np.array_equal(a, b) for a, b in zip(first.batches, second.batches, strict=True))
+    other_TL = read_trace(traces[1]).expert_ids_TLK[:, :3, 0] // 4  # the whole of it
+    assert np.array_equal(second.profile.expert_ids_TLK[..., 0], other_TL)
+    assert len(first.profile.expert_ids_TLK) == 80
 
 
 @pytest.mark.parametrize("workload", [*WORKLOADS, ""])
@@ -138,6 +158,8 @@ def test_devices_take_time_for_their_own_tokens_and_rows(inference: Any) -> None
     [
         ("", "neither --traces and --workloads are given: give one of them"),
         ("--traces TRACE --workloads all", "both --traces and --workloads are given: give one of them"),
+        ("--workloads all --profiles TRACE", "--profiles is for --traces"),
+        ("--traces TRACE --profiles TRACE", "is both profiled and served, so it isn't held out"),
         ("--workloads all --skew real", "--skew real is of --traces: workloads have their own"),
         ("--workloads all,burst", "--workloads all: choose among balanced, hot_expert"),
         ("--workloads hot_exprt", "--workloads hot_exprt: choose among balanced, hot_expert"),

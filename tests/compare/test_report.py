@@ -52,7 +52,7 @@ def test_an_invalid_run_and_one_without_bound_say_so() -> None:
 
 
 def test_the_plain_baselines_bound_stands_beside_the_others() -> None:
-    found = {"eager whole": measured(), "plain_eager": measured(device_s=0.4, link_s=0.5, ratio_to_plain=1.0)}
+    found = {"eager whole": measured(), "eager_plain": measured(device_s=0.4, link_s=0.5, ratio_to_plain=1.0)}
     head, *_, row = table(as_json("4x2", found)).splitlines()
     assert "lower bound 400 ms, 400 ms with what must" in head and "500 ms with the plain baseline's bytes" in head
     assert "2.50, 2.50, 2.00" in row

@@ -59,7 +59,7 @@ def test_the_bound_is_of_what_packs_nothing() -> None:
     assert tighter_bound_s({n: replace(m, in_turn_s=0.6 + i / 100) for i, (n, m) in enumerate(found.items())}) == 0.6
     assert lower_bound_s({**found, "serial": measured(device_s=0.4, link_s=0.2)}) == 0.4
     assert plain_bound_s(found) is None
-    assert plain_bound_s({**found, "plain_eager": measured(device_s=0.4, link_s=0.7)}) == 0.7
+    assert plain_bound_s({**found, "eager_plain": measured(device_s=0.4, link_s=0.7)}) == 0.7
 
 
 def test_eager_is_its_fastest_variant() -> None:
