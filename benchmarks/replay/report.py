@@ -50,7 +50,7 @@ def p95(values: Sequence[float]) -> float:
 def table(result: dict[str, Any]) -> str:
     least = ", ".join("infinite" if s is None else f"{s:.1f}" for s in result["most_over_least"])
     routing = f"workload {result['workload']}" if "workload" in result else f"skew {result['skew']}"
-    if result["profiles"]:
+    if result.get("profiles"):
         routing += ", profiled on other tasks"
     late = result["overrun_fraction"]
     valid = "" if late <= 0.05 else " (more than 5%: not valid)"

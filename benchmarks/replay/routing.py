@@ -60,7 +60,8 @@ def routing_of(spec: dict[str, Any]) -> Routing:
         profile = trace_of(workload, seed=1)  # as popular are its experts, row for row
         return Routing(profile, drawn(workload, seed=0), workload.tokens_BR, workload.counts_BLE(), [skew(profile)])
     traces, profiled = (
-        [task_of(Path(path), spec["layers"], spec["skew"]) for path in spec[paths]] for paths in ("traces", "profiles")
+        [task_of(Path(path), spec["layers"], spec["skew"]) for path in spec.get(paths, ())]
+        for paths in ("traces", "profiles")  # results from before there were profiles of other tasks have none
     )
     served = taking_turns([halves(trace)[1] for trace in traces], spec["batch_tokens"])[: spec["batches"]]
     tokens_BR = np.full((len(served), spec["devices"]), spec["batch_tokens"] // spec["devices"])
