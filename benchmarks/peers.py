@@ -1,6 +1,6 @@
 """Other frameworks beside megalina: the same model, bytes, emulated devices and links, step times in turns in one job.
 
-    pip install deepspeed==0.19.8 && pip install --no-build-isolation fairscale==0.4.13     (the peers; neither is required)
+    .venv/bin/pip install -e '.[peers]' -c requirements.lock                                  (the peers, which nothing else needs)
     sudo .venv/bin/python benchmarks/peers.py --json peers.json --picture peers.png          (root, iproute2)
     sudo .venv/bin/python benchmarks/peers.py --only "4x1 light" --speeds slow               (one setting)
 

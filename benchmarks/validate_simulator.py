@@ -99,10 +99,12 @@ def job_of_case(case: "Case", variants: "Mapping[str, Sequence[str]] | None" = N
 
 def configs_of(rows: "Sequence[Row]") -> "dict[str, PretrainConfig]":
     """What each ran, by the row's name, but for its plan."""
+    from megalina.compare.interleaved import is_variant
+
     found = {}
     for case in dict.fromkeys(row.case for row in rows):
         own = [row for row in rows if row.case == case]
-        variants = {row.strategy: case.overrides(row.strategy) for row in own if not row.strategy.startswith("eager")}
+        variants = {row.strategy: case.overrides(row.strategy) for row in own if not is_variant(row.strategy, "eager")}
         job = job_of_case(case, variants)
         found |= {row.name: job.configs[row.strategy] for row in own}
     return found

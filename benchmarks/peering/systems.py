@@ -6,6 +6,7 @@ Each is built on every rank by all together.  What is tuned takes turns as a var
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class Peer:
         return f"its gate is top-2 alone, not top-{config.router.top_k}" if self.top_2_alone and config.router.top_k != 2 else ""
 
 
-def deepspeed_mixture(config: PretrainConfig, pace: Pace) -> nn.Module:
-    """`deepspeed.moe.layer.MoE` with as many rows for each expert as it gets when all are as popular."""
+def deepspeed_mixture(config: PretrainConfig, pace: Pace, *, in_engine: bool = False) -> nn.Module:
+    """`deepspeed.moe.layer.MoE` with as many rows for each expert as it gets when all are as popular.  Its engine makes the
+    groups of ranks itself."""
     from deepspeed.moe.layer import MoE
 
     model = config.model
@@ -46,7 +48,8 @@ def deepspeed_mixture(config: PretrainConfig, pace: Pace) -> nn.Module:
         model.d_model, Expert(model.d_model, model.d_ff), model.num_experts, config.parallel.ep, config.router.top_k,
         capacity_factor=1.0, min_capacity=1, use_rts=False, top2_2nd_expert_sampling=False,
     )  # fmt: skip
-    layer.set_deepspeed_parallelism()
+    if not in_engine:
+        layer.set_deepspeed_parallelism()
     routed = layer.deepspeed_moe
     routed.experts = Paced(routed.experts, pace, config.cluster.experts_ms / 1e3, exchanged=True)
     return _First(layer)
@@ -123,7 +126,7 @@ def deepspeed_engine(config: PretrainConfig, vocab_size: int, pace: Pace, settin
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    model = PeerGPT(config, vocab_size, deepspeed_mixture, pace)
+    model = PeerGPT(config, vocab_size, partial(deepspeed_mixture, in_engine=True), pace)
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     optim, train = config.optim, config.train
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)

@@ -56,11 +56,12 @@ def main(spec_path: str) -> int:
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False)
-    contestants = [contestant_of(name, config, data) for name, config in ours.items()]
+    peers = []
     for title, peer, tuned in variants_of([peer for peer in PEERS if peer.name in spec["peers"]]):
         pace = Pace()
         step = peer.build(first, data.vocab_size, pace, tuned)
-        contestants.append(Contestant(title, paced_step(step, pace, first, data.vocab_size)))
+        peers.append(Contestant(title, paced_step(step, pace, first, data.vocab_size)))
+    contestants = [*(contestant_of(name, config, data) for name, config in ours.items()), *peers]
     in_turns(contestants, rounds=spec["rounds"], turn=spec["turn"])
     everywhere: list[Any] = [None] * dist.get_world_size()
     own = {c.name: {k: v for k, v in asdict(c).items() if k not in ("step", "name")} for c in contestants}

@@ -79,6 +79,13 @@ def test_the_fit_finds_what_made_the_measurement(bench: Any) -> None:
     assert host.sum_weight == pytest.approx(3.0, rel=0.25)
 
 
+def test_the_plain_baseline_is_no_variant_of_eager(bench: Any) -> None:
+    case = next(case for case in bench.cases.OF_LADDER if case.setting.name == "4x2 light")
+    rows = [bench.cases.Row(case, name, measured(1.0), EAGER) for name in ("eager whole", "eager_plain")]
+    configs = bench.main.configs_of(rows)
+    assert [configs[row.name].parallel.reduce for row in rows] == ["auto", "flat"]
+
+
 @pytest.mark.full
 def test_a_measured_file_is_read_reported_and_drawn(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     eager, placed = replace(EAGER, piece_bytes=PIECE_BYTES), replace(LANCET, times_us=(("B:experts", 9000.0),), measured_at=5)
