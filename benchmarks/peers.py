@@ -1,6 +1,6 @@
 """Other frameworks beside megalina: the same model, bytes, emulated devices and links, step times in turns in one job.
 
-    .venv/bin/pip install -e '.[peers]' -c requirements.lock                                  (the peers, which nothing else needs)
+    .venv/bin/pip install -e '.[peers]' -c requirements.lock                                 (the peers, which nothing else needs)
     sudo .venv/bin/python benchmarks/peers.py --json peers.json --picture peers.png          (root, iproute2)
     sudo .venv/bin/python benchmarks/peers.py --only "4x1 light" --speeds slow               (one setting)
 
