@@ -78,9 +78,10 @@ def check_infer(config: InferConfig, served: Served) -> None:
             raise ValueError(f"infer.{name} is {getattr(config, name)!r}: choose one of {', '.join(choices)}")
     slots = slots_of(config, served)
     if slots < 1 or slots * served.num_devices < served.num_experts:
+        some = "one device then has" if served.num_devices == 1 else f"{served.num_devices} devices then have"
         raise ValueError(
-            f"infer.slots_per_device is {slots}: {served.num_devices} devices then have {slots * served.num_devices} slots for "
-            f"{served.num_experts} experts; choose {-(-served.num_experts // served.num_devices)} or more"
+            f"infer.slots_per_device is {slots}: {some} {slots * served.num_devices} slots for {served.num_experts} experts; "
+            f"choose {-(-served.num_experts // served.num_devices)} or more"
         )
     if not 1 <= config.combine_chunks <= slots:
         raise ValueError(
