@@ -229,7 +229,11 @@ _ALL = (
         "rows_not_regrouped",
         "rows that arrive from several ranks are not brought into the order of experts",
         lambda layout, config: (
-            _has_moe(config) and 1 < layout.ep < config.model.num_experts and not _is_dense(config) and not sends_once(config)
+            _has_moe(config)
+            and 1 < layout.ep < config.model.num_experts
+            and layout.cp == 1  # no diagnosis plays rows of cut sequences
+            and not _is_dense(config)
+            and not sends_once(config)
         ),
         forward.rows_not_regrouped,
     ),
