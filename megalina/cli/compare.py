@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         "step times, their ratios to tuned eager, times that devices wait, slowdown of all-to-alls, and what no schedule could "
         "beat.  Nodes are emulated (root, iproute2); the trainer, its math and its losses are real.",
         epilog="examples:\n  tools/compare_strategies.py --suite ladder --slow-motion 6 --json ladder.json"
-        "   (two hours, on an idle machine)\n"
+        "   (three hours, on an idle machine)\n"
         '  tools/compare_strategies.py --suite ladder --only "4x1 heavy" --slow-motion 3 --strategies flow,auto'
         "   (10 minutes)\n"
         "  tools/compare_strategies.py --nodes 2 --ranks-per-node 2 --link-mbit 300 --strategies flow,auto model=laptop "
