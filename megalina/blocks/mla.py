@@ -38,7 +38,7 @@ class LatentAttention(Attention):
             )
         if model.positions != "rope":
             raise ValueError(f"model.attention=mla turns a part of each head: positions={model.positions} can't be; use rope")
-        plain = {"head_dim": 0, "qk_norm": "none", "attention_experts": 0, "attention_sinks": False, "window": 0}
+        plain = {"head_dim": 0, "qk_norm": "none", "attention_experts": 0}
         for name, value in {**plain, "rotary_fraction": 1.0}.items():
             if (given := getattr(model, name)) != value:
                 raise ValueError(f"model.attention=mla has no model.{name} ({given}): set it to {str(value).lower()}")
@@ -62,6 +62,8 @@ class LatentAttention(Attention):
         # of each head the key's, then the value's
         out.append(Parameter("attention.kv_up", (up, model.kv_lora_rank), std, tp, clip=clip_kv))
         out.append(Parameter("attention.proj", (width, heads * model.v_head_dim), output_std(model), {"tp": 1}))
+        if model.attention_sinks:
+            out.append(Parameter("attention.sinks", (model.num_heads,), std, tp))
         if compressed:
             out.append(Parameter("attention.q_norm.weight", (compressed,), None))
         out.append(Parameter("attention.kv_norm.weight", (model.kv_lora_rank,), None))

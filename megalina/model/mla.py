@@ -35,15 +35,16 @@ class LatentHeads(nn.Module):
     kv_down: Tensor  # [c+r, D]
     kv_up: Tensor  # [H*(n+e), c]
     proj: Tensor  # [D, H*e]
+    sinks: Tensor | None  # [H]
     proj_bias: Tensor | None  # there is none: as other heads have it
 
     def __init__(self, model: ModelConfig, rotary: Rotary):
         super().__init__()
         self.still, self.turned, self.value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-        self.latent, self.window, self.sinks = model.kv_lora_rank, 0, None
+        self.latent, self.window = model.kv_lora_rank, model.window
         self.scale = query_size(model) ** -0.5 * score_factor(model)
         self.rotary = [rotary]  # in a list: shared, not a part of each layer
-        no_parameters(self, "q", "q_down", "q_up", "kv_down", "kv_up", "proj", "proj_bias")
+        no_parameters(self, "q", "q_down", "q_up", "kv_down", "kv_up", "proj", "proj_bias", "sinks")
         self.q_norm = Norm(COMPRESSED_EPS) if model.q_lora_rank else None
         self.kv_norm = Norm(COMPRESSED_EPS)
 
@@ -64,7 +65,10 @@ class LatentHeads(nn.Module):
             mixed_BSX = self.attended(q_BSHx, c_BSc, turned_BSr, batch.document_BS, later, logits)
         else:
             (kept_BLx,) = past.extended(torch.cat([c_BSc, turned_BSr], -1))
-            mixed_BSX = self.absorbed(q_BSHx, kept_BLx, batch.document_BS)
+            document_BL = batch.document_BS
+            if document_BL is not None:  # a window keeps the last tokens alone
+                document_BL = document_BL[:, document_BL.shape[1] - kept_BLx.shape[1] :]
+            mixed_BSX = self.absorbed(q_BSHx, kept_BLx, document_BL)
         return linear(mixed_BSX.reshape(n_TD.shape[0], -1), self.proj, later=later)
 
     def read(self, n_TD: Tensor, batch: Batch, later: Later | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +104,9 @@ class LatentHeads(nn.Module):
         """What the heads give, [B, S, H*e], with keys and values made."""
         key_BSHx, value_BSHe = self._made(c_BSc, turned_BSr, later)
         if logits is not None:
-            logits.append(largest_logits(q_BSHx, key_BSHx, document_BS, scale=self.scale))
-        return attend(q_BSHx, key_BSHx, value_BSHe, document_BS, scale=self.scale)
+            logits.append(largest_logits(q_BSHx, key_BSHx, document_BS, scale=self.scale, window=self.window))
+        how = {"scale": self.scale, "window": self.window, "sink_H": self.sinks}
+        return attend(q_BSHx, key_BSHx, value_BSHe, document_BS, **how)
 
     def _made(self, c_BSc: Tensor, turned_BSr: Tensor, later: Later | None) -> tuple[Tensor, Tensor]:
         """Keys, [B, S, H, n+r], and values, [B, S, H, e]."""
@@ -144,11 +149,15 @@ class LatentHeads(nn.Module):
         batch, heads, num_queries, _ = query_BHSx.shape
         score_BNL = (query_BHSx.flatten(1, 2) @ kept_BLx.transpose(1, 2)).mul_(self.scale)  # N = H x S
         score_BHSL = score_BNL.view(batch, heads, num_queries, -1)
-        if num_queries > 1 or document_BL is not None:
-            mask = attention_mask(num_queries, kept_BLx.shape[1], document_BL, q_BSHx.device)
+        if num_queries > 1 or document_BL is not None or self.window:
+            mask = attention_mask(num_queries, kept_BLx.shape[1], document_BL, q_BSHx.device, self.window)
             score_BHSL.masked_fill_(~mask, float("-inf"))
         wide = torch.promote_types(score_BHSL.dtype, torch.float32)
-        weight_BNL = score_BNL.softmax(-1, dtype=wide).to(kept_BLx.dtype)
+        if self.sinks is None:
+            weight_BNL = score_BNL.softmax(-1, dtype=wide).to(kept_BLx.dtype)
+        else:  # a sink is one more score, which has no value
+            sink_BN1 = self.sinks.to(wide)[:, None].expand(batch, -1, num_queries).reshape(batch, -1, 1)
+            weight_BNL = torch.cat([score_BNL.to(wide), sink_BN1], -1).softmax(-1)[..., :-1].to(kept_BLx.dtype)
         given_BHSc = (weight_BNL @ kept_BLx[..., : self.latent]).view(batch, heads, num_queries, -1)
         return torch.einsum("bhsc,hec->bshe", given_BHSc, value_Hec).flatten(2)
 

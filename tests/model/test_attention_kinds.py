@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases in MLPs alone": {"bias": True, "attention_bias": "none"},
     "DeepSeek-V2-Lite": {**MLA, **YARN, "rope_mscale": 0.7, "rope_mscale_all_dim": 0.7, "v_head_dim": 12},
     "DeepSeek-V3": {**MLA, "q_lora_rank": 10, **YARN, "rope_mscale": 1.0, "rope_mscale_all_dim": 1.0},
+    "latent, window, sinks": {**MLA, "window": 3, "full_attention_every": 2, "attention_sinks": True},
 }
 
 
@@ -92,7 +93,7 @@ def grouped(a: Any, n_SD: Tensor, model: ModelConfig, window: int) -> Tensor:
     return out
 
 
-def latent(a: Any, n_SD: Tensor, model: ModelConfig) -> Tensor:
+def latent(a: Any, n_SD: Tensor, model: ModelConfig, window: int) -> Tensor:
     """Latent attention of one sequence, as in DeepSeek-V2, equations 9 to 19 and 37 to 47."""
     length, still, value = len(n_SD), model.qk_nope_head_dim, model.v_head_dim
     q = n_SD @ a.q.T if a.q is not None else rms(n_SD @ a.q_down.T, a.q_norm.weight, 1e-6) @ a.q_up.T
@@ -102,13 +103,14 @@ def latent(a: Any, n_SD: Tensor, model: ModelConfig) -> Tensor:
     scale = (still + model.qk_rope_head_dim) ** -0.5 * score_factor(model)
     out = torch.zeros_like(n_SD)
     for i in range(length):
+        seen = range(max(0, i - window + 1) if window else 0, i + 1)
         heads = []
         for h in range(model.num_heads):
             scores = [
                 (q[i, h, :still] @ up[j, h, :still] + turned(q[i, h, still:], i, model) @ turned(shared[j], j, model)) * scale
-                for j in range(i + 1)
+                for j in seen
             ]
-            heads.append(weighed(scores, [up[j, h, still:] for j in range(i + 1)], None))
+            heads.append(weighed(scores, [up[j, h, still:] for j in seen], None if a.sinks is None else a.sinks[h]))
         out[i] = a.proj @ torch.cat(heads)
     return out
 
@@ -125,7 +127,7 @@ def test_a_layer_is_its_formula(kind: str) -> None:
             sees_all = model.full_attention_every and i % model.full_attention_every == model.full_attention_every - 1
             window = 0 if sees_all else model.window
             a = layer.attention
-            added_TD = latent(a, n_TD, model) if model.attention == "mla" else grouped(a, n_TD, model, window)
+            added_TD = latent(a, n_TD, model, window) if model.attention == "mla" else grouped(a, n_TD, model, window)
             torch.testing.assert_close(layer.attend(x_TD, batch), x_TD + added_TD, rtol=1e-12, atol=1e-12)
 
 
@@ -197,7 +199,7 @@ def test_halves_of_the_heads_give_the_whole_and_its_gradients(kind: str) -> None
         torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["DeepSeek-V2-Lite", "DeepSeek-V3"])
+@pytest.mark.parametrize("kind", ["DeepSeek-V2-Lite", "DeepSeek-V3", "latent, window, sinks"])
 def test_absorbed_attention_is_the_plain_one_and_keeps_the_compressed_token_alone(kind: str) -> None:
     gpt = gpt_of(kind)
     model, heads = gpt.config, gpt.layers[0].attention
@@ -223,7 +225,7 @@ def test_absorbed_attention_is_the_plain_one_and_keeps_the_compressed_token_alon
 REFUSED = {
     "model.attention=mla needs model.kv_lora_rank": ("model.attention=mla",),
     r"gives each head its own keys and values: set model.num_kv_heads \(2\)": ("MLA", "model.num_kv_heads=2"),
-    r"model.attention=mla has no model.window \(4\)": ("MLA", "model.window=4"),
+    r"model.attention=mla has no model.attention_experts \(2\)": ("MLA", "model.attention_experts=2"),
     r"model.attention=mla has no model.qk_norm \(head\): set it to none": ("MLA", "model.qk_norm=head"),
     "model.attention=mla has no biases": ("MLA", "model.bias=true"),
     "positions=learned can't be": ("MLA", "model.positions=learned"),

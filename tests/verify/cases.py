@@ -24,8 +24,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "modern": {
         "attention_experts": 4, "qk_norm": "head", "num_heads": 8, "num_kv_heads": 4, "head_dim": 24, "tie_embeddings": False,
     },
-    "DeepSeek-V3": {
+    "DeepSeek-V3, windows and sinks": {
         "attention": "mla", "q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+        "attention_sinks": True, "window": 3, "full_attention_every": 2,
     },
     "Moonlight": {
         "attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,

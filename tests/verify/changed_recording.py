@@ -23,6 +23,13 @@ CONFIGS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"attention": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 4},
         {},
     ),
+    "latent, sinks, windows": (
+        {
+            **{"attention": "mla", "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 4},
+            **{"attention_sinks": True, "window": 3},
+        },
+        {},
+    ),
     "capacity": ({}, {"capacity_factor": 0.6, "group": "micro_batch"}),
     "global": ({}, {"group": "global"}),
     "replayed": ({}, {"renormalize": False, "replay": "drawn"}),

@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 FEW = [
     Row(Layout(4, 2, 1, True, 1, 2, "selective", 0.002, "lina_nopack"), "topk", 0.8, "GPT-2", "muon_clip"),
-    Row(Layout(4, 2, 2, False, 0, 4, "none", 0.0, "flow"), "sigmoid", 0.0, "DeepSeek-V3", "muon_clip"),
+    Row(Layout(4, 2, 2, False, 0, 4, "none", 0.0, "flow"), "sigmoid", 0.0, "DeepSeek-V3, windows and sinks", "muon_clip"),
     Row(Layout(4, 1, 2, True, 1, 1, "full", 0.0, "eager"), "topk", 0.0, "latent, ahead", "muon_clip"),
     Row(Layout(4, 1, 4, True, 1, 1, "none", 0.0, "lina_zero"), "topk", 0.0, "dropout", "muon of routers"),
     Row(Layout(4, 1, 2, True, 1, 2, "none", 0.0, "eager"), "topk", 0.0, "plain", "muon"),
@@ -43,7 +43,7 @@ def muon_choices(*, after: int) -> Choices:
     """`after`: of `strategy.newton_schulz_after`."""
     choices = choices_of(RANKS)
     strategies = {name: replace(of, newton_schulz_after=after) for name, of in choices.strategies.items()}
-    latent = replace(config_with(ranks=RANKS, model="DeepSeek-V3").model, num_layers=1, mtp_layers=2, mtp_loss=0.3)
+    latent = replace(config_with(ranks=RANKS, model="DeepSeek-V3, windows and sinks").model, num_layers=1, mtp_layers=2, mtp_loss=0.3)
     models = {**choices.models, "latent, ahead": latent}
     return replace(choices, strategies=strategies, models=models, optimizers={name: optim_of(name) for name in OPTIMIZERS})
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.config import PretrainConfig
@@ -53,7 +53,7 @@ def norm_of_own_heads(trainable: Trainable, config: PretrainConfig) -> None:
 def window_too_wide(trainable: Trainable, config: PretrainConfig) -> None:
     """A token sees one token more than its window has."""
     for layer in trainable.gpt.layers:
-        if isinstance(layer.attention, Heads) and layer.attention.window:
+        if layer.attention.window:
             layer.attention.window += 1
 
 
@@ -95,20 +95,19 @@ def _neighbours(functions: Attention) -> Function:
 
 def sinks_left_out(trainable: Trainable, config: PretrainConfig) -> None:
     for layer in trainable.gpt.layers:
-        if isinstance(layer.attention, Heads):
-            layer.attention.mixed = _without_sinks(layer.attention)  # type: ignore[method-assign]
+        name = "mixed" if isinstance(layer.attention, Heads) else "attended"  # of latent heads
+        setattr(layer.attention, name, _without_sinks(layer.attention, getattr(layer.attention, name)))
 
 
-def _without_sinks(heads: Heads) -> Function:
+def _without_sinks(heads: nn.Module, right: Function) -> Function:
     """They are parameters still, of which nobody asks."""
-    right = heads.mixed
 
     def mixed(*arguments: Any) -> Tensor:
-        sinks = heads.sinks
+        sinks: Any = heads.sinks
         heads.register_parameter("sinks", None)
         try:
             return right(*arguments)
         finally:
-            heads.register_parameter("sinks", sinks)  # type: ignore[arg-type]
+            heads.register_parameter("sinks", sinks)
 
     return mixed

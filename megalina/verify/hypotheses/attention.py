@@ -83,10 +83,10 @@ def norm_of_own_heads(evidence: Evidence) -> Iterator[Cause]:
 def another_window(evidence: Evidence) -> Iterator[Cause]:
     """Attention sees other earlier tokens than its window says: one more, one less, or all of them."""
     site = _site(evidence)
-    if site is None or not isinstance(site[0].attention, Heads) or not site[0].attention.window:
+    if site is None or not site[0].attention.window:
         return
     layer, before, got, name = site
-    heads: Heads = layer.attention
+    heads = layer.attention
     right = heads.window
     try:
         for window, cause in ((right + 1, "window_too_wide"), (right - 1, "window_too_narrow"), (0, "window_not_applied")):
@@ -170,7 +170,7 @@ def _out(heads: Any, mixed_TX: Tensor, n_TD: Tensor) -> Tensor:
 def no_sinks(evidence: Evidence) -> Iterator[Cause]:
     """Sinks are left out of the softmax."""
     site = _site(evidence)
-    if site is None or not isinstance(site[0].attention, Heads) or site[0].attention.sinks is None:
+    if site is None or site[0].attention.sinks is None:
         return
     layer, before, got, name = site
     right = layer.attention.sinks

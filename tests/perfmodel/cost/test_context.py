@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "one key head": {"num_kv_heads": 1, "attention_sinks": True, "window": 200},
     "experts": {"attention_experts": 2},
     "latent": LATENT,
+    "latent, sinks, a window": {**LATENT, "attention_sinks": True, "window": 50},
 }
 KINDS = ("all_gather", "all_to_all")
 WORLD, LENGTH, VOCABULARY = 2, 128, 300  # so short that attention is one kernel, whose FLOPs torch does not count

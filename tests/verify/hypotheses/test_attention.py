@@ -12,7 +12,7 @@ from megalina.verify.recording import Layout
 from megalina.verify.reference import model_of
 from tests.verify.changed_recording import TP, Change, diagnosed, only, reference_of
 
-WINDOWED, LATENT = "sinks, windows, normed together", "latent"
+WINDOWED, LATENT, LATENT_WINDOWED = "sinks, windows, normed together", "latent", "latent, sinks, windows"
 
 
 def attended(name: str, layout: Layout, how: Callable[[Layer, Tensor, Batch], Tensor]) -> Change:
@@ -27,24 +27,26 @@ def attended(name: str, layout: Layout, how: Callable[[Layer, Tensor, Batch], Te
     return only(0, "activation", "layers.0.attention", out.view_as(before))
 
 
+@pytest.mark.parametrize("model", [WINDOWED, LATENT_WINDOWED])
 @pytest.mark.parametrize(
     "window, cause", [(4, "window_too_wide"), (2, "window_too_narrow"), (0, "window_not_applied"), (1, "unknown"), (5, "unknown")]
 )
-def test_another_window_is_named_where_it_is_one_off_or_none(window: int, cause: str) -> None:
+def test_another_window_is_named_where_it_is_one_off_or_none(model: str, window: int, cause: str) -> None:
     def how(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
         layer.attention.window = window
         return layer.attend(x_TD, batch)
 
-    assert diagnosed(WINDOWED, TP, attended(WINDOWED, TP, how)).named == cause
+    assert diagnosed(model, TP, attended(model, TP, how)).named == cause
 
 
+@pytest.mark.parametrize("model", [WINDOWED, LATENT_WINDOWED])
 @pytest.mark.parametrize("share, cause", [(0.0, "sinks_left_out"), (0.5, "unknown")])
-def test_sinks_that_nobody_adds_are_named(share: float, cause: str) -> None:
+def test_sinks_that_nobody_adds_are_named(model: str, share: float, cause: str) -> None:
     def how(layer: Layer, x_TD: Tensor, batch: Batch) -> Tensor:
         layer.attention.sinks.copy_(layer.attention.sinks + torch.tensor(share, dtype=torch.float64).log())
         return layer.attend(x_TD, batch)
 
-    assert diagnosed(WINDOWED, TP, attended(WINDOWED, TP, how)).named == cause
+    assert diagnosed(model, TP, attended(model, TP, how)).named == cause
 
 
 @pytest.mark.parametrize("ranks, cause", [(2, "norm_of_own_heads"), (4, "unknown")])
