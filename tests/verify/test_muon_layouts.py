@@ -43,7 +43,8 @@ def muon_choices(*, after: int) -> Choices:
     """`after`: of `strategy.newton_schulz_after`."""
     choices = choices_of(RANKS)
     strategies = {name: replace(of, newton_schulz_after=after) for name, of in choices.strategies.items()}
-    latent = replace(config_with(ranks=RANKS, model="DeepSeek-V3, windows and sinks").model, num_layers=1, mtp_layers=2, mtp_loss=0.3)
+    latent = config_with(ranks=RANKS, model="DeepSeek-V3, windows and sinks").model
+    latent = replace(latent, num_layers=1, mtp_layers=2, mtp_loss=0.3)
     models = {**choices.models, "latent, ahead": latent}
     return replace(choices, strategies=strategies, models=models, optimizers={name: optim_of(name) for name in OPTIMIZERS})
 
