@@ -166,8 +166,9 @@ class ParallelConfig:
     pp_layout: str = ""
     placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
     # what of a token goes to its experts' ranks: a row for each of its experts | once_per_rank: one row, whose experts' weighted
-    # sum comes back as one row | auto: once_per_rank where that saves a tenth of the bytes
-    dispatch: str = setting("rows", choices=("rows", "once_per_rank", "auto"))
+    # sum comes back as one row | once_per_node (gloo): one row to each node, where a rank passes it on | auto: what saves a tenth
+    # of the bytes
+    dispatch: str = setting("rows", choices=("rows", "once_per_rank", "once_per_node", "auto"))
     # gradients are summed over all ranks alike | by_node: inside nodes, between them, inside them again | auto: by_node where
     # gloo sums over several nodes of several ranks
     reduce: str = setting("auto", choices=("flat", "by_node", "auto"))

@@ -90,6 +90,12 @@ def by_node(row: Sequence[int], ranks_per_node: int) -> list[list[int]]:
     return list(nodes.values()) if len(nodes) > 1 and len(counts) == 1 and counts != {1} else []
 
 
+def columns_by_node(row: Sequence[int], ranks_per_node: int) -> list[list[int]]:
+    """The ranks at one place of each of its nodes, place after place; the row itself where `by_node` has none."""
+    nodes = by_node(row, ranks_per_node)
+    return [list(column) for column in zip(*nodes, strict=True)] if nodes else [list(row)]
+
+
 def axis_of_group(group: str, *, pipeline: bool = False, shared_embedding: bool = False) -> str:
     """The axis along which a parameter group's gradients are summed: all ranks that hold copies of it.
 

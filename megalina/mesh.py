@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megalina.groups import new_group
-from megalina.layout import EMBEDDING, axis_sizes, by_node, rows, rows_across, rows_of_stages
+from megalina.layout import EMBEDDING, axis_sizes, by_node, columns_by_node, rows, rows_across, rows_of_stages
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Axis:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     packing: int = 1  # what is called "ep" under another packing is another group
-    nodes: "Nodes | None" = None  # gradients are summed by node along it
+    nodes: "Nodes | None" = None  # gradients are summed, or tokens sent, by node along it
 
     @property
     def size(self) -> int:
@@ -53,13 +53,15 @@ class Nodes:
     """A row by its nodes: rank `grid[a][d]` of the row (its place in it) has place d on node a.
 
     Each stage of an exchange by node has communicators of its own, on which it keeps one order whatever the others do: `inside`,
-    then `across` when gradients are summed; `across_again`, then `inside_again` when what was summed is gathered."""
+    then `across` when gradients are summed; `across_again`, then `inside_again` when what was summed is gathered.  Tokens:
+    `across`, `counts`, `inside` to the experts; `inside_again`, `across_again` back."""
 
     grid: tuple[tuple[int, ...], ...]
     inside: Axis  # the ranks of this one's node
     across: Axis  # of each node the rank at this one's place
     across_again: Axis
     inside_again: Axis
+    counts: Axis | None = None  # inside, of tokens alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +149,13 @@ def build_meshes(
     across: Mapping[str, tuple[int, ...]] | None = None,
     timeout_s: float | None = None,
     ranks_per_node: int = 0,
+    token_ranks_per_node: int = 0,
 ) -> dict[int, Mesh]:
     """As `build_mesh`, a mesh for each packing.  They share the axes whose groups are the same.
 
     `pp`: stages of a pipeline, each of which tp and ep cut; `across`: axes between them, with the numbers of the stages that are
-    on one; `ranks_per_node`: gradients are summed by node wherever an axis has several ranks on several nodes; 0: nowhere.
+    on one; `ranks_per_node`: gradients are summed by node wherever an axis has several ranks on several nodes; 0: nowhere;
+    `token_ranks_per_node`: tokens are sent once to each node where ep has, and "counts" are of its ranks at one place.
     ValueError, too, where a packing does not divide ep, and where the world can't be cut into so many stages."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % pp:
@@ -166,17 +170,19 @@ def build_meshes(
         mine = Axis(name, packing=packing)
         for row in table:
             group = new_group(row, timeout=timeout) if len(row) > 1 else None
-            nodes = by_node(row, ranks_per_node) if ranks_per_node and name in SUMMED else []
-            levels = of_nodes(name, row, nodes) if nodes else None
+            per_node = ranks_per_node if name in SUMMED else token_ranks_per_node if name == "ep" else 0
+            nodes = by_node(row, per_node) if per_node else []
+            levels = of_nodes(name, row, nodes, packing) if nodes else None
             if me in row:
                 mine = Axis(name, tuple(row), row.index(me), group, packing, levels)
         return mine
 
-    def of_nodes(name: str, row: list[int], nodes: list[list[int]]) -> Nodes | None:
+    def of_nodes(name: str, row: list[int], nodes: list[list[int]], packing: int) -> Nodes | None:
         columns = [list(column) for column in zip(*nodes, strict=True)]
+        tokens = ("counts",) if name == "ep" else ()
         stages = {
-            stage: axis(f"{name} {stage}", nodes if stage.startswith("inside") else columns, 1)
-            for stage in ("inside", "across", "across_again", "inside_again")
+            stage: axis(f"{name} {stage}", columns if stage.startswith("across") else nodes, packing)
+            for stage in ("inside", "across", "across_again", "inside_again", *tokens)
         }
         return Nodes(tuple(tuple(map(row.index, node)) for node in nodes), **stages) if me in row else None
 
@@ -190,6 +196,8 @@ def build_meshes(
     own = {"pp": pp, "pp_rank": me // (world // pp), "along_stages": along} if pp > 1 else {}
     for packing, table in tables.items():
         found = {name: row for name, row in table.items() if name != "stage"}
+        if token_ranks_per_node:
+            found["counts"] = [column for row in found["counts"] for column in columns_by_node(row, token_ranks_per_node)]
         for name in ("world", "tp", "cp", "dp"):  # no packing changes them
             shared[name] = shared.get(name) or axis(name, found[name], 1)
         # lists that gather along it have cp

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from megalina.blocks.activation import check_activation
+from megalina.blocks.dispatch import ONCE_PER_NODE, ONCE_PER_RANK, nodes_along_ep
 from megalina.blocks.heads import check_rope, check_window
 from megalina.blocks.model import attention_of, blocks_of, check_layer, check_own
 from megalina.blocks.optimizers import optimizer_of
@@ -348,7 +349,17 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
             f"parallel.reduce=by_node on {world} rank{'s' * (world > 1)}: it needs two nodes of two ranks at least; use flat, "
             "or auto"
         )
-    if parallel.dispatch == "once_per_rank":
+    if parallel.dispatch == ONCE_PER_NODE and world < 4:
+        raise ValueError(
+            f"parallel.dispatch=once_per_node on {world} rank{'s' * (world > 1)}: it needs two nodes of two ranks at least; use "
+            "once_per_rank, or auto"
+        )
+    if parallel.dispatch == ONCE_PER_NODE and config.cluster.ranks_per_node and not nodes_along_ep(config):
+        raise ValueError(
+            f"parallel.dispatch=once_per_node: on nodes of {config.cluster.ranks_per_node} ranks (cluster.ranks_per_node) the "
+            f"{ep} ranks of parallel.ep are on one node, or each on one of its own: use once_per_rank, or auto"
+        )
+    if parallel.dispatch in (ONCE_PER_RANK, ONCE_PER_NODE):
         if ep == 1:
             raise ValueError(f"parallel.dispatch={parallel.dispatch} does nothing with parallel.ep=1: no token travels; use rows")
         if kind_of(config.router).is_dense:

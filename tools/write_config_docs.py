@@ -78,7 +78,10 @@ def rows(prefix: str, schema: str, classes: dict[str, ast.ClassDef], lines: list
 def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
     """After the field, or where that is too long, in the line above."""
     after = lines[field.lineno - 1].partition("  # ")[2].strip()
-    return after or lines[field.lineno - 2].partition("# ")[2].strip()
+    above: list[str] = []
+    while not after and (line := lines[field.lineno - 2 - len(above)].strip()).startswith("# "):
+        above.insert(0, line[2:])
+    return after or " ".join(above)
 
 
 def may_be(allowed: Mapping[str, Any]) -> str:

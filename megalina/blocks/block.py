@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from megalina.blocks.dispatch import ALL_ROWS, Dispatch
 from megalina.blocks.memory import Deferred, Inside
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.sizes import At
@@ -39,7 +40,7 @@ class Whole:
     vocab_size: int  # words
     padded_vocab: int  # rows of the embedding
     max_positions: int
-    once: bool = False  # a token travels once to each rank that has experts of it (`parallel.dispatch`)
+    dispatch: Dispatch = ALL_ROWS  # how tokens reach their experts
 
 
 class Block:

@@ -1,13 +1,13 @@
 """A model as its blocks, from which everything else follows that can be known without torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from math import comb
 
 from megalina.blocks.attention import Attention
 from megalina.blocks.block import Block, Loss, Whole
 from megalina.blocks.dense_moe import DenseMoE
+from megalina.blocks.dispatch import ALL_ROWS, ONCE_PER_NODE, ONCE_PER_RANK, ROWS, Dispatch, dispatch_of
 from megalina.blocks.embedding import Embedding
 from megalina.blocks.gqa import GroupedQueryAttention
 from megalina.blocks.head import Balance, Head
@@ -16,21 +16,20 @@ from megalina.blocks.mla import LatentAttention
 from megalina.blocks.mlp import DenseMlp
 from megalina.blocks.moe import MoE
 from megalina.blocks.mtp import Mtp, MtpHead
+from megalina.blocks.node_moe import NodeMoE
 from megalina.blocks.once_moe import OnceMoE
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.parts import Parts
 from megalina.blocks.routers import has_state, kind_of, takes_whole_micro_batch
-from megalina.config import BYTES, ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, is_moe_layer
+from megalina.config import ModelConfig, ParallelConfig, PretrainConfig, RouterConfig, is_moe_layer
 from megalina.reference import is_reference, load
 from megalina.step.forward import Shape
 from megalina.step.program import Instruction
 
 ATTENTION, FFN = "attention", "ffn"  # of `model.layer`; the second is a dense MLP or a mixture of experts, layer by layer
 
-MOST_OF_ROWS = (
-    0.9  # of the bytes of rows, for parallel.dispatch=auto: rows are made anew where they arrive, which takes time, too
-)
+DISPATCHES: Mapping[str, type[MoE]] = {ROWS: MoE, ONCE_PER_RANK: OnceMoE, ONCE_PER_NODE: NodeMoE}
 CONTEXTS = ("", "all_gather", "all_to_all")  # of `Shape.context`
 
 
@@ -102,7 +101,7 @@ class Blocks:
         """By the name of an instruction alone."""
         out = {name: block for (_, name), block in self._owner.items()}
         for moe in (True, False):  # also of layers that this model happens not to have
-            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe, self.whole.once)(self.whole),),), ())
+            other = Blocks(self.whole, self.embedding, ((ffn_of(self.whole.router, moe, self.whole.dispatch)(self.whole),),), ())
             out = {name: block for (_, name), block in other._owner.items()} | out
         return out
 
@@ -147,30 +146,11 @@ def attention_of(model: ModelConfig) -> type[Attention]:
     return LatentAttention if model.attention == "mla" else GroupedQueryAttention
 
 
-def ffn_of(router: RouterConfig, is_moe: bool, once: bool = False) -> type[Block]:
-    """The block that `ffn` is in a layer; `once`: of the `Whole`."""
+def ffn_of(router: RouterConfig, is_moe: bool, dispatch: Dispatch = ALL_ROWS) -> type[Block]:
+    """The block that `ffn` is in a layer; `dispatch`: of the `Whole`."""
     if not is_moe:
         return DenseMlp
-    return DenseMoE if kind_of(router).is_dense else OnceMoE if once else MoE
-
-
-def sends_once(config: PretrainConfig) -> bool:
-    """As `Whole.once`.  With parallel.dispatch=auto: where that puts at most `MOST_OF_ROWS` of the bytes on the wire."""
-    if config.parallel.dispatch != "auto":
-        return config.parallel.dispatch == "once_per_rank"
-    if config.parallel.ep == 1 or kind_of(config.router).is_dense:
-        return False
-    return bytes_once_of_rows(config) <= MOST_OF_ROWS
-
-
-def bytes_once_of_rows(config: PretrainConfig) -> float:
-    """What a token's rows weigh if it travels once to each rank that has experts of it, with their weights, over what its rows
-    weigh if it travels once for each of its experts.  All sets of experts are taken to be equally likely."""
-    experts, top_k, ranks = config.model.num_experts, config.router.top_k, config.parallel.ep
-    of_rank, element = experts // ranks, BYTES[config.train.dtype]
-    visited = ranks * (1 - comb(experts - of_rank, top_k) / comb(experts, top_k))
-    row, weights = config.model.d_model * element, of_rank * max(4, element)
-    return visited * (row + weights) / (top_k * row)
+    return DenseMoE if kind_of(router).is_dense else DISPATCHES[dispatch.kind]
 
 
 def blocks_of(
@@ -181,17 +161,17 @@ def blocks_of(
     padded_vocab: int = 0,
     max_positions: int = 0,
     moe: Sequence[bool] | None = None,
-    once: bool = False,
+    dispatch: Dispatch = ALL_ROWS,
 ) -> Blocks:
     """`vocab_size`: words, 0: the configuration's; `padded_vocab`: rows of the embedding, 0: as many; `max_positions`: 0: the
-    configuration's; `moe`: of each layer before those of multi-token prediction, None: as the configuration says; `once`: as
-    `Whole.once`.
+    configuration's; `moe`: of each layer before those of multi-token prediction, None: as the configuration says; `dispatch`:
+    as of `Whole`.
 
     ValueError for a list of blocks that makes no layer, and for references that lead nowhere."""
     words = vocab_size or model.vocab_size
     moe = tuple(is_moe_layer(model, i) for i in range(model.num_layers)) if moe is None else tuple(moe)
     positions = max_positions or model.max_positions
-    asked = _Asked(f"{model} {router}", words, padded_vocab or words, positions, moe, once, model, router)
+    asked = _Asked(f"{model} {router}", words, padded_vocab or words, positions, moe, dispatch, model, router)
     return _made(asked) if any(map(is_reference, (*model.layer, router.kind, *router.losses))) else _known(asked)
 
 
@@ -204,7 +184,7 @@ class _Asked:
     padded: int
     max_positions: int
     moe: tuple[bool, ...]
-    once: bool
+    dispatch: Dispatch
     model: ModelConfig = field(compare=False)
     router: RouterConfig = field(compare=False)
 
@@ -217,7 +197,7 @@ def _known(asked: _Asked) -> Blocks:
 
 def _made(asked: _Asked) -> Blocks:
     model, router, moe = asked.model, asked.router, asked.moe
-    whole = Whole(model, router, asked.words, asked.padded, asked.max_positions, asked.once)
+    whole = Whole(model, router, asked.words, asked.padded, asked.max_positions, asked.dispatch)
     mtp, head = (Mtp(whole), MtpHead(whole)) if model.mtp_layers else (None, None)
     check_layer(model.layer)
     kinds = {name: load(name) if is_reference(name) else None for name in model.layer}
@@ -229,7 +209,7 @@ def _made(asked: _Asked) -> Blocks:
             own = model_of_layer(model, layer) if name == ATTENTION else model
             key = name, is_moe and name == FFN, own.window
             if key not in made:
-                kind = kinds[name] or (attention_of(model) if name == ATTENTION else ffn_of(router, is_moe, asked.once))
+                kind = kinds[name] or (attention_of(model) if name == ATTENTION else ffn_of(router, is_moe, asked.dispatch))
                 if not (isinstance(kind, type) and issubclass(kind, Block)):
                     raise ValueError(f"model.layer: {name} is no block: derive it from megalina.blocks.block.Block")
                 made[key] = kind(whole if own is model else replace(whole, model=own))
@@ -252,7 +232,7 @@ def shape_of(model: ModelConfig, router: RouterConfig, *, tp: int, sequence: boo
 def step_shape(config: PretrainConfig) -> Shape:
     """What the program of a training step must know of the model and the layout."""
     parallel = config.parallel
-    blocks = blocks_of(config.model, config.router, once=sends_once(config))
+    blocks = blocks_of(config.model, config.router, dispatch=dispatch_of(config))
     return blocks.shape(
         tp=parallel.tp,
         sequence=parallel.sequence,

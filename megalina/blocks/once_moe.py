@@ -35,17 +35,28 @@ class OnceMoE(MoE):
         return f"back {'s ' if shared else ''}#way"
 
     # sizes
+    def places_of_a_token(self, at: At) -> float:
+        """To how many places a token is sent on average: ranks that have experts of it."""
+        return self.ranks_of_a_token(at)
+
     def ranks_of_a_token(self, at: At) -> float:
-        """To how many ranks a token goes on average, where all choices are as probable."""
-        experts, here = self.model.num_experts, self._local(at)
-        apart = 1.0
+        """On how many ranks a token has experts on average."""
+        return self._visited(at, at.rank.ep)
+
+    def _visited(self, at: At, places: float) -> float:
+        """Of so many places, each with as many experts, those where a token has any; all choices are as probable."""
+        experts, apart = self.model.num_experts, 1.0
         for i in range(min(self.router.top_k, experts)):
-            apart *= max(0.0, experts - here - i) / (experts - i)
-        return at.rank.ep * (1 - apart) * min(1.0, self._of_token / self.router.top_k)
+            apart *= max(0.0, experts - experts / places - i) / (experts - i)
+        return places * (1 - apart) * min(1.0, self._of_token / self.router.top_k)
 
     def packed(self, at: At) -> int:
         """Rows that a rank sends."""
-        return self._of_chunk(at, int(at.own) * self.ranks_of_a_token(at))
+        return self._of_chunk(at, int(at.own) * self.places_of_a_token(at))
+
+    def _weights_sent(self, at: At) -> int:
+        """Of a row."""
+        return self._experts_here(at)
 
     def unpacked(self, at: At) -> int:
         """Rows that come to a rank."""
@@ -63,7 +74,7 @@ class OnceMoE(MoE):
     # work
     def work(self, at: At) -> Piece:
         rank, own = at.rank, at.own
-        ways = self.ranks_of_a_token(at)
+        ways = self.places_of_a_token(at)
         match at.name:
             case "pack":
                 kernels, back = PACK_KERNELS
@@ -87,20 +98,23 @@ class OnceMoE(MoE):
         if at.name == "pack":
             return self._pack_memory(at)
         if at.name in ("cut", "join"):
-            index, rows = INT_BYTES * self.packed(at), self._wire_bytes(at, self.packed(at), weights=at.name == "cut")
+            index, rows = (
+                INT_BYTES * self.packed(at),
+                self._wire_bytes(at, self.packed(at), self._weights_sent(at) * (at.name == "cut")),
+            )
             forward = rows + DIGESTED * index if at.name == "cut" else 2 * rows
             return Inside(index, forward, 2 * rows if at.name == "cut" else rows)
         return super().memory(at)
 
-    def _wire_bytes(self, at: At, rows: int, *, weights: bool) -> int:
-        """Of rows with their weights, or of those that come back without."""
+    def _wire_bytes(self, at: At, rows: int, weights: int = 0) -> int:
+        """Of rows with so many weights each."""
         rank = at.rank
-        return rows * (rank.width * rank.element + self._experts_here(at) * rank.main * weights)
+        return rows * (rank.width * rank.element + weights * rank.main)
 
     def _pack_memory(self, at: At) -> Inside:
         choices, packed = int(at.own) * self.router.top_k, self.packed(at)
         kept = INT_BYTES * (packed + choices)
-        sent = self._wire_bytes(at, packed, weights=True)
+        sent = self._wire_bytes(at, packed, self._weights_sent(at))
         pairs = choices * self.router.top_k * INT_BYTES
         rows = self.sent(at) * at.rank.width * at.rank.element
         return Inside(kept, max(sent * 2, kept + pairs), rows + choices * at.rank.main)
@@ -121,10 +135,10 @@ class OnceMoE(MoE):
         packed, came = self.packed(at), self.unpacked(at)
         return {
             **super().value_bytes(at),
-            "sent": self._wire_bytes(at, packed, weights=True),
-            "back": self._wire_bytes(at, packed, weights=False),
-            "got": self._wire_bytes(at, came, weights=True),
-            "y": self._wire_bytes(at, came, weights=False),
+            "sent": self._wire_bytes(at, packed, self._weights_sent(at)),
+            "back": self._wire_bytes(at, packed),
+            "got": self._wire_bytes(at, came, self._experts_here(at)),
+            "y": self._wire_bytes(at, came),
             "#way": INT_BYTES * (2 * packed + int(at.own) * self.router.top_k),
             "#sizes": 0,
         }

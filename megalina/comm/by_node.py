@@ -113,9 +113,9 @@ def start_sum_by_node(flat: Tensor, axis: Axis, log: CollectiveLog, relay: Relay
         return dist.all_reduce(own, group=nodes.across.group, async_op=True) if own_size else None
 
     stages = (
-        lambda: _all_to_all(parts, flat, even, sizes, nodes.inside),
+        lambda: all_to_all(parts, flat, even, sizes, nodes.inside),
         sum_across,
-        lambda: _all_to_all(flat, own.repeat(inside), sizes, even, nodes.inside_again),
+        lambda: all_to_all(flat, own.repeat(inside), sizes, even, nodes.inside_again),
     )
     return Pending(relay.start(f"{axis.log_name} sum", stages), lambda: flat, flat.nbytes)
 
@@ -136,9 +136,9 @@ def start_scatter_by_node(
     enter(log, "scatter", flat, axis)
 
     def across() -> dist.Work | None:
-        return _all_to_all(summed, parts.view(nodes.inside.size, -1).sum(0), own_even, own_place, nodes.across)
+        return all_to_all(summed, parts.view(nodes.inside.size, -1).sum(0), own_even, own_place, nodes.across)
 
-    stages = (lambda: _all_to_all(parts, torch.cat(by_place), even, send, nodes.inside), across)
+    stages = (lambda: all_to_all(parts, torch.cat(by_place), even, send, nodes.inside), across)
     relayed = relay.start(f"{axis.log_name} sum", stages)
     return Pending(relayed, lambda: own.copy_(summed.view(len(nodes.grid), -1).sum(0)), flat.nbytes)
 
@@ -154,8 +154,8 @@ def start_gather_by_node(
     of_place, gathered = flat.new_empty(sum(receive)), flat.new_empty(len(flat))
     enter(log, "gather", own if len({*sizes}) == 1 else flat, axis)
     stages = (
-        lambda: _all_to_all(of_place, own.repeat(len(nodes.grid)), receive, own_even, nodes.across_again),
-        lambda: _all_to_all(gathered, of_place.repeat(nodes.inside.size), _of_places(nodes, sizes), even, nodes.inside_again),
+        lambda: all_to_all(of_place, own.repeat(len(nodes.grid)), receive, own_even, nodes.across_again),
+        lambda: all_to_all(gathered, of_place.repeat(nodes.inside.size), _of_places(nodes, sizes), even, nodes.inside_again),
     )
     part_of = flat.split(list(sizes))
     order = [row[d] for d in range(nodes.inside.size) for row in nodes.grid]
@@ -173,6 +173,7 @@ def _of_places(nodes: Nodes, sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[row[d]] for row in nodes.grid) for d in range(nodes.inside.size)]
 
 
-def _all_to_all(out: Tensor, x: Tensor, receive: list[int], send: list[int], axis: Axis) -> dist.Work:
+def all_to_all(out: Tensor, x: Tensor, receive: list[int] | None, send: list[int] | None, axis: Axis) -> dist.Work:
+    """Rows from and to each rank of the axis; None: as many each."""
     work: dist.Work = dist.all_to_all_single(out, x, receive, send, group=axis.group, async_op=True)
     return work

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalina.blocks.dispatch import dispatch_of
 from megalina.blocks.pipelined import pipelined
 from megalina.collective_log import CollectiveLog
 from megalina.comm.calibration import calibrate, fastest, sizes_of_step
@@ -24,7 +25,7 @@ from megalina.config import PretrainConfig
 from megalina.data.source import TokenData
 from megalina.layout import EMBEDDING, rows_across
 from megalina.mesh import Mesh, all_gather_object, build_meshes
-from megalina.parallel.meshes import summing_by_node
+from megalina.parallel.meshes import sending_by_node, summing_by_node
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
 from megalina.timeline.contention import Alone
@@ -32,8 +33,10 @@ from megalina.timeline.recorder import Event, Recorder
 from megalina.train.packing import allowed_packings
 from megalina.train.step_runner import StepRunner
 
-Layout = tuple[int, int, tuple[int, ...]]  # stages, packing, ranks along the axes without packing and whether sums are by node
-Given = tuple[str, int, int, int, int]  # parallel.reduce, tp, ep, cp, pp
+Layout = tuple[
+    int, int, tuple[int, ...]
+]  # stages, packing, ranks along the axes without packing and whether sums and tokens are by node
+Given = tuple[str, str, int, int, int, int]  # parallel.reduce, how tokens are sent, tp, ep, cp, pp
 MOST_SEARCH_STEPS = 300  # a strategy that still searches then is not what is to be measured
 HOPEFUL = 1.03  # a variant of the baseline that is this much slower than its best in the first round takes no further turn
 WORTHWHILE = 1.05  # nor does another strategy that is this much slower than it
@@ -111,7 +114,7 @@ def is_variant(name: str, baseline: str) -> bool:
 
 def _given_layout(config: PretrainConfig) -> Given:
     parallel = config.parallel
-    return parallel.reduce, parallel.tp, parallel.ep, parallel.cp, parallel.pp
+    return parallel.reduce, dispatch_of(config).kind, parallel.tp, parallel.ep, parallel.cp, parallel.pp
 
 
 def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[Given, Mapping[int, Mesh]]:
@@ -122,12 +125,12 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[Given, Mapping[int
     world = dist.get_world_size() if dist.is_initialized() else 1
     packings: dict[Given, set[int]] = {}
     across: dict[Given, dict[str, tuple[int, ...]]] = {}
-    per_node: dict[Given, int] = {}
+    per_node: dict[Given, tuple[int, int]] = {}
     for config in configs:
         layout = _given_layout(config)
         packings.setdefault(layout, set()).update(allowed_packings(config, world))
         if layout not in per_node:
-            per_node[layout] = summing_by_node(config.parallel)
+            per_node[layout] = summing_by_node(config.parallel), sending_by_node(config)
         own = pipelined(config, world).across if config.parallel.pp > 1 else {}
         known = across.setdefault(layout, {})
         assert all(known.get(name, on) == on for name, on in own.items()), "two axes of one name"
@@ -135,14 +138,15 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[Given, Mapping[int
     timeout_s = max(config.cluster.timeout_s for config in configs)
     return {
         layout: build_meshes(
-            tp=layout[1],
-            ep=layout[2],
-            cp=layout[3],
+            tp=layout[2],
+            ep=layout[3],
+            cp=layout[4],
             packings=sorted(of),
-            pp=layout[4],
+            pp=layout[5],
             across=across[layout],
             timeout_s=timeout_s,
-            ranks_per_node=per_node[layout],
+            ranks_per_node=per_node[layout][0],
+            token_ranks_per_node=per_node[layout][1],
         )
         for layout, of in packings.items()
     }
@@ -150,7 +154,7 @@ def _shared_meshes(configs: Sequence[PretrainConfig]) -> dict[Given, Mapping[int
 
 def layout_of(mesh: Mesh) -> Layout:
     """The same for meshes on which exchanges take the same time."""
-    return mesh.pp, mesh.packing, (*mesh.unpacked.values(), int(mesh.sums_by_node))
+    return mesh.pp, mesh.packing, (*mesh.unpacked.values(), int(mesh.sums_by_node), int(mesh.ep.nodes is not None))
 
 
 def rows_along(trainable: Trainable) -> dict[str, list[list[int]]]:

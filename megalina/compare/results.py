@@ -41,9 +41,10 @@ def bytes_of_links(
     ranks_per_node: int,
     sharded: bool,
     by_node: bool = False,
+    tokens_by_node: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """Of each node, by instruction.  `table`: the rows of ranks along each axis (`rows_along`); `by_node`: how gradients are
-    summed."""
+    """Of each node, by instruction.  `table`: the rows of ranks along each axis (`rows_along`); `by_node`, `tokens_by_node`: how
+    gradients and tokens travel."""
     out: dict[int, dict[str, float]] = {}
     for rank, events in enumerate(by_rank):
         node = rank // ranks_per_node
@@ -52,7 +53,9 @@ def bytes_of_links(
                 continue
             row = next(row for row in table[e.axis.partition("/")[0]] if rank in row)
             n = len(row)
-            if e.op in ("tokens", "counts"):
+            if e.op == "tokens" and tokens_by_node:
+                sent = float(e.num_bytes)
+            elif e.op in ("tokens", "counts"):
                 sent = e.num_bytes * sum(other // ranks_per_node != node for other in row) / (n - 1)
             elif e.op in MESSAGES:
                 sent = e.num_bytes * any(other // ranks_per_node != node for other in row)
@@ -208,7 +211,14 @@ def measure(
         rate = link_mbit * 1e6 / 8
         sharded = runner.config.parallel.zero == 1
         by_node = trainable.mesh.sums_by_node
-        of_links = bytes_of_links(last, rows_along(trainable), ranks_per_node=ranks_per_node, sharded=sharded, by_node=by_node)
+        of_links = bytes_of_links(
+            last,
+            rows_along(trainable),
+            ranks_per_node=ranks_per_node,
+            sharded=sharded,
+            by_node=by_node,
+            tokens_by_node=trainable.mesh.ep.nodes is not None,
+        )
         busiest = max(of_links.values(), key=lambda by_tag: sum(by_tag.values()), default={})
         if trainable.pipelined is not None:
             device_s = max(n["device"] for n in by_rank)

@@ -6,11 +6,13 @@ goes to one rank is contiguous; what arrives is sorted by (source rank, expert) 
 R ranks of the ep axis, e experts on each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megalina.model.node_rows import NodeWay
 from megalina.model.permute import regroup_index, reorder
 
 
@@ -43,8 +45,10 @@ def sizes_of(sent_E: Tensor, received_E: Tensor, ranks: int) -> Sizes:
 class Counts:
     """How many rows of one part of a micro-batch go from here to each expert, and come here from each rank."""
 
-    def __init__(self, sent_E: Tensor, received_E: Tensor, ranks: int):
-        self._sent_E, self._received_E, self._ranks = sent_E, received_E, ranks
+    def __init__(self, sent_E: Tensor, received_E: Tensor, ranks: int, new_way: Callable[[], NodeWay] | None = None):
+        """`new_way`: where ranks pass rows on in their nodes; then numbers are of nodes, of which there are `ranks`."""
+        self._sent_E, self._received_E, self._ranks, self._new_way = sent_E, received_E, ranks, new_way
+        self._ways: dict[tuple[int, int], NodeWay] = {}
         self._made: dict[int, list[Sizes]] = {}
 
     def sizes(self, chunk: tuple[int, int]) -> Sizes:
@@ -54,6 +58,13 @@ class Counts:
             shares = [(share_of_chunk(self._sent_E, i, n), share_of_chunk(self._received_E, i, n)) for i in range(n)]
             self._made[n] = [sizes_of(sent_E, received_E, self._ranks) for sent_E, received_E in shares]
         return self._made[n][c]
+
+    def way(self, chunk: tuple[int, int], *, anew: bool) -> NodeWay:
+        """That on which a chunk's rows are passed on; `anew`: they are on their way to the experts."""
+        if anew:
+            assert self._new_way is not None
+            self._ways[chunk] = self._new_way()
+        return self._ways[chunk]
 
 
 def share_of_chunk(count: Tensor, c: int, chunks: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalina.batch import Batch
 from megalina.blocks.block import Block
+from megalina.blocks.dispatch import ALL_ROWS, Dispatch
 from megalina.blocks.head import Head as HeadBlock
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.model import blocks_of
@@ -162,14 +163,14 @@ class GPT(nn.Module):
         digests: bool = False,
         expert_orders: Mapping[int, tuple[int, ...]] | None = None,
         held: Held | None = None,
-        once: bool = False,
+        dispatch: Dispatch = ALL_ROWS,
     ):
         """`share`: this rank's part of the tokens; `first_expert`: of those here; `digests`: of routing, for the ledger;
         `expert_orders`: layer -> the expert in each place, where it isn't expert i in place i; `held`: the parts that are on this
-        rank of a pipeline, which can't go forward by itself; None: all; `once`: as `Whole.once`."""
+        rank of a pipeline, which can't go forward by itself; None: all; `dispatch`: as of `Whole`."""
         super().__init__()
         blocks = blocks_of(
-            config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions, once=once
+            config, router, vocab_size=vocab_size, padded_vocab=padded_vocab, max_positions=max_positions, dispatch=dispatch
         )
         self.blocks, self.config, self.router, whole = blocks, config, router, blocks.whole
         self.seed, self.vocab_size, self.share = seed, whole.vocab_size, share

@@ -1,13 +1,11 @@
 """A mixture of experts whose tokens travel once to each rank that has experts of theirs, in torch.
 
-A packed row is the token, then its weights for the experts of the rank that it goes to, -inf where it didn't choose one.  Weights
-keep their bits: where they are wider than the rows each of them takes several columns, and so do their gradients on the way back.
+A packed row is the token, then its weights for the experts of the rank that it goes to, -inf where it didn't choose one.
 
 Shapes: T own tokens, D model width, N rows (token and expert), K experts a token, U packed rows (token and rank), e experts of a
 rank, C columns of a packed row, k most experts of a token on one rank.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,17 +17,16 @@ from megalina.model.dispatcher import Counts
 from megalina.model.late_gradients import Later
 from megalina.model.moe import MoE
 from megalina.model.permute import RowOrder, permute, row_order, unpermute
-
-NOT_CHOSEN = -math.inf  # no router's weight; NaN stays what it is
+from megalina.model.weight_columns import NOT_CHOSEN, columns_of, weights_of
 
 
 class OnceMoE(MoE):
     # instructions
     def pack(self, rows_ND: Tensor, weight_TK: Tensor, order: RowOrder) -> tuple[Tensor, RowOrder]:
         """Rows in the order of experts -> packed rows in the order of ranks, and that order."""
-        here = self._experts_here
-        way, source_U, slot_TK = pack_order(order, here)
-        return _Pack.apply(rows_ND, weight_TK, source_U, slot_TK, here), way
+        there = self._experts_there
+        way, source_U, slot_TK = pack_order(order, there)
+        return _Pack.apply(rows_ND, weight_TK, source_U, slot_TK, there), way
 
     def experts(self, chunk: tuple[int, int], got_UC: Tensor, counts: Counts, *, later: Later | None = None) -> Tensor:
         """Packed rows -> the weighted sum [U, D] of each one's experts here."""
@@ -46,6 +43,11 @@ class OnceMoE(MoE):
     @property
     def _experts_here(self) -> int:
         return len(self.holder.experts.w1)
+
+    @property
+    def _experts_there(self) -> int:
+        """Where a row goes."""
+        return self._experts_here
 
     @property
     def _most_here(self) -> int:
@@ -92,16 +94,6 @@ def chosen(weight_Ue: Tensor, most: int) -> tuple[Tensor, RowOrder]:
     expert_Uk = is_chosen_Ue.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :most]
     is_chosen_Uk = is_chosen_Ue.gather(1, expert_Uk)
     return weight_Ue.gather(1, expert_Uk), row_order(expert_Uk.where(is_chosen_Uk, experts), experts)
-
-
-def columns_of(weight_Ue: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their bits as numbers of another type, one or more of them each."""
-    return weight_Ue if weight_Ue.dtype == dtype else weight_Ue.contiguous().view(dtype)
-
-
-def weights_of(columns_UC: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `columns_of` was given."""
-    return columns_UC if columns_UC.dtype == dtype else columns_UC.contiguous().view(dtype)
 
 
 class _Pack(torch.autograd.Function):

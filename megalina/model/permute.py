@@ -4,7 +4,7 @@ Backward passes are gathers in the opposite direction: no atomic adds, so the re
 Shapes: T tokens, K assignments a token, N rows (assignments to somebody), D width, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class RowOrder:
     expert_E: Tensor | None = (
         None  # int64, where experts lie in another order: the expert in each place; rows are sorted by place
     )
+    new_way: Callable[[], Any] | None = None  # of rows that ranks pass on in their nodes: makes a `NodeWay`
 
     @property
     def experts(self) -> Tensor:
@@ -109,7 +110,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(drows_ND, None, ctx.order.row_TK), None
+        return sum_rows(drows_ND, None, ctx.order.row_TK), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -117,7 +118,7 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, residual_TD: Tensor, rows_ND: Tensor, weight_TK: Tensor, order: RowOrder) -> Tensor:
         ctx.save_for_backward(rows_ND, weight_TK)
         ctx.order = order
-        return _sum_rows(rows_ND, weight_TK, order.row_TK).add_(residual_TD).to(residual_TD.dtype)
+        return sum_rows(rows_ND, weight_TK, order.row_TK).add_(residual_TD).to(residual_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -151,7 +152,7 @@ class _Reorder(torch.autograd.Function):
         return dout_ND.index_select(0, ctx.inverse_N), None, None
 
 
-def _sum_rows(rows_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor) -> Tensor:
+def sum_rows(rows_ND: Tensor, weight_TK: Tensor | None, row_TK: Tensor) -> Tensor:
     """[T, D]: the (weighted) sum of each token's rows, in the wider of the two types (rows alone: at least float32 inside)."""
     num_rows, width = rows_ND.shape
     if num_rows == 0:

@@ -22,6 +22,7 @@ from megalina.comm.by_node import Relay, start_gather_by_node, start_scatter_by_
 from megalina.comm.device_clock import DeviceClock
 from megalina.comm.exchange import Pending
 from megalina.comm.links import Later, Links, Sent
+from megalina.comm.rows_by_node import start_rows_back, start_rows_outward
 from megalina.mesh import Axis, Mesh
 from megalina.model.dispatcher import Counts
 from megalina.model.permute import RowOrder
@@ -191,13 +192,19 @@ class Executor:
         if instruction.op is Op.COUNTS:
             assert isinstance(value, RowOrder)
             even = [value.count_E.numel() // axis.size] * axis.size
-            return value.count_E, send(lambda: exchange.start_all_to_all(value.count_E, even, even, axis, self._log))
+            return (
+                value.count_E,
+                value.new_way,
+                send(lambda: exchange.start_all_to_all(value.count_E, even, even, axis, self._log)),
+            )
         if instruction.op is Op.TOKENS:
             counts: Counts | Later = self._values[instruction.reads[1]]
 
             def start_tokens() -> Pending:
                 known: Counts = counts.get() if isinstance(counts, Later) else counts
                 splits = known.sizes(instruction.chunk).splits(outward=instruction.outward)
+                if axis.nodes is not None:
+                    return self._start_by_node(value, splits, known, instruction, axis)
                 if self._token_bytes is not None and axis.size > 1:
                     self._token_bytes.add(axis, splits[0], value.element_size() * value.shape[1])
                 return exchange.start_all_to_all(value, *splits, axis, self._log)
@@ -216,6 +223,14 @@ class Executor:
             Op.EVEN: exchange.start_even,
         }[instruction.op]
         return send(lambda: start(value, axis, self._log))
+
+    def _start_by_node(
+        self, x: Tensor, splits: tuple[list[int], list[int]], counts: Counts, instruction: Instruction, axis: Axis
+    ) -> Pending:
+        way = counts.way(instruction.chunk, anew=instruction.outward and instruction.phase == "F")
+        start = start_rows_outward if instruction.outward else start_rows_back
+        count = self._token_bytes.add if self._token_bytes is not None else None
+        return start(x, *splits, way, axis, self._log, self._relay, count)
 
     def _start_piece(self, instruction: Instruction, axis: Axis) -> Pending:
         if len(instruction.buckets) > 1:
@@ -249,11 +264,11 @@ class Executor:
             return
         name = instruction.writes[0]
         if instruction.op is Op.COUNTS:
-            count_E, counted = sent
+            count_E, new_way, counted = sent
             ranks = self.mesh.axis(instruction.axis).size
 
             def counts() -> Counts:
-                return Counts(count_E, counted.wait(), ranks)
+                return Counts(count_E, counted.wait(), ranks, new_way)
 
             self._values[name] = Later(counts) if instruction.key in self._late_sizes else counts()
             return

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from megalina.blocks.dispatch import ALL_ROWS, Dispatch
 from megalina.config import ModelConfig, RouterConfig, padded_vocab_size
 from megalina.mesh import Mesh
 from megalina.model.gpt import GPT
@@ -32,13 +33,14 @@ def build_shard(
     digests: bool = False,
     expert_orders: Mapping[int, tuple[int, ...]] | None = None,
     held: Held | None = None,
-    once: bool = False,
+    dispatch: Dispatch = ALL_ROWS,
 ) -> GPT:
     """This rank's part of the model, with initial values that don't depend on the layout.
 
     `sequence`: with tp activations between attention and MLP are cut along the tokens; `digests`: routing is digested;
     `expert_orders`: layer -> which expert lies in each place, of which each rank of ep holds a block; `held`: the layers, and
-    what is outside of them, that are on this rank of a pipeline, None: all; `once`: a token travels once to each rank."""
+    what is outside of them, that are on this rank of a pipeline, None: all; `dispatch`: as of
+    `Whole`."""
     gpt = GPT(
         model,
         router,
@@ -51,7 +53,7 @@ def build_shard(
         digests=digests,
         expert_orders=expert_orders,
         held=held,
-        once=once,
+        dispatch=dispatch,
     )
     initialize(gpt, seed=seed, dtype=dtype, device=device, cut=cut_of(mesh))
     return gpt

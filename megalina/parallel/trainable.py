@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megalina.batch import Batch
-from megalina.blocks.model import sends_once, step_shape
+from megalina.blocks.dispatch import ONCE_PER_NODE, ONCE_PER_RANK, Dispatch, dispatch_of
+from megalina.blocks.model import step_shape
 from megalina.blocks.pipelined import pipelined
 from megalina.collective_log import CollectiveLog, agree
 from megalina.config import PretrainConfig
@@ -72,7 +73,7 @@ class Trainable:
             digests=train.ledger,
             expert_orders=_orders(parallel.placement, mesh),
             held=self.pipelined.held(mesh.pp_rank) if self.pipelined is not None else None,
-            once=sends_once(config),
+            dispatch=_dispatch_on(mesh, config),
         )
         shape = step_shape(config)
         main_bytes = 8 if dtype == torch.float64 else 4
@@ -291,3 +292,11 @@ def _orders(path: str, mesh: Mesh) -> Mapping[int, tuple[int, ...]]:
     if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
         raise ValueError(f"parallel.placement={path} is another file on rank {different[0]} than on rank 0: copy one of them")
     return layers
+
+
+def _dispatch_on(mesh: Mesh, config: PretrainConfig) -> Dispatch:
+    """By the nodes that there are, in place of those of the configuration's cluster."""
+    wanted = dispatch_of(config, mesh.packing)
+    if mesh.ep.nodes is not None:
+        return Dispatch(ONCE_PER_NODE, len(mesh.ep.nodes.grid))
+    return Dispatch(ONCE_PER_RANK) if wanted.kind == ONCE_PER_NODE else wanted

@@ -14,6 +14,7 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -124,7 +125,7 @@ class ListSearch:
         if len(self._steps) < STEPS:
             return
         trainable = self._trainable()
-        own = sample_of(self._steps, trainable.program, lambda axis: getattr(trainable.mesh, axis).size)
+        own = sample_of(self._steps, trainable.program, partial(_places, trainable.mesh))
         everywhere = all_gather_object(self._mesh, own)
         self._steps, self._to_wait = [], SETTLE
         self._measured.setdefault(plan, []).append(max(sample.step_s for sample in everywhere))
@@ -284,7 +285,7 @@ def found_lists(
     def fits(program: Program) -> bool:
         return peak_of(held, program)[0] <= most_bytes
 
-    clock_of = clocks(mesh.shape, world, setting, costs, by_node=mesh.sums_by_node)
+    clock_of = clocks(mesh.shape, world, setting, costs, by_node=mesh.sums_by_node, tokens_by_node=mesh.ep.nodes is not None)
     fitting = fitted(
         sorted(costs.seen, key=lambda seen: seen.step_s)[:FITTED_LISTS],
         networks(costs, dist.get_backend(mesh.world.group) if world > 1 else "gloo", world, ranks_per_node),
@@ -318,11 +319,25 @@ def networks(costs: MeasuredCosts, backend: str, world: int, ranks_per_node: int
     return [one] if per_node == 1 else [one, replace(one, nics_per_node=per_node)]
 
 
+def _places(mesh: Mesh, axis: str) -> int:
+    """Among which an exchange along this axis parts its bytes: ranks, or nodes where rows go once to each."""
+    along = mesh.axis(axis)
+    return len(along.nodes.grid) if axis == "ep" and along.nodes is not None else along.size
+
+
 def clocks(
-    shape: Mapping[str, int], world: int, setting: Setting, costs: MeasuredCosts, *, by_node: bool = False
+    shape: Mapping[str, int],
+    world: int,
+    setting: Setting,
+    costs: MeasuredCosts,
+    *,
+    by_node: bool = False,
+    tokens_by_node: bool = False,
 ) -> Callable[[Network], Callable[[Program], ListClock]]:
-    """A network -> a program -> its clock, by these costs.  `by_node`: how gradients are summed."""
-    sizes = costs.sizes_of([name for name, spec in setting.buckets.items() if spec.sharded], by_node=by_node)
+    """A network -> a program -> its clock, by these costs.  `by_node`, `tokens_by_node`: as of `Sizes`."""
+    sizes = costs.sizes_of(
+        [name for name, spec in setting.buckets.items() if spec.sharded], by_node=by_node, tokens_by_node=tokens_by_node
+    )
     groups = ranks_of(shape)
 
     def under(network: Network) -> Callable[[Program], ListClock]:

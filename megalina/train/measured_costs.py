@@ -36,7 +36,7 @@ class Sample:
 
 
 def sample_of(steps: Sequence[Sequence[Event]], program: Program, size_of: Callable[[str], int]) -> Sample:
-    """`steps`: the events of each; `size_of`: ranks along an axis."""
+    """`steps`: the events of each; `size_of`: ranks along an axis, or nodes where rows go once to each."""
     by_tag = {s.tag: s for s in program}
     seconds: dict[tuple[Kept, float], list[float]] = defaultdict(list)
     sent: dict[tuple[Kept, float], list[float]] = defaultdict(list)
@@ -170,9 +170,9 @@ class MeasuredCosts:
 
         return of
 
-    def sizes_of(self, scattered: Sequence[str], *, by_node: bool = False) -> Sizes:
-        """`scattered`: buckets that ZeRO-1 shards; `by_node`: gradients are summed so."""
-        return Sizes(self.sizes, scattered, by_node=by_node)
+    def sizes_of(self, scattered: Sequence[str], *, by_node: bool = False, tokens_by_node: bool = False) -> Sizes:
+        """`scattered`: buckets that ZeRO-1 shards; `by_node`, `tokens_by_node`: as of `Sizes`."""
+        return Sizes(self.sizes, scattered, by_node=by_node, tokens_by_node=tokens_by_node)
 
 
 def _at(points: Points, share: float) -> float:

@@ -8,13 +8,15 @@ from functools import cache
 from random import Random
 from typing import Any
 
+from megalina.blocks.dispatch import ONCE_PER_NODE, ONCE_PER_RANK, ROWS
 from megalina.blocks.pipelined import TABLE, read_table, schedule_of
 from megalina.config import ModelConfig, OptimConfig, PretrainConfig, RouterConfig, StrategyConfig
+from megalina.layout import axis_sizes, by_node, rows
 from megalina.step.pipeline.schedules.schedule import Size
 from megalina.step.pipeline.schedules.table import SCHEDULES
 from megalina.validate import check_config
 from megalina.verify.on_ranks import layout_config
-from megalina.verify.recording import SEQUENCES, Layout
+from megalina.verify.recording import NODES, SEQUENCES, Layout
 from megalina.verify.shrink import power_below
 
 CAPACITY = 0.8  # of routers that come without one: some tokens are always dropped
@@ -98,7 +100,8 @@ def axes(choices: Choices, ranks: int) -> dict[str, Sequence[Any]]:
     return {
         "place": places(ranks),
         "context": contexts(ranks),
-        "dispatch": ["rows", *["once_per_rank"] * (ranks > 1)],  # one rank has nobody to send to
+        # one rank has nobody to send to, and two nodes of one rank each nobody to pass rows on to
+        "dispatch": [ROWS, *[ONCE_PER_RANK] * (ranks > 1), *[ONCE_PER_NODE] * (ranks > 2)],
         "reduce": ["flat", *["by_node"] * (ranks > 2)],  # two nodes of one rank each have nothing to sum inside
         "zero": [(0, 0.0), (1, 0.0), (1, PIECE_MB), (0, PIECE_MB)],  # ZeRO stage, size of a gradient piece in MiB
         "micro_batch": [2, 1, 0],  # 0: all of a rank's sequences at once
@@ -149,11 +152,20 @@ def fits(values: Mapping[str, Any]) -> bool:
     (cp, _), pp = values.get("context", (1, "")), values.get("pp", 1)
     if world % (tp * ep * cp * pp) or (values.get("reduce") == "by_node" and world < 4):
         return False
+    if values.get("dispatch") == ONCE_PER_NODE and not _on_several_nodes(world, tp, ep, cp, pp):
+        return False
     if not values.keys() >= {"context", "pp", "schedule", "micro_batch"}:
         return True
     readers, (name, chunks) = world // (tp * cp * pp), values["schedule"]
     micro_batch = values["micro_batch"] or max(1, SEQUENCES // readers)
     return SEQUENCES % (micro_batch * readers) == 0 and _is_made_for(name, pp, chunks, SEQUENCES // (micro_batch * readers))
+
+
+@cache
+def _on_several_nodes(world: int, tp: int, ep: int, cp: int, pp: int) -> bool:
+    """Whether ranks of ep are, several on each."""
+    row = rows(axis_sizes(world // pp, tp=tp, ep=ep, cp=cp))["ep"][0]
+    return world >= 2 * NODES and bool(by_node(row, world // NODES))
 
 
 @cache
@@ -222,7 +234,10 @@ def config_of(choices: Choices, row: Row) -> PretrainConfig:
 
 
 def runs(choices: Choices, row: Row) -> bool:
-    """Whether megalina accepts a row."""
+    """Whether megalina accepts a row, on `NODES` nodes."""
+    of = row.layout
+    if of.dispatch == ONCE_PER_NODE and not _on_several_nodes(of.world, of.tp, of.ep, of.cp, of.pp):
+        return False
     try:
         check_config(config_of(choices, row), row.layout.world)
     except ValueError:

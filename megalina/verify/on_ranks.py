@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megalina.batch import Batch
+from megalina.blocks.dispatch import ONCE_PER_NODE
 from megalina.blocks.model import blocks_of
 from megalina.blocks.parameter import Parameter
 from megalina.blocks.pipelined import pipelined
@@ -330,13 +331,23 @@ def _recorded(
 def _mesh_of(config: PretrainConfig, layout: Layout, timeout_s: float) -> Mesh:
     config = layout_config(config, layout)
     across = pipelined(config, layout.world).across if layout.pp > 1 else {}
-    per_node = layout.world // NODES if layout.reduce == "by_node" else 0
-    return _mesh(layout.tp, layout.ep, layout.cp, layout.pp, tuple(across.items()), per_node, timeout_s)
+    per_node = layout.world // NODES
+    by_node = per_node * (layout.reduce == "by_node"), per_node * (layout.dispatch == ONCE_PER_NODE)
+    return _mesh(layout.tp, layout.ep, layout.cp, layout.pp, tuple(across.items()), by_node, timeout_s)
 
 
 @cache
 def _mesh(
-    tp: int, ep: int, cp: int, pp: int, across: tuple[tuple[str, tuple[int, ...]], ...], ranks_per_node: int, timeout_s: float
+    tp: int,
+    ep: int,
+    cp: int,
+    pp: int,
+    across: tuple[tuple[str, tuple[int, ...]], ...],
+    by_node: tuple[int, int],
+    timeout_s: float,
 ) -> Mesh:
-    """Of this process's world.  Communicators take longer than a row, so they stay."""
-    return build_meshes(tp=tp, ep=ep, cp=cp, pp=pp, across=dict(across), timeout_s=timeout_s, ranks_per_node=ranks_per_node)[1]
+    """Of this process's world.  Communicators take longer than a row, so they stay.  `by_node`: ranks on a node for sums, and for
+    tokens; 0: flat."""
+    sums, tokens = by_node
+    how = {"timeout_s": timeout_s, "ranks_per_node": sums, "token_ranks_per_node": tokens}
+    return build_meshes(tp=tp, ep=ep, cp=cp, pp=pp, across=dict(across), **how)[1]  # type: ignore[arg-type]

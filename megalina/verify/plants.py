@@ -7,8 +7,8 @@ else holds on to its functions, its program or its buckets.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megalina.blocks.dispatch import ONCE_PER_NODE, ROWS, dispatch_of
 from megalina.blocks.heads import attention_bias
-from megalina.blocks.model import sends_once
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.pipelined import pipelined
 from megalina.blocks.routers import kind_of, takes_whole_micro_batch
@@ -16,7 +16,7 @@ from megalina.config import PretrainConfig, is_moe_layer
 from megalina.parallel.trainable import Trainable
 from megalina.plan_settings import plan_of
 from megalina.step.partition import most_parts
-from megalina.verify.bugs import attention, forward, gradients, losses, pipelines, replay, whole_matrices
+from megalina.verify.bugs import attention, forward, gradients, losses, pipelines, replay, sent_once, whole_matrices
 from megalina.verify.recording import SEQUENCES, Layout
 
 
@@ -233,9 +233,27 @@ _ALL = (
             and 1 < layout.ep < config.model.num_experts
             and layout.cp == 1  # no diagnosis plays rows of cut sequences
             and not _is_dense(config)
-            and not sends_once(config)
+            and dispatch_of(config).kind == ROWS
         ),
         forward.rows_not_regrouped,
+    ),
+    Plant(
+        "row_summed_twice",
+        "with parallel.dispatch=once_per_rank or once_per_node a token adds what comes back from one place twice",
+        lambda layout, config: _has_moe(config) and layout.dispatch != ROWS,
+        sent_once.row_summed_twice,
+    ),
+    Plant(
+        "weight_applied_twice",
+        "with parallel.dispatch=once_per_rank or once_per_node experts' weights are applied before the wire and after it",
+        lambda layout, config: _has_moe(config) and layout.dispatch != ROWS,
+        sent_once.weight_applied_twice,
+    ),
+    Plant(
+        "rank_forgotten",
+        "with parallel.dispatch=once_per_node a rank that passes rows on forgets one of its node's ranks in the sum",
+        lambda layout, config: _has_moe(config) and layout.dispatch == ONCE_PER_NODE and config.strategy.packing == "1",
+        sent_once.rank_forgotten,
     ),
     Plant(
         "rope_interleaved",

@@ -25,7 +25,7 @@ from megalina.verify.start import random_batches
 from tests.verify.cases import MODELS, ROUTERS, choices_of, config_with, with_router
 from tests.verify.star import RANKS, differences, options_by_size, pairs_by_size, with_place
 
-ONCE = "once_per_rank"
+ONCE, PER_NODE = "once_per_rank", "once_per_node"
 WITHOUT_CAPACITY = ("global", "dense", "replayed")  # the second gives all experts all tokens, the third says who gets which
 
 # the star test
@@ -109,8 +109,9 @@ def test_all_pairs_of_choices_that_can_run_occur() -> None:
     never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
     never |= {(("place", p), ("reduce", "by_node")) for p in options["place"] if p[0] < 4}  # two nodes of two ranks
     never |= {(("place", p), ("dispatch", ONCE)) for p in options["place"] if p[2] == 1} | {
-        (("dispatch", ONCE), ("router", "dense"))
+        (("dispatch", how), ("router", "dense")) for how in (ONCE, PER_NODE)
     }
+    never |= {(("place", p), ("dispatch", PER_NODE)) for p in options["place"] if p[2] < 4}  # two ranks on each of two nodes
     refused = lacking - never
     assert all(("router", "global") in pair for pair in refused), refused
     assert len(refused) <= 2
@@ -130,7 +131,9 @@ def test_all_pairs_that_can_run_occur_too_where_the_world_is_a_choice_of_its_own
     never |= {(("micro_batch", 0), ("strategy", "pair"))}  # a micro-batch alone goes with nobody
     # nobody to go to: one rank, or tensor parallelism over all of them
     never |= {((axis, n), ("dispatch", ONCE)) for axis, n in (("world", 1), ("ep", 1), ("tp", 4))}
-    never |= {(("dispatch", ONCE), ("router", "dense"))}
+    never |= {(("dispatch", how), ("router", "dense")) for how in (ONCE, PER_NODE)}
+    never |= {((axis, n), ("dispatch", PER_NODE)) for axis, n in (("world", 1), ("world", 2), ("ep", 1), ("ep", 2))}
+    never |= {((axis, n), ("dispatch", PER_NODE)) for axis, n in (("tp", 2), ("tp", 4), ("sequence", False))}
     never |= {(("world", world), ("reduce", "by_node")) for world in (1, 2)}  # two nodes of two ranks
     for size in ("tp", "ep"):
         never |= {(("world", world), (size, n)) for world in (1, 2, 4) for n in (1, 2, 4) if n > world}

@@ -82,6 +82,8 @@ ROWS = [  # no two axes of a layout need have different sizes: causes that look 
     ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=1, pp=2, pipeline="zb_h1")),
     ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=1, reduce="by_node")),
     ("GPT-2", "capacity", "sgd", Layout(WORLD, tp=1, ep=1, micro_batch=2, reduce="by_node")),
+    ("modern", "topk", "adamw", Layout(WORLD, tp=1, ep=2, micro_batch=2, dispatch="once_per_rank")),
+    ("GPT-2", "topk", "sgd", Layout(WORLD, tp=1, ep=4, micro_batch=2, dispatch="once_per_node")),
     ("modern", "topk", "sgd", Layout(WORLD, tp=1, ep=1, micro_batch=1, pp=4, pipeline="zb_h1", stages="E|t|t|L")),
 ]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
 from megalina.blocks.bucket_layout import ALIGNMENT, Member, lay_out_bucket
+from megalina.blocks.dispatch import dispatch_of
 from megalina.blocks.heads import rotary_width
 from megalina.blocks.memory import Deferred, Inside
-from megalina.blocks.model import blocks_of, sends_once
+from megalina.blocks.model import blocks_of
 from megalina.blocks.optimizers import matrix_flops, optimizer_of
 from megalina.blocks.sizes import INT_BYTES, Rank
 from megalina.config import BYTES, PretrainConfig, padded_vocab_size, training_layers
@@ -159,7 +160,7 @@ class InstructionBytes:
             vocab_size=vocab_size,
             padded_vocab=padded_vocab_size(vocab_size, tp),
             max_positions=config.model.max_positions or config.train.seq_len,
-            once=sends_once(config),
+            dispatch=dispatch_of(config, packing),
         )
 
     def of_buckets(self, names: Collection[str]) -> "InstructionBytes":

@@ -8,8 +8,9 @@ and so is each product of all experts in bfloat16.  Biases, dropout and padding 
 
 from collections.abc import Mapping
 
+from megalina.blocks.dispatch import dispatch_of
 from megalina.blocks.heads import model_of_layer
-from megalina.blocks.model import Blocks, blocks_of, context_of, sends_once
+from megalina.blocks.model import Blocks, blocks_of, context_of
 from megalina.blocks.optimizers import optimizer_of
 from megalina.blocks.sizes import Rank
 from megalina.blocks.work import Piece, Product, Work, small
@@ -47,8 +48,8 @@ class InstructionWork:
         ep = config.parallel.ep / packing
         self.config, self.buckets = config, buckets
         self.rank = Rank(config=config, ep=ep, vocab_rows=vocab_rows)
-        positions, once = config.train.seq_len, sends_once(config)
-        self.blocks: Blocks = blocks_of(config.model, config.router, max_positions=positions, once=once)
+        positions, dispatch = config.train.seq_len, dispatch_of(config, packing)
+        self.blocks: Blocks = blocks_of(config.model, config.router, max_positions=positions, dispatch=dispatch)
         stage = world // config.parallel.pp
         dp = stage / self.rank.tp
         # ranks that hold the same parameters

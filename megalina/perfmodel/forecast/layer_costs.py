@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from megalina.blocks.dispatch import on_cuda
 from megalina.config import ParallelConfig, PretrainConfig, StrategyConfig, padded_vocab_size
 from megalina.layout import EMBEDDING
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
 from megalina.perfmodel.forecast.network import network_of
-from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, nodes_that_sum, on_cuda
+from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, nodes_that_sum
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Sizes, by_instruction

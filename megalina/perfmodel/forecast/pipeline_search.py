@@ -9,6 +9,7 @@ whole lists, as every forecast is.  What a rank holds is counted alike: its stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from megalina.blocks.dispatch import on_cuda
 from megalina.blocks.model import step_shape
 from megalina.blocks.pipelined import layers_in_stages, schedule_of
 from megalina.config import PretrainConfig
@@ -17,7 +18,7 @@ from megalina.perfmodel.forecast.forecast import fits_in
 from megalina.perfmodel.forecast.layer_costs import BEFORE, BEHIND, LayerBytes, LayerCosts, LayerSeconds
 from megalina.perfmodel.forecast.network import network_of
 from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, walked_number
-from megalina.perfmodel.forecast.priced_step import Shared, nodes_that_sum, on_cuda
+from megalina.perfmodel.forecast.priced_step import Shared, nodes_that_sum
 from megalina.plan_settings import strategy_of
 from megalina.step.candidates import EAGER, PAIR
 from megalina.step.forward import plain

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from megalina.blocks.dispatch import on_cuda
 from megalina.blocks.pipelined import pipelined
 from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
@@ -19,7 +20,6 @@ from megalina.perfmodel.forecast.priced_step import (
     Shared,
     between_and_within,
     nodes_that_sum,
-    on_cuda,
     setting_of,
     sizes_of,
 )

@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from megalina.blocks.dispatch import ONCE_PER_NODE, on_cuda
 from megalina.blocks.model import step_shape
 from megalina.blocks.sizes import LIMBS, NEARNESS_BINS
 from megalina.collective_log import NUM_RIDERS
-from megalina.config import BYTES, ClusterConfig, PretrainConfig, is_moe_layer, padded_vocab_size, training_layers
+from megalina.config import BYTES, PretrainConfig, is_moe_layer, padded_vocab_size, training_layers
 from megalina.layout import ranks_of, readers
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
@@ -31,6 +32,8 @@ from megalina.step.program import Instruction, Kind, Op, Program, shares_of
 from megalina.step.strategy import Setting, training_step
 from megalina.timeline.instruction_times import times_of
 from megalina.validate_pipeline import refuse_pipelines
+
+BETWEEN_NODES = {"got": "sent", "got'": "sent'", "y": "back", "y'": "back'"}  # of a value inside of nodes
 
 KEPT_LISTS = 12
 KEPT_OF_STAGES = 4  # lists of all pipeline ranks, which are larger
@@ -255,11 +258,6 @@ def nodes_that_sum(config: PretrainConfig) -> int:
     return cluster.ranks_per_node if by_node and cluster.ranks_per_node > 1 else 0
 
 
-def on_cuda(cluster: ClusterConfig) -> bool:
-    """Whether its devices are GPUs, neither emulated ones nor cores."""
-    return cluster.hardware.domain_ranks > 0 and not cluster.hardware.host_is_device
-
-
 @contextmanager
 def few_collections() -> Iterator[None]:
     """Few garbage collections, where lists of ten thousands of instructions are made.
@@ -298,7 +296,12 @@ def between_and_within(sent: float, row: Sequence[int], per_node: int) -> tuple[
 def sizes_of(config: PretrainConfig, held: InstructionBytes) -> Sizes:
     """Routing is even.  `held`: of one rank."""
     scattered = [name for name, spec in held.buckets.items() if spec.sharded]
-    return Sizes(bytes_of(config, held), scattered, by_node=nodes_that_sum(config) > 0)
+    return Sizes(
+        bytes_of(config, held),
+        scattered,
+        by_node=nodes_that_sum(config) > 0,
+        tokens_by_node=held.blocks.whole.dispatch.kind == ONCE_PER_NODE,
+    )
 
 
 def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instruction], float]:
@@ -310,6 +313,8 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
     loads = moe_layers * (experts + 1 + bins + LIMBS)  # of each layer: rows of each expert, lost choices, cosines, a digest
     numbers = {"divisor": 2 + LIMBS, "all_loads": loads, "measured": len(held.blocks.losses) + 2 + NUM_RIDERS + 2 + loads}
     numbers["head_logits"] = len(held.blocks.layers) * held.blocks.clipped_groups
+
+    by_node = held.blocks.whole.dispatch.kind == ONCE_PER_NODE
 
     def of(instruction: Instruction) -> float:
         elements = instruction.piece[1] - instruction.piece[0]
@@ -327,6 +332,9 @@ def bytes_of(config: PretrainConfig, held: InstructionBytes) -> Callable[[Instru
                 return held.value("x", instruction)
             case Op.GATHER:
                 return held.value(instruction.reads[0], instruction) * held.axes[instruction.axis]
+            case Op.TOKENS if by_node:  # what travels between nodes: that is what is sent first, or what comes back
+                head, dot, rest = instruction.reads[0].partition(".")
+                return held.value(BETWEEN_NODES.get(head, head) + dot + rest, instruction)
             case _:
                 return held.value(instruction.reads[0], instruction)
 

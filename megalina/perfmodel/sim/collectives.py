@@ -22,7 +22,8 @@ class Collective(Enum):
     REDUCE_SCATTER = "reduce-scatter"
     ALL_GATHER = "all-gather"
     SEND = "send"  # from the first of two ranks to the second
-    # of collectives in a row, as `megalina.comm.by_node` has them, whatever the network's algorithm
+    # of collectives in a row, as `megalina.comm.by_node` and `rows_by_node` have them, whatever the network's algorithm
+    ALL_TO_ALL_BY_NODE = "all-to-all by node"
     ALL_REDUCE_BY_NODE = "all-reduce by node"
     REDUCE_SCATTER_BY_NODE = "reduce-scatter by node"
     ALL_GATHER_BY_NODE = "all-gather by node"
@@ -90,7 +91,7 @@ def phases_of(
     rank_N = np.asarray(ranks)
     node_N = rank_N // ranks_per_node
     n = len(rank_N)
-    if bytes_NN is not None and (what is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
+    if bytes_NN is not None and (what.flat is not Collective.ALL_TO_ALL or bytes_NN.shape != (n, n)):
         raise ValueError(f"{what.value} over {n} ranks: bytes_NN is {bytes_NN.shape}, which only all-to-all takes, as {n, n}")
     if what is Collective.SEND:
         return (_sent(rank_N, leaves=bool(node_N[0] != node_N[1])),)

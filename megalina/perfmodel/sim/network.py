@@ -16,7 +16,10 @@ from megalina.perfmodel.sim.collectives import ALGORITHMS, ALL_TO_ALLS, Collecti
 from megalina.step.program import Op
 
 SHARES = ("flow", "collective")
-TO_EACH = (Collective.ALL_TO_ALL, Collective.SEND, Collective.REDUCE_SCATTER_BY_NODE, Collective.ALL_GATHER_BY_NODE)
+TO_EACH = (
+    *(Collective.ALL_TO_ALL, Collective.SEND, Collective.ALL_TO_ALL_BY_NODE),
+    *(Collective.REDUCE_SCATTER_BY_NODE, Collective.ALL_GATHER_BY_NODE),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +118,7 @@ class Network:
 
     def after_s(self, what: Collective, phases: Sequence[Phase]) -> list[float]:
         """How long after the last byte of each phase it is over."""
-        own_s = self.latency_s if what is not Collective.ALL_TO_ALL or self.all_to_all_s is None else self.all_to_all_s
+        own_s = self.latency_s if what.flat is not Collective.ALL_TO_ALL or self.all_to_all_s is None else self.all_to_all_s
         after = [phase.hops * self.hop_s + phase.fast_hops * self.fast_hop_s for phase in phases]
         return [*after[:-1], after[-1] + own_s]
 

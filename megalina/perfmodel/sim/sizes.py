@@ -17,10 +17,12 @@ class Sizes:
     scattered: Collection[str] = ()  # buckets whose gradients are reduce-scattered, not all-reduced
     matrix_of: Callable[[Instruction, tuple[int, ...]], Floats | None] | None = None
     by_node: bool = False  # gradients are summed, and ZeRO-1's weights gathered, by node
+    tokens_by_node: bool = False  # tokens are sent once to each node; inside of nodes as many bytes are taken to travel
 
     def collective(self, instruction: Instruction) -> Collective:
         what = self._flat(instruction)
-        return what.by_node if self.by_node and instruction.op in MOVABLE else what
+        by_node = self.tokens_by_node if instruction.op is Op.TOKENS else self.by_node and instruction.op in MOVABLE
+        return what.by_node if by_node else what
 
     def _flat(self, instruction: Instruction) -> Collective:
         if instruction.op in (Op.TOKENS, Op.COUNTS, Op.EVEN):
@@ -36,16 +38,16 @@ class Sizes:
     def sent(self, instruction: Instruction, ranks: tuple[int, ...]) -> tuple[Collective, float, Floats | None]:
         """Which collective, and for how many bytes; or for how many from each to each, and then the tensor counts as one byte."""
         what = self.collective(instruction)
-        bytes_NN = self.matrix_of(instruction, ranks) if self.matrix_of and what is Collective.ALL_TO_ALL else None
+        bytes_NN = self.matrix_of(instruction, ranks) if self.matrix_of and what.flat is Collective.ALL_TO_ALL else None
         return what, self.bytes_of(instruction) if bytes_NN is None else 1.0, bytes_NN
 
 
 def own_bytes(what: Collective, num_bytes: float, ranks: int, place: int = 0, bytes_NN: Floats | None = None) -> float:
     """What `megalina.comm.exchange.Pending` counts of one rank's part: bytes to others (of an all-to-all from others, if they are
-    more), of a sum or a scatter its tensor.  `num_bytes`, `bytes_NN`: as in `Sizes`."""
+    more), of a sum or a scatter its tensor.  `num_bytes`, `bytes_NN`: as in `Sizes`; `ranks`: by node of an all-to-all nodes."""
     if what.flat is Collective.ALL_GATHER:
         return num_bytes / ranks
-    if what is not Collective.ALL_TO_ALL:
+    if what.flat is not Collective.ALL_TO_ALL:
         return num_bytes
     if bytes_NN is None:
         return num_bytes * (ranks - 1) / ranks

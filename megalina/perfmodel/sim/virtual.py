@@ -316,13 +316,15 @@ class _Cluster:
             self._share()
 
     def _arrived(self, collective: _Collective) -> None:
-        ranks, bytes_NN = collective.group.ranks, collective.bytes_NN
+        ranks, bytes_NN, what = collective.group.ranks, collective.bytes_NN, collective.what
+        per_node = self._loads.network.ranks_per_node
+        places = len(ranks) if what is not Collective.ALL_TO_ALL_BY_NODE else len({rank // per_node for rank in ranks})
         for number, sent in collective.sent.items():
             sent.done = True
             self._ranks[number].here.under_way[self._rule.lane(sent.instruction)].remove(sent)
             assert sent.started_s is not None
             place = ranks.index(number) if bytes_NN is not None else 0
-            size = round(own_bytes(collective.what, collective.num_bytes, len(ranks), place, bytes_NN))
+            size = round(own_bytes(what, collective.num_bytes, places, place, bytes_NN))
             self._ranks[number].recorder.add(SEND, sent.instruction, size, sent.asked_s, sent.started_s, self._now_s, 0.0)
         for number in collective.sent:
             self._look(number)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalina.blocks.model import sends_once
+from megalina.blocks.dispatch import ROWS, dispatch_of
 from megalina.config import PretrainConfig
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
@@ -37,7 +37,7 @@ def divided_by_dp_twice(trainable: Trainable, config: PretrainConfig) -> None:
 
 def router_detached(trainable: Trainable, config: PretrainConfig) -> None:
     def of(instruction: Instruction, function: Function) -> Function:
-        if sends_once(config):
+        if dispatch_of(config).kind != ROWS:
             return (
                 (lambda rows, weight, order: function(rows, weight.detach(), order)) if instruction.name == "pack" else function
             )

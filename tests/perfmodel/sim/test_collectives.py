@@ -77,7 +77,8 @@ def test_sums_by_node_leave_a_node_once_and_others_as_many_times_as_it_has_ranks
     assert out_of_a_node(SCATTER, "direct") == pytest.approx(2 * 3 / 4)
     assert out_of_a_node(SCATTER.by_node, "direct") == pytest.approx(3 / 4)
     assert out_of_a_node(GATHER.by_node, "ring") == pytest.approx(3 / 4)
-    assert (SUM.by_node.flat, SUM.flat, A2A.by_node) == (SUM, SUM, A2A)
+    assert out_of_a_node(A2A.by_node, "direct") == pytest.approx(2 * 3 / 4)  # of what each of its ranks sends between nodes
+    assert (SUM.by_node.flat, SUM.flat, A2A.by_node.flat) == (SUM, SUM, A2A)
 
 
 def test_a_ring_leaves_each_node_once_and_rings_leave_it_by_different_ranks() -> None:
