@@ -70,12 +70,12 @@ CONF = ROOT / "conf" / "infer"
 FAILED, BAD_INPUT = 1, 2  # exit codes
 WORKLOAD_LAYERS = 12  # unless --layers says otherwise
 MODES = ("static", "window", "lina", "best", "oracle", "ideal")
-ABLATIONS = ("static", "lina", "no_estimation", "no_phase_2", "path_1", "path_6", "ideal")
+ABLATIONS = ("static", "lina_paper", "no_estimation", "no_phase_2", "path_1", "path_6", "ideal")
 VARIANTS: dict[str, tuple[str, ...]] = {  # of the mode that comes first
-    "no_estimation": ("lina", "infer.predictor=none", "infer.trigger=always", "infer.first_planned=0"),
-    "no_phase_2": ("lina", "infer.trigger=never"),
-    "path_1": ("lina", "infer.path_length=1", "infer.first_planned=1"),
-    "path_6": ("lina", "infer.path_length=6", "infer.first_planned=6"),
+    "no_estimation": ("lina_paper", "infer.predictor=none", "infer.trigger=always", "infer.first_planned=0"),
+    "no_phase_2": ("lina_paper", "infer.trigger=never"),
+    "path_1": ("lina_paper", "infer.path_length=1", "infer.first_planned=1"),
+    "path_6": ("lina_paper", "infer.path_length=6", "infer.first_planned=6"),
     "oracle": ("best", "infer.predictor=static", "infer.trigger=never"),  # `engine_of` puts an oracle in the predictor's place
 }
 

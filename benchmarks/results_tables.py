@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.link_counters import FRAME_BYTES
+
 Result = Mapping[str, Any]
 
 
@@ -244,6 +246,25 @@ def peers(result: Result) -> list[Table]:
     return out
 
 
+def link_bytes(result: Result) -> list[Table]:
+    """Of benchmarks/link_bytes.py: bytes between nodes for each dispatch, counted three ways."""
+    rows = [
+        [
+            of["shape"],
+            str(of["top_k"]),
+            f"{of['routing']} ({of['fullest_expert']:.1f})",
+            f"`{of['dispatch']}`",
+            f"{of['formula_bytes']:,}",
+            f"{of['counted_bytes']:,}",
+            f"{(of['link_bytes'] - FRAME_BYTES * of['link_packets']) / of['counted_bytes'] - 1:+.2%}",
+        ]
+        for of in result["rows"]
+    ]
+    head = ("nodes x ranks", "top-k", "routing (fullest expert over mean)", "dispatch", "by formula", "by the ledger",
+            "kernel, less headers, over the ledger")  # fmt: skip
+    return [Table(head, rows, f"{result['experts']} experts; {result['repeats']} times the exchanges of one step")]
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f}"
 
@@ -265,4 +286,5 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "museum": museum,
     "dense_training": dense_training,
     "peers": peers,
+    "link_bytes": link_bytes,
 }

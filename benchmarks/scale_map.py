@@ -4,6 +4,7 @@
     python benchmarks/scale_map.py --quick                                          fewer points, some 3 minutes
     python benchmarks/scale_map.py --redraw scale-map.json --picture scale-map.png  from a file that was made before
     python benchmarks/scale_map.py --pipelines --json pipelines.json                pipelines and accumulation: a map of its own
+    python benchmarks/scale_map.py --dispatches --json dispatches.json              parallel.dispatch: a map of its own
 
 Each point is one layout on one cluster under every rung of benchmarks/scale/rungs.py, all with their best numbers.  Then a part
 of the map is walked again with other constants.  What is assumed: docs/when-does-scheduling-pay.md.
@@ -31,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    from benchmarks.scale.dispatches import dispatch_table
     from benchmarks.scale.figure import draw
     from benchmarks.scale.pipelines import piped_table
     from benchmarks.scale.report import report
 
-    print(piped_table(result["pipelines"]) if args.pipelines else report(result))
+    tables = {"pipelines": piped_table, "dispatches": dispatch_table}
+    own = next((name for name in tables if name in result), None)
+    print(tables[own](result[own]) if own else report(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.picture:
@@ -45,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def whole(args: argparse.Namespace) -> dict[str, Any]:
     """ValueError for a file that isn't one of ours, or a folder that isn't there; for a picture of pipelines, which have none."""
-    if args.pipelines and (args.picture or args.redraw):
-        raise ValueError("--pipelines has a table alone: leave out --picture and --redraw")
+    for name in ("pipelines", "dispatches"):
+        if getattr(args, name) and (args.picture or args.redraw):
+            raise ValueError(f"--{name} has a table alone: leave out --picture and --redraw")
+    if args.pipelines and args.dispatches:
+        raise ValueError("--pipelines and --dispatches are two maps: leave out one")
     for path in filter(None, (args.json, args.picture)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
@@ -58,6 +65,8 @@ def whole(args: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(found, dict) or not {"points", "varied"} <= found.keys():
             raise ValueError(f"{args.redraw} has no points: give what --json has written")
         return found
+    if args.dispatches:
+        return dispatched(quick=args.quick)
     return piped(quick=args.quick) if args.pipelines else swept(quick=args.quick)
 
 
@@ -72,6 +81,19 @@ def piped(*, quick: bool) -> dict[str, Any]:
         out.append(simulated(place))
     status.end()
     return {"quick": quick, "pipelines": out}
+
+
+def dispatched(*, quick: bool) -> dict[str, Any]:
+    """Every point of dispatches."""
+    from benchmarks.scale.dispatches import dispatch_places, simulated
+    from megalina.console import StatusLine
+
+    status, out, places = StatusLine(), [], list(dispatch_places(quick=quick))
+    for number, place in enumerate(places):
+        status.show(f"{number}/{len(places)} points: {place.title}")
+        out.append(simulated(place))
+    status.end()
+    return {"quick": quick, "dispatches": out}
 
 
 def swept(*, quick: bool) -> dict[str, Any]:
@@ -112,6 +134,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="the map")
     parser.add_argument("--quick", action="store_true", help="fewer points")
     parser.add_argument("--pipelines", action="store_true", help="published models on 64 to 4,096 GPUs with 1, 4, 16 stages")
+    parser.add_argument(
+        "--dispatches", action="store_true", help="how tokens are sent: by row, once per GPU, once per domain, 64 to 4,096 GPUs"
+    )
     parser.add_argument(
         "--redraw", type=Path, metavar="FILE", help="simulate nothing: tables and picture of what --json has written"
     )

@@ -399,17 +399,19 @@ class InferConfig:
     """How experts are placed at inference; the files of conf/infer."""
 
     name: str = "static"  # for reports
-    predictor: str = "none"  # none, static, window, ema, distribution, path_table, linear_map, online_map, look_ahead[_online]
-    planner: str = "none"  # none: experts stay where training had them | first_fit | greedy | hierarchical
+    # none, static, window, ema, distribution, path_table, linear_map, online_map, online_paths, look_ahead[_online]
+    predictor: str = "none"
+    # none: experts stay where training had them | first_fit | first_fit_filled (no slot stays free) | greedy | hierarchical
+    planner: str = "none"
     split: str = "even"  # of an expert's rows over its replicas: even | load_aware | local_first
     trigger: str = "never"  # plan anew once the router has spoken: never | always | ordered_top | top_set | distance | gain
     slots_per_device: int = 0  # places for experts on a device, in each layer; 0: twice what the experts need
     first_planned: int = 0  # MoE layer from which on placements are planned before the router speaks
     worth: float = 0.0  # a plan is followed if it lowers the largest expected load by more than this share
-    path_length: int = 3  # path_table: layers that a token's path goes back
+    path_length: int = 3  # path_table, online_paths: layers that a token's path goes back
     kept: int = 0  # path_table: number of likely experts that count per path; 0: all; -1: the router's top_k
     renormalise: bool = True  # path_table: what is kept sums to 1
-    layers_back: int = 3  # linear_map, online_map: layers whose counts the next layer's are foreseen from
+    layers_back: int = 3  # linear_map, online_map, online_paths: layers whose counts the next layer's are foreseen from
     window_batches: int = 1  # window: batches that it averages
     distance: float = 0.2  # trigger distance: L1 distance of shares, up to 2
     row_us: float = 0.0  # trigger gain: what a row more on the busiest device costs; 0: measured before serving

@@ -36,6 +36,7 @@ CONTESTANTS: Mapping[str, Mapping[str, Any]] = {  # settings of conf/infer, wher
     "linear_map_1": {"predictor": "linear_map", "layers_back": 1},
     "linear_map": {"predictor": "linear_map"},
     "online_map": {"predictor": "online_map"},
+    "online_paths": {"predictor": "online_paths"},
     "look_ahead": {"predictor": "look_ahead"},
     "look_ahead_map": {},
     "look_ahead_online": {"predictor": "look_ahead_online"},

@@ -41,7 +41,11 @@ def reproduce(args: argparse.Namespace) -> int:
     base, modes = compose(BASE), CONF / "infer"
     status = StatusLine()
     found = reenact(
-        base, lina=read_mode(modes, "lina"), static=read_mode(modes, "static"), traces=args.traces or (), progress=status.show
+        base,
+        lina=read_mode(modes, "lina_paper"),
+        static=read_mode(modes, "static"),
+        traces=args.traces or (),
+        progress=status.show,
     )
     status.end()
     hardware = base.cluster.hardware

@@ -57,7 +57,11 @@ KINDS: Mapping[str, Sequence[Feature]] = {
         Feature("full recompute", ("train.recompute=full",)),
         Feature("bfloat16", ("train.dtype=bfloat16",)),
         Feature("tokens sent once per rank", ("parallel.dispatch=once_per_rank",)),
-        Feature("tokens sent once per node", ("parallel.dispatch=once_per_node", "parallel.ep=4", "train.global_batch_size=128"), ranks=2),
+        Feature(
+            "tokens sent once per node",
+            ("parallel.dispatch=once_per_node", "parallel.ep=4", "train.global_batch_size=128"),
+            ranks=2,
+        ),
         Feature("gradients by node", ("parallel.reduce=by_node",)),
     ),
     "pipelines": (

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FRAME_BYTES = 66  # Ethernet 14, IP 20, TCP 20 and its time stamps 12
+from benchmarks.link_counters import FRAME_BYTES
+
 Found = Mapping[str, Any]
 
 

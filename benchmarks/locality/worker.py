@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.link_counters import sent_by_links
 from megalina.comm import exchange
 from megalina.compare.interleaved import run_interleaved
 from megalina.config import BYTES, PretrainConfig
@@ -34,7 +34,6 @@ from megalina.train.guard import LoadWatch
 from megalina.train.step_runner import StepRunner
 from megalina.worker import load_config
 
-SETTLE_S = 0.3  # until what is on its way has been counted by the links
 WAYS = 4  # of a token's row: there and back, forward and backward
 LAST = 0.2  # of a training's steps, of which figures are means
 PROFILED_STEPS = 8  # to place experts by, and as many to judge it by
@@ -119,22 +118,11 @@ def of_results(results: Sequence[StepResult], config: PretrainConfig) -> Found:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What all nodes' links have sent."""
-
-    num_bytes: int
-    packets: int
-
-    def __sub__(self, other: "Link") -> "Link":
-        return Link(self.num_bytes - other.num_bytes, self.packets - other.packets)
-
-
 def whole_steps(runner: StepRunner, *, count: int) -> Found:
     """What the links say of whole steps: tokens, gradients and all else."""
-    before = _sent(runner)
+    before = sent_by_links(runner.mesh)
     results = [runner.compute(runner.state.step + 1)[0] for _ in range(count)]
-    sent = _sent(runner) - before
+    sent = sent_by_links(runner.mesh) - before
     tokens = sum(result.token_bytes_between_nodes for result in results)
     return {"link_bytes_a_step": sent.num_bytes / count, "tokens_share_of_link": tokens / max(sent.num_bytes, 1)}
 
@@ -143,13 +131,13 @@ def wire(runner: StepRunner, *, repeats: int) -> Found:
     """The exchanges of tokens of one step, alone, `repeats` times: what was counted, and what the links have sent."""
     with _noted() as exchanges:
         result, _ = runner.compute(runner.state.step + 1)
-    before = _sent(runner)
-    nothing = _sent(runner) - before  # what asking costs
-    before = _sent(runner)
+    before = sent_by_links(runner.mesh)
+    nothing = sent_by_links(runner.mesh) - before  # what asking costs
+    before = sent_by_links(runner.mesh)
     for _ in range(repeats):
         for x, send, receive, axis in exchanges:
             exchange.start_all_to_all(x, send, receive, axis, runner.log).wait()
-    sent = _sent(runner) - before - nothing
+    sent = sent_by_links(runner.mesh) - before - nothing
     counted = result.token_bytes_between_nodes * repeats
     me, per_node = dist.get_rank(), runner.trainable.instruction_functions.token_bytes.ranks_per_node
     away = [sum(rank // per_node != me // per_node for rank in axis.ranks) for _, _, _, axis in exchanges]
@@ -179,21 +167,6 @@ def _noted() -> Iterator[list[tuple[Tensor, list[int], list[int], Axis]]]:
         yield noted
     finally:
         exchange.start_all_to_all = start
-
-
-def _sent(runner: StepRunner) -> Link:
-    """All ranks together; what came before has arrived."""
-    all_gather_object(runner.mesh, None)
-    time.sleep(SETTLE_S)
-    own = Link(0, 0)
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        columns = next(
-            (line.split(":")[1].split() for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0:" in line), None
-        )
-        own = Link(int(columns[8]), int(columns[9])) if columns else own
-    every = all_gather_object(runner.mesh, (own.num_bytes, own.packets))
-    time.sleep(SETTLE_S)  # the answers themselves are on the links, too
-    return Link(sum(sent for sent, _ in every), sum(packets for _, packets in every))
 
 
 # losses at equal steps

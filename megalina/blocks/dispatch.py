@@ -52,17 +52,28 @@ def _fewest_bytes(config: PretrainConfig, nodes: int) -> str:
 def bytes_of_rows(config: PretrainConfig, places: int) -> float:
     """What a token's rows weigh if it travels once to each of so many places (ranks, or nodes) that has experts of it, with their
     weights, over what its rows weigh if it travels once for each of its experts."""
+    top_k, element = config.router.top_k, BYTES[config.train.dtype]
+    row, weights = config.model.d_model * element, config.model.num_experts // places * max(4, element)
+    return visited(config, places) * (row + weights) / (top_k * row)
+
+
+def visited(config: PretrainConfig, places: int) -> float:
+    """Of so many places (ranks, or nodes), those that have experts of a token."""
     experts, top_k = config.model.num_experts, config.router.top_k
-    of_place, element = experts // places, BYTES[config.train.dtype]
-    visited = places * (1 - comb(experts - of_place, top_k) / comb(experts, top_k))
-    row, weights = config.model.d_model * element, of_place * max(4, element)
-    return visited * (row + weights) / (top_k * row)
+    return places * (1 - comb(experts - experts // places, top_k) / comb(experts, top_k))
+
+
+def rows_inside(config: PretrainConfig, packing: int = 1) -> float:
+    """Rows that travel inside of nodes over those between them, where tokens travel once to each node."""
+    dispatch = dispatch_of(config, packing)
+    return visited(config, config.parallel.ep // packing) / visited(config, dispatch.nodes) if dispatch.nodes else 1.0
 
 
 def nodes_along_ep(config: PretrainConfig, packing: int = 1) -> int:
-    """Nodes of the configuration's cluster on which the ranks of ep lie; 0 where that is one, where each has one rank of them or
-    an uneven number, and where the cluster's nodes are unknown."""
-    parallel, per_node = config.parallel, config.cluster.ranks_per_node
+    """Nodes of the configuration's cluster (of GPUs: domains of fast links) on which the ranks of ep lie; 0 where that is one,
+    where each has one rank of them or an uneven number, and where the cluster's nodes are unknown."""
+    parallel, cluster = config.parallel, config.cluster
+    per_node = cluster.hardware.domain_ranks if on_cuda(cluster) else cluster.ranks_per_node
     if per_node < 2:
         return 0
     world = parallel.tp * parallel.cp * parallel.ep

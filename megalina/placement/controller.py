@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalina.placement.placement import Placement
+from megalina.placement.placement import Placement, with_few_moves
 from megalina.placement.predictors.predictor import Floats, Predictor
 from megalina.placement.split import device_load
 from megalina.placement.triggers import Situation
@@ -35,6 +35,7 @@ class Policy:
     trigger: Trigger
     first_planned: int = 0  # MoE layer from which on placements are planned before the router speaks
     looks_ahead: bool = False  # the predictor wants to know what the next router would choose
+    devices_alike: bool = False  # to the planner: it may be taken to other devices where that moves fewer experts
     worth: float = 0.0  # a placement is changed for what lowers the largest expected load by more than this share
 
 
@@ -98,7 +99,7 @@ class Controller:
         unchanged = Foreseen(present, share_E, features)
         if policy.planner is None or layer < policy.first_planned:
             return unchanged
-        planned = policy.planner(share_E, present.num_devices, present.slots_per_device)
+        planned = self._planned(share_E, present)
         if policy.worth and self._gain(share_E, present, planned) <= policy.worth:
             return unchanged
         if planned.slots != present.slots:
@@ -117,12 +118,11 @@ class Controller:
         may_plan = policy.planner is not None and layer >= policy.first_planned
         if may_plan and (expected_E is not None or policy.predictor is None):
             count_E = count_RE.sum(0)
-            assert policy.planner is not None
             if expected_E is None:
                 expected_E = np.full(placement.num_experts, 1 / placement.num_experts)
             load_N = device_load(split_REN)
             if policy.trigger(Situation(expected_E, count_E, load_N)):
-                again = policy.planner(count_E.astype(np.float64), placement.num_devices, placement.slots_per_device)
+                again = self._planned(count_E.astype(np.float64), placement)
                 split_again_REN = policy.split(count_RE, again)
                 largest = int(device_load(split_again_REN).max())
                 if policy.trigger(Situation(expected_E, count_E, load_N, largest)):  # now that what it would bring is known
@@ -147,6 +147,11 @@ class Controller:
         """After the batch; both summed over ranks, `features` as they were foreseen from."""
         assert self.policy.predictor is not None
         self._states[layer] = self.policy.predictor.learn(layer, features, evidence, self._states[layer])
+
+    def _planned(self, share_E: Floats, present: Placement) -> Placement:
+        assert self.policy.planner is not None
+        planned = self.policy.planner(share_E, present.num_devices, present.slots_per_device)
+        return with_few_moves(present, planned) if self.policy.devices_alike else planned
 
     def _gain(self, share_E: Floats, present: Placement, planned: Placement) -> float:
         """The share of the largest load that the planned placement would save, rows being as expected."""

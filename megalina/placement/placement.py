@@ -7,6 +7,7 @@ the bytes of a change are those of the experts that each device lacks, whatever 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megalina.placement.predictors.predictor import Floats
 
@@ -68,6 +69,32 @@ def aligned(old: Placement, new: Placement) -> Placement:
     if old.slots == new.slots:
         return new
     return Placement(new.num_experts, tuple(_device(o, n) for o, n in zip(old.slots, new.slots, strict=True)))
+
+
+def with_few_moves(old: Placement, new: Placement) -> Placement:
+    """`new` with its devices in an order in which few slots change from `old`: the two that have most experts in common are the
+    same device, and so on; of equals the lower numbers.  For planners to which devices are alike."""
+    _check_alike(old, new)
+    if old.slots == new.slots:
+        return new
+    common_NN = _held(old).astype(np.int64) @ _held(new).T
+    of_old: dict[int, int] = {}
+    taken = set[int]()
+    for pair in np.argsort(-common_NN, axis=None, kind="stable").tolist():
+        before, after = divmod(pair, new.num_devices)
+        if before not in of_old and after not in taken:
+            of_old[before] = after
+            taken.add(after)
+    if sum(int(common_NN[before, after]) for before, after in of_old.items()) <= common_NN.trace():
+        return new
+    return Placement(new.num_experts, tuple(new.slots[of_old[device]] for device in range(new.num_devices)))
+
+
+def _held(placement: Placement) -> NDArray[np.bool_]:
+    """[devices, experts]: who has whom."""
+    held = np.zeros((placement.num_devices, placement.num_experts + 1), dtype=np.bool_)
+    held[np.arange(placement.num_devices)[:, None], np.asarray(placement.slots)] = True  # EMPTY is the last column
+    return held[:, :-1]
 
 
 def moved_slots(old: Placement, new: Placement, device: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from megalina.placement.predictors.counts import DistributionPredictor, EmaPredi
 from megalina.placement.predictors.linear_map import LinearMap, LinearMapPredictor, fit_linear_map
 from megalina.placement.predictors.look_ahead import LookAheadPredictor, fit_confusion
 from megalina.placement.predictors.online_map import OnlineMapPredictor
+from megalina.placement.predictors.online_paths import OnlinePathsPredictor
 from megalina.placement.predictors.path_table import PathTablePredictor
 from megalina.placement.predictors.predictor import Floats, Predictor
 from megalina.placement.routing_trace import RoutingTrace, best_first, counts_LE
@@ -61,6 +62,7 @@ def policy_of(config: InferConfig, served: Served, profile: RoutingTrace | None)
         _trigger(config, served),
         first_planned=config.first_planned,
         looks_ahead=config.predictor in LOOKING_AHEAD,
+        devices_alike=config.planner != "hierarchical",
         worth=config.worth,
     )
 
@@ -69,7 +71,7 @@ def check_infer(config: InferConfig, served: Served) -> None:
     """ValueError for what can't be, with the numbers."""
     known = {
         "predictor": ["none", *_predictors(config, served)],
-        "planner": ["none", "first_fit", "greedy", "hierarchical"],
+        "planner": ["none", "first_fit", "first_fit_filled", "greedy", "hierarchical"],
         "split": list(SPLITS),
         "trigger": ["never", "always", "ordered_top", "top_set", "distance", "gain"],
     }
@@ -102,7 +104,7 @@ def check_infer(config: InferConfig, served: Served) -> None:
 def _predictors(config: InferConfig, served: Served) -> dict[str, Callable[[RoutingTrace], Predictor]]:
     kept = served.top_k if config.kept < 0 else config.kept or None
 
-    def table(profile: RoutingTrace) -> Predictor:
+    def table(profile: RoutingTrace) -> PathTablePredictor:
         counted = profile_of(best_first(profile), longest=config.path_length)
         return PathTablePredictor(counted, kept=kept, renormalise=config.renormalise)
 
@@ -125,6 +127,7 @@ def _predictors(config: InferConfig, served: Served) -> dict[str, Callable[[Rout
         "path_table": table,
         "linear_map": lambda profile: LinearMapPredictor(fitted(profile)),
         "online_map": lambda profile: OnlineMapPredictor(fitted(profile)),
+        "online_paths": lambda profile: OnlinePathsPredictor(table(profile), fitted(profile)),
         "look_ahead": lambda profile: LookAheadPredictor(counts(profile)),
         "look_ahead_online": lambda profile: LookAheadPredictor(counts(profile), maps=maps(profile), batches=REMEMBERED),
     }
@@ -133,7 +136,7 @@ def _predictors(config: InferConfig, served: Served) -> dict[str, Callable[[Rout
 def _planner(config: InferConfig, served: Served) -> Planner | None:
     if config.planner == "hierarchical":
         return by_node(served.devices_per_node or served.num_devices)
-    return {"none": None, "first_fit": FirstFit(), "greedy": greedy}[config.planner]
+    return {"none": None, "first_fit": FirstFit(), "first_fit_filled": FirstFit(fill=True), "greedy": greedy}[config.planner]
 
 
 def _trigger(config: InferConfig, served: Served) -> Trigger:

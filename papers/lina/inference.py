@@ -1,6 +1,6 @@
 """What Lina gains at inference (section 7.3): rows I1 to I10 and Table 5, on `placement_lab/serving/simulator.py`.
 
-Predictor, planner, split and trigger are the engine's, as conf/infer/lina.yaml has them; the baseline leaves experts where
+Predictor, planner, split and trigger are the engine's, as conf/infer/lina_paper.yaml has them; the baseline leaves experts where
 training had them, one a device, and "Ideal" sends as many rows to each.  Planning takes what the paper says; an expert comes over
 PCIe at an assumed rate.  A batch has the tokens of a training step; those of the routing stand for equal numbers of them each.
 """
@@ -47,7 +47,7 @@ TABLE_6 = (("BERT-IMDB", 1.08, 64.4), ("BERT-Twitter", 1.11, 62.3), ("T5-French"
 
 STATIC, LINA, IDEAL, NO_ESTIMATION, NO_PHASE_2 = "static", "lina", "ideal", "no estimation", "no phase 2"
 FREE = "free planning"  # planning takes no time, experts still do
-MODES: Mapping[str, Mapping[str, Any]] = {  # what differs from conf/infer/lina.yaml; of `STATIC` and `IDEAL`: from static.yaml
+MODES: Mapping[str, Mapping[str, Any]] = {  # what differs from lina_paper.yaml; of `STATIC` and `IDEAL`: from static.yaml
     **dict.fromkeys((STATIC, IDEAL, LINA, FREE), {}),
     NO_ESTIMATION: {"predictor": "none", "trigger": "always", "first_planned": 0},
     NO_PHASE_2: {"trigger": "never"},

@@ -1,6 +1,6 @@
 """Inference batches in virtual time: real routing, and the predictors, planners, splits and triggers that the engine has.
 
-    policy = policy_of(read_mode(Path("conf/infer"), "lina"), Served(num_experts=16, top_k=1, num_devices=16), profile)
+    policy = policy_of(read_mode(Path("conf/infer"), "lina_paper"), Served(num_experts=16, top_k=1, num_devices=16), profile)
     residents = [identity(np.ones(16), 16, 4)] * 12                 # of 12 MoE layers; 16 devices of 4 slots
     device = RooflineSeconds(config)                                # or GivenTimes(attention_s=..., ...)
     setting = Serving(shape=plain_shape((True,) * 12), policy=policy, residents=residents, device=device,

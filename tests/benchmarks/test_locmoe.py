@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from benchmarks import locmoe
+from benchmarks.link_counters import FRAME_BYTES
 from benchmarks.locality.cases import FEW, ROUTERS, TRAINED, config_of, words_of
-from benchmarks.locality.report import FRAME_BYTES, report
+from benchmarks.locality.report import report
 
 PLACE = {"nodes": 2, "ranks_per_node": 2, "experts": 8, "ep": 4, "homes": 2}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalina.placement.placement import EMPTY, Placement, aligned, moved, moved_slots
+from megalina.placement.placement import EMPTY, Placement, aligned, moved, moved_slots, with_few_moves
 
 
 @st.composite
@@ -68,3 +68,20 @@ def test_placements_of_other_shapes_are_refused() -> None:
         aligned(Placement(2, ((0,), (1,))), Placement(2, ((0, 1),)))
     with pytest.raises(ValueError, match=r"\(2, 2, 1\) and \(1, 2, 1\)"):
         moved(Placement(2, ((0,), (1,))), Placement(1, ((0,), (0,))))
+
+
+@given(changes())
+def test_devices_that_are_alike_change_places_where_fewer_slots_change(case: tuple[Placement, Placement]) -> None:
+    old, new = case
+    settled = with_few_moves(old, new)
+    assert sorted(settled.slots) == sorted(new.slots)
+    assert moved(old, aligned(old, settled)) <= moved(old, aligned(old, new)) or len({*old.slots[0]}) < old.slots_per_device
+    assert with_few_moves(old, old) is old
+
+
+def test_the_devices_with_most_in_common_are_the_same() -> None:
+    old = Placement(6, ((0, 1, 2), (3, 4, 5), (0, 3, EMPTY)))
+    new = Placement(6, ((3, 4, 1), (3, 0, 2), (2, 1, 5)))
+    settled = with_few_moves(old, new)
+    assert settled.slots == ((3, 0, 2), (3, 4, 1), (2, 1, 5))
+    assert moved(old, aligned(old, settled)) == 5 < moved(old, aligned(old, new))

@@ -31,7 +31,7 @@ def test_every_mode_is_ready_for_a_model(name: str) -> None:
     if policy.planner is not None:
         placement = policy.planner(np.arange(8) / 28, 4, slots_of(config, SERVED))
         assert placement.num_devices == 4 and placement.num_experts == 8
-    if name == "lina":  # the paper's list is of twice the router's top-k
+    if name == "lina_paper":  # the paper's list is of twice the router's top-k
         assert policy.trigger == OrderedTop(4) and policy.first_planned == 3
 
 

@@ -15,7 +15,7 @@ from megalina.layout import EMBEDDING
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared, nodes_that_sum
 from megalina.perfmodel.sim.collectives import Collective
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
@@ -109,7 +109,7 @@ class LayerCosts:
         uses: dict[Use, None] = dict.fromkeys(uses_of((*self._forward, *mirrored(self._forward)), sizes))
         for spec in self.held.buckets.values():
             uses |= dict.fromkeys((_inside(spec.axis), what) for what in (self._summed(spec), self._gathered))
-        return self._shared.folded(network_of(self.config.cluster), axes, tuple(uses))
+        return self._shared.folded(network_for(self.config, self.step.plan.packing), axes, tuple(uses))
 
     def bytes_of(self, layer: int) -> LayerBytes:
         """Of a layer by its number, or of `BEFORE`, `BEHIND`."""

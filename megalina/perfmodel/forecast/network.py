@@ -1,12 +1,24 @@
 """The network of a cluster's file, for virtual time."""
 
 import math
+from dataclasses import replace
 
-from megalina.config import ClusterConfig
+from megalina.blocks.dispatch import rows_inside
+from megalina.config import ClusterConfig, PretrainConfig
 from megalina.perfmodel.sim.network import Network
 from megalina.validate import check_hardware
 
 NODES_PER_SWITCH = 16  # below one port of an over-subscribed core; assumed, no datasheet says it
+
+
+def network_for(config: PretrainConfig, packing: int = 1) -> Network:
+    """That of the configuration's cluster, and how its tokens part between and inside of nodes; `packing`: of the `Plan`."""
+    return with_tokens(network_of(config.cluster), config, packing)
+
+
+def with_tokens(network: Network, config: PretrainConfig, packing: int = 1) -> Network:
+    """A network, and how a configuration's tokens part between and inside of nodes."""
+    return replace(network, inside=rows_inside(config, packing))
 
 
 def network_of(cluster: ClusterConfig) -> Network:

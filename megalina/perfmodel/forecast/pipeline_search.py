@@ -16,7 +16,7 @@ from megalina.config import PretrainConfig
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.forecast.forecast import fits_in
 from megalina.perfmodel.forecast.layer_costs import BEFORE, BEHIND, LayerBytes, LayerCosts, LayerSeconds
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for
 from megalina.perfmodel.forecast.priced_pipeline import micro_batches_of, walked_number
 from megalina.perfmodel.forecast.priced_step import Shared, nodes_that_sum
 from megalina.plan_settings import strategy_of
@@ -212,7 +212,7 @@ class PipelineSearch:
 
     def _message_s(self, config: PretrainConfig) -> float:
         """Between neighbours, through adapters that their nodes' ranks share, or through the fast links of a node."""
-        network = network_of(config.cluster)
+        network = network_for(config)
         inside = self.world // config.parallel.pp < network.ranks_per_node
         if inside:
             rate, hop_s = network.fast_bytes_per_s, network.fast_hop_s

@@ -14,7 +14,7 @@ from megalina.config import PretrainConfig, padded_vocab_size
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for
 from megalina.perfmodel.forecast.priced_step import (
     PricedStep,
     Shared,
@@ -183,7 +183,7 @@ class PricedPipeline:
         """A step with so many micro-batches in virtual time, 0: `walked_number`; a rank of each stage walks for the others.  In
         place of its own: the cluster's network and seconds; `host`: as of `simulate_alike`."""
         micro_batches = micro_batches or self.walked_number
-        network = network or self._network or network_of(self.config.cluster)
+        network = network or self._network or network_for(self.config)
         programs, seconds = self.programs(micro_batches), seconds or self.seconds
         loads = self._shared.of_stages(network, self.stages, uses_of(programs, self.sizes, self.stages))
         return simulate_stages(

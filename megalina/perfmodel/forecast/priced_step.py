@@ -20,7 +20,7 @@ from megalina.layout import ranks_of, readers
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.cost.instruction_work import InstructionWork
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for, with_tokens
 from megalina.perfmodel.sim.folding import FoldedLoads, Use
 from megalina.perfmodel.sim.memory import Memory, memory_of, peak_of
 from megalina.perfmodel.sim.network import Network
@@ -235,7 +235,9 @@ class PricedStep:
     ) -> Timeline:
         """The step in virtual time; rank 0 walks for all.  In place of its own: the cluster's network, the whole step's list,
         its seconds and sizes; `host`: as of `simulate_alike`."""
-        network = network or self._network or network_of(self.config.cluster)
+        given = network or self._network
+        packing = self.plan.packing
+        network = with_tokens(given, self.config, packing) if given is not None else network_for(self.config, packing)
         program, sizes = program or self.program, sizes or self.sizes
         return simulate_alike(
             program,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalina.config import PretrainConfig
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for
 from megalina.perfmodel.forecast.priced_step import PricedStep, Shared
 from megalina.perfmodel.sim.list_clock import ListClock
 from megalina.perfmodel.sim.list_search import Found, Start, search
@@ -56,7 +56,7 @@ def starts_of(job: Job, shared: Shared, *, deferred: bool = True) -> list[Start]
 def clock_of(job: Job, shared: Shared) -> Callable[[Program], ListClock]:
     """A program -> its clock."""
     step = job.priced(Plan("eager", packing=job.packing), shared)
-    network = job.network or network_of(job.config.cluster)
+    network = job.network or network_for(job.config)
 
     def of(program: Program) -> ListClock:
         loads = shared.folded(network, step.held.axes, uses_of(program, step.sizes))

@@ -11,7 +11,7 @@ import numpy as np
 from megalina.config import PretrainConfig
 from megalina.perfmodel.cost.instruction_seconds import instruction_seconds
 from megalina.perfmodel.forecast.forecast import WALKED, Forecast, Walked, walked_rounds
-from megalina.perfmodel.forecast.network import network_of
+from megalina.perfmodel.forecast.network import network_for
 from megalina.perfmodel.forecast.priced_step import PricedStep
 from megalina.perfmodel.sim.collectives import Floats
 from megalina.perfmodel.sim.memory import memory_of
@@ -95,7 +95,7 @@ def _timeline(step: PricedStep, program: Program, unevenness: Unevenness) -> Tim
         slower = unevenness.slow_factor if rank == unevenness.slow_rank and instruction.kind is Kind.COMPUTE else 1.0
         return by_load[load_R[rank]](instruction) * slower
 
-    sizes, network = step.sizes, network_of(step.config.cluster)
+    sizes, network = step.sizes, network_for(step.config, step.plan.packing)
     if unevenness.busiest_load != 1.0:
         sizes = replace(sizes, matrix_of=matrix_of(sizes, unevenness))
     return simulate([program] * world, ranks_of=ranks, seconds=seconds, network=network, sizes=sizes)

@@ -75,6 +75,7 @@ def phases_of(
     bytes_NN: Floats | None = None,
     few: bool = False,
     nodes_per_group: int = 0,
+    inside: float = 1.0,
 ) -> tuple[Phase, ...]:
     """The flows of a collective over `ranks`, for a tensor of one byte.
 
@@ -86,8 +87,8 @@ def phases_of(
     A send is one flow by any of them.  What is by node is hierarchical where nodes hold equally many of the ranks, several.
 
     `bytes_NN`: of an all-to-all, from each rank to each, in place of even parts.  `few`: see `_direct_by_levels`, which needs
-    `nodes_per_group`.  ValueError for bytes of another shape or another collective, for hierarchical where nodes hold unequal
-    numbers of the ranks, and for more flows than memory has room for."""
+    `nodes_per_group`; `inside`: as of `Network`.  ValueError for bytes of another shape or another collective, for hierarchical
+    where nodes hold unequal numbers of the ranks, and for more flows than memory has room for."""
     rank_N = np.asarray(ranks)
     node_N = rank_N // ranks_per_node
     n = len(rank_N)
@@ -96,12 +97,13 @@ def phases_of(
     if what is Collective.SEND:
         return (_sent(rank_N, leaves=bool(node_N[0] != node_N[1])),)
     by_node = _by_node(rank_N, node_N)
+    near = inside if what is Collective.ALL_TO_ALL_BY_NODE else 1.0
     if what is not what.flat:
         algorithm = "hierarchical" if len({len(row) for row in by_node}) == 1 else algorithm
         what = what.flat
     direct = partial(_direct_by_levels, ranks_per_node, nodes_per_group) if few and bytes_NN is None else _direct
     if algorithm == "hierarchical" and 1 < len(by_node) < n:
-        return _hierarchical(what, rank_N, by_node, bytes_NN, direct)
+        return _hierarchical(what, rank_N, by_node, bytes_NN, direct, near)
     if algorithm == "direct" or what is Collective.ALL_TO_ALL:
         return (direct(rank_N, len(by_node) > 1, what.rounds, bytes_NN),)
     if algorithm == "tree" and what is Collective.ALL_REDUCE:
@@ -187,7 +189,12 @@ def _trees(by_node: Sequence[Ints]) -> Phase:
 
 
 def _hierarchical(
-    what: Collective, rank_N: Ints, by_node: Sequence[Ints], bytes_NN: Floats | None, direct: Callable[..., Phase]
+    what: Collective,
+    rank_N: Ints,
+    by_node: Sequence[Ints],
+    bytes_NN: Floats | None,
+    direct: Callable[..., Phase],
+    near_share: float = 1.0,
 ) -> tuple[Phase, ...]:
     inside, nodes = len(by_node[0]), len(by_node)
     if len({len(row) for row in by_node}) > 1:
@@ -195,7 +202,7 @@ def _hierarchical(
         raise ValueError(f"hierarchical {what.value}: its nodes hold {counts} ranks, not equally many; choose another algorithm")
     rank_MD = np.stack(by_node)
     if bytes_NN is None and what is Collective.ALL_TO_ALL:
-        near_phase = _side_by_side([direct(row, False, 1) for row in by_node])
+        near_phase = _side_by_side([direct(row, False, 1) for row in by_node], near_share)
         return near_phase, _side_by_side([direct(rank_MD[:, d], True, 1) for d in range(inside)])
     if bytes_NN is not None:
         place = {rank: i for i, rank in enumerate(rank_N.tolist())}

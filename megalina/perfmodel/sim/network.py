@@ -45,6 +45,7 @@ class Network:
     all_to_all: str = "direct"
     rings: int = 1
     share: str = "flow"
+    inside: float = 1.0  # of an all-to-all by node: bytes inside of nodes over those between them
     at_once: int = 0  # collectives of an axis that are under way together; what comes next waits for one to end; 0: no limit
     weight: float = 1.0  # in sharing a link: what a flow of a ring or tree gets where one from everybody to everybody gets 1
     first: tuple[tuple[Op, ...], ...] = ()  # classes that come first, strictly, in this order; all else comes last
@@ -102,6 +103,7 @@ class Network:
             bytes_NN=bytes_NN,
             few=few,
             nodes_per_group=self.nodes_per_group,
+            inside=self.inside,
         )
 
     def algorithm_of(self, what: Collective) -> str:

@@ -17,7 +17,7 @@ class Sizes:
     scattered: Collection[str] = ()  # buckets whose gradients are reduce-scattered, not all-reduced
     matrix_of: Callable[[Instruction, tuple[int, ...]], Floats | None] | None = None
     by_node: bool = False  # gradients are summed, and ZeRO-1's weights gathered, by node
-    tokens_by_node: bool = False  # tokens are sent once to each node; inside of nodes as many bytes are taken to travel
+    tokens_by_node: bool = False  # tokens are sent once to each node; bytes are those between nodes
 
     def collective(self, instruction: Instruction) -> Collective:
         what = self._flat(instruction)

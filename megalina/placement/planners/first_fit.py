@@ -7,6 +7,7 @@ Shapes: E experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from math import ceil, floor
 from typing import Literal
 
@@ -31,6 +32,7 @@ class FirstFit:
     capacity: float = 1.0  # a device takes no further expert where its load would pass this, 1 being a device's fair share
     renormalise: bool = True  # scale shares that sum to less than 1; those that sum to more are scaled anyhow
     most_per_device: int = 4  # experts; more only where some expert would have no slot otherwise
+    fill: bool = False  # what is free then gets more replicas, for splits that see loads: expectations may be wrong
 
     def __post_init__(self) -> None:
         if self.rounding not in ("floor", "nearest", "ceil"):
@@ -74,8 +76,23 @@ class FirstFit:
                 spare -= has_one[expert]
                 chosen.take(expert, load)
                 has_one[expert] = True
+        if self.fill:
+            self._fill(wanted, devices)
         slots = tuple((*d.experts, *[EMPTY] * (slots_per_device - len(d.experts))) for d in devices)
         return Placement(len(wanted), slots)
+
+    def _fill(self, wanted: list[float], devices: "list[_Device]") -> None:
+        """Replica by replica for the expert with most load a replica, on the device with the fewest experts that may take it."""
+        replicas = [sum(expert in d.experts for d in devices) for expert in range(len(wanted))]
+        heap = [(-load / n, expert) for expert, (load, n) in enumerate(zip(wanted, replicas, strict=True))]
+        heapify(heap)
+        while heap:
+            _, expert = heappop(heap)
+            may = [d for d in devices if d.open_for(expert, self.most_per_device)]
+            if may:
+                min(may, key=lambda d: (len(d.experts), d.load, d.number)).take(expert, 0.0)
+                replicas[expert] += 1
+                heappush(heap, (-wanted[expert] / replicas[expert], expert))
 
     def _whole(self, wanted: float) -> int:
         """Whole devices."""

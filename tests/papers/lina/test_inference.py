@@ -45,7 +45,7 @@ def short(model: Model, experts: int) -> Routed:
 def inference() -> Iterator[Inference]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "TEXTS", 32)
-        yield Inference(bed(), START, lina=read_mode(CONF, "lina"), static=read_mode(CONF, "static"), routed=short)
+        yield Inference(bed(), START, lina=read_mode(CONF, "lina_paper"), static=read_mode(CONF, "static"), routed=short)
 
 
 @pytest.mark.full
@@ -129,7 +129,7 @@ def test_rows_of_inference(inference: Inference) -> None:
 
 
 def test_bad_input_stops_before_the_fit(tmp_path: Path) -> None:
-    modes = {name: read_mode(CONF, name) for name in ("lina", "static")}
+    modes = {"lina": read_mode(CONF, "lina_paper"), "static": read_mode(CONF, "static")}
 
     def never(what: str) -> None:
         raise AssertionError(what)
