@@ -26,6 +26,7 @@ from megalina.step.program import Instruction, Kind
 from megalina.train.step_runner import StepRunner
 
 WARM_UP = 3  # steps
+MOST_SEARCH_STEPS = 300  # of strategy=auto
 ROUTING = ("route", "mix", "cut")  # instructions that choose, sort and weigh rows
 BLOCKS, ROUTED, UPDATE, SUBMIT, ARRIVED = "blocks", "router and permutes", "update", "submit", "arrivals"
 TINY = "tiny"
@@ -88,16 +89,22 @@ def queued_ns() -> int | None:
 
 
 def host_time(config: PretrainConfig, device: torch.device, *, steps: int) -> HostTime:
-    """Of this rank; all ranks call it together."""
+    """Of this rank, once `auto` has decided; all ranks call it together."""
     data = open_data(config.data, seq_len=config.train.seq_len, seed=config.train.seed)
     runner = StepRunner(config, data, device=device)
     found: list[HostTime] = []
+    searched = 0
+    while runner.undecided and searched < MOST_SEARCH_STEPS:
+        began_s = time.perf_counter()
+        runner.compute(searched + 1)
+        runner.adapt(time.perf_counter() - began_s)
+        searched += 1
     for number in range(1, WARM_UP + steps + 1):
         all_gather_object(runner.mesh, None)
         watch = Watch() if number > WARM_UP else None
         runner.trainable.watch(watch)
         queued, process_ns, thread_ns, began_s = queued_ns(), time.process_time_ns(), time.thread_time_ns(), time.perf_counter()
-        runner.compute(number)
+        runner.compute(searched + number)
         step_s, thread_ns = time.perf_counter() - began_s, time.thread_time_ns() - thread_ns
         others_ns, now = time.process_time_ns() - process_ns - thread_ns, queued_ns()
         if watch is not None:
@@ -159,6 +166,7 @@ def overrides_of(ranks: int) -> dict[str, list[str]]:
         "lina": ["strategy=lina", "strategy.packing=1"],
         "flow": ["strategy=flow"],
         "flow in 4": ["strategy=flow", "strategy.parts=4"],
+        "auto": ["strategy=auto"],
     }
     full = {name: [*base, *own] for name, own in schedules.items()}
     return full | {f"{name}, {TINY}": [*words, *tiny] for name, words in full.items()}

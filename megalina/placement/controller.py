@@ -99,8 +99,12 @@ class Controller:
         unchanged = Foreseen(present, share_E, features)
         if policy.planner is None or layer < policy.first_planned:
             return unchanged
+        if policy.worth:
+            largest, mean = self._expected_load(share_E, present)
+            if mean >= (1 - policy.worth) * largest:  # no plan can gain more
+                return unchanged
         planned = self._planned(share_E, present)
-        if policy.worth and self._gain(share_E, present, planned) <= policy.worth:
+        if policy.worth and self._expected_load(share_E, planned)[0] >= (1 - policy.worth) * largest:
             return unchanged
         if planned.slots != present.slots:
             self.decided[layer].planned += 1
@@ -153,9 +157,9 @@ class Controller:
         planned = self.policy.planner(share_E, present.num_devices, present.slots_per_device)
         return with_few_moves(present, planned) if self.policy.devices_alike else planned
 
-    def _gain(self, share_E: Floats, present: Placement, planned: Placement) -> float:
-        """The share of the largest load that the planned placement would save, rows being as expected."""
-        rows = 10_000 * present.num_devices
-        count_RE = np.floor(np.tile(share_E * rows / present.num_devices, (present.num_devices, 1))).astype(np.int64)
-        now, then = (int(device_load(self.policy.split(count_RE, p)).max()) for p in (present, planned))
-        return 1 - then / now if now else 0.0
+    def _expected_load(self, share_E: Floats, placement: Placement) -> tuple[int, float]:
+        """Of the busiest device and the mean one, rows being as expected."""
+        rows = 10_000 * placement.num_devices
+        own_E = np.floor(share_E * (rows / placement.num_devices)).astype(np.int64)
+        load_N = device_load(self.policy.split(np.tile(own_E, (placement.num_devices, 1)), placement))
+        return int(load_N.max()), float(load_N.mean())
