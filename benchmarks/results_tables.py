@@ -246,6 +246,32 @@ def peers(result: Result) -> list[Table]:
     return out
 
 
+def inference(result: Result) -> list[Table]:
+    """Of benchmarks/inference.py: each setting's modes, the slowest first."""
+    out = []
+    for setting in result["settings"]:
+        rows = [
+            [
+                name,
+                f"{of['p50_ms']:,.0f}",
+                f"{of['p95_ms']:,.0f}",
+                f"{of['p50_ratio_to_static']:.2f}, {of['p95_ratio_to_static']:.2f}",
+                f"{of['p50_ratio_to_ideal']:.2f}, {of['p95_ratio_to_ideal']:.2f}",
+                f"{of['load_max_over_mean']:.2f}, {of['load_max_over_mean_p95']:.2f}",
+                percent(of["phase2_rate"]),
+                f"{of['swapped_experts_a_batch']:.1f}",
+            ]
+            for name, of in sorted(setting["modes"].items(), key=lambda one: -one[1]["p50_ms"])
+        ]
+        head = ("mode", "median ms", "p95 ms", "static over it: median, p95", "over ideal: median, p95", "largest load over mean, p95",
+                "phase 2", "experts fetched per device and batch")  # fmt: skip
+        served = ", ".join(setting["traces"]) if isinstance(setting["traces"], list) else setting["traces"]
+        profiled = ", ".join(setting.get("profiles") or ()) or "first halves of the same"
+        title = f"**{setting['devices']} devices, skew {setting['skew']}**: served {served}, profiled {profiled}; "
+        out.append(Table(head, rows, f"{title}{setting['slow_motion']:g} times in slow motion, in its own time"))
+    return out
+
+
 def link_bytes(result: Result) -> list[Table]:
     """Of benchmarks/link_bytes.py: bytes between nodes for each dispatch, counted three ways."""
     rows = [
@@ -287,4 +313,5 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "dense_training": dense_training,
     "peers": peers,
     "link_bytes": link_bytes,
+    "inference": inference,
 }
