@@ -263,9 +263,9 @@ def inference(result: Result) -> list[Table]:
             ]
             for name, of in sorted(setting["modes"].items(), key=lambda one: -one[1]["p50_ms"])
         ]
-        head = ("mode", "median ms", "p95 ms", "static over it: median, p95", "over ideal: median, p95", "largest load over mean, p95",
-                "phase 2", "experts fetched per device and batch")  # fmt: skip
-        served = ", ".join(setting["traces"]) if isinstance(setting["traces"], list) else setting["traces"]
+        head = ("mode", "median ms", "p95 ms", "static over it: median, p95", "over ideal: median, p95",
+                "largest load over mean: median, p95", "phase 2", "experts fetched per device and batch")  # fmt: skip
+        served = ", ".join(setting["traces"])
         profiled = ", ".join(setting.get("profiles") or ()) or "first halves of the same"
         title = f"**{setting['devices']} devices, skew {setting['skew']}**: served {served}, profiled {profiled}; "
         out.append(Table(head, rows, f"{title}{setting['slow_motion']:g} times in slow motion, in its own time"))
