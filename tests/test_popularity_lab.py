@@ -279,7 +279,7 @@ def test_the_json_has_every_combination(ran: Path) -> None:
     assert set(result["skipped_predictors"]) == set(NEEDING_AHEAD)
     assert {p: tuple(splits) for p, splits in result["planners"].items()} == dict.fromkeys(PLANNERS, SPLITS)
     assert {t: tuple(splits) for t, splits in result["triggers"].items()} == dict.fromkeys(TRIGGERS, SPLITS[:2])
-    assert set(result["modes"]) == {"static", "lina", "window", "best", "profile"}
+    assert set(result["modes"]) == {"static", "lina", "lina_paper", "window", "best", "profile"}
     assert set(result["skipped_modes"]) == {"ideal", "lookahead"}
     assert result["best"] in set(REPLAYED) - {"none", "oracle"}
     assert (
@@ -353,7 +353,7 @@ def test_what_warms_up_does_not_count(folder: Path) -> None:
 def test_modes_have_room_for_all_experts(folder: Path) -> None:
     found = lab(folder, "--train a.npz --serve b.npz")
     assert {name: config.slots_per_device for name, config in modes_of(MODES, found)[0].items()} == {
-        "best": 3, "lina": 4, "profile": 3, "static": 3, "window": 3,
+        "best": 3, "lina": 4, "lina_paper": 4, "profile": 3, "static": 3, "window": 3,
     }  # fmt: skip
     wide = lab(folder, "--train a.npz --serve b.npz --devices 1 --slots 9")
     assert modes_of(MODES, wide)[0]["lina"].slots_per_device == 9

@@ -31,7 +31,7 @@ from megalina.parallel import executor
 from megalina.train.step_runner import StepRunner
 from megalina.worker import load_config
 
-SKEW = 1.0  # of the bias of the first expert, which falls evenly to 0 at the last
+SKEW = 0.1  # of the bias of the first expert, which falls evenly to 0 at the last
 Again = Callable[[Relay], Pending]
 
 
@@ -62,8 +62,8 @@ def counted(runner: StepRunner, *, skewed: bool, per_node: int, repeats: int) ->
     gpt, mesh = runner.trainable.gpt, runner.mesh
     for layer in gpt.layers:
         if skewed:
-            bias = layer.router.bias
-            bias.data.copy_(torch.linspace(SKEW, 0.0, len(bias)))
+            bias_E = layer.router.bias_E
+            bias_E.copy_(torch.linspace(SKEW, 0.0, len(bias_E)))
     recorder = RoutingRecorder(1 << 20)
     with recorder.watching(gpt), _noted() as exchanges:
         result, _ = runner.compute(runner.state.step + 1)
