@@ -6,11 +6,13 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from megalina.failure_report import TAIL_LINES
@@ -51,7 +53,8 @@ def run_on_nodes(
             place = environment(node, local, nodes=len(nodes), ranks_per_node=ranks_per_node)
             out = stream if not ranks else logs / f"rank_{len(ranks)}.log"
             cores = cores_of(node, len(nodes), sorted(os.sched_getaffinity(0)))
-            ranks.append(start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out, cores=cores))
+            with signals_wait():  # else one could come between a rank's start and its place in the list
+                ranks.append(start(["ip", "netns", "exec", nodes[node], *command], {**environ, **place}, out, cores=cores))
         failed = _failures(ranks, timeout_s)
         if not failed and any(process.returncode is None for process in ranks):
             left = [rank for rank, process in enumerate(ranks) if process.returncode is None]
@@ -65,6 +68,28 @@ def run_on_nodes(
     finally:
         kill(ranks)
         kill_in(nodes)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals that ask us to stop are handled when the body is done."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread alone
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, old in before.items():
+        if callable(old):  # not SIG_IGN or SIG_DFL: nothing of ours is undone by those
+            signal.signal(number, lambda signum, frame: came.append((signum, frame)))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+    for came_number, frame in came:
+        handler = before[signal.Signals(came_number)]
+        assert callable(handler)
+        handler(came_number, frame)
 
 
 def address(node: int) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megalina import namespaces
-from megalina.launch import joined
+from megalina.launch import Stopped, joined
 from megalina.namespaces import CannotEmulate, Cluster, NoLatency, emulated_cluster, plan
-from megalina.node_ranks import STOP_S, environment
+from megalina.node_ranks import STOP_S, environment, signals_wait
 from tests.cluster_tools import Planted, Tool, alive, wait_for
 from tools.emulate_cluster import Setting, asked, main, slow_motion, too_fast, with_device
 
@@ -391,6 +391,22 @@ def test_a_signal_lets_the_ranks_save_and_leaves_nothing(planted: Planted, tmp_p
     assert (code, err.splitlines()[-1]) == (128 + number, f"stopped by {number.name}")
     assert len(list(tmp_path.glob("saved.*"))) == 2
     assert planted.names == [] and not any(map(alive, pids))
+
+
+def test_a_signal_while_a_rank_starts_is_handled_when_it_has_its_place() -> None:
+    ranks = []
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped), signals_wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+            ranks.append("the rank")
+        assert ranks == ["the rank"] and signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_signal_does_not_wait_for_ranks_that_go_on(planted: Planted, tmp_path: Path) -> None:
