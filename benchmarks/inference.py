@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `benchmar
 from benchmarks.replay.report import PAPER, measured, table
 from benchmarks.replay.routing import EXPERTS, SKEWS, Routing, routing_of, size_of
 from megalina.batch import Batch
+from megalina.blocks.dispatch import ONCE_PER_RANK
 from megalina.config import InferConfig, ModelConfig, RouterConfig
 from megalina.console import StatusLine
 from megalina.failure_report import RankFailed
@@ -327,7 +328,7 @@ def engine_of(
         mesh,
         policy,
         [resident] * len(gpt.moe_layers),
-        EngineSettings(combine_chunks=config.combine_chunks),
+        EngineSettings(combine_chunks=config.combine_chunks, once_per_rank=config.dispatch == ONCE_PER_RANK),
         device=ServingDevice(partial(seconds, times, even_rows)),
     )
     engine.slots.copy = partial(slowly, times.expert_s)

@@ -418,6 +418,7 @@ class InferConfig:
     replan_ms: float = 0.0  # trigger gain: what planning anew costs; 0: measured before serving
     swap_mib: float = 0.0  # memory of a device for experts on their way, over all layers, in MiB; 0: two layers' slots
     combine_chunks: int = 1  # number of parts in which a layer's rows go back, each as its slots are done; 1: all at once
+    dispatch: str = "rows"  # rows: one for each expert of a token | once_per_rank: one for each device that has some of them
     batch_invariant: bool = False  # what becomes of a token doesn't depend on who else goes to its experts
     # which experts a token uses of a model of router=dense: none, dense (all) | top_k | threshold (those above it) |
     # threshold_top_k (as many of the most probable as are above it on average, rounded half up); weights stay as they are

@@ -233,6 +233,7 @@ def found(run: Path) -> dict[str, Any]:
     """All modes on one device, without a process group."""
     checkpoint = next((run / "checkpoints").iterdir())
     modes = {name: read_mode(CONF, name) for name in ("static", "lina", "window", "lookahead", "best", "ideal")}
+    modes["best"] = read_mode(CONF, "best", ["infer.dispatch=once_per_rank"])
     return evaluate(Evaluation(str(checkpoint), modes, batches=3, sequences=2, length=0, decode=3))
 
 
@@ -323,7 +324,17 @@ def test_from_end_to_end_on_two_ranks(run: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
     (tmp_path / "text").write_text("from pathlib import Path\n" * 40)
     options = ["--ranks", "2", "--modes", "window,best", "--batches", "2", "--decode", "2", "--out", str(tmp_path / "out")]
-    code = main([str(run), *options, "--tasks", str(tmp_path / "tasks.jsonl"), "--text", str(tmp_path / "text")])
+    code = main(
+        [
+            str(run),
+            *options,
+            "infer.dispatch=once_per_rank",
+            "--tasks",
+            str(tmp_path / "tasks.jsonl"),
+            "--text",
+            str(tmp_path / "text"),
+        ]
+    )
     out, err = capsys.readouterr()
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "eval.json").read_text())

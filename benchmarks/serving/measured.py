@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megalina.blocks.dispatch import ONCE_PER_RANK
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig
 from megalina.perfmodel.sim.network import Network
@@ -104,6 +105,7 @@ def replayed(batches: Sequence[Ids], profile: RoutingTrace, config: InferConfig,
         row_bytes=0.0,
         expert_s=EXPERT_S,
         combine_chunks=config.combine_chunks,
+        once_per_rank=config.dispatch == ONCE_PER_RANK,
     )
     decider, seconds, loads, fetched = Decider(policy, residents), [], [], 0
     for number, ids_TLK in enumerate([batches[0], *batches]):

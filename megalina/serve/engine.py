@@ -38,6 +38,7 @@ class EngineSettings:
     batch_invariant: bool = False  # a row's result doesn't depend on the other rows of its expert
     swap_bytes: int = 0  # experts on their way take no more, over all layers; 0: two layers' slots
     combine_chunks: int = 1  # a layer's rows go back in so many parts, each once its slots have computed
+    once_per_rank: bool = False  # a token's row goes once to each device that has experts of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,9 +94,12 @@ class Engine:
         self.slots = Slots(host, residents, mesh.ep.rank, spare=spare, stream=stream)
         self.controller = Controller(policy, residents)
         tile = TILE_ROWS if settings.batch_invariant else 0
-        functions = InferenceFunctions(gpt=gpt, mesh=mesh, slots=self.slots, controller=self.controller, tile=tile, device=device)
+        once = settings.once_per_rank
+        functions = InferenceFunctions(
+            gpt=gpt, mesh=mesh, slots=self.slots, controller=self.controller, tile=tile, device=device, once=once
+        )
         shape = shape_of(gpt.config, gpt.router, tp=1, sequence=False)
-        self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks)
+        self.program = inference_step(shape, learns=policy.predictor is not None, chunks=settings.combine_chunks, once=once)
         self._reroute, self._selection = reroute, selection
         self._executor = Executor(self.program, functions, mesh, {}, log=log, device=device)
 

@@ -15,15 +15,17 @@ from torch import Tensor
 from megalina.batch import Batch
 from megalina.mesh import Mesh
 from megalina.model.attention import KeyValues
-from megalina.model.dispatcher import by_expert, by_source
+from megalina.model.dispatcher import Counts, by_expert, by_source
 from megalina.model.gpt import GPT, Layer
 from megalina.model.permute import RowOrder, permute, reorder, row_order
 from megalina.model.rows import expert_rows
 from megalina.model.tokens import ALL, router_tokens
 from megalina.parallel.emulated_device import ServingDevice
-from megalina.placement.controller import Controller, Foreseen, Outcome
+from megalina.placement.chosen_slots import chosen_slots, first_slots
+from megalina.placement.controller import Controller, Foreseen
 from megalina.placement.placement import EMPTY, Placement
 from megalina.placement.predictors.predictor import Floats, Ids, Seen
+from megalina.serve.once_rows import pack, unpack
 from megalina.serve.slot_counts import SlotCounts
 from megalina.serve.slots import Slots
 from megalina.step.program import Instruction
@@ -44,6 +46,7 @@ class InferenceFunctions:
     controller: Controller
     tile: int
     device: ServingDevice | None
+    once: bool = False  # a token travels once to each device that has experts of it
 
     def __call__(self, instruction: Instruction) -> Callable[..., Any]:
         if instruction.layer >= 0 and self.gpt.blocks.is_own(instruction.layer, instruction.name):
@@ -53,7 +56,7 @@ class InferenceFunctions:
             return named
         if instruction.name == "foresee":
             return partial(named, self._number(instruction))
-        if instruction.name == "join":
+        if instruction.name in ("join", "unpack"):
             return named
         layer = self.gpt.layers[instruction.layer]
         if instruction.name == "experts":
@@ -132,8 +135,9 @@ class InferenceFunctions:
 
     def _assign(
         self, layer: Layer, number: int, n_TD: Tensor, chosen_TK: Tensor, heard: Tensor, planned: Foreseen
-    ) -> tuple[Tensor, RowOrder, SlotCounts, Outcome]:
-        """Rows in their order, the split over slots, the sizes of both ways, and what came of the plan."""
+    ) -> tuple[Any, ...]:
+        """Rows in their order, the split over slots, the sizes of both ways, and what came of the plan.  Where tokens travel once
+        to a device: packed rows and their order first."""
         heard_RV = self._by_rank(heard)
         num_experts = layer.num_experts
         count_RE = heard_RV[:, :num_experts].astype(np.int64)
@@ -152,24 +156,21 @@ class InferenceFunctions:
             self.slots.ready(number)
             self.slots.install(number)
             placement = self.slots.placement(number)
-        order, counts = self._dispatch(placement, chosen_TK, split_REN, num_experts)
-        return permute(n_TD, order), order, counts, outcome
+        order, counts = self._dispatch(placement, chosen_TK, split_REN)
+        if not self.once:
+            return permute(n_TD, order), order, counts, outcome
+        packed_UC, way = pack(n_TD, order, placement.slots_per_device)
+        return packed_UC, way, order, counts, outcome
 
-    def _dispatch(
-        self, placement: Placement, chosen_TK: Tensor, split_REN: np.ndarray[Any, Any], num_experts: int
-    ) -> tuple[RowOrder, SlotCounts]:
+    def _unpack(self, got_UC: Tensor, way: Counts, counts: SlotCounts) -> Tensor:
+        return unpack(got_UC, way.sizes((0, 1)).receive_R, counts.num_slots, self.gpt.config.d_model)
+
+    def _dispatch(self, placement: Placement, chosen_TK: Tensor, split_REN: np.ndarray[Any, Any]) -> tuple[RowOrder, SlotCounts]:
         """Slots are to the dispatcher what experts are in training: rows travel sorted by slot."""
         me, slots = self.mesh.ep.rank, placement.slots_per_device
-        slot_EN = np.full((num_experts, placement.num_devices), -1)
-        for device, experts in enumerate(placement.slots):
-            for slot in reversed(range(slots)):
-                if experts[slot] != EMPTY:
-                    slot_EN[experts[slot], device] = device * slots + slot
-        flat = chosen_TK.flatten().cpu()
-        by_expert_n = torch.sort(flat, stable=True).indices[: int(split_REN[me].sum())]
-        slot_n = torch.from_numpy(np.repeat(slot_EN.ravel(), split_REN[me].ravel()))
-        slot_TK = torch.full_like(flat, placement.num_devices * slots).scatter_(0, by_expert_n, slot_n)
-        order = row_order(slot_TK.view(chosen_TK.shape).to(chosen_TK.device), placement.num_devices * slots)
+        slot_EN, num_slots = first_slots(placement), placement.num_devices * slots
+        slot_TK = torch.from_numpy(chosen_slots(chosen_TK.cpu().numpy(), split_REN[me], slot_EN, num_slots))
+        order = row_order(slot_TK.to(chosen_TK.device), num_slots)
         here = [(slot, expert) for slot, expert in enumerate(placement.slots[me]) if slot_EN[expert, me] == me * slots + slot]
         received_RS = np.zeros((len(split_REN), slots), np.int64)
         for slot, expert in here:

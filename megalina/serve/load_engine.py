@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megalina.blocks.dispatch import ONCE_PER_RANK
 from megalina.blocks.selection import Selection, selection_of, served_top_k
 from megalina.checkpoint.loaded_model import LoadedModel, load_model, read_experts
 from megalina.collective_log import CollectiveLog
@@ -51,6 +52,7 @@ class Opened:
             batch_invariant=config.batch_invariant,
             swap_bytes=num_swap_bytes(config),
             combine_chunks=config.combine_chunks,
+            once_per_rank=config.dispatch == ONCE_PER_RANK,
         )
         even = EvenRouting(served.num_experts, served.num_devices, self.mesh.ep.rank) if config.even_routing else None
         residents = [resident] * len(gpt.moe_layers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megalina.blocks.dispatch import ONCE_PER_RANK, ROWS
 from megalina.config import InferConfig
 from megalina.placement.controller import Planner, Policy, Split, Trigger
 from megalina.placement.path_counts import profile_of
@@ -74,6 +75,7 @@ def check_infer(config: InferConfig, served: Served) -> None:
         "planner": ["none", "first_fit", "first_fit_filled", "greedy", "hierarchical"],
         "split": list(SPLITS),
         "trigger": ["never", "always", "ordered_top", "top_set", "distance", "gain"],
+        "dispatch": [ROWS, ONCE_PER_RANK],
     }
     for name, choices in known.items():
         if getattr(config, name) not in choices:

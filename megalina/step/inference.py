@@ -23,12 +23,13 @@ def given_of(shape: Shape) -> set[str]:
     return {BATCH, PAST, REROUTE} if any(shape.moe) else {BATCH, PAST}
 
 
-def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
+def inference_step(shape: Shape, *, learns: bool, chunks: int = 1, once: bool = False) -> Program:
     """The checked program: prefill or decode of this rank's sequences; leaves `#out.-.0`, the last norm's output.
 
     Given: `given_of(shape)`.  With `learns` a predictor learns at the end from what was heard.  A device's slots in a layer are
-    cut into `chunks` groups, and each group's rows go back by themselves.  ValueError with tensor or context
-    parallelism: ranks are devices of experts here; and for less than one chunk.
+    cut into `chunks` groups, and each group's rows go back by themselves.  `once`: a token goes once to each device that has
+    experts of it, which first hears how many come.  ValueError with tensor or context parallelism: ranks are devices of experts
+    here; and for less than one chunk.
 
     Of MoE layer i, besides rows: `#plan.i` is what is expected and where experts should sit, `#seen.i` what tokens chose in the
     MoE layers up to i, `#told.i` what a rank tells of its tokens and `#heard.i` what all told, `#evidence.i` which part of that
@@ -57,7 +58,7 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
                 out.append(_compute("mlp", layer, (reads, BATCH), (writes,)))
             case "moe":
                 near = before.get(layer), following.get(layer)
-                out += _moe(layer, *near, reads, writes, shared=shape.shared_experts, chunks=chunks)
+                out += _moe(layer, *near, reads, writes, shared=shape.shared_experts, chunks=chunks, once=once)
             case _:  # of your own: as in training
                 out += [replace(line, uses=()) for line in block.lines(shape, layer, *stream)]
     out.append(_compute("final", -1, (f"x.{shape.num_layers}.0",), ("#out.-.0",)))
@@ -70,25 +71,30 @@ def inference_step(shape: Shape, *, learns: bool, chunks: int = 1) -> Program:
 
 
 def _moe(
-    layer: int, before: int | None, following: int | None, h: str, x: str, *, shared: bool, chunks: int
+    layer: int, before: int | None, following: int | None, h: str, x: str, *, shared: bool, chunks: int, once: bool
 ) -> list[Instruction]:
     """`before`, `following`: the MoE layers next to it; `h`, `x`: the stream before and after it."""
 
     def v(*names: str) -> tuple[str, ...]:
         return tuple(BATCH if name == "#batch" else f"{name}.{layer}.0" for name in names)
 
-    dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", f"rows.{layer}.0", f"got.{layer}.0", v("#sizes"))
+    arrive, sizes = ("packed_got", "#way_sizes") if once else ("got", "#sizes")
+    dispatch = _exchange("dispatch", layer, Op.TOKENS, "ep", f"rows.{layer}.0", f"{arrive}.{layer}.0", v(sizes))
+    counts = _exchange("counts", layer, Op.COUNTS, "counts", f"#way.{layer}.0", f"#way_sizes.{layer}.0") if once else []
+    way = ("#way",) if once else ()
     foresee = [_foresee(following, *v("#heard", "#evidence"))] if following is not None else []
     seen = (f"#seen.{before}.0",) if before is not None else ()
     score_writes = v("moe_n", "weight", "#chosen", "#seen", "#told", "#evidence")
     return [
         _compute("score", layer, (h, *v("#batch"), REROUTE, *v("#plan"), *seen), score_writes),
         *_exchange("told", layer, Op.GATHER, "counts", f"#told.{layer}.0", f"#heard.{layer}.0"),
-        _compute("assign", layer, v("moe_n", "#chosen", "#heard", "#plan"), v("rows", "#order", "#sizes", "#outcome")),
+        _compute("assign", layer, v("moe_n", "#chosen", "#heard", "#plan"), v("rows", *way, "#order", "#sizes", "#outcome")),
+        *counts,
         dispatch[0],
         *foresee,  # under the dispatch, as are the shared experts
         *([_compute("shared", layer, v("moe_n"), v("s"))] if shared else []),
         dispatch[1],
+        *([_compute("unpack", layer, v(arrive, sizes, "#sizes"), v("got"))] if once else []),
         *_experts(layer, chunks),
         _compute("mix", layer, (h, *v("back", "weight", *(["s"] if shared else []), "#order", "#batch")), (x,)),
     ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalina.placement.chosen_slots import chosen_slots, first_slots, rows_once
 from megalina.placement.controller import Controller, Counts, Outcome, Policy
 from megalina.placement.placement import EMPTY, Placement, aligned
 from megalina.placement.predictors.predictor import Floats, Ids, Predictor, Seen, choice_counts
@@ -60,6 +61,8 @@ class Decision:
     planned: bool  # the planner was asked before the router had spoken
     outcome: Outcome  # of phase 2
     told_numbers: int  # float64, of each rank, before rows travel
+    chosen_R: Sequence[Ids]  # [T, K] of each rank's tokens
+    split_REN: Counts  # rows of each rank for each expert, to each device
 
     @property
     def agreed(self) -> bool:
@@ -86,6 +89,16 @@ class Decision:
         """Rows from each rank to these slots of each device."""
         sent_RN: Counts = self.rows_RNS[:, :, slots.start : slots.stop].sum(2)
         return sent_RN
+
+    def once_RN(self) -> Counts:
+        """Tokens of each rank that have a choice on each device: rows, where they travel once."""
+        placement, slot_EN = self.placement, first_slots(self.placement)
+        devices, slots = placement.num_devices, placement.slots_per_device
+        slot_RTK = [
+            chosen_slots(ids, split_EN, slot_EN, devices * slots)
+            for ids, split_EN in zip(self.chosen_R, self.split_REN, strict=True)
+        ]
+        return np.stack([rows_once(slot_TK, devices, slots) for slot_TK in slot_RTK])
 
 
 class Decider:
@@ -151,6 +164,8 @@ class Decider:
             planned=features is not None and policy.planner is not None and layer >= policy.first_planned,
             outcome=outcome,
             told_numbers=before.num_experts * (1 if expected_E is None else 2) + FIXED_NUMBERS + told,
+            chosen_R=[chosen[layer] for chosen in chosen_R],
+            split_REN=split_REN,
         )
 
 

@@ -68,6 +68,7 @@ class Serving:
     expert_s: float = 0.0  # for a device to fetch an expert, one after another
     planner: PlannerSeconds = PlannerSeconds()
     combine_chunks: int = 1
+    once_per_rank: bool = False  # tokens travel once to each device, with a byte for each of its slots
 
     def __post_init__(self) -> None:
         if sum(self.shape.moe) != len(self.residents):
@@ -157,7 +158,7 @@ def program_of(decisions: Sequence[Decision], setting: Serving) -> Program:
     number_of = _number_of(setting.shape)
     fetches = {d.layer for d in decisions if d.fetched_N.any()}
     out: list[Instruction] = []
-    for instruction in inference_step(setting.shape, learns=learns, chunks=setting.combine_chunks):
+    for instruction in inference_step(setting.shape, learns=learns, chunks=setting.combine_chunks, once=setting.once_per_rank):
         lacks = number_of.get(instruction.layer) in fetches
         plan, wire, there = (f"#{name}.{instruction.layer}.0" for name in ("plan", "fetch>", "fetched"))
         if lacks and instruction.name == "told" and instruction.kind is Kind.START:
@@ -264,12 +265,18 @@ def sizes_of(decisions: Sequence[Decision], setting: Serving, ranks: int) -> Siz
         decision = decisions[number_of[instruction.layer]]
         if instruction.op is Op.GATHER:
             return float(decision.told_numbers * NUMBER_BYTES * ranks)
-        return 0.0 if instruction.name == FETCH else float(decision.rows_RNS.sum()) * setting.row_bytes / ranks
+        if instruction.op is Op.COUNTS:
+            return float(NUMBER_BYTES * ranks)
+        return 0.0 if instruction.name == FETCH else float(matrix_of(instruction, ()).sum()) / ranks
 
     def matrix_of(instruction: Instruction, group: tuple[int, ...]) -> Floats:
         if instruction.name == FETCH:
             return np.zeros((ranks, ranks))
         decision = decisions[number_of[instruction.layer]]
+        if instruction.op is Op.COUNTS:
+            return np.full((ranks, ranks), float(NUMBER_BYTES))
+        if setting.once_per_rank and instruction.name == "dispatch":
+            return decision.once_RN() * np.float64(setting.row_bytes + decision.rows_RNS.shape[2])
         sent_RN: Floats = decision.sent_RN(range(*_chunk(instruction, decision))) * np.float64(setting.row_bytes)
         return sent_RN if instruction.name == "dispatch" else sent_RN.T
 

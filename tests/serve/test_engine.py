@@ -153,15 +153,18 @@ class RowsSeen(ServingDevice):
 
 
 def in_chunks(number: int) -> dict[str, Any]:
-    """The same batches under the same placements, with rows that go back at once and in chunks; in each batch another rank has
-    no token."""
+    """The same batches under the same placements, with rows that go back at once and in chunks, and with tokens that travel once
+    to a device; in each batch another rank has no token."""
     rank, world = dist.get_rank(), dist.get_world_size()
     slots = 4 if world > 1 else EXPERTS + 1
     out: dict[str, Any] = {"different": [], "rows": {}, "experts": 0}
     for (name, model), split in zip(MODELS.items(), SPLITS.values(), strict=True):
         gpt = small_gpt(dtype=torch.float32, **model)
         residents = [static(world, slots)] * len(gpt.moe_layers)
-        engines = {n: small_engine(gpt, moving(split, always), residents, RowsSeen(), combine_chunks=n) for n in (1, 2, 3, slots)}
+        engines = {
+            (n, once): small_engine(gpt, moving(split, always), residents, RowsSeen(), combine_chunks=n, once_per_rank=once)
+            for n, once in [*((n, False) for n in (1, 2, 3, slots)), (1, True), (3, True)]
+        }
         for i in range(number):
             random = np.random.default_rng((i, rank))
             empty = i % (world + 1) == rank
@@ -169,9 +172,9 @@ def in_chunks(number: int) -> dict[str, Any]:
             if empty:  # padding alone, as of a rank without a prompt
                 batch = replace(batch, valid_BS=torch.zeros_like(batch.valid_BS), loss_mask_BS=torch.zeros_like(batch.valid_BS))
             outs = {n: engine.run(batch, emulate=True).hidden_TD for n, engine in engines.items()}
-            out["different"] += [(name, i, n) for n, o in outs.items() if not torch.equal(o, outs[1])]
-        out["rows"][name] = {n: np.reshape(engine.device.rows, (-1, n)).tolist() for n, engine in engines.items()}
-        out["experts"] += engines[slots].slots.done.experts
+            out["different"] += [(name, i, key) for key, o in outs.items() if not torch.equal(o, outs[1, False])]
+        out["rows"][name] = {key: np.reshape(engine.device.rows, (-1, key[0])).tolist() for key, engine in engines.items()}
+        out["experts"] += engines[slots, False].slots.done.experts
         for engine in engines.values():
             engine.close()
     return out
@@ -340,13 +343,13 @@ def check_placements(ranks: list[dict[str, Any]], number: int, dtype: str) -> No
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_rows_that_go_back_in_chunks_are_the_same_bits(found: Found, world: int) -> None:
+def test_rows_in_chunks_and_tokens_sent_once_give_the_same_bits(found: Found, world: int) -> None:
     for rank in found[world]:
         assert rank["chunks"]["different"] == []
         assert world == 1 or rank["chunks"]["experts"] > 4  # placements did change
         for of_model in rank["chunks"]["rows"].values():
-            for n, rows in of_model.items():
-                assert [sum(of_chunks) for of_chunks in rows] == [all_rows for (all_rows,) in of_model[1]]
+            for (n, _), rows in of_model.items():
+                assert [sum(of_chunks) for of_chunks in rows] == [all_rows for (all_rows,) in of_model[1, False]]
                 assert n == 1 or any(sum(map(bool, of_chunks)) > 1 for of_chunks in rows)  # rows of a chunk, not of the layer
 
 

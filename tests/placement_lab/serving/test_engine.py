@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalina.blocks.dispatch import ONCE_PER_RANK
 from megalina.blocks.model import plain_shape
 from megalina.config import InferConfig, RouterConfig
 from megalina.perfmodel.sim.network import Network
@@ -18,7 +19,7 @@ from megalina.placement.routing_trace import RoutingTrace, traced
 from megalina.serve.modes import read_mode
 from megalina.serve.policies import Served, policy_of
 from megalina.timeline.recorder import Recorder
-from placement_lab.serving.decisions import Decider, ServedBatch
+from placement_lab.serving.decisions import Decider, Decision, ServedBatch
 from placement_lab.serving.seconds import GivenTimes
 from placement_lab.serving.simulator import Serving, program_of
 from placement_lab.workloads import own_part
@@ -27,7 +28,7 @@ from tests.serve.small_engine import EXPERTS, batch_of, small_engine, small_gpt
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "infer"
 LAYERS, BATCHES, SLOTS, LENGTH = 3, 5, 4, 4
-MODES = ("static", "window", "lina", "best", "no_estimation", "chunks")
+MODES = ("static", "window", "lina", "best", "no_estimation", "chunks", "once")
 
 
 def routing(world: int, top_k: int) -> tuple[RoutingTrace, list[ServedBatch]]:
@@ -51,6 +52,7 @@ def policy_for(mode: str, world: int, profile: RoutingTrace) -> tuple[Policy, In
         "no_estimation": ("lina", "infer.predictor=none", "infer.trigger=always", "infer.first_planned=0"),
         "lina": ("lina", "infer.first_planned=1"),
         "chunks": ("best", "infer.combine_chunks=2"),
+        "once": ("best", "infer.dispatch=once_per_rank"),
     }.get(mode, (mode,))
     config = replace(read_mode(CONF, base, overrides), slots_per_device=SLOTS, row_us=1.0, replan_ms=2e-3)
     return policy_of(config, Served(EXPERTS, profile.top_k, world), profile), config
@@ -65,7 +67,8 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
     for mode in MODES:
         policy, config = policy_for(mode, world, profile)
         resident = identity(np.ones(EXPERTS), world, SLOTS)
-        engine = small_engine(gpt, policy, [resident] * LAYERS, combine_chunks=config.combine_chunks)
+        once = config.dispatch == ONCE_PER_RANK
+        engine = small_engine(gpt, policy, [resident] * LAYERS, combine_chunks=config.combine_chunks, once_per_rank=once)
         found[mode] = []
         fetched = 0
         for batch in batches:
@@ -77,7 +80,10 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
             fed = batch_of([[0] * LENGTH] * (len(own_TLK) // LENGTH))
             recorder = Recorder()
             outcomes = engine.run(fed, reroute=as_recorded, record=recorder).outcomes
-            told = {e.layer: e.num_bytes for e in recorder.events() if e.kind == "send" and e.name == "told"}
+            told, sent = (
+                {e.layer: e.num_bytes for e in recorder.events() if e.kind == "send" and e.name == name}
+                for name in ("told", "dispatch")
+            )
             found[mode].append(
                 {
                     "load": [o.load_N.tolist() for o in outcomes],
@@ -85,6 +91,7 @@ def in_the_engine(top_k: int) -> dict[str, list[Any]]:
                     "slots": [engine.slots.placement(layer).slots for layer in range(LAYERS)],
                     "fetched": engine.slots.done.experts - fetched,
                     "told": [told[layer] for layer in range(LAYERS)],
+                    "sent": [sent[layer] for layer in range(LAYERS)],
                     "list": [s.key for s in engine.program],
                 }
             )
@@ -102,6 +109,14 @@ def run(request: pytest.FixtureRequest) -> tuple[int, int, list[Any]]:
     return world, top_k, run_on_ranks(world, in_the_engine, top_k)
 
 
+def bytes_out(decision: Decision, rank: int, *, once: bool) -> int:
+    """What leaves a rank to others or comes from them, if that is more."""
+    rows_RN = decision.once_RN() if once else decision.rows_RNS.sum(2)
+    row_bytes = 32 * 8 + (8 if once else 0)  # a byte for each slot, in whole numbers of the row's type
+    sent, received = (int(n.sum() - n[rank]) for n in (rows_RN[rank], rows_RN[:, rank]))
+    return max(sent, received) * row_bytes
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_loads_placements_fetches_and_what_is_told_are_those_of_the_engine(run: tuple[int, int, list[Any]], mode: str) -> None:
     world, top_k, by_rank = run
@@ -116,6 +131,7 @@ def test_loads_placements_fetches_and_what_is_told_are_those_of_the_engine(run: 
         network=Network(nic_bytes_per_s=1.0),
         row_bytes=1.0,
         combine_chunks=config.combine_chunks,
+        once_per_rank=config.dispatch == ONCE_PER_RANK,
     )
     decider = Decider(policy, residents)
     moved = 0
@@ -129,5 +145,6 @@ def test_loads_placements_fetches_and_what_is_told_are_those_of_the_engine(run: 
             assert [d.placement.slots for d in decisions] == real["slots"]
             assert sum(int(d.fetched_N[rank] + d.fetched_again_N[rank]) for d in decisions) == real["fetched"]
             assert [d.told_numbers * 8 for d in decisions] == real["told"]
+            assert [bytes_out(d, rank, once=setting.once_per_rank) for d in decisions] == real["sent"]
             assert [s.key for s in program_of(decisions, setting) if s.name != "fetch"] == real["list"]
     assert (moved == 0) == (mode == "static")
