@@ -3,6 +3,7 @@
     .venv/bin/pip install -e '.[peers]' -c requirements.lock                                 (the peers, which nothing else needs)
     sudo .venv/bin/python benchmarks/peers.py --json peers.json --picture peers.png          (root, iproute2)
     sudo .venv/bin/python benchmarks/peers.py --only "4x1 light" --speeds slow               (one setting)
+    .venv/bin/python benchmarks/peers.py --redraw results/peers_*.json --picture peers.png   (from files that were made before)
 
 Each peer's mixture of experts trains the ladder's model (conf/experiment/ladder.yaml) as its users would run it, and tuned:
 bucket sizes, overlap; the fastest variant counts.  Tokens that don't fit into an expert's even share are dropped by the peers'
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megalina.cli.compare import exit_code
 
     def run() -> None:
-        settings = measured(args)
+        settings = [setting for path in args.redraw for setting in settings_in(path)] or measured(args)
         from benchmarks.peering.report import closing, draw, table
 
         print("\n\n".join([*map(table, settings), closing(settings)]))
@@ -51,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw(args.picture, settings)
 
     return exit_code(run)
+
+
+def settings_in(path: Path) -> list[dict[str, Any]]:
+    """Of a file that --json or benchmarks/results_page.py wrote; ValueError for another one."""
+    found = json.loads(path.read_text())
+    settings = found.get("result", found).get("settings") if isinstance(found, dict) else None
+    if not settings or any("rows" not in setting or "not_run" not in setting for setting in settings):
+        raise ValueError(f"{path} has no settings with rows: give what --json wrote")
+    return list(settings)
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -130,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=whole(1, 1_000_000), default=3, metavar="N", help="turns of each (default: 3)")
     parser.add_argument("--steps", type=whole(1, 1_000_000), default=2, metavar="N", help="timed steps a turn (default: 2)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="all numbers")
+    parser.add_argument(
+        "--redraw",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="measure nothing: tables and picture of what --json wrote",
+    )
     parser.add_argument("--picture", type=new_file, metavar="PNG", help="step times as bars; .svg too")
     return parser
 

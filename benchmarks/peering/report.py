@@ -93,7 +93,7 @@ def draw(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
         rows = sorted(setting["rows"].items(), key=lambda item: -item[1]["median_step_s"])
         kinds = ["ours" if name == OURS else "list" if row["re_expression"] else "peer" for name, row in rows]
         numbers_ms = [row["median_step_s"] * 1e3 for _, row in rows]
-        panel.barh([name for name, _ in rows], numbers_ms, color=[colours[kind] for kind in kinds])
+        panel.barh([row["re_expression"] or name for name, row in rows], numbers_ms, color=[colours[kind] for kind in kinds])
         for i, (_, row) in enumerate(rows):
             panel.text(numbers_ms[i], i, f" {row['ratio_of_megalina']:.2f}x", va="center", fontsize=8)
         panel.set_xlim(0, max(numbers_ms) * 1.15)

@@ -19,6 +19,9 @@ from megalina.config import PretrainConfig
 from megalina.model.gpt import GPT
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 class Clock:
     """Moves when somebody sleeps, or works."""
 
@@ -165,3 +168,14 @@ def test_a_peer_without_its_package_or_with_another_gate_is_left_out(monkeypatch
 def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_tables_and_picture_are_drawn_again_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = sorted((ROOT / "results").glob("peers_*.json"))
+    assert main(["--redraw", *map(str, kept), "--picture", str(tmp_path / "again.svg")]) == 0
+    out = capsys.readouterr().out
+    assert all(f"of the best peer, {name}" in out for name in ("DeepSpeed's layer, DDP", "fairscale's layer, DDP"))
+    assert "<svg" in (tmp_path / "again.svg").read_text()
+    (tmp_path / "other.json").write_text('{"settings": []}')
+    assert main(["--redraw", str(tmp_path / "other.json")]) == 2
+    assert "other.json has no settings with rows" in capsys.readouterr().err
