@@ -18,6 +18,8 @@ from megalina.model.activation import activate, activate_backward
 from megalina.model.late_gradients import LateGradient, Later
 from megalina.model.linear import add_outer, add_rows, main_grad
 
+ROUND_ROWS = 64  # of an expert, in bfloat16 on CPU
+
 
 def expert_mlp(
     x_ND: Tensor,
@@ -128,17 +130,45 @@ def _forward_loop(
 ) -> tuple[Tensor, Tensor]:
     h_NH = x_ND.new_empty(x_ND.shape[0], w1_EHD.shape[1])
     y_ND = torch.empty_like(x_ND)
-    scratch_NF = x_ND.new_empty(max(count_E), w2_EDF.shape[2])  # stays in cache between the two GEMMs
+    scratch_NF = x_ND.new_empty(_rounded(max(count_E), x_ND), w2_EDF.shape[2])  # stays in cache between the two GEMMs
     start = 0
     for e, count in enumerate(count_E):
         if count:
-            rows = slice(start, start + count)
-            h_nH, a_nF = h_NH[rows], scratch_NF[:count]
-            _project(x_ND[rows], w1_EHD[e], None if b1_EH is None else b1_EH[e], h_nH)
+            rows, size = slice(start, start + count), _rounded(count, x_ND)
+            h_nH, y_nD, a_nF = _room(h_NH[rows], size), _room(y_ND[rows], size), scratch_NF[:size]
+            _project(_padded(x_ND[rows], size), w1_EHD[e], None if b1_EH is None else b1_EH[e], h_nH)
             activate(h_nH, activation, a_nF)
-            _project(a_nF, w2_EDF[e], None if b2_ED is None else b2_ED[e], y_ND[rows])
+            _project(a_nF, w2_EDF[e], None if b2_ED is None else b2_ED[e], y_nD)
+            _keep(h_nH, h_NH[rows])
+            _keep(y_nD, y_ND[rows])
         start += count
     return y_ND, h_NH
+
+
+def _rounded(count: int, x_ND: Tensor) -> int:
+    """How many rows a product gets that has `count`.
+
+    In bfloat16 on CPU oneDNN makes a kernel for each new number of rows, which takes ten times as long as the product; experts
+    hardly ever have the same number twice."""
+    if x_ND.dtype != torch.bfloat16 or x_ND.is_cuda:
+        return count
+    step = min(ROUND_ROWS, 1 << (count - 1).bit_length()) if count else 1  # few rows, as in decoding, stay few
+    return -(-count // step) * step
+
+
+def _padded(x_nD: Tensor, size: int) -> Tensor:
+    """With rows of zeros at the end, which add nothing to the gradient of a weight."""
+    return x_nD if len(x_nD) == size else F.pad(x_nD, (0, 0, 0, size - len(x_nD)))
+
+
+def _room(out_nD: Tensor, size: int) -> Tensor:
+    """Where a product of `size` rows may write, `out_nD` itself if it has as many."""
+    return out_nD if len(out_nD) == size else out_nD.new_empty(size, out_nD.shape[1])
+
+
+def _keep(room_nD: Tensor, out_nD: Tensor) -> None:
+    if len(room_nD) != len(out_nD):
+        out_nD.copy_(room_nD[: len(out_nD)])
 
 
 def _project(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None, out_NF: Tensor) -> None:
@@ -163,21 +193,25 @@ def _backward_loop(
 ) -> Tensor | None:
     """`dh_NH`: memory for the gradient of what the first matrix gave; None: nobody needs it afterwards."""
     dx_ND = torch.empty_like(x_ND) if needs_dx else None
-    most = max(count_E)
+    most = _rounded(max(count_E), x_ND)
     a_scratch_NF, da_scratch_NF = x_ND.new_empty(2, most, w2_EDF.shape[2]).unbind()
     dh_scratch_NH = x_ND.new_empty(most, w1_EHD.shape[1]) if dh_NH is None else None
     start = 0
     for e, count in enumerate(count_E):
         if count:
-            rows = slice(start, start + count)
-            dy_nD, h_nH = dy_ND[rows], h_NH[rows]
-            a_nF, da_nF = a_scratch_NF[:count], da_scratch_NF[:count]
-            dh_nH = dh_NH[rows] if dh_scratch_NH is None else dh_scratch_NH[:count]  # type: ignore[index]
+            rows, size = slice(start, start + count), _rounded(count, x_ND)
+            dy_nD, h_nH, x_nD = (_padded(whole[rows], size) for whole in (dy_ND, h_NH, x_ND))
+            a_nF, da_nF = a_scratch_NF[:size], da_scratch_NF[:size]
+            dh_nH = _room(dh_NH[rows], size) if dh_scratch_NH is None else dh_scratch_NH[:size]  # type: ignore[index]
             torch.mm(dy_nD, w2_EDF[e], out=da_nF)
             activate_backward(da_nF, h_nH, activation, dh_nH, a_nF)
-            _add_of_expert(e, grads, dy_nD, a_nF, dh_nH, x_ND[rows])
+            _add_of_expert(e, grads, dy_nD, a_nF, dh_nH, x_nD)
+            if dh_NH is not None:
+                _keep(dh_nH, dh_NH[rows])
             if dx_ND is not None:
-                torch.mm(dh_nH, w1_EHD[e], out=dx_ND[rows])
+                dx_nD = _room(dx_ND[rows], size)
+                torch.mm(dh_nH, w1_EHD[e], out=dx_nD)
+                _keep(dx_nD, dx_ND[rows])
         start += count
     return dx_ND
 
@@ -193,14 +227,15 @@ def _add_weights_loop(
     width: int,
 ) -> None:
     """What `_backward_loop` leaves out without `grads`."""
-    scratch_NF = x_ND.new_empty(max(count_E), width)
+    scratch_NF = x_ND.new_empty(_rounded(max(count_E), x_ND), width)
     start = 0
     for e, count in enumerate(count_E):
         if count:
-            rows = slice(start, start + count)
+            rows, size = slice(start, start + count), _rounded(count, x_ND)
+            dy_nD, h_nH, dh_nH, x_nD = (_padded(whole[rows], size) for whole in (dy_ND, h_NH, dh_NH, x_ND))
             if grads[1] is not None:
-                activate(h_NH[rows], activation, scratch_NF[:count])
-            _add_of_expert(e, grads, dy_ND[rows], scratch_NF[:count], dh_NH[rows], x_ND[rows])
+                activate(h_nH, activation, scratch_NF[:size])
+            _add_of_expert(e, grads, dy_nD, scratch_NF[:size], dh_nH, x_nD)
         start += count
 
 

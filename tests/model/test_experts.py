@@ -9,6 +9,7 @@ from megalina.blocks.activation import ACTIVATIONS, Activation, check_activation
 from megalina.config import ModelConfig
 from megalina.model import experts
 from megalina.model.experts import expert_mlp, mlp
+from megalina.model.late_gradients import Later
 
 D, HIDDEN = 8, 16
 LIMIT = 0.5  # of the clamped unit: some numbers are beyond it, some are not
@@ -93,6 +94,30 @@ def test_main_gradients_add_up_over_micro_batches(dtype: torch.dtype, main_dtype
         assert p.grad is None
         rtol, atol = (3e-2, 0.1) if dtype == torch.bfloat16 else (1e-10, 1e-10)  # bfloat16 keeps 8 bits of each gradient
         torch.testing.assert_close(p.main_grad, total, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_rows_of_zeros_that_round_up_a_product_change_nothing(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [70, 0, 5, 1]
+    x, dy = (draw(76, D, dtype=torch.bfloat16, seed=seed).detach() for seed in (1, 2))
+    x.requires_grad_()
+
+    def run(round_rows: int) -> list[Tensor]:
+        monkeypatch.setattr(experts, "ROUND_ROWS", round_rows)
+        params = parameters(4, SWIGLU, bias=True, dtype=torch.bfloat16)
+        for p in params:
+            p.main_grad = torch.zeros(p.shape)
+        later: Later = []
+        y = expert_mlp(x, counts, *params, activation=SWIGLU, later=later if late else None)
+        (dx,) = torch.autograd.grad(y, [x], dy)
+        assert len(later) == late
+        for gradient in later:
+            gradient()
+        return [y, dx, *(p.main_grad for p in params)]
+
+    for rounded, exact in zip(run(64), run(1), strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=2e-2)
+        assert rounded.ne(0).any()
 
 
 @pytest.mark.parametrize("activation", [SWIGLU, EVERY[1]], ids=lambda a: a.name)
