@@ -18,7 +18,6 @@ from megalina.compose import compose
 from megalina.config import PretrainConfig
 from megalina.model.gpt import GPT
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
