@@ -51,7 +51,7 @@ class NodeWay:
 
     @torch.no_grad()
     def gathered(self, back_VC: Tensor) -> Tensor:
-        """[A, C]: the sum of the first D columns; of weights each in its place, zero for nobody's."""
+        """[A, C]: the sum of the first D columns, then each weight in its place, zeros elsewhere."""
         row = self._row
         assert self._row_AP is not None
         sum_AD = sum_rows(back_VC[:, : row.width], None, self._row_AP)
