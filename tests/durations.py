@@ -40,7 +40,7 @@ def excess(took_s: Mapping[str, float], known_s: Mapping[str, float]) -> list[st
 
 
 class Durations:
-    """Adds up what modules take; after a run of all quick tests, if they passed, records it or holds it to what is recorded."""
+    """Adds up what modules take; after a run of all quick tests that passed, records it or says what has become slow."""
 
     def __init__(self) -> None:
         self.took_s = Counter[str]()
@@ -58,6 +58,5 @@ class Durations:
         if config.option.record_durations:
             longest_first = sorted(self.took_s.items(), key=lambda item: -item[1])
             FILE.write_text(json.dumps({name: round(seconds, 1) for name, seconds in longest_first}, indent=1) + "\n")
-        elif lines := excess(self.took_s, recorded()):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif lines := excess(self.took_s, recorded()):  # said and no more: a clock doesn't fail a test
             print("", *lines, sep="\n")

@@ -54,7 +54,7 @@ def test_many_new_modules_that_are_quick_alone_are_too_much_together() -> None:
 
 
 @pytest.mark.full
-def test_a_run_of_all_modules_is_recorded_and_held_to_the_record(tmp_path: Path) -> None:
+def test_a_run_of_all_modules_is_recorded_and_compared_with_the_record(tmp_path: Path) -> None:
     """The hooks themselves, in a project of two modules."""
     (tmp_path / "tests").mkdir()
     for name in ("conftest.py", "durations.py"):
@@ -78,5 +78,5 @@ def test_a_run_of_all_modules_is_recorded_and_held_to_the_record(tmp_path: Path)
     assert set(found) == {"tests/test_a.py", "tests/test_b.py"} and all(0.5 <= s < 1.0 for s in found.values()), found
     kept.write_text('{"tests/test_a.py": 100}')
     code, out = run()
-    assert code == 1 and "2 passed" in out
+    assert code == 0 and "2 passed" in out
     assert re.search(r"tests/test_b.py takes \d+ s, recorded are 0: make it quicker, or record it: make durations", out), out
