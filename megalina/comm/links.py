@@ -130,7 +130,7 @@ class Links:
         recorder: Recorder | None = None,
     ) -> Sent:
         """Ask for a collective, which `launch` starts once its turn has come.  `recorder`: gets its event once it has ended."""
-        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, instruction.tag), recorder)
+        sent = Sent(instruction, launch, at_s, after, (self._log.position.step, self._log.position.tag), recorder)
         if self._low is not None:
             self._send_on_stream(sent)
             return sent

@@ -18,7 +18,8 @@ def balance_loss(prob_TE: Tensor, group_T: Tensor, chosen_GE: Tensor, tokens_G: 
     num_experts = prob_TE.shape[1]
     factor_G = (num_experts / top_k) / tokens_G.clamp(min=1).to(prob_TE.dtype)
     share_GE = chosen_GE.to(prob_TE.dtype) * factor_G[:, None]
-    return (prob_TE * F.pad(share_GE, (0, 0, 0, 1))[group_T]).sum()
+    share_TE = F.pad(share_GE, (0, 0, 0, 1))[group_T]
+    return torch.dot(prob_TE.reshape(-1), share_TE.view(-1))
 
 
 def global_balance(prob_LE: Tensor, chosen_LE: Tensor, valid_tokens: Tensor | int, top_k: int) -> Tensor:

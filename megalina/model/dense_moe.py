@@ -56,7 +56,7 @@ class Dense(Router):
                 expert_TK = expert_TK.masked_fill(nobody_T1, num_experts)
                 weight_TK = weight_TK.masked_fill(nobody_T1, 0.0)
         weight_TK = weight_TK if config.scale == 1.0 else weight_TK * config.scale
-        zero, counts_T = logits_TE.new_zeros(()), valid_T.to(prob_TE.dtype)
+        zero = logits_TE.new_zeros(())
         information = None
         if log_TE is not None:
             groups = tokens.by_sequence if config.group == "sequence" else tokens.together
@@ -65,11 +65,12 @@ class Dense(Router):
             expert_TK,
             weight_TK,
             balance=zero,
-            z=z_loss(clean_TE, counts_T),
+            z=z_loss(clean_TE, tokens, own, config.z_loss),
             chosen_E=chosen_E,
             dropped=torch.zeros_like(chosen_E[0]),
-            prob_E=counts_T @ prob_TE.detach(),
             information=information,
+            prob_TE=prob_TE.detach(),
+            valid_T=tokens.counted(prob_TE.dtype)[own],
         )
 
 

@@ -28,7 +28,7 @@ from megalina.model.locality import locality_loss
 from megalina.model.mutual_information import mutual_information_loss
 from megalina.model.noise import normal
 from megalina.model.selection import best_groups, capacity, groups_of_best, hashed, highest, taken_by_experts, within_capacity
-from megalina.model.tokens import OwnTokens, RouterTokens
+from megalina.model.tokens import Groups, OwnTokens, RouterTokens
 from megalina.reference import load
 
 
@@ -50,12 +50,21 @@ class Routing:
     z: Tensor  # scalar: sum over own valid tokens of logsumexp(logits)^2 (ST-MoE); 0 for hash
     chosen_E: Tensor  # int64, own tokens' choices before drops; the router's own ones where others are replayed
     dropped: Tensor  # int64 scalar, own tokens' assignments lost to capacity
-    prob_E: Tensor  # sum over own valid tokens of the probabilities; 0 for expert_choice, hash
     # int64, before drops, and the router's own where others are replayed; num_experts: padding; None for expert_choice
     wanted_TK: Tensor | None = None
     locality: Tensor | None = None  # scalar: own part of the sum over sequences of tokens x loss; None without the loss
     information: Tensor | None = None  # scalar: own part of the sum over groups of tokens x loss; None without the loss
     so_far: GroupSoFar | None = None  # with these tokens; None unless they are part of a group
+    prob_TE: Tensor | None = None  # of the own tokens; None for expert_choice, hash ...
+    valid_T: Tensor | None = None  # ... and 1 for those that are not padding, in its type
+
+    @property
+    def prob_E(self) -> Tensor:
+        """Sum over own valid tokens of the probabilities, of which a balance loss over more tokens than these is made; 0 for
+        expert_choice, hash."""
+        if self.prob_TE is None or self.valid_T is None:
+            return self.z.new_zeros(len(self.chosen_E))
+        return self.valid_T @ self.prob_TE
 
 
 class Router(nn.Module):
@@ -148,7 +157,7 @@ class Router(nn.Module):
         logits_AE = logits_AE.detach()
         if tokens.may_have_padding:
             # It may hold anything, also numbers that aren't finite: 0 x nan in a backward pass would spread.
-            logits_TE = logits_TE.masked_fill(~tokens.valid_A[own, None], 0.0)
+            logits_TE = logits_TE.masked_fill(tokens.padding_A1[own], 0.0)
         clean_TE = logits_TE
         noise_AE = self.noisy(logits_AE, tokens) if self.training else None
         if noise_AE is not None:
@@ -215,24 +224,28 @@ class Router(nn.Module):
         groups = tokens.by_sequence if config.group == "sequence" else tokens.together
         score_AE = self.scores(logits_AE)
         best_AK = self.choose(tokens, score_AE if self.bias_E is None else score_AE + self.bias_E)
-        queue_AK = torch.add(best_AK, groups.group_A[:, None], alpha=num_experts)
-        chosen_GE = _count(queue_AK, (groups.number + 1) * num_experts).view(-1, num_experts)[:-1]  # without padding
+        queues = groups.number + tokens.may_have_padding  # padding queues apart
+        queue_AK = best_AK if queues == 1 else torch.add(best_AK, groups.group_A[:, None], alpha=num_experts)
+        chosen_GE = _count(queue_AK, queues * num_experts).view(queues, num_experts)[: groups.number]  # without padding
         expert_AK = best_AK
         if tokens.may_have_padding:
-            expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts)
+            expert_AK = best_AK.masked_fill(tokens.padding_A1, num_experts)
         before_TK = expert_AK[own]
+        dropped = chosen_GE.new_zeros(())
         if config.has_capacity:
             capacity_G = self.capacities(groups.tokens_G if before is None else before.tokens.view(1))
-            capacity_Q = F.pad(capacity_G, (0, 1)).repeat_interleave(num_experts, output_size=(groups.number + 1) * num_experts)
+            capacity_Q = F.pad(capacity_G, (0, queues - groups.number)).repeat_interleave(
+                num_experts, output_size=queues * num_experts
+            )
             if before is not None:
                 capacity_Q[:num_experts] -= before.chosen_E  # below zero where the queue is longer than the capacity already
             priority_AK = self.probabilities(logits_AE).gather(1, best_AK) if config.drop == "probability" else None
             kept_N = within_capacity(queue_AK.view(-1), capacity_Q, None if priority_AK is None else priority_AK.view(-1))
             expert_AK = expert_AK.masked_fill(~kept_N.view_as(expert_AK), num_experts)
-        dropped = (before_TK != expert_AK[own]).sum()
+            dropped = (before_TK != expert_AK[own]).sum()
         if (given_AK := self.given(tokens)) is not None:
             best_AK = torch.where(given_AK >= 0, given_AK, best_AK)
-            expert_AK = best_AK.masked_fill(~tokens.valid_A[:, None], num_experts) if tokens.may_have_padding else best_AK
+            expert_AK = best_AK.masked_fill(tokens.padding_A1, num_experts) if tokens.may_have_padding else best_AK
         expert_TK = expert_AK[own]
         all_tokens = len(logits_TE) == len(logits_AE)
         chosen_E = chosen_GE.sum(dim=0) if all_tokens else _count(before_TK, num_experts + 1)[:num_experts]
@@ -242,18 +255,16 @@ class Router(nn.Module):
         if not self.has_scores:
             weight_TK = logits_TE.new_full(expert_TK.shape, config.scale / self.top_k)
             weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill_(nobody_TK, 0.0)
-            nothing_E = logits_TE.new_zeros(num_experts)
-            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, nothing_E, before_TK, so_far=so_far)
+            return Routing(expert_TK, weight_TK, zero, zero, chosen_E, dropped, before_TK, so_far=so_far)
 
         log_TE = self.log_scores(logits_TE)
         prob_TE = log_TE.softmax(dim=1)
         weight_TK = self.weights(log_TE, prob_TE, best_AK[own])
         weight_TK = weight_TK if config.scale == 1.0 else weight_TK * config.scale
         weight_TK = weight_TK if nobody_TK is None else weight_TK.masked_fill(nobody_TK, 0.0)
-        valid_T = tokens.valid_A[own].to(prob_TE.dtype)
-        balance = zero
+        balance, held_TE = zero, prob_TE if config.balance_loss else prob_TE.detach()
         if config.group != "global" and so_far is None:
-            balance = balance_loss(prob_TE, groups.group_A[own], chosen_GE, groups.tokens_G, self.top_k)
+            balance = balance_loss(held_TE, groups.group_A[own], chosen_GE, groups.tokens_G, self.top_k)
         locality = None
         if config.locality_loss:
             prob_AE = self.log_scores(logits_AE).softmax(dim=1)
@@ -262,8 +273,10 @@ class Router(nn.Module):
         if config.mutual_information_loss:
             log_AE = self.log_scores(logits_AE).log_softmax(dim=1)
             information = mutual_information_loss(log_TE.log_softmax(dim=1), log_AE, groups, own)
-        z, prob_E = z_loss(clean_TE, valid_T), valid_T @ prob_TE
-        return Routing(expert_TK, weight_TK, balance, z, chosen_E, dropped, prob_E, before_TK, locality, information, so_far)
+        z, valid_T = z_loss(clean_TE, tokens, own, config.z_loss), tokens.counted(prob_TE.dtype)[own]
+        return Routing(
+            expert_TK, weight_TK, balance, z, chosen_E, dropped, before_TK, locality, information, so_far, held_TE, valid_T
+        )
 
 
 class TopK(Router):
@@ -347,15 +360,15 @@ class ExpertChoice(Router):
         before: GroupSoFar | None,
     ) -> Routing:
         config, num_experts = self.config, self.num_experts
-        groups = tokens.num_sequences if config.group == "sequence" else 1
-        valid_BS = tokens.valid_A.view(groups, -1)
-        capacity_B = capacity(valid_BS.sum(dim=1), config.capacity_factor or 1.0, self.top_k, num_experts)
-        score_BSE = self.probabilities(logits_AE).view(*valid_BS.shape, num_experts)
-        taken_AE = taken_by_experts(score_BSE, valid_BS, capacity_B).view(-1, num_experts)
+        groups = tokens.by_sequence if config.group == "sequence" else tokens.together
+        room_BS1 = tokens.once(_room, groups, config.capacity_factor or 1.0, self.top_k, num_experts)
+        score_BSE = self.probabilities(logits_AE).view(*room_BS1.shape[:2], num_experts)
+        padding_BS1 = tokens.padding_A1.view(room_BS1.shape) if tokens.may_have_padding else None
+        taken_AE = taken_by_experts(score_BSE, padding_BS1, room_BS1).view(-1, num_experts)
         columns = max(1, int(taken_AE.sum(dim=1).max()))  # over all tokens: each rank's routing is equally wide
-        ids_E = torch.arange(num_experts, device=taken_AE.device)
+        taken_TE, ids_E = taken_AE[own], torch.arange(num_experts, device=taken_AE.device)
         # The experts that took the token in order of their id, then `num_experts` as often as needed.
-        expert_TK = torch.where(taken_AE[own], ids_E, num_experts).topk(columns, dim=1, largest=False).values
+        expert_TK = torch.where(taken_TE, ids_E, num_experts).topk(columns, dim=1, largest=False).values
         nobody_TK = expert_TK == num_experts
         index_TK = expert_TK.masked_fill(nobody_TK, 0)
         if config.renormalize:
@@ -364,11 +377,17 @@ class ExpertChoice(Router):
             weight_TK = logits_TE.gather(1, index_TK).masked_fill(nobody_TK, low).softmax(dim=1)
         else:
             weight_TK = logits_TE.softmax(dim=1).gather(1, index_TK)
-        weight_TK = (weight_TK * config.scale).masked_fill(nobody_TK, 0.0)
-        zero = logits_TE.new_zeros(())
-        z = z_loss(logits_TE, tokens.valid_A[own].to(logits_TE.dtype))
-        chosen_E = taken_AE[own].sum(dim=0)
-        return Routing(expert_TK, weight_TK, zero, z, chosen_E, torch.zeros_like(chosen_E[0]), logits_TE.new_zeros(num_experts))
+        weight_TK = (weight_TK if config.scale == 1.0 else weight_TK * config.scale).masked_fill(nobody_TK, 0.0)
+        chosen_E = taken_TE.sum(dim=0)
+        zero, z = logits_TE.new_zeros(()), z_loss(logits_TE, tokens, own, config.z_loss)
+        return Routing(expert_TK, weight_TK, zero, z, chosen_E, chosen_E.new_zeros(()))
+
+
+def _room(tokens: RouterTokens, groups: Groups, factor: float, top_k: int, num_experts: int) -> Tensor:
+    """bool [B, S, 1]: of the tokens in the order in which an expert likes them, those that it takes."""
+    capacity_B = capacity(groups.tokens_G, factor, top_k, num_experts)
+    place_S1 = torch.arange(len(tokens.valid_A) // groups.number, device=capacity_B.device)[:, None]
+    return place_S1 < capacity_B[:, None, None]
 
 
 def router_class(config: RouterConfig) -> type[Router]:
@@ -403,6 +422,9 @@ def _count(index: Tensor, num_bins: int) -> Tensor:
     return torch.zeros(num_bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
-def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
-    """Sum over valid tokens of logsumexp(logits)^2: the router z-loss of ST-MoE (Zoph et al. 2022), not yet averaged."""
-    return torch.dot(logits_TE.logsumexp(dim=1).square(), valid_T)
+def z_loss(logits_TE: Tensor, tokens: RouterTokens, own: OwnTokens, weight: float) -> Tensor:
+    """Sum over own valid tokens of logsumexp(logits)^2: the router z-loss of ST-MoE (Zoph et al. 2022), not yet averaged.  With
+    weight 0 it is a number to report and has no backward pass."""
+    log_T = (logits_TE if weight else logits_TE.detach()).logsumexp(dim=1)
+    valid_T = tokens.counted(log_T.dtype)[own] if tokens.may_have_padding else None
+    return torch.dot(log_T, log_T if valid_T is None else log_T * valid_T)

@@ -60,16 +60,17 @@ def hashed(token_A: Tensor, layer: int, k: int, num_experts: int) -> Tensor:
     return highest(uniform(0, layer, "hash", token_A, torch.zeros_like(token_A), num_experts), k)
 
 
-def taken_by_experts(score_BSE: Tensor, valid_BS: Tensor, capacity_B: Tensor) -> Tensor:
-    """[B, S, E] bool: each expert takes the `capacity_B[b]` tokens of group b that score highest, earlier ones first.
+def taken_by_experts(score_BSE: Tensor, padding_BS1: Tensor | None, room_BS1: Tensor) -> Tensor:
+    """[B, S, E] bool: each expert takes the tokens of group b that score highest, earlier ones first, as many of them as
+    `room_BS1` begins with True.  `padding_BS1`: tokens that nobody takes, None: there are none.
 
     Source: Zhou et al., "Mixture-of-experts with expert choice routing" (2022).
     """
-    valid_BS1 = valid_BS[:, :, None]
-    order_BSE = score_BSE.masked_fill(~valid_BS1, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-    place_S1 = torch.arange(score_BSE.shape[1], device=score_BSE.device)[:, None]
-    taken_BSE = (place_S1 < capacity_B[:, None, None]).expand_as(order_BSE)
-    return torch.empty_like(order_BSE, dtype=torch.bool).scatter_(1, order_BSE, taken_BSE) & valid_BS1
+    if padding_BS1 is not None:
+        score_BSE = score_BSE.masked_fill(padding_BS1, float("-inf"))
+    order_BSE = score_BSE.sort(dim=1, descending=True, stable=True).indices
+    taken_BSE = torch.empty_like(order_BSE, dtype=torch.bool).scatter_(1, order_BSE, room_BS1.expand_as(order_BSE))
+    return taken_BSE if padding_BS1 is None else taken_BSE & ~padding_BS1
 
 
 def capacity(tokens_G: Tensor, factor: float, top_k: int, num_experts: int) -> Tensor:

@@ -4,13 +4,15 @@ A tokens of the micro-batch, T of them this rank's own (with tensor parallelism 
 context parallelism two pieces of it), G groups that share capacity and balance, L layers of the model, K experts a token.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalina.batch import Batch
+from megalina.batch import Batch, Fact
 from megalina.zigzag import in_order
 
 OwnTokens = slice | Tensor  # of a micro-batch's tokens: a slice, or with context parallelism int64 [T]
@@ -43,7 +45,7 @@ class TokenShare:
 WHOLE = TokenShare()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Groups:
     """The groups of tokens that share capacity and balance."""
 
@@ -65,6 +67,27 @@ class RouterTokens:
     replay_ALK: Tensor | None = None  # integers, see `Batch.replay_BSLK`
 
     @cached_property
+    def padding_A1(self) -> Tensor:
+        """bool [A, 1]"""
+        return ~self.valid_A.unsqueeze(1)
+
+    def counted(self, dtype: torch.dtype) -> Tensor:
+        """[A]: 1 for each token that isn't padding."""
+        return self.once(_counted, dtype)
+
+    def once(self, make: Callable[..., Fact], *also: Hashable) -> Fact:
+        """`make(self, *also)`, made once and kept: for what each layer would make anew from the tokens alone."""
+        key = make, *also
+        if key not in self._made:
+            self._made[key] = make(self, *also)
+        made: Fact = self._made[key]
+        return made
+
+    @cached_property
+    def _made(self) -> dict[tuple[Hashable, ...], Any]:
+        return {}
+
+    @cached_property
     def by_sequence(self) -> Groups:
         return self._in_groups(self.num_sequences)
 
@@ -76,6 +99,10 @@ class RouterTokens:
         tokens_G = self.valid_A.view(number, -1).sum(dim=1)
         group_A = torch.arange(len(self.valid_A), device=self.valid_A.device) // (len(self.valid_A) // number)
         return Groups(number, tokens_G, group_A.masked_fill_(~self.valid_A, number))
+
+
+def _counted(tokens: RouterTokens, dtype: torch.dtype) -> Tensor:
+    return tokens.valid_A.to(dtype)
 
 
 def places(batch: Batch, own: slice) -> tuple[Tensor, Tensor]:

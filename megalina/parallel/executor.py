@@ -7,7 +7,7 @@ A value dies at its last reader.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -66,21 +66,15 @@ class Executor:
         self._links.watched = any(s.yields_to or s.credit for s in program)
         self.watch: Watch | None = None  # is entered around each instruction, on the host
         last = {v: i for i, s in enumerate(program) for v in s.reads}
-        self._lines: list[tuple[Callable[[Instruction, Any], None], Instruction, Any, list[str], str, bool]] = []
-        for i, instruction in enumerate(program):
-            run = getattr(
-                self,
-                f"_{instruction.kind.name.lower()}_{instruction.phase}"
-                if instruction.kind is Kind.COMPUTE
-                else f"_{instruction.kind.name.lower()}",
-            )
-            function = functions(instruction) if instruction.kind is Kind.COMPUTE else None
-            dead = [v for v in instruction.reads if last[v] == i]
-            self._lines.append((run, instruction, function, dead, instruction.tag, instruction.kind is Kind.WAIT))
         self._late_sizes = set() if cuda else {s.key for s in program if _may_be_late(program, s)}
         self._values: dict[str, Any] = {}
         self._kept: dict[tuple[str, int, str], Kept] = {}
         self._autograd = any(s.phase == "B" for s in program)
+        self._lines: list[tuple[Callable[[], None], Instruction, list[str], str, bool]] = []
+        for i, instruction in enumerate(program):
+            dead = [v for v in instruction.reads if last[v] == i]
+            run = self._bound(instruction, functions)
+            self._lines.append((run, instruction, dead, instruction.tag, instruction.kind is Kind.WAIT))
 
     def run(self, given: Mapping[str, Any], *, keep: Collection[str] = (), record: Recorder | None = None) -> dict[str, Any]:
         """Run the program once; returns the values that nobody read, and those in `keep`, which outlive their readers.
@@ -93,15 +87,15 @@ class Executor:
             marks.begin()
         watch = self.watch
         clock: Callable[[], Any] = marks.now if marks is not None else time.perf_counter  # CUDA: when its stream gets there
-        for run, instruction, function, dead, tag, waits in self._lines:
+        for run, instruction, dead, tag, waits in self._lines:
             position.enter(tag, waits)
             began_s = clock()
             try:
                 if watch is None:
-                    run(instruction, function)
+                    run()
                 else:
                     with watch(instruction):
-                        run(instruction, function)
+                        run()
             except Exception as error:
                 error.add_note(f"in instruction {tag}")
                 raise
@@ -129,50 +123,79 @@ class Executor:
         self._links.close()
         self._relay.close()
 
+    def _bound(self, instruction: Instruction, functions: Functions) -> Callable[[], None]:
+        """What runs the instruction: all that follows from it alone is found once, not step after step."""
+        match instruction.kind, instruction.phase:
+            case Kind.START, _:
+                return partial(self._start, instruction, self.mesh.axis(instruction.axis))
+            case Kind.WAIT, _:
+                return partial(self._wait, instruction)
+            case _, "F":
+                return self._forward(instruction, functions(instruction))
+            case _, "B":
+                return self._backward(instruction, functions(instruction))
+            case _, "W":
+                return torch.no_grad()(functions(instruction))
+            case _:
+                return partial(self._without_autograd, instruction.reads, instruction.writes, functions(instruction))
+
     # compute
-    def _compute_F(self, instruction: Instruction, function: Callable[..., Any]) -> None:
-        leaves = [self._leaf(v) for v in instruction.reads]
+    def _forward(self, instruction: Instruction, function: Callable[..., Any]) -> Callable[[], None]:
+        reads = [(name, has_gradient(name)) for name in instruction.reads]
+        writes = [(name, has_gradient(name)) for name in instruction.writes]
         graph = self._autograd and not instruction.recompute
-        outputs = _outputs(function, leaves, graph)
-        for name, out in zip(instruction.writes, outputs, strict=True):
-            self._values[name] = out.detach() if has_gradient(name) else out
-        if self._autograd and any(map(has_gradient, instruction.writes)):
-            self._kept[instruction.key] = leaves, _edges(instruction, outputs) if graph else None
+        keeps, key = self._autograd and any(has for _, has in writes), instruction.key
 
-    def _leaf(self, name: str) -> Any:
+        def run() -> None:
+            leaves = [self._leaf(name, has) for name, has in reads]
+            outputs = _outputs(function, leaves, graph)
+            values, edges = self._values, list[GradientEdge | None]()
+            for (name, has), out in zip(writes, outputs, strict=True):
+                if has:
+                    values[name] = out.detach()
+                    if keeps and graph:
+                        edges.append(get_gradient_edge(out) if out.requires_grad else None)
+                else:
+                    values[name] = out
+            if keeps:
+                self._kept[key] = leaves, edges if graph else None
+
+        return run
+
+    def _leaf(self, name: str, has_a_gradient: bool) -> Any:
         value = self._values[name]
-        if isinstance(value, Later):
-            return value.get()
-        return value.detach().requires_grad_(self._autograd) if has_gradient(name) else value
+        if has_a_gradient and isinstance(value, Tensor):
+            return value.detach().requires_grad_(self._autograd)
+        return value.get() if isinstance(value, Later) else value
 
-    def _compute_B(self, instruction: Instruction, function: Callable[..., Any]) -> None:
-        leaves, edges = self._kept.pop(instruction.key)
-        if edges is None:
-            outputs = _outputs(function, leaves, True)
-            edges = [
-                get_gradient_edge(o) if o.requires_grad else None for o in outputs[: sum(map(has_gradient, instruction.reads))]
-            ]
-        gradients = [self._values[v] for v in instruction.reads if has_gradient(v)]
-        pairs = [(e, g) for e, g in zip(edges, gradients, strict=True) if e is not None]
-        if pairs:
-            torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
-        with_gradient = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
-        for name, leaf in zip(filter(has_gradient, instruction.writes), with_gradient, strict=True):
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            leaf.grad = None
-            self._values[name] = self._values[name] + gradient if name in self._values else gradient
+    def _backward(self, instruction: Instruction, function: Callable[..., Any]) -> Callable[[], None]:
+        reads, writes = ([v for v in names if has_gradient(v)] for names in (instruction.reads, instruction.writes))
+        key = instruction.key
 
-    def _compute_W(self, instruction: Instruction, function: Callable[..., Any]) -> None:
-        with torch.no_grad():
-            function()
+        def run() -> None:
+            leaves, edges = self._kept.pop(key)
+            values = self._values
+            if edges is None:
+                outputs = _outputs(function, leaves, True)
+                edges = [get_gradient_edge(o) if o.requires_grad else None for o in outputs[: len(reads)]]
+            pairs = [(e, values[v]) for e, v in zip(edges, reads, strict=True) if e is not None]
+            if pairs:
+                torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
+            with_gradient = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad)
+            for name, leaf in zip(writes, with_gradient, strict=True):
+                gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                leaf.grad = None
+                values[name] = values[name] + gradient if name in values else gradient
 
-    def _compute_U(self, instruction: Instruction, function: Callable[..., Any]) -> None:
-        outputs = _outputs(function, [self._values.get(v) for v in instruction.reads], False)
-        self._values.update(zip(instruction.writes, outputs, strict=True))
+        return run
+
+    def _without_autograd(self, reads: Sequence[str], writes: Sequence[str], function: Callable[..., Any]) -> None:
+        outputs = _outputs(function, [self._values.get(v) for v in reads], False)
+        self._values.update(zip(writes, outputs, strict=True))
 
     # exchanges
-    def _start(self, instruction: Instruction, _: None) -> None:
-        self._values[instruction.writes[0]] = self._send(instruction, self.mesh.axis(instruction.axis))
+    def _start(self, instruction: Instruction, axis: Axis) -> None:
+        self._values[instruction.writes[0]] = self._send(instruction, axis)
 
     def _send(self, instruction: Instruction, axis: Axis) -> Any:
         assert instruction.op is not None
@@ -257,7 +280,7 @@ class Executor:
             return start_sum_by_node(flat, axis, self._log, self._relay)
         return exchange.start_sum_in_place(flat, axis, self._log)
 
-    def _wait(self, instruction: Instruction, _: None) -> None:
+    def _wait(self, instruction: Instruction) -> None:
         sent = self._values[instruction.reads[0]]
         if instruction.op is Op.SEND:
             sent.wait()
@@ -297,11 +320,3 @@ def _outputs(function: Callable[..., Any], arguments: list[Any], graph: bool) ->
     if out is None:
         return (None,)
     return out if isinstance(out, tuple) else (out,)
-
-
-def _edges(instruction: Instruction, outputs: tuple[Any, ...]) -> list[GradientEdge | None]:
-    return [
-        get_gradient_edge(o) if o.requires_grad else None
-        for n, o in zip(instruction.writes, outputs, strict=True)
-        if has_gradient(n)
-    ]

@@ -52,6 +52,7 @@ CONFIGS = {
 
 
 def make_router(config: RouterConfig, num_experts: int = E) -> Router:
+    config = replace(config, z_loss=config.z_loss or 0.1)  # without a weight it has no backward
     router = made_router(config, d_model=D, num_experts=num_experts, layer=2, seed=7)
     if router.bias_E is not None:
         router.bias_E.copy_(torch.linspace(-0.2, 0.2, num_experts).roll(2))
@@ -106,6 +107,19 @@ def test_a_router_equals_a_loop_over_tokens(name: str, padding: bool) -> None:
         loss = loss + 0.3 * slow["balance"] + 0.2 * slow["z"] + (slow["prob_E"] * torch.arange(E).sin()).sum()
         loss.backward()
         torch.testing.assert_close(fast_logits.grad, slow_logits.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["topk", "sigmoid", "expert_choice"])
+def test_losses_without_weight_are_reported_and_have_no_backward(name: str) -> None:
+    weighted = replace(CONFIGS[name], z_loss=0.1)
+    tokens, logits = make_tokens(some_padding()), make_logits().requires_grad_()
+    with_weight, without = (
+        route(made_router(config, d_model=D, num_experts=E, layer=2, seed=7), logits, tokens)
+        for config in (weighted, replace(weighted, z_loss=0.0, balance_loss=0.0))
+    )
+    assert torch.equal(with_weight.z, without.z) and torch.equal(with_weight.balance, without.balance)
+    assert with_weight.z.requires_grad and without.weight_TK.requires_grad
+    assert not (without.z.requires_grad or without.balance.requires_grad or without.prob_E.requires_grad)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
