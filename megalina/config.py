@@ -279,6 +279,8 @@ class TrainConfig:
     exit_step: int = setting(0, high=LARGEST_COUNT)  # save and stop after this step; 0: run to the end
     max_minutes: float = setting(0.0, high=1e9)  # save and stop after this time; 0: no limit
     ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit
+    # steps between collections of Python's garbage, on all ranks after the same ones; 0: whenever Python likes, on each by itself
+    gc_interval: int = setting(50, high=LARGEST_COUNT)
     deterministic: bool = False  # only kernels that give the same bits each time (on CPU all do), else an error
 
 

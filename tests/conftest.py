@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_runtest_teardown() -> None:
+    gc.enable()  # which a trainer that was never closed has not
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are full are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long modules first, and those that aren't recorded: workers take one after another, and the last ones should be short."""

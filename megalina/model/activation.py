@@ -12,7 +12,7 @@ from torch import Tensor
 from megalina.blocks.activation import Activation
 
 SLOPE = 1.702  # of the sigmoid, which makes gate x sigmoid close to GELU
-aten = torch.ops.aten
+aten = torch.ops.aten  # with the overload named, which the dispatcher would look for at each call
 
 
 def activate(h: Tensor, activation: Activation, out_NF: Tensor) -> None:
@@ -20,7 +20,7 @@ def activate(h: Tensor, activation: Activation, out_NF: Tensor) -> None:
     match activation.name:
         case "swiglu":
             gate_NF, up_NF = h.chunk(2, dim=-1)
-            aten.silu(gate_NF, out=out_NF).mul_(up_NF)
+            aten.silu.out(gate_NF, out=out_NF).mul_(up_NF)
         case "swiglu_clamped":
             gate_NF, up_NF = h.chunk(2, dim=-1)
             torch.clamp(gate_NF, max=activation.limit, out=out_NF)
@@ -29,7 +29,7 @@ def activate(h: Tensor, activation: Activation, out_NF: Tensor) -> None:
             torch.clamp(up_NF, -activation.limit, activation.limit, out=scratch_NF)
             out_NF.mul_(scratch_NF.add_(1))
         case "gelu":
-            aten.gelu(h, out=out_NF)
+            aten.gelu.out(h, out=out_NF)
         case _:
             torch.clamp(h, min=0, out=out_NF)
 
@@ -40,19 +40,19 @@ def activate_backward(da_NF: Tensor, h: Tensor, activation: Activation, dh_out: 
         case "swiglu":
             gate_NF, up_NF = h.chunk(2, dim=-1)
             dgate_NF, dup_NF = dh_out.chunk(2, dim=-1)
-            silu_NF = aten.silu(gate_NF, out=dup_NF)
+            silu_NF = aten.silu.out(gate_NF, out=dup_NF)
             torch.mul(silu_NF, up_NF, out=a_out_NF)
             torch.mul(da_NF, up_NF, out=dgate_NF)
-            aten.silu_backward(dgate_NF, gate_NF, grad_input=dgate_NF)
+            aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
             dup_NF.mul_(da_NF)
         case "swiglu_clamped":
             _clamped_backward(da_NF, h, activation.limit, dh_out, a_out_NF)
         case "gelu":
-            aten.gelu(h, out=a_out_NF)
-            aten.gelu_backward(da_NF, h, grad_input=dh_out)
+            aten.gelu.out(h, out=a_out_NF)
+            aten.gelu_backward.grad_input(da_NF, h, grad_input=dh_out)
         case _:
             torch.clamp(h, min=0, out=a_out_NF)
-            aten.threshold_backward(da_NF, h, 0, grad_input=dh_out)
+            aten.threshold_backward.grad_input(da_NF, h, 0, grad_input=dh_out)
 
 
 def _clamped_backward(da_NF: Tensor, h: Tensor, limit: float, dh_out: Tensor, a_out_NF: Tensor) -> None:

@@ -117,7 +117,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         x = x.contiguous()
-        y, mean, rstd = torch.ops.aten.native_layer_norm(x, [x.shape[-1]], weight_D, bias_D, eps)
+        y, mean, rstd = torch.ops.aten.native_layer_norm.default(x, [x.shape[-1]], weight_D, bias_D, eps)
         ctx.save_for_backward(x, mean, rstd, weight_D, bias_D)
         ctx.weight_grad, ctx.bias_grad = main_grad(weight_D), main_grad(bias_D)
         return y
@@ -127,7 +127,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, mean, rstd, weight_D, bias_D = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
-        dx, dweight_D, dbias_D = torch.ops.aten.native_layer_norm_backward(
+        dx, dweight_D, dbias_D = torch.ops.aten.native_layer_norm_backward.default(
             dy.contiguous(), x, [x.shape[-1]], mean, rstd, weight_D, bias_D, needed
         )
         if needed[1]:

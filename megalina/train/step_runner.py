@@ -30,6 +30,7 @@ from megalina.step.plan import Plan
 from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
+from megalina.train.garbage import Garbage
 from megalina.train.guard import SpikeGuard
 from megalina.train.known_sequences import check_known
 from megalina.train.ledger import Line, RandomState, line_of
@@ -93,6 +94,7 @@ class StepRunner:
         mesh = self.meshes[packings[0]]
         self.log = log or CollectiveLog(mesh.world.rank, alike=mesh.pp == 1)
         self.is_first = mesh.world.rank == 0
+        self._garbage = Garbage(interval=config.train.gc_interval)
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         self._guard = SpikeGuard(config.guard)
         self.doctor = Doctor(
@@ -271,6 +273,7 @@ class StepRunner:
         """One step, with its entry in the ledger; nothing is logged or saved.  `record` gets the step's events."""
         train, state, trainable, optimizer = self.config.train, self.state, self.built.trainable, self.built.optimizer
         self.log.position.step = step
+        self._garbage.after(step - 1)
         optimizer.lr = learning_rate(
             self.config.schedule,
             peak=self.config.optim.lr,
@@ -318,6 +321,7 @@ class StepRunner:
 
     def close(self) -> None:
         """End all threads; nothing more is computed."""
+        self._garbage.close()
         self._batches.close()
         self.built.trainable.close()
 
