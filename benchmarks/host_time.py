@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.ranks} ranks, {args.rounds} rounds in turns, medians; us of CPU time per instruction: {args.before} > now\n")
     print(table(rounds))
     if args.json:
-        args.json.write_text(json.dumps([{"before": b, "now": n} for b, n in rounds], indent=1) + "\n")
+        args.json.write_text(json.dumps({"rounds": [{"before": b, "now": n} for b, n in rounds]}, indent=1) + "\n")
     return 0
 
 
@@ -78,13 +78,14 @@ def per_instruction(one: Mapping[str, Any]) -> dict[str, float]:
     return out | {"all": one["thread_s"] / count * 1e6}
 
 
-def table(rounds: Sequence[tuple[Found, Found]]) -> str:
-    """Markdown, one line a list.  The ratio is the median over rounds of now over before, with its range."""
+def cells(rounds: Sequence[Sequence[Found]]) -> list[list[str]]:
+    """The head and a row for each list, of rounds of (before, now).  The ratio is the median over rounds of now over before, with
+    its range."""
     columns = (*GROUPS, "between", "all")
-    lines = [f"| list | instructions | {' | '.join(columns)} | now over before |", "|---" * (len(columns) + 3) + "|"]
+    rows = [["list", "instructions", *columns, "now over before"]]
     for name in (name for name in rounds[0][0] if name.endswith(TINY)):
         pairs = [(per_instruction(before[name]), per_instruction(now[name])) for before, now in rounds]
-        cells = [
+        medians = [
             f"{statistics.median(b[column] for b, _ in pairs):.0f} > {statistics.median(n[column] for _, n in pairs):.0f}"
             for column in columns
         ]
@@ -92,8 +93,14 @@ def table(rounds: Sequence[tuple[Found, Found]]) -> str:
         last = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         counts = [found[name]["instructions"] for found in rounds[-1]]
         shown = str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} > {counts[1]}"
-        lines.append(f"| {name.removesuffix(TINY)} | {shown} | {' | '.join(cells)} | {last} |")
-    return "\n".join(lines)
+        rows.append([name.removesuffix(TINY), shown, *medians, last])
+    return rows
+
+
+def table(rounds: Sequence[Sequence[Found]]) -> str:
+    """`cells` in Markdown."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in cells(rounds))
+    return "\n".join([head, "|---" * len(cells(rounds)[0]) + "|", *rows])
 
 
 def parser() -> argparse.ArgumentParser:

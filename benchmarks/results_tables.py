@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.host_time import cells
 from benchmarks.link_counters import FRAME_BYTES
 
 Result = Mapping[str, Any]
@@ -184,6 +185,12 @@ def host_time(result: Result) -> list[Table]:
     return [Table(head, rows)]
 
 
+def host_before(result: Result) -> list[Table]:
+    """Of benchmarks/host_time.py: CPU time of the program's thread per instruction, before and now."""
+    head, *rows = cells([(of["before"], of["now"]) for of in result["rounds"]])
+    return [Table(tuple(f"{name} us" if 1 < i < len(head) - 1 else name for i, name in enumerate(head)), rows)]
+
+
 def museum(result: Result) -> list[Table]:
     """Of benchmarks/museum.py."""
     rows = [
@@ -305,6 +312,7 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "torch_pipelines": torch_pipelines,
     "validation": validation,
     "host_time": host_time,
+    "host_before": host_before,
     "muon_wire": muon_wire,
     "muon_train": muon_train,
     "long_context": long_context,
