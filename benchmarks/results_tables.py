@@ -272,9 +272,12 @@ def inference(result: Result) -> list[Table]:
         ]
         head = ("mode", "median ms", "p95 ms", "static over it: median, p95", "over ideal: median, p95",
                 "largest load over mean: median, p95", "phase 2", "experts fetched per device and batch")  # fmt: skip
-        served = ", ".join(setting["traces"])
-        profiled = ", ".join(setting.get("profiles") or ()) or "first halves of the same"
-        title = f"**{setting['devices']} devices, skew {setting['skew']}**: served {served}, profiled {profiled}; "
+        if "workload" in setting:
+            title = f"**{setting['devices']} devices, workload {setting['workload']}**: profiled the same by another seed; "
+        else:
+            served = ", ".join(setting["traces"])
+            profiled = ", ".join(setting.get("profiles") or ()) or "first halves of the same"
+            title = f"**{setting['devices']} devices, skew {setting['skew']}**: served {served}, profiled {profiled}; "
         out.append(Table(head, rows, f"{title}{setting['slow_motion']:g} times in slow motion, in its own time"))
     return out
 
