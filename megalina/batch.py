@@ -18,8 +18,24 @@ from megalina import zigzag
 Fact = TypeVar("Fact")
 
 
+class Once:
+    """Has things that follow from it alone, made when somebody asks and kept."""
+
+    def once(self, make: Callable[..., Fact], *also: Hashable) -> Fact:
+        """`make(self, *also)`, made once and kept: for what each layer would make anew."""
+        key = make, *also
+        if key not in self._made:
+            self._made[key] = make(self, *also)
+        made: Fact = self._made[key]
+        return made
+
+    @cached_property
+    def _made(self) -> dict[tuple[Hashable, ...], Any]:
+        return {}
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Once):
     tokens_BS: Tensor  # int64, what the model reads
     labels_BS: Tensor  # int64, the token after each
     loss_mask_BS: Tensor  # bool, False: this position's label does not count in the loss
@@ -90,18 +106,6 @@ class Batch:
     def may_have_padding(self) -> bool:
         """False: every position is valid.  Known of batches that were on the CPU once; asking a GPU would make the host wait."""
         return not self.valid_BS.is_cpu or not bool(self.valid_BS.all())
-
-    def once(self, make: Callable[..., Fact], *also: Hashable) -> Fact:
-        """`make(self, *also)`, made once and kept with the batch: for what each layer would make anew from the batch alone."""
-        key = make, *also
-        if key not in self._made:
-            self._made[key] = make(self, *also)
-        made: Fact = self._made[key]
-        return made
-
-    @cached_property
-    def _made(self) -> dict[tuple[Hashable, ...], Any]:
-        return {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What was made of the batch doesn't travel with it."""

@@ -4,15 +4,13 @@ A tokens of the micro-batch, T of them this rank's own (with tensor parallelism 
 context parallelism two pieces of it), G groups that share capacity and balance, L layers of the model, K experts a token.
 """
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalina.batch import Batch, Fact
+from megalina.batch import Batch, Once
 from megalina.zigzag import in_order
 
 OwnTokens = slice | Tensor  # of a micro-batch's tokens: a slice, or with context parallelism int64 [T]
@@ -55,7 +53,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class RouterTokens:
+class RouterTokens(Once):
     """The micro-batch's tokens, sequence after sequence, the same on each rank that has some of them."""
 
     token_A: Tensor  # int64, token id
@@ -74,18 +72,6 @@ class RouterTokens:
     def counted(self, dtype: torch.dtype) -> Tensor:
         """[A]: 1 for each token that isn't padding."""
         return self.once(_counted, dtype)
-
-    def once(self, make: Callable[..., Fact], *also: Hashable) -> Fact:
-        """`make(self, *also)`, made once and kept: for what each layer would make anew from the tokens alone."""
-        key = make, *also
-        if key not in self._made:
-            self._made[key] = make(self, *also)
-        made: Fact = self._made[key]
-        return made
-
-    @cached_property
-    def _made(self) -> dict[tuple[Hashable, ...], Any]:
-        return {}
 
     @cached_property
     def by_sequence(self) -> Groups:
