@@ -7,7 +7,8 @@ Four parts, each interleaved round by round so that a noisy machine disturbs all
 
 1. One process, all cores: our step (the program, run by the executor) against Hugging Face's MixtralForCausalLM with the
    same weights, its `grouped_mm` experts and SDPA; forward, backward, gradient clipping and torch's fused AdamW on both
-   sides, nothing compiled.  Beside it the best matrix product rate that torch reaches on this machine.
+   sides, nothing compiled.  Theirs twice: in a process as it comes (`ratio_to_hf_mixtral`), and in ours, whose memory is kept
+   (`train.keep_memory`; `ratio_to_hf_mixtral_same_malloc`).  Beside it the best matrix product rate that torch reaches here.
 2. Peak memory of one process over what it must hold: weights, gradients, optimizer, and the activations as estimated
    below.
 3. Two expert-parallel ranks with one thread each against one rank with one thread, same global batch.
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,12 @@ from megalina.mesh import build_mesh
 from megalina.model.init import spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.kept_memory import keep_memory
 from megalina.train.throughput import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-4
+EXPERTS = "grouped_mm"  # the fastest of transformers' implementations on CPU
 MATMULS = [(2048, 512, 1024), (2048, 1024, 512), (512, 512, 2048), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 2048, 512)]
 
 
@@ -186,10 +190,47 @@ class HuggingFace:
         return loss.item()
 
 
+class AsItComes:
+    """`HuggingFace` in a process of its own, in which malloc is as it comes."""
+
+    def __init__(self, shape: str):
+        command = [sys.executable, __file__, "--worker", "hugging_face", shape]
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Its loss and seconds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(number, file=self._process.stdin, flush=True)
+        loss, seconds = json.loads(self._process.stdout.readline())
+        return loss, seconds
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def hugging_face_worker(shape: str) -> None:
+    """A step for each number that comes in."""
+    config = bench_config(shape=(SHAPES | {"bench": BENCH})[shape])
+    model = HuggingFace(config, EXPERTS)
+    model.copy_from(Ours(config))
+    for line in sys.stdin:
+        start_s = time.perf_counter()
+        loss = model.step(int(line))
+        print(json.dumps([loss, time.perf_counter() - start_s]), flush=True)
+
+
 def timed_s(work: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     work()
     return time.perf_counter() - start_s
+
+
+def timed_step(model: Ours | HuggingFace, number: int) -> tuple[float, float]:
+    """Its loss and seconds."""
+    start_s = time.perf_counter()
+    loss = model.step(number)
+    return loss, time.perf_counter() - start_s
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -206,53 +247,63 @@ def matmul_flops(dtype: torch.dtype) -> float:
     return best
 
 
-def against_hugging_face(rounds: int, steps: int, shape: Shape = BENCH) -> dict[str, Any]:
+def against_hugging_face(rounds: int, steps: int, name: str = "bench") -> dict[str, Any]:
+    shape = (SHAPES | {"bench": BENCH})[name]
     config = bench_config(shape=shape)
-    ours = Ours(config)
-    theirs = {name: HuggingFace(config, name) for name in ("grouped_mm",)}
-    for model in theirs.values():
-        model.copy_from(ours)
-    first = {"ours": ours.step(0)} | {name: model.step(0) for name, model in theirs.items()}
-    for name, loss in first.items():
+    if not keep_memory():
+        raise RuntimeError("memory can't be kept here: this needs glibc")
+    ours, theirs, as_it_comes = Ours(config), HuggingFace(config, EXPERTS), AsItComes(name)
+    theirs.copy_from(ours)
+    runners: dict[str, Callable[[int], tuple[float, float]]] = {
+        "ours": partial(timed_step, ours),
+        "hugging_face": as_it_comes.step,
+        "hugging_face_same_malloc": partial(timed_step, theirs),
+    }
+    first = {who: step(0)[0] for who, step in runners.items()}
+    for who, loss in first.items():
         if abs(loss - first["ours"]) > (1e-4 if shape.dtype == "float32" else 1e-2):
-            raise RuntimeError(f"not the same work: first loss {first['ours']} here, {loss} by {name}")
-    runners: dict[str, Callable[[int], float]] = {"ours": ours.step} | {name: model.step for name, model in theirs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    ratios: list[float] = []
+            raise RuntimeError(f"not the same work: first loss {first['ours']} here, {loss} by {who}")
+    times: dict[str, list[float]] = {who: [] for who in runners}
+    ratios: dict[str, list[float]] = {who: [] for who in runners}
     peaks: list[float] = []
-    fractions: dict[str, list[float]] = {name: [] for name in runners}
+    fractions: dict[str, list[float]] = {who: [] for who in runners}
     of_token = model_flops(config.model, config.router, vocab_size=config.model.vocab_size, seq_len=shape.length).per_token
     flops = of_token * shape.tokens
     number = 1
     for run in range(rounds + 1):
-        round_s: dict[str, list[float]] = {name: [] for name in runners}
+        round_s: dict[str, list[float]] = {who: [] for who in runners}
         rates = []
         for _ in range(steps):
-            for name, step in runners.items():
-                round_s[name].append(timed_s(lambda step=step, number=number: step(number)))  # type: ignore[misc]
+            for who, step in runners.items():
+                round_s[who].append(step(number)[1])
             rates.append(matmul_flops(getattr(torch, shape.dtype)))
             number += 1
         if run == 0:
             continue  # warm-up
-        median = {name: statistics.median(values) for name, values in round_s.items()}
+        median = {who: statistics.median(values) for who, values in round_s.items()}
         peaks.append(max(rates))
-        for name in runners:
-            times[name].append(median[name])
-            fractions[name].append(flops / median[name] / peaks[-1])
-        ratios.append(min(median[name] for name in theirs) / median["ours"])
+        for who in runners:
+            times[who].append(median[who])
+            fractions[who].append(flops / median[who] / peaks[-1])
+            ratios[who].append(median[who] / median["ours"])
         print(
-            f"round {run}/{rounds}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in median.items()), file=sys.stderr, flush=True
+            f"{name}, round {run}/{rounds}: " + ", ".join(f"{who} {s * 1e3:.0f} ms" for who, s in median.items()),
+            file=sys.stderr,
+            flush=True,
         )
+    as_it_comes.close()
     return {
         "first_loss": first,
-        "step_s": {name: summary(values) for name, values in times.items()},
-        "tokens_per_s": {name: shape.tokens / statistics.median(values) for name, values in times.items()},
-        "ratio_to_hf_mixtral": statistics.median(ratios),
-        "ratio_to_hf_mixtral_spread": summary(ratios),
+        "step_s": {who: summary(values) for who, values in times.items()},
+        "tokens_per_s": {who: shape.tokens / statistics.median(values) for who, values in times.items()},
+        "ratio_to_hf_mixtral": statistics.median(ratios["hugging_face"]),
+        "ratio_to_hf_mixtral_spread": summary(ratios["hugging_face"]),
+        "ratio_to_hf_mixtral_same_malloc": statistics.median(ratios["hugging_face_same_malloc"]),
+        "ratio_to_hf_mixtral_same_malloc_spread": summary(ratios["hugging_face_same_malloc"]),
         "matmul_peak_gflops": {k: v / 1e9 for k, v in summary(peaks).items()},
         "model_gflops_a_step": flops / 1e9,
         "fraction_of_matmul_peak": statistics.median(fractions["ours"]),
-        "fraction_of_matmul_peak_spread": {name: summary(values) for name, values in fractions.items()},
+        "fraction_of_matmul_peak_spread": {who: summary(values) for who, values in fractions.items()},
         "load_max_over_mean": ours.load_max_over_mean,
     }
 
@@ -292,13 +343,14 @@ def memory() -> dict[str, Any]:
     return found
 
 
-def ranks_worker(steps: int) -> None:
+def ranks_worker(steps: str) -> None:
     """One of the ranks of part 3; rank 0 prints the times of its steps."""
+    keep_memory()
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo")
     ours = Ours(bench_config(ep=world))
-    times = [timed_s(lambda n=n: ours.step(n)) for n in range(steps + 2)][2:]  # type: ignore[misc]
+    times = [timed_s(lambda n=n: ours.step(n)) for n in range(int(steps) + 2)][2:]  # type: ignore[misc]
     if os.environ["RANK"] == "0":
         print(json.dumps(times))
     if world > 1:
@@ -357,7 +409,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return memory_worker() if options.worker[0] == "memory" else ranks_worker(int(options.worker[1]))
+        workers = {"memory": memory_worker, "ranks": ranks_worker, "hugging_face": hugging_face_worker}
+        return workers[options.worker[0]](*options.worker[1:])
     if options.runs > 1:
         words = (
             "--rounds",
@@ -384,11 +437,9 @@ def main() -> None:
         found |= against_hugging_face(options.rounds, options.steps)
     if "shapes" in parts:
         found["shapes"] = {}
-        for name, shape in SHAPES.items():
-            measured = against_hugging_face(options.rounds, options.steps, shape)
-            measured["ratio_to_hf"] = measured.pop("ratio_to_hf_mixtral")
-            measured["ratio_to_hf_spread"] = measured.pop("ratio_to_hf_mixtral_spread")
-            found["shapes"][name] = measured
+        for name in SHAPES:
+            measured = against_hugging_face(options.rounds, options.steps, name)
+            found["shapes"][name] = {key.replace("ratio_to_hf_mixtral", "ratio_to_hf"): value for key, value in measured.items()}
     return write(found, options.json)
 
 
@@ -414,7 +465,7 @@ def middle_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             out[key] = middle_of(values)
         else:
             out[key] = value if isinstance(value, str) else statistics.median(values)
-        if key in ("ratio_to_hf_mixtral", "ratio_to_hf", "two_rank_speedup"):
+        if key.startswith("ratio_to_hf") and not key.endswith("_spread") or key == "two_rank_speedup":
             out[f"{key}_of_runs"] = values
     return out
 

@@ -281,6 +281,8 @@ class TrainConfig:
     ledger: bool = True  # ledger.jsonl: per step hashes of tokens and of each layer's routing, loss and norm to the last bit
     # steps between collections of Python's garbage, on all ranks after the same ones; 0: whenever Python likes, on each by itself
     gc_interval: int = setting(50, high=LARGEST_COUNT)
+    # on CPU, with glibc: memory that a step frees stays with its process, and the next step has no page faults for it
+    keep_memory: bool = True
     deterministic: bool = False  # only kernels that give the same bits each time (on CPU all do), else an error
 
 

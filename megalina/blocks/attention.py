@@ -26,6 +26,7 @@ from megalina.step.program import Instruction, Op
 SHORTEST_BLOCKED = 129  # at 64 the fused kernel takes half the time, at 192 it takes 1.1 times as long
 LONGEST_BLOCKED = 1024  # keys of a query: saved attention weights grow with their number
 QUERIES_A_BLOCK = 64
+SEQUENCES_A_BLOCK = 4  # without documents
 
 
 def in_blocks(length: int, window: int) -> bool:
@@ -216,7 +217,7 @@ class Attention(Block):
             keys = end - max(0, begin - self.model.window + 1 if self.model.window else 0)
             seen, most = seen + keys * (end - begin), max(most, keys)
         kept = t // s * heads * seen * rank.element + sums * self.model.attention_sinks
-        return QUERIES_A_BLOCK * most * heads * rank.element, kept
+        return min(SEQUENCES_A_BLOCK, t // s) * QUERIES_A_BLOCK * most * heads * rank.element, kept
 
     def logits_work(self, at: At, size: int, numbers: float) -> Piece:
         """For QK-clip, logits once more, in blocks, which see little of what the mask hides; `size`: of a head's query, `numbers`

@@ -203,7 +203,9 @@ def _of_heads(kind: InContext, at: At) -> Inside:
     if not (rank.cuda or kind.is_blocked(rank) or sizes.query == sizes.value):  # the kernel has one width for all
         widest, narrow = max(sizes.query, sizes.value), sizes.of_rank(rank.cp) + heads
         kept += everybody * narrow * widest * rank.element - given * (sizes.value < sizes.query)
-    return Inside(kept, max(2 * sent, kept + block, kept + 2 * given), 2 * given + 3 * sent + 2 * block)
+    laid_out = sent * kind.is_blocked(rank)  # queries, keys and values once more, head by head
+    forward = max(2 * sent, kept + block + laid_out, kept + 2 * given)
+    return Inside(kept, forward, 2 * given + 3 * sent + 2 * block + laid_out + given * kind.is_blocked(rank))
 
 
 def deferred(kind: InContext, at: At) -> Deferred:

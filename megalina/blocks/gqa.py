@@ -177,6 +177,7 @@ class GroupedQueryAttention(Attention):
         if whole:
             before, after = memory.norm(rank, t), memory.residual(rank, t, bias=self.bias == "all")
         block, weights = self.scores(at)
+        laid_out = (q + 2 * g) * self.is_blocked(rank)  # queries, keys and values once more, head by head
         told = self.logits_memory(at, head_dim(model))
         normed = before.kept + x * whole
         cores = 2 * q + 2 * g + weights  # queries, keys, values, what comes of them, attention weights
@@ -190,14 +191,15 @@ class GroupedQueryAttention(Attention):
         forward = max(
             before.forward + before.kept,
             normed + (q + 2 * g) + (q + g) * turned + told,
-            kept + block,
+            kept + block + laid_out,
             kept + x + after.forward,
         )
         tail = x + before.backward - kept if whole else q + 2 * g + x - cores
         inner = q if weights > t * self.heads_here(at) * rank.main else 0  # its product with what came out
         if self.model.attention_experts:
             inner = max(inner, 2 * q)  # gradients of what the heads gave, before and after scaling
-        backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q), tail)
+        core = 2 * q + 2 * g + max(inner, 2 * block + q + laid_out)
+        backward = max(core, q + memory.outer(rank, rank.width, width_q), tail)
         return Inside(kept + after.kept, forward, backward)
 
     def _qkv_memory(self, at: At) -> Inside:
@@ -216,10 +218,12 @@ class GroupedQueryAttention(Attention):
         width_q, width_g = self._q() // rank.tp, self._kv() // rank.tp
         x, q, g = t * rank.width * rank.element, t * width_q * rank.element, t * width_g * rank.element
         block, weights = self.scores(at)
+        laid_out = (q + 2 * g) * self.is_blocked(rank)
         kept = 2 * q + g + weights + 2 * t * rank.main
-        forward = max(2 * (q + g), kept + max(block, x))
+        forward = max(2 * (q + g), kept + max(block + laid_out, x))
         inner = q if weights > t * self.heads_here(at) * rank.main else 0
-        backward = max(2 * q + 2 * g + max(inner, 2 * block), q + memory.outer(rank, rank.width, width_q))
+        core = 2 * q + 2 * g + max(inner, 2 * block + q + laid_out)
+        backward = max(core, q + memory.outer(rank, rank.width, width_q))
         return Inside(kept, forward, backward)
 
     def keeps(self, at: At) -> Sequence[str]:

@@ -97,6 +97,7 @@ class LatentAttention(Attention):
         if whole:
             before, after = memory.norm(rank, t), memory.residual(rank, t, bias=False)
         block, weights = self.scores(at)
+        laid_out = (2 * q + v) * self.is_blocked(rank)  # queries, keys and values once more, head by head
         normed = before.kept + x * whole
         down = 2 * compressed + token * numbers_kept(model) + latent + (1 + bool(compressed)) * t * rank.main
         even = v == q or rank.cuda or self.is_blocked(rank)
@@ -107,14 +108,14 @@ class LatentAttention(Attention):
             before.forward + before.kept,
             normed + down + 2 * q,
             normed + down + 2 * q + up + self.logits_memory(at, size),
-            kept + block,
+            kept + block + laid_out,
             kept + x + after.forward,
         )
         tail = x + before.backward - kept if whole else 0
         inner = v if weights > t * heads * rank.main else 0
         gradients = 2 * q + 2 * v if even else 4 * max(q, v)
         down_outer = memory.outer(rank, rank.width, max(heads * model.v_head_dim, model.q_lora_rank))
-        backward = max(gradients + max(inner, 2 * block), v + down_outer, tail)
+        backward = max(gradients + max(inner, 2 * block + v + laid_out), v + down_outer, tail)
         return Inside(kept + after.kept, forward, backward)
 
     def deferred(self, at: At) -> Deferred:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalina.blocks.attention import LONGEST_BLOCKED, QUERIES_A_BLOCK, SHORTEST_BLOCKED
+from megalina.blocks.attention import LONGEST_BLOCKED, QUERIES_A_BLOCK, SEQUENCES_A_BLOCK, SHORTEST_BLOCKED
 
 
 def attend(
@@ -140,7 +140,9 @@ def of_sinks(dout_BHSd: Tensor, out_BHSd: Tensor, sink_H: Tensor, all_BHS: Tenso
 
 
 class _AttendInBlocks(torch.autograd.Function):
-    """A block's queries of the heads that share a key head are the rows of one matrix, [G, r*q, d]."""
+    """With heads laid out as [B, G, S*r, d] the queries of a block that share a key head are rows of one matrix as they lie.
+
+    N: key heads of the sequences of a block; n = q * r of its rows."""
 
     @staticmethod
     def forward(
@@ -154,31 +156,40 @@ class _AttendInBlocks(torch.autograd.Function):
         window: int,
     ) -> Tensor:
         batch, length, heads, _ = q_BSHd.shape
+        groups = k_BSGd.shape[2]
+        shared = heads // groups
+        q_BGRd, k_BGSd, v_BGSe = _by_group(q_BSHd, groups, scale), _by_group(k_BSGd, groups), _by_group(v_BSGe, groups)
         out_BSHe = q_BSHd.new_empty(batch, length, heads, v_BSGe.shape[-1])
+        out_BGSre = _split(out_BSHe, groups)
         all_BHS = None if sink_H is None else q_BSHd.new_empty(batch, heads, length)
         keep = any(ctx.needs_input_grad)
         blocks = list(_blocks(batch, length, document_BS, window))
         weights = []
-        for b, first_key, begin, end in blocks:
-            k_Gld, v_Gle = (x[b, first_key:end].transpose(0, 1) for x in (k_BSGd, v_BSGe))
-            score_Gnl = torch.bmm(_group(q_BSHd[b, begin:end], len(k_Gld)).mul_(scale), k_Gld.transpose(1, 2))
-            score_Hql = score_Gnl.view(heads, end - begin, end - first_key)
+        for those, first_key, begin, end in blocks:
+            rows, keys = slice(begin * shared, end * shared), slice(first_key, end)
+            q_Nnd, k_Nld, v_Nle = _part(q_BGRd, those, rows), _part(k_BGSd, those, keys), _part(v_BGSe, those, keys)
+            score_Nnl = torch.bmm(q_Nnd, k_Nld.transpose(1, 2))
+            score_bGqrl = score_Nnl.view(-1, groups, end - begin, shared, end - first_key)
             future_qq = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
-            score_Hql[:, :, begin - first_key :].masked_fill_(future_qq, float("-inf"))
+            score_bGqrl[..., begin - first_key :].masked_fill_(future_qq[:, None], float("-inf"))
             if window and end - first_key > window:
                 left_ql = torch.ones(end - begin, end - first_key, dtype=torch.bool).tril(begin - first_key - window)
-                score_Hql.masked_fill_(left_ql, float("-inf"))
+                score_bGqrl.masked_fill_(left_ql[:, None], float("-inf"))
             if document_BS is not None:
-                score_Hql.masked_fill_(document_BS[b, begin:end, None] != document_BS[b, first_key:end], float("-inf"))
+                other_bql = document_BS[those, begin:end, None] != document_BS[those, None, keys]
+                score_bGqrl.masked_fill_(other_bql[:, None, :, None], float("-inf"))
             if sink_H is None or all_BHS is None:
-                weight_Gnl = torch.softmax(score_Gnl, dim=-1)
+                weight_Nnl = torch.softmax(score_Nnl, dim=-1)
             else:
-                all_Hq = torch.logaddexp(torch.logsumexp(score_Hql, dim=-1), sink_H[:, None])
-                score_Hql.sub_(all_Hq.unsqueeze(-1)).exp_()
-                weight_Gnl, all_BHS[b, :, begin:end] = score_Gnl, all_Hq
-            _ungroup(torch.bmm(weight_Gnl, v_Gle), out_BSHe[b, begin:end])
+                sink_Gr = sink_H.view(groups, 1, shared)
+                all_bGqr = torch.logaddexp(torch.logsumexp(score_bGqrl, dim=-1), sink_Gr)
+                score_bGqrl.sub_(all_bGqr.unsqueeze(-1)).exp_()
+                weight_Nnl = score_Nnl
+                all_BHS[those, :, begin:end] = all_bGqr.transpose(2, 3).flatten(1, 2)
+            out_bGqre = out_BGSre[those, :, begin:end]
+            out_bGqre.copy_(torch.bmm(weight_Nnl, v_Nle).view(out_bGqre.shape))
             if keep:
-                weights.append(weight_Gnl)
+                weights.append(weight_Nnl)
         ctx.blocks, ctx.scale = blocks, scale
         ctx.save_for_backward(q_BSHd, k_BSGd, v_BSGe, sink_H, all_BHS, out_BSHe, *weights)
         return out_BSHe.flatten(2)
@@ -187,46 +198,66 @@ class _AttendInBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q_BSHd, k_BSGd, v_BSGe, sink_H, all_BHS, out_BSHe, *weights = ctx.saved_tensors
-        scale, num_groups = ctx.scale, k_BSGd.shape[2]
+        groups = k_BSGd.shape[2]
+        shared = q_BSHd.shape[2] // groups
         dout_BSHe = dout.view(out_BSHe.shape)
-        dq_BSHd = torch.empty(q_BSHd.shape, dtype=q_BSHd.dtype)
-        dk_BSGd, dv_BSGe = (torch.zeros(x.shape, dtype=x.dtype) for x in (k_BSGd, v_BSGe))
         # the softmax's backward subtracts weight . d weight = out . d out
         inner_BSH1 = torch.linalg.vecdot(dout_BSHe, out_BSHe).unsqueeze(-1)
-        for (b, first_key, begin, end), weight_Gnl in zip(ctx.blocks, weights, strict=True):
-            k_Gld, v_Gle, dk_Gld, dv_Gle = (x[b, first_key:end].transpose(0, 1) for x in (k_BSGd, v_BSGe, dk_BSGd, dv_BSGe))
-            q_Gnd, dout_Gne, inner_Gn1 = (_group(x[b, begin:end], num_groups) for x in (q_BSHd, dout_BSHe, inner_BSH1))
-            dv_Gle.add_(torch.bmm(weight_Gnl.transpose(1, 2), dout_Gne))
-            dscore_Gnl = torch.bmm(dout_Gne, v_Gle.transpose(1, 2)).sub_(inner_Gn1).mul_(weight_Gnl)
-            dk_Gld.add_(torch.bmm(dscore_Gnl.transpose(1, 2), q_Gnd), alpha=scale)
-            _ungroup(torch.bmm(dscore_Gnl, k_Gld).mul_(scale), dq_BSHd[b, begin:end])
+        inner_BGR1, dout_BGRe = _by_group(inner_BSH1, groups), _by_group(dout_BSHe, groups)
+        # each product of scores' gradients with queries or keys wants the scale once
+        q_BGRd, k_BGSd = (_by_group(x, groups, ctx.scale) for x in (q_BSHd, k_BSGd))
+        v_BGSe = _by_group(v_BSGe, groups)
+        dq_BSHd = torch.empty(q_BSHd.shape, dtype=q_BSHd.dtype)
+        dq_BGSrd = _split(dq_BSHd, groups)
+        dk_BGSd, dv_BGSe = torch.zeros_like(k_BGSd), torch.zeros_like(v_BGSe)
+        for (those, first_key, begin, end), weight_Nnl in zip(ctx.blocks, weights, strict=True):
+            rows, keys = slice(begin * shared, end * shared), slice(first_key, end)
+            q_Nnd, dout_Nne, inner_Nn1 = (_part(x, those, rows) for x in (q_BGRd, dout_BGRe, inner_BGR1))
+            k_Nld, v_Nle, dk_Nld, dv_Nle = (_part(x, those, keys) for x in (k_BGSd, v_BGSe, dk_BGSd, dv_BGSe))
+            dv_Nle.add_(torch.bmm(weight_Nnl.transpose(1, 2), dout_Nne))
+            dscore_Nnl = torch.bmm(dout_Nne, v_Nle.transpose(1, 2)).sub_(inner_Nn1).mul_(weight_Nnl)
+            dk_Nld.add_(torch.bmm(dscore_Nnl.transpose(1, 2), q_Nnd))
+            dq_bGqrd = dq_BGSrd[those, :, begin:end]
+            dq_bGqrd.copy_(torch.bmm(dscore_Nnl, k_Nld).view(dq_bGqrd.shape))
         dsink_H = None
         if sink_H is not None:
             dsink_H = of_sinks(dout_BSHe.transpose(1, 2), out_BSHe.transpose(1, 2), sink_H, all_BHS)
+        dk_BSGd, dv_BSGe = (x.transpose(1, 2).contiguous() for x in (dk_BGSd, dv_BGSe))
         return dq_BSHd, dk_BSGd, dv_BSGe, dsink_H, None, None, None
 
 
-def _blocks(batch: int, length: int, document_BS: Tensor | None, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """(sequence, first key, first query, end of both) of each block; earlier keys are of other documents, or outside of all
-    windows."""
+def _blocks(batch: int, length: int, document_BS: Tensor | None, window: int) -> Iterator[tuple[slice, int, int, int]]:
+    """(sequences, first key, first query, end of both) of each block; earlier keys are of other documents, or outside of all
+    windows.  Sequences of documents are by themselves: each sees keys of its own."""
     documents = None if document_BS is None else document_BS.tolist()
-    for b in range(batch):
+    together = SEQUENCES_A_BLOCK if documents is None else 1
+    for b in range(0, batch, together):
         for begin in range(0, length, QUERIES_A_BLOCK):
             end = min(begin + QUERIES_A_BLOCK, length)
             first_key = max(0, begin - window + 1) if window else 0
             if documents is not None:
                 own = set(documents[b][begin:end])
                 first_key = max(first_key, next(i for i, document in enumerate(documents[b]) if document in own))
-            yield b, first_key, begin, end
+            yield slice(b, min(b + together, batch)), first_key, begin, end
 
 
-def _group(x_qHd: Tensor, num_groups: int) -> Tensor:
-    """[q, H, d] -> a new [G, r*q, d]."""
-    queries, heads, head_dim = x_qHd.shape
-    x_Grqd = x_qHd.reshape(queries, num_groups, heads // num_groups, head_dim).permute(1, 2, 0, 3)
-    return x_Grqd.clone(memory_format=torch.contiguous_format).view(num_groups, -1, head_dim)
+def _split(x_BSHd: Tensor, groups: int) -> Tensor:
+    """A view, [B, G, S, r, d]."""
+    batch, length, heads, width = x_BSHd.shape
+    return x_BSHd.view(batch, length, groups, heads // groups, width).transpose(1, 2)
 
 
-def _ungroup(x_Gnd: Tensor, out_qHd: Tensor) -> None:
-    queries, heads, head_dim = out_qHd.shape
-    out_qHd.copy_(x_Gnd.view(heads, queries, head_dim).transpose(0, 1))
+def _by_group(x_BSHd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """A copy times `scale`, [B, G, S*r, d]."""
+    x_BGSrd = _split(x_BSHd if x_BSHd.is_contiguous() else x_BSHd.contiguous(), groups)
+    out_BGSrd = x_BSHd.new_empty(x_BGSrd.shape)
+    if scale == 1.0:
+        out_BGSrd.copy_(x_BGSrd)
+    else:
+        torch.mul(x_BGSrd, scale, out=out_BGSrd)
+    return out_BGSrd.flatten(2, 3)
+
+
+def _part(x_BGRd: Tensor, sequences: slice, rows: slice) -> Tensor:
+    """A view, [N, n, d]."""
+    return x_BGRd[sequences].view(-1, *x_BGRd.shape[2:])[:, rows]

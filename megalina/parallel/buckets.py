@@ -20,12 +20,9 @@ from megalina.model.init import local_shape, spec_of
 from megalina.step.passes import cuts
 from megalina.step.program import BucketSpec, Matrices
 
-# Elements whose squares are summed in the gradients' own type, by one dot product; blocks are added up in float64.  So a sum's
-# relative error is at most that of its worst block, however many there are.  On the CPU, 2^23 float32 numbers that are all equal,
-# the worst case: 3e-5, where blocks of 2^20 are off by 2e-4 on an AMD EPYC of family 25 (3e-5 on others), and one dot product by
-# 6e-4 to 2e-2.  cuBLAS adds up in a tree, so there larger blocks save launches; its sizes have 32 bits.
-BLOCK = 2**15
-BLOCK_ON_CUDA = 2**20
+# Elements whose squares are summed in the gradients' own type; what rows of them give is added up in float64.  So a sum's
+# relative error is at most that of its worst row, however many there are.
+ROW = 2**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +127,9 @@ class Bucket:
 
     def square_sum(self) -> Tensor:
         """Sum of squares of this rank's gradients, float64, so that the sum over the world counts each element once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.grad.device)
-        block = BLOCK_ON_CUDA if self.grad.is_cuda else BLOCK
-        for s in self.slices:
-            for own in self.grad[s.start : s.stop].split(block):
-                total += torch.dot(own, own)
+        norms = [torch.linalg.vector_norm(rows, dim=1) for s in self.slices for rows in _rows(self.grad[s.start : s.stop])]
+        norm = torch.cat(norms).double() if norms else self.grad.new_zeros(1, dtype=torch.float64)
+        total = torch.dot(norm, norm)
         # under tp and ep the other ranks hold other elements; along the bucket's own axis they hold the same ones
         return total if self.sharded else total / self.axis.size
 
@@ -155,6 +150,15 @@ class Bucket:
                 yield FlatSlice(start, middle, True)
             if middle < own.stop:
                 yield FlatSlice(middle, own.stop, False)
+
+
+def _rows(flat: Tensor) -> Iterator[Tensor]:
+    """[n, ROW], and what is left over."""
+    whole = flat.numel() // ROW * ROW
+    if whole:
+        yield flat[:whole].view(-1, ROW)
+    if whole < flat.numel():
+        yield flat[whole:].view(1, -1)
 
 
 def lay_out(buckets: Sequence[Bucket]) -> None:

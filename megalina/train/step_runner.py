@@ -32,6 +32,7 @@ from megalina.train.bucket_optimizer import BucketOptimizer
 from megalina.train.doctor import Doctor
 from megalina.train.garbage import Garbage
 from megalina.train.guard import SpikeGuard
+from megalina.train.kept_memory import keep_memory
 from megalina.train.known_sequences import check_known
 from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.list_search import ListSearch
@@ -95,6 +96,8 @@ class StepRunner:
         self.log = log or CollectiveLog(mesh.world.rank, alike=mesh.pp == 1)
         self.is_first = mesh.world.rank == 0
         self._garbage = Garbage(interval=config.train.gc_interval)
+        if config.train.keep_memory and device.type == "cpu":
+            keep_memory()
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         self._guard = SpikeGuard(config.guard)
         self.doctor = Doctor(
