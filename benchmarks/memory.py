@@ -36,8 +36,8 @@ from megalina.parallel.trainable import Trainable
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes
 from megalina.perfmodel.sim.memory import memory_of
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.kept_memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MODEL = ModelConfig(num_layers=4, d_model=256, num_heads=4, num_kv_heads=2, num_experts=8, d_ff=256, vocab_size=1000)
 FEW: dict[str, Any] = {"vocab_size": 250}  # then the peak is not where logits are
 ATTENTION_ALONE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 8, "num_experts": 2, "d_ff": 64, **FEW}  # the peak is there
