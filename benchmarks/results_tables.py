@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import both_speeds as speeds
 from benchmarks.host_time import cells
 from benchmarks.link_counters import FRAME_BYTES
 
@@ -191,6 +192,15 @@ def host_before(result: Result) -> list[Table]:
     return [Table(tuple(f"{name} us" if 1 < i < len(head) - 1 else name for i, name in enumerate(head)), rows)]
 
 
+def both_speeds(result: Result) -> list[Table]:
+    """Of benchmarks/both_speeds.py: the ladder in slow motion and at natural speed."""
+    rounds = {name: [(of["slow"], of["natural"]) for of in turns] for name, turns in result["settings"].items()}
+    head, *rows = speeds.cells(rounds)
+    return [
+        Table(tuple(head), rows, f"{result['slow_motion']:g} times in slow motion; rounds: {len(next(iter(rounds.values())))}")
+    ]
+
+
 def museum(result: Result) -> list[Table]:
     """Of benchmarks/museum.py."""
     rows = [
@@ -316,6 +326,7 @@ KINDS: Mapping[str, Callable[[Any], list[Table]]] = {
     "validation": validation,
     "host_time": host_time,
     "host_before": host_before,
+    "both_speeds": both_speeds,
     "muon_wire": muon_wire,
     "muon_train": muon_train,
     "long_context": long_context,
