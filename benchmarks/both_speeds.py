@@ -1,6 +1,6 @@
 """What the host costs a step on the emulated cluster: the ladder in slow motion and at natural speed, in turns.
 
-    sudo .venv/bin/python benchmarks/both_speeds.py --rounds 2 --json FILE    (nothing else may run; a round: 15 minutes a setting)
+    sudo .venv/bin/python benchmarks/both_speeds.py --json FILE    (nothing else may run; a round takes 15 minutes a setting)
 
 In slow motion links and devices are slower by a factor, by which all figures are divided, so that the host's own time shrinks
 by it too.  How much longer a step takes at natural speed is therefore what the host adds, real math and TCP of all ranks on
