@@ -26,6 +26,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Durations())
 
 
+class FailuresAtOnce:
+    """Names a test as soon as it has failed, with the first line of the reason: `make test-full` runs for more than an hour."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = (crash.message if crash else report.longreprtext).strip().partition("\n")[0]
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.nodeid} failed after {report.duration:.0f} s: {reason}")
+
+
+@pytest.hookimpl(trylast=True)  # when there is a terminal; workers have none
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if terminal := session.config.pluginmanager.get_plugin("terminalreporter"):
+        session.config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection needs to walk through it again and again.
 
