@@ -96,8 +96,7 @@ class StepRunner:
         self.log = log or CollectiveLog(mesh.world.rank, alike=mesh.pp == 1)
         self.is_first = mesh.world.rank == 0
         self._garbage = Garbage(interval=config.train.gc_interval)
-        if config.train.keep_memory and device.type == "cpu":
-            keep_memory()
+        self._to_keep_memory = config.train.keep_memory and device.type == "cpu"
         self._wish = StopWish(max_minutes=config.train.max_minutes if self.is_first else 0.0)  # one clock decides
         self._guard = SpikeGuard(config.guard)
         self.doctor = Doctor(
@@ -277,6 +276,9 @@ class StepRunner:
         train, state, trainable, optimizer = self.config.train, self.state, self.built.trainable, self.built.optimizer
         self.log.position.step = step
         self._garbage.after(step - 1)
+        if self._to_keep_memory:  # only now: what building and loading have freed is given back
+            self._to_keep_memory = False
+            keep_memory()
         optimizer.lr = learning_rate(
             self.config.schedule,
             peak=self.config.optim.lr,

@@ -49,6 +49,21 @@ def asked_of(runner: StepRunner, act: Callable[[int], None] = lambda first: None
     return asked
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_is_kept_from_the_first_step_on_not_while_the_model_is_built_and_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr("megalina.train.step_runner.keep_memory", lambda: kept.append(runner.state.step))
+    config = config_of(folder, f"kept{keep}", steps=2)
+    runner = runner_of(replace(config, train=replace(config.train, keep_memory=keep)))
+    assert kept == []
+    for step in (1, 2):
+        runner.compute(step)
+    runner.close()
+    assert kept == [0] * keep
+
+
 def test_each_step_has_its_own_sequences_and_none_are_made_beyond_the_last(folder: Path) -> None:
     runner = runner_of(config_of(folder, "plain", steps=3))
     asked = asked_of(runner)
