@@ -246,12 +246,12 @@ def best_plans(told: Sequence[Told]) -> list[Plan]:
 
 
 def evaluations_of(config: PretrainConfig, program: Program) -> int:
-    """Walks that the search may take; under auto as many as take some half a minute, or none."""
+    """Walks that the search may take; under auto at most as many as take some half a minute, and none where those are too few."""
     most = config.strategy.search_evaluations
     if config.strategy.name != AUTO:
         return most
-    most = min(most, AUTO_INSTRUCTIONS // len(program))
-    return most if most >= FEWEST_EVALUATIONS else 0
+    in_time = AUTO_INSTRUCTIONS // len(program)
+    return min(most, in_time) if in_time >= FEWEST_EVALUATIONS else 0
 
 
 def found_lists(

@@ -236,10 +236,10 @@ def config_of(choices: Choices, row: Row) -> PretrainConfig:
 def runs(choices: Choices, row: Row) -> bool:
     """Whether megalina accepts a row, on `NODES` nodes."""
     of = row.layout
-    if of.dispatch == ONCE_PER_NODE and not _on_several_nodes(of.world, of.tp, of.ep, of.cp, of.pp):
-        return False
     try:
-        check_config(config_of(choices, row), row.layout.world)
+        if of.dispatch == ONCE_PER_NODE and not _on_several_nodes(of.world, of.tp, of.ep, of.cp, of.pp):
+            return False
+        check_config(config_of(choices, row), of.world)
     except ValueError:
         return False
     return True

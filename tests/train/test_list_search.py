@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 
-from megalina.config import StrategyConfig
+from megalina.config import PretrainConfig, StrategyConfig
 from megalina.parallel.plan_file import PLAN_FILE, with_plan
 from megalina.step.candidates import FLOW, LINA
 from megalina.step.order import order_of
 from megalina.step.plan import Plan
 from megalina.step.strategy import training_step
-from megalina.train.list_search import FINALISTS, FINALS, SEARCHES, SETTLE, STEPS, WARM_UP, Share, best_plans, with_own_cores
+from megalina.train.list_search import (
+    AUTO_INSTRUCTIONS,
+    FINALISTS,
+    FINALS,
+    SEARCHES,
+    SETTLE,
+    STEPS,
+    WARM_UP,
+    Share,
+    best_plans,
+    evaluations_of,
+    with_own_cores,
+)
 from megalina.train.step_runner import StepRunner
 from megalina.train.trials import Measured, Trials
 from megalina.validate import check_config
@@ -128,6 +140,16 @@ def test_another_run_takes_the_file_and_searches_nothing(folder: Path, ranks: li
     check_config(given, RANKS)
     found = Plan.from_json(json.loads((folder / "whole" / PLAN_FILE).read_text())["plan"])
     assert (given.strategy.name, tuple(given.strategy.order.splitlines())) == (found.strategy, found.order)
+
+
+def test_auto_searches_as_much_as_is_asked_for_and_in_time_or_not_at_all() -> None:
+    auto = PretrainConfig(strategy=StrategyConfig(name="auto", search_evaluations=200))
+    short, long, too_long = ((None,) * n for n in (AUTO_INSTRUCTIONS // 1000, AUTO_INSTRUCTIONS // 350, AUTO_INSTRUCTIONS // 299))
+    assert [evaluations_of(auto, program) for program in (short, long, too_long)] == [200, 200, 0]  # type: ignore[arg-type]
+    auto.strategy.search_evaluations = 32_000
+    assert [evaluations_of(auto, program) for program in (short, long, too_long)] == [1000, 350, 0]  # type: ignore[arg-type]
+    auto.strategy.name = "search"
+    assert evaluations_of(auto, too_long) == 32_000  # type: ignore[arg-type]
 
 
 def test_ranks_share_networks_first_and_then_take_other_seeds() -> None:
