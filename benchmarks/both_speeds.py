@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megalina.arguments import number, whole
+from megalina.compare.ladder import LADDER
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "eager"  # the fastest of those that the tool has run, whose names begin with it
@@ -28,7 +29,11 @@ Found = Mapping[str, Any]  # a setting, as in the tool's JSON
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    names = args.only.split(",")
+    names = [name.strip() for name in args.only.split(",")]
+    known = [setting.name for setting in LADDER]
+    if unknown := [name for name in names if name not in known]:
+        print(f"--only: the ladder has no {', '.join(unknown)}, only {', '.join(known)}", file=sys.stderr)
+        return 2
     rounds: dict[str, list[tuple[Found, Found]]] = {name: [] for name in names}
     for turn in range(args.rounds):
         for name in names:
@@ -91,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--only", default="4x1 light,4x1 heavy", metavar="A,B", help="settings (default: those of four ranks)")
     out.add_argument("--strategies", default="auto", metavar="A,B", help="default: auto; eager always runs")
-    out.add_argument("--slow-motion", type=number(above=True), default=3.0, metavar="X", help="default: 3")
+    out.add_argument("--slow-motion", type=number(1.0, above=True), default=3.0, metavar="X", help="default: 3")
     out.add_argument("--rounds", type=whole(1, 100), default=2, metavar="N", help="default: 2")
     out.add_argument("--json", type=Path, metavar="FILE", help="all figures")
     return out

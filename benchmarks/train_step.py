@@ -358,7 +358,7 @@ def ranks_worker(steps: str) -> None:
     start_s = time.process_time()
     times, fuller = [], []
     for number in range(2, int(steps) + 2):
-        times.append(timed_s(lambda n=number: ours.step(n)))  # type: ignore[misc]
+        times.append(timed_s(partial(ours.step, number)))
         fuller.append(ours.fuller_half_over_mean)
     print(json.dumps([times, (time.process_time() - start_s) / len(times), statistics.fmean(fuller)]))
     if world > 1:
@@ -431,17 +431,9 @@ def main() -> None:
         workers = {"memory": memory_worker, "ranks": ranks_worker, "hugging_face": hugging_face_worker}
         return workers[options.worker[0]](*options.worker[1:])
     if options.runs > 1:
-        words = (
-            "--rounds",
-            options.rounds,
-            "--steps",
-            options.steps,
-            "--rank-rounds",
-            options.rank_rounds,
-            "--parts",
-            options.parts,
-        )
-        return write(middle_of([run_again(list(map(str, words))) for _ in range(options.runs)]), options.json)
+        names = ("rounds", "steps", "rank_rounds", "parts")
+        words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+        return write(middle_of([run_again(words) for _ in range(options.runs)]), options.json)
     parts = options.parts.split(",")
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -33,3 +33,8 @@ def test_speeds_take_turns_and_the_table_says_where_the_longer_time_is(
     assert "| 4x1 light | eager | 900 | 900 | 1.00 (1.00 to 1.00) | +0, +0 | 1.2% |" in printed and "whole" not in printed
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["slow_motion"] == 3.0 and len(found["settings"]["4x1 light"]) == 2
+
+
+def test_a_setting_that_the_ladder_has_not_stops_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert both_speeds.main(["--only", "4x1 light,4x9 light"]) == 2
+    assert "--only: the ladder has no 4x9 light, only 4x1 light, " in capsys.readouterr().err
