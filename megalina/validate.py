@@ -367,7 +367,30 @@ def _check_layout(config: PretrainConfig, world: int) -> None:
                 f"parallel.dispatch={parallel.dispatch} with router={config.router.kind}: every token goes to all ranks once "
                 "there: use rows"
             )
+    if parallel.rebalance_interval:
+        _check_rebalancing(config)
     _check_context(config)
+
+
+def _check_rebalancing(config: PretrainConfig) -> None:
+    parallel, model, router = config.parallel, config.model, config.router
+    where, held = f"parallel.rebalance_interval={parallel.rebalance_interval}", model.num_experts // parallel.ep
+    nothing = "set it to 0, or leave it out"
+    if parallel.ep == 1:
+        raise ValueError(f"{where} does nothing with parallel.ep=1, where each rank has all experts: {nothing}")
+    if held == 1 and config.strategy.packing == "1":
+        raise ValueError(
+            f"{where} does nothing where each rank has one of the {model.num_experts} experts: {nothing}, or lower parallel.ep"
+        )
+    if kind_of(router).is_dense:
+        raise ValueError(f"{where} with router={router.kind}: every expert has all tokens, so loads are even: {nothing}")
+    if parallel.placement:
+        raise ValueError(f"{where} and parallel.placement={parallel.placement} both say where experts are: set one of them")
+    if router.locality_loss:
+        raise ValueError(
+            f"{where} moves experts to other nodes, and router.locality_loss={router.locality_loss:g} keeps tokens with those "
+            "whose numbers say that they are at home: set one of the two to nothing"
+        )
 
 
 def _check_context(config: PretrainConfig) -> None:

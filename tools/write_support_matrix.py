@@ -56,6 +56,7 @@ KINDS: Mapping[str, Sequence[Feature]] = {
         Feature("ZeRO-1", ("parallel.zero=1",)),
         Feature("full recompute", ("train.recompute=full",)),
         Feature("bfloat16", ("train.dtype=bfloat16",)),
+        Feature("experts that change ranks", ("parallel.rebalance_interval=10", "model.num_experts=8")),
         Feature("tokens sent once per rank", ("parallel.dispatch=once_per_rank",)),
         Feature(
             "tokens sent once per node",

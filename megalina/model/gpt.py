@@ -181,6 +181,8 @@ class GPT(nn.Module):
             frequency_i = frequencies(whole.model, rotary_width(whole.model))
             table = Rotary(*rope_table(whole.max_positions, frequency_i, attention_factor(whole.model)))
         self.rotary = table
+        in_turn = tuple(range(config.num_experts))
+        self._expert_orders = {i: (expert_orders or {}).get(i, in_turn) for i in self.moe_layers}
         orders = expert_orders or {}
         numbers = range(len(blocks.layers)) if held is None else held.layers
         layers = {
@@ -226,6 +228,19 @@ class GPT(nn.Module):
     def moe_layers(self) -> list[int]:
         """Of the whole model."""
         return [i for i, is_moe in enumerate(self.blocks.moe) if is_moe]
+
+    @property
+    def expert_orders(self) -> dict[int, tuple[int, ...]]:
+        """Of each MoE layer of the whole model, which expert is in each place."""
+        return dict(self._expert_orders)
+
+    def lay_experts(self, orders: Mapping[int, tuple[int, ...]]) -> None:
+        """From now on the experts of these MoE layers are in these places.  Moves no weights: see
+        `megalina/train/rebalancing.py`."""
+        self._expert_orders |= orders
+        for i in orders:
+            if i in self.layers:
+                self.layers[i].moe.lay(orders[i])
 
     @property
     def load_width(self) -> int:

@@ -58,16 +58,20 @@ class MoE(BlockFunctions):
         self.num_experts = model.num_experts
         self.own_losses = [load(loss.functions) for loss in block.router_losses]
         super().__init__(block, layer)
-        self._order: tuple[int, ...] = layer.expert_order
         self._places: Places | None = None
-        if self._order:
-            for p in layer.experts.parameters():
-                p.spec = replace(spec_of(p), order=self._order)
+        if layer.expert_order:
+            self.lay(layer.expert_order)
+
+    def lay(self, order: tuple[int, ...]) -> None:
+        """From now on the expert in each place is this one."""
+        self.holder.expert_order, self._places = order, None
+        for p in self.holder.experts.parameters():
+            p.spec = replace(spec_of(p), order=order)
 
     def places(self, device: torch.device) -> Places | None:
         """Where the experts of this layer lie; None: expert i in place i."""
-        if self._order and self._places is None:
-            self._places = places_of(self._order, device)
+        if self.holder.expert_order and self._places is None:
+            self._places = places_of(self.holder.expert_order, device)
         return self._places
 
     def bind(self, instruction: Instruction, later: Later | None) -> Callable[..., Any]:

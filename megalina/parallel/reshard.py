@@ -17,6 +17,7 @@ from torch import Tensor
 from megalina.collective_log import CollectiveLog
 from megalina.comm.exchange import start_all_to_all
 from megalina.comm.slice import Box, Slice, boxes, whole_shape
+from megalina.groups import is_gloo
 from megalina.mesh import Mesh, all_gather_object
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # a box in the whole tensor: offsets, sizes
@@ -55,6 +56,8 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: Collecti
     for i, name in enumerate(lacking):
         by_dtype[dtype_of[name]].append(i)
     world, sent_bytes = new_mesh.world, 0
+    wire = torch.device("cpu" if world.group is None or is_gloo(world.group) else "cuda")
+    device = next((part.local.device for parts in old.values() for part in parts), wire)  # this rank may have nothing of them
     for dtype in sorted(by_dtype, key=str):
         out: list[list[Tensor]] = [[] for _ in everybody]
         into: list[list[Tensor]] = [[] for _ in everybody]
@@ -71,7 +74,7 @@ def move(old: Slices, old_mesh: Mesh, new: Slices, new_mesh: Mesh, log: Collecti
                     missing[name] -= math.prod(parcel.common[1])
             if missing[name]:
                 raise ValueError(f"{name}: no rank holds {missing[name]} of the elements that rank {world.rank} needs")
-        nothing = next(iter(old.values()))[0].local.new_empty(0, dtype=dtype)
+        nothing = torch.empty(0, dtype=dtype, device=device)
         flat = torch.cat([nothing, *(t for parts in out for t in parts)])
         send, receive = ([sum(t.numel() for t in parts) for parts in side] for side in (out, into))
         arrived = start_all_to_all(flat, send, receive, world, log).wait()

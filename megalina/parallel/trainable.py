@@ -24,7 +24,7 @@ from megalina.parallel.shard import build_shard, parameter_groups
 from megalina.parallel.step_result import CollectivesDiffer, Directions, StepResult, Update
 from megalina.parallel.token_bytes import TokenBytes
 from megalina.perfmodel.cost.instruction_bytes import InstructionBytes, bucket_specs
-from megalina.placement.expert_order import read_orders
+from megalina.placement.expert_order import Order, read_orders
 from megalina.plan_settings import plan_of
 from megalina.step.forward import plain
 from megalina.step.pipeline.job import Pipelined, evaluations, training_steps
@@ -40,7 +40,8 @@ RESULT = "#verdict.-.0"
 class Trainable:
     """`step` and `evaluate` run programs; everything else is state that others read.
 
-    `log`: where its collectives are noted; None: one of its own.  `ranks_per_node`: None: all are on one."""
+    `log`: where its collectives are noted; None: one of its own.  `ranks_per_node`: None: all are on one.  `expert_orders`: MoE
+    layer -> the expert in each place; None: as parallel.placement says."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Trainable:
         is_spike: Callable[[float], bool] = lambda loss: False,
         explain: Callable[[], str] = lambda: "the ranks did not submit the same collectives in this step",
         ranks_per_node: int | None = None,
+        expert_orders: Mapping[int, Order] | None = None,
     ):
         train, parallel = config.train, config.parallel
         dtype = DTYPES[train.dtype]
@@ -71,7 +73,7 @@ class Trainable:
             device=device,
             sequence=parallel.sequence,
             digests=train.ledger,
-            expert_orders=_orders(parallel.placement, mesh),
+            expert_orders=_orders(parallel.placement, mesh) if expert_orders is None else expert_orders,
             held=self.pipelined.held(mesh.pp_rank) if self.pipelined is not None else None,
             dispatch=_dispatch_on(mesh, config),
         )
@@ -283,7 +285,7 @@ def _of_all_stages(config: PretrainConfig, mesh: Mesh, job: Pipelined, vocab_siz
     )
 
 
-def _orders(path: str, mesh: Mesh) -> Mapping[int, tuple[int, ...]]:
+def _orders(path: str, mesh: Mesh) -> Mapping[int, Order]:
     """Of the file of `parallel.placement`, which is the same for all ranks.  ValueError on all of them where it isn't."""
     if not path:
         return {}

@@ -7,7 +7,7 @@ and of all random numbers.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,21 @@ from megalina.checkpoint.profile import PROFILE
 from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
+from megalina.model.gpt import GPT
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
 from megalina.placement.routing_trace import write_trace
 from megalina.rank_files import Unsaved
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.built import Built
 from megalina.train.guard import LoadWatch, SpikeGuard
 from megalina.train.ledger import Ledger
+from megalina.train.rebalancing import Rebalancing
 from megalina.train.run_profile import RunProfile
 from megalina.train.sample_windows import Window, pairs
 
 logger = logging.getLogger("megalina")
-
-
-@dataclass(slots=True)
-class Built:
-    """What a run trains with: everything that a repack replaces.
-
-    One per run.  All that need one of the three hold this record, never a part of it, so they see a repack at once."""
-
-    mesh: Mesh
-    trainable: Trainable
-    optimizer: BucketOptimizer
-
-    def become(self, mesh: Mesh, trainable: Trainable, optimizer: BucketOptimizer) -> None:
-        self.mesh, self.trainable, self.optimizer = mesh, trainable, optimizer
 
 
 class RunState:
@@ -54,6 +43,7 @@ class RunState:
         self.config, self.built, self.guard, self.tokenizer_path = config, built, guard, tokenizer_path
         self.watch = LoadWatch(len(built.trainable.gpt.moe_layers), config.model.num_experts)
         self.ledger = Ledger()
+        self.rebalancing = Rebalancing(built, self.tensors, interval=config.parallel.rebalance_interval)
         self.profile = RunProfile(config.profile, ranks=built.mesh.world.size // built.mesh.pp)
         self.step = 0
         self.consumed_samples = 0  # sequences: where the data goes on
@@ -100,6 +90,7 @@ class RunState:
             "ledger": self.ledger.lines(),
             "ledger_saved_lines": self.ledger.saved_lines,
             "arithmetic": self.arithmetic(),
+            "rebalancing": self.rebalancing.state(),
             "config": asdict(self.config),
         }
         self.saved_step = self.step
@@ -179,6 +170,7 @@ class RunState:
             self.profile.load(values["profile"])
         self.ledger.load(values["ledger"], values["ledger_saved_lines"])
         self.watch.load(values["last_step_of_experts"])
+        self.rebalancing.load(values.get("rebalancing", {}))
 
     def load_weights(self, path: Path) -> None:
         """Only the weights and router biases; step and optimizer stay as they are."""
@@ -186,11 +178,14 @@ class RunState:
         self.built.optimizer.masters_from_parameters()
 
     def _model(self) -> dict[str, Sequence[Slice]]:
-        """This rank's part of the model's state, as views."""
-        gpt = self.built.trainable.gpt
-        out: dict[str, Sequence[Slice]] = {}
-        for name, p in gpt.named_parameters():
-            spec = spec_of(p)
-            length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
-            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
-        return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}
+        return model_slices(self.built.trainable.gpt)
+
+
+def model_slices(gpt: GPT) -> dict[str, Sequence[Slice]]:
+    """This rank's part of the model's state, as views."""
+    out: dict[str, Sequence[Slice]] = {}
+    for name, p in gpt.named_parameters():
+        spec = spec_of(p)
+        length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
+        out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
+    return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}

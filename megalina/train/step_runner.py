@@ -25,10 +25,12 @@ from megalina.parallel.meshes import meshes_of
 from megalina.parallel.plan_file import questions
 from megalina.parallel.step_result import StepResult
 from megalina.parallel.trainable import Trainable
+from megalina.placement.expert_order import Order
 from megalina.plan_settings import AUTO, SEARCH
 from megalina.step.plan import Plan
 from megalina.timeline.recorder import Recorder
 from megalina.train.bucket_optimizer import BucketOptimizer
+from megalina.train.built import Built
 from megalina.train.doctor import Doctor
 from megalina.train.garbage import Garbage
 from megalina.train.guard import SpikeGuard
@@ -38,7 +40,8 @@ from megalina.train.ledger import Line, RandomState, line_of
 from megalina.train.list_search import ListSearch
 from megalina.train.own_samples import own_samples
 from megalina.train.packing import allowed_packings, worth_trying
-from megalina.train.run_state import Built, RunState
+from megalina.train.rebalancing import Moved
+from megalina.train.run_state import RunState
 from megalina.train.sample_windows import after
 from megalina.train.schedule import learning_rate, mtp_factor
 from megalina.train.times import Times
@@ -74,6 +77,7 @@ class StepRunner:
     """Data, program, optimizer, guard and state.  It logs nothing and saves nothing."""
 
     batch: Batch  # this rank's part of the last step
+    moved: Moved | None = None  # what experts did before the last step, if they may change ranks then
 
     def __init__(
         self,
@@ -193,7 +197,7 @@ class StepRunner:
         position.enter(f"repack {self.mesh.packing} to {packing}", False)
         before.settle()
         mesh = self.meshes[packing]
-        trainable = self._trainable_on(mesh)
+        trainable = self._trainable_on(mesh, expert_orders=before.gpt.expert_orders)
         sent_bytes = self.state.move_to(mesh, trainable, BucketOptimizer(self.config.optim, trainable.buckets))
         trainable.take_over(before)
         del before
@@ -257,7 +261,7 @@ class StepRunner:
         note = f"; not tried, as it would put too many bytes on the wire: packing {left_out}" if left_out else ""
         return Tuner(trials, self.mesh, self.adopt, note=note)
 
-    def _trainable_on(self, mesh: Mesh) -> Trainable:
+    def _trainable_on(self, mesh: Mesh, *, expert_orders: Mapping[int, Order] | None = None) -> Trainable:
         config = self.config
         return Trainable(
             config,
@@ -269,6 +273,7 @@ class StepRunner:
             is_spike=self._guard.is_spike,
             explain=self.doctor.explain,
             ranks_per_node=self._ranks_per_node,
+            expert_orders=expert_orders,
         )
 
     def compute(self, step: int, *, record: Recorder | None = None) -> tuple[StepResult, Line]:
@@ -279,6 +284,8 @@ class StepRunner:
         if self._to_keep_memory:  # only now: what building and loading have freed is given back
             self._to_keep_memory = False
             keep_memory()
+        rebalances = state.rebalancing.due(step) and not self.undecided  # steps that are measured should be alike
+        self.moved = state.rebalancing.rebalance() if rebalances else None
         optimizer.lr = learning_rate(
             self.config.schedule,
             peak=self.config.optim.lr,
@@ -297,6 +304,7 @@ class StepRunner:
             factors = {"mtp_loss": mtp_factor(self.config.schedule, step=step, total_steps=train.steps)}
             result = trainable.step(self.batch, optimizer.update, directions=optimizer, record=record, loss_factors=factors)
         state.profile.add(step, result)
+        state.rebalancing.count(result.loads)
         state.step, state.tokens = step, state.tokens + result.loss_tokens
         state.consumed_samples = first + train.global_batch_size
         if result.updates:

@@ -17,7 +17,7 @@ from megalina.step.pipeline.job import Pipelined, cells_by_tag
 from megalina.timeline import picture, trace
 from megalina.timeline.contention import Alone, Contention, summary
 from megalina.timeline.recorder import Event, Recorder
-from megalina.train.run_state import Built
+from megalina.train.built import Built
 
 CALIBRATIONS = 3  # after so many of the first recorded steps: a machine that is busy for a moment spoils not all of them
 MOST_PICTURED = 8  # steps, the newest; the trace has all

@@ -294,6 +294,7 @@ class Trainer:
             **{name: mean for name, mean in result.auxiliary.items() if name not in ("balance_loss", "z_loss")},
             "grad_norm": result.grad_norm,
             **self._clipped_heads(result),
+            **self._balance_of_ranks(result),
             "lr": self.built.optimizer.lr,
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
@@ -315,6 +316,16 @@ class Trainer:
             return {}
         clipped = (result.head_logits > self.config.optim.qk_clip).double().mean().item()
         return {"max_logit": result.max_logit, "clipped_heads": clipped if result.updates else 0.0}
+
+    def _balance_of_ranks(self, result: StepResult) -> dict[str, float]:
+        """Where experts change ranks: how evenly the step's rows were spread, and how many experts had moved before it."""
+        rebalancing, moved = self.state.rebalancing, self.runner.moved
+        if not rebalancing.interval:
+            return {}
+        if moved is not None and moved.experts and self.runner.is_first:
+            logger.info("before step %d %s", self.state.step, moved)
+        experts = 0 if moved is None else moved.experts
+        return {"rank_load_max_over_mean": rebalancing.fullest_over_mean(result.loads), "moved_experts": experts}
 
     def _tokens_per_s(self, step_s: float) -> float:
         return self.config.train.global_batch_size * self.config.train.seq_len / step_s
