@@ -11,8 +11,9 @@ Four parts, each interleaved round by round so that a noisy machine disturbs all
    (`train.keep_memory`; `ratio_to_hf_mixtral_same_malloc`).  Beside it the best matrix product rate that torch reaches here.
 2. Peak memory of one process over what it must hold: weights, gradients, optimizer, and the activations as estimated
    below.
-3. Two expert-parallel ranks with one thread each against one rank with one thread, same global batch; the two with experts
-   where they are (`two_rank_speedup_in_place`), and after `parallel.rebalance_interval` has moved them once.
+3. Two expert-parallel ranks with one thread each against one rank with one thread, same global batch: with this model's
+   router, whose loads are uneven as nothing is learned here (`two_rank_speedup`), and with even ones, by `router=hash` on both
+   sides (`two_rank_speedup_even_loads`), as others benchmark with forced load balancing.
 4. As 1, of other shapes: fine-grained experts (64, top-6, an eighth as wide), sequences of 2,048, and bfloat16 with float32
    weights (`train.dtype=bfloat16` here, autocast there).
 """
@@ -44,17 +45,13 @@ from megalina.mesh import build_mesh
 from megalina.model.init import spec_of
 from megalina.parallel.trainable import Trainable
 from megalina.train.bucket_optimizer import BucketOptimizer
-from megalina.train.built import Built
 from megalina.train.kept_memory import keep_memory
-from megalina.train.rebalancing import Rebalancing
-from megalina.train.run_state import model_slices
 from megalina.train.throughput import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-4
-SPEEDUPS = ("two_rank_speedup", "two_rank_speedup_in_place")
+ROUTERS = {"": "topk", "_even_loads": "hash"}  # of two ranks: what their figures' names end with -> router
 WARM_UP_STEPS = 2  # of each rank
-IN_PLACE, REBALANCED = "in_place", "rebalanced"  # experts of two ranks
 EXPERTS = "grouped_mm"  # the fastest of transformers' implementations on CPU
 MATMULS = [(2048, 512, 1024), (2048, 1024, 512), (512, 512, 2048), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 2048, 512)]
 
@@ -82,13 +79,15 @@ SHAPES = {
 }
 
 
-def bench_config(*, ep: int = 1, shape: Shape = BENCH) -> PretrainConfig:
+def bench_config(*, ep: int = 1, shape: Shape = BENCH, router: str = "topk") -> PretrainConfig:
     """conf/model/bench.yaml with everything else at its default."""
     model = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "bench.yaml").read_text()))
     sequences = shape.sequences
     return PretrainConfig(
         model=replace(model, **shape.model),
-        router=RouterConfig(top_k=shape.top_k),
+        router=RouterConfig(
+            kind=router, top_k=shape.top_k, balance_loss=0.0 if router == "hash" else RouterConfig().balance_loss
+        ),
         parallel=ParallelConfig(ep=ep),
         optim=OptimConfig(lr=LEARNING_RATE),
         train=TrainConfig(global_batch_size=sequences, micro_batch_size=sequences // ep, seq_len=shape.length, dtype=shape.dtype),
@@ -116,10 +115,7 @@ class Ours:
         self.config, self.vocab_size = config, config.model.vocab_size
         self.trainable = Trainable(config, self.mesh, vocab_size=self.vocab_size, device=device, wish_to_stop=lambda: False)
         self.optimizer = BucketOptimizer(config.optim, self.trainable.buckets)
-        built = Built(self.mesh, self.trainable, self.optimizer)
-        gpt = self.trainable.gpt
-        self.rebalancing = Rebalancing(built, lambda: model_slices(gpt) | self.optimizer.slices(), interval=1)
-        self.load_max_over_mean = self.fullest_over_mean = 0.0
+        self.load_max_over_mean = self.fuller_half_over_mean = 0.0
 
     def step(self, number: int) -> float:
         own = self.config.train.global_batch_size // self.mesh.readers
@@ -127,8 +123,8 @@ class Ours:
         verdict = self.trainable.step(batch, self.optimizer.update, directions=self.optimizer)
         chosen_LE = verdict.loads[:, :-1].double()
         self.load_max_over_mean = (chosen_LE.amax(1) / chosen_LE.mean(1)).mean().item()
-        self.fullest_over_mean = self.rebalancing.fullest_over_mean(verdict.loads)
-        self.rebalancing.count(verdict.loads)
+        half_L2 = chosen_LE.unflatten(1, (2, -1)).sum(2)
+        self.fuller_half_over_mean = (half_L2.amax(1) / half_L2.mean(1)).mean().item()
         return verdict.loss
 
 
@@ -355,23 +351,21 @@ def memory() -> dict[str, Any]:
     return found
 
 
-def ranks_worker(steps: str, where: str) -> None:
+def ranks_worker(steps: str, router: str) -> None:
     """One of the ranks of part 3: prints the seconds of each step, the processor's seconds of all of its threads per step, and
-    the fuller rank's rows over the mean, mean of steps and layers.  `where`: IN_PLACE, or experts change ranks once."""
+    how many more tokens than the mean the fuller half of the experts has, mean of steps and layers."""
     keep_memory()
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo")
-    ours = Ours(bench_config(ep=world))
+    ours = Ours(bench_config(ep=world, router=router))
     for number in range(WARM_UP_STEPS):
         ours.step(number)
-    if where != IN_PLACE:
-        ours.rebalancing.rebalance()
     start_s = time.process_time()
     times, fuller = [], []
     for number in range(WARM_UP_STEPS, int(steps) + WARM_UP_STEPS):
         times.append(timed_s(partial(ours.step, number)))
-        fuller.append(ours.fullest_over_mean)
+        fuller.append(ours.fuller_half_over_mean)
     print(json.dumps([times, (time.process_time() - start_s) / len(times), statistics.fmean(fuller)]))
     if world > 1:
         dist.destroy_process_group()
@@ -387,10 +381,10 @@ def run_worker(*arguments: str, threads: int, environment: dict[str, str] | None
     return done.stdout.strip().splitlines()[-1]
 
 
-def run_ranks(world: int, steps: int, where: str = IN_PLACE) -> tuple[float, float, float]:
-    """Seconds of the median step, the processor's seconds per step of all ranks together, the fuller rank's rows over mean."""
+def run_ranks(world: int, steps: int, router: str) -> tuple[float, float, float]:
+    """Seconds of the median step, the processor's seconds per step of all ranks together, the fuller half's load over mean."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(world)}
-    command = [sys.executable, __file__, "--worker", "ranks", str(steps), where]
+    command = [sys.executable, __file__, "--worker", "ranks", str(steps), router]
     with tempfile.TemporaryFile("w+") as errors:
         ranks = [
             subprocess.Popen(command, env=env | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -409,22 +403,24 @@ def two_ranks(rounds: int, steps: int) -> dict[str, Any]:
     the speedup is below it are waits, on the wire and for the rank whose experts have more tokens (`fuller_rank_over_mean`)."""
     found: dict[str, list[float]] = {}
     for run in range(rounds):
-        one_s, one_processor_s, _ = run_ranks(1, steps)
-        measured, told = {"one_rank_step_s": one_s}, [f"one {one_s * 1e3:.0f} ms"]
-        for where, suffix in ((IN_PLACE, "_in_place"), (REBALANCED, "")):
-            two_s, two_processor_s, fuller = run_ranks(2, steps, where)
-            measured |= {
-                f"two_rank_speedup{suffix}": one_s / two_s,
-                f"two_rank_speedup_limit{suffix}": 2 * one_processor_s / two_processor_s,
-                f"fuller_rank_over_mean{suffix}": fuller,
-                f"two_rank_step_s{suffix}": two_s,
+        for suffix, router in ROUTERS.items():
+            (one_s, one_processor_s, _), (two_s, two_processor_s, fuller) = (run_ranks(world, steps, router) for world in (1, 2))
+            measured = {
+                "two_rank_speedup": one_s / two_s,
+                "two_rank_speedup_limit": 2 * one_processor_s / two_processor_s,
+                "fuller_rank_over_mean": fuller,
+                "one_rank_step_s": one_s,
+                "two_rank_step_s": two_s,
             }
-            busy_ms = two_processor_s * 500
-            told.append(f"two {where} {two_s * 1e3:.0f} ms, {busy_ms:.0f} of them busy, fuller rank {fuller:.2f} of the mean")
-        for key, value in measured.items():
-            found.setdefault(key, []).append(value)
-        print(f"ranks {run + 1}/{rounds}: {'; '.join(told)}", file=sys.stderr, flush=True)
-    spreads = {f"{key}_spread": summary(found[key]) for key in found if key.startswith("two_rank_speedup")}
+            for key, value in measured.items():
+                found.setdefault(f"{key}{suffix}", []).append(value)
+            print(
+                f"ranks {run + 1}/{rounds}, router={router}: one {one_s * 1e3:.0f} ms, two {two_s * 1e3:.0f} ms, "
+                f"{two_processor_s * 500:.0f} of them on the processor, fuller rank {fuller:.2f} of the mean",
+                file=sys.stderr,
+                flush=True,
+            )
+    spreads = {f"two_rank_speedup{suffix}_spread": summary(found[f"two_rank_speedup{suffix}"]) for suffix in ROUTERS}
     return {key: statistics.median(values) for key, values in found.items()} | spreads
 
 
@@ -487,7 +483,11 @@ def middle_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             out[key] = middle_of(values)
         else:
             out[key] = value if isinstance(value, str) else statistics.median(values)
-        if key.startswith("ratio_to_hf") and not key.endswith("_spread") or key in SPEEDUPS:
+        if (
+            key.startswith("ratio_to_hf")
+            and not key.endswith("_spread")
+            or key in {f"two_rank_speedup{suffix}" for suffix in ROUTERS}
+        ):
             out[f"{key}_of_runs"] = values
     return out
 

@@ -48,6 +48,7 @@ class Rebalancing:
         self.interval, self._built, self._tensors = interval, built, tensors
         gpt = built.trainable.gpt
         self._load_LE = torch.zeros(len(gpt.moe_layers), gpt.config.num_experts, dtype=torch.int64)
+        self._order_LE: Tensor | None = None  # the expert in each place, as long as none moves
 
     def count(self, loads: Tensor) -> None:
         """A step's loads, int64 [L, E + 1], the last of them lost choices."""
@@ -55,8 +56,13 @@ class Rebalancing:
             self._load_LE += loads[:, :-1].cpu()
 
     def fullest_over_mean(self, loads: Tensor) -> float:
-        """The busiest rank's rows over the mean in a step with these loads, mean over MoE layers."""
-        return self._fullest(loads[:, :-1].cpu(), self._built.trainable.gpt.expert_orders)
+        """The busiest rank's rows over the mean in a step with these loads, int64 [L, E + 1], mean over MoE layers."""
+        if self._order_LE is None:
+            self._order_LE = torch.tensor(list(self._built.trainable.gpt.expert_orders.values()))
+        if not len(self._order_LE):
+            return 1.0
+        row_LR = loads[:, :-1].cpu().gather(1, self._order_LE).unflatten(1, (self._built.mesh.ep.size, -1)).sum(2)
+        return (row_LR.amax(1) / row_LR.double().mean(1).clamp(min=1.0)).mean().item()
 
     def due(self, step: int) -> bool:
         """Whether to `rebalance` before this step."""
@@ -83,6 +89,7 @@ class Rebalancing:
         trainable.settle()
         old = self._tensors()
         trainable.gpt.lay_experts(orders)
+        self._order_LE = None
         new = self._tensors()
         sent_bytes = 0
         for layer in changed:

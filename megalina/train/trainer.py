@@ -318,14 +318,14 @@ class Trainer:
         return {"max_logit": result.max_logit, "clipped_heads": clipped if result.updates else 0.0}
 
     def _balance_of_ranks(self, result: StepResult) -> dict[str, float]:
-        """Where experts change ranks: how evenly the step's rows were spread, and how many experts had moved before it."""
+        """How evenly the step's rows were spread over ranks, and how many experts had moved before it, where they may."""
         rebalancing, moved = self.state.rebalancing, self.runner.moved
-        if not rebalancing.interval:
+        if self.built.mesh.ep.size == 1:
             return {}
         if moved is not None and moved.experts and self.runner.is_first:
             logger.info("before step %d %s", self.state.step, moved)
-        experts = 0 if moved is None else moved.experts
-        return {"rank_load_max_over_mean": rebalancing.fullest_over_mean(result.loads), "moved_experts": experts}
+        experts = {"moved_experts": 0 if moved is None else moved.experts} if rebalancing.interval else {}
+        return {"rank_load_max_over_mean": rebalancing.fullest_over_mean(result.loads), **experts}
 
     def _tokens_per_s(self, step_s: float) -> float:
         return self.config.train.global_batch_size * self.config.train.seq_len / step_s
