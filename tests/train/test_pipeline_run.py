@@ -33,6 +33,7 @@ LEFT_OUT = (  # clocks, and what one of several runs alone has
     "memory_gb",
     "token_bytes_between_nodes",
     "token_bytes_within_nodes",
+    "rank_load_max_over_mean",
 )
 
 
