@@ -49,7 +49,7 @@ from megalina.train.kept_memory import keep_memory
 from megalina.train.throughput import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATE = 1e-4
+LEARNING_RATE, BALANCE_LOSS = 1e-4, RouterConfig().balance_loss
 ROUTERS = {"": "topk", "_even_loads": "hash"}  # of two ranks: what their figures' names end with -> router
 WARM_UP_STEPS = 2  # of each rank
 EXPERTS = "grouped_mm"  # the fastest of transformers' implementations on CPU
@@ -85,9 +85,7 @@ def bench_config(*, ep: int = 1, shape: Shape = BENCH, router: str = "topk") -> 
     sequences = shape.sequences
     return PretrainConfig(
         model=replace(model, **shape.model),
-        router=RouterConfig(
-            kind=router, top_k=shape.top_k, balance_loss=0.0 if router == "hash" else RouterConfig().balance_loss
-        ),
+        router=RouterConfig(kind=router, top_k=shape.top_k, balance_loss=0.0 if router == "hash" else BALANCE_LOSS),
         parallel=ParallelConfig(ep=ep),
         optim=OptimConfig(lr=LEARNING_RATE),
         train=TrainConfig(global_batch_size=sequences, micro_batch_size=sequences // ep, seq_len=shape.length, dtype=shape.dtype),
@@ -483,11 +481,7 @@ def middle_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             out[key] = middle_of(values)
         else:
             out[key] = value if isinstance(value, str) else statistics.median(values)
-        if (
-            key.startswith("ratio_to_hf")
-            and not key.endswith("_spread")
-            or key in {f"two_rank_speedup{suffix}" for suffix in ROUTERS}
-        ):
+        if key.startswith("ratio_to_hf") and not key.endswith("_spread") or key.removeprefix("two_rank_speedup") in ROUTERS:
             out[f"{key}_of_runs"] = values
     return out
 

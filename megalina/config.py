@@ -165,11 +165,9 @@ class ParallelConfig:
     # which layers are in each stage, as Megatron writes it, Et*3|t*3L say; empty: so that the dearest stage has fewest FLOPs
     pp_layout: str = ""
     placement: str = ""  # FILE of tools/place_experts.py: in which order experts lie on the ranks; empty: in their own
-    # steps after which experts change ranks, so that ranks have equally many rows; 0: never, docs/cluster.md
-    rebalance_interval: int = setting(0, high=LARGEST_COUNT)
+    rebalance_interval: int = setting(0, high=LARGEST_COUNT)  # steps after which experts change ranks for even loads; 0: never
     # what of a token goes to its experts' ranks: a row for each of its experts | once_per_rank: one row, whose experts' weighted
-    # sum comes back as one row | once_per_node (gloo): one row to each node, where a rank passes it on | auto: what saves a tenth
-    # of the bytes
+    # sum comes back as one | once_per_node (gloo): one row to each node, passed on there | auto: what saves a tenth of the bytes
     dispatch: str = setting("rows", choices=("rows", "once_per_rank", "once_per_node", "auto"))
     # gradients are summed over all ranks alike | by_node: inside nodes, between them, inside them again | auto: by_node where
     # gloo sums over several nodes of several ranks

@@ -2,13 +2,11 @@
 
 Tokens choose experts unevenly, and a step ends when the rank with most rows does.  From the rows that each expert has had, the
 busiest rank exchanges an expert for a less busy one of another rank, again and again, as long as that pays: few experts move,
-and where loads are even none does.  As SmartMoE's expert placement (Zhai et al., ATC'23, section 4.2) and DeepSeek's EPLB without
-its replicas.  In integers alone, so that all ranks come to the same order.
+and where loads are even none does.  In the manner of SmartMoE (Zhai et al., ATC'23), which places experts by their loads during
+training, and of DeepSeek's EPLB without its replicas.  In integers alone, so that all ranks come to the same order.
 
 E experts, R ranks of E / R experts each.
 """
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +20,12 @@ def balanced_order(load_E: NDArray[np.int64], ranks: int, present: Order) -> Ord
     """The expert in each place: `present` after exchanges.  `load_E`: rows of each expert.
 
     ValueError unless ranks hold equally many experts."""
-    rows_RS = _of_ranks(np.arange(len(load_E)), ranks, present)
+    if len(load_E) % ranks or sorted(present) != list(range(len(load_E))):
+        raise ValueError(f"{len(load_E)} experts in the order {present} can't be cut over {ranks} ranks, equally many on each")
+    held_RS = np.array(present).reshape(ranks, -1)
     least = max(1, int(load_E.sum()) // ranks // LEAST_GAIN)
     while ranks > 1:
-        load_RS = load_E[rows_RS]
+        load_RS = load_E[held_RS]
         total_R = load_RS.sum(1)
         busiest = int(total_R.argmax())
         less_SRS = load_RS[busiest][:, None, None] - load_RS[None]  # what goes from the busiest rank to another by each exchange
@@ -34,14 +34,8 @@ def balanced_order(load_E: NDArray[np.int64], ranks: int, present: Order) -> Ord
         here, other, there = (int(i) for i in np.unravel_index(then_SRS.argmin(), then_SRS.shape))
         if then_SRS[here, other, there] > total_R[busiest] - least:
             break
-        rows_RS[busiest, here], rows_RS[other, there] = rows_RS[other, there], rows_RS[busiest, here]
-    return tuple(rows_RS.ravel().tolist())
-
-
-def fullest_over_mean(load_E: NDArray[np.int64], ranks: int, order: Order) -> float:
-    """The busiest rank's rows over the mean; 1: all have equally many."""
-    total_R = _of_ranks(load_E, ranks, order).sum(1)
-    return float(total_R.max() * ranks / max(int(total_R.sum()), 1))
+        held_RS[busiest, here], held_RS[other, there] = held_RS[other, there], held_RS[busiest, here]
+    return tuple(held_RS.ravel().tolist())
 
 
 def changed_ranks(before: Order, after: Order, ranks: int) -> int:
@@ -49,10 +43,3 @@ def changed_ranks(before: Order, after: Order, ranks: int) -> int:
     held = len(before) // ranks
     rank_of = {expert: place // held for place, expert in enumerate(before)}
     return sum(rank_of[expert] != place // held for place, expert in enumerate(after))
-
-
-def _of_ranks(of_E: NDArray[Any], ranks: int, order: Order) -> NDArray[Any]:
-    """[R, E / R]: experts' values where they lie."""
-    if len(of_E) % ranks or sorted(order) != list(range(len(of_E))):
-        raise ValueError(f"{len(of_E)} experts in the order {order} can't be cut over {ranks} ranks, equally many on each")
-    return of_E[np.array(order)].reshape(ranks, -1)

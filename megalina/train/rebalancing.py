@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalina.comm.slice import Slice
 from megalina.parallel.reshard import move
-from megalina.placement.balanced_order import balanced_order, changed_ranks, fullest_over_mean
+from megalina.placement.balanced_order import balanced_order, changed_ranks
 from megalina.placement.expert_order import Order
 from megalina.train.built import Built
 
@@ -58,11 +58,8 @@ class Rebalancing:
     def fullest_over_mean(self, loads: Tensor) -> float:
         """The busiest rank's rows over the mean in a step with these loads, int64 [L, E + 1], mean over MoE layers."""
         if self._order_LE is None:
-            self._order_LE = torch.tensor(list(self._built.trainable.gpt.expert_orders.values()))
-        if not len(self._order_LE):
-            return 1.0
-        row_LR = loads[:, :-1].cpu().gather(1, self._order_LE).unflatten(1, (self._built.mesh.ep.size, -1)).sum(2)
-        return (row_LR.amax(1) / row_LR.double().mean(1).clamp(min=1.0)).mean().item()
+            self._order_LE = _places(self._built.trainable.gpt.expert_orders)
+        return self._fullest(loads[:, :-1].cpu(), self._order_LE)
 
     def due(self, step: int) -> bool:
         """Whether to `rebalance` before this step."""
@@ -74,7 +71,7 @@ class Rebalancing:
         self._load_LE = torch.zeros_like(load_LE)
         of_layer = dict(zip(present, load_LE.numpy(), strict=True))
         orders = {layer: balanced_order(of_layer[layer], ranks, order) for layer, order in present.items()}
-        before, after = self._fullest(load_LE, present), self._fullest(load_LE, orders)
+        before, after = (self._fullest(load_LE, _places(of)) for of in (present, orders))
         moved = sum(changed_ranks(order, orders[layer], ranks) for layer, order in present.items())
         return Moved(moved, self.move_to(orders), before, after)
 
@@ -112,7 +109,14 @@ class Rebalancing:
             self._load_LE = torch.tensor(state["loads"], dtype=torch.int64)
             self.move_to({int(layer): tuple(order) for layer, order in state["orders"].items()})
 
-    def _fullest(self, load_LE: Tensor, orders: Mapping[int, Order]) -> float:
-        ranks = self._built.mesh.ep.size
-        each = [fullest_over_mean(load_E, ranks, order) for load_E, order in zip(load_LE.numpy(), orders.values(), strict=True)]
-        return sum(each) / max(len(each), 1)
+    def _fullest(self, load_LE: Tensor, order_LE: Tensor) -> float:
+        """1 without MoE layers."""
+        if not len(order_LE):
+            return 1.0
+        rows_LR = load_LE.gather(1, order_LE).unflatten(1, (self._built.mesh.ep.size, -1)).sum(2)
+        return (rows_LR.amax(1) / rows_LR.double().mean(1).clamp(min=1.0)).mean().item()
+
+
+def _places(orders: Mapping[int, Order]) -> Tensor:
+    """int64 [L, E]: the expert in each place."""
+    return torch.tensor(list(orders.values()), dtype=torch.int64)

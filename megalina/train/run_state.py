@@ -19,7 +19,6 @@ from megalina.checkpoint.profile import PROFILE
 from megalina.comm.slice import Slice
 from megalina.config import PretrainConfig
 from megalina.mesh import Mesh
-from megalina.model.gpt import GPT
 from megalina.model.init import local_shape, spec_of
 from megalina.parallel.reshard import move
 from megalina.parallel.trainable import Trainable
@@ -178,14 +177,11 @@ class RunState:
         self.built.optimizer.masters_from_parameters()
 
     def _model(self) -> dict[str, Sequence[Slice]]:
-        return model_slices(self.built.trainable.gpt)
-
-
-def model_slices(gpt: GPT) -> dict[str, Sequence[Slice]]:
-    """This rank's part of the model's state, as views."""
-    out: dict[str, Sequence[Slice]] = {}
-    for name, p in gpt.named_parameters():
-        spec = spec_of(p)
-        length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
-        out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
-    return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}
+        """This rank's part of the model's state, as views."""
+        gpt = self.built.trainable.gpt
+        out: dict[str, Sequence[Slice]] = {}
+        for name, p in gpt.named_parameters():
+            spec = spec_of(p)
+            length = {0: spec.rows} if spec.rows else {}  # the vocabulary's padding depends on tp
+            out[MODEL + name] = [Slice(p.detach().view(local_shape(p)), spec.sharded, order=spec.order, length=length)]
+        return out | {MODEL + name: [Slice(value, {})] for name, value in gpt.router_state().items()}

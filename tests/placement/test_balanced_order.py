@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalina.placement.balanced_order import balanced_order, changed_ranks, fullest_over_mean
+from megalina.placement.balanced_order import balanced_order, changed_ranks
 
 Loads = NDArray[np.int64]
 
@@ -15,6 +15,11 @@ def drawn(seed: int, experts: int, *, skew: float) -> Loads:
     """Rows of each expert; the lower `skew`, the less even."""
     random = np.random.default_rng(seed)
     return random.multinomial(40_960, random.dirichlet(np.full(experts, skew))).astype(np.int64)
+
+
+def fullest_over_mean(load_E: Loads, ranks: int, order: tuple[int, ...]) -> float:
+    total_R = load_E[list(order)].reshape(ranks, -1).sum(1)
+    return float(total_R.max() / total_R.mean())
 
 
 def best_of_two(load_E: Loads) -> float:
